@@ -1,0 +1,134 @@
+"""The errors a training script can catch; raised in the main process, picklable everywhere.
+
+::
+
+    SafeLoaderError             something went wrong while loading; ``.failure`` says what and where
+    ├── WorkerInitError         the user's worker_init_fn raised
+    ├── SamplerError            the sampler or batch sampler raised
+    ├── SampleError             dataset[index], __getitems__ or the stream's next() raised
+    ├── CollateError            collate_fn raised
+    ├── TransportError          a batch was made but could not be carried over (pinning it raised)
+    └── DeliveryError           what arrived is not what the sampler drew
+
+An error that the user's own code caused is raised as a class that is *both* one of these and the
+type that was raised (``SampleError(KeyError)``), so ``except KeyError`` goes on working. Ray does
+the same for the errors of its tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safeloader.wire.failure import Failure
+
+__all__ = [
+    "CollateError",
+    "DeliveryError",
+    "SafeLoaderError",
+    "SampleError",
+    "SamplerError",
+    "TransportError",
+    "WorkerInitError",
+]
+
+
+class SafeLoaderError(Exception):
+    """Base of all errors of this package.
+
+    Attributes:
+        failure: the :class:`~safeloader.Failure` with everything known about it, or None.
+
+    Example:
+        >>> from safeloader import SafeDataLoader, SafeLoaderError
+        >>> try:
+        ...     list(SafeDataLoader([1, 2, None, 4], batch_size=4))
+        ... except SafeLoaderError as error:
+        ...     print(error.index, error.failure.phase)
+        2 collate
+    """
+
+    # Class-level defaults: a combined class is made without running __init__ (see dual_type).
+    failure: Failure | None = None
+    _text: str | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+    @property
+    def index(self) -> Any:
+        """Dataset index of the sample at fault; None where no single sample is."""
+        return None if self.failure is None else self.failure.index
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its argument here, and user types may raise.
+        return super().__str__() if self._text is None else self._text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.failure is None:
+            return type(self), self.args
+        from safeloader.wire.failure import error_from
+
+        return error_from, (self.failure,)
+
+
+class WorkerInitError(SafeLoaderError):
+    """The user's ``worker_init_fn`` raised in a worker."""
+
+
+class SamplerError(SafeLoaderError):
+    """The sampler or batch sampler raised while an index was drawn."""
+
+
+class SampleError(SafeLoaderError):
+    """The dataset raised while a sample was fetched."""
+
+
+class CollateError(SafeLoaderError):
+    """The collate function raised on the samples of a batch."""
+
+
+class TransportError(SafeLoaderError):
+    """A batch was made but could not be handed over."""
+
+
+class DeliveryError(SafeLoaderError):
+    """What was handed over is not what the sampler drew: missing, twice, or unasked for."""
+
+
+@functools.lru_cache(maxsize=256)
+def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[SafeLoaderError]:
+    """The class that is both ``ours`` and ``theirs``; ``ours`` alone where that cannot be.
+
+    A ``StopIteration`` is never combined: raised out of ``__next__`` it would end the loop in
+    silence. Types whose layouts or metaclasses exclude each other fall back to ``ours``.
+    """
+    if issubclass(theirs, (StopIteration, StopAsyncIteration, GeneratorExit)):
+        return ours
+    if issubclass(ours, theirs):
+        return ours
+    bases: tuple[type, ...] = (theirs,) if issubclass(theirs, ours) else (ours, theirs)
+    name = f"{ours.__name__}({theirs.__qualname__})"
+    namespace: dict[str, Any] = {
+        "__module__": ours.__module__,
+        "__doc__": ours.__doc__,
+        "__str__": SafeLoaderError.__str__,
+        "__reduce__": SafeLoaderError.__reduce__,
+    }
+    make: Callable[..., Any] = type(theirs)
+    try:
+        made = make(name, bases, namespace)
+        blank(made)
+    except Exception:  # whatever a metaclass or __init_subclass__ of the user's objects to
+        return ours
+    return made  # type: ignore[no-any-return]
+
+
+def blank(cls: type[BaseException]) -> BaseException:
+    """An instance of ``cls`` made without its constructor, which may want arguments."""
+    for base in cls.__mro__:
+        if base.__module__ == "builtins":  # the base that decides the memory layout
+            return base.__new__(cls)  # type: ignore[return-value]
+    raise TypeError(f"{cls!r} is no exception type")

@@ -1,0 +1,156 @@
+"""Numbers and notes every draw of the index sampler; runs in main, between sampler and queue.
+
+Takes what the user's sampler yields and gives torch a :class:`Task`. Nothing is drawn that torch
+did not ask for, and nothing is drawn ahead, so random-number generators move as they do under the
+stock loader.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from torch.utils.data import BatchSampler
+
+from safeloader.wire.failure import error_from, failure_of
+from safeloader.wire.indices import Packed, pack, pack_unbatched
+from safeloader.wire.records import SamplerFault, Task
+
+
+class DrawLog(Protocol):
+    """Who is told of the draws: the running epoch."""
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn."""
+
+    def draw_failed(self, seq: int, exc: Exception) -> None:
+        """The sampler raised where batch ``seq`` would have been."""
+
+    def draws_ended(self, dropped: Packed) -> None:
+        """The sampler has no more; ``dropped`` it drew but left out of every batch."""
+
+
+class RecordingSampler:
+    """Stands where torch expects the index sampler, over the one the user gave.
+
+    ``log`` is changed from epoch to epoch. Batches are numbered on from epoch to epoch, so that one
+    left over from an earlier epoch is recognised.
+    """
+
+    def __init__(self, sampler: Any, *, batched: bool, stream: bool) -> None:
+        self._sampler = sampler
+        self._batched = batched
+        self._stream = stream
+        self._numbers = itertools.count()
+        self.log: DrawLog | None = None
+
+    def __iter__(self) -> Iterator[Task]:
+        assert self.log is not None
+        try:
+            source, tail = _with_tail(self._sampler)
+            inner = iter(source)
+        except Exception as exc:
+            failure = failure_of(exc, phase="sampler", where="", hint=SAMPLER_HINT)
+            raise error_from(failure, exc) from None
+        return _Draws(
+            inner, tail, self._numbers, self.log, batched=self._batched, stream=self._stream
+        )
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_sampler" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._sampler, name)
+
+
+SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
+
+
+class _Draws:
+    """One pass over the sampler."""
+
+    def __init__(
+        self,
+        inner: Iterator[Any],
+        tail: list[Any],
+        numbers: Iterator[int],
+        log: DrawLog,
+        *,
+        batched: bool,
+        stream: bool,
+    ) -> None:
+        self._inner = inner
+        self._tail = tail
+        self._numbers = numbers
+        self._log = log
+        self._batched = batched
+        self._stream = stream
+        self._broken = False
+
+    def __iter__(self) -> _Draws:
+        return self
+
+    def __next__(self) -> Task:
+        if self._broken:
+            raise StopIteration
+        try:
+            index = next(self._inner)
+        except StopIteration:
+            self._log.draws_ended(pack(self._tail))
+            raise
+        except Exception as exc:
+            # Raised here it would tear down the hand-over of an earlier batch (torch draws ahead
+            # while it hands one over). It takes the place of the batch that was not drawn instead.
+            self._broken = True
+            seq = next(self._numbers)
+            self._log.draw_failed(seq, exc)
+            return Task(seq, SamplerFault())
+        self._tail.clear()
+        seq = next(self._numbers)
+        if self._stream:
+            self._log.drawn(seq, b"")
+        elif not self._batched:
+            self._log.drawn(seq, pack_unbatched(index))
+        else:
+            if isinstance(index, Iterator):  # reading a one-shot iterator here would use it up
+                index = list(index)
+            self._log.drawn(seq, pack(index))
+        return Task(seq, index)
+
+
+def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
+    """The sampler to iterate, and a list that holds what it drew since its last batch.
+
+    Torch's batch sampler with ``drop_last`` draws the last few indices and keeps them to itself.
+    A copy of it, which only reads its three attributes, draws through a note-taker instead. Batch
+    samplers with an ``__iter__`` of their own are left alone: what they drop they alone know.
+    """
+    tail: list[Any] = []
+    if (
+        isinstance(sampler, BatchSampler)
+        and type(sampler).__iter__ is BatchSampler.__iter__
+        and sampler.drop_last is True
+    ):
+        noting = copy.copy(sampler)
+        noting.sampler = _Noting(sampler.sampler, tail)
+        return noting, tail
+    return sampler, tail
+
+
+class _Noting:
+    def __init__(self, sampler: Iterable[Any], tail: list[Any]) -> None:
+        self._sampler = sampler
+        self._tail = tail
+
+    def __iter__(self) -> Iterator[Any]:
+        note = self._tail.append
+        for index in self._sampler:
+            note(index)
+            yield index
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]

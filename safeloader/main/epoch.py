@@ -1,0 +1,192 @@
+"""One epoch in the main process: ledger, trace and verdict together.
+
+The recording sampler reports draws to it, the iterator what arrives. It holds neither the loader
+nor the recorder, both of which may hold it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed
+
+from safeloader.errors import SafeLoaderError
+from safeloader.main.audit import EpochAudit
+from safeloader.main.drawing import SAMPLER_HINT
+from safeloader.main.ledger import Ledger, Trouble
+from safeloader.main.recorder import Delivery
+from safeloader.tracing import Trace
+from safeloader.wire.dataset_state import describe, differences
+from safeloader.wire.failure import Failure, error_from, failure_of
+from safeloader.wire.indices import Packed
+from safeloader.wire.records import FailedBatch, Papers
+
+logger = logging.getLogger("safeloader")
+
+
+class Epoch:
+    """The accounts of one pass over the loader, and what follows from them."""
+
+    ledger: Ledger
+
+    def __init__(self, trace: Trace, verify: str, dataset: Any) -> None:
+        self.number = 0
+        self.batches = 0  # handed over or raised: the number of the next one
+        self._trace = trace
+        self._verify = verify
+        self._dataset: Any = dataset
+        self._length: int | None = None
+        self._sampler_errors: dict[int, Exception] = {}
+        self._ended = False
+        self._closed = False
+
+    # draws ──────────────────────────────────────────────────────────────────────────────────────
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn."""
+        self.ledger.drawn(seq, indices)
+        self._trace.drawn(self.number, seq, indices)
+
+    def draw_failed(self, seq: int, exc: Exception) -> None:
+        """The sampler raised; the error is raised when its place in the order comes."""
+        self._sampler_errors[seq] = exc
+        self.ledger.draw_failed(seq)
+
+    def draws_ended(self, dropped: Packed) -> None:
+        """The sampler is at its end."""
+        self.ledger.draws_ended(dropped)
+
+    # arrivals ───────────────────────────────────────────────────────────────────────────────────
+
+    def arrived(self, papers: Papers, wait_ns: int) -> Delivery:
+        """Check a batch that is about to be handed over; hot path.
+
+        Raises:
+            DeliveryError: if it is not what was drawn, under ``verify="raise"``.
+        """
+        trouble = self.ledger.check(papers)
+        if trouble is not None:
+            raised = self._verify == "raise"
+            self.ledger.settle(trouble, papers, handed_over=not raised)
+            self._told(trouble, papers)
+        delivery = Delivery(self.number, self.batches, papers, wait_ns)
+        self.batches += 1
+        self._trace.delivered(delivery)
+        return delivery
+
+    def _told(self, trouble: Trouble, papers: Papers | None) -> None:
+        if self._verify == "off":
+            return
+        culprits = trouble.culprits
+        failure = Failure(
+            phase="delivery",
+            exception_type="DeliveryError",
+            message=trouble.reason,
+            index=culprits[0] if culprits else None,
+            indices=culprits + trouble.sound,
+            batch=self.batches if papers is not None else None,
+            epoch=self.number,
+            rank=rank(),
+            worker_id=None if papers is None else papers.worker_id,
+            pid=os.getpid() if papers is None else papers.pid,
+            hint='print(loader.audit) sums up the epoch; verify="warn" hands over all the same',
+        )
+        if self._verify == "warn":
+            warnings.warn(f"safeloader: {trouble.reason}", RuntimeWarning, stacklevel=4)
+            return
+        if papers is not None:
+            self.batches += 1
+        self._trace.failed(failure)
+        raise error_from(failure)
+
+    def came_failed(self, came: FailedBatch) -> SafeLoaderError:
+        """The error for a batch that could not be made."""
+        papers, failure, exception = came
+        if failure is None:
+            exception = self._sampler_errors.pop(papers.seq)
+            failure = failure_of(
+                exception,
+                phase="sampler",
+                where="",
+                hint=SAMPLER_HINT,
+            )
+        else:
+            self.ledger.failed(papers, failure.indices)
+        failure = dataclasses.replace(
+            failure,
+            batch=self.batches,
+            epoch=self.number,
+            rank=rank(),
+            dataset_state=self._with_differences(failure),
+        )
+        self.batches += 1
+        self._trace.failed(failure)
+        return error_from(failure, exception)
+
+    def _with_differences(self, failure: Failure) -> dict[str, Any] | None:
+        state = failure.dataset_state
+        if state is None or failure.worker_id is None or self._dataset is None:
+            return state
+        return state | {"differs_from_main": differences(state, describe(self._dataset))}
+
+    # the end ────────────────────────────────────────────────────────────────────────────────────
+
+    def ended(self) -> None:
+        """The stock iterator is at its end.
+
+        Raises:
+            DeliveryError: if samples are missing, under ``verify="raise"``; the first time only.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        trouble = self.ledger.finish()
+        self.close()
+        if trouble is not None:
+            self._told(trouble, None)
+
+    def close_if_settled(self) -> None:
+        """Close on the last batch: not every training loop asks for one more."""
+        if self.ledger.settled and not self._closed:
+            self.close()
+
+    def close(self) -> None:
+        """No more will come; said once. Nothing is raised: an early ``break`` is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        audit = self.audit(self.number)
+        for note in audit.notes:
+            logger.warning("epoch %d: %s", self.number, note)
+        self._trace.audited(audit)
+
+    def release(self) -> None:
+        """Let go of the dataset: the notebook outlives the iterator, the data need not."""
+        self._length = _length_of(self._dataset)
+        self._dataset = None
+
+    def audit(self, number: int) -> EpochAudit:
+        """The accounts as they stand."""
+        length = self._length if self._dataset is None else _length_of(self._dataset)
+        return self.ledger.audit(number, length)
+
+
+def rank() -> int | None:
+    """Rank of this process where a process group runs; None otherwise."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return None
+
+
+def _length_of(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except Exception:  # no __len__, or one that raises: the audit does without
+        return None
+
+

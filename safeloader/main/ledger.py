@@ -1,0 +1,395 @@
+"""Drawn against delivered; runs in main and is pure: it touches no process and no torch.
+
+Each batch is checked at the moment it is handed over, by the papers that its worker wrote. Memory
+grows with the batches in flight; over the epoch only counts, the coverage bitmap and, with ``key``,
+the first two million keys are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from safeloader.main.audit import EpochAudit
+from safeloader.main.tally import Coverage, Tally
+from safeloader.wire.indices import Packed, count, unpack
+from safeloader.wire.records import Papers
+from safeloader.wire.streams import StreamBoard
+
+KEYS_LIMIT = 2_000_000
+_SHOWN = 8
+
+
+class Trouble(NamedTuple):
+    """What the check of one batch, or of the epoch's end, found."""
+
+    reason: str
+    missing: tuple[Any, ...] = ()
+    duplicated: tuple[Any, ...] = ()
+    unexpected: tuple[Any, ...] = ()
+    sound: tuple[Any, ...] = ()
+
+    @property
+    def culprits(self) -> tuple[Any, ...]:
+        """The indices the trouble is about."""
+        return self.missing + self.duplicated + self.unexpected
+
+
+class Ledger(Protocol):
+    """One epoch's accounts."""
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn."""
+
+    def draw_failed(self, seq: int) -> None:
+        """The sampler raised in place of batch ``seq``."""
+
+    def draws_ended(self, dropped: Packed) -> None:
+        """The sampler is at its end."""
+
+    def check(self, papers: Papers) -> Trouble | None:
+        """Compare a batch that is about to be handed over; without trouble it counts as such."""
+
+    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+        """Book a batch in trouble: handed over all the same, or lost with the error raised."""
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        """A batch was lost with an error that is raised to the user."""
+
+    def finish(self) -> Trouble | None:
+        """The stock iterator says that the epoch is over: is it?"""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything the sampler had is accounted for."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is, and nothing more can come; hot path."""
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        """The accounts as they stand; ``length`` is that of the dataset."""
+
+
+class _Accounts:
+    """What both kinds of ledger keep."""
+
+    def __init__(self, *, with_keys: bool) -> None:
+        self.delivered_count = 0
+        self.tallies = {
+            name: Tally() for name in ("missing", "duplicated", "unexpected", "failed", "dropped")
+        }
+        self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
+        self._keys_past_limit = 0
+
+    def book(self, trouble: Trouble) -> None:
+        self.tallies["missing"].add(trouble.missing)
+        self.tallies["duplicated"].add(trouble.duplicated)
+        self.tallies["unexpected"].add(trouble.unexpected)
+
+    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+        self.book(trouble)
+        if handed_over:
+            extra = len(trouble.unexpected) + len(trouble.duplicated)
+            self.delivered_count += len(trouble.sound) + extra
+        else:
+            self.tallies["failed"].add(trouble.sound)
+
+    def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
+        """Samples whose key came before under another index."""
+        known = self._index_of_key
+        assert known is not None
+        again: list[Any] = []
+        sound: list[Any] = []
+        said: list[str] = []
+        for key, index in zip(keys, identities, strict=False):
+            first = known.get(key, index)
+            if first != index:
+                again.append(index)
+                said.append(f"index {index!r} and index {first!r} are one sample (key {key!r})")
+                continue
+            sound.append(index)
+            if len(known) < KEYS_LIMIT:
+                known[key] = index
+            elif key not in known:
+                self._keys_past_limit += 1
+        if not again:
+            return None
+        more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
+        return Trouble("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
+
+    def as_audit(
+        self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
+    ) -> EpochAudit:
+        if self._keys_past_limit:
+            notes.append(
+                f"the keys of the first {KEYS_LIMIT} samples were compared; "
+                f"{self._keys_past_limit} later ones only against these"
+            )
+        counts = {name: tally.count for name, tally in self.tallies.items()}
+        counts |= more.pop("counts", {})
+        return EpochAudit(
+            epoch=epoch,
+            complete=complete,
+            drawn=drawn,
+            delivered=self.delivered_count,
+            counts=counts | {"skipped": 0},
+            notes=tuple(notes),
+            **{name: tally.array() for name, tally in self.tallies.items()},
+            **more,
+        )
+
+
+class MapLedger(_Accounts):
+    """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
+
+    def __init__(self, *, with_keys: bool, expected_batches: int | None) -> None:
+        super().__init__(with_keys=with_keys)
+        self._expected_batches = expected_batches
+        self._pending: dict[int, Packed] = {}
+        self._first_seq: int | None = None
+        self._last_seq = -1
+        self._drawn_batches = 0
+        self._drawn_count = 0
+        self._draws_ended = False
+        self._sampler_failed = False
+        self._coverage = Coverage()
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        if self._first_seq is None:
+            self._first_seq = seq
+        self._last_seq = seq
+        self._pending[seq] = indices
+        self._drawn_batches += 1
+        self._drawn_count += count(indices)
+        self._coverage.add(indices)
+
+    def draw_failed(self, seq: int) -> None:
+        self._sampler_failed = True
+
+    def draws_ended(self, dropped: Packed) -> None:
+        if not self._draws_ended:
+            self._draws_ended = True
+            self._drawn_count += count(dropped)
+            self._coverage.add(dropped)
+            self.tallies["dropped"].add(unpack(dropped))
+
+    def check(self, papers: Papers) -> Trouble | None:
+        expected = self._pending.pop(papers.seq, None)
+        if expected is None or expected != papers.indices:
+            return self._compare(expected, papers)
+        number = count(expected)
+        if papers.samples is not None and papers.samples != number:
+            return _miscounted(unpack(expected), papers.samples)
+        if papers.keys is not None and self._index_of_key is not None:
+            trouble = self.same_key(papers.keys, unpack(expected))
+            if trouble is not None:
+                return trouble
+        self.delivered_count += number
+        return None
+
+    def _compare(self, expected: Packed | None, papers: Papers) -> Trouble:
+        came = unpack(papers.indices)
+        who = "the main process" if papers.worker_id is None else f"worker {papers.worker_id}"
+        if expected is None:
+            first = self._first_seq
+            if first is not None and first <= papers.seq <= self._last_seq:
+                reason = f"{who} sent batch {papers.seq - first} a second time"
+                return Trouble(reason, duplicated=came)
+            return Trouble(f"{who} sent a batch that this epoch never drew", unexpected=came)
+        drawn = unpack(expected)
+        left = list(drawn)
+        unexpected = []
+        for index in came:
+            if index in left:
+                left.remove(index)
+            else:
+                unexpected.append(index)
+        sound = list(drawn)
+        for index in left:
+            sound.remove(index)
+        reason = f"{who} was asked for {_some(drawn)} and answered for {_some(came)}"
+        if not left and not unexpected:
+            reason += ": the same indices in another order"
+            return Trouble(reason, sound=tuple(sound))
+        return Trouble(
+            reason, missing=tuple(left), unexpected=tuple(unexpected), sound=tuple(sound)
+        )
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        expected = self._pending.pop(papers.seq, None)
+        if expected is not None:
+            self.tallies["failed"].add(unpack(expected))
+
+    def finish(self) -> Trouble | None:
+        missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
+        self._pending.clear()
+        if missing:
+            trouble = Trouble(
+                f"the epoch ended with {len(missing)} samples drawn and never handed over: "
+                f"{_some(missing)}",
+                missing=missing,
+            )
+            self.book(trouble)
+            return trouble
+        if not self._draws_ended and not self._sampler_failed:
+            return Trouble(
+                f"the epoch ended after {self.delivered_count} samples although the sampler has "
+                "more to draw"
+            )
+        return None
+
+    @property
+    def complete(self) -> bool:
+        if self._pending or self._sampler_failed:
+            return False
+        return self._draws_ended or self._drawn_batches == self._expected_batches
+
+    @property
+    def settled(self) -> bool:
+        return self._draws_ended and not self._pending
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        coverage = self._coverage
+        notes = []
+        if coverage.unmapped:
+            notes.append(f"{coverage.unmapped} indices were too many or too large to be mapped")
+        return self.as_audit(
+            epoch,
+            complete=self.complete,
+            drawn=self._drawn_count,
+            notes=notes,
+            repeated=coverage.repeated(),
+            unvisited=coverage.unvisited(length),
+            counts={
+                "repeated": coverage.repeated_count(),
+                "unvisited": coverage.unvisited_count(length),
+            },
+        )
+
+
+class StreamLedger(_Accounts):
+    """The ledger of an iterable dataset: each worker's stream must come without a gap."""
+
+    def __init__(self, *, with_keys: bool, board: StreamBoard | None, workers: int) -> None:
+        super().__init__(with_keys=with_keys)
+        self._board = board
+        self._next = [0] * workers
+        self._finished = False
+        self._sampler_failed = False
+        self._drawn_count = 0
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        pass  # a stream's draws say only how many samples are wanted
+
+    def draw_failed(self, seq: int) -> None:
+        self._sampler_failed = True
+
+    def draws_ended(self, dropped: Packed) -> None:
+        pass  # torch draws for a stream without end
+
+    def check(self, papers: Papers) -> Trouble | None:
+        row = papers.worker_id or 0
+        first, samples = papers.ordinal or 0, papers.samples or 0
+        expected = self._next[row]
+        self._next[row] = max(expected, first + samples)
+        if first != expected:
+            return self._compare(row, expected, first, samples)
+        if papers.keys is not None and self._index_of_key is not None:
+            trouble = self.same_key(papers.keys, [(row, first + k) for k in range(samples)])
+            if trouble is not None:
+                return trouble
+        self.delivered_count += samples
+        return None
+
+    def _compare(self, row: int, expected: int, first: int, samples: int) -> Trouble:
+        end = first + samples
+        return Trouble(
+            f"worker {row} sent samples {first} to {end - 1} of its stream where number {expected} "
+            "was due",
+            missing=tuple((row, k) for k in range(expected, first)),
+            duplicated=tuple((row, k) for k in range(first, min(expected, end))),
+            sound=tuple((row, k) for k in range(max(expected, first), end)),
+        )
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        if papers.ordinal is not None:
+            row = papers.worker_id or 0
+            self._next[row] = max(self._next[row], papers.ordinal + (papers.samples or 0))
+            self.tallies["failed"].add(indices)
+
+    def finish(self) -> Trouble | None:
+        if self._finished or self._board is None or self._sampler_failed:
+            self._finished = not self._sampler_failed
+            return None
+        self._finished = True
+        missing: list[Any] = []
+        said = []
+        for row, reached in enumerate(self._next):
+            state = self._board.read(row)
+            self._drawn_count += max(state.read, reached)
+            if not state.ended:
+                said.append(f"worker {row} never came to the end of its stream")
+                continue
+            kept = state.read - state.dropped
+            self.tallies["dropped"].add((row, k) for k in range(kept, state.read))
+            if reached < kept:
+                said.append(
+                    f"worker {row} read {kept} samples and the last {kept - reached} never came"
+                )
+                missing += [(row, k) for k in range(reached, kept)]
+        if not said:
+            return None
+        trouble = Trouble("; ".join(said), missing=tuple(missing))
+        self.book(trouble)
+        return trouble
+
+    @property
+    def complete(self) -> bool:
+        return self._finished
+
+    @property
+    def settled(self) -> bool:
+        return False  # the end of a stream is known when it is asked for
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        seen = sum(self._next)
+        notes = []
+        if self._finished and len(self._next) > 1:
+            notes += [
+                f"worker {row} delivered nothing: its share of the data is empty"
+                for row, reached in enumerate(self._next)
+                if not reached
+            ]
+        drawn = self._drawn_count if self._finished and self._board is not None else seen
+        if self._finished and length is not None and length != drawn:
+            note = f"len(dataset) says {length}, the workers read {drawn} samples"
+            if length and len(self._next) > 1 and drawn == length * len(self._next):
+                note += ": each worker read the whole stream (share it by get_worker_info())"
+            notes.append(note)
+        complete = self._finished or (length is not None and 0 < length == seen)
+        return self.as_audit(epoch, complete=complete, drawn=drawn, notes=notes)
+
+
+def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
+    """``__getitems__`` broke its contract: which sample belongs to which index is unknown, and the
+    first ones are taken to be in order."""
+    asked = len(drawn)
+    if samples < asked:
+        return Trouble(
+            f"__getitems__ was asked for {asked} samples and gave {samples}; the last "
+            f"{asked - samples} of {_some(drawn)} count as missing, though it may have left out "
+            "others",
+            missing=drawn[samples:],
+            sound=drawn[:samples],
+        )
+    return Trouble(
+        f"__getitems__ was asked for {asked} samples, {_some(drawn)}, and gave {samples}",
+        unexpected=(-1,) * (samples - asked),
+        sound=drawn,
+    )
+
+
+def _some(indices: Sequence[Any]) -> str:
+    shown = ", ".join(repr(index) for index in indices[:_SHOWN])
+    return f"[{shown}{', ...' if len(indices) > _SHOWN else ''}]"

@@ -1,0 +1,157 @@
+"""Every private name of torch that safeloader touches, checked at import; runs in both processes.
+
+When a release of torch moves one of them, the import fails here with the names that are missing,
+and this is the only module to mend. Nothing here changes torch in the user's process:
+:func:`install_fetcher` refuses to run outside a worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+_NEEDED = {
+    "torch.utils.data.dataloader": (
+        "_DatasetKind.create_fetcher",
+        "_DatasetKind.Iterable",
+        "_SingleProcessDataLoaderIter",
+        "_MultiProcessingDataLoaderIter._reset",
+        "DataLoader._get_iterator",
+        "DataLoader._index_sampler",
+        "DataLoader._auto_collation",
+    ),
+    "torch.utils.data._utils.fetch": ("_IterableDatasetFetcher.__init__",),
+    "torch.utils.data._utils.pin_memory": ("pin_memory",),
+}
+
+
+def _check() -> None:
+    missing = []
+    for module_name, paths in _NEEDED.items():
+        for path in paths:
+            try:
+                found: Any = importlib.import_module(module_name)
+                for part in path.split("."):
+                    found = getattr(found, part)
+            except (ImportError, AttributeError):
+                missing.append(f"{module_name}.{path}")
+    if missing:
+        raise ImportError(
+            f"safeloader does not know torch {torch.__version__}: it has no {', '.join(missing)}. "
+            "Use a torch that this release of safeloader supports (see its CHANGELOG), upgrade "
+            "safeloader, or go back to torch.utils.data.DataLoader for now."
+        )
+
+
+_check()
+
+from torch.utils.data import _utils  # noqa: E402  (after the check, which explains a failure)
+from torch.utils.data.dataloader import _DatasetKind  # noqa: E402
+
+
+def is_stream(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's dataset is iterable-style."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """What torch draws from: the batch sampler, or the sampler where batching is off."""
+    return loader._index_sampler
+
+
+def batches_itself(loader: DataLoader[Any]) -> bool:
+    """Whether the loader collates samples into batches (``batch_size`` is not None)."""
+    return bool(loader._auto_collation)
+
+
+class LoaderView:
+    """What torch's iterator is built on: the loader, but for the few things of ours.
+
+    It exists while an iterator is built or reset and no longer, so that the iterator never holds
+    the loader: with persistent workers the loader holds the iterator, and a cycle would keep the
+    workers alive until the garbage collector comes by.
+    """
+
+    def __init__(self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any) -> None:
+        self._loader = loader
+        self._index_sampler = sampler
+        self.worker_init_fn = worker_init_fn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def build_iterator(view: LoaderView) -> Iterator[Any]:
+    """Torch's own iterator over ``view``; starts the workers."""
+    return DataLoader._get_iterator(view)  # type: ignore[arg-type]
+
+
+def reset_iterator(iterator: Any, view: LoaderView) -> None:
+    """Start the next epoch on an iterator with persistent workers."""
+    iterator._reset(view)
+
+
+def kept_iterator(loader: DataLoader[Any]) -> Any:
+    """The iterator that a loader with persistent workers holds, or None."""
+    return loader.__dict__.get("_iterator")
+
+
+def keep_iterator(loader: DataLoader[Any], iterator: Any) -> None:
+    """Have the loader hold ``iterator``, where torch and the frameworks look for it."""
+    loader._iterator = iterator
+
+
+def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:
+    """Put our fetcher around that of an iterator with ``num_workers=0``."""
+    iterator._dataset_fetcher = make(iterator._dataset_fetcher)
+
+
+def raised_by_dataset_iter(exc: BaseException) -> bool:
+    """Whether ``exc`` came out of ``iter(dataset)`` while torch made its fetcher."""
+    code = _utils.fetch._IterableDatasetFetcher.__init__.__code__
+    traceback = exc.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def pin_memory(data: Any) -> Any:
+    """``data`` with every tensor in pinned memory, as torch's loader does it."""
+    return _utils.pin_memory.pin_memory(data)
+
+
+def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
+    """In a worker process: have torch use ``make(create)`` as fetcher of the loader's dataset.
+
+    ``create()`` makes torch's own. Torch asks for a fetcher at the worker's start and, with
+    persistent workers, at the start of each later epoch. Loaders that the dataset itself may use in
+    this process keep torch's fetcher.
+
+    Raises:
+        RuntimeError: outside a worker process. Workers that are threads share torch with the
+            training loop and are not supported.
+    """
+    info = get_worker_info()
+    if info is None or getattr(info, "worker_method", "multiprocessing") != "multiprocessing":
+        raise RuntimeError(
+            "safeloader records in worker processes only, and this torch runs the workers of this "
+            "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
+        )
+    dataset = info.dataset
+    stock_create: Any = _DatasetKind.create_fetcher
+
+    def create_fetcher(
+        kind: int, its_dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
+    ) -> Any:
+        def create() -> Any:
+            return stock_create(kind, its_dataset, auto_collation, collate_fn, drop_last)
+
+        return make(create) if its_dataset is dataset else create()
+
+    _DatasetKind.create_fetcher = staticmethod(create_fetcher)  # type: ignore[method-assign]

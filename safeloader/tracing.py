@@ -1,0 +1,341 @@
+"""Verbose tracing: log lines, or a Chrome trace-event file; runs in main.
+
+Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
+run fills no memory. Workers write nothing: their times come with each batch's papers. Off is a null
+object (:class:`Trace` itself), so that no caller asks whether it is on.
+
+The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
+events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane ``w + 1``
+is worker ``w``; an arrow (flow) leads from a batch's collation to its delivery.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safeloader.main.audit import EpochAudit
+from safeloader.main.provenance import record_of
+from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
+from safeloader.wire.failure import Failure
+from safeloader.wire.indices import Packed, unpack
+
+logger = logging.getLogger("safeloader")
+
+
+class Trace:
+    """What a trace is told. This one writes nothing: tracing is off."""
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn by the sampler."""
+
+    def delivered(self, delivery: Delivery) -> None:
+        """A batch was handed over."""
+
+    def failed(self, failure: Failure) -> None:
+        """A failure is about to be raised."""
+
+    def audited(self, audit: EpochAudit) -> None:
+        """An epoch was closed."""
+
+    def flush(self) -> None:
+        """Have everything on disk."""
+
+
+class LogTrace(Trace):
+    """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
+
+    def __init__(self) -> None:
+        _show_on_stderr_if_nobody_listens()
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        logger.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
+
+    def delivered(self, delivery: Delivery) -> None:
+        record = record_of(delivery)
+        who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
+        for position, (index, fetch_ns) in enumerate(
+            zip(record.indices, record.fetch_ns, strict=True)
+        ):
+            logger.info(
+                "epoch %d: %s (pid %d) fetched index %r for batch %d, position %d, in %.3f ms",
+                record.epoch,
+                who,
+                record.pid,
+                index,
+                record.batch,
+                position,
+                fetch_ns / 1e6,
+            )
+        logger.info(
+            "epoch %d: handed over batch %d from %s: %d samples, collated in %.3f ms, "
+            "the loop waited %.3f ms",
+            record.epoch,
+            record.batch,
+            who,
+            len(record.indices),
+            record.collate_ns / 1e6,
+            record.wait_ns / 1e6,
+        )
+
+    def failed(self, failure: Failure) -> None:
+        logger.info(
+            "epoch %s: %s at index %r, batch %s (%s)",
+            failure.epoch,
+            failure.exception_type,
+            failure.index,
+            failure.batch,
+            failure.phase,
+        )
+
+    def audited(self, audit: EpochAudit) -> None:
+        logger.info("%s", audit)
+
+
+def _show_on_stderr_if_nobody_listens() -> None:
+    """A user who sets an environment variable wants to see lines, configured logging or not."""
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+
+
+class _EventFile:
+    """A JSON array that grows; written in large pieces, by the process that opened it alone.
+
+    The pieces are held here and not in a buffer of Python's, which a forked child would write a
+    second time on its way out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._file: io.FileIO | None = io.FileIO(path, "w")
+        self._held = ["[\n"]
+        self._held_chars = 0
+
+    def write(self, events: list[str]) -> None:
+        for event in events:
+            self._held_chars += len(event)
+            self._held += (event, ",\n")
+        if self._held_chars > _PIECE_CHARS:
+            self.flush()
+
+    def flush(self, end: str = "") -> None:
+        if self._file is None or os.getpid() != self._pid:
+            return
+        text, self._held, self._held_chars = "".join([*self._held, end]), [], 0
+        try:
+            piece = memoryview(text.encode())
+            while piece:
+                piece = piece[self._file.write(piece) :]
+        except OSError as exc:
+            file, self._file = self._file, None
+            logger.warning(
+                "the trace %s could not be written (%s) and ends here; training goes on",
+                self.path,
+                exc,
+            )
+            file.close()
+
+    def finish(self) -> None:
+        """Close the array. (Viewers take a file without the bracket too, after a crash.)"""
+        if self._held and self._held[-1] == ",\n":
+            self._held.pop()
+        self.flush(end="\n]\n")
+
+
+_PIECE_CHARS = 1 << 16
+_file_numbers = itertools.count()
+
+
+class FileTrace(Trace):
+    """One Chrome trace file for this loader in this process.
+
+    A fault while writing (a full disk) is logged once and ends the trace, not the training.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._pid = os.getpid()
+        self._file = _EventFile(folder / f"safeloader-{self._pid}-{next(_file_numbers)}.json")
+        self.path = self._file.path
+        self._lanes: set[int] = set()
+        name = f"safeloader, training process {self._pid}"
+        self._emit([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
+        self._lane(0, "main process")
+        self._finish = weakref.finalize(self, self._file.finish)
+
+    def _emit(self, events: list[str]) -> None:
+        self._file.write(events)
+
+    def _event(self, **fields: Any) -> str:
+        return json.dumps({"pid": self._pid, **fields}, default=str, separators=(",", ":"))
+
+    def _lane(self, tid: int, name: str) -> None:
+        if tid not in self._lanes:
+            self._lanes.add(tid)
+            order = {"sort_index": tid}
+            self._emit(
+                [
+                    self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
+                    self._event(ph="M", name="thread_sort_index", tid=tid, args=order),
+                ]
+            )
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        args = {"epoch": epoch, "indices": str(list(unpack(indices)))}
+        self._emit(
+            [self._event(ph="i", s="t", name="draw", cat="draw", tid=0, ts=_now_us(), args=args)]
+        )
+
+    def delivered(self, delivery: Delivery) -> None:
+        """Hot path when tracing: the events of a batch's samples are formatted by hand, which
+        takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
+        papers = delivery.papers
+        record = record_of(delivery)
+        tid = 0 if papers.worker_id is None else papers.worker_id + 1
+        if tid not in self._lanes:
+            self._lane(tid, f"worker {papers.worker_id} (pid {papers.pid})")
+        head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
+        events = []
+        begin_ns = record.start_ns
+        for index, fetch_ns in zip(record.indices, record.fetch_ns, strict=True):
+            shown = str(index) if type(index) is int else json.dumps(str(index))[1:-1]
+            events.append(
+                f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
+            )
+            begin_ns += fetch_ns
+        stamps = np.frombuffer(papers.stamps, dtype=np.int64)
+        collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
+        end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
+        now_us = _now_us()
+        wait_us = delivery.wait_ns / 1000
+        name = f"batch {delivery.batch}"
+        args = {"epoch": delivery.epoch, "batch": delivery.batch}
+        flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
+        # A flow's ends are tied to the slices around their times: each lies inside its slice.
+        events += [
+            self._event(
+                **{"ph": "X", "cat": "collate", "name": "collate", "tid": tid},
+                **{"ts": collate_us, "dur": end_us - collate_us, "args": args},
+            ),
+            self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
+            self._event(
+                **{"ph": "X", "cat": "wait", "name": f"wait for {name}", "tid": 0},
+                **{"ts": now_us - wait_us, "dur": wait_us},
+                args=args | {"samples": len(record.indices)},
+            ),
+            self._event(ph="f", bp="e", tid=0, ts=now_us - min(wait_us, 1.0) / 2, **flow),
+        ]
+        self._emit(events)
+
+    def failed(self, failure: Failure) -> None:
+        tid = 0 if failure.worker_id is None else failure.worker_id + 1
+        name = f"{failure.exception_type} at {failure.index!r}"
+        args = {"phase": failure.phase, "message": failure.message[:1000]}
+        self._emit(
+            [
+                self._event(
+                    ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args
+                )
+            ]
+        )
+        self.flush()
+
+    def audited(self, audit: EpochAudit) -> None:
+        name = f"audit of epoch {audit.epoch}"
+        args = {"audit": str(audit)}
+        self._emit(
+            [self._event(ph="i", s="p", name=name, cat="audit", tid=0, ts=_now_us(), args=args)]
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _now_us() -> float:
+    return (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
+
+
+# ── which trace ──────────────────────────────────────────────────────────────────────────────────
+
+OFF = Trace()
+
+# A rebuilt loader shares the recorder of the one it was built from, and so its trace file.
+_traces: weakref.WeakKeyDictionary[Recorder, tuple[int, object, Trace]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def wish(trace: object) -> object:
+    """What ``trace=`` and ``SAFELOADER_TRACE`` ask for: False, True or a folder.
+
+    Raises:
+        TypeError: if ``trace`` is none of None, bool, str and path.
+    """
+    if trace is None:
+        value = os.environ.get("SAFELOADER_TRACE", "")
+        if value in ("", "0"):
+            return False
+        return True if value == "1" else Path(value)
+    if isinstance(trace, bool):
+        return trace
+    if isinstance(trace, str | os.PathLike):
+        return Path(trace)
+    raise TypeError(
+        f"trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder for trace "
+        f"files; got {trace!r}"
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """See that trace files can be written into ``folder``, leaving nothing behind.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as exc:
+        raise ValueError(
+            f"trace files cannot be written to {str(folder)!r}: {exc}. Give trace= (or "
+            "SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for nothing"
+        ) from exc
+
+
+def trace_for(recorder: Recorder, trace: object) -> Trace:
+    """The trace of a loader for the epoch that begins; a fault in making it is logged, no more."""
+    wanted = wish(trace)
+    if wanted is False:
+        return OFF
+    known = _traces.get(recorder)
+    if known is not None and known[0] == os.getpid() and known[1] == wanted:
+        return known[2]
+    try:
+        made = LogTrace() if wanted is True else FileTrace(Path(str(wanted)))
+    except OSError as exc:
+        logger.warning("no trace is written: %s", exc)
+        made = OFF
+    _traces[recorder] = (os.getpid(), wanted, made)
+    return made

@@ -1,0 +1,117 @@
+"""The identity of an index, compact enough to cross with every batch; runs in both processes.
+
+What a sampler draws may be anything: ints, strings, tuples, tensors. Drawn and delivered indices
+are compared after a trip through pickle, so an identity must survive one. A batch of ints, by far
+the most common, becomes the bytes of an int64 array: one comparison checks the whole batch.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+# int64 bytes, or one identity per sample.
+Packed: TypeAlias = bytes | tuple[Hashable, ...]
+
+_ITEM_BYTES = 8
+_PLAIN = frozenset({str, bytes, float, complex, type(None)})
+
+
+def pack(indices: Iterable[Any]) -> Packed:
+    """The identities of the indices of one batch, in their order.
+
+    Example:
+        >>> pack([3, 1]) == pack((torch.tensor(3), np.int64(1)))
+        True
+        >>> pack(["a", ("b", 2)])
+        ('a', ('b', 2))
+    """
+    try:
+        return array("q", indices).tobytes()
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return tuple(identity(index) for index in indices)
+
+
+def pack_unbatched(index: Any) -> Packed:
+    """The identities behind one index drawn with ``batch_size=None``.
+
+    A list, or an array of indices, asks the dataset for a whole batch at once: each index in it
+    counts. Anything else, a tuple too, is one index.
+
+    Example:
+        >>> unpack(pack_unbatched(5)), unpack(pack_unbatched([5, 6])), unpack(pack_unbatched((5, 6)))
+        ((5,), (5, 6), ((5, 6),))
+    """
+    if type(index) is list or (isinstance(index, torch.Tensor | np.ndarray) and index.ndim):
+        return pack(index)
+    return pack((index,))
+
+
+def unpack(packed: Packed) -> tuple[Any, ...]:
+    """The identities again, one per sample; ints for a batch of ints."""
+    if type(packed) is bytes:
+        return tuple(memoryview(packed).cast("q"))
+    return packed  # type: ignore[return-value]
+
+
+def count(packed: Packed) -> int:
+    """How many samples ``packed`` stands for."""
+    return len(packed) // _ITEM_BYTES if type(packed) is bytes else len(packed)
+
+
+def identity(index: Any) -> Hashable:
+    """A hashable stand-in for ``index`` that is equal before and after pickling.
+
+    An object without an equality of its own is known by its type alone: two of them in one batch
+    are then told apart by their positions only.
+    """
+    kind = type(index)
+    if kind is int or kind in _PLAIN:
+        return index  # type: ignore[no-any-return]
+    if kind is tuple or kind is list:
+        return tuple(identity(item) for item in index)
+    if kind is bool or issubclass(kind, (int, np.integer)):
+        return int(index)
+    if issubclass(kind, np.generic):
+        return identity(index.item())
+    if issubclass(kind, (torch.Tensor, np.ndarray)):
+        return identity(index.tolist())
+    if kind is dict:
+        return ("dict", *((identity(key), identity(value)) for key, value in index.items()))
+    if kind is slice:
+        return ("slice", index.start, index.stop, index.step)
+    if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
+        try:
+            hash(index)
+        except Exception:  # a frozen dataclass that holds a list
+            return f"<{kind.__qualname__}>"
+        return index  # type: ignore[no-any-return]
+    return f"<{kind.__qualname__}>"
+
+
+def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """Identities as an array: int64; int64 of shape (n, 2) for streams; object for the rest.
+
+    Example:
+        >>> as_array([4, 2]).tolist(), as_array([(0, 7)]).shape, as_array(["a"]).dtype
+        ([4, 2], (1, 2), dtype('O'))
+    """
+    if not len(identities):
+        return np.empty(0, dtype=np.int64)
+    kinds = {type(item) for item in identities}
+    if kinds == {int}:
+        try:
+            return np.array(identities, dtype=np.int64)
+        except OverflowError:
+            pass
+    if kinds == {tuple} and all(
+        len(item) == 2 and type(item[0]) is int and type(item[1]) is int for item in identities
+    ):
+        return np.array(identities, dtype=np.int64)
+    out = np.empty(len(identities), dtype=object)
+    out[:] = list(identities)
+    return out
