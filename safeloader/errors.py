@@ -17,9 +17,8 @@ the same for the errors of its tasks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from safeloader.wire.failure import Failure
@@ -98,7 +97,9 @@ class DeliveryError(SafeLoaderError):
     """What was handed over is not what the sampler drew: missing, twice, or unasked for."""
 
 
-@functools.lru_cache(maxsize=256)
+_dual_types: dict[tuple[type, type], type[SafeLoaderError]] = {}
+
+
 def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[SafeLoaderError]:
     """The class that is both ``ours`` and ``theirs``; ``ours`` alone where that cannot be.
 
@@ -109,6 +110,12 @@ def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[
         return ours
     if issubclass(ours, theirs):
         return ours
+    if (ours, theirs) not in _dual_types:
+        _dual_types[ours, theirs] = _combine(ours, theirs)
+    return _dual_types[ours, theirs]
+
+
+def _combine(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[SafeLoaderError]:
     bases: tuple[type, ...] = (theirs,) if issubclass(theirs, ours) else (ours, theirs)
     name = f"{ours.__name__}({theirs.__qualname__})"
     namespace: dict[str, Any] = {
@@ -130,5 +137,6 @@ def blank(cls: type[BaseException]) -> BaseException:
     """An instance of ``cls`` made without its constructor, which may want arguments."""
     for base in cls.__mro__:
         if base.__module__ == "builtins":  # the base that decides the memory layout
-            return base.__new__(cls)  # type: ignore[return-value]
+            new: Any = base.__new__
+            return cast(BaseException, new(cls))
     raise TypeError(f"{cls!r} is no exception type")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -110,7 +112,7 @@ class SafeDataLoader(DataLoader[T_co]):
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
             self.recorder = Recorder()
-            watch_for_use(self.recorder, f"{type(self).__name__} of {type(self.dataset).__name__}")
+            watch_for_use(self.recorder, f"{type(self).__name__} made at {_calling_line()}")
         return self.recorder
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]
@@ -156,6 +158,14 @@ def _is_off() -> bool:
             f"recorded), 'on' or unset; it is {value!r}"
         )
     return value == "off"
+
+
+def _calling_line() -> str:
+    """File and line of the code outside of this module that made a loader."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _refuse_bad(verify: object, trace: object, recorder: object, key: object) -> None:

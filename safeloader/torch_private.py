@@ -7,7 +7,9 @@ and this is the only module to mend. Nothing here changes torch in the user's pr
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +28,7 @@ _NEEDED = {
     ),
     "torch.utils.data._utils.fetch": ("_IterableDatasetFetcher.__init__",),
     "torch.utils.data._utils.pin_memory": ("pin_memory",),
+    "torch.utils.data._utils.worker": ("_worker_loop.__code__",),
 }
 
 
@@ -123,15 +126,16 @@ def raised_by_dataset_iter(exc: BaseException) -> bool:
 
 def pin_memory(data: Any) -> Any:
     """``data`` with every tensor in pinned memory, as torch's loader does it."""
-    return _utils.pin_memory.pin_memory(data)
+    pin: Any = _utils.pin_memory.pin_memory
+    return pin(data)
 
 
 def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
     """In a worker process: have torch use ``make(create)`` as fetcher of the loader's dataset.
 
-    ``create()`` makes torch's own. Torch asks for a fetcher at the worker's start and, with
-    persistent workers, at the start of each later epoch. Loaders that the dataset itself may use in
-    this process keep torch's fetcher.
+    ``create()`` makes torch's own. Torch's worker loop asks for a fetcher at its start and, with
+    persistent workers, at the start of each later epoch. Loaders that the dataset may use in this
+    process ask too, perhaps over the same dataset: they keep torch's fetcher.
 
     Raises:
         RuntimeError: outside a worker process. Workers that are threads share torch with the
@@ -143,15 +147,11 @@ def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
             "safeloader records in worker processes only, and this torch runs the workers of this "
             "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
         )
-    dataset = info.dataset
     stock_create: Any = _DatasetKind.create_fetcher
+    worker_loop = _utils.worker._worker_loop.__code__
 
-    def create_fetcher(
-        kind: int, its_dataset: Any, auto_collation: bool, collate_fn: Any, drop_last: bool
-    ) -> Any:
-        def create() -> Any:
-            return stock_create(kind, its_dataset, auto_collation, collate_fn, drop_last)
-
-        return make(create) if its_dataset is dataset else create()
+    def create_fetcher(*args: Any, **kwargs: Any) -> Any:
+        create = functools.partial(stock_create, *args, **kwargs)
+        return make(create) if sys._getframe(1).f_code is worker_loop else create()
 
     _DatasetKind.create_fetcher = staticmethod(create_fetcher)  # type: ignore[method-assign]

@@ -5,8 +5,8 @@ run fills no memory. Workers write nothing: their times come with each batch's p
 object (:class:`Trace` itself), so that no caller asks whether it is on.
 
 The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
-events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane ``w + 1``
-is worker ``w``; an arrow (flow) leads from a batch's collation to its delivery.
+events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane
+``w + 1`` is worker ``w``; an arrow (flow) leads from a batch's collation to its delivery.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class _EventFile:
         if self._held and self._held[-1] == ",\n":
             self._held.pop()
         self.flush(end="\n]\n")
+        if self._file is not None:
+            self._file.close()
 
 
 _PIECE_CHARS = 1 << 16
@@ -184,6 +186,11 @@ class FileTrace(Trace):
 
     def _event(self, **fields: Any) -> str:
         return json.dumps({"pid": self._pid, **fields}, default=str, separators=(",", ":"))
+
+    def _slice(
+        self, cat: str, name: str, tid: int, ts_us: float, dur_us: float, args: dict[str, Any]
+    ) -> str:
+        return self._event(ph="X", cat=cat, name=name, tid=tid, ts=ts_us, dur=dur_us, args=args)
 
     def _lane(self, tid: int, name: str) -> None:
         if tid not in self._lanes:
@@ -228,17 +235,12 @@ class FileTrace(Trace):
         args = {"epoch": delivery.epoch, "batch": delivery.batch}
         flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
+        took_us = end_us - collate_us
+        waited = args | {"samples": len(record.indices)}
         events += [
-            self._event(
-                **{"ph": "X", "cat": "collate", "name": "collate", "tid": tid},
-                **{"ts": collate_us, "dur": end_us - collate_us, "args": args},
-            ),
+            self._slice("collate", "collate", tid, collate_us, took_us, args),
             self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
-            self._event(
-                **{"ph": "X", "cat": "wait", "name": f"wait for {name}", "tid": 0},
-                **{"ts": now_us - wait_us, "dur": wait_us},
-                args=args | {"samples": len(record.indices)},
-            ),
+            self._slice("wait", f"wait for {name}", 0, now_us - wait_us, wait_us, waited),
             self._event(ph="f", bp="e", tid=0, ts=now_us - min(wait_us, 1.0) / 2, **flow),
         ]
         self._emit(events)
@@ -248,11 +250,7 @@ class FileTrace(Trace):
         name = f"{failure.exception_type} at {failure.index!r}"
         args = {"phase": failure.phase, "message": failure.message[:1000]}
         self._emit(
-            [
-                self._event(
-                    ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args
-                )
-            ]
+            [self._event(ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args)]
         )
         self.flush()
 
@@ -333,7 +331,7 @@ def trace_for(recorder: Recorder, trace: object) -> Trace:
     if known is not None and known[0] == os.getpid() and known[1] == wanted:
         return known[2]
     try:
-        made = LogTrace() if wanted is True else FileTrace(Path(str(wanted)))
+        made: Trace = LogTrace() if wanted is True else FileTrace(Path(str(wanted)))
     except OSError as exc:
         logger.warning("no trace is written: %s", exc)
         made = OFF

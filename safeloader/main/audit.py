@@ -97,7 +97,9 @@ class EpochAudit:
         }
         for name, _ in _CLASSES:
             array = getattr(self, name)
-            out[name] = array.tolist() if array.dtype != object else [_shown(item) for item in array]
+            out[name] = (
+                array.tolist() if array.dtype != object else [_shown(item) for item in array]
+            )
         return out
 
     def __str__(self) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed
@@ -188,5 +187,3 @@ def _length_of(dataset: Any) -> int | None:
         return len(dataset)
     except Exception:  # no __len__, or one that raises: the audit does without
         return None
-
-

@@ -208,8 +208,8 @@ class Provenance:
             import pyarrow.parquet
         except ImportError as exc:
             raise ImportError(
-                "saving provenance as .parquet needs pyarrow: pip install 'safeloader[parquet]', or "
-                "save as .npy, .csv or .jsonl"
+                "saving provenance as .parquet needs pyarrow: pip install 'safeloader[parquet]', "
+                "or save as .npy, .csv or .jsonl"
             ) from exc
         table = _without_objects(self.to_numpy())
         columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}

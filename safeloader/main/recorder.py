@@ -165,8 +165,8 @@ def _say_blank() -> None:
     if loaders:
         logger.warning(
             "%d SafeDataLoader(s) never delivered a batch, so nothing was recorded or checked for "
-            "them: %s. Rebuilt by a framework as torch's own DataLoader? Iterate the SafeDataLoader "
-            "itself, or check type(loader) where the framework hands it back.",
+            "them: %s. Rebuilt by a framework as torch's own DataLoader? Iterate the "
+            "SafeDataLoader itself, or check type(loader) where the framework hands it back.",
             len(loaders),
             "; ".join(loaders[:3]),
         )

@@ -142,7 +142,7 @@ def inherits(cls: type, base: type) -> bool:
     >>> inherits(bool, int)
     True
     """
-    return any(each is base for each in _mro_of(cls))
+    return any(each is base for each in _mro_of(cls))  # `in` would ask the metaclass for `==`
 
 
 def array_facts(value: object) -> dict[str, Any] | None:
@@ -161,7 +161,9 @@ def array_facts(value: object) -> dict[str, Any] | None:
     if inherits(cls, np.ndarray):
         dtype = array.dtype.__get__(value)
         facts["shape"] = list(array.shape.__get__(value))
-        facts["dtype"] = _cut(str(dtype)) if dtype.names is None else f"record of {len(dtype.names)}"
+        facts["dtype"] = (
+            _cut(str(dtype)) if dtype.names is None else f"record of {len(dtype.names)}"
+        )
         facts["size_bytes"] = int(array.nbytes.__get__(value))
         return facts
     if not inherits(cls, torch.Tensor):

@@ -19,7 +19,7 @@ import pickle
 import traceback as traceback_module
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from safeloader.errors import (
     CollateError,
@@ -159,7 +159,7 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     if theirs is None:
         error = ours(failure.message)
     else:
-        error = blank(dual_type(ours, theirs))  # type: ignore[assignment]
+        error = cast(SafeLoaderError, blank(dual_type(ours, theirs)))
         attributes = (
             _attributes_of(exception) if exception is not None else _crossed(failure._remains)
         )

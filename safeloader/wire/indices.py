@@ -43,8 +43,8 @@ def pack_unbatched(index: Any) -> Packed:
     counts. Anything else, a tuple too, is one index.
 
     Example:
-        >>> unpack(pack_unbatched(5)), unpack(pack_unbatched([5, 6])), unpack(pack_unbatched((5, 6)))
-        ((5,), (5, 6), ((5, 6),))
+        >>> [unpack(pack_unbatched(index)) for index in (5, [5, 6], (5, 6))]
+        [(5,), (5, 6), ((5, 6),)]
     """
     if type(index) is list or (isinstance(index, torch.Tensor | np.ndarray) and index.ndim):
         return pack(index)
@@ -84,7 +84,8 @@ def identity(index: Any) -> Hashable:
         return ("dict", *((identity(key), identity(value)) for key, value in index.items()))
     if kind is slice:
         return ("slice", index.start, index.stop, index.step)
-    if kind.__eq__ is not object.__eq__ and kind.__hash__ is not None:
+    has_own_equality = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])
+    if has_own_equality and kind.__hash__ is not None:
         try:
             hash(index)
         except Exception:  # a frozen dataclass that holds a list

@@ -33,7 +33,7 @@ class StreamBoard:
 
     def __init__(self, workers: int, *, shared: bool) -> None:
         self._cells: MutableSequence[int] = (
-            RawArray("q", _FIELDS * workers) if shared else [0] * (_FIELDS * workers)  # type: ignore[assignment]
+            RawArray("q", _FIELDS * workers) if shared else [0] * (_FIELDS * workers)
         )
 
     def __len__(self) -> int:

@@ -50,7 +50,7 @@ class RefusingFetcher:
         self._post = post
         self._told = False
 
-    def fetch(self, task: Any) -> FailedBatch:
+    def fetch(self, task: Task) -> FailedBatch:
         """The failure; for a stream once, then its end, as there are no batches to lose."""
         board = self._post.board
         if board is not None:
@@ -68,20 +68,13 @@ class RecordingFetcher:
     """Torch's fetcher with a notebook: same calls on the same objects in the same order."""
 
     def __init__(self, stock: Any, post: Post) -> None:
-        self._stock = stock
         self._post = post
         self._dataset = stock.dataset
         self._collate_fn = stock.collate_fn
         self._pid = os.getpid()
 
-    def fetch(self, task: Any) -> Any:
-        """The batch for ``task`` with its papers.
-
-        A plain index comes from a loader of the dataset's own over the same dataset: it gets what
-        torch's fetcher gives.
-        """
-        if type(task) is not Task:
-            return self._stock.fetch(task)
+    def fetch(self, task: Task) -> Parcel | FailedBatch:
+        """The batch for ``task`` with its papers."""
         if type(task.index) is SamplerFault:
             return FailedBatch(self._papers(task.seq, b"", 0, []), None)
         return self._fetch(task.seq, task.index)
@@ -117,7 +110,7 @@ class RecordingFetcher:
         key = self._post.key
         if key is None:
             return None
-        keys = []
+        keys: list[Any] = []
         for sample in samples:
             try:
                 found = key(sample)
@@ -302,8 +295,10 @@ class StreamFetcher(RecordingFetcher):
                 samples.append(sample)
                 stamps.append(clock())
             self._read += len(samples)
-            if not samples or (self._drop_last and len(samples) < wanted):
-                self._note(len(samples), ended=True)
+            dropped = len(samples) if self._drop_last and len(samples) < wanted else 0
+            if len(samples) < wanted:
+                self._note(dropped, ended=True)
+            if not samples or dropped:
                 raise StopIteration
             keys = self._keys(samples)
             phase = "collate"
@@ -313,9 +308,7 @@ class StreamFetcher(RecordingFetcher):
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
             return self._explain(exc, seq, phase, first, samples, stamps)
-        papers = self._papers(
-            seq, b"", len(samples), stamps, ordinal=first, keys=keys
-        )
+        papers = self._papers(seq, b"", len(samples), stamps, ordinal=first, keys=keys)
         return Parcel(papers, batch)
 
     def _explain(

@@ -11,8 +11,8 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str) -> str:
     in_stream = type(index) is tuple and len(index) == 2
     if isinstance(exc, StopIteration) and phase == "sample":
         parts.append(
-            "a StopIteration left __getitem__ (a bare next() in it?); torch's own loader would have "
-            "ended the epoch here without a word"
+            "a StopIteration left __getitem__ (a bare next() in it?); torch's own loader would "
+            "have ended the epoch here without a word"
         )
     if phase == "sample" and index is not None and not in_stream:
         parts.append(f"dataset[{index!r}] in the main process repeats the call under a debugger")

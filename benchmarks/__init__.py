@@ -1,0 +1,1 @@
+"""Benchmarks: the stock loader and SafeDataLoader side by side, in turn, in one run."""

@@ -1,0 +1,264 @@
+"""The benchmarks measure what they say: equal batches, right statistics, honest exits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import pickle
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import cuda_pinned, environment, memory, report, run, timing
+from benchmarks.cases import CASES, Case, Unavailable
+from benchmarks.contenders import CONTENDERS
+from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
+from benchmarks.timing import EpochTime, seeded, time_epoch
+
+BATCHES = 3
+
+
+def build(case: Case) -> tuple[Any, dict[str, Any]]:
+    try:
+        return case.build(BATCHES)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for each, its_like in zip(one, other, strict=True):
+            assert_same(each, its_like)
+    else:
+        assert one == other
+
+
+def leaves(batch: Any) -> int:
+    if isinstance(batch, dict):
+        return sum(map(leaves, batch.values()))
+    return sum(map(leaves, batch)) if isinstance(batch, list | tuple) else 1
+
+
+# -------------------------------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_contender_yields_the_same_batches(case: Case, tmp_path: Path) -> None:
+    """The ratio of two speeds means something only if both sides did the same work."""
+    dataset, kwargs = build(case)
+    epochs = []
+    for make in CONTENDERS.values():
+        torch.manual_seed(7)  # augmentation in the main process draws from the global generator
+        epochs.append(list(make(dataset, seeded(kwargs), tmp_path)))
+    assert len(epochs[0]) >= BATCHES
+    for other in epochs[1:]:
+        assert_same(epochs[0], other)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_case_can_be_sent_to_a_spawned_worker(case: Case) -> None:
+    dataset, kwargs = build(case)
+    pickle.dumps((dataset, kwargs.get("collate_fn")))
+
+
+def test_bars() -> None:
+    assert {case.bar for case in CASES.values() if case.real_work} == {0.99}
+    assert {case.bar for case in CASES.values() if not case.real_work} == {0.95}
+    assert {name for name, case in CASES.items() if case.real_work} == {"jpeg-main", "jpeg-2w"}
+
+
+def test_the_detection_batch_has_49_tensors() -> None:
+    dataset, kwargs = build(CASES["detection-2w"])
+    batch = next(iter(DataLoader(dataset, kwargs["batch_size"], collate_fn=kwargs["collate_fn"])))
+    assert leaves(batch) == 49
+
+
+def test_every_worker_reads_its_own_share_of_the_stream() -> None:
+    dataset, kwargs = build(CASES["stream-2w"])
+    indices = torch.cat([indices for _, indices in DataLoader(dataset, **kwargs)])
+    assert sorted(indices.tolist()) == list(range(32 * BATCHES))
+
+
+# --------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"),
+    # Ranks of the 95 % sign-test interval as tables of order statistics give them.
+    [(6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (15, 4), (20, 6), (30, 10), (50, 18)],
+)
+def test_the_interval_has_the_ranks_of_the_tables(count: int, rank: int) -> None:
+    assert median_interval(range(count, 0, -1)) == (rank, count + 1 - rank)
+
+
+def test_too_few_values_have_no_interval() -> None:
+    assert median_interval(range(FEWEST_FOR_INTERVAL - 1)) is None
+    assert median_interval(range(FEWEST_FOR_INTERVAL)) is not None
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(1)
+    # Skewed and long-tailed, as times are; the true median is 1.
+    intervals = [median_interval(draw.lognormal(0, 1, 20).tolist()) for _ in range(2000)]
+    covered = sum(ends is not None and ends[0] <= 1 <= ends[1] for ends in intervals)
+    assert 0.94 <= covered / 2000 <= 0.98  # 95.9 % by theory
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60))
+def test_a_spread_is_in_order(values: list[int]) -> None:
+    found = spread(values)
+    assert found.quartiles[0] <= found.median <= found.quartiles[1]
+    if found.interval is not None:
+        assert found.interval[0] in values
+        assert found.interval[1] in values
+        assert found.interval[0] <= found.median <= found.interval[1]
+
+
+# ------------------------------------------------------------------------------------- report
+
+
+def row(*ratios: float, case: str = "small-2w") -> report.Row:
+    times = {
+        "stock": [EpochTime(1_000_000, 1000.0, 500.0)] * len(ratios),
+        "safe": [EpochTime(2_000_000, 1000.0 / ratio, 250.0) for ratio in ratios],
+    }
+    (made,) = report.make_rows(CASES[case], times, {})
+    return made
+
+
+def test_a_ratio_above_one_is_faster() -> None:
+    made = row(2.0, 2.0, 4.0)
+    assert made.speed.median == pytest.approx(2)
+    assert made.figures.per_batch_us == pytest.approx(0.5)
+    assert made.reference.per_batch_us == pytest.approx(1)
+    assert made.figures.first_batch_ms == pytest.approx(2)
+
+
+def test_only_a_whole_interval_below_the_bar_fails() -> None:
+    assert row(*[0.9] * 6).verdict == "BELOW"
+    assert row(*[0.9] * 5, 1.0).verdict == "unclear"
+    assert row(*[0.9] * 5).verdict == "unclear"  # too few for an interval
+    assert row(*[0.96] * 6).verdict == "ok"
+    assert row(*[0.96] * 6, case="jpeg-2w").verdict == "BELOW"
+
+
+def test_an_epoch_counts_the_batches_after_the_first() -> None:
+    timed = time_epoch(DataLoader(TensorDataset(torch.arange(3))))
+    assert timed.first_batch_ns > 0
+    assert timed.per_batch_ns > 0
+
+
+def test_contenders_take_turns_in_an_order_that_turns_round(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    turns: list[str] = []
+    for name in ("safe", "safe+trace"):  # a loader that is no more than its name
+        monkeypatch.setitem(CONTENDERS, name, lambda dataset, kwargs, folder: folder.name)
+    monkeypatch.setattr(timing, "time_epoch", turns.append)
+    timing.time_case(CASES["tensor-main"], ["safe", "safe+trace"], BATCHES, 3, tmp_path)
+    forth = ["safe", "safe+trace"]
+    assert turns == forth + forth + forth[::-1] + forth  # the first is the warm-up
+
+
+def test_a_run_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    arguments = ["--cases=tensor-main", "--contenders=stock,null", "--quick", "--repeats=2"]
+    try:
+        for _ in range(2):  # the second time must not overwrite the first
+            assert run.main([*arguments, f"--out={tmp_path}"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "| tensor-main | null " in capsys.readouterr().out
+    first, second = sorted(tmp_path.glob("*.json"))
+    assert first != second
+    result = json.loads(first.read_text())
+    assert result["environment"]["torch"] == torch.__version__
+    assert [len(each["ratios"]) for each in result["rows"]] == [2]
+    assert len(list(tmp_path.glob("*.md"))) == 2
+    plots = 2 if importlib.util.find_spec("matplotlib") else 0
+    assert len(list(tmp_path.glob("*.png"))) == plots
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(0.9, 1), (1.1, 0)])
+def test_check_fails_a_run_with_a_row_below_its_bar(
+    monkeypatch: pytest.MonkeyPatch, ratio: float, status: int
+) -> None:
+    monkeypatch.setattr(run, "_run_case", lambda *_: [row(*[ratio] * 6)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert run.main(["--contenders=null", "--quick", "--check", "--cases=small-2w"]) == status
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cases=nonsense"],
+        ["--contenders=stock"],
+        ["--contenders=null", "--check", "--repeats=5"],
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        run.main(arguments)
+    assert refused.value.code == 2
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    if not memory.available():
+        pytest.skip("psutil is not installed")
+    measured = memory.measure("small-1w", "stock", 5)
+    assert 0 < measured.steady_bytes <= measured.peak_bytes
+
+
+def test_the_environment_does_not_name_the_host() -> None:
+    assert platform.node() not in environment.describe().values()
+
+
+# --------------------------------------------------------------------------------------- CUDA
+
+
+def test_without_cuda_nothing_is_measured_or_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_pinned.main(["--out", str(tmp_path / "cuda.json")]) == 0
+    assert "CUDA is not available" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_training_loop_sees_every_batch_once_and_in_order() -> None:
+    """On the CPU, which stands in for the device: the loop is the same but for the streams."""
+    expected = [(torch.full((1,), float(n)), torch.tensor([n])) for n in range(4)]
+    clock = cuda_pinned.Clock(iter(expected))
+    arrived = list(cuda_pinned.on_device(clock, torch.device("cpu"), None))
+    assert_same(arrived, expected)
+    assert clock.count == 4
+
+    loader = DataLoader(cuda_pinned.LabelledImages(12, 32), batch_size=4)
+    figures = cuda_pinned.train_epoch(loader, cuda_pinned.model(), torch.device("cpu"))
+    assert 0 < figures.wait_share < 1
+    assert figures.batches_per_s > 0
+
+
+def test_a_line_of_the_cuda_report() -> None:
+    ours = cuda_pinned.EpochFigures(200, 0.1, 50)
+    stock = dataclasses.replace(ours, wait_share=0.4, host_cpu_per_batch_us=90)
+    made = cuda_pinned.Row(64, "side", "safe", Spread(2, (1, 3), (1.5, 2.5)), [2], ours, stock)
+    assert "ratio 2.00 (1.50 to 2.50); wait share 10% (stock 40%)" in cuda_pinned.line(made)

@@ -1,0 +1,516 @@
+"""A dataset is described whatever it holds: bounded, guarded, and without its secrets."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, Subset
+from torch.utils.data.datapipes.iter import IterableWrapper
+
+from safeloader.wire.dataset_state import bounded_text, changes, describe, differences
+
+HERE = __name__
+
+
+class Holding(Dataset[Any]):
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 10
+
+
+def attribute(value: Any, name: str = "x") -> dict[str, Any]:
+    return described(Holding(**{name: value}))["attributes"][name]  # type: ignore[no-any-return]
+
+
+def described(dataset: object) -> dict[str, Any]:
+    """The description, after checks that hold for every one."""
+    start = time.monotonic()
+    state = describe(dataset)
+    assert time.monotonic() - start < 2
+    assert len(json.dumps(state, allow_nan=False)) < 16_384
+    assert json.loads(json.dumps(state)) == state
+    assert all(len(entry["repr"]) <= 120 for entry in state["attributes"].values())
+    return state
+
+
+class Hostile:
+    """Does harm whatever it is asked."""
+
+    def _harm(self, *args: Any) -> Any:
+        raise SystemExit("not to be called")
+
+    __getattribute__ = __getattr__ = __repr__ = __str__ = __eq__ = __len__ = __iter__ = _harm
+    __bool__ = __index__ = __int__ = __float__ = __format__ = __array__ = __reduce_ex__ = _harm
+    __hash__ = __dir__ = __sizeof__ = _harm  # type: ignore[assignment]
+    __class__ = property(_harm)  # type: ignore[assignment]
+
+
+class HostileMeta(type):
+    __module__ = __name__ = __mro__ = __dict__ = property(Hostile._harm)  # type: ignore[assignment]
+    __eq__ = __instancecheck__ = __subclasscheck__ = __repr__ = Hostile._harm  # type: ignore[assignment]
+    __hash__ = __getattribute__ = Hostile._harm  # type: ignore[assignment]
+
+
+HostileClass: Any = HostileMeta("HostileClass", (), {"__module__": HERE})
+
+
+class HostileList(list[Any]):
+    __len__ = __iter__ = __getitem__ = __repr__ = __eq__ = Hostile._harm  # type: ignore[assignment]
+
+
+class HostileDict(dict[Any, Any]):
+    __len__ = __iter__ = __getitem__ = __repr__ = items = Hostile._harm  # type: ignore[assignment]
+
+
+class HostileText(str):
+    __len__ = __getitem__ = __repr__ = __str__ = encode = Hostile._harm  # type: ignore[assignment]
+
+
+class HostileTensor(torch.Tensor):
+    __torch_function__ = classmethod(Hostile._harm)  # type: ignore[assignment]
+
+
+class Slotted:
+    __slots__ = ("filled", "unset")
+
+    def __init__(self) -> None:
+        self.filled = 3
+
+
+class Credentials(NamedTuple):
+    user: str
+    password: str
+
+
+class Config:
+    def __init__(self) -> None:
+        self.rate, self.api_key = 0.5, "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "None"),
+        (True, "True"),
+        (float("nan"), "nan"),
+        (7, "7"),
+        (10**100_000, "<332193 bits>"),
+        ("a\nb", "'a\\nb'"),
+        ("\ud800", "'\\ud800'"),
+        ([1, [2, [3]]], "[1, [2, list of 1]]"),
+        ((1, "a"), "(1, 'a')"),
+        ({"b", "a"}, "{'a', 'b'}"),
+        (set(range(100)), "{... 100 more}"),
+        (collections.deque([1]), "collections.deque([1])"),
+        (collections.OrderedDict(a=1), "collections.OrderedDict({'a': 1})"),
+        (range(3), "range(0, 3, 1)"),
+        (np.float32(0.5), "numpy.float32(0.5)"),
+        (torch.float32, "torch.float32"),
+        (torch.device("cpu"), "device(type='cpu')"),
+        (datetime.date(2024, 1, 2), "datetime.date(2024, 1, 2)"),
+        (pathlib.PurePosixPath("/a"), "PurePosixPath('/a')"),
+        (Config(), f"<{HERE}.Config rate=0.5 api_key=[redacted]>"),
+        ([Config()], f"[<{HERE}.Config>]"),
+        (Config, f"<class {HERE}.Config>"),
+        (Slotted(), f"<{HERE}.Slotted filled=3>"),
+        (json, "<module 'json'>"),
+        (len, "<function len>"),
+        (torch.Generator(), "<torch.Generator>"),
+        (Hostile(), f"<{HERE}.Hostile>"),
+        (HostileClass(), f"<{HERE}.HostileClass>"),
+        (HostileClass, f"<class {HERE}.HostileClass>"),
+        (HostileList([1]), f"{HERE}.HostileList([1])"),
+        (HostileDict(a=1), f"{HERE}.HostileDict({{'a': 1}})"),
+        (HostileText("a"), f"{HERE}.HostileText('a')"),
+    ],
+)
+def test_values_are_told_without_running_their_code(value: Any, text: str) -> None:
+    assert attribute(value)["repr"] == text
+
+
+def test_tensors_and_arrays_are_told_by_their_header() -> None:
+    small = attribute(torch.tensor([[0.5, 2.0]]))
+    assert small == {
+        "type": "torch.Tensor",
+        "shape": [1, 2],
+        "dtype": "float32",
+        "device": "cpu",
+        "size_bytes": 8,
+        "repr": "torch.Tensor float32 [1, 2] cpu (0.5, 2)",
+    }
+    assert attribute(torch.ones(9))["repr"] == "torch.Tensor float32 [9] cpu"
+    assert attribute(np.arange(3))["repr"] == "numpy.ndarray int64 [3] (0, 1, 2)"
+    assert attribute(np.ones((1000, 1000)))["size_bytes"] == 8_000_000
+    assert attribute(np.array([Hostile()]))["repr"] == "numpy.ndarray object [1]"
+    assert attribute(np.zeros(2, dtype=[("a", "f4")]))["dtype"] == "record of 1"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_kind_of_tensor_does_harm() -> None:
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    expected = {
+        "meta": (torch.ones(2, device="meta"), [2]),
+        "sparse": (torch.eye(2).to_sparse(), [2, 2]),
+        "quantized": (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), [2]),
+        "nested": (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), None),
+        "uninitialized": (torch.nn.UninitializedParameter(), [0]),
+        "freed": (freed, [3]),
+        "grad": (torch.ones(2, requires_grad=True) * 2, [2]),
+        "conjugate": (torch.tensor([1j]).conj(), [1]),
+        "bfloat16": (torch.ones(2, dtype=torch.bfloat16), [2]),
+        "overridden": (torch.ones(2).as_subclass(HostileTensor), [2]),
+        "parameter": (torch.nn.Parameter(torch.ones(2)), [2]),
+        "scalar": (torch.tensor(1), []),
+    }
+    state = described(Holding(**{name: tensor for name, (tensor, _) in expected.items()}))
+    assert "notes" not in state
+    for name, (_, shape) in expected.items():
+        assert state["attributes"][name].get("shape") == shape, name
+
+
+def test_a_memory_mapped_file_is_not_read(tmp_path: pathlib.Path) -> None:
+    mapped = np.memmap(tmp_path / "data", dtype="u1", mode="w+", shape=(8,))
+    assert attribute(mapped)["repr"] == "numpy.memmap uint8 [8]"
+
+
+def test_huge_containers_cost_nothing() -> None:
+    state = described(
+        Holding(many=[0] * 10_000_000, table=dict.fromkeys(range(1_000_000)), text="x" * 10**8)
+    )
+    assert state["attributes"]["many"] == {
+        "type": "list",
+        "length": 10_000_000,
+        "repr": "[0, 0, 0, 0, 0, ... 9999995 more]",
+    }
+    assert state["attributes"]["table"]["length"] == 1_000_000
+    assert state["attributes"]["text"]["length"] == 10**8
+
+
+def test_cycles_and_depth_end() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    holder = Holding(cycle=cycle)
+    vars(holder)["self"] = holder
+    assert described(holder)["attributes"]["cycle"]["repr"] == "[[list of 1]]"
+
+
+def test_many_attributes_are_counted_beyond_the_bound() -> None:
+    few = described(Holding(**{f"a{n}": n for n in range(80)}))
+    assert len(few["attributes"]) == 50
+    assert few["omitted_attributes"] == 30
+    wide = "\N{GRINNING FACE}" * 500  # twelve bytes of JSON each
+    long = described(Holding(**{f"{n}{wide}": wide for n in range(50)}))
+    assert len(long["attributes"]) + long["omitted_attributes"] == 50
+    described(Holding(**{f"a{n}": n for n in range(200_000)}))
+
+
+def test_names_need_not_be_texts() -> None:
+    holder = Holding()
+    vars(holder)[3] = vars(holder)[("a", 1)] = 4  # type: ignore[index]
+    vars(holder)[HostileText("name")] = 5
+    assert described(holder)["attributes"].keys() == {"[3]", "[tuple of 2]", "name"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["password", "DB_PASSWD", "token", "hfToken", "HF_TOKENS", "client_secret", "credentials", "awsCredential",
+     "api key", "api_key", "apikey", "openaiApiKey", "private_key", "ACCESS_KEY_ID"],
+)  # fmt: skip
+def test_secrets_are_not_shown_at_any_depth(name: str) -> None:
+    class Told:
+        def __safeloader_state__(self) -> Any:
+            return {name: "hunter2", "in": {"a": {name: "hunter2"}}, "list": [{name: "hunter2"}]}
+
+    holder = Holding(**{name: "hunter2", "config": {name: "hunter2"}, "deep": [{name: "hunter2"}]})
+    holder.inner = Holding(**{name: "hunter2"})  # type: ignore[attr-defined]
+    state = described(holder)
+    assert state["attributes"][name] == {"type": "str", "repr": "[redacted]"}
+    assert "hunter2" not in json.dumps(state)
+    assert "hunter2" not in json.dumps(described(Told()))
+    assert "hunter2" not in json.dumps(described(Holding(pair=Credentials("me", "hunter2"))))
+
+
+def test_what_only_resembles_a_secret_is_shown() -> None:
+    for name in ("tokenizer", "tokenized", "key", "keys", "accessible", "passed"):
+        assert attribute("shown", name)["repr"] == "'shown'"
+
+
+def test_the_shape_of_a_secret_may_stay() -> None:
+    assert attribute(torch.ones(3), "tokens")["shape"] == [3]
+    assert attribute(torch.ones(3), "tokens")["repr"] == "[redacted]"
+
+
+class Watchful:
+    """Has properties that must not be asked, and a slot."""
+
+    __slots__ = ("__dict__", "slot")
+
+    def __init__(self) -> None:
+        self.slot, self.plain = 1, 2
+
+    @property
+    def raising(self) -> int:
+        raise SystemExit
+
+    def __getattr__(self, name: str) -> Any:
+        raise SystemExit
+
+
+def test_only_what_the_instance_holds_is_read() -> None:
+    state = described(Watchful())
+    assert state["attributes"].keys() == {"plain", "slot"}
+    assert state["length"] is None
+    assert "notes" not in state
+
+
+def test_any_object_at_all_can_be_described() -> None:
+    for thing in (
+        Hostile(),
+        HostileClass(),
+        HostileClass,
+        None,
+        3,
+        "abc",
+        [1],
+        len,
+        torch,
+        type,
+        np.ones(2),
+    ):
+        assert described(thing)["class"]
+
+
+class Answering:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __len__(self) -> int:
+        return self.answer()  # type: ignore[no-any-return]
+
+
+class Telling(Answering):
+    def __len__(self) -> int:
+        return 3
+
+    def __safeloader_state__(self) -> Any:
+        return self.answer()
+
+
+def raising(error: BaseException) -> Any:
+    def answer() -> Any:
+        raise error
+
+    return answer
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+def test_a_length_that_raises_is_noted() -> None:
+    state = described(Answering(raising(ValueError("no file"))))
+    assert state["length"] is None
+    assert state["notes"] == ["__len__ raised ValueError: no file"]
+    assert "answer" in state["attributes"]
+    assert described(Answering(raising(SystemExit(3))))["notes"] == ["__len__ raised SystemExit: 3"]
+    assert described(Answering(raising(Unprintable())))["notes"] == [
+        f"__len__ raised {HERE}.Unprintable: "
+    ]
+    assert "TypeError" in described(Answering(lambda: "seven"))["notes"][0]
+    assert len(described(Answering(raising(ValueError("x" * 10**6))))["notes"][0]) <= 240
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
+    release = threading.Event()
+    try:
+        state = described(Answering(release.wait))
+        assert state["notes"] == ["__len__ did not answer within 0.5 s"]
+        state = described(Telling(release.wait))
+        assert state["notes"] == ["__safeloader_state__ did not answer within 0.5 s"]
+        assert "answer" in state["attributes"]
+    finally:
+        release.set()
+
+
+def test_a_dataset_may_tell_of_itself() -> None:
+    state = described(Telling(lambda: {"epoch": 3, "rate": 0.5, "open": None, "files": ["a", "b"]}))
+    assert state["told_by_dataset"] == {"epoch": 3, "rate": 0.5, "open": None, "files": ["a", "b"]}
+    assert state["attributes"] == {}
+    assert described(Telling(lambda: 7))["told_by_dataset"] == {"answer": 7}
+
+
+def test_what_a_dataset_tells_is_made_json_and_bounded() -> None:
+    told = described(
+        Telling(
+            lambda: {
+                3: float("inf"),
+                "big": 10**100_000,
+                "object": Hostile(),
+                "tensor": torch.ones(1),
+                "list": list(range(10**6)),
+                "deep": {"a": {"b": {"c": 1}}},
+                "text": HostileText("x" * 1000),
+                "wide": {n: {m: "\N{GRINNING FACE}" * 120 for m in range(99)} for n in range(99)},
+            }
+        )
+    )["told_by_dataset"]
+    assert told["[3]"] == "inf"
+    assert told["big"] == "<332193 bits>"
+    assert told["object"] == f"<{HERE}.Hostile>"
+    assert told["tensor"] == "torch.Tensor float32 [1] cpu (1)"
+    assert told["list"][-1] == "... 999980 more"
+    assert told["deep"] == {"a": {"b": "{'c': 1}"}}
+    assert len(told["text"]) == 120
+    assert isinstance(told["wide"], str)
+    many = described(Telling(lambda: dict.fromkeys(range(10**6), "x" * 1000)))
+    assert many["omitted_attributes"] == 10**6 - len(many["told_by_dataset"])
+
+
+def test_an_account_that_raises_gives_way_to_the_attributes() -> None:
+    state = described(Telling(raising(KeyError("epoch"))))
+    assert state["notes"] == ["__safeloader_state__ raised KeyError: 'epoch'"]
+    assert "told_by_dataset" not in state
+    assert "answer" in state["attributes"]
+
+
+def test_datasets_of_torch_are_described_sensibly() -> None:
+    subset = described(Subset(Holding(rate=2), [1, 2]))
+    assert subset["class"] == "torch.utils.data.dataset.Subset"
+    assert subset["length"] == 2
+    assert subset["attributes"]["dataset"]["repr"] == f"<{HERE}.Holding rate=2>"
+    assert subset["attributes"]["indices"]["repr"] == "[1, 2]"
+    module = described(torch.nn.Linear(2, 1))
+    assert module["attributes"].keys() == {
+        "training",
+        "_parameters",
+        "in_features",
+        "out_features",
+    }
+    pipe = described(IterableWrapper([1, 2]))
+    assert pipe["attributes"]["iterable"]["repr"] == "[1, 2]"
+
+
+def test_changes_in_one_process() -> None:
+    holder = Holding(counter=0, handle=Config(), items=[1, 2], same=1, weights=torch.zeros(2))
+    start = described(holder)
+    vars(holder).update(counter=137, cache={1: 1, 2: 2, 3: 3}, items=[1, 3], weights=torch.ones(2))
+    del vars(holder)["handle"]
+    assert changes(start, described(holder)) == {
+        "counter": "was 0, now 137",
+        "handle": f"removed (was <{HERE}.Config rate=0.5 api_key=[redacted]>)",
+        "items": "was [1, 2], now [1, 3]",
+        "weights": "was torch.Tensor float32 [2] cpu (0, 0), now torch.Tensor float32 [2] cpu (1, 1)",
+        "cache": "added: dict of 3",
+    }
+    assert changes(start, start) == {}
+
+
+def test_changes_of_lengths() -> None:
+    items = [1, 2]
+    start = described(Answering(items.__len__))
+    items.append(3)
+    now = described(Answering(items.__len__))
+    assert changes(start, now)["len()"] == "was 2, now 3"
+    assert changes(described(Holding(x=[1])), described(Holding(x=[1, 2])))["x"] == (
+        "was list of 1, now list of 2"
+    )
+    failed = described(Answering(raising(ValueError())))
+    assert changes(failed, now)["len()"] == "was unknown, now 3"
+
+
+def test_changes_of_what_the_dataset_tells() -> None:
+    def state(epoch: int) -> dict[str, Any]:
+        return described(Telling(lambda: {"epoch": epoch, "files": ["a"]}))
+
+    assert changes(state(0), state(3)) == {"epoch": "was 0, now 3"}
+    assert changes(state(0), described(Telling(raising(ValueError())))) == {}
+
+
+def test_changes_of_a_secret_do_not_show_it() -> None:
+    told = changes(described(Holding(token=None)), described(Holding(token="hunter2")))
+    assert told.keys() == {"token"}
+    assert "hunter2" not in told["token"]
+
+
+def test_differences_from_the_main_process() -> None:
+    here = described(Holding(epoch=0, x=1))
+    main = described(Holding(epoch=3, handle=[1]))
+    assert differences(here, main) == {
+        "epoch": "here 0, in the main process 3",
+        "handle": "lost on the way from the main process (there: list of 1)",
+        "x": "only here: 1",
+    }
+    assert differences(main, main) == {}
+
+
+def test_what_was_omitted_is_not_called_lost() -> None:
+    many = {f"a{n}": n for n in range(60)}
+    assert differences(described(Holding(x=1, **many)), described(Holding(**many))) == {}
+
+
+def test_classes_of_a_spawned_script_do_not_differ() -> None:
+    main = type("Local", (), {"__module__": "__main__"})
+    here = type("Local", (), {"__module__": "__mp_main__"})
+    assert differences(describe(here()), describe(main())) == {}
+
+
+def test_describing_leaves_no_thread_behind() -> None:
+    before = threading.active_count()
+    described(Holding())
+    assert threading.active_count() == before
+
+
+values = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.complex_numbers(), st.text(), st.binary(),
+        st.builds(Hostile), st.builds(Config), st.dates(), st.datetimes(), st.builds(torch.ones, st.integers(0, 9)),
+    ),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text() | st.integers(), inner)
+    | st.builds(HostileList, st.lists(inner)) | st.builds(lambda x: Holding(x=x), inner),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.text(), values))
+def test_every_description_is_small_json_and_repeatable(attributes: dict[str, Any]) -> None:
+    state = described(Holding(**attributes))
+    assert len(state["attributes"]) + state.get("omitted_attributes", 0) == len(attributes)
+    again = described(Holding(**attributes))
+    assert changes(state, again) == differences(state, again) == {}
+    described(Telling(lambda: attributes))
+
+
+@settings(deadline=None)
+@given(values)
+def test_every_text_is_bounded(value: Any) -> None:
+    assert len(bounded_text(value)) <= 120
+    bounded_text(value).encode()
+
+
+def iterate() -> Iterator[int]:
+    yield 1
+
+
+def test_objects_of_the_interpreter_can_be_described(tmp_path: pathlib.Path) -> None:
+    with open(tmp_path / "f", "w") as file:
+        state = described(
+            Holding(file=file, lock=threading.Lock(), generator=iterate(), code=iterate.__code__)
+        )
+    assert state["attributes"]["file"]["repr"].startswith("<_io.TextIOWrapper mode='w'")
+    assert "notes" not in state
