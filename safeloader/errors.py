@@ -127,16 +127,20 @@ def _combine(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[S
     make: Callable[..., Any] = type(theirs)
     try:
         made = make(name, bases, namespace)
-        blank(made)
+        blank(made, ("", [ValueError()]))
     except Exception:  # whatever a metaclass or __init_subclass__ of the user's objects to
         return ours
     return made  # type: ignore[no-any-return]
 
 
-def blank(cls: type[BaseException]) -> BaseException:
-    """An instance of ``cls`` made without its constructor, which may want arguments."""
+def blank(cls: type[BaseException], group: tuple[Any, ...] = ()) -> BaseException:
+    """An instance of ``cls`` made without its constructor, which may want arguments.
+
+    Exception groups alone are made with theirs, ``group``: they cannot be filled in afterwards.
+    """
     for base in cls.__mro__:
         if base.__module__ == "builtins":  # the base that decides the memory layout
             new: Any = base.__new__
-            return cast(BaseException, new(cls))
+            arguments = group if issubclass(cls, BaseExceptionGroup) else ()
+            return cast(BaseException, new(cls, *arguments))
     raise TypeError(f"{cls!r} is no exception type")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,9 +90,41 @@ class LoaderView:
         return getattr(self._loader, name)
 
 
-def build_iterator(view: LoaderView) -> Iterator[Any]:
+_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def build_iterator(view: LoaderView) -> Any:
     """Torch's own iterator over ``view``; starts the workers."""
-    return DataLoader._get_iterator(view)  # type: ignore[arg-type]
+    iterator = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+    if hasattr(iterator, "_workers"):
+        _with_workers.add(iterator)
+    return iterator
+
+
+def disown_inherited_iterators() -> None:
+    """In a worker: see that iterators inherited by ``fork`` are not shut down from here.
+
+    An iterator that an exception keeps alive in the training process is copied into the workers
+    started after it. Freed there, it would set out to stop the workers of the training process,
+    wait for them and end in "can only test a child process".
+    """
+    for iterator in list(_with_workers):
+        iterator._shutdown = True
+
+
+def stop_unreachable_workers(iterator: Any) -> None:
+    """Stop the workers of an iterator whose queues are closed already.
+
+    The garbage collector closes the queues of an iterator in a cycle (an exception that somebody
+    kept) before torch's ``__del__`` runs; its "stop" then reaches no worker, and it waits five
+    seconds for each before it ends them this way.
+    """
+    if getattr(iterator, "_shutdown", True):
+        return
+    for queue, worker in zip(iterator._index_queues, iterator._workers, strict=False):
+        close = getattr(queue, "_close", None)
+        if close is not None and not close.still_active() and worker._parent_pid == os.getpid():
+            worker.terminate()
 
 
 def reset_iterator(iterator: Any, view: LoaderView) -> None:

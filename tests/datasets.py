@@ -125,7 +125,9 @@ class HoldsALoader:
             inner = self.loader_class(self, batch_size=2, sampler=[(index,), (7,), (8,)])
         else:
             inner = self.loader_class(Noisy(4), batch_size=3, shuffle=True)
-        return torch.cat([batch if self.over_itself else batch["torch"].flatten() for batch in inner])
+        return torch.cat(
+            [batch if self.over_itself else batch["torch"].flatten() for batch in inner]
+        )
 
 
 class GreedySampler(Sampler[int]):

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler
 
-from safeloader.wire.failure import error_from, failure_of
 from safeloader.wire.indices import Packed, pack, pack_unbatched
 from safeloader.wire.records import SamplerFault, Task
 
@@ -48,12 +47,12 @@ class RecordingSampler:
 
     def __iter__(self) -> Iterator[Task]:
         assert self.log is not None
+        source, tail = _with_tail(self._sampler)
         try:
-            source, tail = _with_tail(self._sampler)
             inner = iter(source)
         except Exception as exc:
-            failure = failure_of(exc, phase="sampler", where="", hint=SAMPLER_HINT)
-            raise error_from(failure, exc) from None
+            # Raised here it would leave torch's iterator half made. It is told with the first draw.
+            inner = _raising(exc)
         return _Draws(
             inner, tail, self._numbers, self.log, batched=self._batched, stream=self._stream
         )
@@ -135,10 +134,18 @@ def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
         and type(sampler).__iter__ is BatchSampler.__iter__
         and sampler.drop_last is True
     ):
-        noting = copy.copy(sampler)
-        noting.sampler = _Noting(sampler.sampler, tail)
+        try:
+            noting = copy.copy(sampler)
+            noting.sampler = _Noting(sampler.sampler, tail)
+        except Exception:  # a subclass that cannot be copied, or has no such attribute to set
+            return sampler, tail
         return noting, tail
     return sampler, tail
+
+
+def _raising(exc: Exception) -> Iterator[Any]:
+    yield from ()
+    raise exc
 
 
 class _Noting:

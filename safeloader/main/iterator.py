@@ -81,6 +81,14 @@ class Session:
             epoch.ledger = MapLedger(with_keys=with_keys, expected_batches=expected)
         self.sampler.log = epoch
 
+    def __del__(self) -> None:
+        stock = self.__dict__.get("stock")
+        if stock is not None:
+            try:
+                torch_private.stop_unreachable_workers(stock)
+            except Exception:  # at interpreter exit anything may be gone already
+                return
+
     def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         """The next epoch on the same workers."""
         self.open_ledger(loader, epoch)

@@ -159,11 +159,16 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     if theirs is None:
         error = ours(failure.message)
     else:
-        error = cast(SafeLoaderError, blank(dual_type(ours, theirs)))
-        attributes = (
-            _attributes_of(exception) if exception is not None else _crossed(failure._remains)
+        attributes = dict(
+            _crossed(failure._remains) if exception is None else _attributes_of(exception)
         )
-        for name, value in attributes:
+        try:
+            error = cast(
+                SafeLoaderError, blank(dual_type(ours, theirs), attributes.get("args", ()))
+            )
+        except TypeError:  # a group whose members could not cross
+            error = ours(failure.message)
+        for name, value in attributes.items():
             try:
                 setattr(error, name, value)
             except Exception:  # a read-only field, or a setter of the user's that objects
@@ -293,9 +298,9 @@ def _bounded(text: str, limit: int) -> str:
     return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
 
 
-_NOT_COPIED = frozenset(
-    {"__traceback__", "__cause__", "__context__", "__suppress_context__", "__dict__", "failure"}
-)
+def _is_copied(name: str) -> bool:
+    """Not the machinery (``__class__``, ``__cause__``), nor what an error of ours carries."""
+    return not name.startswith("__") and name not in ("failure", "_text")
 
 
 def _attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
@@ -305,14 +310,14 @@ def _attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
             continue
         for name, slot in vars(cls).items():
             is_field = isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType)
-            if is_field and name not in _NOT_COPIED:
+            if is_field and _is_copied(name):
                 try:
                     yield name, getattr(exc, name)
                 except Exception:  # a field of an exception that was never initialised
                     continue
     own = getattr(exc, "__dict__", None) or {}
     for name in list(own):
-        if name not in _NOT_COPIED and name != "_text":
+        if _is_copied(name):
             yield name, own[name]
 
 

@@ -35,6 +35,7 @@ class WorkerStartup:
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
+        torch_private.disown_inherited_iterators()
         refused: Failure | None = None
         info = get_worker_info()
         dataset = None if info is None else info.dataset

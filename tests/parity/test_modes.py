@@ -42,9 +42,7 @@ MODES: dict[str, Callable[[type, int], Any]] = {
     "map": lambda c, n: c(d.Noisy(), 4, num_workers=n),
     "map, positional": lambda c, n: c(d.Noisy(), 4, True, None, None, n),
     "shuffle": lambda c, n: c(d.Noisy(), batch_size=4, shuffle=True, num_workers=n),
-    "generator": lambda c, n: c(
-        d.Noisy(), 4, shuffle=True, generator=generator(), num_workers=n
-    ),
+    "generator": lambda c, n: c(d.Noisy(), 4, shuffle=True, generator=generator(), num_workers=n),
     "drop_last": lambda c, n: c(d.Noisy(), 4, shuffle=True, drop_last=True, num_workers=n),
     "empty": lambda c, n: c(d.Noisy(0), 4, num_workers=n),
     "fewer samples than a batch, dropped": lambda c, n: c(
@@ -102,9 +100,7 @@ WORKER_MODES: dict[str, Make] = {
     "prefetch_factor": lambda c: c(d.Noisy(), 2, num_workers=2, prefetch_factor=5, shuffle=True),
     "timeout": lambda c: c(d.Noisy(), 4, num_workers=2, timeout=60),
     "more workers than batches": lambda c: c(d.Noisy(3), 2, num_workers=3),
-    "persistent": lambda c: c(
-        d.Noisy(), 4, num_workers=2, persistent_workers=True, shuffle=True
-    ),
+    "persistent": lambda c: c(d.Noisy(), 4, num_workers=2, persistent_workers=True, shuffle=True),
     "persistent stream": lambda c: c(d.Stream(), 4, num_workers=2, persistent_workers=True),
     "persistent datapipe": lambda c: c(
         d.datapipe(), 4, num_workers=2, persistent_workers=True, shuffle=True

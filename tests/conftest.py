@@ -1,0 +1,19 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """Free what a test leaves in cycles before the next one forks.
+
+    The stock loader's errors keep its iterator alive in a cycle; workers forked while it is there
+    inherit it and hang while they free it.
+    """
+    yield
+    gc.collect()
