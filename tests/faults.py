@@ -1,4 +1,4 @@
-"""A zoo of bad objects, each failing in one named way; at module level, to be sent to any worker."""
+"""A zoo of bad objects, each failing in one named way; at module level, for any start method."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def raisers() -> dict[str, Any]:
 
     def chained() -> None:
         try:
-            {}["inner"]  # noqa: B018
+            {}["inner"]
         except KeyError as exc:
             raise ValueError("outer") from exc
 

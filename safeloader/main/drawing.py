@@ -53,9 +53,38 @@ class RecordingSampler:
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
             inner = _raising(exc)
-        return _Draws(
-            inner, tail, self._numbers, self.log, batched=self._batched, stream=self._stream
-        )
+        return self._tasks(inner, tail, self.log)
+
+    def _tasks(self, inner: Iterator[Any], tail: list[Any], log: DrawLog) -> Iterator[Task]:
+        """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
+        note = log.drawn
+        numbers = self._numbers
+        batched, stream = self._batched, self._stream
+        while True:
+            try:
+                index = next(inner)
+            except StopIteration:
+                log.draws_ended(pack(tail))
+                return
+            except Exception as exc:
+                # Raised here it would tear down the hand-over of an earlier batch (torch draws
+                # ahead while it hands one over). It takes the place of the batch not drawn instead.
+                seq = next(numbers)
+                log.draw_failed(seq, exc)
+                yield Task(seq, SamplerFault())
+                return
+            if tail:
+                tail.clear()
+            seq = next(numbers)
+            if stream:
+                note(seq, b"")
+            elif not batched:
+                note(seq, pack_unbatched(index))
+            else:
+                if type(index) is not list and isinstance(index, Iterator):
+                    index = list(index)  # reading a one-shot iterator here would use it up
+                note(seq, pack(index))
+            yield Task(seq, index)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -67,58 +96,6 @@ class RecordingSampler:
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
-
-
-class _Draws:
-    """One pass over the sampler."""
-
-    def __init__(
-        self,
-        inner: Iterator[Any],
-        tail: list[Any],
-        numbers: Iterator[int],
-        log: DrawLog,
-        *,
-        batched: bool,
-        stream: bool,
-    ) -> None:
-        self._inner = inner
-        self._tail = tail
-        self._numbers = numbers
-        self._log = log
-        self._batched = batched
-        self._stream = stream
-        self._broken = False
-
-    def __iter__(self) -> _Draws:
-        return self
-
-    def __next__(self) -> Task:
-        if self._broken:
-            raise StopIteration
-        try:
-            index = next(self._inner)
-        except StopIteration:
-            self._log.draws_ended(pack(self._tail))
-            raise
-        except Exception as exc:
-            # Raised here it would tear down the hand-over of an earlier batch (torch draws ahead
-            # while it hands one over). It takes the place of the batch that was not drawn instead.
-            self._broken = True
-            seq = next(self._numbers)
-            self._log.draw_failed(seq, exc)
-            return Task(seq, SamplerFault())
-        self._tail.clear()
-        seq = next(self._numbers)
-        if self._stream:
-            self._log.drawn(seq, b"")
-        elif not self._batched:
-            self._log.drawn(seq, pack_unbatched(index))
-        else:
-            if isinstance(index, Iterator):  # reading a one-shot iterator here would use it up
-                index = list(index)
-            self._log.drawn(seq, pack(index))
-        return Task(seq, index)
 
 
 def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:

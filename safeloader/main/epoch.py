@@ -19,7 +19,7 @@ from safeloader.main.audit import EpochAudit
 from safeloader.main.drawing import SAMPLER_HINT
 from safeloader.main.ledger import Ledger, Trouble
 from safeloader.main.recorder import Delivery
-from safeloader.tracing import Trace
+from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from, failure_of
 from safeloader.wire.indices import Packed
@@ -46,6 +46,12 @@ class Epoch:
 
     # draws ──────────────────────────────────────────────────────────────────────────────────────
 
+    def open(self, ledger: Ledger) -> None:
+        """Begin the accounts. Untraced draws go to the ledger without a detour: hot path."""
+        self.ledger = ledger
+        if self._trace is OFF:
+            self.drawn = ledger.drawn  # type: ignore[method-assign]
+
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn."""
         self.ledger.drawn(seq, indices)
@@ -62,8 +68,8 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def arrived(self, papers: Papers, wait_ns: int) -> Delivery:
-        """Check a batch that is about to be handed over; hot path.
+    def arrived(self, papers: Papers, wait_ns: int) -> int:
+        """Check a batch that is about to be handed over; gives its number. Hot path.
 
         Raises:
             DeliveryError: if it is not what was drawn, under ``verify="raise"``.
@@ -73,10 +79,13 @@ class Epoch:
             raised = self._verify == "raise"
             self.ledger.settle(trouble, papers, handed_over=not raised)
             self._told(trouble, papers)
-        delivery = Delivery(self.number, self.batches, papers, wait_ns)
-        self.batches += 1
-        self._trace.delivered(delivery)
-        return delivery
+        number = self.batches
+        self.batches = number + 1
+        if self._trace is not OFF:
+            self._trace.delivered(Delivery(self.number, number, wait_ns, papers))
+        if self.ledger.settled:  # not every training loop asks for one more than the last
+            self.close()
+        return number
 
     def _told(self, trouble: Trouble, papers: Papers | None) -> None:
         if self._verify == "off":
@@ -149,20 +158,15 @@ class Epoch:
         if trouble is not None:
             self._told(trouble, None)
 
-    def close_if_settled(self) -> None:
-        """Close on the last batch: not every training loop asks for one more."""
-        if self.ledger.settled and not self._closed:
-            self.close()
-
     def close(self) -> None:
         """No more will come; said once. Nothing is raised: an early ``break`` is no error."""
         if self._closed:
             return
         self._closed = True
-        audit = self.audit(self.number)
-        for note in audit.notes:
+        for note in self.ledger.notes(self._known_length()):
             logger.warning("epoch %d: %s", self.number, note)
-        self._trace.audited(audit)
+        if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
+            self._trace.audited(self.audit(self.number))
 
     def release(self) -> None:
         """Let go of the dataset: the notebook outlives the iterator, the data need not."""
@@ -171,8 +175,10 @@ class Epoch:
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand."""
-        length = self._length if self._dataset is None else _length_of(self._dataset)
-        return self.ledger.audit(number, length)
+        return self.ledger.audit(number, self._known_length())
+
+    def _known_length(self) -> int | None:
+        return self._length if self._dataset is None else _length_of(self._dataset)
 
 
 def rank() -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -73,12 +73,12 @@ class Session:
         with_keys = loader.key is not None
         if torch_private.is_stream(loader):
             workers = max(loader.num_workers, 1)
-            epoch.ledger = StreamLedger(with_keys=with_keys, board=self.board, workers=workers)
+            epoch.open(StreamLedger(with_keys=with_keys, board=self.board, workers=workers))
         else:
             # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
             # workers only its length tells: asking the sampler would move its generator.
             expected = None if loader.num_workers else _length_of(self.sampler)
-            epoch.ledger = MapLedger(with_keys=with_keys, expected_batches=expected)
+            epoch.open(MapLedger(with_keys=with_keys, expected_batches=expected))
         self.sampler.log = epoch
 
     def __del__(self) -> None:
@@ -110,6 +110,9 @@ class SafeIterator(Iterator[Any]):
             session.restart(loader, self._epoch)
         self._session = session
         self._stock = session.stock
+        # A stream's __next__ also warns about its length: that stays torch's.
+        stream = torch_private.is_stream(loader)
+        self._advance: Callable[[Any], Any] = next if stream else torch_private.next_of
         session.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
@@ -137,15 +140,16 @@ class SafeIterator(Iterator[Any]):
         """
         began = clock()
         try:
-            came = next(self._stock)
+            came = self._advance(self._stock)
         except StopIteration:
             self._epoch.ended()
             raise
         if type(came) is Parcel:
+            papers, payload = came
+            wait_ns = clock() - began
             epoch = self._epoch
-            self._recorder.delivered(epoch.arrived(came.papers, clock() - began))
-            epoch.close_if_settled()
-            return came.payload
+            self._recorder.delivered(epoch.number, epoch.arrived(papers, wait_ns), wait_ns, papers)
+            return payload
         if type(came) is FailedBatch:
             raise self._epoch.came_failed(came) from None
         raise DeliveryError(

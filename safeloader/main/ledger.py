@@ -67,6 +67,9 @@ class Ledger(Protocol):
     def settled(self) -> bool:
         """Whether it is, and nothing more can come; hot path."""
 
+    def notes(self, length: int | None) -> list[str]:
+        """What is worth saying beyond the classes of the audit, as it stands."""
+
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         """The accounts as they stand; ``length`` is that of the dataset."""
 
@@ -118,14 +121,17 @@ class _Accounts:
         more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
         return Trouble("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
 
+    def notes(self, length: int | None) -> list[str]:
+        if not self._keys_past_limit:
+            return []
+        return [
+            f"the keys of the first {KEYS_LIMIT} samples were compared; "
+            f"{self._keys_past_limit} later ones only against these"
+        ]
+
     def as_audit(
         self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
     ) -> EpochAudit:
-        if self._keys_past_limit:
-            notes.append(
-                f"the keys of the first {KEYS_LIMIT} samples were compared; "
-                f"{self._keys_past_limit} later ones only against these"
-            )
         counts = {name: tally.count for name, tally in self.tallies.items()}
         counts |= more.pop("counts", {})
         return EpochAudit(
@@ -149,20 +155,16 @@ class MapLedger(_Accounts):
         self._pending: dict[int, Packed] = {}
         self._first_seq: int | None = None
         self._last_seq = -1
-        self._drawn_batches = 0
-        self._drawn_count = 0
         self._draws_ended = False
         self._sampler_failed = False
         self._coverage = Coverage()
 
     def drawn(self, seq: int, indices: Packed) -> None:
+        self._pending[seq] = indices
+        self._last_seq = seq
+        self._coverage.add(indices)
         if self._first_seq is None:
             self._first_seq = seq
-        self._last_seq = seq
-        self._pending[seq] = indices
-        self._drawn_batches += 1
-        self._drawn_count += count(indices)
-        self._coverage.add(indices)
 
     def draw_failed(self, seq: int) -> None:
         self._sampler_failed = True
@@ -170,18 +172,18 @@ class MapLedger(_Accounts):
     def draws_ended(self, dropped: Packed) -> None:
         if not self._draws_ended:
             self._draws_ended = True
-            self._drawn_count += count(dropped)
             self._coverage.add(dropped)
             self.tallies["dropped"].add(unpack(dropped))
 
     def check(self, papers: Papers) -> Trouble | None:
         expected = self._pending.pop(papers.seq, None)
-        if expected is None or expected != papers.indices:
+        indices, samples = papers.indices, papers.samples
+        if expected is None or expected != indices:
             return self._compare(expected, papers)
         number = count(expected)
-        if papers.samples is not None and papers.samples != number:
-            return _miscounted(unpack(expected), papers.samples)
-        if papers.keys is not None and self._index_of_key is not None:
+        if samples != number and samples is not None:
+            return _miscounted(unpack(expected), samples)
+        if self._index_of_key is not None and papers.keys is not None:
             trouble = self.same_key(papers.keys, unpack(expected))
             if trouble is not None:
                 return trouble
@@ -243,22 +245,27 @@ class MapLedger(_Accounts):
     def complete(self) -> bool:
         if self._pending or self._sampler_failed:
             return False
-        return self._draws_ended or self._drawn_batches == self._expected_batches
+        first = self._first_seq
+        batches = 0 if first is None else self._last_seq + 1 - first
+        return self._draws_ended or batches == self._expected_batches
 
     @property
     def settled(self) -> bool:
         return self._draws_ended and not self._pending
 
+    def notes(self, length: int | None) -> list[str]:
+        notes = super().notes(length)
+        if unmapped := self._coverage.unmapped:
+            notes.append(f"{unmapped} indices were too many or too large to be mapped")
+        return notes
+
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         coverage = self._coverage
-        notes = []
-        if coverage.unmapped:
-            notes.append(f"{coverage.unmapped} indices were too many or too large to be mapped")
         return self.as_audit(
             epoch,
             complete=self.complete,
-            drawn=self._drawn_count,
-            notes=notes,
+            drawn=coverage.drawn,
+            notes=self.notes(length),
             repeated=coverage.repeated(),
             unvisited=coverage.unvisited(length),
             counts={
@@ -352,23 +359,31 @@ class StreamLedger(_Accounts):
     def settled(self) -> bool:
         return False  # the end of a stream is known when it is asked for
 
-    def audit(self, epoch: int, length: int | None) -> EpochAudit:
-        seen = sum(self._next)
-        notes = []
-        if self._finished and len(self._next) > 1:
+    def notes(self, length: int | None) -> list[str]:
+        notes = super().notes(length)
+        if not self._finished:
+            return notes
+        workers = len(self._next)
+        if workers > 1:
             notes += [
                 f"worker {row} delivered nothing: its share of the data is empty"
                 for row, reached in enumerate(self._next)
                 if not reached
             ]
-        drawn = self._drawn_count if self._finished and self._board is not None else seen
-        if self._finished and length is not None and length != drawn:
-            note = f"len(dataset) says {length}, the workers read {drawn} samples"
-            if length and len(self._next) > 1 and drawn == length * len(self._next):
+        read = self._read()
+        if length is not None and length != read:
+            note = f"len(dataset) says {length}, the workers read {read} samples"
+            if length and workers > 1 and read == length * workers:
                 note += ": each worker read the whole stream (share it by get_worker_info())"
             notes.append(note)
-        complete = self._finished or (length is not None and 0 < length == seen)
-        return self.as_audit(epoch, complete=complete, drawn=drawn, notes=notes)
+        return notes
+
+    def _read(self) -> int:
+        return self._drawn_count if self._finished and self._board is not None else sum(self._next)
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        complete = self._finished or (length is not None and 0 < length == sum(self._next))
+        return self.as_audit(epoch, complete=complete, drawn=self._read(), notes=self.notes(length))
 
 
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:

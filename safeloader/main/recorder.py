@@ -7,15 +7,16 @@ the loader, the notebook goes along and the user's own loader still answers.
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from safeloader.main.audit import EpochAudit
+from safeloader.wire.indices import Packed
 from safeloader.wire.records import Papers
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -29,19 +30,12 @@ UNIX_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
 
 
 class Delivery(NamedTuple):
-    """A batch as it was handed over; ``worker_row`` numbers the stream (0 in the main process)."""
+    """A batch as it was handed over."""
 
     epoch: int
     batch: int
-    papers: Papers
     wait_ns: int
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the record holds, in bytes, about."""
-        indices = self.papers.indices
-        of_indices = len(indices) if type(indices) is bytes else _OBJECT_BYTES * len(indices)
-        return _RECORD_BYTES + of_indices + len(self.papers.stamps)
+    papers: Papers
 
 
 class Recorder:
@@ -74,7 +68,9 @@ class Recorder:
                 f"max_bytes must be a positive int, the bytes to keep records in; got {max_bytes!r}"
             )
         self.max_bytes = max_bytes
-        self._deliveries: OrderedDict[tuple[int, int], Delivery] = OrderedDict()
+        # A plain tuple a batch, of the fields of Delivery and Papers: the garbage collector leaves
+        # tuples of numbers and bytes alone, and would walk a million named ones again and again.
+        self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
         self._epochs = 0
         self._audit: Callable[[], EpochAudit] | None = None
@@ -109,31 +105,57 @@ class Recorder:
         self._audit = lambda: audit(epoch)
         return epoch
 
-    def delivered(self, delivery: Delivery) -> None:
+    def delivered(self, epoch: int, batch: int, wait_ns: int, papers: Papers) -> None:
         """Note a batch as it is handed over; hot path."""
-        self._deliveries[delivery.epoch, delivery.batch] = delivery
-        self._held_bytes += delivery.nbytes
-        while self._held_bytes > self.max_bytes and len(self._deliveries) > 1:
-            _, oldest = self._deliveries.popitem(last=False)
-            self._held_bytes -= oldest.nbytes
+        if papers.keys is not None:  # the ledger's business, and of any size
+            papers = papers._replace(keys=None)
+        self._deliveries[epoch << _BATCH_BITS | batch] = (epoch, batch, wait_ns, *papers)
+        self._held_bytes += _nbytes(papers.indices, papers.stamps)
+        if self._held_bytes > self.max_bytes:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the oldest until a sixteenth is free: a dict's front is slow to find again."""
+        target = self.max_bytes - self.max_bytes // 16
+        for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
+            forgotten = _as_delivery(self._deliveries.pop(key)).papers
+            self._held_bytes -= _nbytes(forgotten.indices, forgotten.stamps)
             self._forgotten += 1
+            if self._held_bytes <= target:
+                break
 
     def deliveries(self) -> Iterator[Delivery]:
         """The batches still held, oldest first."""
-        return iter(list(self._deliveries.values()))
+        return map(_as_delivery, list(self._deliveries.values()))
 
     def last_delivery(self) -> Delivery | None:
         """The batch handed over last."""
-        return next(reversed(self._deliveries.values()), None)
+        last = next(reversed(self._deliveries.values()), None)
+        return None if last is None else _as_delivery(last)
 
     def find(self, batch: int, epoch: int | None) -> Delivery | None:
         """Batch number ``batch`` of ``epoch``, by default of the newest epoch."""
         at = self._epochs - 1 if epoch is None else epoch
-        return self._deliveries.get((at, batch))
+        found = self._deliveries.get(at << _BATCH_BITS | batch) if min(at, batch) >= 0 else None
+        return None if found is None else _as_delivery(found)
 
     def audit(self) -> EpochAudit | None:
         """The audit of the epoch begun last, as it stands; None before the first."""
         return None if self._audit is None else self._audit()
+
+
+_BATCH_BITS = 48  # an epoch of 280 million million batches
+
+
+def _as_delivery(record: tuple[Any, ...]) -> Delivery:
+    epoch, batch, wait_ns, *papers = record
+    return Delivery(epoch, batch, wait_ns, Papers(*papers))
+
+
+def _nbytes(indices: Packed, stamps: bytes) -> int:
+    """Memory that a record holds, in bytes, about."""
+    of_indices = len(indices) if type(indices) is bytes else _OBJECT_BYTES * len(indices)
+    return _RECORD_BYTES + of_indices + len(stamps)
 
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────

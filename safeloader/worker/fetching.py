@@ -72,6 +72,8 @@ class RecordingFetcher:
         self._dataset = stock.dataset
         self._collate_fn = stock.collate_fn
         self._pid = os.getpid()
+        self._worker_id = post.worker_id
+        self._key = post.key
 
     def fetch(self, task: Task) -> Parcel | FailedBatch:
         """The batch for ``task`` with its papers."""
@@ -95,7 +97,7 @@ class RecordingFetcher:
     ) -> Papers:
         return Papers(
             seq,
-            self._post.worker_id,
+            self._worker_id,
             self._pid,
             indices,
             samples,
@@ -107,7 +109,7 @@ class RecordingFetcher:
 
     def _keys(self, samples: Iterable[Any]) -> tuple[Any, ...] | None:
         """The identities that the user's ``key`` gives the samples; before collation."""
-        key = self._post.key
+        key = self._key
         if key is None:
             return None
         keys: list[Any] = []
@@ -144,12 +146,12 @@ class RecordingFetcher:
             index=index,
             position=position,
             indices=indices,
-            worker_id=self._post.worker_id,
+            worker_id=self._worker_id,
             pid=self._pid,
             dataset_state=state,
             hint=hint_for(exc, phase, index, text),
         )
-        live = exc if self._post.worker_id is None else None
+        live = exc if self._worker_id is None else None
         if live is not None and live.__traceback__ is not None:
             live.__traceback__ = live.__traceback__.tb_next or live.__traceback__
         return FailedBatch(papers, failure, live)
@@ -167,28 +169,31 @@ class MapFetcher(RecordingFetcher):
 
     def _fetch(self, seq: int, indices: Any) -> Parcel | FailedBatch:
         dataset = self._dataset
-        stamps = [clock()]
+        now = clock
+        stamps = [now()]
         samples: Any = []
         phase = "sample"
         keys = None
-        at_once = bool(hasattr(dataset, "__getitems__") and dataset.__getitems__)
+        at_once = hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
         try:
             if at_once:
                 samples = dataset.__getitems__(indices)
-                stamps.append(clock())
+                stamps.append(now())
             else:
                 for index in indices:
                     samples.append(dataset[index])
-                    stamps.append(clock())
-            if self._post.key is not None:
+                    stamps.append(now())
+            if self._key is not None:
                 keys = self._keys(samples)
             phase = "collate"
             batch = self._collate_fn(samples)
-            stamps.append(clock())
+            stamps.append(now())
         except Exception as exc:
             return self._explain(exc, seq, phase, indices, samples, stamps, at_once)
         got = self._count(samples) if at_once else len(samples)
-        papers = self._papers(seq, pack(indices), got, stamps, at_once=at_once, keys=keys)
+        times = array("q", stamps).tobytes()
+        worker_id, pid = self._worker_id, self._pid
+        papers = Papers(seq, worker_id, pid, pack(indices), got, None, times, at_once, keys)
         return Parcel(papers, batch)
 
     def _count(self, samples: Any) -> int | None:
