@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH ?= torch>=2.6
+# The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
+TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-fast bench lint types clean
 
