@@ -13,12 +13,14 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 _NEEDED = {
+    "torch._C": ("DisableTorchFunction",),
     "torch.autograd": ("_profiler_enabled",),
     "torch.utils.data.dataloader": (
         "_DatasetKind.create_fetcher",
@@ -172,6 +174,12 @@ def raised_by_dataset_iter(exc: BaseException) -> bool:
             return True
         traceback = traceback.tb_next
     return False
+
+
+def without_overrides() -> AbstractContextManager[object]:
+    """While entered, no ``__torch_function__`` runs in this thread, so tensor subclasses of the
+    user's are read as plain tensors."""
+    return torch._C.DisableTorchFunction()
 
 
 def pin_memory(data: Any) -> Any:

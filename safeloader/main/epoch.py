@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed
@@ -55,7 +56,7 @@ class Epoch:
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn."""
         self.ledger.drawn(seq, indices)
-        self._trace.drawn(self.number, seq, indices)
+        self._tell(self._trace.drawn, self.number, seq, indices)
 
     def draw_failed(self, seq: int, exc: Exception) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
@@ -82,7 +83,8 @@ class Epoch:
         number = self.batches
         self.batches = number + 1
         if self._trace is not OFF:
-            self._trace.delivered(Delivery(self.number, number, wait_ns, papers))
+            delivery = Delivery(self.number, number, wait_ns, papers)
+            self._tell(self._trace.delivered, delivery)
         if self.ledger.settled:  # not every training loop asks for one more than the last
             self.close()
         return number
@@ -109,7 +111,7 @@ class Epoch:
             return
         if papers is not None:
             self.batches += 1
-        self._trace.failed(failure)
+        self._tell(self._trace.failed, failure)
         raise error_from(failure)
 
     def came_failed(self, came: FailedBatch) -> SafeLoaderError:
@@ -133,7 +135,7 @@ class Epoch:
             dataset_state=self._with_differences(failure),
         )
         self.batches += 1
-        self._trace.failed(failure)
+        self._tell(self._trace.failed, failure)
         return error_from(failure, exception)
 
     def _with_differences(self, failure: Failure) -> dict[str, Any] | None:
@@ -166,12 +168,20 @@ class Epoch:
         for note in self.ledger.notes(self._known_length()):
             logger.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
-            self._trace.audited(self.audit(self.number))
+            self._tell(self._trace.audited, self.audit(self.number))
 
     def release(self) -> None:
         """Let go of the dataset: the notebook outlives the iterator, the data need not."""
         self._length = _length_of(self._dataset)
         self._dataset = None
+
+    def _tell(self, said: Callable[..., None], *about: Any) -> None:
+        """A fault in tracing ends the tracing and not the training."""
+        try:
+            said(*about)
+        except Exception:
+            logger.exception("tracing failed and is off for the rest of this epoch")
+            self._trace = OFF
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand."""

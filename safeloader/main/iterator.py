@@ -17,7 +17,8 @@ from safeloader import torch_private
 from safeloader.errors import DeliveryError
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.epoch import Epoch
-from safeloader.main.ledger import MapLedger, StreamLedger
+from safeloader.main.ledger import MapLedger
+from safeloader.main.stream_ledger import StreamLedger
 from safeloader.tracing import trace_for
 from safeloader.wire.failure import error_from, failure_of
 from safeloader.wire.records import FailedBatch, Parcel

@@ -21,6 +21,12 @@ _ITEM_BYTES = 8
 _PLAIN = frozenset({str, bytes, float, complex, type(None)})
 
 
+class Opaque(str):
+    """Stands for an object that has no equality to be known by: its type's name."""
+
+    __slots__ = ()
+
+
 def pack(indices: Iterable[Any]) -> Packed:
     """The identities of the indices of one batch, in their order.
 
@@ -89,9 +95,9 @@ def identity(index: Any) -> Hashable:
         try:
             hash(index)
         except Exception:  # a frozen dataclass that holds a list
-            return f"<{kind.__qualname__}>"
+            return Opaque(f"<{kind.__qualname__}>")
         return index  # type: ignore[no-any-return]
-    return f"<{kind.__qualname__}>"
+    return Opaque(f"<{kind.__qualname__}>")
 
 
 def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:

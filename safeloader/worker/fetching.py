@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from safeloader.wire.dataset_state import changes, describe
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed, count, identity, pack, pack_unbatched, unpack
+from safeloader.wire.indices import Opaque, Packed, count, identity, pack, pack_unbatched, unpack
 from safeloader.wire.records import FailedBatch, Papers, Parcel, SamplerFault, Task
 from safeloader.wire.streams import StreamBoard
 from safeloader.worker.collating import explain
@@ -117,9 +117,15 @@ class RecordingFetcher:
             try:
                 found = key(sample)
                 hash(found)
+                known_as = identity(found)
+                if type(known_as) is Opaque:
+                    raise TypeError(
+                        f"key gave a {type(found).__qualname__}, which is equal to itself alone; "
+                        "give an int, a str or a tuple of these"
+                    )
             except Exception as exc:
                 raise _KeyFault(len(keys), exc) from exc
-            keys.append(identity(found))
+            keys.append(known_as)
         return tuple(keys)
 
     def _failed(

@@ -45,7 +45,8 @@ class WorkerStartup:
             except Exception as exc:
                 refused = _startup_failure(exc, "init", worker_id, dataset)
         # Taken after the user's function: what it opened is the state that the work starts from.
-        post = Post(worker_id, self._board, self._key, describe(dataset))
+        # The dataset is not asked for its length: a slow `__len__` would delay every worker.
+        post = Post(worker_id, self._board, self._key, describe(dataset, ask=False))
 
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:

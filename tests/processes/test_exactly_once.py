@@ -29,7 +29,7 @@ def test_stop_iteration_in_getitem_does_not_end_the_epoch(workers: int) -> None:
     error = caught(SafeDataLoader(dataset, 4, num_workers=workers))
     assert type(error) is SampleError
     assert error.index == 13
-    assert "StopIteration left __getitem__" in str(error)
+    assert "StopIteration left the dataset" in str(error)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -173,22 +173,22 @@ def test_warn_hands_over_and_off_says_nothing() -> None:
 
 def test_batches_of_a_killed_worker_are_missing() -> None:
     """Torch raises for the dead worker; a user who goes on is told what was lost with it."""
-    loader = SafeDataLoader(Numbers(), 4, num_workers=2, prefetch_factor=2)
+    loader = SafeDataLoader(Numbers(), 4, num_workers=2, collate_fn=list)
     iterator = iter(loader)
     next(iterator)
     victim = iterator._workers[1]  # type: ignore[attr-defined]
     os.kill(victim.pid, signal.SIGKILL)
-    victim.join(10)
-    errors: list[Exception] = []
+    errors: list[str] = []  # not the errors, which would hold the iterator in a cycle
     while True:
-        try:
+        try:  # torch's signal handler raises wherever the main process is
+            victim.join(10)
             next(iterator)
         except StopIteration:
             break
         except (RuntimeError, DeliveryError) as error:
-            errors.append(error)
-    assert type(errors[-1]) is DeliveryError
-    assert "never handed over" in str(errors[-1])
+            errors.append(f"{type(error).__name__}: {error}")
+    assert errors[-1].startswith("DeliveryError")
+    assert "never handed over" in errors[-1]
     assert loader.audit is not None
     assert loader.audit.counts["missing"] > 0
     assert not loader.audit.ok

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from safeloader.wire.dataset_state import bounded_text, changes, describe, differences
+from safeloader.wire.dataset_state import changes, describe, differences
+from safeloader.wire.texts import bounded_text
 
 HERE = __name__
 harm: list[str] = []  # what was asked of hostile objects
@@ -37,11 +38,11 @@ def attribute(value: Any, name: str = "x") -> dict[str, Any]:
     return described(Holding(**{name: value}))["attributes"][name]  # type: ignore[no-any-return]
 
 
-def described(dataset: object, harmed: list[str] | None = None) -> dict[str, Any]:
+def described(dataset: object, harmed: list[str] | None = None, ask: bool = True) -> dict[str, Any]:
     """The description, after checks that hold for every one."""
     harm.clear()
     start = time.monotonic()
-    state = describe(dataset)
+    state = describe(dataset, ask=ask)
     assert harm == (harmed or [])
     assert time.monotonic() - start < 2
     assert len(json.dumps(state, allow_nan=False)) < 16_384
@@ -259,8 +260,76 @@ def test_what_only_resembles_a_secret_is_shown() -> None:
 
 
 def test_the_shape_of_a_secret_may_stay() -> None:
-    assert attribute(torch.ones(3), "tokens")["shape"] == [3]
-    assert attribute(torch.ones(3), "tokens")["repr"] == "[redacted]"
+    assert attribute(torch.ones(3), "secret")["shape"] == [3]
+    assert attribute(torch.ones(3), "secret")["repr"] == "[redacted]"
+
+
+NUMERIC: dict[str, Any] = {
+    "None": None,
+    "True": True,
+    "512": 512,
+    "0.5": 0.5,
+    "numpy.int64(3)": np.int64(3),
+    "range(0, 3, 1)": range(3),
+    "torch.Tensor int64 [2] cpu (1, 2)": torch.tensor([1, 2]),
+    "numpy.ndarray int64 [2] (1, 2)": np.array([1, 2]),
+    "[]": [],
+    "[1, 2]": [1, 2],
+    "(1, 2.5)": (1, 2.5),
+    "{1, 2}": {1, 2},
+    "{0: 3, 1: None}": {0: 3, 1: None},
+    "[[1, 2], [3]]": [[1, 2], [3]],
+    "{0: [1]}": {0: [1]},
+    "[torch.Tensor int64 [1] cpu (7)]": [torch.tensor([7])],
+    "[0, 0, 0, 0, 0, ... 995 more]": [0] * 1000,
+}
+
+
+@pytest.mark.parametrize("text", NUMERIC)
+def test_tokens_that_are_numbers_are_shown(text: str) -> None:
+    for name in ("token_ids", "max_tokens", "num_tokens", "tokens_per_batch", "pad_token_id"):
+        value = NUMERIC[text]
+        assert attribute(value, name)["repr"] == text
+        assert "[redacted]" not in attribute({name: value})["repr"]
+        told = described(Telling(lambda name=name, value=value: {name: value, "in": {name: value}}))
+        assert "[redacted]" not in json.dumps(told["told_by_dataset"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("hunter2", b"hunter2", bytearray(b"hunter2"), HostileText("hunter2")),
+        *(["hunter2"], [1, "hunter2"], {"hunter2"}, {"hunter2": 1}, {1: "hunter2"}),
+        *([[1, "hunter2"]], {0: {"a": ("hunter2",)}}, [[[["hunter2"]]]]),
+        *(HostileList(["hunter2"]), HostileDict(a="hunter2"), collections.deque(["hunter2"])),
+        *(np.array(["hunter2"]), np.array([b"hunter2"]), np.array(["hunter2"], dtype=object)),
+        *(Config(), Credentials("hunter2", "hunter2"), [Config()]),
+    ],
+    ids=lambda value: bounded_text(value),
+)
+def test_tokens_that_are_or_hold_texts_are_not_shown(value: Any) -> None:
+    for name in ("token", "bos_token", "tokens", "tokens_per_batch"):
+        assert attribute(value, name)["repr"] == "[redacted]"
+        told = described(Telling(lambda name=name: {name: value, "in": {name: value}}))
+        assert told["told_by_dataset"] == {name: "[redacted]", "in": {name: "[redacted]"}}
+        assert "hunter2" not in str(described(Holding(config={name: value}, deep=[{name: value}])))
+
+
+@pytest.mark.parametrize("name", ["password", "passwd", "secret_tokens", "credential", "api_key",
+                                  "private_key", "access_key", "authkey"])  # fmt: skip
+def test_other_secrets_are_not_shown_even_as_numbers(name: str) -> None:
+    for value in (None, 1234, torch.ones(1), [12, 34]):
+        assert attribute(value, name)["repr"] == "[redacted]"
+
+
+def test_telling_numbers_from_texts_ends() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    wide = [[[0] * 1000] * 1000] * 1000
+    state = described(
+        Holding(cycle_tokens=cycle, **{f"tokens{letter}": wide for letter in "abcdefgh"})
+    )
+    assert state["attributes"]["cycle_tokens"]["repr"] == "[redacted]"
 
 
 class Watchful:
@@ -387,6 +456,32 @@ def test_an_account_that_raises_gives_way_to_the_attributes() -> None:
     assert "answer" in state["attributes"]
 
 
+def test_a_dataset_need_not_be_asked() -> None:
+    def unasked() -> Any:
+        harm.append("asked")
+        raise RuntimeError("not to be called")
+
+    before = threading.active_count()
+    for dataset in (Answering(unasked), Telling(unasked)):
+        state = described(dataset, ask=False)
+        assert state["length"] is None
+        assert state["attributes"].keys() == {"answer"}
+        assert state["asked"] is False
+        assert "told_by_dataset" not in state
+        assert "notes" not in state
+    assert threading.active_count() == before
+    assert described(Hostile(), [], ask=False)["class"] == f"{HERE}.Hostile"
+    assert "asked" not in described(Holding())
+
+
+def test_names_of_classes_are_bounded() -> None:
+    long = type("x" * 10**6, (Exception,), {})
+    for state in (described(long()), described(Holding(x=long()))):
+        assert len(state["class"]) <= 120
+    assert len(attribute(long())["type"]) <= 120
+    assert len(described(Answering(raising(long())))["notes"][0]) <= 240
+
+
 def test_datasets_of_torch_are_described_sensibly() -> None:
     subset = described(Subset(Holding(rate=2), [1, 2]))
     assert subset["class"] == "torch.utils.data.dataset.Subset"
@@ -438,6 +533,28 @@ def test_changes_of_what_the_dataset_tells() -> None:
 
     assert changes(state(0), state(3)) == {"epoch": "was 0, now 3"}
     assert changes(state(0), described(Telling(raising(ValueError())))) == {}
+
+
+def test_changes_since_a_start_that_was_not_asked() -> None:
+    items = [1, 2]
+    dataset = Answering(items.__len__)
+    start = described(dataset, ask=False)
+    assert changes(start, described(dataset)) == {}
+    items.append(3)
+    dataset.extra = 1  # type: ignore[attr-defined]
+    assert changes(start, described(dataset)) == {"extra": "added: 1"}
+    assert changes(described(dataset), start) == {"extra": "removed (was 1)"}
+    failed = Answering(raising(ValueError()))
+    assert changes(described(failed, ask=False), described(failed)) == {}
+
+
+def test_an_account_is_not_compared_with_attributes() -> None:
+    dataset = Telling(lambda: {"epoch": 3})
+    start = described(dataset, ask=False)
+    assert changes(start, described(dataset)) == {}
+    dataset.answer = raising(ValueError("no file"))
+    dataset.extra = 1  # type: ignore[attr-defined]
+    assert changes(start, described(dataset))["extra"] == "added: 1"
 
 
 def test_changes_of_a_secret_do_not_show_it() -> None:
