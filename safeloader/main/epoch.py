@@ -19,7 +19,7 @@ from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
 from safeloader.main.drawing import SAMPLER_HINT
 from safeloader.main.ledger import Ledger, Trouble
-from safeloader.main.recorder import Delivery
+from safeloader.main.recorder import Delivery, failure_was_told
 from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from, failure_of
@@ -136,6 +136,7 @@ class Epoch:
         )
         self.batches += 1
         self._tell(self._trace.failed, failure)
+        failure_was_told()
         return error_from(failure, exception)
 
     def _with_differences(self, failure: Failure) -> dict[str, Any] | None:

@@ -260,11 +260,14 @@ class MapLedger(Accounts):
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         coverage = self._coverage
+        notes = self.notes(length)
+        if ahead := sum(map(count, self._pending.values())):
+            notes.append(f"{ahead} of the samples drawn were not handed over yet")
         return self.as_audit(
             epoch,
             complete=self.complete,
             drawn=coverage.drawn,
-            notes=self.notes(length),
+            notes=notes,
             repeated=coverage.repeated(),
             unvisited=coverage.unvisited(length),
             counts={

@@ -10,8 +10,10 @@ import atexit
 import itertools
 import logging
 import os
+import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -182,9 +184,18 @@ def watch_for_use(recorder: Recorder, made_for: str) -> None:
     weakref.finalize(recorder, note_if_blank)
 
 
+def failure_was_told() -> None:
+    """A failure was raised to the user: what came after it need not have run."""
+    _told.append(True)
+
+
+_told: deque[bool] = deque(maxlen=1)
+
+
 def _say_blank() -> None:
     loaders = [made_for for made_for in _blank if made_for]
-    if loaders:
+    failed = bool(_told) or hasattr(sys, "last_value")  # set where an exception ended the program
+    if loaders and not failed:
         logger.warning(
             "%d SafeDataLoader(s) never delivered a batch, so nothing was recorded or checked for "
             "them: %s. Rebuilt by a framework as torch's own DataLoader? Iterate the "

@@ -63,8 +63,8 @@ def _headline(failure: Failure) -> str:
     rank = "" if failure.rank is None else f", rank {failure.rank}"
     parts.append(f"{_DOING[failure.phase]}, in {who} (pid {failure.pid}{rank}):")
     head, _, rest = failure.message.partition("\n")
-    parts.append(f"{short_type_name(failure.exception_type)}: {head}{' ...' if rest else ''}")
-    return "safeloader: " + " ".join(parts)
+    parts.append(short_type_name(failure.exception_type) + (f": {head}" if head else ""))
+    return "safeloader: " + " ".join(parts) + (" ..." if rest else "")
 
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
