@@ -110,6 +110,8 @@ def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[
         return ours
     if issubclass(ours, theirs):
         return ours
+    if issubclass(theirs, ours) and theirs in _dual_types.values():
+        return theirs  # a loader in the dataset raised it: it is both already
     if (ours, theirs) not in _dual_types:
         _dual_types[ours, theirs] = _combine(ours, theirs)
     return _dual_types[ours, theirs]

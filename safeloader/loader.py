@@ -112,7 +112,13 @@ class SafeDataLoader(DataLoader[T_co]):
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
             self.recorder = Recorder()
-            watch_for_use(self.recorder, f"{type(self).__name__} made at {_calling_line()}")
+            watch_for_use(self.recorder, _calling_line())
+            # Lightning re-creates a loader made in one of its hooks from the arguments that it saw
+            # the user give. With the recorder among them, the user's own loader still answers.
+            typed = self.__dict__.get("__pl_saved_kwargs")
+            takes = inspect.signature(type(self).__init__).parameters
+            if isinstance(typed, dict) and "recorder" in takes:
+                typed.setdefault("recorder", self.recorder)
         return self.recorder
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]
@@ -160,10 +166,13 @@ def _is_off() -> bool:
     return value == "off"
 
 
+_NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})
+
+
 def _calling_line() -> str:
-    """File and line of the code outside of this module that made a loader."""
+    """File and line of the user's code that made a loader."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
         frame = frame.f_back
     return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -103,6 +103,8 @@ def build_iterator(view: LoaderView) -> Any:
     iterator = DataLoader._get_iterator(view)  # type: ignore[arg-type]
     if hasattr(iterator, "_workers"):
         _with_workers.add(iterator)
+        stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
+        stop.atexit = False  # at exit, daemonic workers end as torch has it
     return iterator
 
 
@@ -130,19 +132,17 @@ def disown_inherited_iterators() -> None:
         iterator._shutdown = True
 
 
-def stop_unreachable_workers(iterator: Any) -> None:
-    """Stop the workers of an iterator whose queues are closed already.
+def _stop_unreachable(workers: list[Any], pid: int) -> None:
+    """Stop the workers of an iterator that the garbage collector is about to free.
 
-    The garbage collector closes the queues of an iterator in a cycle (an exception that somebody
-    kept) before torch's ``__del__`` runs; its "stop" then reaches no worker, and it waits five
-    seconds for each before it ends them this way.
+    In a cycle (an exception that somebody kept) its queues are closed before torch's ``__del__``
+    runs, whose "stop" then reaches no worker: it waits five seconds for each and ends them this
+    way. Freed otherwise, the iterator has ended its workers before this is called.
     """
-    if getattr(iterator, "_shutdown", True):
-        return
-    for queue, worker in zip(iterator._index_queues, iterator._workers, strict=False):
-        close = getattr(queue, "_close", None)
-        if close is not None and not close.still_active() and worker._parent_pid == os.getpid():
-            worker.terminate()
+    if os.getpid() == pid:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
 
 
 def reset_iterator(iterator: Any, view: LoaderView) -> None:

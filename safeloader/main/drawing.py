@@ -52,7 +52,7 @@ class RecordingSampler:
             inner = iter(source)
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
-            inner = _raising(exc)
+            inner = _raising([exc])
         return self._tasks(inner, tail, self.log)
 
     def _tasks(self, inner: Iterator[Any], tail: list[Any], log: DrawLog) -> Iterator[Task]:
@@ -69,10 +69,9 @@ class RecordingSampler:
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                seq = next(numbers)
-                log.draw_failed(seq, exc)
-                yield Task(seq, SamplerFault())
-                return
+                failed = next(numbers)
+                log.draw_failed(failed, exc)
+                break
             if tail:
                 tail.clear()
             seq = next(numbers)
@@ -85,6 +84,8 @@ class RecordingSampler:
                     index = list(index)  # reading a one-shot iterator here would use it up
                 note(seq, pack(index))
             yield Task(seq, index)
+        # Not in the except clause: a suspended frame there holds the exception, which holds it.
+        yield Task(failed, SamplerFault())
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -120,9 +121,9 @@ def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
     return sampler, tail
 
 
-def _raising(exc: Exception) -> Iterator[Any]:
+def _raising(held: list[Exception]) -> Iterator[Any]:
     yield from ()
-    raise exc
+    raise held.pop()  # a frame that held it would be held by it
 
 
 class _Noting:

@@ -69,7 +69,7 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def arrived(self, papers: Papers, wait_ns: int) -> int:
+    def arrived(self, papers: Papers, began_ns: int, wait_ns: int) -> int:
         """Check a batch that is about to be handed over; gives its number. Hot path.
 
         Raises:
@@ -84,7 +84,7 @@ class Epoch:
         self.batches = number + 1
         if self._trace is not OFF:
             delivery = Delivery(self.number, number, wait_ns, papers)
-            self._tell(self._trace.delivered, delivery)
+            self._tell(self._trace.delivered, delivery, began_ns)
         if self.ledger.settled:  # not every training loop asks for one more than the last
             self.close()
         return number
@@ -114,9 +114,13 @@ class Epoch:
         self._tell(self._trace.failed, failure)
         raise error_from(failure)
 
-    def came_failed(self, came: FailedBatch) -> SafeLoaderError:
-        """The error for a batch that could not be made."""
-        papers, failure, exception = came
+    def came_failed(self, came: FailedBatch, raised: list[BaseException]) -> SafeLoaderError:
+        """The error for a batch that could not be made.
+
+        ``raised`` holds the exception where it was raised in this process; it is taken out.
+        """
+        papers, failure = came
+        exception = raised.pop() if raised else None
         if failure is None:
             exception = self._sampler_errors.pop(papers.seq)
             failure = failure_of(

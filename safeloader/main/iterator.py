@@ -8,6 +8,7 @@ holds torch's iterator, and a cycle would keep workers alive until the garbage c
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from time import perf_counter_ns as clock
@@ -41,6 +42,7 @@ class Session:
 
     def __init__(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         self.board = _board_for(loader)
+        self.raised: list[BaseException] = []
         self.sampler = RecordingSampler(
             torch_private.index_sampler(loader),
             batched=torch_private.batches_itself(loader),
@@ -65,7 +67,7 @@ class Session:
                 raise
             failure = failure_of(exc, phase="sample", where="", epoch=epoch.number)
             raise error_from(failure, exc) from None
-        post = Post(None, self.board, loader.key, None)
+        post = Post(None, self.board, loader.key, None, self.raised)
         torch_private.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, post))
         return stock
 
@@ -81,14 +83,6 @@ class Session:
             expected = None if loader.num_workers else _length_of(self.sampler)
             epoch.open(MapLedger(with_keys=with_keys, expected_batches=expected))
         self.sampler.log = epoch
-
-    def __del__(self) -> None:
-        stock = self.__dict__.get("stock")
-        if stock is not None:
-            try:
-                torch_private.stop_unreachable_workers(stock)
-            except Exception:  # at interpreter exit anything may be gone already
-                return
 
     def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         """The next epoch on the same workers."""
@@ -149,10 +143,11 @@ class SafeIterator(Iterator[Any]):
             papers, payload = came
             wait_ns = clock() - began
             epoch = self._epoch
-            self._recorder.delivered(epoch.number, epoch.arrived(papers, wait_ns), wait_ns, papers)
+            number = epoch.arrived(papers, began, wait_ns)
+            self._recorder.delivered(epoch.number, number, wait_ns, papers)
             return payload
         if type(came) is FailedBatch:
-            raise self._epoch.came_failed(came) from None
+            raise self._epoch.came_failed(came, self._session.raised) from None
         raise DeliveryError(
             f"a batch came without papers ({type(came).__name__}): something replaced safeloader's "
             "fetcher in the workers. Set SAFELOADER=off to run without records."
@@ -174,7 +169,7 @@ class SafeIterator(Iterator[Any]):
 
     def __del__(self) -> None:
         epoch = self.__dict__.get("_epoch")
-        if epoch is not None:
+        if epoch is not None and not sys.is_finalizing():
             try:
                 epoch.close()
                 epoch.release()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from safeloader.main.audit import EpochAudit
 from safeloader.main.tally import Coverage, Tally
-from safeloader.wire.indices import Packed, count, unpack
+from safeloader.wire.indices import Packed, count, same, unpack
 from safeloader.wire.records import Papers
 
 KEYS_LIMIT = 2_000_000
@@ -131,14 +131,15 @@ class Accounts:
     def as_audit(
         self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
     ) -> EpochAudit:
-        counts = {name: tally.count for name, tally in self.tallies.items()}
+        counts = {"skipped": 0, "repeated": 0, "unvisited": 0}
+        counts |= {name: tally.count for name, tally in self.tallies.items()}
         counts |= more.pop("counts", {})
         return EpochAudit(
             epoch=epoch,
             complete=complete,
             drawn=drawn,
             delivered=self.delivered_count,
-            counts=counts | {"skipped": 0},
+            counts=counts,
             notes=tuple(notes),
             **{name: tally.array() for name, tally in self.tallies.items()},
             **more,
@@ -177,7 +178,7 @@ class MapLedger(Accounts):
     def check(self, papers: Papers) -> Trouble | None:
         expected = self._pending.pop(papers.seq, None)
         indices, samples = papers.indices, papers.samples
-        if expected is None or not _equal(expected, indices):
+        if expected is None or not same(expected, indices):
             return self._compare(expected, papers)
         number = count(expected)
         if samples != number and samples is not None:
@@ -200,15 +201,14 @@ class MapLedger(Accounts):
             return Trouble(f"{who} sent a batch that this epoch never drew", unexpected=came)
         drawn = unpack(expected)
         left = list(drawn)
+        sound = []
         unexpected = []
         for index in came:
-            if index in left:
-                left.remove(index)
-            else:
+            place = next((k for k, item in enumerate(left) if same(item, index)), None)
+            if place is None:
                 unexpected.append(index)
-        sound = list(drawn)
-        for index in left:
-            sound.remove(index)
+            else:
+                sound.append(left.pop(place))
         reason = f"{who} was asked for {_some(drawn)} and answered for {_some(came)}"
         if not left and not unexpected:
             reason += ": the same indices in another order"
@@ -260,6 +260,7 @@ class MapLedger(Accounts):
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         coverage = self._coverage
+        repeated = coverage.repeated()  # before the notes: it brings the coverage up to date
         notes = self.notes(length)
         if ahead := sum(map(count, self._pending.values())):
             notes.append(f"{ahead} of the samples drawn were not handed over yet")
@@ -268,20 +269,13 @@ class MapLedger(Accounts):
             complete=self.complete,
             drawn=coverage.drawn,
             notes=notes,
-            repeated=coverage.repeated(),
+            repeated=repeated,
             unvisited=coverage.unvisited(length),
             counts={
                 "repeated": coverage.repeated_count(),
                 "unvisited": coverage.unvisited_count(length),
             },
         )
-
-
-def _equal(drawn: Packed, came: Packed) -> bool:
-    try:
-        return bool(drawn == came)
-    except Exception:  # an index whose own __eq__ raises: told apart by its place alone
-        return count(drawn) == count(came)
 
 
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
-from safeloader.wire.indices import as_array, count, identity, unpack
+from safeloader.wire.indices import as_array, count, identity, same, unpack
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -141,7 +141,7 @@ class Provenance:
         wanted = identity(index)
         found = []
         for delivery in self._recorder.deliveries():
-            rows = [k for k, item in enumerate(_identities(delivery)) if item == wanted]
+            rows = [k for k, item in enumerate(_identities(delivery)) if same(item, wanted)]
             if rows:
                 found.append(_table([delivery])[rows])
         return np.concatenate(found) if found else _table([])
@@ -179,7 +179,8 @@ class Provenance:
         target = Path(path)
         suffix = target.suffix.lower()
         if suffix == ".npy":
-            np.save(target, _without_objects(self.to_numpy()), allow_pickle=False)
+            with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
+                np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
         elif suffix == ".csv":
             with target.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)

@@ -7,6 +7,7 @@ the loader, the notebook goes along and the user's own loader still answers.
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import logging
 import os
@@ -162,26 +163,27 @@ def _nbytes(indices: Packed, stamps: bytes) -> int:
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────
 
-_blank: list[str] = []
+_watched: weakref.WeakKeyDictionary[Recorder, tuple[str, int]] = weakref.WeakKeyDictionary()
+_freed_blank: list[str] = []
+_told: deque[bool] = deque(maxlen=1)
 
 
-def watch_for_use(recorder: Recorder, made_for: str) -> None:
+def watch_for_use(recorder: Recorder, made_at: str) -> None:
     """At the end of the program, say once that a loader never began an epoch.
 
     Frameworks that rebuild a loader as torch's own class do so in silence; the user would take the
     empty notebook for a clean run.
     """
-    if not _blank:
-        atexit.register(_say_blank)
-        _blank.append("")  # registered; the notes follow
+    _register()
     pid = os.getpid()
     in_use = recorder._in_use  # not the recorder itself: it has to be able to go
 
     def note_if_blank() -> None:
-        if not in_use and os.getpid() == pid and os.environ.get("SAFELOADER") != "off":
-            _blank.append(made_for)
+        if not in_use and os.getpid() == pid:
+            _freed_blank.append(made_at)
 
-    weakref.finalize(recorder, note_if_blank)
+    weakref.finalize(recorder, note_if_blank).atexit = False
+    _watched[recorder] = made_at, pid
 
 
 def failure_was_told() -> None:
@@ -189,17 +191,21 @@ def failure_was_told() -> None:
     _told.append(True)
 
 
-_told: deque[bool] = deque(maxlen=1)
-
-
 def _say_blank() -> None:
-    loaders = [made_for for made_for in _blank if made_for]
-    failed = bool(_told) or hasattr(sys, "last_value")  # set where an exception ended the program
-    if loaders and not failed:
-        logger.warning(
-            "%d SafeDataLoader(s) never delivered a batch, so nothing was recorded or checked for "
-            "them: %s. Rebuilt by a framework as torch's own DataLoader? Iterate the "
-            "SafeDataLoader itself, or check type(loader) where the framework hands it back.",
-            len(loaders),
-            "; ".join(loaders[:3]),
-        )
+    alive = [at for each, (at, pid) in _watched.items() if pid == os.getpid() and not each.epochs]
+    loaders = _freed_blank + alive
+    ended_in_error = bool(_told) or hasattr(sys, "last_value")
+    if not loaders or ended_in_error or os.environ.get("SAFELOADER", "").lower() == "off":
+        return
+    logger.warning(
+        "%d SafeDataLoader(s) never delivered a batch in this process, so nothing was recorded or "
+        "checked for them here: made at %s. Rebuilt by a framework as torch's own DataLoader, or "
+        "used in another process? Look at type(loader) where the framework hands it back.",
+        len(loaders),
+        ", ".join(sorted(set(loaders))[:3]),
+    )
+
+
+@functools.cache
+def _register() -> None:
+    atexit.register(_say_blank)

@@ -8,6 +8,7 @@ bitmap over the dataset: which indices were drawn, and which more than once, at 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,13 @@ class Coverage:
     def _flush(self) -> None:
         pending, self._pending, self._pending_count = self._pending, [], 0
         numbers = b"".join(item for item in pending if type(item) is bytes)
+        mixed = [each for item in pending if type(item) is not bytes for each in unpack(item)]
+        if mixed:
+            fits = [type(each) is int and 0 <= each < _COVERAGE_LIMIT for each in mixed]
+            numbers += np.array(list(compress(mixed, fits)), dtype=np.int64).tobytes()
+            self._note_others(each for each, fit in zip(mixed, fits, strict=True) if not fit)
         if numbers:
             self._map(np.frombuffer(numbers, dtype=np.int64))
-        for item in pending:
-            if type(item) is not bytes:
-                self._note_others(unpack(item))
 
     def _map(self, indices: npt.NDArray[np.int64]) -> None:
         fits = (indices >= 0) & (indices < _COVERAGE_LIMIT)

@@ -137,9 +137,15 @@ def failure_of(
         message=bounded(_text_of(exc), _MESSAGE_CHARS),
         traceback=bounded(_traceback_of(exc, skip_frames), _TRACEBACK_CHARS),
         _where=where,
-        _remains=remains_of(exc),
+        _remains=_inner_remains(exc) or remains_of(exc),
         **known,
     )
+
+
+def _inner_remains(exc: BaseException) -> Remains | None:
+    """For the error of a loader within the dataset: what is left of what the user's code raised."""
+    inner = exc.failure if isinstance(exc, SafeLoaderError) else None
+    return None if inner is None else inner._remains
 
 
 def error_from(failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:

@@ -7,6 +7,7 @@ the most common, becomes the bytes of an int64 array: one comparison checks the 
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -36,6 +37,8 @@ def pack(indices: Iterable[Any]) -> Packed:
         >>> pack(["a", ("b", 2)])
         ('a', ('b', 2))
     """
+    if isinstance(indices, bytes | bytearray):  # their raw memory is no array of int64
+        indices = list(indices)
     try:
         return array("q", indices).tobytes()
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -64,6 +67,14 @@ def unpack(packed: Packed) -> tuple[Any, ...]:
     return packed  # type: ignore[return-value]
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two identities, or packed batches of them, are equal; False where ``==`` raises."""
+    try:
+        return bool(one == other)
+    except Exception:  # an index with an __eq__ of its own
+        return False
+
+
 def count(packed: Packed) -> int:
     """How many samples ``packed`` stands for."""
     return len(packed) // _ITEM_BYTES if type(packed) is bytes else len(packed)
@@ -77,13 +88,18 @@ def identity(index: Any) -> Hashable:
     """
     kind = type(index)
     if kind is int or kind in _PLAIN:
+        if index != index:  # NaN is not equal to itself
+            return ("nan",)
         return index  # type: ignore[no-any-return]
-    if kind is tuple or kind is list:
+    if issubclass(kind, tuple | list):  # named tuples too: they may hold tensors
         return tuple(identity(item) for item in index)
     if kind is bool or issubclass(kind, (int, np.integer)):
         return int(index)
     if issubclass(kind, np.generic):
-        return identity(index.item())
+        item = index.item()
+        return repr(item) if isinstance(item, np.generic) else identity(item)  # long doubles
+    if issubclass(kind, enum.Enum):
+        return (kind.__qualname__, index.name)
     if issubclass(kind, (torch.Tensor, np.ndarray)):
         return identity(index.tolist())
     if kind is dict:
@@ -118,7 +134,10 @@ def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:
     if kinds == {tuple} and all(
         len(item) == 2 and type(item[0]) is int and type(item[1]) is int for item in identities
     ):
-        return np.array(identities, dtype=np.int64)
+        try:
+            return np.array(identities, dtype=np.int64)
+        except OverflowError:
+            pass
     out = np.empty(len(identities), dtype=object)
     out[:] = list(identities)
     return out

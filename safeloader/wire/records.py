@@ -61,13 +61,11 @@ class Papers(NamedTuple):
 class FailedBatch(NamedTuple):
     """A batch that could not be made: worker to main, in the batch's own place.
 
-    ``failure`` is None for the echo of a :class:`SamplerFault`. ``exception`` is the live one, and
-    only where it happened in the main process (it never crosses).
+    ``failure`` is None for the echo of a :class:`SamplerFault`.
     """
 
     papers: Papers
     failure: Failure | None
-    exception: BaseException | None = None
 
     def pin_memory(self) -> FailedBatch:
         """Nothing to pin; torch's pinning thread would rebuild the tuple otherwise."""

@@ -50,10 +50,11 @@ def remains_of(exc: BaseException) -> Remains:
 def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
     """What the exception carries: args, fields of builtin types (errno), its own attributes."""
     for cls in type(exc).__mro__:
-        if cls.__module__ != "builtins":
-            continue
+        # Of the user's classes only __slots__: a property would run code.
+        builtin = cls.__module__ == "builtins"
+        kinds = (types.MemberDescriptorType, *([types.GetSetDescriptorType] if builtin else []))
         for name, slot in vars(cls).items():
-            is_field = isinstance(slot, types.MemberDescriptorType | types.GetSetDescriptorType)
+            is_field = isinstance(slot, kinds)
             if is_field and _is_copied(name):
                 try:
                     yield name, getattr(exc, name)

@@ -35,6 +35,9 @@ class Post(NamedTuple):
     board: StreamBoard | None
     key: Callable[[Any], Any] | None
     start_state: dict[str, Any] | None
+    # In the main process, where the exception of a failed batch is left for the iterator. The batch
+    # must not carry it: frames that the exception's traceback leads back to hold the batch.
+    raised: list[BaseException] | None = None
 
     @property
     def where(self) -> str:
@@ -157,10 +160,10 @@ class RecordingFetcher:
             dataset_state=state,
             hint=hint_for(exc, phase, index, text),
         )
-        live = exc if self._worker_id is None else None
-        if live is not None and live.__traceback__ is not None:
-            live.__traceback__ = live.__traceback__.tb_next or live.__traceback__
-        return FailedBatch(papers, failure, live)
+        if self._post.raised is not None and exc.__traceback__ is not None:
+            exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
+            self._post.raised.append(exc)
+        return FailedBatch(papers, failure)
 
 
 class _KeyFault(Exception):

@@ -1,0 +1,88 @@
+"""Every example in the documentation runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import safeloader
+
+README = Path(safeloader.__file__).parents[1] / "README.md"
+MODULES = [
+    "safeloader",
+    *(found.name for found in pkgutil.walk_packages(safeloader.__path__, "safeloader.")),
+]
+
+# An error below the base class is shown by the base class's example.
+SHOWN_ELSEWHERE = {
+    name
+    for name, value in vars(safeloader).items()
+    if inspect.isclass(value)
+    and issubclass(value, safeloader.SafeLoaderError)
+    and value is not safeloader.SafeLoaderError
+}
+USER_FACING = sorted(
+    name for name in set(safeloader.__all__) - SHOWN_ELSEWHERE if not name.startswith("__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_each_module_run(name: str) -> None:
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, raise_on_error=False)
+    assert result.failed == 0
+
+
+def test_there_are_examples_to_run() -> None:
+    attempted = sum(len(found.examples) for found in _doctests())
+    assert attempted > 40
+
+
+def _doctests() -> list[doctest.DocTest]:
+    finder = doctest.DocTestFinder()
+    return [found for name in MODULES for found in finder.find(importlib.import_module(name))]
+
+
+@pytest.mark.parametrize("name", USER_FACING)
+def test_each_public_class_and_function_has_an_example(name: str) -> None:
+    docstring = inspect.getdoc(getattr(safeloader, name)) or ""
+    assert "Example:" in docstring
+    assert ">>>" in docstring.split("Example:")[1]
+
+
+def test_the_public_methods_and_properties_are_explained() -> None:
+    for name in USER_FACING:
+        cls = getattr(safeloader, name)
+        for attribute, value in vars(cls).items():
+            is_code = callable(value) or isinstance(value, property | classmethod | staticmethod)
+            if is_code and not attribute.startswith("_"):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def blocks_with_prompts(markdown: str) -> list[str]:
+    blocks = re.findall(r"^```py(?:thon|con)?\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if ">>>" in block]
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+def test_the_examples_of_the_readme_run() -> None:
+    """The blocks build on each other, from the first to the last."""
+    runner = doctest.DocTestRunner()
+    parser = doctest.DocTestParser()
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks_with_prompts(README.read_text(encoding="utf-8"))):
+        test = parser.get_doctest(block, names, f"README block {number}", str(README), 0)
+        runner.run(test, clear_globs=False)
+        names.update(test.globs)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_blocks_with_prompts_are_found() -> None:
+    text = "text\n```python\n>>> 1\n1\n```\n```python\nx = 1\n```\n```pycon\n>>> 2\n2\n```\n"
+    assert blocks_with_prompts(text) == [">>> 1\n1\n", ">>> 2\n2\n"]

@@ -1,0 +1,241 @@
+"""The public names, the signature and the refusals: what other people's code relies on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+import safeloader
+from safeloader import Recorder, SafeDataLoader
+
+NAMES = [
+    "BatchRecord",
+    "CollateError",
+    "DeliveryError",
+    "EpochAudit",
+    "Failure",
+    "Provenance",
+    "Recorder",
+    "SafeDataLoader",
+    "SafeLoaderError",
+    "SampleError",
+    "SamplerError",
+    "TransportError",
+    "WorkerInitError",
+    "__version__",
+]
+OUR_KEYWORDS = {"verify": "raise", "trace": None, "recorder": None, "key": None}
+
+
+def test_the_public_names() -> None:
+    assert safeloader.__all__ == NAMES
+    assert safeloader.__all__ == sorted(safeloader.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_public_name_can_be_imported_and_says_what_it_is(name: str) -> None:
+    found = getattr(safeloader, name)
+    if inspect.isclass(found):
+        assert found.__doc__
+        assert found.__module__.startswith("safeloader.")
+
+
+def test_nothing_public_stands_outside_of_all() -> None:
+    public = {
+        name
+        for name, value in vars(safeloader).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == {name for name in NAMES if not name.startswith("_")}
+
+
+def test_the_version_is_a_version() -> None:
+    assert [part.isdigit() for part in safeloader.__version__.split(".")[:2]] == [True, True]
+
+
+def test_the_signature() -> None:
+    parameters = list(inspect.signature(SafeDataLoader.__init__).parameters.values())
+    kinds = [(each.name, each.kind.description) for each in parameters]
+    assert kinds == [
+        ("self", "positional or keyword"),
+        ("dataset", "positional or keyword"),
+        ("args", "variadic positional"),
+        *((name, "keyword-only") for name in OUR_KEYWORDS),
+        ("kwargs", "variadic keyword"),
+    ]
+    defaults = {each.name: each.default for each in parameters if each.name in OUR_KEYWORDS}
+    assert defaults == OUR_KEYWORDS
+
+
+def test_no_keyword_of_ours_is_one_of_torchs() -> None:
+    assert not set(OUR_KEYWORDS) & set(inspect.signature(DataLoader.__init__).parameters)
+
+
+def test_the_public_attributes_of_the_classes() -> None:
+    def public(cls: type) -> set[str]:
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    added = {"verify", "trace", "recorder", "key", "last_batch", "provenance", "audit"}
+    assert public(SafeDataLoader) == added
+    assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
+    assert {"epochs", "forgotten"} <= public(Recorder)
+    assert {"index", "failure"} <= public(safeloader.SafeLoaderError)
+    assert {"to_dict"} <= public(safeloader.Failure)
+    assert {"ok", "to_dict"} <= public(safeloader.EpochAudit)
+
+
+def test_the_keywords_are_instance_attributes() -> None:
+    recorder = Recorder()
+    loader = SafeDataLoader([1], verify="warn", trace=False, recorder=recorder, key=repr)
+    ours = {name: vars(loader)[name] for name in OUR_KEYWORDS}
+    assert ours == {"verify": "warn", "trace": False, "recorder": recorder, "key": repr}
+    plain = set(vars(DataLoader([1])))
+    extra = set(vars(loader)) - plain - set(OUR_KEYWORDS)
+    assert all(name.startswith("_") for name in extra)
+
+
+def test_a_subclass_that_hands_keywords_on_shows_ours() -> None:
+    class Derived(SafeDataLoader[Any]):
+        def __init__(self, *args: Any, extra: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+
+    names = list(inspect.signature(Derived.__init__).parameters)
+    assert names == ["self", "args", "extra", *OUR_KEYWORDS, "kwargs"]
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No thread, file or open descriptor is left behind, and nothing in the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").write_text("")
+    threads = set(threading.enumerate())
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    yield tmp_path
+    assert set(threading.enumerate()) == threads
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == [str(tmp_path / "a file")]
+
+
+def refusal(kind: type[Exception], **arguments: Any) -> str:
+    dataset = arguments.pop("dataset", [1, 2, 3])
+    with pytest.raises(kind) as info:
+        SafeDataLoader(dataset, **arguments)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("bad", ["loud", "Raise", "", None, True, 3, ["raise"]])
+def test_verify_is_one_of_three(bad: Any, leaves_nothing: Path) -> None:
+    said = refusal(ValueError, verify=bad)
+    assert said.startswith("verify must be 'raise'")
+    assert "'warn' or 'off'" in said
+    assert said.endswith(f"got {bad!r}")
+
+
+@pytest.mark.parametrize("bad", [3, "id", ("id",), True])
+def test_key_is_a_callable(bad: Any, leaves_nothing: Path) -> None:
+    said = refusal(TypeError, key=bad)
+    assert "key must be a callable that takes a sample" in said
+    assert "lambda sample: sample['id']" in said
+    assert repr(bad) in said
+
+
+@pytest.mark.parametrize("bad", ["x", 3, True, {}, Recorder])
+def test_recorder_is_a_recorder(bad: Any, leaves_nothing: Path) -> None:
+    said = refusal(TypeError, recorder=bad)
+    assert "recorder must be a safeloader.Recorder, or None" in said
+    assert repr(bad) in said
+
+
+@pytest.mark.parametrize("bad", [3.5, 1, 0, b"traces", ["traces"], object()])
+def test_trace_is_none_a_bool_or_a_folder(bad: Any, leaves_nothing: Path) -> None:
+    said = refusal(TypeError, trace=bad)
+    assert "trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder" in said
+    assert repr(bad) in said
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/traces", "a file/deep/er"])
+@pytest.mark.parametrize("by", ["keyword", "path", "environment"])
+def test_a_trace_folder_at_or_below_a_file_is_refused(
+    name: str, by: str, leaves_nothing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = leaves_nothing / name
+    if by == "environment":
+        monkeypatch.setenv("SAFELOADER_TRACE", str(folder))
+        said = refusal(ValueError)
+    else:
+        said = refusal(ValueError, trace=folder if by == "path" else str(folder))
+    assert said.startswith(f"trace files cannot be written to {str(folder)!r}: ")
+    assert "a folder that can be written to, 1 for log lines, or 0 for nothing" in said
+
+
+@pytest.mark.parametrize("value", ["maybe", "0", "1", "true", "of"])
+def test_the_switch_is_off_on_or_unset(
+    value: str, leaves_nothing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAFELOADER", value)
+    said = refusal(ValueError)
+    assert "SAFELOADER must be 'off'" in said
+    assert "'on' or unset" in said
+    assert repr(value) in said
+
+
+@pytest.mark.parametrize("value", ["off", "OFF", " off ", "on", "On", ""])
+def test_the_switch_is_read_generously(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER", value)
+    loader = SafeDataLoader([1, 2], batch_size=2)
+    assert [batch.tolist() for batch in loader] == [[1, 2]]
+    assert (loader.last_batch is None) == (value.strip().lower() == "off")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"no_such_argument": 3},
+        {"tracing": True},
+        {"Verify": "raise"},
+    ],
+)
+def test_an_unknown_keyword_is_a_type_error_that_names_it(
+    bad: dict[str, Any], leaves_nothing: Path
+) -> None:
+    (name,) = bad
+    assert repr(name) in refusal(TypeError, **bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_workers": -1},
+        {"batch_size": 0},
+        {"shuffle": True, "sampler": [0]},
+        {"batch_sampler": [[0]], "drop_last": True},
+        {"prefetch_factor": 2},
+        {"persistent_workers": True},
+        {"timeout": -1},
+        {"multiprocessing_context": "no such", "num_workers": 1},
+    ],
+)
+def test_torchs_own_refusals_are_unchanged(bad: dict[str, Any], leaves_nothing: Path) -> None:
+    with pytest.raises(Exception) as stock:  # noqa: PT011  (whatever torch raises)
+        DataLoader([1, 2, 3], **bad)
+    assert refusal(type(stock.value), **bad) == str(stock.value)
+
+
+def test_a_bad_keyword_is_told_before_a_bad_argument_of_torch(leaves_nothing: Path) -> None:
+    assert "verify" in refusal(ValueError, verify="loud", num_workers=-1)
+
+
+def test_a_good_loader_leaves_nothing_either(leaves_nothing: Path) -> None:
+    SafeDataLoader([1, 2, 3], num_workers=2, trace=leaves_nothing / "traces")

@@ -1,0 +1,194 @@
+"""What the audit of an epoch says to a person, and to a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from safeloader import EpochAudit, SafeDataLoader
+from safeloader.main import tally
+from safeloader.wire.indices import as_array
+from tests import datasets, faults
+
+TROUBLES = ("missing", "duplicated", "unexpected", "failed")
+CLASSES = (*TROUBLES, "dropped", "skipped", "repeated", "unvisited")
+
+
+def audit_with(complete: bool = True, notes: tuple[str, ...] = (), **classes: Any) -> EpochAudit:
+    arrays = {name: as_array(indices) for name, indices in classes.items()}
+    counts = dict.fromkeys(CLASSES, 0) | {name: len(array) for name, array in arrays.items()}
+    return EpochAudit(
+        epoch=2, complete=complete, drawn=40, delivered=30, counts=counts, notes=notes, **arrays
+    )
+
+
+def audit_of(dataset: Any, **arguments: Any) -> EpochAudit:
+    loader = SafeDataLoader(dataset, **arguments)
+    for _ in loader:
+        pass
+    assert loader.audit is not None
+    return loader.audit
+
+
+def test_a_clean_epoch_is_one_line() -> None:
+    assert str(audit_with()) == "epoch 2: complete, ok; 40 drawn, 30 delivered"
+    assert str(audit_with(complete=False)).startswith("epoch 2: not complete, ok;")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_class_has_a_line_with_its_count_and_indices(name: str) -> None:
+    audit = audit_with(**{name: [7, 3]})
+    head, line = str(audit).split("\n")
+    assert line.startswith(f"  {name}: 2, ")
+    assert line.endswith(": 7, 3")
+    assert audit.ok == (name not in TROUBLES)
+    assert ("NOT OK" in head) == (name in TROUBLES)
+
+
+@pytest.mark.parametrize(("number", "shown"), [(8, "0, 1, 2, 3, 4, 5, 6, 7"), (9, "6, 7, ...")])
+def test_eight_indices_are_shown(number: int, shown: str) -> None:
+    assert str(audit_with(missing=list(range(number)))).endswith(shown)
+
+
+def test_pairs_of_a_stream_are_shown_as_pairs() -> None:
+    audit = audit_with(missing=[(0, 5), (1, 12)])
+    assert str(audit).endswith(": (0, 5), (1, 12)")
+    assert audit.to_dict()["missing"] == [[0, 5], [1, 12]]
+
+
+def test_names_are_shown_as_python_writes_them() -> None:
+    audit = audit_with(missing=["a", 'qu"ote', ("b", 2)])
+    assert str(audit).endswith(""": 'a', 'qu"ote', ('b', 2)""")
+    assert audit.to_dict()["missing"] == ["'a'", "'qu\"ote'", "('b', 2)"]
+
+
+def test_notes_come_last() -> None:
+    audit = audit_with(notes=("one", "two"), dropped=[1])
+    assert str(audit).split("\n")[-2:] == ["  note: one", "  note: two"]
+    assert audit.to_dict()["notes"] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "audit",
+    [
+        audit_with(),
+        audit_with(missing=[1, 2], repeated=["x", None], notes=("a note",)),
+        audit_with(failed=[(0, 1)], dropped=[2**70, (1, "b")]),
+        audit_with(duplicated=[b"raw", frozenset([1])]),
+    ],
+)
+def test_to_dict_is_what_json_takes(audit: EpochAudit) -> None:
+    told = audit.to_dict()
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    assert set(told) == {field.name for field in dataclasses.fields(audit)} | {"ok"}
+    assert told["ok"] is audit.ok
+    assert told["counts"] == audit.counts
+
+
+def test_an_audit_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        audit_with().epoch = 3  # type: ignore[misc]
+
+
+def test_ok_goes_by_the_exact_counts() -> None:
+    assert not EpochAudit(0, True, 5, 4, counts={"missing": 1}).ok
+    assert EpochAudit(0, True, 5, 5).ok
+
+
+def test_every_array_is_there_and_empty_by_default() -> None:
+    audit = EpochAudit(epoch=0, complete=True, drawn=0, delivered=0)
+    for name in CLASSES:
+        array = getattr(audit, name)
+        assert (array.size, array.dtype) == (0, np.int64)
+
+
+# ── audits of real epochs ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_drop_last_is_listed_by_index(workers: int) -> None:
+    audit = audit_of(list(range(11)), batch_size=4, drop_last=True, num_workers=workers)
+    assert audit.dropped.tolist() == [8, 9, 10]
+    assert (audit.drawn, audit.delivered, audit.ok, audit.complete) == (11, 8, True, True)
+    assert "dropped: 3, left out by drop_last: 8, 9, 10" in str(audit)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_are_accounted_in_pairs(workers: int) -> None:
+    stream = datasets.Stream(11)
+    audit = audit_of(stream, batch_size=4, drop_last=True, num_workers=workers)
+    expected = [[0, 4], [0, 5], [1, 4]] if workers else [[0, 8], [0, 9], [0, 10]]
+    assert audit.dropped.tolist() == expected
+    assert audit.dropped.shape == (3, 2)
+    assert (audit.drawn, audit.delivered, audit.complete) == (11, 8, True)
+    json.dumps(audit.to_dict())
+
+
+def test_repeated_and_unvisited_are_no_fault() -> None:
+    audit = audit_of(list(range(6)), batch_size=2, sampler=[1, 1, 4, 5])
+    assert (audit.repeated.tolist(), audit.unvisited.tolist()) == ([1], [0, 2, 3])
+    assert audit.ok
+    assert audit.drawn == audit.delivered == 4
+
+
+def test_what_was_lost_with_an_error_counts_as_failed() -> None:
+    loader = SafeDataLoader(faults.Raises(at=5, length=12), batch_size=4)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(KeyError):
+        next(batches)
+    next(batches)
+    assert next(batches, None) is None
+    audit = loader.audit
+    assert audit is not None
+    assert audit.failed.tolist() == [4, 5, 6, 7]
+    assert (audit.drawn, audit.delivered, audit.ok, audit.complete) == (12, 8, False, True)
+
+
+def test_an_epoch_under_way_can_be_audited() -> None:
+    loader = SafeDataLoader(list(range(6)), batch_size=2)
+    assert loader.audit is None
+    batches = iter(loader)
+    assert loader.audit is not None
+    assert (loader.audit.drawn, loader.audit.complete) == (0, False)
+    next(batches)
+    audit = loader.audit
+    assert (audit.drawn, audit.delivered, audit.complete, audit.ok) == (2, 2, False, True)
+    assert audit.unvisited.tolist() == [2, 3, 4, 5]
+    for _ in batches:
+        pass
+    assert audit.delivered == 2
+    assert loader.audit.delivered == 6
+
+
+def test_the_audit_is_that_of_the_newest_epoch() -> None:
+    loader = SafeDataLoader(list(range(4)))
+    for epoch in range(3):
+        assert [int(sample) for sample in loader] == [0, 1, 2, 3]
+        assert loader.audit is not None
+        assert (loader.audit.epoch, loader.audit.delivered) == (epoch, 4)
+
+
+def test_counts_are_exact_where_arrays_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tally, "TALLY_LIMIT", 5)
+    sampler = [*range(20), *range(10), *range(100, 119)]
+    audit = audit_of(range(200), sampler=sampler, batch_size=20, drop_last=True)
+    assert {name: len(getattr(audit, name)) for name in ("dropped", "repeated", "unvisited")} == {
+        "dropped": 5,
+        "repeated": 5,
+        "unvisited": 5,
+    }
+    assert audit.counts["dropped"] == 9
+    assert audit.counts["repeated"] == 10
+    assert audit.counts["unvisited"] == 200 - 39
+    assert "dropped: 9, left out by drop_last: 110, 111, 112, 113, 114, ..." in str(audit)
+    assert audit.to_dict()["counts"]["unvisited"] == 161
+
+
+def test_counts_name_every_class() -> None:
+    assert set(audit_of(list(range(3))).counts) == set(CLASSES)
+    assert set(audit_of(datasets.Stream(3)).counts) == set(CLASSES)

@@ -1,0 +1,316 @@
+"""Every draw is numbered and noted, none is made ahead, and the user's sampler is left as it is."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+
+from safeloader.main.drawing import RecordingSampler
+from safeloader.wire.indices import Packed, unpack
+from safeloader.wire.records import SamplerFault
+
+
+class Log:
+    """Told of the draws."""
+
+    def __init__(self) -> None:
+        self.draws: list[tuple[int, tuple[Any, ...]]] = []
+        self.failures: list[tuple[int, Exception]] = []
+        self.dropped: list[tuple[Any, ...]] = []
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        self.draws.append((seq, unpack(indices)))
+
+    def draw_failed(self, seq: int, exc: Exception) -> None:
+        self.failures.append((seq, exc))
+
+    def draws_ended(self, dropped: Packed) -> None:
+        self.dropped.append(unpack(dropped))
+
+
+def recording(
+    sampler: Any, *, batched: bool = True, stream: bool = False
+) -> tuple[RecordingSampler, Log]:
+    made = RecordingSampler(sampler, batched=batched, stream=stream)
+    log = Log()
+    made.log = log
+    return made, log
+
+
+class Counting:
+    """Says how far it was asked."""
+
+    def __init__(self, length: int = 10) -> None:
+        self.length = length
+        self.asked = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.length):
+            self.asked += 1
+            yield index
+
+    def __len__(self) -> int:
+        return self.length
+
+
+# ── what torch gets, and what is noted ───────────────────────────────────────────────────────────
+
+
+def test_draws_are_numbered_noted_and_handed_on_untouched() -> None:
+    batches = [[3, 1], (2, 0), torch.tensor([4, 5]), np.array([6]), range(7, 9), ["a"]]
+    sampler, log = recording(batches)
+    tasks = list(sampler)
+    assert [task.seq for task in tasks] == [0, 1, 2, 3, 4, 5]
+    assert all(task.index is batch for task, batch in zip(tasks, batches, strict=True))
+    assert log.draws == [
+        (0, (3, 1)),
+        (1, (2, 0)),
+        (2, (4, 5)),
+        (3, (6,)),
+        (4, (7, 8)),
+        (5, ("a",)),
+    ]
+    assert log.dropped == [()]
+
+
+def test_nothing_is_drawn_before_it_is_asked_for() -> None:
+    source = Counting()
+    sampler, log = recording(BatchSampler(source, 3, drop_last=False))
+    tasks = iter(sampler)
+    assert (source.asked, log.draws) == (0, [])
+    for number in (1, 2, 3):
+        next(tasks)
+        assert source.asked == 3 * number
+        assert len(log.draws) == number
+
+
+def test_drop_last_draws_nothing_ahead_either() -> None:
+    source = Counting(8)
+    sampler, log = recording(BatchSampler(source, 3, drop_last=True))
+    tasks = iter(sampler)
+    next(tasks)
+    assert source.asked == 3
+    next(tasks)
+    assert (source.asked, log.dropped) == (6, [])
+    assert next(tasks, None) is None
+    assert (source.asked, log.dropped) == (8, [(6, 7)])
+
+
+def test_random_generators_move_as_they_do_without_the_recording() -> None:
+    def drawn(record: bool, drop_last: bool) -> Any:
+        torch.manual_seed(5)
+        sampler: Any = BatchSampler(RandomSampler(range(10)), 4, drop_last=drop_last)
+        if record:
+            sampler, _ = recording(sampler)
+        batches = [item.index if record else item for item in sampler]
+        return batches, torch.rand(1).item()
+
+    for drop_last in (False, True):
+        assert drawn(True, drop_last) == drawn(False, drop_last)
+
+
+def test_numbers_go_on_from_epoch_to_epoch() -> None:
+    sampler, first = recording([[0], [1]])
+    assert [task.seq for task in sampler] == [0, 1]
+    second = Log()
+    sampler.log = second
+    assert [task.seq for task in sampler] == [2, 3]
+    assert [seq for seq, _ in first.draws] == [0, 1]
+    assert [seq for seq, _ in second.draws] == [2, 3]
+
+
+def test_an_iterator_keeps_the_log_of_its_own_epoch() -> None:
+    sampler, first = recording([[0], [1]])
+    tasks = iter(sampler)
+    next(tasks)
+    sampler.log = Log()
+    next(tasks)
+    assert [seq for seq, _ in first.draws] == [0, 1]
+
+
+def test_batches_that_are_iterators_arrive_whole() -> None:
+    sampler, log = recording([iter([1, 2]), (n for n in (3, 4)), map(int, "56")])
+    assert [list(task.index) for task in sampler] == [[1, 2], [3, 4], [5, 6]]
+    assert log.draws == [(0, (1, 2)), (1, (3, 4)), (2, (5, 6))]
+
+
+def test_without_batching_each_draw_is_one_index_or_a_list_of_them() -> None:
+    sampler, log = recording([3, (1, 2), [4, 5], "ab"], batched=False)
+    assert [task.index for task in sampler] == [3, (1, 2), [4, 5], "ab"]
+    assert log.draws == [(0, (3,)), (1, ((1, 2),)), (2, (4, 5)), (3, ("ab",))]
+
+
+def test_the_draws_of_a_stream_carry_no_indices() -> None:
+    sampler, log = recording(itertools.repeat([None, None], 2), stream=True)
+    assert [task.index for task in sampler] == [[None, None], [None, None]]
+    assert log.draws == [(0, ()), (1, ())]
+
+
+# ── length and attributes ────────────────────────────────────────────────────────────────────────
+
+
+def test_length_is_the_samplers() -> None:
+    assert len(recording(BatchSampler(range(10), 3, drop_last=True))[0]) == 3
+    with pytest.raises(TypeError):
+        len(recording(n for n in [[0]])[0])
+
+
+def test_attributes_of_the_sampler_answer() -> None:
+    inner = BatchSampler(range(10), 3, drop_last=True)
+    sampler, _ = recording(inner)
+    assert sampler.batch_size == 3
+    assert sampler.drop_last is True
+    assert not hasattr(sampler, "no_such_thing")
+
+
+def test_it_can_be_copied_and_pickled_like_its_sampler() -> None:
+    sampler = RecordingSampler([[0], [1]], batched=True, stream=False)
+    for again in (copy.copy(sampler), copy.deepcopy(sampler)):
+        again.log = Log()
+        assert [task.index for task in again] == [[0], [1]]
+    assert len(pickle.loads(pickle.dumps(sampler))) == 2
+
+
+# ── what drop_last drops ─────────────────────────────────────────────────────────────────────────
+
+
+class Derived(BatchSampler):
+    """Overrides everything but ``__iter__``."""
+
+    def __init__(self, sampler: Any, batch_size: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=True)
+        self.epoch = 4
+
+    def __len__(self) -> int:
+        return 99
+
+
+class OwnIter(BatchSampler):
+    def __iter__(self) -> Iterator[list[int]]:
+        yield [7, 7]
+        yield from super().__iter__()
+
+
+class Uncopyable(BatchSampler):
+    def __copy__(self) -> Any:
+        raise TypeError("one of a kind")
+
+
+class FrozenSampler(BatchSampler):
+    """Its sampler is a property without a setter once it is made."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "drop_last" in vars(self):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("make", [Derived, lambda s, n: BatchSampler(s, n, drop_last=True)])
+@pytest.mark.parametrize(("length", "dropped"), [(7, (6,)), (8, (6, 7)), (9, ()), (2, (0, 1))])
+def test_the_tail_of_drop_last_is_told(make: Any, length: int, dropped: tuple[int, ...]) -> None:
+    sampler, log = recording(make(SequentialSampler(range(length)), 3))
+    batches = [task.index for task in sampler]
+    assert batches == [[k, k + 1, k + 2] for k in range(0, length - 2, 3)]
+    assert log.dropped == [dropped]
+
+
+def test_without_drop_last_there_is_no_tail() -> None:
+    sampler, log = recording(BatchSampler(range(7), 3, drop_last=False))
+    assert [task.index for task in sampler][-1] == [6]
+    assert log.dropped == [()]
+
+
+@pytest.mark.parametrize("make", [OwnIter, Uncopyable, FrozenSampler])
+def test_batch_samplers_that_go_their_own_way_are_left_alone(make: Any) -> None:
+    inner = make(range(5), 2, True)
+    sampler, log = recording(inner)
+    assert [task.index for task in sampler] == list(make(range(5), 2, True))
+    assert log.dropped == [()]
+
+
+def test_the_users_sampler_is_not_changed() -> None:
+    source = Counting(7)
+    inner = Derived(source, 3)
+    before = dict(vars(inner))
+    sampler, _ = recording(inner)
+    for _ in range(2):
+        list(sampler)
+    assert vars(inner) == before
+    assert inner.sampler is source
+    assert source.asked == 14
+    assert list(inner) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_state_that_the_sampler_changes_is_seen_in_the_next_epoch() -> None:
+    inner = Derived(SequentialSampler(range(4)), 3)
+    sampler, log = recording(inner)
+    list(sampler)
+    inner.sampler = SequentialSampler(range(5))
+    list(sampler)
+    assert log.dropped == [(3,), (3, 4)]
+
+
+# ── samplers that raise ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sampler_that_raises_is_told_in_the_place_of_its_batch_and_then_ends() -> None:
+    fault = KeyError("no such stratum")
+
+    def batches() -> Iterator[list[int]]:
+        yield [0]
+        raise fault
+
+    sampler, log = recording(batches())
+    tasks = list(sampler)
+    assert [task.seq for task in tasks] == [0, 1]
+    assert type(tasks[1].index) is SamplerFault
+    assert log.failures == [(1, fault)]
+    assert log.draws == [(0, (0,))]
+    assert log.dropped == []
+
+
+def test_a_sampler_that_cannot_even_start() -> None:
+    class Unstartable:
+        def __iter__(self) -> Iterator[Any]:
+            raise KeyError("no strata at all")
+
+    sampler, log = recording(Unstartable())
+    (task,) = sampler
+    assert type(task.index) is SamplerFault
+    ((seq, exc),) = log.failures
+    assert (seq, exc.args) == (0, ("no strata at all",))
+
+
+@pytest.mark.parametrize("fatal", [KeyboardInterrupt, SystemExit])
+def test_interrupts_are_no_fault_of_the_sampler(fatal: type[BaseException]) -> None:
+    def batches() -> Iterator[list[int]]:
+        raise fatal
+        yield []
+
+    sampler, log = recording(batches())
+    with pytest.raises(fatal):
+        next(iter(sampler))
+    assert log.failures == []
+
+
+def test_a_fault_while_the_next_batch_is_gathered_leaves_earlier_ones_whole() -> None:
+    class Breaks:
+        def __iter__(self) -> Iterator[int]:
+            yield from (0, 1, 2)
+            raise ValueError("broken")
+
+        def __len__(self) -> int:
+            return 6
+
+    sampler, log = recording(BatchSampler(Breaks(), 2, drop_last=True))  # type: ignore[arg-type]
+    assert [task.index for task in sampler] == [[0, 1], SamplerFault()]
+    assert log.draws == [(0, (0, 1))]
+    assert len(log.failures) == 1

@@ -1,0 +1,609 @@
+"""Whatever happens to batches between draw and delivery, the ledger says exactly what."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections import Counter
+from itertools import chain
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safeloader.main import ledger as ledger_module
+from safeloader.main.audit import EpochAudit
+from safeloader.main.ledger import MapLedger, Trouble
+from safeloader.main.stream_ledger import StreamLedger
+from safeloader.wire.indices import pack
+from safeloader.wire.records import Papers
+from safeloader.wire.streams import StreamBoard
+
+CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")
+
+
+def papers(
+    seq: int,
+    indices: list[Any],
+    *,
+    samples: int | None = -1,
+    worker_id: int | None = 0,
+    keys: list[Any] | None = None,
+) -> Papers:
+    """What a worker that was asked for ``indices`` writes."""
+    number = len(indices) if samples == -1 else samples
+    noted = None if keys is None else tuple(keys)
+    return Papers(seq, worker_id, 1, pack(indices), number, None, b"", False, noted)
+
+
+def stream_papers(
+    worker: int, first: int, samples: int, keys: list[Any] | None = None, seq: int = 0
+) -> Papers:
+    noted = None if keys is None else tuple(keys)
+    return Papers(seq, worker, 1, b"", samples, first, b"", False, noted)
+
+
+def hand_over(ledger: Any, came: Papers, *, raised: bool = False) -> Trouble | None:
+    """What the training process does with a batch; ``raised`` as under ``verify="raise"``."""
+    trouble: Trouble | None = ledger.check(came)
+    if trouble is not None:
+        ledger.settle(trouble, came, handed_over=not raised)
+    return trouble
+
+
+def drawn_ledger(
+    batches: list[list[Any]], *, first_seq: int = 0, with_keys: bool = False, ended: bool = True
+) -> MapLedger:
+    ledger = MapLedger(with_keys=with_keys, expected_batches=None)
+    for seq, batch in enumerate(batches, first_seq):
+        ledger.drawn(seq, pack(batch))
+    if ended:
+        ledger.draws_ended(b"")
+    return ledger
+
+
+def found(audit: EpochAudit) -> dict[str, Counter[Any]]:
+    """The classes that are not empty; counts agree with the arrays."""
+    out = {}
+    for name in CLASSES:
+        items = getattr(audit, name).tolist()
+        counted = Counter(tuple(item) if isinstance(item, list) else item for item in items)
+        assert audit.counts.get(name, 0) == len(items)
+        if counted:
+            out[name] = counted
+    return out
+
+
+# ── map-style datasets ───────────────────────────────────────────────────────────────────────────
+
+NUMBER = st.integers(-2, 30)
+NAME = st.sampled_from(["a", "b", "c", ("d", 1)])
+BATCHES = st.one_of(
+    st.lists(st.lists(kind, min_size=1, max_size=5), max_size=6) for kind in (NUMBER, NAME)
+)
+HARMS = (
+    "none",
+    "lost",
+    "sent twice",
+    "never drawn",
+    "replaced",
+    "order changed",
+    "too few",
+    "too many",
+    "failed",
+)
+
+
+class Model:
+    """What the user should be told, in plain counters."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, Counter[Any]] = {name: Counter() for name in CLASSES}
+        self.delivered = 0
+
+    def note(self, name: str, indices: Any) -> None:
+        self.classes[name].update(indices)
+
+    def arrived(self, drawn: list[Any], came: list[Any], *, raised: bool) -> None:
+        missing = Counter(drawn) - Counter(came)
+        unexpected = Counter(came) - Counter(drawn)
+        sound = Counter(drawn) & Counter(came)
+        self.settled(missing, Counter(), unexpected, sound, raised=raised)
+
+    def settled(
+        self,
+        missing: Counter[Any],
+        duplicated: Counter[Any],
+        unexpected: Counter[Any],
+        sound: Counter[Any],
+        *,
+        raised: bool,
+    ) -> None:
+        self.note("missing", missing)
+        self.note("duplicated", duplicated)
+        self.note("unexpected", unexpected)
+        if raised:
+            self.note("failed", sound)
+        else:
+            self.delivered += sound.total() + unexpected.total() + duplicated.total()
+
+
+@given(BATCHES, st.data(), st.booleans(), st.integers(0, 100))
+def test_every_corruption_is_classified_exactly(
+    batches: list[list[Any]], data: st.DataObject, raised: bool, first_seq: int
+) -> None:
+    ledger = drawn_ledger(batches, first_seq=first_seq)
+    model = Model()
+    model.note("repeated", (i for i, n in Counter(chain(*batches)).items() if n > 1))
+    unasked = len(batches)
+    order = data.draw(st.permutations(range(len(batches))))
+    for at in order:
+        seq, batch = first_seq + at, batches[at]
+        harm = data.draw(st.sampled_from(HARMS))
+        if harm == "lost":
+            model.note("missing", batch)
+            continue
+        if harm == "failed":
+            ledger.failed(papers(seq, batch), batch)
+            model.note("failed", batch)
+            continue
+        if harm == "replaced":
+            came = data.draw(st.lists(NUMBER | NAME, min_size=1, max_size=5))
+            trouble = hand_over(ledger, papers(seq, came), raised=raised)
+            assert (trouble is None) == (came == batch)
+            model.arrived(batch, came, raised=raised and trouble is not None)
+            continue
+        if harm == "order changed":
+            came = data.draw(st.permutations(batch))
+            trouble = hand_over(ledger, papers(seq, came), raised=raised)
+            assert (trouble is None) == (came == batch)
+            assert trouble is None or "another order" in trouble.reason
+            model.arrived(batch, came, raised=raised and trouble is not None)
+            continue
+        if harm in ("too few", "too many"):
+            more = data.draw(st.integers(1, 3)) * (-1 if harm == "too few" else 1)
+            samples = max(len(batch) + more, 0)
+            trouble = hand_over(ledger, papers(seq, batch, samples=samples), raised=raised)
+            assert trouble is not None
+            assert f"gave {samples}" in trouble.reason
+            model.settled(
+                Counter(batch[samples:]),
+                Counter(),
+                Counter({-1: samples - len(batch)}) if samples > len(batch) else Counter(),
+                Counter(batch[:samples]),
+                raised=raised,
+            )
+            continue
+        assert hand_over(ledger, papers(seq, batch), raised=raised) is None
+        model.arrived(batch, batch, raised=False)
+        if harm == "sent twice":
+            trouble = hand_over(ledger, papers(seq, batch), raised=raised)
+            assert trouble is not None
+            assert f"batch {at} a second time" in trouble.reason
+            model.settled(Counter(), Counter(batch), Counter(), Counter(), raised=raised)
+        if harm == "never drawn":
+            trouble = hand_over(ledger, papers(first_seq + unasked, batch), raised=raised)
+            unasked += 1
+            assert trouble is not None
+            assert "never drew" in trouble.reason
+            model.settled(Counter(), Counter(), Counter(batch), Counter(), raised=raised)
+    lost = model.classes["missing"].copy()
+    trouble = ledger.finish()
+    assert trouble is None or set(trouble.missing) <= set(lost)
+    audit = ledger.audit(3, None)
+    assert found(audit) == {name: count for name, count in model.classes.items() if count}
+    assert audit.drawn == sum(map(len, batches))
+    assert audit.delivered == model.delivered
+    assert audit.epoch == 3
+    assert audit.ok == (not any(model.classes[name] for name in CLASSES[:4]))
+    assert audit.complete
+    assert ledger.settled
+
+
+@given(BATCHES, st.integers(0, 100))
+def test_what_came_as_drawn_is_complete_and_ok(batches: list[list[Any]], first_seq: int) -> None:
+    ledger = drawn_ledger(batches, first_seq=first_seq)
+    for number, batch in enumerate(batches):
+        assert ledger.settled is False
+        assert ledger.complete is False
+        assert ledger.check(papers(first_seq + number, batch)) is None
+        assert ledger.audit(0, None).delivered == sum(map(len, batches[: number + 1]))
+    assert ledger.settled
+    assert ledger.complete
+    assert ledger.finish() is None
+    audit = ledger.audit(0, None)
+    assert audit.ok
+    assert audit.drawn == audit.delivered == sum(map(len, batches))
+
+
+def test_numbers_and_names_in_one_batch_are_counted_once_each() -> None:
+    audit = drawn_ledger([[0], [0, "a"], ["a", 2, 2]]).audit(0, 4)
+    assert Counter(audit.repeated.tolist()) == Counter([0, 2, "a"])
+    assert audit.counts["repeated"] == 3
+    assert audit.unvisited.tolist() == [1, 3]
+
+
+def test_memory_grows_with_the_batches_in_flight_only() -> None:
+    def held(ledger: MapLedger) -> int:
+        return sum(
+            len(value)
+            for value in vars(ledger).values()
+            if isinstance(value, dict | list | set) and value is not ledger.tallies
+        )
+
+    ledger = MapLedger(with_keys=False, expected_batches=None)
+    for seq in range(1_000):
+        ledger.drawn(seq, pack([seq]))
+        assert 1 <= held(ledger) <= 4
+        if seq >= 3:
+            assert ledger.check(papers(seq - 3, [seq - 3])) is None
+    for seq in range(997, 1_000):
+        assert ledger.check(papers(seq, [seq])) is None
+    assert held(ledger) == 0
+
+
+def test_an_epoch_left_early_is_not_complete_and_no_error() -> None:
+    ledger = drawn_ledger([[0, 1], [2, 3]], ended=False)
+    assert ledger.check(papers(0, [0, 1])) is None
+    audit = ledger.audit(0, 8)
+    assert audit.ok
+    assert not audit.complete
+    assert (audit.drawn, audit.delivered, audit.unvisited.tolist()) == (4, 2, [4, 5, 6, 7])
+
+
+def test_an_end_that_the_sampler_did_not_announce_is_a_trouble() -> None:
+    ledger = drawn_ledger([[0, 1]], ended=False)
+    assert ledger.check(papers(0, [0, 1])) is None
+    trouble = ledger.finish()
+    assert trouble is not None
+    assert "although the sampler has more to draw" in trouble.reason
+    assert trouble.culprits == ()
+
+
+def test_lost_batches_are_told_at_the_end_and_once() -> None:
+    ledger = drawn_ledger([[0, 1], ["x", 3]])
+    trouble = ledger.finish()
+    assert trouble is not None
+    assert trouble.missing == trouble.culprits == (0, 1, "x", 3)
+    assert "4 samples drawn and never handed over: [0, 1, 'x', 3]" in trouble.reason
+    assert ledger.finish() is None
+    assert ledger.audit(0, None).counts["missing"] == 4
+
+
+def test_reasons_show_eight_indices_at_most() -> None:
+    trouble = drawn_ledger([list(range(9))]).finish()
+    assert trouble is not None
+    assert trouble.reason.endswith("[0, 1, 2, 3, 4, 5, 6, 7, ...]")
+
+
+@pytest.mark.parametrize(("worker_id", "who"), [(None, "the main process"), (3, "worker 3")])
+def test_reasons_name_the_one_who_sent_it(worker_id: int | None, who: str) -> None:
+    ledger = drawn_ledger([[0, 1]])
+    trouble = ledger.check(papers(0, [0, 7], worker_id=worker_id))
+    assert trouble is not None
+    assert trouble.reason == f"{who} was asked for [0, 1] and answered for [0, 7]"
+    assert (trouble.missing, trouble.unexpected, trouble.sound) == ((1,), (7,), (0,))
+
+
+def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
+    ledger = drawn_ledger([[5]], first_seq=10)
+    trouble = ledger.check(papers(9, [4]))
+    assert trouble is not None
+    assert (trouble.unexpected, trouble.duplicated) == ((4,), ())
+
+
+def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_trouble() -> None:
+    ledger = drawn_ledger([[0]], ended=False)
+    ledger.draw_failed(1)
+    assert ledger.check(papers(0, [0])) is None
+    assert ledger.finish() is None
+    assert not ledger.complete
+
+
+def test_without_workers_the_number_of_batches_tells_the_end() -> None:
+    ledger = MapLedger(with_keys=False, expected_batches=2)
+    for seq in range(2):
+        assert not ledger.complete
+        ledger.drawn(seq, pack([seq]))
+        assert not ledger.complete
+        assert ledger.check(papers(seq, [seq])) is None
+    assert ledger.complete
+    assert not ledger.settled
+
+
+def test_what_drop_last_dropped_is_drawn_and_listed_once() -> None:
+    ledger = drawn_ledger([[0, 1]], ended=False)
+    assert ledger.check(papers(0, [0, 1])) is None
+    ledger.draws_ended(pack([2, 1]))
+    ledger.draws_ended(pack([2, 1]))
+    assert ledger.finish() is None
+    audit = ledger.audit(0, 4)
+    assert found(audit) == {"dropped": Counter([2, 1]), "repeated": Counter([1])}
+    assert (audit.drawn, audit.delivered, audit.unvisited.tolist()) == (4, 2, [3])
+
+
+def test_samples_that_cannot_be_counted_are_taken_on_trust() -> None:
+    ledger = drawn_ledger([[0, 1]])
+    assert ledger.check(papers(0, [0, 1], samples=None)) is None
+    assert ledger.audit(0, None).delivered == 2
+
+
+class Crop(NamedTuple):
+    index: int
+    corner: Any
+
+
+def test_indices_that_cannot_be_compared_are_told_apart_by_their_places() -> None:
+    batch = [Crop(1, torch.tensor([2, 3])), Crop(4, torch.tensor([5, 6]))]
+    ledger = drawn_ledger([batch])
+    assert ledger.check(papers(0, pickle.loads(pickle.dumps(batch)))) is None
+    assert ledger.audit(0, None).ok
+
+
+def test_what_cannot_be_compared_and_is_one_too_few_is_a_trouble() -> None:
+    batch = [Crop(1, torch.tensor([2, 3])), Crop(4, torch.tensor([5, 6]))]
+    ledger = drawn_ledger([batch])
+    trouble = hand_over(ledger, papers(0, pickle.loads(pickle.dumps(batch[:1]))))
+    assert trouble is not None
+    assert len(trouble.missing) - len(trouble.unexpected) == 1
+
+
+def test_failure_of_an_unknown_batch_is_not_booked() -> None:
+    ledger = drawn_ledger([[0, 1]])
+    ledger.failed(papers(7, [8, 9]), [8, 9])
+    assert ledger.audit(0, None).counts["failed"] == 0
+
+
+def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safeloader.main.tally.TALLY_LIMIT", 2)
+    audit = drawn_ledger([["a", "b", "c", "d"]]).audit(0, None)
+    assert audit.notes[0] == "2 indices were too many or too large to be mapped"
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_indices_with_one_key_are_one_sample() -> None:
+    ledger = drawn_ledger([[0, 1], [2, 3]], with_keys=True)
+    assert hand_over(ledger, papers(0, [0, 1], keys=["a", "b"])) is None
+    trouble = hand_over(ledger, papers(1, [2, 3], keys=["a", "c"]))
+    assert trouble is not None
+    assert trouble.reason == "index 2 and index 0 are one sample (key 'a')"
+    assert (trouble.duplicated, trouble.sound) == ((2,), (3,))
+    audit = ledger.audit(0, None)
+    assert (audit.duplicated.tolist(), audit.delivered, audit.ok) == ([2], 4, False)
+
+
+def test_one_index_twice_is_no_duplicate_key() -> None:
+    ledger = drawn_ledger([[0, 1], [1, 0]], with_keys=True)
+    assert ledger.check(papers(0, [0, 1], keys=["a", "b"])) is None
+    assert ledger.check(papers(1, [1, 0], keys=["b", "a"])) is None
+    audit = ledger.audit(0, None)
+    assert audit.ok
+    assert audit.repeated.tolist() == [0, 1]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.integers(1, 4))
+def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: int) -> None:
+    ledger = drawn_ledger(batches, with_keys=True)
+    first: dict[int, int] = {}
+    duplicated: list[int] = []
+    for seq, batch in enumerate(batches):
+        keys = [index // samples_per_key for index in batch]
+        again = [i for i, key in zip(batch, keys, strict=True) if first.setdefault(key, i) != i]
+        trouble = hand_over(ledger, papers(seq, batch, keys=keys))
+        assert (trouble.duplicated if trouble else ()) == tuple(again)
+        duplicated += again
+    assert ledger.finish() is None
+    audit = ledger.audit(0, None)
+    assert audit.duplicated.tolist() == duplicated
+    assert audit.delivered == audit.drawn
+    assert audit.ok == (not duplicated)
+
+
+def test_a_batch_of_duplicates_names_three_and_counts_the_rest() -> None:
+    ledger = drawn_ledger([list(range(6))], with_keys=True)
+    trouble = ledger.check(papers(0, list(range(6)), keys=["same"] * 6))
+    assert trouble is not None
+    assert trouble.reason.count("are one sample") == 3
+    assert trouble.reason.endswith("; and 2 more")
+
+
+def test_keys_are_not_compared_unless_asked_for() -> None:
+    ledger = drawn_ledger([[0, 1]])
+    assert ledger.check(papers(0, [0, 1], keys=["a", "a"])) is None
+
+
+def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 2)
+    ledger = drawn_ledger([[0, 1, 2, 3]], with_keys=True)
+    trouble = hand_over(ledger, papers(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
+    assert trouble is not None
+    assert trouble.duplicated == (3,)
+    (note,) = ledger.audit(0, None).notes
+    assert note.startswith("the keys of the first 2 samples were compared; 1 later")
+
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def stream_ledger(workers: int = 1, *, with_keys: bool = False) -> tuple[StreamLedger, StreamBoard]:
+    board = StreamBoard(workers, shared=False)
+    return StreamLedger(with_keys=with_keys, board=board, workers=workers), board
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 4), max_size=5), min_size=1, max_size=3),
+    st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    st.integers(0, 2**32 - 1),
+)
+def test_streams_without_a_gap_are_ok(
+    sizes: list[list[int]], dropped: list[int], seed: int
+) -> None:
+    ledger, board = stream_ledger(len(sizes))
+    waiting = []
+    for worker, own in enumerate(sizes):
+        read = sum(own) + dropped[worker]
+        board.write(worker, read, dropped[worker], True)
+        waiting += [worker] * len(own)
+    random.Random(seed).shuffle(waiting)
+    at = [0] * len(sizes)
+    batch = [0] * len(sizes)
+    for worker in waiting:
+        samples = sizes[worker][batch[worker]]
+        assert ledger.check(stream_papers(worker, at[worker], samples)) is None
+        batch[worker] += 1
+        at[worker] += samples
+    assert not ledger.complete
+    assert ledger.finish() is None
+    assert ledger.complete
+    audit = ledger.audit(0, None)
+    expected = Counter(
+        (worker, k)
+        for worker, own in enumerate(sizes)
+        for k in range(sum(own), sum(own) + dropped[worker])
+    )
+    assert found(audit) == ({"dropped": expected} if expected else {})
+    assert audit.ok
+    assert audit.delivered == sum(map(sum, sizes))
+    assert audit.drawn == audit.delivered + expected.total()
+
+
+@given(st.data(), st.lists(st.tuples(st.integers(0, 8), st.integers(1, 4)), max_size=6))
+def test_gaps_and_repeats_against_plain_sets(
+    data: st.DataObject, spans: list[tuple[int, int]]
+) -> None:
+    """Batches of one worker at any place of its stream: what was passed over is missing."""
+    ledger, board = stream_ledger()
+    delivered: Counter[tuple[int, int]] = Counter()
+    missing: Counter[tuple[int, int]] = Counter()
+    duplicated: Counter[tuple[int, int]] = Counter()
+    due = 0
+    for first, samples in spans:
+        trouble = hand_over(ledger, stream_papers(0, first, samples))
+        assert (trouble is None) == (first == due)
+        came = [(0, k) for k in range(first, first + samples)]
+        missing.update((0, k) for k in range(due, first))
+        duplicated.update(pair for pair in came if pair[1] < due)
+        delivered.update(came)
+        due = max(due, first + samples)
+    left = data.draw(st.integers(0, 3))
+    board.write(0, due + left, 0, True)
+    trouble = ledger.finish()
+    assert (trouble is None) == (left == 0)
+    missing.update((0, k) for k in range(due, due + left))
+    audit = ledger.audit(0, None)
+    expected = {"missing": missing, "duplicated": duplicated}
+    assert found(audit) == {name: count for name, count in expected.items() if count}
+    assert audit.delivered == delivered.total()
+    assert audit.drawn == due + left
+
+
+def test_counts_name_every_class_of_a_stream_too() -> None:
+    ledger, _ = stream_ledger()
+    assert set(ledger.audit(0, None).counts) >= {*CLASSES, "skipped", "unvisited"}
+
+
+def test_a_stream_in_trouble_says_what_was_due() -> None:
+    ledger, _ = stream_ledger(2)
+    assert ledger.check(stream_papers(1, 0, 3)) is None
+    trouble = ledger.check(stream_papers(1, 5, 2))
+    assert trouble is not None
+    assert trouble.reason == "worker 1 sent samples 5 to 6 of its stream where number 3 was due"
+    assert trouble.missing == ((1, 3), (1, 4))
+    assert trouble.sound == ((1, 5), (1, 6))
+
+
+def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
+    ledger, board = stream_ledger(2)
+    board.write(0, 3, 0, True)
+    board.write(1, 4, 0, False)
+    assert ledger.check(stream_papers(0, 0, 3)) is None
+    assert ledger.check(stream_papers(1, 0, 2)) is None
+    trouble = ledger.finish()
+    assert trouble is not None
+    assert trouble.reason == "worker 1 never came to the end of its stream"
+    assert ledger.finish() is None
+
+
+def test_a_stream_whose_last_samples_never_came() -> None:
+    ledger, board = stream_ledger()
+    board.write(0, 7, 1, True)
+    assert ledger.check(stream_papers(0, 0, 4)) is None
+    trouble = ledger.finish()
+    assert trouble is not None
+    assert trouble.reason == "worker 0 read 6 samples and the last 2 never came"
+    assert trouble.missing == ((0, 4), (0, 5))
+    audit = ledger.audit(0, None)
+    assert audit.missing.tolist() == [[0, 4], [0, 5]]
+    assert audit.dropped.tolist() == [[0, 6]]
+    assert audit.drawn == 7
+
+
+def test_failed_samples_of_a_stream_are_no_gap() -> None:
+    ledger, board = stream_ledger()
+    assert ledger.check(stream_papers(0, 0, 2)) is None
+    ledger.failed(stream_papers(0, 2, 2), [(0, 2), (0, 3)])
+    assert ledger.check(stream_papers(0, 4, 2)) is None
+    board.write(0, 6, 0, True)
+    assert ledger.finish() is None
+    audit = ledger.audit(0, None)
+    assert found(audit) == {"failed": Counter([(0, 2), (0, 3)])}
+    assert (audit.drawn, audit.delivered) == (6, 4)
+
+
+def test_keys_find_two_workers_that_read_one_stream() -> None:
+    ledger, board = stream_ledger(2, with_keys=True)
+    assert hand_over(ledger, stream_papers(0, 0, 2, ["a", "b"])) is None
+    trouble = hand_over(ledger, stream_papers(1, 0, 2, ["a", "b"]))
+    assert trouble is not None
+    assert trouble.duplicated == ((1, 0), (1, 1))
+    assert "index (1, 0) and index (0, 0) are one sample" in trouble.reason
+    board.write(0, 2, 0, True)
+    board.write(1, 2, 0, True)
+    assert ledger.finish() is None
+    assert ledger.audit(0, None).delivered == 4
+
+
+def test_notes_of_streams_that_do_not_add_up() -> None:
+    ledger, board = stream_ledger(3)
+    for worker, samples in enumerate((5, 5, 0)):
+        board.write(worker, samples, 0, True)
+        if samples:
+            assert ledger.check(stream_papers(worker, 0, samples)) is None
+    assert ledger.finish() is None
+    audit = ledger.audit(0, 5)
+    assert audit.notes == (
+        "worker 2 delivered nothing: its share of the data is empty",
+        "len(dataset) says 5, the workers read 10 samples",
+    )
+    assert audit.ok
+
+
+def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
+    ledger, board = stream_ledger(2)
+    for worker in range(2):
+        board.write(worker, 5, 0, True)
+        assert ledger.check(stream_papers(worker, 0, 5)) is None
+    assert ledger.finish() is None
+    (note,) = ledger.audit(0, 5).notes
+    assert note.endswith("each worker read the whole stream (share it by get_worker_info())")
+
+
+def test_without_a_board_the_ends_go_unchecked() -> None:
+    ledger = StreamLedger(with_keys=False, board=None, workers=2)
+    assert ledger.check(stream_papers(0, 0, 3)) is None
+    assert ledger.finish() is None
+    audit = ledger.audit(0, None)
+    assert (audit.drawn, audit.delivered, audit.complete) == (3, 3, True)
+
+
+def test_a_stream_of_known_length_is_complete_when_that_many_came() -> None:
+    ledger, _ = stream_ledger()
+    assert ledger.check(stream_papers(0, 0, 4)) is None
+    assert not ledger.audit(0, 5).complete
+    assert ledger.audit(0, 4).complete
+    assert not ledger.audit(0, None).complete
+    assert not ledger.settled

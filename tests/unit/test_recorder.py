@@ -1,0 +1,248 @@
+"""The notebook keeps the newest batches within its bound, and takes about the bytes it says."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import safeloader
+from safeloader import Recorder, SafeDataLoader
+from safeloader.wire.records import Papers
+
+REPOSITORY = Path(safeloader.__file__).parents[1]
+
+
+def papers_from_a_worker(indices: list[Any]) -> Papers:
+    """The papers of one batch, as they come out of the queue."""
+    loader = SafeDataLoader(_AnyIndex(), sampler=indices, batch_size=len(indices))
+    for _ in loader:
+        pass
+    assert loader.recorder is not None
+    (delivery,) = loader.recorder.deliveries()
+    return pickle.loads(pickle.dumps(delivery.papers))  # type: ignore[no-any-return]
+
+
+class _AnyIndex:
+    def __getitem__(self, index: Any) -> int:
+        return 0
+
+    def __len__(self) -> int:
+        return 10**9
+
+
+def fill(recorder: Recorder, papers: Papers, batches: int) -> None:
+    pickled = pickle.dumps(papers)
+    epoch = recorder.begin_epoch(None)  # type: ignore[arg-type]
+    for batch in range(batches):
+        recorder.delivered(epoch, batch, 10_000 + batch, pickle.loads(pickled))
+
+
+def read(loader: SafeDataLoader[Any], epochs: int = 1) -> None:
+    for _ in range(epochs):
+        for _ in loader:
+            pass
+
+
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_bound_is_within_a_factor_two_of_the_truth(size: int, named: bool) -> None:
+    first = 10**8
+    indices: list[Any] = [
+        f"a name as long as names are, {first + k}" if named else first + k for k in range(size)
+    ]
+    papers = papers_from_a_worker(indices)
+    bound = 2 * 2**20
+    gc.collect()
+    tracemalloc.start()
+    try:
+        recorder = Recorder(max_bytes=bound)
+        fill(recorder, papers, 6_000 if size == 1 else 3_000)
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert recorder.forgotten
+    assert bound / 2 < held < bound * 2
+
+
+def test_the_newest_are_kept_and_the_oldest_forgotten() -> None:
+    loader = SafeDataLoader(range(3_000), batch_size=1, recorder=Recorder(max_bytes=100_000))
+    read(loader)
+    recorder = loader.recorder
+    assert recorder is not None
+    kept = [delivery.batch for delivery in recorder.deliveries()]
+    assert 50 < len(kept) < 1_000
+    assert kept == list(range(3_000 - len(kept), 3_000))
+    assert recorder.forgotten == 3_000 - len(kept)
+    last = recorder.last_delivery()
+    assert last is not None
+    assert last.batch == 2_999
+    assert recorder.find(2_999, 0) is not None
+    assert recorder.find(kept[0], None) is not None
+    assert recorder.find(kept[0] - 1, None) is None
+    assert loader.audit is not None
+    assert loader.audit.delivered == 3_000
+
+
+def test_whole_epochs_are_forgotten_too() -> None:
+    recorder = Recorder(max_bytes=20_000)
+    read(SafeDataLoader(range(20), recorder=recorder), epochs=5)
+    kept = [(delivery.epoch, delivery.batch) for delivery in recorder.deliveries()]
+    assert kept == sorted(kept)
+    assert kept[-1] == (4, 19)
+    assert recorder.epochs == 5
+    assert recorder.forgotten == 100 - len(kept) > 0
+    assert recorder.find(0, 0) is None
+
+
+def test_the_last_batch_is_kept_however_small_the_bound() -> None:
+    loader = SafeDataLoader(range(9), batch_size=3, recorder=Recorder(max_bytes=1))
+    read(loader)
+    assert loader.last_batch is not None
+    assert loader.last_batch.indices == (6, 7, 8)
+    assert loader.recorder is not None
+    assert loader.recorder.forgotten == 2
+    assert len(loader.provenance) == 3
+
+
+def test_nothing_is_forgotten_within_the_bound() -> None:
+    loader = SafeDataLoader(range(50), batch_size=5)
+    read(loader, epochs=2)
+    assert loader.recorder is not None
+    assert loader.recorder.forgotten == 0
+    assert len(list(loader.recorder.deliveries())) == 20
+
+
+def test_keys_are_not_kept() -> None:
+    loader = SafeDataLoader(range(9), batch_size=3, key=_large_key)
+    read(loader)
+    assert loader.recorder is not None
+    assert len(pickle.dumps(list(loader.recorder.deliveries()))) < 10_000
+
+
+def _large_key(sample: int) -> bytes:
+    return b"%d" % sample * 50_000
+
+
+def test_a_blank_recorder() -> None:
+    recorder = Recorder()
+    assert (recorder.epochs, recorder.forgotten, recorder.max_bytes) == (0, 0, 64 * 2**20)
+    assert recorder.last_delivery() is None
+    assert recorder.audit() is None
+    assert recorder.find(0, None) is None
+    assert recorder.find(0, 0) is None
+    assert list(recorder.deliveries()) == []
+    assert repr(recorder) == f"Recorder(0 batches of 0 epochs, 0 of {64 * 2**20} bytes)"
+
+
+def test_repr_says_how_full_it_is() -> None:
+    loader = SafeDataLoader(range(9), batch_size=3)
+    read(loader, epochs=2)
+    assert repr(loader.recorder).startswith("Recorder(6 batches of 2 epochs, ")
+
+
+def test_negative_numbers_are_no_python_indices() -> None:
+    loader = SafeDataLoader(range(4))
+    read(loader)
+    assert loader.recorder is not None
+    assert loader.recorder.find(-1, None) is None
+    assert loader.recorder.find(0, -1) is None
+
+
+@pytest.mark.parametrize(
+    "cloned", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy, copy.copy]
+)
+def test_pickles_and_copies_are_blank_with_the_same_bound(cloned: Any) -> None:
+    recorder = Recorder(max_bytes=12_345)
+    read(SafeDataLoader(range(9), recorder=recorder))
+    clone = cloned(recorder)
+    assert type(clone) is Recorder
+    assert clone is not recorder
+    assert (clone.max_bytes, clone.epochs, clone.forgotten) == (12_345, 0, 0)
+    assert list(clone.deliveries()) == []
+    assert clone.audit() is None
+    assert recorder.epochs == 1
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "64 MB", None, True, float("inf")])
+def test_a_bad_bound_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="max_bytes must be a positive int") as info:
+        Recorder(max_bytes=bad)
+    assert repr(bad) in str(info.value)
+
+
+def test_two_loaders_share_one_notebook() -> None:
+    recorder = Recorder()
+    one = SafeDataLoader(range(4), batch_size=2, recorder=recorder)
+    other = SafeDataLoader("abc", batch_size=3, recorder=recorder)
+    read(one)
+    read(other)
+    assert one.recorder is other.recorder is recorder
+    assert recorder.epochs == 2
+    assert one.last_batch == other.last_batch
+    assert one.last_batch is not None
+    assert (one.last_batch.epoch, one.last_batch.indices) == (1, (0, 1, 2))
+    assert one.provenance.batch(0, epoch=0).indices == (0, 1)
+
+
+def test_interleaved_epochs_keep_their_numbers() -> None:
+    loader = SafeDataLoader(range(4), batch_size=2)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    next(first)
+    assert loader.recorder is not None
+    noted = [(delivery.epoch, delivery.batch) for delivery in loader.recorder.deliveries()]
+    assert noted == [(0, 0), (1, 0), (0, 1)]
+    assert loader.last_batch is not None
+    assert (loader.last_batch.epoch, loader.last_batch.indices) == (0, (2, 3))
+
+
+# ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────
+
+
+def said_at_exit(program: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "from safeloader import SafeDataLoader\n" + program],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "; del a, b"], ids=["alive at the end", "freed before"])
+def test_loaders_that_never_delivered_are_told_of_once_at_the_end(end: str) -> None:
+    said = said_at_exit("a, b = SafeDataLoader([1]), SafeDataLoader([2])" + end)
+    assert said.count("2 SafeDataLoader(s) never delivered a batch") == 1
+    assert "made at <string>:2" in said
+    assert "Rebuilt by a framework" in said
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "list(SafeDataLoader([1]))",
+        "loader = SafeDataLoader([1])\nfor batch in loader: break",
+        "from safeloader import Recorder\nloader = SafeDataLoader([1], recorder=Recorder())",
+    ],
+)
+def test_nothing_is_said_where_there_is_nothing_to_say(program: str) -> None:
+    assert said_at_exit(program) == ""
+
+
+def test_nothing_is_said_when_switched_off() -> None:
+    assert said_at_exit("loader = SafeDataLoader([1])", SAFELOADER="off") == ""
