@@ -127,6 +127,7 @@ class _EventFile:
         self._held: list[str] = []
         self._held_chars = 0
         self._before_next = "[\n"
+        self._flush_at_s = time.monotonic() + _FLUSH_S
 
     def write(self, events: list[str]) -> None:
         if self._file is None or os.getpid() != self._pid:
@@ -135,13 +136,14 @@ class _EventFile:
             self._held_chars += len(event)
             self._held += (self._before_next, event)
             self._before_next = ",\n"
-        if self._held_chars > _PIECE_CHARS:
+        if self._held_chars > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
             self.flush()
 
     def flush(self, end: str = "") -> None:
         if self._file is None or os.getpid() != self._pid:
             return
         text, self._held, self._held_chars = "".join([*self._held, end]), [], 0
+        self._flush_at_s = time.monotonic() + _FLUSH_S
         try:
             piece = memoryview(text.encode())
             while piece:
@@ -163,6 +165,7 @@ class _EventFile:
 
 
 _PIECE_CHARS = 1 << 16
+_FLUSH_S = 1.0  # what a killed program leaves is at most this much behind
 _file_numbers = itertools.count()
 
 
@@ -218,7 +221,7 @@ class FileTrace(Trace):
         record = record_of(delivery)
         tid = 0 if papers.worker_id is None else papers.worker_id + 1
         if tid not in self._lanes:
-            self._lane(tid, f"worker {papers.worker_id} (pid {papers.pid})")
+            self._lane(tid, f"worker {papers.worker_id}")
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
         events = []
         begin_ns = record.start_ns
@@ -234,7 +237,7 @@ class FileTrace(Trace):
         began_us = (began_ns + UNIX_OFFSET_NS) / 1000
         wait_us = delivery.wait_ns / 1000
         name = f"batch {delivery.batch}"
-        args = {"epoch": delivery.epoch, "batch": delivery.batch}
+        args = {"epoch": delivery.epoch, "batch": delivery.batch, "pid": papers.pid}
         flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
         took_us = end_us - collate_us
@@ -292,9 +295,9 @@ def wish(trace: object) -> object:
     """
     if trace is None:
         value = os.environ.get("SAFELOADER_TRACE", "")
-        if value in ("", "0"):
+        if value.lower() in ("", "0", "false", "no", "off"):
             return False
-        return True if value == "1" else Path(value)
+        return True if value.lower() in ("1", "true", "yes", "on") else Path(value)
     if isinstance(trace, bool):
         return trace
     if isinstance(trace, str | os.PathLike):

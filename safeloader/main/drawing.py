@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler
 
+from safeloader.wire.failure import Failure, failure_of
 from safeloader.wire.indices import Packed, pack, pack_unbatched
 from safeloader.wire.records import SamplerFault, Task
 
@@ -24,7 +25,7 @@ class DrawLog(Protocol):
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn."""
 
-    def draw_failed(self, seq: int, exc: Exception) -> None:
+    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         """The sampler raised where batch ``seq`` would have been."""
 
     def draws_ended(self, dropped: Packed) -> None:
@@ -52,8 +53,14 @@ class RecordingSampler:
             inner = iter(source)
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
-            inner = _raising([exc])
+            return self._fault(self.log, *_taken_apart(exc))
         return self._tasks(inner, tail, self.log)
+
+    def _fault(self, log: DrawLog, failure: Failure, exc: Exception) -> Iterator[Task]:
+        """A draw that failed, in the place of the batch that was not drawn."""
+        seq = next(self._numbers)
+        log.draw_failed(seq, failure, exc)
+        yield Task(seq, SamplerFault())
 
     def _tasks(self, inner: Iterator[Any], tail: list[Any], log: DrawLog) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
@@ -69,8 +76,7 @@ class RecordingSampler:
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                failed = next(numbers)
-                log.draw_failed(failed, exc)
+                fault = self._fault(log, *_taken_apart(exc))
                 break
             if tail:
                 tail.clear()
@@ -84,8 +90,8 @@ class RecordingSampler:
                     index = list(index)  # reading a one-shot iterator here would use it up
                 note(seq, pack(index))
             yield Task(seq, index)
-        # Not in the except clause: a suspended frame there holds the exception, which holds it.
-        yield Task(failed, SamplerFault())
+        # Not in the except clause: a suspended frame there would hold the exception.
+        yield from fault
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -121,9 +127,14 @@ def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
     return sampler, tail
 
 
-def _raising(held: list[Exception]) -> Iterator[Any]:
-    yield from ()
-    raise held.pop()  # a frame that held it would be held by it
+def _taken_apart(exc: Exception) -> tuple[Failure, Exception]:
+    """The failure, and the exception without its frames.
+
+    These lead into torch's constructor. Kept until the error's turn comes, they would hold the
+    iterator's queues beyond its end, and their threads would write to pipes that are closed.
+    """
+    failure = failure_of(exc, phase="sampler", where="", hint=SAMPLER_HINT)
+    return failure, exc.with_traceback(None)
 
 
 class _Noting:

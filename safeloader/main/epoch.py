@@ -17,12 +17,11 @@ import torch.distributed
 
 from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
-from safeloader.main.drawing import SAMPLER_HINT
 from safeloader.main.ledger import Ledger, Trouble
 from safeloader.main.recorder import Delivery, failure_was_told
 from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
-from safeloader.wire.failure import Failure, error_from, failure_of
+from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
 from safeloader.wire.records import FailedBatch, Papers
 
@@ -41,7 +40,7 @@ class Epoch:
         self._verify = verify
         self._dataset: Any = dataset
         self._length: int | None = None
-        self._sampler_errors: dict[int, Exception] = {}
+        self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
 
@@ -58,9 +57,9 @@ class Epoch:
         self.ledger.drawn(seq, indices)
         self._tell(self._trace.drawn, self.number, seq, indices)
 
-    def draw_failed(self, seq: int, exc: Exception) -> None:
+    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
-        self._sampler_errors[seq] = exc
+        self._sampler_errors[seq] = failure, exc
         self.ledger.draw_failed(seq)
 
     def draws_ended(self, dropped: Packed) -> None:
@@ -122,13 +121,7 @@ class Epoch:
         papers, failure = came
         exception = raised.pop() if raised else None
         if failure is None:
-            exception = self._sampler_errors.pop(papers.seq)
-            failure = failure_of(
-                exception,
-                phase="sampler",
-                where="",
-                hint=SAMPLER_HINT,
-            )
+            failure, exception = self._sampler_errors.pop(papers.seq)
         else:
             self.ledger.failed(papers, failure.indices)
         failure = dataclasses.replace(

@@ -108,7 +108,9 @@ class Accounts:
             first = known.get(key, index)
             if first != index:
                 again.append(index)
-                said.append(f"index {index!r} and index {first!r} are one sample (key {key!r})")
+                said.append(
+                    f"index {index!r} and index {first!r} are one sample (key {_short(key)})"
+                )
                 continue
             sound.append(index)
             if len(known) < KEYS_LIMIT:
@@ -276,6 +278,11 @@ class MapLedger(Accounts):
                 "unvisited": coverage.unvisited_count(length),
             },
         )
+
+
+def _short(key: Any) -> str:
+    text = repr(key)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:

@@ -21,6 +21,8 @@ def report(failure: Failure) -> Iterator[str]:
             yield f"Original {failure.traceback.rstrip()}"
     else:
         yield failure.message
+        if failure.phase == "sampler":  # raised while torch drew ahead: the live one is gone
+            yield f"Original {failure.traceback.rstrip()}"
     yield ""
     yield _headline(failure)
     *found, next_step = failure.hint.split("\n")
@@ -63,6 +65,7 @@ def _headline(failure: Failure) -> str:
     rank = "" if failure.rank is None else f", rank {failure.rank}"
     parts.append(f"{_DOING[failure.phase]}, in {who} (pid {failure.pid}{rank}):")
     head, _, rest = failure.message.partition("\n")
+    head = bounded(head, 300)
     parts.append(short_type_name(failure.exception_type) + (f": {head}" if head else ""))
     return "safeloader: " + " ".join(parts) + (" ..." if rest else "")
 

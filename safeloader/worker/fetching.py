@@ -25,7 +25,7 @@ from safeloader.wire.records import FailedBatch, Papers, Parcel, SamplerFault, T
 from safeloader.wire.streams import StreamBoard
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
-from safeloader.worker.hints import hint_for
+from safeloader.worker.hints import KEY_FAULT, hint_for
 
 
 class Post(NamedTuple):
@@ -142,7 +142,7 @@ class RecordingFetcher:
     ) -> FailedBatch:
         """The failure of a batch; ``text`` is what was found out beyond the exception."""
         if isinstance(exc, _KeyFault):
-            position, exc, text = exc.position, exc.cause, "raised by key=, not by the dataset"
+            position, exc, text = exc.position, exc.cause, KEY_FAULT
         state = describe(self._dataset)
         if self._post.start_state is not None:
             state["changed_since_worker_start"] = changes(self._post.start_state, state)
@@ -158,7 +158,7 @@ class RecordingFetcher:
             worker_id=self._worker_id,
             pid=self._pid,
             dataset_state=state,
-            hint=hint_for(exc, phase, index, text),
+            hint=hint_for(exc, phase, index, text, self._dataset),
         )
         if self._post.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__

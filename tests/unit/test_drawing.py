@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
+from safeloader import Failure
 from safeloader.main.drawing import RecordingSampler
 from safeloader.wire.indices import Packed, unpack
 from safeloader.wire.records import SamplerFault
@@ -29,7 +30,8 @@ class Log:
     def drawn(self, seq: int, indices: Packed) -> None:
         self.draws.append((seq, unpack(indices)))
 
-    def draw_failed(self, seq: int, exc: Exception) -> None:
+    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
+        assert failure.phase == "sampler"
         self.failures.append((seq, exc))
 
     def draws_ended(self, dropped: Packed) -> None:
