@@ -113,6 +113,8 @@ def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[
     if issubclass(theirs, ours) and theirs in _dual_types.values():
         return theirs  # a loader in the dataset raised it: it is both already
     if (ours, theirs) not in _dual_types:
+        if len(_dual_types) > 1000:  # classes made on the fly, each time anew
+            _dual_types.clear()
         _dual_types[ours, theirs] = _combine(ours, theirs)
     return _dual_types[ours, theirs]
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -124,11 +124,13 @@ class SafeDataLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]
         """The next epoch: an iterator that checks every batch it hands over."""
         if _is_off():
+            if self._session is not None:  # its workers speak in parcels
+                self._session = self._iterator = None
             return super().__iter__()
-        return iterate(self)
+        return cast(Iterator[T_co], self._get_iterator())
 
     def _get_iterator(self) -> Any:
-        # Some code asks for a fresh iterator this way; torch's own would hand out our parcels.
+        # Torch's hook for subclasses; some code asks for a fresh iterator this way.
         return super()._get_iterator() if _is_off() else iterate(self)
 
     def __getstate__(self) -> dict[str, Any]:

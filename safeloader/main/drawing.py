@@ -68,6 +68,7 @@ class RecordingSampler:
         numbers = self._numbers
         batched, stream = self._batched, self._stream
         while True:
+            fault = None
             try:
                 index = next(inner)
             except StopIteration:
@@ -77,7 +78,11 @@ class RecordingSampler:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
                 fault = self._fault(log, *_taken_apart(exc))
-                break
+            if fault is not None:
+                tail.clear()
+                # Not in the except clause: a suspended frame there would hold the exception.
+                yield from fault
+                continue  # a generator is at its end now; other iterators may go on
             if tail:
                 tail.clear()
             seq = next(numbers)
@@ -90,8 +95,6 @@ class RecordingSampler:
                     index = list(index)  # reading a one-shot iterator here would use it up
                 note(seq, pack(index))
             yield Task(seq, index)
-        # Not in the except clause: a suspended frame there would hold the exception.
-        yield from fault
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -120,7 +123,8 @@ def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
     ):
         try:
             noting = copy.copy(sampler)
-            noting.sampler = _Noting(sampler.sampler, tail)
+            if noting is not sampler:
+                noting.sampler = _Noting(sampler.sampler, tail)
         except Exception:  # a subclass that cannot be copied, or has no such attribute to set
             return sampler, tail
         return noting, tail

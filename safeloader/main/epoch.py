@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
+from safeloader.wire.random_state import preserved
 from safeloader.wire.records import FailedBatch, Papers
 
 logger = logging.getLogger("safeloader")
@@ -39,7 +41,7 @@ class Epoch:
         self._trace = trace
         self._verify = verify
         self._dataset: Any = dataset
-        self._length: int | None = None
+        self._dataset_again: Callable[[], Any] = lambda: None
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
@@ -163,14 +165,20 @@ class Epoch:
         if self._closed:
             return
         self._closed = True
-        for note in self.ledger.notes(self._known_length()):
+        # The length of a map-style dataset is asked for only when somebody reads the audit.
+        length = self._known_length() if self.ledger.measures_length else None
+        for note in self.ledger.notes(length):
             logger.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
-            self._tell(self._trace.audited, self.audit(self.number))
+            self._tell(lambda: self._trace.audited(self.audit(self.number)))
 
     def release(self) -> None:
         """Let go of the dataset: the notebook outlives the iterator, the data need not."""
-        self._length = _length_of(self._dataset)
+        dataset = self._dataset
+        try:
+            self._dataset_again = weakref.ref(dataset)
+        except TypeError:  # a list, say: it stays
+            self._dataset_again = lambda: dataset
         self._dataset = None
 
     def _tell(self, said: Callable[..., None], *about: Any) -> None:
@@ -186,7 +194,7 @@ class Epoch:
         return self.ledger.audit(number, self._known_length())
 
     def _known_length(self) -> int | None:
-        return self._length if self._dataset is None else _length_of(self._dataset)
+        return _length_of(self._dataset_again() if self._dataset is None else self._dataset)
 
 
 def rank() -> int | None:
@@ -198,6 +206,7 @@ def rank() -> int | None:
 
 def _length_of(dataset: Any) -> int | None:
     try:
-        return len(dataset)
+        with preserved():
+            return len(dataset)
     except Exception:  # no __len__, or one that raises: the audit does without
         return None

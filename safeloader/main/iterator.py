@@ -7,6 +7,7 @@ holds torch's iterator, and a cycle would keep workers alive until the garbage c
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import weakref
@@ -22,6 +23,7 @@ from safeloader.main.ledger import MapLedger
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.tracing import trace_for
 from safeloader.wire.failure import error_from, failure_of
+from safeloader.wire.random_state import preserved
 from safeloader.wire.records import FailedBatch, Parcel
 from safeloader.wire.streams import StreamBoard
 from safeloader.worker.fetching import Post, fetcher_for
@@ -80,8 +82,9 @@ class Session:
         else:
             # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
             # workers only its length tells: asking the sampler would move its generator.
-            expected = None if loader.num_workers else _length_of(self.sampler)
-            epoch.open(MapLedger(with_keys=with_keys, expected_batches=expected))
+            drawn_from = torch_private.index_sampler(loader)
+            length = None if loader.num_workers else functools.partial(_length_of, drawn_from)
+            epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
         self.sampler.log = epoch
 
     def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
@@ -147,7 +150,7 @@ class SafeIterator(Iterator[Any]):
             self._recorder.delivered(epoch.number, number, wait_ns, papers)
             return payload
         if type(came) is FailedBatch:
-            raise self._epoch.came_failed(came, self._session.raised) from None
+            raise self._epoch.came_failed(came, self._session.raised)
         raise DeliveryError(
             f"a batch came without papers ({type(came).__name__}): something replaced safeloader's "
             "fetcher in the workers. Set SAFELOADER=off to run without records."
@@ -210,8 +213,9 @@ def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
         return None
 
 
-def _length_of(sampler: RecordingSampler) -> int | None:
+def _length_of(sampler: Any) -> int | None:
     try:
-        return len(sampler)
+        with preserved():
+            return len(sampler)
     except Exception:  # a sampler without a length, or one that raises
         return None

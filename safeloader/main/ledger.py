@@ -7,7 +7,7 @@ the first two million keys are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from safeloader.main.audit import EpochAudit
@@ -36,6 +36,8 @@ class Trouble(NamedTuple):
 
 class Ledger(Protocol):
     """One epoch's accounts."""
+
+    measures_length: bool  # whether len(dataset) is compared at the end of the epoch
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn."""
@@ -151,7 +153,11 @@ class Accounts:
 class MapLedger(Accounts):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
-    def __init__(self, *, with_keys: bool, expected_batches: int | None) -> None:
+    measures_length = False
+
+    def __init__(
+        self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
+    ) -> None:
         super().__init__(with_keys=with_keys)
         self._expected_batches = expected_batches
         self._pending: dict[int, Packed] = {}
@@ -248,7 +254,9 @@ class MapLedger(Accounts):
             return False
         first = self._first_seq
         batches = 0 if first is None else self._last_seq + 1 - first
-        return self._draws_ended or batches == self._expected_batches
+        if self._draws_ended or self._expected_batches is None:
+            return self._draws_ended
+        return batches == self._expected_batches()  # asked for when somebody reads the audit
 
     @property
     def settled(self) -> bool:

@@ -19,6 +19,8 @@ from safeloader.wire.streams import StreamBoard
 class StreamLedger(Accounts):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
 
+    measures_length = True
+
     def __init__(self, *, with_keys: bool, board: StreamBoard | None, workers: int) -> None:
         super().__init__(with_keys=with_keys)
         self._board = board
@@ -109,7 +111,7 @@ class StreamLedger(Accounts):
             notes += [
                 f"worker {row} delivered nothing: its share of the data is empty"
                 for row, reached in enumerate(self._next)
-                if not reached
+                if not reached and not (self._board and self._board.read(row).read)
             ]
         read = self._read()
         if length is not None and length != read:

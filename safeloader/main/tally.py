@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.wire.indices import Packed, as_array, unpack
+from safeloader.wire.indices import Opaque, Packed, as_array, unpack
 
 TALLY_LIMIT = 1_000_000
-_COVERAGE_LIMIT = 1 << 33  # indices at or above are counted, not mapped: 1 GiB of bits at most
+_COVERAGE_LIMIT = 1 << 31  # indices at or above are counted, not mapped: 256 MiB of bits at most
 _FLUSH = 16_384  # indices gathered before the bitmap is touched: about 0.03 µs each instead of 5
 _SLOTS = 1 << 17
 _BITS = (1 << np.arange(8)).astype(np.uint8)
@@ -104,12 +104,17 @@ class Coverage:
 
     def _note_others(self, identities: Iterable[Any]) -> None:
         for item in identities:
-            if item in self._other_seen:
-                if len(self._other_twice) < TALLY_LIMIT:
-                    self._other_twice[item] = None
-            elif len(self._other_seen) < TALLY_LIMIT:
-                self._other_seen.add(item)
-            else:
+            if type(item) is Opaque:  # two of them need not be one
+                continue
+            try:
+                if item in self._other_seen:
+                    if len(self._other_twice) < TALLY_LIMIT:
+                        self._other_twice[item] = None
+                elif len(self._other_seen) < TALLY_LIMIT:
+                    self._other_seen.add(item)
+                else:
+                    self.unmapped += 1
+            except Exception:  # an __eq__ of the user's that raises
                 self.unmapped += 1
 
     def repeated(self) -> npt.NDArray[Any]:
@@ -130,14 +135,14 @@ class Coverage:
         self._flush()
         if length is None or self._only_others():
             return np.empty(0, dtype=np.int64)
-        return _set_bits(~_fitted(self._seen, length), TALLY_LIMIT, length)
+        return _unset_bits(self._seen, TALLY_LIMIT, length)
 
     def unvisited_count(self, length: int | None) -> int:
         """How many indices in ``range(length)`` were never drawn."""
         self._flush()
         if length is None or self._only_others():
             return 0
-        return length - _popcount(_fitted(self._seen, length), length)
+        return length - _popcount(self._seen, length)
 
     def _only_others(self) -> bool:
         """Whether indices are names rather than numbers: their range is then unknown."""
@@ -169,34 +174,46 @@ def _grown(bits: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     return out
 
 
-def _fitted(bits: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
-    size = (length + 7) >> 3
-    return bits[:size] if bits.size >= size else _grown(bits, size)
+_PIECE_BYTES = 1 << 17  # bits are unpacked a piece at a time, so that no array is huge
 
 
-def _set_bits(
-    bits: npt.NDArray[np.uint8], limit: int, length: int | None = None
-) -> npt.NDArray[np.int64]:
-    """Numbers of the set bits, the first ``limit``, in pieces so that no array is huge."""
+def _set_bits(bits: npt.NDArray[np.uint8], limit: int) -> npt.NDArray[np.int64]:
+    """Numbers of the set bits, the first ``limit``."""
     found: list[npt.NDArray[np.int64]] = []
     total = 0
-    for start in range(0, bits.size, 1 << 17):
-        piece = np.unpackbits(bits[start : start + (1 << 17)], bitorder="little")
-        numbers = np.flatnonzero(piece) + (start << 3)
-        if length is not None and numbers.size and numbers[-1] >= length:
-            numbers = numbers[numbers < length]
-        found.append(numbers)
-        total += numbers.size
+    for start in range(0, bits.size, _PIECE_BYTES):
+        piece = np.unpackbits(bits[start : start + _PIECE_BYTES], bitorder="little")
+        found.append(np.flatnonzero(piece) + (start << 3))
+        total += found[-1].size
+        if total >= limit:
+            break
+    return np.concatenate(found)[:limit] if found else np.empty(0, dtype=np.int64)
+
+
+def _unset_bits(bits: npt.NDArray[np.uint8], limit: int, length: int) -> npt.NDArray[np.int64]:
+    """Numbers below ``length`` whose bit is not set, the first ``limit``."""
+    found: list[npt.NDArray[np.int64]] = []
+    total = 0
+    for start in range(0, length, _PIECE_BYTES << 3):
+        stop = min(start + (_PIECE_BYTES << 3), length)
+        piece = np.zeros(stop - start, dtype=np.uint8)
+        held = np.unpackbits(bits[start >> 3 : (stop + 7) >> 3], bitorder="little")
+        held = held[: stop - start]
+        piece[: held.size] = held
+        found.append(np.flatnonzero(piece == 0) + start)
+        total += found[-1].size
         if total >= limit:
             break
     return np.concatenate(found)[:limit] if found else np.empty(0, dtype=np.int64)
 
 
 def _popcount(bits: npt.NDArray[np.uint8], length: int | None = None) -> int:
-    if length is not None and length & 7:
-        last = int(bits[-1]) & ((1 << (length & 7)) - 1)
-        return int(_ONES[bits[:-1]].sum(dtype=np.int64)) + last.bit_count()
-    return int(_ONES[bits].sum(dtype=np.int64))
+    """How many bits are set, of the first ``length``."""
+    if length is not None and length < bits.size << 3:
+        last = int(bits[length >> 3]) & ((1 << (length & 7)) - 1)
+        return _popcount(bits[: length >> 3]) + last.bit_count()
+    pieces = range(0, bits.size, _PIECE_BYTES)
+    return sum(int(_ONES[bits[at : at + _PIECE_BYTES]].sum(dtype=np.int64)) for at in pieces)
 
 
 _ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)

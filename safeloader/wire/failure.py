@@ -176,7 +176,11 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
                 continue
     error.failure = failure
     error._text = str(failure)
-    return error if exception is None else error.with_traceback(exception.__traceback__)
+    if exception is None:
+        return error
+    error.__cause__, error.__context__ = exception.__cause__, exception.__context__
+    error.__suppress_context__ = exception.__suppress_context__
+    return error.with_traceback(exception.__traceback__)
 
 
 def _text_of(exc: BaseException) -> str:

@@ -41,8 +41,12 @@ def pack(indices: Iterable[Any]) -> Packed:
         indices = list(indices)
     try:
         return array("q", indices).tobytes()
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # not ints, or objects of the user's that object to being asked
+        pass
+    try:
         return tuple(identity(index) for index in indices)
+    except Exception:  # not iterable: the dataset's fetch will say so, torch's own way
+        return (identity(indices),)
 
 
 def pack_unbatched(index: Any) -> Packed:
@@ -86,6 +90,13 @@ def identity(index: Any) -> Hashable:
     An object without an equality of its own is known by its type alone: two of them in one batch
     are then told apart by their positions only.
     """
+    try:
+        return _identity(index)
+    except Exception:  # sparse tensors, endless lists, objects that raise: known by their place
+        return Opaque(f"<{type(index).__qualname__}>")
+
+
+def _identity(index: Any) -> Hashable:
     kind = type(index)
     if kind is int or kind in _PLAIN:
         if index != index:  # NaN is not equal to itself

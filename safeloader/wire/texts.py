@@ -40,7 +40,11 @@ DEPTH = 2
 REDACTED = "[redacted]"
 
 # "authkey" is what the proxies of multiprocessing's managers carry.
-_SECRETS = re.compile("password|passwd|secret|credential|apikey|privatekey|accesskey|authkey")
+_SECRETS = re.compile(
+    "password|passwd|passphrase|secret|credential|apikey|privatekey|accesskey|authkey|accountkey"
+    "|encryptionkey|signingkey|authorization|bearer|cookie"
+)
+_SECRET_WORDS = frozenset({"pwd", "creds", "cred", "auth", "dsn"})
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NUMBERS = (int, float, complex, np.number, np.bool_, range, torch.Tensor)
 
@@ -76,7 +80,9 @@ def is_secret(name: str, value: object) -> bool:
     """
     if _SECRETS.search(re.sub("[^a-z]", "", name.lower())):
         return True
-    words = (word.lower() for word in _WORDS.findall(name))
+    words = [word.lower() for word in _WORDS.findall(name)]
+    if not _SECRET_WORDS.isdisjoint(words):
+        return True
     return any(word in ("token", "tokens") for word in words) and not _is_numeric(value, DEPTH)
 
 

@@ -184,6 +184,11 @@ class MapFetcher(RecordingFetcher):
         phase = "sample"
         keys = None
         at_once = hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
+        # Noted before the user's code sees the lists: it may sort or empty them.
+        packed = pack(indices)
+        asked = list(indices) if at_once else indices
+        got: int | None = 0
+        fetched: list[Any] = []
         try:
             if at_once:
                 samples = dataset.__getitems__(indices)
@@ -194,15 +199,17 @@ class MapFetcher(RecordingFetcher):
                     stamps.append(now())
             if self._key is not None:
                 keys = self._keys(samples)
+            got = self._count(samples) if at_once else len(samples)
+            fetched = list(samples) if type(samples) is list else samples
             phase = "collate"
             batch = self._collate_fn(samples)
             stamps.append(now())
         except Exception as exc:
-            return self._explain(exc, seq, phase, indices, samples, stamps, at_once)
-        got = self._count(samples) if at_once else len(samples)
+            seen = samples if phase == "sample" else fetched
+            return self._explain(exc, seq, phase, packed, asked, seen, stamps, at_once)
         times = array("q", stamps).tobytes()
         worker_id, pid = self._worker_id, self._pid
-        papers = Papers(seq, worker_id, pid, pack(indices), got, None, times, at_once, keys)
+        papers = Papers(seq, worker_id, pid, packed, got, None, times, at_once, keys)
         return Parcel(papers, batch)
 
     def _count(self, samples: Any) -> int | None:
@@ -223,12 +230,12 @@ class MapFetcher(RecordingFetcher):
         exc: Exception,
         seq: int,
         phase: str,
-        indices: Any,
+        packed: Packed,
+        asked: Any,
         samples: Any,
         stamps: list[int],
         at_once: bool,
     ) -> FailedBatch:
-        packed = pack(indices)
         known = unpack(packed)
         papers = self._papers(seq, packed, None, stamps, at_once=at_once)
         position: int | None = None
@@ -240,7 +247,7 @@ class MapFetcher(RecordingFetcher):
         elif isinstance(exc, _KeyFault):
             pass
         elif at_once:
-            position, text = find_single(self._dataset, list(indices), exc)
+            position, text = find_single(self._dataset, asked, exc)
         else:
             position = len(samples)
         return self._failed(exc, papers, phase, known, position, text)
@@ -322,6 +329,9 @@ class StreamFetcher(RecordingFetcher):
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
             return self._explain(exc, seq, phase, first, samples, stamps)
+        except BaseException:  # an interrupt: what was read so far is gone, and counts as read
+            self._read = first + len(samples)
+            raise
         papers = self._papers(seq, b"", len(samples), stamps, ordinal=first, keys=keys)
         return Parcel(papers, batch)
 

@@ -6,12 +6,10 @@ the batches that follow are what they would have been.
 
 from __future__ import annotations
 
-import random
 from time import monotonic
 from typing import Any
 
-import numpy as np
-import torch
+from safeloader.wire.random_state import preserved
 
 _BOUND_S = 10.0
 
@@ -23,9 +21,8 @@ def find_single(dataset: Any, indices: list[Any], raised: Exception) -> tuple[in
     """
     if len(indices) == 1:
         return 0, ""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     give_up = monotonic() + _BOUND_S
-    try:
+    with preserved():
         for position, index in enumerate(indices):
             if monotonic() > give_up:
                 return None, (
@@ -39,12 +36,10 @@ def find_single(dataset: Any, indices: list[Any], raised: Exception) -> tuple[in
                     f"__getitems__ raised for the whole batch; index {index!r} was found by asking "
                     f"for the {len(indices)} samples one at a time"
                 )
-            except Exception:  # another fault of the same call: not the one to explain
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # another fault of the same call: not the one to explain
                 continue
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
     return None, (
         f"__getitems__ raised for the whole batch, but for none of the {len(indices)} indices "
         "asked for one at a time: look at what they have in common"

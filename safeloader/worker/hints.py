@@ -22,7 +22,7 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     if found == KEY_FAULT:
         parts.append(
-            "loader.key(loader.dataset[index]) repeats it; a key is an int, a str or a tuple of them"
+            "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of them"
         )
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(

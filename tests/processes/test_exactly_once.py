@@ -313,3 +313,130 @@ def test_provenance_is_what_the_worker_did() -> None:
     assert torch.tensor(loader.provenance.to_numpy()["index"]).sort().values.tolist() == list(
         range(9)
     )
+
+
+def sorts_in_place(samples: list[Any]) -> Any:
+    samples.sort(reverse=True)
+    return torch.tensor(samples)
+
+
+def empties(samples: list[Any]) -> Any:
+    return torch.tensor([samples.pop() for _ in range(len(samples))])
+
+
+class SortsIndices(Numbers):
+    """What a dataset over HDF5 has to do."""
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        indices.sort()
+        return list(indices)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("collate", [sorts_in_place, empties])
+def test_collate_functions_that_change_their_list_are_no_trouble(
+    collate: Any, workers: int
+) -> None:
+    loader = SafeDataLoader(Numbers(), 4, num_workers=workers, collate_fn=collate)
+    assert sum(len(batch) for batch in loader) == 100
+    assert loader.audit is not None
+    assert loader.audit.ok
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_getitems_that_sorts_its_list_is_no_trouble(workers: int) -> None:
+    loader = SafeDataLoader(SortsIndices(), 4, shuffle=True, num_workers=workers)
+    assert sum(len(batch) for batch in loader) == 100
+    assert loader.audit is not None
+    assert loader.audit.ok
+
+
+def collate_sorted(samples: list[Any]) -> Any:
+    samples.sort(key=lambda sample: -int(sample["label"]))
+    return torch.stack([sample["feature"] for sample in samples])
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_odd_sample_is_named_though_the_collate_function_sorted(workers: int) -> None:
+    loader = SafeDataLoader(
+        faults.Ragged("shape"), 4, num_workers=workers, collate_fn=collate_sorted
+    )
+    error = caught(loader)
+    assert error.index == 13
+
+
+class Timed(SafeDataLoader[Any]):
+    """A subclass that wraps torch's hook."""
+
+    def _get_iterator(self) -> Any:
+        return (batch * 100 for batch in super()._get_iterator())
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_hook_of_a_subclass_is_used(workers: int) -> None:
+    assert [batch.tolist() for batch in Timed(list(range(4)), 2, num_workers=workers)] == [
+        [0, 100],
+        [200, 300],
+    ]
+
+
+class RandomLength:
+    """Its length is found by drawing, as bucketing samplers do."""
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(12).tolist()
+        return iter([order[:4], order[4:8], order[8:]])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def test_length_that_draws_random_numbers_is_not_asked_for() -> None:
+    def run(loader_class: Any) -> Any:
+        torch.manual_seed(3)
+        batches = [b.tolist() for b in loader_class(Numbers(), batch_sampler=RandomLength())]
+        return batches, torch.rand(1).item()
+
+    assert run(SafeDataLoader) == run(DataLoader)
+
+
+class Endless(Numbers):
+    def __len__(self) -> int:
+        return 10**15
+
+
+def test_virtual_dataset_has_an_audit() -> None:
+    loader = SafeDataLoader(Endless(), 2, sampler=[0, 10**14, 5, 7])
+    list(loader)
+    assert loader.audit is not None
+    assert loader.audit.ok
+    assert loader.audit.counts["unvisited"] >= 10**15 - 4
+    assert loader.audit.unvisited[:4].tolist() == [1, 2, 3, 4]
+
+
+class StumblingBatches:
+    """An iterator that raises once and goes on."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> list[int]:
+        self.at += 1
+        if self.at == 2:
+            raise ValueError("a bad shard")
+        if self.at > 4:
+            raise StopIteration
+        return [self.at]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_batches_after_a_sampler_error_still_come(workers: int) -> None:
+    loader = SafeDataLoader(Numbers(), batch_sampler=StumblingBatches(), num_workers=workers)
+    iterator = iter(loader)
+    got = [int(next(iterator))]
+    assert caught(iterator).failure.phase == "sampler"
+    got += [int(batch) for batch in iterator]
+    assert got == [1, 3, 4]

@@ -123,7 +123,7 @@ def test_attributes_of_the_original_survive(workers: int) -> None:
 
 
 def test_without_workers_the_traceback_leads_into_the_dataset() -> None:
-    with pytest.raises(SampleError, match="^'feature'") as info:
+    with pytest.raises(SampleError, match=r"^'feature'") as info:
         list(SafeDataLoader(faults.Raises(), batch_size=4))
     assert "__getitem__" in [entry.name for entry in info.traceback]
 
