@@ -13,15 +13,20 @@ from safeloader.errors import (
     SampleError,
     SamplerError,
     TransportError,
+    WorkerCrashError,
     WorkerInitError,
+    WorkerTimeoutError,
 )
 from safeloader.loader import SafeDataLoader
 from safeloader.main.audit import EpochAudit
 from safeloader.main.provenance import BatchRecord, Provenance
 from safeloader.main.recorder import Recorder
+from safeloader.main.replay import replay
 from safeloader.wire.failure import Failure
+from safeloader.wire.policy import SKIP
 
 __all__ = [
+    "SKIP",
     "BatchRecord",
     "CollateError",
     "DeliveryError",
@@ -34,6 +39,9 @@ __all__ = [
     "SampleError",
     "SamplerError",
     "TransportError",
+    "WorkerCrashError",
     "WorkerInitError",
+    "WorkerTimeoutError",
     "__version__",
+    "replay",
 ]

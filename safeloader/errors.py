@@ -7,7 +7,9 @@
     ├── SamplerError            the sampler or batch sampler raised
     ├── SampleError             dataset[index], __getitems__ or the stream's next() raised
     ├── CollateError            collate_fn raised
-    ├── TransportError          a batch was made but could not be carried over (pinning it raised)
+    ├── TransportError          something could not be carried over between the processes
+    ├── WorkerCrashError        a worker process died; also a RuntimeError
+    ├── WorkerTimeoutError      no batch came in time; also a RuntimeError and a TimeoutError
     └── DeliveryError           what arrived is not what the sampler drew
 
 An error that the user's own code caused is raised as a class that is *both* one of these and the
@@ -30,7 +32,9 @@ __all__ = [
     "SampleError",
     "SamplerError",
     "TransportError",
+    "WorkerCrashError",
     "WorkerInitError",
+    "WorkerTimeoutError",
 ]
 
 
@@ -90,7 +94,19 @@ class CollateError(SafeLoaderError):
 
 
 class TransportError(SafeLoaderError):
-    """A batch was made but could not be handed over."""
+    """Something could not be carried over between the processes.
+
+    A batch that cannot be pickled, loaded or pinned; a dataset that cannot be pickled for a worker
+    under ``spawn`` or ``forkserver``; no file descriptor or shared memory left for it.
+    """
+
+
+class WorkerCrashError(SafeLoaderError, RuntimeError):
+    """A worker process ended that should not have: by a signal, or by an exit."""
+
+
+class WorkerTimeoutError(SafeLoaderError, RuntimeError, TimeoutError):
+    """No batch came within the loader's ``timeout``; ``next()`` may be called again."""
 
 
 class DeliveryError(SafeLoaderError):

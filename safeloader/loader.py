@@ -1,9 +1,9 @@
 """``SafeDataLoader``: what the user holds; runs in main.
 
-The class adds four keywords, each a public attribute of the same name, and one override:
-``__iter__``. Everything else is torch's. Frameworks re-create loaders from their attributes and
-signatures, copy their ``__dict__`` and look at ``_iterator``; the rules that make ours survive it
-are in ``tests/frameworks/``.
+The class adds a few keywords, each a public attribute of the same name, and overrides ``__iter__``
+and torch's hook below it, ``_get_iterator``. Everything else is torch's. Frameworks re-create
+loaders from their attributes and signatures, copy their ``__dict__`` and look at ``_iterator``;
+the rules that make ours survive it are in ``tests/frameworks/``.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch.utils.data import DataLoader, Dataset
 
-from safeloader import tracing
+from safeloader.errors import SafeLoaderError
+from safeloader.main import arguments
 from safeloader.main.audit import EpochAudit
 from safeloader.main.iterator import iterate
 from safeloader.main.provenance import BatchRecord, Provenance, record_of
 from safeloader.main.recorder import Recorder, watch_for_use
+from safeloader.main.replay import replay
+from safeloader.wire.failure import Failure
 
 if TYPE_CHECKING:
-    from safeloader.main.iterator import Session
+    from safeloader.main.session import Session
 
 T_co = TypeVar("T_co", covariant=True)
-
-_VERIFY = ("raise", "warn", "off")
 
 
 class SafeDataLoader(DataLoader[T_co]):
@@ -50,13 +50,30 @@ class SafeDataLoader(DataLoader[T_co]):
         key: called with each sample, before collation and in the worker; gives a hashable identity.
             Two indices that yield one sample, or two workers that read one stream, are then seen.
             The first two million keys of an epoch are kept and compared.
+        on_error: what a sample that fails does: ``"raise"``; ``"skip"`` leaves it out of its batch
+            (an empty batch is left out whole); ``"replace"`` puts another sample of the batch in
+            its place, so that shapes, counts and distributed ranks stay in step; or a callable,
+            asked in the worker with the :class:`~safeloader.Failure`, that gives a sample or
+            :data:`~safeloader.SKIP`. Errors of a broken program or machine are always raised.
+        retries: how often a failing sample is asked for again first, with growing pauses (0.05 s,
+            doubled each time up to 5 s).
+        max_skipped: bound on skipped and replaced samples in an epoch: a count, or a fraction of
+            the samples so far. By default one in a hundred; ten are allowed under any fraction.
+            Twenty in a row are too many in any case, unless ``on_error`` is a callable.
+        on_crash: what a worker's death does: ``"raise"``, or ``"restart"``: a new pool of workers
+            goes on with the batches still open, in their order. A sample that kills its worker
+            twice in a row is left out; after ten restarts in an epoch the error is raised.
+        stall_after: seconds without a batch after which it is logged where each worker is, with
+            the stacks of those that are stuck, and again at doubling intervals; 0: never.
+        on_failure_dump: a folder in which each failure is written as a JSON file.
         kwargs: further keywords of ``DataLoader``.
 
     Attributes:
         recorder: the :class:`~safeloader.Recorder` that the three properties below read from.
 
     Raises:
-        ValueError: for an unknown ``verify``, or a trace folder that cannot be written to.
+        ValueError: for a value that is not among those above, a folder that cannot be written to,
+            ``on_crash="restart"`` with an iterable dataset.
         TypeError: for a ``key`` that cannot be called, a ``trace`` or ``recorder`` of another kind.
 
     Iterating raises the subclasses of :class:`~safeloader.SafeLoaderError`.
@@ -78,6 +95,12 @@ class SafeDataLoader(DataLoader[T_co]):
     trace: bool | str | os.PathLike[str] | None = None
     recorder: Recorder | None = None
     key: Callable[[Any], Hashable] | None = None
+    on_error: str | Callable[[Failure], Any] = "raise"
+    retries: int = 0
+    max_skipped: int | float | None = None
+    on_crash: str = "raise"
+    stall_after: float = 60.0
+    on_failure_dump: str | os.PathLike[str] | None = None
     _session: Session | None = None
 
     def __init__(
@@ -88,14 +111,30 @@ class SafeDataLoader(DataLoader[T_co]):
         trace: bool | str | os.PathLike[str] | None = None,
         recorder: Recorder | None = None,
         key: Callable[[Any], Hashable] | None = None,
+        on_error: str | Callable[[Failure], Any] = "raise",
+        retries: int = 0,
+        max_skipped: int | float | None = None,
+        on_crash: str = "raise",
+        stall_after: float = 60.0,
+        on_failure_dump: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        _refuse_bad(verify, trace, recorder, key)
+        ours = {
+            "verify": verify,
+            "trace": trace,
+            "recorder": recorder,
+            "key": key,
+            "on_error": on_error,
+            "retries": retries,
+            "max_skipped": max_skipped,
+            "on_crash": on_crash,
+            "stall_after": stall_after,
+            "on_failure_dump": on_failure_dump,
+        }
+        arguments.refuse_bad(ours, dataset)
         super().__init__(dataset, *args, **kwargs)
-        self.verify = verify
-        self.trace = trace
-        self.recorder = recorder
-        self.key = key
+        for name, value in ours.items():
+            setattr(self, name, value)
         if recorder is None:
             self._recorder_on_demand()
 
@@ -123,7 +162,7 @@ class SafeDataLoader(DataLoader[T_co]):
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]
         """The next epoch: an iterator that checks every batch it hands over."""
-        if _is_off():
+        if arguments.is_off():
             if self._session is not None:  # its workers speak in parcels
                 self._session = self._iterator = None
             return super().__iter__()
@@ -131,7 +170,7 @@ class SafeDataLoader(DataLoader[T_co]):
 
     def _get_iterator(self) -> Any:
         # Torch's hook for subclasses; some code asks for a fresh iterator this way.
-        return super()._get_iterator() if _is_off() else iterate(self)
+        return super()._get_iterator() if arguments.is_off() else iterate(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
@@ -140,6 +179,13 @@ class SafeDataLoader(DataLoader[T_co]):
         if "_iterator" in state:
             state["_iterator"] = None
         return state
+
+    def replay(self, what: SafeLoaderError | Failure | Any) -> Any:
+        """``dataset[index]`` once more, here, under the random numbers it failed with.
+
+        See :func:`safeloader.replay`.
+        """
+        return replay(what, self.dataset)
 
     @property
     def last_batch(self) -> BatchRecord | None:
@@ -158,16 +204,6 @@ class SafeDataLoader(DataLoader[T_co]):
         return None if self.recorder is None else self.recorder.audit()
 
 
-def _is_off() -> bool:
-    value = os.environ.get("SAFELOADER", "").strip().lower()
-    if value not in ("", "on", "off"):
-        raise ValueError(
-            f"the environment variable SAFELOADER must be 'off' (torch's own behaviour, nothing "
-            f"recorded), 'on' or unset; it is {value!r}"
-        )
-    return value == "off"
-
-
 _NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})
 
 
@@ -177,27 +213,6 @@ def _calling_line() -> str:
     while frame and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
         frame = frame.f_back
     return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _refuse_bad(verify: object, trace: object, recorder: object, key: object) -> None:
-    _is_off()
-    if verify not in _VERIFY:
-        raise ValueError(
-            f"verify must be 'raise' (an error when the audit fails), 'warn' or 'off'; "
-            f"got {verify!r}"
-        )
-    wanted = tracing.wish(trace)
-    if isinstance(wanted, Path):
-        tracing.check_folder(wanted)
-    if recorder is not None and not isinstance(recorder, Recorder):
-        raise TypeError(
-            f"recorder must be a safeloader.Recorder, or None to have one made; got {recorder!r}"
-        )
-    if key is not None and not callable(key):
-        raise TypeError(
-            f"key must be a callable that takes a sample and gives a hashable identity, such as "
-            f"lambda sample: sample['id']; got {key!r}"
-        )
 
 
 def _spell_out_keywords(init: Any) -> None:

@@ -7,14 +7,17 @@ and this is the only module to mend. Nothing here changes torch in the user's pr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import signal
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -28,12 +31,15 @@ _NEEDED = {
         "_SingleProcessDataLoaderIter._next_data",
         "_MultiProcessingDataLoaderIter._next_data",
         "_MultiProcessingDataLoaderIter._reset",
+        "_MultiProcessingDataLoaderIter._shutdown_workers",
+        "_MultiProcessingDataLoaderIter._try_get_data",
         "DataLoader._get_iterator",
         "DataLoader._index_sampler",
         "DataLoader._auto_collation",
     ),
     "torch.utils.data._utils.fetch": ("_IterableDatasetFetcher.__init__",),
     "torch.utils.data._utils.pin_memory": ("pin_memory",),
+    "torch.utils.data._utils.signal_handling": ("_remove_worker_pids", "_set_SIGCHLD_handler"),
     "torch.utils.data._utils.worker": ("_worker_loop.__code__",),
 }
 
@@ -86,26 +92,134 @@ class LoaderView:
     workers alive until the garbage collector comes by.
     """
 
-    def __init__(self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, wiring: Wiring | None
+    ) -> None:
         self._loader = loader
         self._index_sampler = sampler
         self.worker_init_fn = worker_init_fn
+        if wiring is not None:
+            self.multiprocessing_context = _Context(loader.multiprocessing_context, wiring)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+class Wiring(NamedTuple):
+    """What stands between torch's iterator and its workers instead of torch's own."""
+
+    results: Any  # in the place of the queue that all workers put their results in
+    ending: Any  # in the place of the event that tells them to end; None: torch's
+
+
+class _Context:
+    """A multiprocessing context whose first queue and first event are ours."""
+
+    def __init__(self, base: Any, wiring: Wiring) -> None:
+        self._base = torch.multiprocessing if base is None else base
+        self._results: Any = wiring.results
+        self._ending: Any = wiring.ending
+
+    def Queue(self, *args: Any) -> Any:
+        ours, self._results = self._results, None
+        return self._base.Queue(*args) if ours is None else ours
+
+    def Event(self) -> Any:
+        ours, self._ending = self._ending, None
+        return self._base.Event() if ours is None else ours
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def start_method(loader: DataLoader[Any]) -> str:
+    """How the loader's workers are started: ``"fork"``, ``"spawn"`` or ``"forkserver"``."""
+    context: Any = loader.multiprocessing_context or torch.multiprocessing
+    return str(context.get_start_method())
 
 
 _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def build_iterator(view: LoaderView) -> Any:
-    """Torch's own iterator over ``view``; starts the workers."""
-    iterator = DataLoader._get_iterator(view)  # type: ignore[arg-type]
-    if hasattr(iterator, "_workers"):
-        _with_workers.add(iterator)
-        stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
-        stop.atexit = False  # at exit, daemonic workers end as torch has it
+    """Torch's own iterator over ``view``; starts the workers.
+
+    Torch's own watch over the workers is called off: it raises, on SIGCHLD, in whatever line the
+    main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
+    """
+    with _sigchld_deferred():
+        iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+        if not hasattr(iterator, "_workers"):
+            return iterator
+        if iterator._worker_pids_set:
+            forget: Any = _utils.signal_handling._remove_worker_pids  # type: ignore[attr-defined]
+            forget(id(iterator))
+            iterator._worker_pids_set = False
+    _with_workers.add(iterator)
+    stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
+    stop.atexit = False  # at exit, daemonic workers end as torch has it
     return iterator
+
+
+_deferred: list[Any] = []  # the handler of SIGCHLD while an iterator is built
+
+
+@contextlib.contextmanager
+def _sigchld_deferred() -> Iterator[None]:
+    """Have the handler of SIGCHLD run after this block instead of within.
+
+    A worker that dies at once would have torch's handler raise in the middle of its constructor,
+    which leaves nothing to find out by whom and at which sample.
+    """
+    if threading.current_thread() is not threading.main_thread() or _deferred:
+        yield
+        return
+    _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: came.append((number, None)))
+    _deferred.append(handler)
+    try:
+        yield
+    finally:
+        _deferred.clear()
+        signal.signal(signal.SIGCHLD, handler)
+        if came:
+            handler(*came[-1])
+
+
+def listen_through(iterator: Any, make: Callable[[Any, Any], Any]) -> None:
+    """Have an iterator with workers wait for its batches through ``make(queue, thread)``.
+
+    ``queue`` and ``thread`` are those of the pinning thread, or None.
+    """
+    pinning = getattr(iterator, "_pin_memory_thread", None)
+    iterator._data_queue = make(iterator._data_queue if pinning else None, pinning)
+
+
+def workers_of(iterator: Any) -> list[Any]:
+    """The worker processes of an iterator, in order."""
+    return iterator._workers  # type: ignore[no-any-return]
+
+
+def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
+    """Whether torch told worker ``w`` to end (its stream is at its end), or is gone itself."""
+
+    def expected(worker: int) -> bool:
+        alive = iterator()
+        return alive is None or alive._shutdown or not alive._workers_status[worker]
+
+    return expected
+
+
+def shut_down(iterator: Any) -> None:
+    """End an iterator's workers now, whatever they are at."""
+    for worker in iterator._workers:
+        worker.kill()
+    iterator._shutdown_workers()
 
 
 def next_of(iterator: Any) -> Any:
@@ -121,7 +235,7 @@ def next_of(iterator: Any) -> Any:
     return data
 
 
-def disown_inherited_iterators() -> None:
+def undo_inherited() -> None:
     """In a worker: see that iterators inherited by ``fork`` are not shut down from here.
 
     An iterator that an exception keeps alive in the training process is copied into the workers
@@ -130,6 +244,8 @@ def disown_inherited_iterators() -> None:
     """
     for iterator in list(_with_workers):
         iterator._shutdown = True
+    if _deferred:  # forked while an iterator was built
+        signal.signal(signal.SIGCHLD, _deferred.pop())
 
 
 def _stop_unreachable(workers: list[Any], pid: int) -> None:

@@ -2,7 +2,7 @@
 
 Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
 run fills no memory. Workers write nothing: their times come with each batch's papers. Off is a null
-object (:class:`Trace` itself), so that no caller asks whether it is on.
+object, ``OFF``; only the hot path and the audit ask whether it is on, to spare the work of telling.
 
 The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
 events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from safeloader.main.audit import EpochAudit
+from safeloader.main.folders import see_writable
 from safeloader.main.provenance import record_of
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.failure import Failure
@@ -314,14 +314,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: if they cannot.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     try:
-        if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is a file")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        see_writable(folder)
     except OSError as exc:
         raise ValueError(
             f"trace files cannot be written to {str(folder)!r}: {exc}. Give trace= (or "

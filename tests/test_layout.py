@@ -19,8 +19,8 @@ MOST_LINES = 400
 
 # With num_workers=0 the training process does the workers' work; through these two, and no others.
 MAIN_MAY_USE = {
-    ("safeloader.main.iterator", "safeloader.worker.fetching"),
-    ("safeloader.main.iterator", "safeloader.worker.startup"),
+    ("safeloader.main.session", "safeloader.worker.fetching"),
+    ("safeloader.main.session", "safeloader.worker.startup"),
 }
 
 # What a worker must not pay for: heavy packages, and those that belong to main or to other tools.

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
 
 NAMES = [
+    "SKIP",
     "BatchRecord",
     "CollateError",
     "DeliveryError",
@@ -28,15 +30,29 @@ NAMES = [
     "SampleError",
     "SamplerError",
     "TransportError",
+    "WorkerCrashError",
     "WorkerInitError",
+    "WorkerTimeoutError",
     "__version__",
+    "replay",
 ]
-OUR_KEYWORDS = {"verify": "raise", "trace": None, "recorder": None, "key": None}
+OUR_KEYWORDS = {
+    "verify": "raise",
+    "trace": None,
+    "recorder": None,
+    "key": None,
+    "on_error": "raise",
+    "retries": 0,
+    "max_skipped": None,
+    "on_crash": "raise",
+    "stall_after": 60.0,
+    "on_failure_dump": None,
+}
 
 
 def test_the_public_names() -> None:
     assert safeloader.__all__ == NAMES
-    assert safeloader.__all__ == sorted(safeloader.__all__)
+    assert safeloader.__all__ == sorted(NAMES, key=lambda name: (not name.isupper(), name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,8 +98,8 @@ def test_the_public_attributes_of_the_classes() -> None:
     def public(cls: type) -> set[str]:
         return {name for name in vars(cls) if not name.startswith("_")}
 
-    added = {"verify", "trace", "recorder", "key", "last_batch", "provenance", "audit"}
-    assert public(SafeDataLoader) == added
+    added = {"last_batch", "provenance", "audit", "replay"}
+    assert public(SafeDataLoader) == added | set(OUR_KEYWORDS)
     assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)
@@ -93,9 +109,20 @@ def test_the_public_attributes_of_the_classes() -> None:
 
 def test_the_keywords_are_instance_attributes() -> None:
     recorder = Recorder()
-    loader = SafeDataLoader([1], verify="warn", trace=False, recorder=recorder, key=repr)
-    ours = {name: vars(loader)[name] for name in OUR_KEYWORDS}
-    assert ours == {"verify": "warn", "trace": False, "recorder": recorder, "key": repr}
+    given = {
+        "verify": "warn",
+        "trace": False,
+        "recorder": recorder,
+        "key": repr,
+        "on_error": "skip",
+        "retries": 2,
+        "max_skipped": 0.5,
+        "on_crash": "restart",
+        "stall_after": 5,
+        "on_failure_dump": None,
+    }
+    loader = SafeDataLoader([1], **given)
+    assert {name: vars(loader)[name] for name in OUR_KEYWORDS} == given
     plain = set(vars(DataLoader([1])))
     extra = set(vars(loader)) - plain - set(OUR_KEYWORDS)
     assert all(name.startswith("_") for name in extra)
@@ -156,6 +183,47 @@ def test_recorder_is_a_recorder(bad: Any, leaves_nothing: Path) -> None:
     said = refusal(TypeError, recorder=bad)
     assert "recorder must be a safeloader.Recorder, or None" in said
     assert repr(bad) in said
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "right"),
+    [
+        *(("on_error", bad, "'raise', 'skip'") for bad in ("ignore", None, True, 3)),
+        *(("retries", bad, "an int, 0 or more") for bad in (-1, 1.0, True, None, "3")),
+        *(
+            ("max_skipped", bad, "a count")
+            for bad in (-1, 0.0, 1.5, -0.1, True, "1%", float("nan"))
+        ),
+        *(("on_crash", bad, "'raise' or 'restart'") for bad in ("skip", None, True)),
+        *(("stall_after", bad, "0 for never") for bad in (-1, None, True, "60", float("nan"))),
+    ],
+)
+def test_what_is_out_of_range_is_refused(
+    name: str, bad: Any, right: str, leaves_nothing: Path
+) -> None:
+    said = refusal(ValueError, **{name: bad})
+    assert said.startswith(f"{name} must be ")
+    assert right in said
+    assert said.endswith(f"got {bad!r}")
+
+
+@pytest.mark.parametrize("name", ["a file", "a file/failures"])
+def test_a_folder_for_failures_that_cannot_be_written_to_is_refused(
+    name: str, leaves_nothing: Path
+) -> None:
+    folder = leaves_nothing / name
+    said = refusal(ValueError, on_failure_dump=folder)
+    assert said.startswith(f"failures cannot be written to {str(folder)!r}: ")
+    assert "on_failure_dump must be a folder" in refusal(TypeError, on_failure_dump=3)
+
+
+def test_a_stream_is_not_restarted(leaves_nothing: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(3))
+
+    said = refusal(ValueError, dataset=Stream(), on_crash="restart", num_workers=1)
+    assert "on_crash='restart' needs a map-style dataset" in said
 
 
 @pytest.mark.parametrize("bad", [3.5, 1, 0, b"traces", ["traces"], object()])

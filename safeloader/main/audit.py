@@ -17,11 +17,13 @@ _CLASSES = (
     ("failed", "lost with a batch whose error was raised"),
     ("dropped", "left out by drop_last"),
     ("skipped", "left out because of an error"),
+    ("late", "came when asked for again"),
     ("repeated", "drawn more than once by the sampler"),
     ("unvisited", "never drawn"),
 )
 _TROUBLES = ("missing", "duplicated", "unexpected", "failed")
 _SHOWN = 8
+_REASONS_SHOWN = 5
 
 
 def _none() -> IndexArray:
@@ -47,10 +49,13 @@ class EpochAudit:
         unexpected: handed over, never drawn.
         failed: in a batch whose error was raised to the user.
         dropped: left out by ``drop_last``.
-        skipped: left out because of an error, where that was asked for.
+        skipped: left out because of an error, where that was asked for (``on_error``,
+            ``on_crash``); also those that another sample stands for.
+        late: came when they were asked for again (``retries``).
         repeated: drawn more than once by the sampler (with replacement, or padding).
         unvisited: in ``range(len(dataset))`` and never drawn.
         counts: the exact number of indices in each class.
+        reasons: why an index was skipped or late, for the first 1000 of them.
         notes: other things worth knowing, such as a worker that delivered nothing.
 
     Example:
@@ -74,10 +79,12 @@ class EpochAudit:
     failed: IndexArray = dataclasses.field(default_factory=_none)
     dropped: IndexArray = dataclasses.field(default_factory=_none)
     skipped: IndexArray = dataclasses.field(default_factory=_none)
+    late: IndexArray = dataclasses.field(default_factory=_none)
     repeated: IndexArray = dataclasses.field(default_factory=_none)
     unvisited: IndexArray = dataclasses.field(default_factory=_none)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reasons: dict[Any, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -94,6 +101,7 @@ class EpochAudit:
             "delivered": self.delivered,
             "counts": dict(self.counts),
             "notes": list(self.notes),
+            "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
         }
         for name, _ in _CLASSES:
             array = getattr(self, name)
@@ -115,6 +123,10 @@ class EpochAudit:
                 first = ", ".join(_shown(item) for item in getattr(self, name)[:_SHOWN])
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
+        for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
+            lines.append(f"    index {_shown(index)}: {reason}")
+        if len(self.reasons) > _REASONS_SHOWN:
+            lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -37,16 +37,52 @@ class RecordingSampler:
 
     ``log`` is changed from epoch to epoch. Batches are numbered on from epoch to epoch, so that one
     left over from an earlier epoch is recognised.
+
+    With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
+    that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
+    yet.
     """
 
-    def __init__(self, sampler: Any, *, batched: bool, stream: bool) -> None:
+    def __init__(
+        self, sampler: Any, *, batched: bool, stream: bool, keep_open: bool = False
+    ) -> None:
         self._sampler = sampler
         self._batched = batched
         self._stream = stream
         self._numbers = itertools.count()
         self.log: DrawLog | None = None
+        self._open: dict[int, Task] | None = {} if keep_open else None
+        self._rest: Iterator[Task] = iter(())
 
     def __iter__(self) -> Iterator[Task]:
+        if self._open is None:
+            return self._begin()
+        self._open.clear()
+        self._rest = self._kept(self._begin(), self._open)
+        return self._rest
+
+    def _kept(self, tasks: Iterator[Task], kept: dict[int, Task]) -> Iterator[Task]:
+        for task in tasks:
+            kept[task.seq] = task
+            yield task
+
+    def answered(self, seq: int) -> None:
+        """What became of draw ``seq`` was handed over or raised."""
+        if self._open is not None:
+            self._open.pop(seq, None)
+
+    def change(self, seq: int, *, deadly: int | None) -> None:
+        """Have an open task leave out a position, or be fetched one by one to find it (None)."""
+        if self._open is not None and seq in self._open:
+            task = self._open[seq]
+            more = () if deadly is None else (deadly,)
+            self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
+
+    def again(self) -> _Again:
+        """The sampler for a new pool: the open tasks in their order, then the rest."""
+        return _Again(self, list((self._open or {}).values()), self._rest)
+
+    def _begin(self) -> Iterator[Task]:
         assert self.log is not None
         source, tail = _with_tail(self._sampler)
         try:
@@ -103,6 +139,26 @@ class RecordingSampler:
         if name.startswith("__") or "_sampler" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._sampler, name)
+
+
+class _Again:
+    """A recording sampler that another pool of workers goes on with."""
+
+    def __init__(self, whole: RecordingSampler, tasks: list[Task], rest: Iterator[Task]) -> None:
+        self._whole = whole
+        self._first = itertools.chain(tasks, rest)
+        self._begun = False
+
+    def __iter__(self) -> Iterator[Task]:
+        # Torch asks twice before it draws; later, for the next epoch on persistent workers.
+        return iter(self._whole) if self._begun else self._go_on()
+
+    def _go_on(self) -> Iterator[Task]:
+        self._begun = True
+        yield from self._first
+
+    def __len__(self) -> int:
+        return len(self._whole)
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

@@ -18,16 +18,19 @@ import torch.distributed
 
 from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
-from safeloader.main.ledger import Ledger, Trouble
+from safeloader.main.ledger import Ledger, Open, Trouble
 from safeloader.main.recorder import Delivery, failure_was_told
+from safeloader.main.tolerance import Tolerance
 from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
 from safeloader.wire.random_state import preserved
-from safeloader.wire.records import FailedBatch, Papers
+from safeloader.wire.records import FailedBatch, Papers, asked_for
 
 logger = logging.getLogger("safeloader")
+
+SHOWN_SKIPPED = 12
 
 
 class Epoch:
@@ -35,11 +38,20 @@ class Epoch:
 
     ledger: Ledger
 
-    def __init__(self, trace: Trace, verify: str, dataset: Any) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        verify: str,
+        dataset: Any,
+        tolerance: Tolerance | None = None,
+        dump: Callable[[Failure], Any] | None = None,
+    ) -> None:
         self.number = 0
         self.batches = 0  # handed over or raised: the number of the next one
         self._trace = trace
         self._verify = verify
+        self._tolerance = tolerance or Tolerance(None, runs=False)
+        self._dump = dump
         self._dataset: Any = dataset
         self._dataset_again: Callable[[], Any] = lambda: None
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
@@ -81,6 +93,8 @@ class Epoch:
             raised = self._verify == "raise"
             self.ledger.settle(trouble, papers, handed_over=not raised)
             self._told(trouble, papers)
+        if papers.mishaps is not None:
+            self._count_mishaps(papers)
         number = self.batches
         self.batches = number + 1
         if self._trace is not OFF:
@@ -112,8 +126,66 @@ class Epoch:
             return
         if papers is not None:
             self.batches += 1
-        self._tell(self._trace.failed, failure)
-        raise error_from(failure)
+        raise self._error(failure)
+
+    def came_empty(self, papers: Papers) -> None:
+        """Every sample of a batch was left out: the loop does not get it.
+
+        Raises:
+            SampleError: if too many were.
+        """
+        trouble = self.ledger.check(papers)
+        if trouble is not None:
+            self.ledger.settle(trouble, papers, handed_over=False)
+            self._told(trouble, papers)
+        logger.warning("epoch %d: a batch was left out whole: every sample failed", self.number)
+        self._count_mishaps(papers)
+        if self.ledger.settled:
+            self.close()
+
+    def _count_mishaps(self, papers: Papers) -> None:
+        asked = asked_for(papers)
+        for mishap in papers.mishaps or ():
+            logger.warning(
+                "epoch %d, batch %d: index %r %s: %s",
+                self.number,
+                self.batches,
+                asked[mishap.position],
+                mishap.what,
+                mishap.reason,
+            )
+        ledger = self.ledger
+        samples = ledger.delivered_count + ledger.tallies["skipped"].count
+        reason = self._tolerance.exceeded(papers, self.batches, samples)
+        if reason is None:
+            return
+        reasons = list(ledger.reasons.items())
+        listed = [f"index {index!r}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
+        if len(reasons) > SHOWN_SKIPPED:
+            listed.append(f"and {len(reasons) - SHOWN_SKIPPED} more in loader.audit.reasons")
+        last = next((m for m in reversed(papers.mishaps or ()) if m.what != "late"), None)
+        failure = Failure(
+            phase="sample",
+            exception_type="SampleError",
+            message=f"too many samples failed: {reason}",
+            index=None if last is None else asked[last.position],
+            position=None if last is None else last.position,
+            indices=asked,
+            batch=self.batches,
+            epoch=self.number,
+            rank=rank(),
+            worker_id=papers.worker_id,
+            pid=papers.pid,
+            hint="\n".join(
+                [
+                    *listed,
+                    "look at what these samples have in common (a disk, a shard, a file format); "
+                    "max_skipped= allows more: a count, or a fraction of the samples",
+                ]
+            ),
+        )
+        self.batches += 1
+        raise self._error(failure)
 
     def came_failed(self, came: FailedBatch, raised: list[BaseException]) -> SafeLoaderError:
         """The error for a batch that could not be made.
@@ -134,7 +206,28 @@ class Epoch:
             dataset_state=self._with_differences(failure),
         )
         self.batches += 1
+        return self._error(failure, exception)
+
+    def broke(self, failure: Failure, lost: tuple[int, ...] = ()) -> SafeLoaderError:
+        """The error for workers that died or hang; the batches ``lost`` with them will not come."""
+        for seq in lost:
+            self.ledger.lost(seq)
+        state = None if self._dataset is None else describe(self._dataset)
+        if state is not None:
+            mine = "the main process's copy: the worker's own cannot be read from here"
+            state["notes"] = [*(state.get("notes") or []), mine]
+        failure = dataclasses.replace(failure, epoch=self.number, rank=rank(), dataset_state=state)
+        return self._error(failure)
+
+    def opened(self, seq: int) -> Open | None:
+        """What is known of a batch that was drawn and has not come."""
+        return self.ledger.opened(seq)
+
+    def _error(self, failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
+        """The error to raise for ``failure``, which is told wherever it is to be told."""
         self._tell(self._trace.failed, failure)
+        if self._dump is not None:
+            self._dump(failure)
         failure_was_told()
         return error_from(failure, exception)
 
@@ -194,7 +287,7 @@ class Epoch:
         return self.ledger.audit(number, self._known_length())
 
     def _known_length(self) -> int | None:
-        return _length_of(self._dataset_again() if self._dataset is None else self._dataset)
+        return length_of(self._dataset_again() if self._dataset is None else self._dataset)
 
 
 def rank() -> int | None:
@@ -204,9 +297,10 @@ def rank() -> int | None:
     return None
 
 
-def _length_of(dataset: Any) -> int | None:
+def length_of(sized: Any) -> int | None:
+    """``len()`` of a dataset or sampler, the generators left as they were; None without one."""
     try:
         with preserved():
-            return len(dataset)
+            return len(sized)
     except Exception:  # no __len__, or one that raises: the audit does without
         return None

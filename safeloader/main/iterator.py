@@ -1,8 +1,9 @@
 """One stock iterator, every batch checked; runs in main.
 
-Takes :class:`Parcel` and :class:`FailedBatch` from torch's iterator, gives batches to the training
-loop and raises what went wrong. It must not hold the loader: with persistent workers the loader
-holds torch's iterator, and a cycle would keep workers alive until the garbage collector comes by.
+Takes what comes out of torch's iterator (:class:`Parcel`, :class:`FailedBatch`,
+:class:`EmptyBatch`), gives batches to the training loop and raises what went wrong. It must not
+hold the loader: with persistent workers the loader holds torch's iterator, and a cycle would keep
+workers alive until the garbage collector comes by.
 """
 
 from __future__ import annotations
@@ -16,81 +17,23 @@ from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from safeloader import torch_private
-from safeloader.errors import DeliveryError
-from safeloader.main.drawing import RecordingSampler
+from safeloader.errors import DeliveryError, SafeLoaderError
+from safeloader.main import dump
+from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.epoch import Epoch
-from safeloader.main.ledger import MapLedger
-from safeloader.main.stream_ledger import StreamLedger
+from safeloader.main.inbox import TimedOut, WorkersDied
+from safeloader.main.revival import Revival
+from safeloader.main.session import Session
+from safeloader.main.tolerance import Tolerance
 from safeloader.tracing import trace_for
-from safeloader.wire.failure import error_from, failure_of
-from safeloader.wire.random_state import preserved
-from safeloader.wire.records import FailedBatch, Parcel
-from safeloader.wire.streams import StreamBoard
-from safeloader.worker.fetching import Post, fetcher_for
-from safeloader.worker.startup import WorkerStartup
+from safeloader.wire.failure import Failure, error_from
+from safeloader.wire.records import EmptyBatch, FailedBatch, Parcel
+from safeloader.wire.sealing import WORKER_GONE
 
 logger = logging.getLogger("safeloader")
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
-
-
-class Session:
-    """One torch iterator in its life, with the parts of ours that are built into it.
-
-    With persistent workers it serves one epoch after the other, and the loader holds it beside
-    torch's iterator; otherwise it belongs to its :class:`SafeIterator`.
-    """
-
-    def __init__(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
-        self.board = _board_for(loader)
-        self.raised: list[BaseException] = []
-        self.sampler = RecordingSampler(
-            torch_private.index_sampler(loader),
-            batched=torch_private.batches_itself(loader),
-            stream=torch_private.is_stream(loader),
-        )
-        self._startup = WorkerStartup(loader.worker_init_fn, self.board, loader.key)
-        self.live: weakref.ref[SafeIterator] | None = None
-        self.open_ledger(loader, epoch)
-        self.stock = self._build(loader, epoch)
-
-    def _view(self, loader: SafeDataLoader[Any]) -> torch_private.LoaderView:
-        return torch_private.LoaderView(loader, self.sampler, self._startup)
-
-    def _build(self, loader: SafeDataLoader[Any], epoch: Epoch) -> Any:
-        view = self._view(loader)
-        if loader.num_workers:
-            return torch_private.build_iterator(view)
-        try:
-            stock = torch_private.build_iterator(view)
-        except Exception as exc:
-            if not torch_private.raised_by_dataset_iter(exc):
-                raise
-            failure = failure_of(exc, phase="sample", where="", epoch=epoch.number)
-            raise error_from(failure, exc) from None
-        post = Post(None, self.board, loader.key, None, self.raised)
-        torch_private.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, post))
-        return stock
-
-    def open_ledger(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
-        """Have the draws reported to ``epoch``, in a ledger of the dataset's kind."""
-        with_keys = loader.key is not None
-        if torch_private.is_stream(loader):
-            workers = max(loader.num_workers, 1)
-            epoch.open(StreamLedger(with_keys=with_keys, board=self.board, workers=workers))
-        else:
-            # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
-            # workers only its length tells: asking the sampler would move its generator.
-            drawn_from = torch_private.index_sampler(loader)
-            length = None if loader.num_workers else functools.partial(_length_of, drawn_from)
-            epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
-        self.sampler.log = epoch
-
-    def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
-        """The next epoch on the same workers."""
-        self.open_ledger(loader, epoch)
-        torch_private.reset_iterator(self.stock, self._view(loader))
 
 
 class SafeIterator(Iterator[Any]):
@@ -101,30 +44,45 @@ class SafeIterator(Iterator[Any]):
 
     def __init__(self, loader: SafeDataLoader[Any], session: Session | None = None) -> None:
         self._recorder = loader._recorder_on_demand()
+        self._revival = Revival.for_loader(loader)
         self._epoch = self._begin(loader)
-        if session is None:
-            session = Session(loader, self._epoch)
-        else:
-            session.restart(loader, self._epoch)
-        self._session = session
-        self._stock = session.stock
         # A stream's __next__ also warns about its length: that stays torch's.
         stream = torch_private.is_stream(loader)
         self._advance: Callable[[Any], Any] = next if stream else torch_private.next_of
-        session.live = weakref.ref(self)
+        self._session = Session(loader, self._epoch) if session is None else session
+        self._stock = self._session.stock
+        if session is not None:
+            self._begin_on_pool(loader)
+        self._session.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
-        trace = trace_for(self._recorder, loader.trace)
-        epoch = Epoch(trace, loader.verify, loader.dataset)
+        epoch = Epoch(
+            trace_for(self._recorder, loader.trace),
+            loader.verify,
+            loader.dataset,
+            Tolerance(loader.max_skipped, runs=not callable(loader.on_error)),
+            None
+            if loader.on_failure_dump is None
+            else functools.partial(dump.write, folder=loader.on_failure_dump),
+        )
         epoch.number = self._recorder.begin_epoch(epoch.audit)
         return epoch
+
+    def _begin_on_pool(self, loader: SafeDataLoader[Any]) -> None:
+        """Begin an epoch on workers that are there already, or should be."""
+        try:
+            self._session.restart(loader, self._epoch)
+        except WorkersDied as sign:
+            self._go_on_after(sign)
+        self._stock = self._session.stock
 
     def _restart(self, loader: SafeDataLoader[Any]) -> None:
         self._epoch.close()
         self._epoch.release()
         self._recorder = loader._recorder_on_demand()
+        self._revival = Revival.for_loader(loader)
         self._epoch = self._begin(loader)
-        self._session.restart(loader, self._epoch)
+        self._begin_on_pool(loader)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -137,24 +95,83 @@ class SafeIterator(Iterator[Any]):
             StopIteration: at the end of the epoch.
         """
         began = clock()
-        try:
-            came = self._advance(self._stock)
-        except StopIteration:
-            self._epoch.ended()
-            raise
-        if type(came) is Parcel:
-            papers, payload = came
-            wait_ns = clock() - began
+        while True:
+            try:
+                came = self._advance(self._stock)
+            except StopIteration:
+                self._epoch.ended()
+                raise
+            except (WorkersDied, TimedOut) as sign:
+                self._go_on_after(sign)
+                continue
             epoch = self._epoch
-            number = epoch.arrived(papers, began, wait_ns)
-            self._recorder.delivered(epoch.number, number, wait_ns, papers)
-            return payload
+            if type(came) is Parcel:
+                papers, payload = came
+                if self._revival is not None:
+                    self._session.sampler.answered(papers.seq)
+                wait_ns = clock() - began
+                number = epoch.arrived(papers, began, wait_ns)
+                self._recorder.delivered(epoch.number, number, wait_ns, papers)
+                return payload
+            self._other_than_batch(came)
+
+    def _other_than_batch(self, came: Any) -> None:
+        """What torch's iterator gave is no batch: an error is raised, or it is left out."""
         if type(came) is FailedBatch:
+            failure = came.failure
+            gone = failure is not None and failure.phase == "transport"
+            if gone and self._lost_with_worker(came):
+                return
+            self._session.sampler.answered(came.papers.seq)
             raise self._epoch.came_failed(came, self._session.raised)
+        if type(came) is EmptyBatch:
+            self._session.sampler.answered(came.papers.seq)
+            self._epoch.came_empty(came.papers)
+            return
+        if self._session.broken is not None:
+            raise error_from(self._session.broken)
         raise DeliveryError(
             f"a batch came without papers ({type(came).__name__}): something replaced safeloader's "
             "fetcher in the workers. Set SAFELOADER=off to run without records."
         )
+
+    def _lost_with_worker(self, came: FailedBatch) -> bool:
+        """Whether a batch could not be loaded because its worker died after sending it.
+
+        Its memory went with the worker. Then the worker's death is what is told.
+        """
+        failure, worker = came.failure, came.papers.worker_id
+        if failure is None or worker is None or not failure.raised_any_of(WORKER_GONE):
+            return False
+        process = torch_private.workers_of(self._stock)[worker]
+        process.join(1.0)  # its socket closes before it can be waited for
+        if process.is_alive() or process.exitcode == 0:
+            return False
+        self._go_on_after(WorkersDied((worker,)))
+        return True
+
+    def _go_on_after(self, sign: WorkersDied | TimedOut) -> None:
+        """Start a new pool, or raise what happened to the workers."""
+        if isinstance(sign, TimedOut):
+            diagnosis, waited_s = self._session.diagnosis, self._session.timeout_s
+            raise self._epoch.broke(diagnosis.silence(waited_s, timeout=True)) from None
+        session = self._session
+        failure = session.diagnosis.crash(sign.workers)
+        culprits = [session.diagnosis.whereabouts(worker) for worker in sign.workers]
+        if self._revival is not None and self._revival.worth(failure, culprits, session.sampler):
+            self._revival.revive(session)
+            self._stock = session.stock
+            return
+        session.broken = failure
+        session.end()
+        # Not by way of a variable: the error's frames would hold the error, and both this iterator.
+        raise self._ended_by(failure, culprits) from None
+
+    def _ended_by(self, failure: Failure, at: list[Whereabouts | None]) -> SafeLoaderError:
+        lost = [where.position.seq for where in at if where is not None]
+        error = self._epoch.broke(failure, tuple(seq for seq in lost if seq is not None))
+        self._epoch.close()
+        return error
 
     def __len__(self) -> int:
         return len(self._stock)
@@ -189,33 +206,19 @@ def iterate(loader: SafeDataLoader[Any]) -> SafeIterator:
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader)
     session = loader._session
-    stock = torch_private.kept_iterator(loader)
-    if session is None or session.stock is not stock:  # the first, or a framework let go of it
+    held = torch_private.kept_iterator(loader)
+    # Not there yet, let go of by a framework, or its workers died.
+    if session is None or session.kept is not held or session.broken is not None:
         made = SafeIterator(loader)
         loader._session = made._session
         torch_private.keep_iterator(loader, made._stock)
         return made
     live = None if session.live is None else session.live()
     if live is None:
-        return SafeIterator(loader, session)
-    live._restart(loader)
+        live = SafeIterator(loader, session)
+    else:
+        live._restart(loader)
+    if session.stock is not held:  # the workers were restarted
+        session.kept = session.stock
+        torch_private.keep_iterator(loader, session.stock)
     return live
-
-
-def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
-    """Shared memory for the streams' lengths; without it (none to be had) they go unchecked."""
-    if not torch_private.is_stream(loader):
-        return None
-    try:
-        return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
-    except OSError as exc:
-        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", exc)
-        return None
-
-
-def _length_of(sampler: Any) -> int | None:
-    try:
-        with preserved():
-            return len(sampler)
-    except Exception:  # a sampler without a length, or one that raises
-        return None

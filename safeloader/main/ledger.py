@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, Protocol
 from safeloader.main.audit import EpochAudit
 from safeloader.main.tally import Coverage, Tally
 from safeloader.wire.indices import Packed, count, same, unpack
-from safeloader.wire.records import Papers
+from safeloader.wire.records import Papers, asked_for, contents
 
 KEYS_LIMIT = 2_000_000
+REASONS_LIMIT = 1000
 _SHOWN = 8
 
 
@@ -34,9 +35,19 @@ class Trouble(NamedTuple):
         return self.missing + self.duplicated + self.unexpected
 
 
+class Open(NamedTuple):
+    """A batch that was drawn and has not come: its number in the epoch, and its indices."""
+
+    batch: int | None
+    indices: tuple[Any, ...]
+
+
 class Ledger(Protocol):
     """One epoch's accounts."""
 
+    delivered_count: int
+    tallies: dict[str, Tally]
+    reasons: dict[Any, str]  # why an index was skipped or late
     measures_length: bool  # whether len(dataset) is compared at the end of the epoch
 
     def drawn(self, seq: int, indices: Packed) -> None:
@@ -56,6 +67,12 @@ class Ledger(Protocol):
 
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         """A batch was lost with an error that is raised to the user."""
+
+    def lost(self, seq: int) -> None:
+        """Batch ``seq`` was lost with its worker, and the error is raised."""
+
+    def opened(self, seq: int) -> Open | None:
+        """What is known of a batch that was drawn and has not come."""
 
     def finish(self) -> Trouble | None:
         """The stock iterator says that the epoch is over: is it?"""
@@ -81,8 +98,19 @@ class Accounts:
     def __init__(self, *, with_keys: bool) -> None:
         self.delivered_count = 0
         self.tallies = {
-            name: Tally() for name in ("missing", "duplicated", "unexpected", "failed", "dropped")
+            name: Tally()
+            for name in (
+                "missing",
+                "duplicated",
+                "unexpected",
+                "failed",
+                "dropped",
+                "skipped",
+                "late",
+            )
         }
+        self.reasons: dict[Any, str] = {}
+        self.replaced_count = 0
         self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
         self._keys_past_limit = 0
 
@@ -98,6 +126,22 @@ class Accounts:
             self.delivered_count += len(trouble.sound) + extra
         else:
             self.tallies["failed"].add(trouble.sound)
+
+    def book_mishaps(self, papers: Papers) -> int:
+        """Note the samples left out, replaced or late; how many of the batch are not there."""
+        asked = asked_for(papers)
+        gone = 0
+        for mishap in papers.mishaps or ():
+            index = asked[mishap.position]
+            if mishap.what == "late":
+                self.tallies["late"].add((index,))
+            else:
+                self.tallies["skipped"].add((index,))
+                self.replaced_count += mishap.what == "replaced"
+                gone += 1
+            if len(self.reasons) < REASONS_LIMIT:
+                self.reasons[index] = mishap.reason
+        return gone
 
     def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
         """Samples whose key came before under another index."""
@@ -125,17 +169,22 @@ class Accounts:
         return Trouble("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
 
     def notes(self, length: int | None) -> list[str]:
-        if not self._keys_past_limit:
-            return []
-        return [
-            f"the keys of the first {KEYS_LIMIT} samples were compared; "
-            f"{self._keys_past_limit} later ones only against these"
-        ]
+        notes = []
+        if self.replaced_count:
+            notes.append(
+                f"{self.replaced_count} of those skipped had another in their place"
+            )
+        if self._keys_past_limit:
+            notes.append(
+                f"the keys of the first {KEYS_LIMIT} samples were compared; "
+                f"{self._keys_past_limit} later ones only against these"
+            )
+        return notes
 
     def as_audit(
         self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
     ) -> EpochAudit:
-        counts = {"skipped": 0, "repeated": 0, "unvisited": 0}
+        counts = {"repeated": 0, "unvisited": 0}
         counts |= {name: tally.count for name, tally in self.tallies.items()}
         counts |= more.pop("counts", {})
         return EpochAudit(
@@ -145,6 +194,7 @@ class Accounts:
             delivered=self.delivered_count,
             counts=counts,
             notes=tuple(notes),
+            reasons=dict(self.reasons),
             **{name: tally.array() for name, tally in self.tallies.items()},
             **more,
         )
@@ -189,10 +239,13 @@ class MapLedger(Accounts):
         if expected is None or not same(expected, indices):
             return self._compare(expected, papers)
         number = count(expected)
-        if samples != number and samples is not None:
+        if papers.mishaps is not None:
+            number -= self.book_mishaps(papers)
+        elif samples != number and samples is not None:
             return _miscounted(unpack(expected), samples)
         if self._index_of_key is not None and papers.keys is not None:
-            trouble = self.same_key(papers.keys, unpack(expected))
+            drawn = unpack(expected)
+            trouble = self.same_key(papers.keys, [drawn[place] for place in contents(papers)])
             if trouble is not None:
                 return trouble
         self.delivered_count += number
@@ -230,6 +283,17 @@ class MapLedger(Accounts):
         if expected is not None:
             self.tallies["failed"].add(unpack(expected))
 
+    def lost(self, seq: int) -> None:
+        expected = self._pending.pop(seq, None)
+        if expected is not None:
+            self.tallies["failed"].add(unpack(expected))
+
+    def opened(self, seq: int) -> Open | None:
+        packed = self._pending.get(seq)
+        if packed is None:
+            return None
+        return Open(seq - (self._first_seq or 0), unpack(packed))
+
     def finish(self) -> Trouble | None:
         missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
         self._pending.clear()
@@ -252,10 +316,10 @@ class MapLedger(Accounts):
     def complete(self) -> bool:
         if self._pending or self._sampler_failed:
             return False
-        first = self._first_seq
-        batches = 0 if first is None else self._last_seq + 1 - first
         if self._draws_ended or self._expected_batches is None:
             return self._draws_ended
+        first = self._first_seq
+        batches = 0 if first is None else self._last_seq + 1 - first
         return batches == self._expected_batches()  # asked for when somebody reads the audit
 
     @property

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from safeloader.main.audit import EpochAudit
-from safeloader.main.ledger import Accounts, Trouble
+from safeloader.main.ledger import Accounts, Open, Trouble
 from safeloader.wire.indices import Packed
-from safeloader.wire.records import Papers
+from safeloader.wire.records import Papers, contents
 from safeloader.wire.streams import StreamBoard
 
 
@@ -46,9 +46,11 @@ class StreamLedger(Accounts):
         if first != expected:
             return self._compare(row, expected, first, samples)
         if papers.keys is not None and self._index_of_key is not None:
-            trouble = self.same_key(papers.keys, [(row, first + k) for k in range(samples)])
+            trouble = self.same_key(papers.keys, [(row, first + k) for k in contents(papers)])
             if trouble is not None:
                 return trouble
+        if papers.mishaps is not None:
+            samples -= self.book_mishaps(papers)
         self.delivered_count += samples
         return None
 
@@ -67,6 +69,12 @@ class StreamLedger(Accounts):
             row = papers.worker_id or 0
             self._next[row] = max(self._next[row], papers.ordinal + (papers.samples or 0))
             self.tallies["failed"].add(indices)
+
+    def lost(self, seq: int) -> None:
+        pass  # a stream's batches are not known by their draws
+
+    def opened(self, seq: int) -> Open | None:
+        return Open(None, ())
 
     def finish(self) -> Trouble | None:
         if self._finished or self._board is None or self._sampler_failed:

@@ -23,10 +23,13 @@ from safeloader.errors import (
     SampleError,
     SamplerError,
     TransportError,
+    WorkerCrashError,
     WorkerInitError,
+    WorkerTimeoutError,
     blank,
     dual_type,
 )
+from safeloader.wire.random_state import RandomState
 from safeloader.wire.remains import (
     Remains,
     attributes_of,
@@ -43,6 +46,8 @@ _ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
     "sample": SampleError,
     "collate": CollateError,
     "transport": TransportError,
+    "crash": WorkerCrashError,
+    "timeout": WorkerTimeoutError,
     "delivery": DeliveryError,
 }
 
@@ -56,7 +61,8 @@ class Failure:
 
     Attributes:
         phase: what was being done: ``"init"`` (worker_init_fn), ``"sampler"``, ``"sample"``,
-            ``"collate"``, ``"transport"`` (pinning) or ``"delivery"`` (the ledger's check).
+            ``"collate"``, ``"transport"`` (pickling, loading, pinning), ``"crash"`` and
+            ``"timeout"`` (of a worker) or ``"delivery"`` (the ledger's check).
         index: dataset index of the sample at fault, ``(worker, ordinal)`` in a stream; None where
             no single sample is known to be.
         position: position of that sample in its batch, from 0; None without an index.
@@ -106,6 +112,7 @@ class Failure:
     hint: str = ""
     _where: str = dataclasses.field(default="", repr=False)
     _remains: Remains | None = dataclasses.field(default=None, repr=False, compare=False)
+    _random: RandomState | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
@@ -114,6 +121,11 @@ class Failure:
             for field in dataclasses.fields(self)
             if not field.name.startswith("_")
         }
+
+    def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
+        """Whether what was raised is of one of these types, as far as it can be imported here."""
+        raised = first_importable(self._remains)
+        return raised is not None and issubclass(raised, types)
 
     def __str__(self) -> str:
         return "\n".join(report(self))

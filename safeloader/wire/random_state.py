@@ -1,22 +1,127 @@
-"""Code of the user's that torch would not run must not move the generators; in both processes."""
+"""The global random-number generators of python, numpy and torch; in both processes.
+
+:func:`preserved` keeps code that torch would not run from moving them. :class:`Marks` notes where
+they stand before each batch, so that a failing sample can be run again under the numbers it had.
+
+Reading numpy's or python's state through their own functions takes 10 to 25 µs, more than all other
+records of a batch. Most datasets use neither, so their memory is compared with what it was at the
+mark before, and the state read only where it moved.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
+
+_WORDS = 624  # of the Mersenne Twister, which numpy's and python's global generators both are
+_NUMPY_BYTES = 4 * (_WORDS + 1)  # the words and the place among them
+_PYTHON_BYTES = 4 * (_WORDS + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomState:
+    """Where the three generators stand; picklable."""
+
+    python: Any
+    numpy: Any
+    torch: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """As they stand."""
+        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
+
+    def set(self) -> None:
+        """Put the generators there."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
 
 
 @contextlib.contextmanager
 def preserved() -> Iterator[None]:
     """Put the global generators of python, numpy and torch (CPU) back afterwards."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = RandomState.now()
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        state.set()
+
+
+class Marks:
+    """Notes of where the generators stand, made before each batch; hot path, 3 µs.
+
+    Example:
+        >>> marks = Marks()
+        >>> before = marks.mark()
+        >>> first = random.random(), np.random.rand(), torch.rand(())
+        >>> before.set()
+        >>> (random.random(), np.random.rand(), torch.rand(())) == first
+        True
+    """
+
+    def __init__(self) -> None:
+        self._python_seen: bytes | None = None
+        self._python: Any = None
+        self._numpy_seen: bytes | None = None
+        self._numpy: Any = None
+        self._numpy_generator: Any = None
+        self._numpy_address = 0
+        self._python_address = _python_address()
+
+    def mark(self) -> RandomState:
+        """Where they stand."""
+        return RandomState(
+            self._python_now(), self._numpy_now(), torch.default_generator.get_state()
+        )
+
+    def _python_now(self) -> Any:
+        if not self._python_address:
+            return random.getstate()
+        raw = ctypes.string_at(self._python_address, _PYTHON_BYTES)
+        # A Gaussian kept for the next call is used up without a trace in the words.
+        if raw != self._python_seen or self._python[2] is not None:
+            self._python = random.getstate()
+            self._python_seen = raw
+        return self._python
+
+    def _numpy_now(self) -> Any:
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if generator is not self._numpy_generator:
+            self._numpy_generator = generator
+            self._numpy_seen = None
+            interface = generator.ctypes if type(generator) is np.random.MT19937 else None
+            self._numpy_address = interface.state_address if interface else 0
+        if not self._numpy_address:
+            return np.random.get_state(legacy=False)
+        raw = ctypes.string_at(self._numpy_address, _NUMPY_BYTES)
+        if raw != self._numpy_seen or self._numpy["has_gauss"]:
+            self._numpy = np.random.get_state(legacy=False)
+            self._numpy_seen = raw
+        return self._numpy
+
+
+def _python_address() -> int:
+    """Where CPython keeps the words of ``random``'s generator; 0 if they are not found there.
+
+    The object is its header, the place (an int), and the words. Looked at, not trusted: unless the
+    memory holds exactly what ``getstate()`` says, the function is used.
+    """
+    try:
+        _, state, _ = random.getstate()
+        shared: Any = random.getstate.__self__  # type: ignore[attr-defined]
+        if random.Random.__basicsize__ < object.__basicsize__ + _PYTHON_BYTES:
+            return 0
+        address = id(shared) + object.__basicsize__
+        raw = ctypes.string_at(address, _PYTHON_BYTES)
+        found = memoryview(raw).cast("I").tolist()
+        return address if (*found[1:], found[0]) == state else 0
+    except Exception:  # another interpreter
+        return 0

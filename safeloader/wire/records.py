@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from safeloader import torch_private
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed
+from safeloader.wire.indices import Packed, unpack
 
 
 class SamplerFault(NamedTuple):
@@ -30,11 +30,28 @@ class Task(NamedTuple):
     """One draw of the index sampler: main to worker.
 
     ``index`` is what the sampler drew, untouched: a list of indices, or one index where automatic
-    batching is off.
+    batching is off. ``deadly`` are the positions of samples that killed their workers, and are to
+    be left out; ``careful`` says that a worker died at this batch, so that the samples are asked
+    for one at a time.
     """
 
     seq: int
     index: Any
+    deadly: tuple[int, ...] = ()
+    careful: bool = False
+
+
+class Mishap(NamedTuple):
+    """A sample that did not come as it was asked for, and did not end the batch.
+
+    ``what`` is ``"skipped"``, ``"replaced"`` (by the sample at position ``donor``, or by one that
+    the user's ``on_error`` gave: None) or ``"late"`` (it came when asked for again).
+    """
+
+    what: str
+    position: int
+    reason: str
+    donor: int | None = None
 
 
 class Papers(NamedTuple):
@@ -44,7 +61,7 @@ class Papers(NamedTuple):
     whole batch if ``fetched_at_once``), then the end of collation. ``samples`` is the number of
     samples that the dataset gave, None where that cannot be counted. In a stream the samples are
     numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
-    empty.
+    empty. ``mishaps`` are those of samples left out, replaced or late; None, as a rule, for none.
     """
 
     seq: int
@@ -56,6 +73,37 @@ class Papers(NamedTuple):
     stamps: bytes
     fetched_at_once: bool
     keys: tuple[Any, ...] | None
+    mishaps: tuple[Mishap, ...] | None = None
+
+
+def asked_for(papers: Papers) -> tuple[Any, ...]:
+    """The identities of the samples that the batch was to hold."""
+    if papers.ordinal is None:
+        return unpack(papers.indices)
+    row = papers.worker_id or 0
+    return tuple((row, papers.ordinal + k) for k in range(papers.samples or 0))
+
+
+def contents(papers: Papers) -> tuple[int, ...]:
+    """For each sample in the batch the position, among those asked for, of where it came from."""
+    places = list(range(len(asked_for(papers))))
+    gone = set()
+    for mishap in papers.mishaps or ():
+        if mishap.what == "skipped":
+            gone.add(mishap.position)
+        elif mishap.what == "replaced" and mishap.donor is not None:
+            places[mishap.position] = mishap.donor
+    return tuple(place for position, place in enumerate(places) if position not in gone)
+
+
+class EmptyBatch(NamedTuple):
+    """A batch of which every sample was left out: worker to main, which goes on to the next."""
+
+    papers: Papers
+
+    def pin_memory(self) -> EmptyBatch:
+        """Nothing to pin."""
+        return self
 
 
 class FailedBatch(NamedTuple):

@@ -27,6 +27,9 @@ def report(failure: Failure) -> Iterator[str]:
     yield _headline(failure)
     *found, next_step = failure.hint.split("\n")
     yield from (f"  {line}" for line in found)
+    if failure.phase in ("crash", "timeout") and failure.traceback:
+        yield "  Python stack, most recent call last:" if failure.phase == "crash" else "  stacks:"
+        yield from (f"  {line}" for line in failure.traceback.splitlines())
     if failure.dataset_state:
         yield from _state_lines(failure.dataset_state)
     if next_step:
@@ -40,6 +43,8 @@ _DOING = {
     "collate": "while collating the batch",
     "transport": "while handing over the batch",
     "delivery": "while checking what came against what was drawn",
+    "crash": "died",
+    "timeout": "gave no batch",
 }
 
 
@@ -47,7 +52,7 @@ def _headline(failure: Failure) -> str:
     parts = []
     if failure.index is not None:
         parts.append(f"dataset index {failure.index!r}")
-    elif failure.phase in ("sample", "collate", "transport", "delivery") and failure.indices:
+    elif failure.phase not in ("init", "sampler") and failure.indices:
         shown = ", ".join(repr(index) for index in failure.indices[:16])
         more = f", ... {len(failure.indices)} in all" if len(failure.indices) > 16 else ""
         parts.append(f"dataset indices [{shown}{more}]")
@@ -61,13 +66,27 @@ def _headline(failure: Failure) -> str:
         parts.append(f"({where})" if parts else where)
     if parts:
         parts[-1] += ","
+    if failure.phase in ("crash", "timeout"):
+        return " ".join(["safeloader:", _worker_line(failure), *parts]).rstrip(",")
+    doing = _DOING[failure.phase]
+    if failure.phase == "transport" and not failure.indices:
+        doing = "while starting the workers"
     who = "the main process" if failure.worker_id is None else f"worker {failure.worker_id}"
     rank = "" if failure.rank is None else f", rank {failure.rank}"
-    parts.append(f"{_DOING[failure.phase]}, in {who} (pid {failure.pid}{rank}):")
+    parts.append(f"{doing}, in {who} (pid {failure.pid}{rank}):")
     head, _, rest = failure.message.partition("\n")
     head = bounded(head, 300)
     parts.append(short_type_name(failure.exception_type) + (f": {head}" if head else ""))
     return "safeloader: " + " ".join(parts) + (" ..." if rest else "")
+
+
+def _worker_line(failure: Failure) -> str:
+    rank = "" if failure.rank is None else f", rank {failure.rank}"
+    if failure.worker_id is None:
+        return f"no batch came, and no worker is at work{rank}"
+    known = failure.index is not None or failure.indices
+    at = " at" if known else ""
+    return f"worker {failure.worker_id} (pid {failure.pid}{rank}) {_DOING[failure.phase]}{at}"
 
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:

@@ -38,10 +38,12 @@ class Explanation:
     Attributes:
         position: position in the batch of the odd sample; None unless there is exactly one.
         text: one or a few sentences for a person.
+        odd: positions of the samples that differ from a clear majority; empty where there is none.
     """
 
     position: int | None
     text: str
+    odd: tuple[int, ...] = ()
 
 
 def explain(samples: Sequence[object], indices: Sequence[object]) -> Explanation | None:
@@ -92,8 +94,10 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> Explanation | None:
     if top == Rank.TYPE:
         sentences[0] = f"the only difference found, which default_collate takes: {sentences[0]}"
     clear = all(finding.usual is not None for finding in told)
-    single = clear and len(blamed) == 1 and len(blamed[0]) == 1
-    return Explanation(blamed[0][0] if single else None, ". ".join(sentences))
+    odd = sorted({position for each in blamed for position in each}) if clear else []
+    single = len(blamed) == 1 and len(odd) == 1
+    few = odd if top < Rank.TYPE and 2 * len(odd) < survey.total else []
+    return Explanation(odd[0] if single else None, ". ".join(sentences), tuple(few))
 
 
 def _sentence(finding: Finding, indices: Sequence[object], total: int) -> str:

@@ -1,13 +1,14 @@
 """The injected ``worker_init_fn``; runs in a worker before torch makes its fetcher.
 
-Takes the worker's number, calls the user's own function and puts our fetcher in the place of
-torch's, in this process alone. All of it dies with the worker.
+Takes the worker's number, joins this process to the wiring, calls the user's own function and puts
+our fetcher in the place of torch's, in this process alone. All of it dies with the worker.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from time import perf_counter_ns as clock
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -15,9 +16,15 @@ from torch.utils.data import get_worker_info
 from safeloader import torch_private
 from safeloader.wire.dataset_state import describe
 from safeloader.wire.failure import Failure, failure_of
+from safeloader.wire.flight import IDLE, INIT, OPEN, PHASE, PID, SINCE, FlightRecorder
+from safeloader.wire.policy import Policy
+from safeloader.wire.results import ResultQueue
 from safeloader.wire.streams import StreamBoard
-from safeloader.worker.fetching import Post, RefusingFetcher, fetcher_for
+from safeloader.worker.fetching import fetcher_for
 from safeloader.worker.hints import hint_for
+from safeloader.worker.post import Post, private_row
+from safeloader.worker.recording import RefusingFetcher
+from safeloader.worker.witness import Witness
 
 
 class WorkerStartup:
@@ -26,16 +33,30 @@ class WorkerStartup:
     def __init__(
         self,
         user_init_fn: Callable[[int], None] | None,
-        board: StreamBoard | None,
+        *,
         key: Callable[[Any], Any] | None,
+        policy: Policy,
+        board: StreamBoard | None,
+        results: ResultQueue | None,
+        flight: FlightRecorder | None,
     ) -> None:
         self._user_init_fn = user_init_fn
-        self._board = board
         self._key = key
+        self._policy = policy
+        self._board = board
+        self._results = results
+        self._flight = flight
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
-        torch_private.disown_inherited_iterators()
+        torch_private.undo_inherited()
+        assert self._results is not None
+        cells = private_row() if self._flight is None else self._flight.row(worker_id)
+        cells[PID] = os.getpid()
+        cells[SINCE] = clock()
+        cells[PHASE] = INIT
+        witness = Witness(self._flight, worker_id, cells)
+        self._results.speak_as(worker_id, witness.sent)
         refused: Failure | None = None
         info = get_worker_info()
         dataset = None if info is None else info.dataset
@@ -44,17 +65,35 @@ class WorkerStartup:
                 self._user_init_fn(worker_id)
             except Exception as exc:
                 refused = _startup_failure(exc, "init", worker_id, dataset)
+            except BaseException:  # sys.exit(), an interrupt: the process ends
+                witness.ends()
+                raise
         # Taken after the user's function: what it opened is the state that the work starts from.
         # The dataset is not asked for its length: a slow `__len__` would delay every worker.
-        post = Post(worker_id, self._board, self._key, describe(dataset, ask=False))
+        post = Post(
+            worker_id,
+            board=self._board,
+            key=self._key,
+            start_state=describe(dataset, ask=False),
+            policy=self._policy,
+            cells=cells,
+        )
 
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
                 return RefusingFetcher(refused, post)
+            cells[SINCE] = clock()
+            cells[PHASE] = OPEN
             try:
-                return fetcher_for(create(), post)
+                return witness.over(fetcher_for(create(), post))
             except Exception as exc:  # iter(dataset) raised
                 return RefusingFetcher(_startup_failure(exc, "sample", worker_id, dataset), post)
+            except BaseException:
+                witness.ends()
+                raise
+            finally:
+                cells[SINCE] = clock()
+                cells[PHASE] = IDLE
 
         torch_private.install_fetcher(make)
 

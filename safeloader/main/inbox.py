@@ -1,0 +1,163 @@
+"""Where main waits for batches, and notices that a worker died or that none comes; runs in main.
+
+Stands where torch's iterator expects the queue it reads from. It waits for a batch, a worker's
+death and the clock at once, so none is found by polling, and no thread or signal takes part.
+"""
+
+from __future__ import annotations
+
+import queue
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, Protocol
+
+from safeloader.wire.results import ResultQueue
+
+_LOOK_S = 1.0  # how often workers are looked at beyond what their sentinels say
+_PINNED_LOOK_S = 0.1  # a queue between threads cannot be waited for together with sentinels
+_TOGETHER_S = 0.05  # workers that die within this time died together
+
+
+class WorkersDied(BaseException):
+    """Workers ended that should not have; passes through torch's ``except Exception``."""
+
+    def __init__(self, workers: tuple[int, ...]) -> None:
+        super().__init__(workers)
+        self.workers = workers
+
+
+class TimedOut(BaseException):
+    """No batch came within the loader's ``timeout``."""
+
+
+class Worker(Protocol):
+    """What is used of a ``multiprocessing.Process``."""
+
+    sentinel: int
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+
+
+class Inbox:
+    """Waits for messages of workers.
+
+    Args:
+        results: what the workers write to.
+        workers: their processes, in order.
+        ended: whether worker ``w`` was told to end.
+        timeout_s: seconds without a message after which :class:`TimedOut` is raised; 0: never.
+        stall_after_s: seconds without a message after which ``stalled`` is called, and again at
+            doubling intervals; 0: never.
+        stalled: is given the seconds waited.
+    """
+
+    def __init__(
+        self,
+        results: ResultQueue,
+        workers: Sequence[Worker],
+        ended: Callable[[int], bool],
+        timeout_s: float,
+        stall_after_s: float,
+        stalled: Callable[[float], None],
+    ) -> None:
+        self._results = results
+        self._workers = workers
+        self._ended = ended
+        self._timeout_s = timeout_s or float("inf")
+        self._stall_after_s = stall_after_s or float("inf")
+        self._stalled = stalled
+        self._watched = {worker.sentinel: number for number, worker in enumerate(workers)}
+        self._gone: set[int] = set()
+        self._watch()
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next message; torch's ``timeout`` is not used, the loader's is.
+
+        Raises:
+            WorkersDied: if none is at hand, and a worker ended that was not told to.
+            TimedOut: if none came in time.
+        """
+        began = monotonic()
+        warn_s = self._stall_after_s
+        waited = 0.0
+        while True:
+            due = min(_LOOK_S, warn_s - waited, self._timeout_s - waited)
+            try:
+                return self._receive(due)
+            except queue.Empty:
+                self._look_after_workers()
+            waited = monotonic() - began
+            if waited >= self._timeout_s:
+                raise TimedOut
+            if waited >= warn_s:
+                self._stalled(waited)
+                warn_s *= 2
+
+    def put(self, item: Any) -> None:
+        """As torch's queue has it."""
+        self._results.put(item)
+
+    def _watch(self) -> None:
+        for sentinel in self._watched:
+            self._results.also(sentinel)
+
+    def _receive(self, seconds: float) -> Any:
+        """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
+        if not self._results.has_arrived:
+            for sentinel in self._results.wait(seconds):
+                self._results.no_longer(sentinel)
+                self._ended_now(sentinel)
+        return self._results.take()
+
+    def _ended_now(self, sentinel: int) -> None:
+        number = self._watched.pop(sentinel)
+        if not self._ended(number):
+            self._workers[number].join(1.0)  # its pipes close just before it can be waited for
+            self._gone.add(number)
+
+    def _look_after_workers(self) -> None:
+        """Raise if a worker is dead. Seldom a child of the dead one keeps its sentinel open."""
+        if self._dead():
+            time.sleep(_TOGETHER_S)
+            raise WorkersDied(self._dead())
+
+    def _dead(self) -> tuple[int, ...]:
+        silent = (n for n in self._watched.values() if not self._workers[n].is_alive())
+        return tuple(sorted(n for n in {*self._gone, *silent} if not self._ended(n)))
+
+
+class PinnedInbox(Inbox):
+    """The same behind torch's pinning thread, which reads the workers' pipes and fills a queue."""
+
+    def __init__(
+        self, pinned: queue.Queue[Any], thread: threading.Thread, *args: Any, **kwargs: Any
+    ) -> None:
+        self._pinned = pinned
+        self._thread = thread
+        self._sentinels = select.poll()
+        super().__init__(*args, **kwargs)
+
+    def _watch(self) -> None:
+        for sentinel in self._watched:
+            self._sentinels.register(sentinel, select.POLLIN)
+
+    def _receive(self, seconds: float) -> Any:
+        try:
+            return self._pinned.get(timeout=min(seconds, _PINNED_LOOK_S))
+        except queue.Empty:
+            for sentinel, _ in self._sentinels.poll(0):
+                self._sentinels.unregister(sentinel)
+                self._ended_now(sentinel)
+            raise
+
+    def _look_after_workers(self) -> None:
+        super()._look_after_workers()
+        if not self._thread.is_alive():
+            raise queue.Empty  # torch finds it gone, and says so

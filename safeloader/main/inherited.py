@@ -1,0 +1,399 @@
+"""Looks, before workers start, for what they had better not inherit; runs in main.
+
+A forked worker goes on with its parent's sockets, read positions and locks, but without its
+threads; and under every start method all workers get the same copy of a random generator. None of
+it raises: rows get mixed up, samples repeat, a worker hangs. So the dataset is walked, and what is
+known by its class not to survive is told. No code of the user's is run (see `wire/values.py`).
+
+False alarms teach people to ignore alarms: what is not in use (closed, not connected yet, not
+held) is not told, nor what the user's code, by the look of it, makes anew in the worker.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import io
+import pathlib
+import random
+import re
+import socket
+import threading
+import types
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+from time import monotonic
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from safeloader.torch_private import without_overrides
+from safeloader.wire.values import container_base, cut, definitions, fields, type_name
+
+SAMPLED = 10  # elements looked at of one container
+ATTRIBUTES_MAX = 256
+KEY_MAX = 40  # characters of one name or key in a path
+TOLD_MAX = 8  # findings spelled out in one warning
+
+
+class Inherited(NamedTuple):
+    """Something that a worker had better not inherit: where it is, and what to do about it."""
+
+    path: str
+    kind: str
+    why: str
+    advice: str
+
+
+def survey(
+    thing: object,
+    name: str,
+    *,
+    start_method: str,
+    num_workers: int,
+    beside: Mapping[str, object] = types.MappingProxyType({}),
+    bound_s: float = 0.05,
+    bound_items: int = 2000,
+) -> list[Inherited]:
+    """Return what workers had better not inherit with `thing`; never raises.
+
+    Args:
+        thing: the loader's dataset.
+        name: what it is called in the paths: `"dataset"`.
+        start_method: `"fork"`, `"spawn"` or `"forkserver"`.
+        num_workers: with 0 nothing is inherited.
+        beside: by name what else goes to the workers, `collate_fn` and `worker_init_fn`. What two
+            of them hold is told once, and what `worker_init_fn` makes anew in the worker is not.
+        bound_s, bound_items: seconds and objects after which the rest is left out.
+
+    >>> class Noisy:
+    ...     def __init__(self):
+    ...         self.rng = np.random.default_rng(0)
+    >>> [found] = survey(Noisy(), "dataset", start_method="spawn", num_workers=2)
+    >>> found.path, found.kind
+    ('dataset.rng', 'numpy.random.Generator')
+    """
+    walk = _Walk({name: thing, **beside}, start_method == "fork", num_workers)
+    if num_workers > 0:
+        with suppress(Exception):
+            walk.run(monotonic() + bound_s, bound_items)
+    return walk.found
+
+
+_said: set[tuple[str, ...]] = set()
+
+
+def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
+    """Warn of all findings of a loader, once a process for each class of dataset and set of paths.
+
+    Args:
+        findings: what `survey` returned.
+        dataset: the loader's; only its class is looked at.
+        stacklevel: as for `warnings.warn`; 1 is the caller of this function.
+    """
+    key = (type_name(type(dataset)), *(found.path for found in findings))
+    if not findings or key in _said:
+        return
+    lines = ["safeloader: the workers inherit what does not survive it:"]
+    for path, kind, why, advice in findings[:TOLD_MAX]:
+        lines.append(f"  {path} ({kind}): {why}. {advice[0].upper()}{advice[1:]}.")
+    if len(findings) > TOLD_MAX:
+        lines.append(f"  ... and {len(findings) - TOLD_MAX} more")
+    warnings.warn("\n".join(lines), RuntimeWarning, stacklevel=stacklevel + 1)
+    _said.add(key)  # not before: where warnings are errors, every attempt fails
+
+
+# ---- what is known
+
+_Hazard = tuple[str, str]  # why it is one, and what to do
+
+_LAZILY = "set it up in the worker at first use, and keep None here until then"
+_CONNECTION = ("after a fork all use this one connection: replies get mixed up or lost", _LAZILY)
+_HANDLE = ("its library rules out use after a fork: reads can fail, hang or be wrong", _LAZILY)
+_FILE = (
+    "forked processes share one read position: what one reads, the others skip",
+    f"{_LAZILY}; or use os.pread or np.memmap, which share no position",
+)
+_CUDA = ("CUDA cannot be re-initialized in a forked process", "keep what is here on the CPU")
+_LOCK = ("held now: the copy in the worker will never be released", _LAZILY)
+_THREAD = ("threads do not exist in a forked process: what waits for one waits for ever", _LAZILY)
+_GENERATOR = ("all workers get a copy in the same state", "seed it per worker")  # in full below
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return {name: each for name, each in fields(value, ATTRIBUTES_MAX)[0] if type(name) is str}
+
+
+def _connected(value: Any) -> bool:
+    flags = {k: x for k, x in _attributes(value).items() if type(x) is bool or type(x) is int}
+    return not (flags.get("closed") or flags.get("_closed") or flags.get("_opened") is False)
+
+
+def _sqlite_connected(value: Any) -> bool:
+    changes = definitions(type(value), "total_changes")[-1]
+    return bool(changes.__get__(value) >= 0)  # raises if it is closed, which is a no as well
+
+
+def _owned_by_another(value: Any) -> bool:
+    text: str = type(threading.RLock()).__repr__(value)  # before 3.14 it has no `locked`
+    return text.startswith("<locked") and f" owner={threading.get_ident()} " not in text
+
+
+def _on_cuda(value: Any) -> bool:
+    hook = "__torch_dispatch__"  # a tensor with one of its own may answer by foreign code
+    if len(definitions(type(value), hook)) > len(definitions(torch.Tensor, hook)):
+        return False
+    with without_overrides():
+        return bool(definitions(torch.Tensor, "is_cuda")[0].__get__(value))
+
+
+def _runs(value: Any) -> bool:
+    live = any(value is each for each in threading.enumerate())
+    return live and value is not threading.current_thread()
+
+
+# What it is, whether it is in use, and its classes: by top package and own name, as what lies
+# between moves with releases. (`Environment` is lmdb's compiled one, which tells no module.)
+_CATALOGUE: list[tuple[_Hazard, Callable[[Any], bool], str]] = [
+    (_GENERATOR, lambda value: True, "numpy.Generator numpy.RandomState numpy.BitGenerator"),
+    (_GENERATOR, lambda value: True, "random.Random torch.Generator"),
+    (_CONNECTION, _connected, "asyncpg.Connection pymongo.MongoClient botocore.BaseClient"),
+    (_CONNECTION, _connected, "boto3.ServiceResource grpc.Channel fsspec.AsyncFileSystem"),
+    (_CONNECTION, _connected, "psycopg2.connection psycopg.BaseConnection pymysql.Connection"),
+    (_CONNECTION, _connected, "MySQLdb.connection mysql.MySQLConnectionAbstract"),
+    (_CONNECTION, _sqlite_connected, "sqlite3.Connection"),
+    (_CONNECTION, lambda value: socket.socket.fileno(value) != -1, "_socket.socket"),
+    (_HANDLE, lambda value: True, "lmdb.Environment Environment _duckdb.DuckDBPyConnection"),
+    (_HANDLE, lambda value: bool(_attributes(value)["_id"].id), "h5py.HLObject"),
+    (_FILE, lambda value: io.FileIO.readable(value), "_io.FileIO"),  # raises if it is closed
+    (_CUDA, _on_cuda, "torch.Tensor"),
+    (_LOCK, lambda value: bool(value.locked()), "_thread.lock"),
+    (_LOCK, _owned_by_another, "_thread.RLock"),
+    (_THREAD, lambda value: len(_attributes(value)["_waiters"]) > 0, "threading.Condition"),
+    (_THREAD, _runs, "threading.Thread multiprocessing.DummyProcess"),
+]
+_KNOWN = {name: row[:2] for row in _CATALOGUE for name in row[2].split()}
+
+# What lives in one of these is told in its name; with nothing live inside, it is harmless.
+_WRAPPER_NAMES = (
+    "_io.TextIOWrapper _io.BufferedReader _io.BufferedRandom gzip.GzipFile bz2.BZ2File "
+    "lzma.LZMAFile tempfile._TemporaryFileWrapper zipfile.ZipFile zipfile.ZipExtFile "
+    "tarfile.TarFile numpy.NpzFile PIL.Image threading.Condition threading.Semaphore queue.Queue "
+    "concurrent.Executor multiprocessing.Pool multiprocessing.ThreadPool sqlalchemy.Engine "
+    "sqlalchemy.Connection sqlalchemy.Session requests.Session urllib3.PoolManager httpx.Client "
+    "aiohttp.ClientSession redis.Redis redis.PubSub redis.AbstractConnection sqlite3.Cursor "
+    "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor"
+)
+_WRAPPERS = frozenset(_WRAPPER_NAMES.split())
+# Made to be inherited, as all of multiprocessing, or nothing to look into.
+_LEFT_ALONE_NAMES = (
+    "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader threading.Event "
+    "logging.Logger logging.Handler numpy.ndarray type module"
+)
+_LEFT_ALONE = frozenset(_LEFT_ALONE_NAMES.split())
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, np.ndarray)
+_PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
+
+_mro_of: Any = type.__dict__["__mro__"].__get__  # past any metaclass
+_namespace_of: Any = type.__dict__["__dict__"].__get__
+
+
+class _Verdict(NamedTuple):
+    base: Any  # the built-in container that it is
+    known: tuple[_Hazard, Callable[[Any], bool]] | None = None
+    wraps: bool = False
+    opens: bool = True  # whether to look inside
+
+
+_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see `_PLAIN_IDS`
+
+
+def _verdict_on(cls: type) -> _Verdict:
+    kept = _verdicts.get(id(cls))
+    if kept is None or kept[0]() is not cls:
+        kept = _verdicts[id(cls)] = weakref.ref(cls), _decide(cls)
+    return kept[1]
+
+
+def _decide(cls: type) -> _Verdict:
+    for name in map(type_name, _mro_of(cls)):
+        key = re.sub(r"\..*\.", ".", name)
+        wraps = key in _WRAPPERS
+        if wraps or key in _KNOWN or key in _LEFT_ALONE or key.startswith("multiprocessing."):
+            return _Verdict(None, _KNOWN.get(key), wraps, wraps)
+    return _Verdict(container_base(cls))
+
+
+# ---- the walk
+
+
+class _Item(NamedTuple):
+    value: Any
+    path: str
+    holder: type | None = None  # the class of the object whose attribute it is,
+    name: str = ""  # and the name there, or that of a variable
+    part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
+
+
+class _Walk:
+    """Breadth first, so that everything is told by the shortest way to it."""
+
+    def __init__(self, things: dict[str, object], forks: bool, workers: int) -> None:
+        self.found: list[Inherited] = []
+        self._things, self._forks, self._workers = things, forks, workers
+        self._initialised = _names_in(things.get("worker_init_fn"))
+        if "dataset" not in self._initialised:
+            self._initialised.pop("random", None)  # the module, or numpy's
+        self._queue: deque[_Item] = deque()
+        # The process-wide generators, which torch seeds in each worker, are no finding.
+        of_process: Any = (random.random, np.random.rand)
+        self._seen = {
+            id(torch.default_generator),
+            *(id(getattr(x, "__self__", None)) for x in of_process),
+        }
+
+    def run(self, end: float, bound_items: int) -> None:
+        for name, thing in self._things.items():
+            self._add(_Item(thing, name))
+        name, dataset = next(iter(self._things.items()))
+        for method in _IN_WORKER:  # for their closures and globals
+            for function in definitions(type(dataset), method)[:1]:
+                self._add(_Item(function, f"{name}.{method}"))
+        for _ in range(bound_items):
+            if not self._queue or monotonic() > end:
+                return
+            with suppress(Exception):  # what another thread changes while it is read
+                self._look(self._queue.popleft())
+
+    def _add(self, item: _Item) -> None:
+        if id(type(item.value)) not in _PLAIN_IDS and id(item.value) not in self._seen:
+            self._seen.add(id(item.value))
+            self._queue.append(item)
+
+    def _look(self, item: _Item) -> None:
+        value, path, holder, name, part_of = item
+        base, known, wraps, opens = _verdict_on(cls := type(value))
+        if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
+            return self._tell(item, known[0])
+        if wraps and part_of is None:
+            part_of = path, _kind(cls)
+        for step, own_name, child in _parts(value, base, self._forks) if opens else ():
+            where = holder, name
+            if own_name is not None and part_of is None:  # a part is made anew with the whole
+                where = None if cls is types.FunctionType else cls, own_name
+            self._add(_Item(child, path + step, *where, part_of))
+
+    def _tell(self, item: _Item, hazard: _Hazard) -> None:
+        if not self._renewed(item, hazard is _GENERATOR):
+            path, kind = item.part_of or (item.path, _kind(type(item.value)))
+            if hazard is _GENERATOR:
+                hazard = _for_generator(path, kind, self._workers)
+            found = Inherited(path, kind, *hazard)
+            if found not in self.found:  # a wrapper may have several live parts
+                self.found.append(found)
+
+    def _renewed(self, item: _Item, seeding: bool) -> bool:
+        """Whether code that runs in the worker makes or seeds it anew, by the look of it."""
+        if item.holder is None or item.name in self._initialised:
+            return item.name in self._initialised
+        if seeding and type_name(item.holder).startswith("torch.utils.data."):
+            return True  # torch seeds those of its own data pipes
+        owners = (item.holder, type(self._things.get("dataset")))
+        spaces = [_namespace_of(base) for owner in owners for base in _mro_of(owner)]
+        methods = [(*each, item.name, seeding) for space in spaces for each in [*space.items()]]
+        return any(self._renews(*method) for method in methods)
+
+    def _renews(self, method: str, function: Any, name: str, seeding: bool) -> bool:
+        names = _names_in(function)
+        if name not in names or method == "__init__":
+            return False
+        in_worker = method in self._initialised or not _WORKER_WORDS.isdisjoint(names)
+        if not in_worker and not (seeding and method in _IN_WORKER):
+            return False
+        return (seeding and not _SEED_WORDS.isdisjoint(names)) or _does(
+            function, "STORE_ATTR", name
+        )
+
+
+_IN_WORKER = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
+_WORKER_WORDS = frozenset({"get_worker_info", "getpid", "initial_seed", "register_at_fork"})
+_SEED_WORDS = frozenset({"seed", "manual_seed", "set_state", "setstate", "bit_generator"})
+_PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
+_AROUND = ((functools.partial, "func"), (types.MethodType, "__func__"), (property, "fget"))
+
+
+def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, str | None, Any]]:
+    """What an object holds: the step in the path, its name if it has one, and itself."""
+    cls = type(value)
+    if base is not None:
+        pairs = dict.items(value) if base is dict else enumerate(base.__iter__(value))
+        for key, child in islice(pairs, SAMPLED):
+            if id(type(child)) not in _PLAIN_IDS:
+                unordered = base is set or base is frozenset
+                yield "{...}" if unordered else f"[{_key_text(key)}]", None, child
+    if cls is types.MethodType or cls is types.BuiltinMethodType:
+        yield ".__self__", None, value.__self__
+        yield ".__func__", None, getattr(value, "__func__", None)
+    if cls is types.FunctionType:
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            with suppress(ValueError):  # an empty cell
+                yield f".__closure__[{name!r}]", name, cell.cell_contents
+        for name in _names_in(value) if forks else ():  # a spawned worker imports them anew
+            child = dict.get(value.__globals__, name)
+            verdict = _verdict_on(type(child))  # no other: most are not the dataset's
+            if (verdict.known or verdict.wraps) and _does(value, "LOAD_GLOBAL", name):
+                yield f".__globals__[{name!r}]", name, child
+        yield ".__defaults__", None, value.__defaults__
+        yield ".__kwdefaults__", None, value.__kwdefaults__
+    for name, child in fields(value, ATTRIBUTES_MAX)[0] if cls is not base else ():
+        if id(type(child)) not in _PLAIN_IDS and type(name) is str:
+            yield f".{cut(name, KEY_MAX)}", name, child
+
+
+def _key_text(key: Any) -> str:
+    if type(key) is str:  # which may be an address with a password in it
+        return cut(repr(re.sub("//[^/@]*@", "//...@", key[:1000])), KEY_MAX)
+    return repr(key) if type(key) is int or key is None else f"<{cut(type_name(type(key)))}>"
+
+
+def _kind(cls: type) -> str:
+    """The name that people know a class by, without the private modules it may be from."""
+    name = type_name(cls)
+    return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
+
+
+def _codes(function: Any) -> Iterator[types.CodeType]:
+    for kind, inner in _AROUND:
+        function = getattr(function, inner) if type(function) is kind else function
+    codes = [function.__code__] if type(function) is types.FunctionType else []
+    for code in codes:
+        codes += [each for each in code.co_consts if type(each) is types.CodeType]
+        yield code
+
+
+def _names_in(function: Any) -> dict[str, None]:
+    codes = list(_codes(function))
+    return dict.fromkeys(name for code in codes for name in code.co_names + code.co_freevars)
+
+
+def _does(function: Any, operation: str, name: str) -> bool:
+    steps = (step for code in _codes(function) for step in dis.get_instructions(code))
+    return any(step.opname == operation and step.argval == name for step in steps)
+
+
+def _for_generator(path: str, kind: str, workers: int) -> _Hazard:
+    why = "the worker starts each epoch from a copy in the same state: the same numbers again"
+    if workers > 1:
+        why = f"the {workers} workers get copies in the same state: all draw the same numbers"
+    seed = "get_worker_info().seed"
+    if not path.startswith("dataset.") or "__" in path or "{" in path:
+        return why, f"make it in the worker from {seed}"
+    again = f".{'manual_seed' if kind == 'torch.Generator' else 'seed'}({seed} % 2**32)"
+    if kind.startswith("numpy.random.") and not kind.endswith("RandomState"):
+        again = f" = np.random.default_rng({seed})"
+    return why, f"seed it per worker: in worker_init_fn, get_worker_info().{path}{again}"

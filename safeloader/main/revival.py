@@ -1,0 +1,72 @@
+"""A new pool of workers in the place of one that died (``on_crash="restart"``); runs in main."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from safeloader.main.diagnosis import Whereabouts
+from safeloader.main.drawing import RecordingSampler
+from safeloader.main.session import Session, blueprint_of
+from safeloader.wire.failure import Failure
+from safeloader.wire.wording import bounded
+
+if TYPE_CHECKING:
+    from safeloader.loader import SafeDataLoader
+
+logger = logging.getLogger("safeloader")
+
+MOST_RESTARTS = 10  # in an epoch
+
+
+class Revival:
+    """Decides whether to go on after workers died, and does.
+
+    A sample at which a worker dies twice in a row is left out of its batch. The pool that died is
+    replaced whole: batches that were finished and not handed over are made again.
+    """
+
+    def __init__(self, blueprint: SafeDataLoader[Any]) -> None:
+        self._blueprint = blueprint
+        self._restarts = 0
+        self._last: set[tuple[int, int | None]] = set()
+
+    @classmethod
+    def for_loader(cls, loader: SafeDataLoader[Any]) -> Revival | None:
+        """One for an epoch of ``loader``; None if it is not to be restarted."""
+        if loader.on_crash != "restart" or not loader.num_workers:
+            return None
+        return cls(blueprint_of(loader))
+
+    def worth(
+        self, failure: Failure, at: Sequence[Whereabouts | None], sampler: RecordingSampler
+    ) -> bool:
+        """Whether to try again; the tasks at which workers died are marked for it."""
+        if self._restarts >= MOST_RESTARTS:
+            logger.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
+            return False
+        died_at: set[tuple[int, int | None]] = set()
+        for where in at:
+            if where is None or where.position.seq is None:
+                continue
+            place = (where.position.seq, where.position.position)
+            died_at.add(place)
+            again = place in self._last and place[1] is not None
+            sampler.change(place[0], deadly=place[1] if again else None)
+            if again:
+                logger.warning("index %r killed its worker twice and is left out", where.index)
+        self._last = died_at
+        self._restarts += 1
+        logger.warning(
+            "%s Restarting the workers (%d of at most %d times in an epoch). %s",
+            failure.message,
+            self._restarts,
+            MOST_RESTARTS,
+            bounded(failure.hint.partition("\n")[0], 300),
+        )
+        return True
+
+    def revive(self, session: Session) -> None:
+        """Start the new pool."""
+        session.revive(self._blueprint)

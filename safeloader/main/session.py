@@ -1,0 +1,282 @@
+"""One pool of workers in its life, and what is built into torch's iterator over it; runs in main.
+
+::
+
+    Session ── builds ──► torch's iterator ◄── waits through ── Inbox ◄── ResultQueue ◄── workers
+       │                                                          │
+       └── Diagnosis ◄── FlightRecorder                           └── WorkersDied, TimedOut
+
+With persistent workers it serves one epoch after the other, and the loader holds it beside torch's
+iterator; otherwise it belongs to its :class:`SafeIterator`. It must not hold the loader: see there.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from safeloader import torch_private
+from safeloader.main.diagnosis import Diagnosis
+from safeloader.main.drawing import RecordingSampler
+from safeloader.main.epoch import Epoch, length_of
+from safeloader.main.inbox import Inbox, PinnedInbox
+from safeloader.main.inherited import survey, warn_once
+from safeloader.main.ledger import MapLedger, Open
+from safeloader.main.stream_ledger import StreamLedger
+from safeloader.wire.failure import Failure, error_from, failure_of
+from safeloader.wire.flight import Ending, FlightRecorder
+from safeloader.wire.pickling import find_culprit
+from safeloader.wire.policy import Policy
+from safeloader.wire.random_state import preserved
+from safeloader.wire.results import ResultQueue
+from safeloader.wire.shortage import shortage
+from safeloader.wire.streams import StreamBoard
+from safeloader.worker.fetching import fetcher_in_main
+from safeloader.worker.startup import WorkerStartup
+
+if TYPE_CHECKING:
+    from safeloader.loader import SafeDataLoader
+    from safeloader.main.iterator import SafeIterator
+
+logger = logging.getLogger("safeloader")
+
+
+class Session:
+    """Torch's iterator, with the parts of ours that are built into it.
+
+    Attributes:
+        stock: torch's iterator.
+        kept: the one that the loader holds, with persistent workers; an earlier one than ``stock``
+            after a restart.
+        live: the checked iterator over it.
+        broken: what ended the workers, once something did.
+        timeout_s: the loader's ``timeout``.
+        raised: exceptions of failed batches, with ``num_workers=0``.
+    """
+
+    def __init__(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
+        self.raised: list[BaseException] = []
+        self.live: weakref.ref[SafeIterator] | None = None
+        self.broken: Failure | None = None
+        self.timeout_s = float(loader.timeout)
+        self.sampler = RecordingSampler(
+            torch_private.index_sampler(loader),
+            batched=torch_private.batches_itself(loader),
+            stream=torch_private.is_stream(loader),
+            keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
+        )
+        self._board = _board_for(loader)
+        self._policy = Policy(loader.on_error, loader.retries)
+        self.open_ledger(loader, epoch)
+        if loader.num_workers:
+            self.stock = self._pool(loader, self.sampler)
+        else:
+            self.stock = self._build_in_main(loader, epoch)
+        self.kept = self.stock
+
+    # building ───────────────────────────────────────────────────────────────────────────────────
+
+    def _build_in_main(self, loader: SafeDataLoader[Any], epoch: Epoch) -> Any:
+        view = torch_private.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
+        try:
+            stock = torch_private.build_iterator(view)
+        except Exception as exc:
+            if not torch_private.raised_by_dataset_iter(exc):
+                raise
+            failure = failure_of(exc, phase="sample", where="", epoch=epoch.number)
+            raise error_from(failure, exc) from None
+        torch_private.replace_fetcher(
+            stock,
+            lambda fetcher: fetcher_in_main(
+                fetcher,
+                board=self._board,
+                key=loader.key,
+                policy=self._policy,
+                raised=self.raised,
+            ),
+        )
+        return stock
+
+    def _pool(self, loader: SafeDataLoader[Any], sampler: Any) -> Any:
+        """Start the workers, with torch's iterator over them.
+
+        Raises:
+            TransportError: if something cannot be pickled for them, or the machine has no room.
+        """
+        _warn_of_inherited(loader)
+        try:
+            results = ResultQueue(loader.num_workers)
+            flight = _flight_recorder(loader.num_workers)
+            startup = WorkerStartup(
+                loader.worker_init_fn,
+                key=loader.key,
+                policy=self._policy,
+                board=self._board,
+                results=results,
+                flight=flight,
+            )
+            wiring = torch_private.Wiring(results, None if flight is None else Ending(flight))
+            self._view = functools.partial(
+                torch_private.LoaderView, worker_init_fn=startup, wiring=wiring
+            )
+            stock = torch_private.build_iterator(self._view(loader, sampler))
+        except Exception as exc:
+            failure = _why_not_started(loader, exc)
+            if failure is None:
+                raise
+            # Without its frames, which lead into torch's half made iterator.
+            raise error_from(failure, exc.with_traceback(None)) from None
+        results.all_started()
+        log = self.sampler
+
+        def opened(seq: int) -> Open | None:
+            return log.log.opened(seq) if isinstance(log.log, Epoch) else None
+
+        self.diagnosis = Diagnosis(
+            flight, torch_private.workers_of(stock), torch_private.start_method(loader), opened
+        )
+        self._listen(loader, stock, results)
+        return stock
+
+    def _listen(self, loader: SafeDataLoader[Any], stock: Any, results: ResultQueue) -> None:
+        workers = torch_private.workers_of(stock)
+        ended = torch_private.expects_end_of(weakref.ref(stock))
+        stalled = functools.partial(_say_stalled, self.diagnosis)
+
+        def inbox(pinned: queue.Queue[Any] | None, thread: threading.Thread | None) -> Inbox:
+            common: tuple[Any, ...] = (
+                results,
+                workers,
+                ended,
+                loader.timeout,
+                loader.stall_after,
+                stalled,
+            )
+            if pinned is None or thread is None:
+                return Inbox(*common)
+            return PinnedInbox(pinned, thread, *common)
+
+        torch_private.listen_through(stock, inbox)
+
+    # epochs ─────────────────────────────────────────────────────────────────────────────────────
+
+    def open_ledger(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
+        """Have the draws reported to ``epoch``, in a ledger of the dataset's kind."""
+        with_keys = loader.key is not None
+        if torch_private.is_stream(loader):
+            workers = max(loader.num_workers, 1)
+            epoch.open(StreamLedger(with_keys=with_keys, board=self._board, workers=workers))
+        else:
+            # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
+            # workers only its length tells: asking the sampler would move its generator.
+            drawn_from = torch_private.index_sampler(loader)
+            length = None if loader.num_workers else functools.partial(length_of, drawn_from)
+            epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
+        self.sampler.log = epoch
+
+    def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
+        """The next epoch on the same workers."""
+        self.open_ledger(loader, epoch)
+        torch_private.reset_iterator(self.stock, self._view(loader, self.sampler))
+
+    # workers that died ──────────────────────────────────────────────────────────────────────────
+
+    def end(self) -> None:
+        """End the workers that are left, whatever they are at."""
+        torch_private.shut_down(self.stock)
+
+    def revive(self, blueprint: SafeDataLoader[Any]) -> None:
+        """A new pool on the batches still open; ``blueprint`` is the loader, or a copy of it.
+
+        The generators of the main process stay where they are, as if nothing had happened.
+        """
+        self.end()
+        generator = blueprint.generator
+        state = None if generator is None else generator.get_state()
+        with preserved():
+            self.stock = self._pool(blueprint, self.sampler.again())
+        if generator is not None and state is not None:
+            generator.set_state(state)
+
+
+def blueprint_of(loader: SafeDataLoader[Any]) -> SafeDataLoader[Any]:
+    """A copy of ``loader`` that a new pool can be built from, and that holds no pool itself."""
+    copy: SafeDataLoader[Any] = object.__new__(type(loader))
+    kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_session")}
+    copy.__dict__.update(kept)
+    return copy
+
+
+def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
+    """Shared memory for the streams' lengths; without it (none to be had) they go unchecked."""
+    if not torch_private.is_stream(loader):
+        return None
+    try:
+        return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
+    except OSError as exc:
+        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", exc)
+        return None
+
+
+def _flight_recorder(workers: int) -> FlightRecorder | None:
+    try:
+        return FlightRecorder(workers)
+    except OSError as exc:
+        logger.warning("no flight recorder, so a crash will name no index: %s", exc)
+        return None
+
+
+def _warn_of_inherited(loader: SafeDataLoader[Any]) -> None:
+    try:
+        found = survey(
+            loader.dataset,
+            "dataset",
+            start_method=torch_private.start_method(loader),
+            num_workers=loader.num_workers,
+            beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
+        )
+    except Exception:  # a survey that fails must not keep the loader from starting
+        logger.debug("the dataset could not be looked through", exc_info=True)
+        return
+    warn_once(found, loader.dataset, stacklevel=7)
+
+
+def _say_stalled(diagnosis: Diagnosis, waited_s: float) -> None:
+    try:
+        logger.warning("%s", diagnosis.silence(waited_s, timeout=False))
+    except Exception:
+        logger.exception("no batch came for %.0f s, and looking into it failed", waited_s)
+
+
+_OPEN_IT_THERE = "multiprocessing_context='fork' does without pickling, where forking is safe"
+
+
+def _why_not_started(loader: SafeDataLoader[Any], exc: Exception) -> Failure | None:
+    """The failure that kept the workers from starting; None if it is not ours to explain."""
+    short = shortage(exc)
+    if short is not None:
+        hint = f"no worker could be started\n{short}"
+        return failure_of(exc, phase="transport", where="", hint=hint)
+    if torch_private.start_method(loader) == "fork":
+        return None
+    sent = {
+        "dataset": loader.dataset,
+        "collate_fn": loader.collate_fn,
+        "worker_init_fn": loader.worker_init_fn,
+        "key": loader.key,
+        "on_error": loader.on_error,
+    }
+    for name, thing in sent.items():
+        culprit = find_culprit(thing, name)
+        if culprit is not None:
+            method = torch_private.start_method(loader)
+            hint = (
+                f"{culprit} cannot be pickled, and {method} sends it to every worker "
+                f"({culprit.reason})\n{culprit.advice.rstrip('.')}; {_OPEN_IT_THERE}"
+            )
+            return failure_of(exc, phase="transport", where="", hint=hint)
+    return None

@@ -1,0 +1,51 @@
+"""Who fetches, what for, and how it is noted and sent: fixed for the life of a fetcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from safeloader.wire import flight
+from safeloader.wire.policy import Policy
+from safeloader.wire.streams import StreamBoard
+
+
+def private_row() -> memoryview:
+    """Cells for a fetcher without a flight recorder: nobody else reads them."""
+    return memoryview(bytearray(8 * flight.ROW)).cast("q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """Where a fetcher stands.
+
+    Attributes:
+        worker_id: None in the main process, where batches are not sealed.
+        board: where streams note how far they are.
+        key: the user's, which gives samples an identity.
+        start_state: the dataset as it was when the worker started.
+        policy: what to do about samples that fail.
+        cells: this worker's row of the flight recorder.
+        raised: in the main process, where the exception of a failed batch is left for the iterator.
+            The batch must not carry it: frames that its traceback leads back to hold the batch.
+    """
+
+    worker_id: int | None
+    board: StreamBoard | None = None
+    key: Callable[[Any], Any] | None = None
+    start_state: dict[str, Any] | None = None
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    cells: memoryview = dataclasses.field(default_factory=private_row)
+    raised: list[BaseException] | None = None
+
+    @property
+    def where(self) -> str:
+        """The place in torch's words; empty in the main process."""
+        return "" if self.worker_id is None else f"in DataLoader worker process {self.worker_id}"
+
+    @property
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()

@@ -1,0 +1,187 @@
+"""Batches of an iterable dataset; runs in a worker, or in main with ``num_workers=0``.
+
+The index of a sample is its number in this worker's stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+from time import perf_counter_ns as clock
+from typing import Any
+
+from safeloader.wire.flight import COLLATE, FETCH, ORDINAL, PHASE, SINCE
+from safeloader.wire.records import EmptyBatch, FailedBatch, Task
+from safeloader.worker.collating import explain
+from safeloader.worker.mending import Mending, Unmendable
+from safeloader.worker.post import Post
+from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
+from safeloader.worker.unsendable import Culprit
+
+_GENERATOR_OVER = (
+    "a generator is at its end once it raised, so the rest of this worker's stream cannot be read "
+    "and nothing was skipped: catch the error inside the generator, or iterate by a class with "
+    "__next__"
+)
+
+
+class StreamFetcher(RecordingFetcher):
+    """Samples of an iterable dataset."""
+
+    def __init__(self, stock: Any, post: Post) -> None:
+        super().__init__(stock, post)
+        self._iterator = stock.dataset_iter
+        self._batched = stock.auto_collation
+        self._drop_last = stock.drop_last
+        self._row = post.worker_id or 0
+        self._read = 0
+        self._ended = False
+        self._note(0, ended=False)
+
+    def _note(self, dropped: int, *, ended: bool) -> None:
+        if self._post.board is not None:
+            self._post.board.write(self._row, self._read, dropped, ended)
+
+    def _fetch(self, task: Task) -> Made:
+        if self._ended:
+            raise StopIteration
+        wanted = len(task.index) if self._batched else 1
+        first = self._read
+        cells = self._cells
+        stamps = self._stamps_for(wanted)
+        cells[ORDINAL] = first
+        cells[PHASE] = FETCH
+        cells[SINCE] = stamps[0] = clock()
+        samples: list[Any] = []
+        phase = "sample"
+        k = 0
+        try:
+            for k in range(1, wanted + 1):
+                try:
+                    sample = next(self._iterator)
+                except StopIteration:
+                    # Unbatched streams are asked again, as torch does: they may go on.
+                    self._ended = self._batched
+                    break
+                samples.append(sample)
+                stamps[k] = clock()
+            self._book(len(samples), wanted, ended=len(samples) < wanted)
+            keys = self._keys(samples)
+            phase = "collate"
+            cells[PHASE] = COLLATE
+            batch = self._collate_fn(list(samples) if self._batched else samples[0])
+            stamps[len(samples) + 1] = clock()
+        except Exception as exc:
+            if phase == "sample" and isinstance(exc, StopIteration):
+                raise
+            if not self._policy.raises and not isinstance(exc, KeyFault):
+                return self._fetch_mended(task, first, wanted, samples, exc, phase)
+            if phase == "sample" and self._policy.retries and not isinstance(exc, KeyFault):
+                return self._fetch_mended(task, first, wanted, samples, exc, phase)
+            return self._explain(exc, task.seq, phase, first, samples)
+        except BaseException:  # an interrupt: what was read so far is gone, and counts as read
+            self._read = first + len(samples)
+            raise
+        times = stamps[: len(samples) + 2].tobytes()
+        papers = self._papers(task.seq, b"", len(samples), times, ordinal=first, keys=keys)
+        return self._handed_over(papers, batch, samples)
+
+    def _book(self, came: int, wanted: int, *, ended: bool) -> None:
+        """Note how far the stream was read; ``StopIteration`` if there is no batch in it."""
+        self._read += came
+        dropped = came if self._drop_last and ended and came < wanted else 0
+        if ended:
+            self._note(dropped, ended=True)
+        if not came or dropped:
+            raise StopIteration
+
+    def _fetch_mended(
+        self,
+        task: Task,
+        first: int,
+        wanted: int,
+        samples: list[Any],
+        failed: Exception,
+        phase: str,
+    ) -> Made:
+        """The batch in spite of samples that fail, and of a collate function that objects."""
+        whole = phase == "collate"
+        mending = self._mending(task.seq, tuple((self._row, first + k) for k in range(wanted)))
+        mending.have(samples)
+        stamps = self._stamps_for(wanted)
+        begun: Exception | None = failed
+        phase = "sample"
+        try:
+            if not whole:
+                for k in range(len(samples), wanted):
+                    try:
+                        self._next_mended(mending, begun)
+                    except StopIteration:
+                        self._ended = self._batched
+                        break
+                    begun = None
+                    stamps[k + 1] = clock()
+                self._book(mending.asked, wanted, ended=mending.asked < wanted)
+            keys = self._keys(mending.batch())
+            phase = "collate"
+            known = tuple((self._row, first + k) for k in range(mending.asked))
+            if self._batched:
+                batch, samples = self._collate_mended(mending, known)
+                if self._key is not None and len(samples) != len(keys or ()):
+                    keys = self._keys(samples)
+            elif samples := mending.batch():
+                batch = self._collate_fn(samples[0])
+            stamps[mending.asked + 1] = clock()
+        except StopIteration:
+            raise
+        except Exception as exc:
+            return self._explain(exc, task.seq, phase, first, mending.batch(), mending.asked)
+        papers = self._papers(
+            task.seq,
+            b"",
+            mending.asked,
+            bytes(stamps[: mending.asked + 2]),
+            ordinal=first,
+            keys=keys,
+            mishaps=mending.mishaps,
+        )
+        return self._handed_over(papers, batch, samples) if samples else EmptyBatch(papers)
+
+    def _next_mended(self, mending: Mending, failed: Exception | None) -> None:
+        try:
+            mending.fetch(lambda: next(self._iterator), failed)
+        except StopIteration:
+            if failed is not None and inspect.isgenerator(self._iterator):
+                raise Unmendable(mending.asked, failed, _GENERATOR_OVER) from None
+            raise
+        if inspect.isgenerator(self._iterator) and self._iterator.gi_frame is None:
+            last = mending.last_failure
+            if last is not None:
+                raise Unmendable(mending.asked - 1, last, _GENERATOR_OVER)
+
+    def _explain(
+        self,
+        exc: Exception,
+        seq: int,
+        phase: str,
+        first: int,
+        samples: list[Any],
+        asked: int | None = None,
+    ) -> FailedBatch:
+        lost = len(samples) if asked is None else asked
+        culprit = Culprit(None)
+        if phase == "collate":
+            indices = tuple((self._row, first + k) for k in range(lost))
+            found = explain(samples, indices) if self._batched else None
+            if found is not None:
+                culprit = Culprit(found.position, found.text)
+            elif lost == 1:
+                culprit = Culprit(0)
+        elif isinstance(exc, Unmendable):
+            lost = max(lost, exc.position + 1)
+        elif not isinstance(exc, KeyFault):
+            culprit = Culprit(lost)
+            lost += 1  # the sample that could not be read has its number too
+        indices = tuple((self._row, first + k) for k in range(lost))
+        self._read = first + lost
+        papers = self._papers(seq, b"", lost, b"", ordinal=first)
+        return self._failed(exc, papers, phase, indices, culprit)

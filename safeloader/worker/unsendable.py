@@ -1,0 +1,49 @@
+"""Which sample keeps a batch from being sent, and what in it; runs in a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, NamedTuple
+
+from safeloader.wire.pickling import find_culprit
+from safeloader.wire.shortage import shortage
+
+_BOUND_S = 5.0
+
+
+class Culprit(NamedTuple):
+    """The position in its batch of the sample at fault, and what was found out about it."""
+
+    position: int | None
+    text: str = ""
+
+
+def why_not_sent(
+    exc: Exception, batch: Any, samples: Sequence[Any], indices: Sequence[Any]
+) -> Culprit:
+    """What of ``batch`` cannot be pickled, looked for in its samples first.
+
+    Args:
+        exc: what pickling raised.
+        batch: what the collate function made.
+        samples: what it was made of, where that is known one by one.
+        indices: the dataset index of each.
+    """
+    short = shortage(exc)
+    if short is not None:
+        return Culprit(None, short)
+    give_up = monotonic() + _BOUND_S
+    if isinstance(samples, list | tuple) and len(samples) == len(indices):
+        for position, sample in enumerate(samples):
+            left = give_up - monotonic()
+            if left <= 0:
+                break
+            found = find_culprit(sample, "sample", spawning=False, bound_s=left)
+            if found is not None:
+                return Culprit(position, f"it cannot be pickled: {found}\n{found.advice}")
+    left = max(give_up - monotonic(), 1.0)
+    found = find_culprit(batch, "batch", spawning=False, bound_s=left)
+    if found is None:
+        return Culprit(None, "")
+    return Culprit(None, f"it cannot be pickled: {found}\n{found.advice}")
