@@ -109,20 +109,22 @@ class Wiring(NamedTuple):
     """What stands between torch's iterator and its workers instead of torch's own."""
 
     results: Any  # in the place of the queue that all workers put their results in
+    tasks: Callable[[], Any]  # makes what stands for the queue by which a worker gets its tasks
     ending: Any  # in the place of the event that tells them to end; None: torch's
 
 
 class _Context:
-    """A multiprocessing context whose first queue and first event are ours."""
+    """A multiprocessing context whose queues and first event are ours."""
 
     def __init__(self, base: Any, wiring: Wiring) -> None:
         self._base = torch.multiprocessing if base is None else base
         self._results: Any = wiring.results
+        self._tasks = wiring.tasks
         self._ending: Any = wiring.ending
 
     def Queue(self, *args: Any) -> Any:
-        ours, self._results = self._results, None
-        return self._base.Queue(*args) if ours is None else ours
+        ours, self._results = self._results, None  # torch makes it first
+        return self._tasks() if ours is None else ours
 
     def Event(self) -> Any:
         ours, self._ending = self._ending, None

@@ -66,6 +66,15 @@ class RecordingSampler:
             kept[task.seq] = task
             yield task
 
+    def refused(self, task: Task, exc: Exception) -> Task:
+        """What to send for a task that cannot be pickled: its failure is told in its place."""
+        assert self.log is not None
+        failure, exc = _taken_apart(
+            exc, "the index drawn cannot be sent to a worker"
+        )
+        self.log.draw_failed(task.seq, failure, exc)
+        return Task(task.seq, SamplerFault())
+
     def answered(self, seq: int) -> None:
         """What became of draw ``seq`` was handed over or raised."""
         if self._open is not None:
@@ -187,13 +196,14 @@ def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
     return sampler, tail
 
 
-def _taken_apart(exc: Exception) -> tuple[Failure, Exception]:
+def _taken_apart(exc: Exception, found: str = "") -> tuple[Failure, Exception]:
     """The failure, and the exception without its frames.
 
     These lead into torch's constructor. Kept until the error's turn comes, they would hold the
     iterator's queues beyond its end, and their threads would write to pipes that are closed.
     """
-    failure = failure_of(exc, phase="sampler", where="", hint=SAMPLER_HINT)
+    hint = f"{found}\n{SAMPLER_HINT}" if found else SAMPLER_HINT
+    failure = failure_of(exc, phase="sampler", where="", hint=hint)
     return failure, exc.with_traceback(None)
 
 

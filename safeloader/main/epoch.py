@@ -196,6 +196,7 @@ class Epoch:
         exception = raised.pop() if raised else None
         if failure is None:
             failure, exception = self._sampler_errors.pop(papers.seq)
+            self.ledger.lost(papers.seq)  # where it was drawn, and could not be sent to a worker
         else:
             self.ledger.failed(papers, failure.indices)
         failure = dataclasses.replace(

@@ -171,9 +171,7 @@ class Accounts:
     def notes(self, length: int | None) -> list[str]:
         notes = []
         if self.replaced_count:
-            notes.append(
-                f"{self.replaced_count} of those skipped had another in their place"
-            )
+            notes.append(f"{self.replaced_count} of those skipped had another in their place")
         if self._keys_past_limit:
             notes.append(
                 f"the keys of the first {KEYS_LIMIT} samples were compared; "

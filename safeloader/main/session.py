@@ -20,9 +20,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from safeloader import torch_private
+from safeloader.main import leftovers
 from safeloader.main.diagnosis import Diagnosis
 from safeloader.main.drawing import RecordingSampler
-from safeloader.main.epoch import Epoch, length_of
+from safeloader.main.epoch import Epoch, length_of, rank
 from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
@@ -35,6 +36,7 @@ from safeloader.wire.random_state import preserved
 from safeloader.wire.results import ResultQueue
 from safeloader.wire.shortage import shortage
 from safeloader.wire.streams import StreamBoard
+from safeloader.wire.tasks import TaskQueue
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.startup import WorkerStartup
 
@@ -69,6 +71,7 @@ class Session:
             stream=torch_private.is_stream(loader),
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
         )
+        _warn_of_ranks(loader)
         self._board = _board_for(loader)
         self._policy = Policy(loader.on_error, loader.retries)
         self.open_ledger(loader, epoch)
@@ -119,7 +122,9 @@ class Session:
                 results=results,
                 flight=flight,
             )
-            wiring = torch_private.Wiring(results, None if flight is None else Ending(flight))
+            tasks = functools.partial(TaskQueue, self.sampler.refused)
+            ending = None if flight is None else Ending(flight)
+            wiring = torch_private.Wiring(results, tasks, ending)
             self._view = functools.partial(
                 torch_private.LoaderView, worker_init_fn=startup, wiring=wiring
             )
@@ -188,6 +193,7 @@ class Session:
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""
         torch_private.shut_down(self.stock)
+        leftovers.remove(worker.pid for worker in torch_private.workers_of(self.stock))
 
     def revive(self, blueprint: SafeDataLoader[Any]) -> None:
         """A new pool on the batches still open; ``blueprint`` is the loader, or a copy of it.
@@ -242,7 +248,22 @@ def _warn_of_inherited(loader: SafeDataLoader[Any]) -> None:
     except Exception:  # a survey that fails must not keep the loader from starting
         logger.debug("the dataset could not be looked through", exc_info=True)
         return
-    warn_once(found, loader.dataset, stacklevel=7)
+    warn_once(found, loader.dataset, stacklevel=8)
+
+
+_told_of_ranks: list[bool] = []
+
+
+def _warn_of_ranks(loader: SafeDataLoader[Any]) -> None:
+    """A rank that leaves a batch out makes the others wait for it in the next all-reduce."""
+    if loader.on_error != "skip" or _told_of_ranks or rank() is None:
+        return
+    _told_of_ranks.append(True)
+    logger.warning(
+        "on_error='skip' in distributed training: batches of this rank may get smaller, and a "
+        "batch that is left out whole stalls the other ranks. on_error='replace' keeps shapes, "
+        "counts and ranks in step"
+    )
 
 
 def _say_stalled(diagnosis: Diagnosis, waited_s: float) -> None:

@@ -23,14 +23,13 @@ import pickle
 import queue
 import select
 import struct
-import threading
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import util
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from safeloader.wire.sealing import Sealed
+from safeloader.wire.sending import Sender
 
 _HEADER = struct.Struct("<qqq")  # task number, bytes of papers, bytes of payload
 _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
@@ -51,7 +50,7 @@ class ResultQueue:
         self._main_side()
 
     def _main_side(self) -> None:
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         self._sent: Callable[[], None] | None = None
         self._arrived: deque[Any] = deque()
         self._rows: dict[int, _Incoming] = {}
@@ -83,7 +82,7 @@ class ResultQueue:
         mine = self._writers[worker]
         assert mine is not None
         self._readers, self._writers = [], [mine]
-        self._sender = _Sender(mine)
+        self._sender = Sender(mine)
         self._sent = sent
 
     def put(self, item: Any) -> None:
@@ -91,7 +90,7 @@ class ResultQueue:
         if self._sender is None:
             mine = self._writers[-1]
             assert mine is not None
-            self._sender = _Sender(mine)
+            self._sender = Sender(mine)
         number, data = item
         if type(data) is Sealed:
             head = _HEADER.pack(number, len(data.papers), len(data.payload))
@@ -205,66 +204,3 @@ class _Incoming:
         elif at < size:
             held += memoryview(chunk)[at:]
         return True
-
-
-class _Sender:
-    """Writes to one pipe without waiting; what does not fit goes on in a thread."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection  # closes the pipe when it goes
-        self._fd = connection.fileno()
-        os.set_blocking(self._fd, False)
-        self._backlog: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._waiting = 0
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._join: Any = None
-
-    def send(self, parts: list[bytes]) -> None:
-        with self._lock:
-            if not self._waiting:
-                try:
-                    sent = os.writev(self._fd, parts)
-                except BlockingIOError:
-                    sent = 0
-                except BrokenPipeError:  # main let go: it will say so, or is gone itself
-                    return
-                whole = sum(map(len, parts))
-                if sent == whole:
-                    return
-                parts = [b"".join(parts)[sent:]]
-            self._waiting += 1
-        self._backlog.put(b"".join(parts))
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._drain, name="safeloader sender", daemon=True
-            )
-            self._thread.start()
-            # As multiprocessing's queues do: a process does not end before its words are out.
-            self._join = util.Finalize(None, self._thread_ended, exitpriority=-5)
-
-    def _drain(self) -> None:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        while (message := self._backlog.get()) is not None:
-            rest = memoryview(message)
-            try:
-                while rest:
-                    poll.poll()
-                    try:
-                        rest = rest[os.write(self._fd, rest) :]
-                    except BlockingIOError:
-                        continue
-            except OSError:  # nobody reads any more
-                return
-            with self._lock:
-                self._waiting -= 1
-
-    def _thread_ended(self) -> None:
-        assert self._thread is not None
-        self._backlog.put(None)
-        self._thread.join()
-
-    def abandon(self) -> None:
-        if self._join is not None:
-            self._join.cancel()

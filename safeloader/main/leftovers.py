@@ -1,0 +1,29 @@
+"""Removes what workers that were killed left in ``/dev/shm``; runs in main.
+
+Torch makes a file there for each tensor it shares and takes its name away at once. A worker killed
+between the two leaves the file, and its memory, until the machine is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+from collections.abc import Iterable
+
+import torch.multiprocessing
+
+_OLD_S = 0.02  # in a folder shared with other containers, a process of the same number may be alive
+
+
+def remove(pids: Iterable[int | None]) -> None:
+    """Remove the files of these processes, which must have ended."""
+    if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
+        return  # its files keep their names, and may be in use
+    for pid in pids:
+        for path in glob.glob(f"/dev/shm/torch_{pid}_*"):
+            with contextlib.suppress(OSError):
+                if time.time() - os.stat(path).st_ctime < _OLD_S:
+                    time.sleep(_OLD_S)  # one that is alive has taken the name away by then
+                os.unlink(path)

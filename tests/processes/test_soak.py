@@ -1,0 +1,13 @@
+"""Short epochs with faults at random: nothing leaks, nothing is lost (``python -m tests.soak``)."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soak import soak
+
+
+@pytest.mark.slow
+def test_a_short_soak() -> None:
+    before, after = soak(150, seed=7)
+    assert after == before
