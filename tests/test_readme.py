@@ -39,6 +39,28 @@ def test_outputs_of_the_three_questions_are_real() -> None:
         assert [line for line in lines if line not in real] == []
 
 
+FAULTS = ("key", "killed", "segfault", "hangs", "unsendable", "lambda")
+
+
+def test_what_is_said_of_six_faults_is_real() -> None:
+    section = README.split("## What the stock loader says")[1].split("And what it lets pass")[0]
+    rows = [line.strip("| \n").split(" | ") for line in section.splitlines() if " | " in line][1:]
+    assert len(rows) == len(FAULTS)
+    for fault, (_, _, ours) in zip(FAULTS, rows, strict=True):
+        done = subprocess.run(
+            [sys.executable, "examples/six_faults.py", fault, "--with", "safeloader"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=ROOT,
+            timeout=100,
+        )
+        real = re.sub(r"pid \d+", "pid N", re.sub(r"for 3\.\d s", "for 3.0 s", done.stdout))
+        said = re.findall(r"`([^`]*)`", re.sub(r"pid \d+", "pid N", ours))
+        assert said, fault
+        assert [words for words in said if words not in real] == [], real
+
+
 def test_the_import_to_change_works() -> None:
     namespace: dict[str, object] = {}
     exec(blocks("python")[0], namespace)

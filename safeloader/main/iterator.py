@@ -154,6 +154,7 @@ class SafeIterator(Iterator[Any]):
         """Start a new pool, or raise what happened to the workers."""
         if isinstance(sign, TimedOut):
             diagnosis, waited_s = self._session.diagnosis, self._session.timeout_s
+            self._session.timed_out = True
             raise self._epoch.broke(diagnosis.silence(waited_s, timeout=True)) from None
         session = self._session
         failure = session.diagnosis.crash(sign.workers)
@@ -193,6 +194,8 @@ class SafeIterator(Iterator[Any]):
             try:
                 epoch.close()
                 epoch.release()
+                if "_session" in self.__dict__:
+                    self._session.let_go()
             except Exception:  # at interpreter exit anything may be gone already
                 return
 

@@ -11,6 +11,7 @@ import glob
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch.multiprocessing
 
@@ -19,7 +20,8 @@ _OLD_S = 0.02  # in a folder shared with other containers, a process of the same
 
 def remove(pids: Iterable[int | None]) -> None:
     """Remove the files of these processes, which must have ended."""
-    if torch.multiprocessing.get_sharing_strategy() != "file_descriptor":
+    strategy: Any = torch.multiprocessing.get_sharing_strategy
+    if strategy() != "file_descriptor":
         return  # its files keep their names, and may be in use
     for pid in pids:
         for path in glob.glob(f"/dev/shm/torch_{pid}_*"):

@@ -57,6 +57,8 @@ class Session:
         live: the checked iterator over it.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
+        persistent: whether the loader goes on with these workers in its next epoch.
+        timed_out: whether it ran out: a worker hangs, perhaps.
         raised: exceptions of failed batches, with ``num_workers=0``.
     """
 
@@ -65,6 +67,8 @@ class Session:
         self.live: weakref.ref[SafeIterator] | None = None
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
+        self.timed_out = False
+        self.persistent = loader.persistent_workers
         self.sampler = RecordingSampler(
             torch_private.index_sampler(loader),
             batched=torch_private.batches_itself(loader),
@@ -194,6 +198,11 @@ class Session:
         """End the workers that are left, whatever they are at."""
         torch_private.shut_down(self.stock)
         leftovers.remove(worker.pid for worker in torch_private.workers_of(self.stock))
+
+    def let_go(self) -> None:
+        """Nobody waits for these workers any more: one that hangs is not waited for either."""
+        if self.timed_out and not self.persistent and self.broken is None:
+            self.end()
 
     def revive(self, blueprint: SafeDataLoader[Any]) -> None:
         """A new pool on the batches still open; ``blueprint`` is the loader, or a copy of it.
