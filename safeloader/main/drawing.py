@@ -40,17 +40,24 @@ class RecordingSampler:
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
-    yet.
+    yet. With ``at_hand`` the samples are fetched in this process, and need not be identified again.
     """
 
     def __init__(
-        self, sampler: Any, *, batched: bool, stream: bool, keep_open: bool = False
+        self,
+        sampler: Any,
+        *,
+        batched: bool,
+        stream: bool,
+        keep_open: bool = False,
+        at_hand: bool = False,
     ) -> None:
         self._sampler = sampler
         self._batched = batched
         self._stream = stream
         self._numbers = itertools.count()
         self.log: DrawLog | None = None
+        self._at_hand = at_hand
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
 
@@ -111,7 +118,7 @@ class RecordingSampler:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         note = log.drawn
         numbers = self._numbers
-        batched, stream = self._batched, self._stream
+        batched, stream, at_hand = self._batched, self._stream, self._at_hand
         while True:
             fault = None
             try:
@@ -133,13 +140,16 @@ class RecordingSampler:
             seq = next(numbers)
             if stream:
                 note(seq, b"")
-            elif not batched:
-                note(seq, pack_unbatched(index))
+                yield Task(seq, index)
+                continue
+            if not batched:
+                packed = pack_unbatched(index)
             else:
                 if type(index) is not list and isinstance(index, Iterator):
                     index = list(index)  # reading a one-shot iterator here would use it up
-                note(seq, pack(index))
-            yield Task(seq, index)
+                packed = pack(index)
+            note(seq, packed)
+            yield Task(seq, index, (), False, packed) if at_hand else Task(seq, index)
 
     def __len__(self) -> int:
         return len(self._sampler)

@@ -74,6 +74,7 @@ class Session:
             batched=torch_private.batches_itself(loader),
             stream=torch_private.is_stream(loader),
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
+            at_hand=loader.num_workers == 0,
         )
         _warn_of_ranks(loader)
         self._board = _board_for(loader)

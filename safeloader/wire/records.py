@@ -32,13 +32,14 @@ class Task(NamedTuple):
     ``index`` is what the sampler drew, untouched: a list of indices, or one index where automatic
     batching is off. ``deadly`` are the positions of samples that killed their workers, and are to
     be left out; ``careful`` says that a worker died at this batch, so that the samples are asked
-    for one at a time.
+    for one at a time. ``packed`` are its identities where they need not cross to another process.
     """
 
     seq: int
     index: Any
     deadly: tuple[int, ...] = ()
     careful: bool = False
+    packed: Packed | None = None
 
 
 class Mishap(NamedTuple):

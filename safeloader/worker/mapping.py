@@ -32,7 +32,7 @@ class MapFetcher(RecordingFetcher):
         now = clock
         at_once = hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
         # Noted before the user's code sees the lists: it may sort or empty them.
-        packed = pack(indices)
+        packed = task.packed if task.packed is not None else pack(indices)
         asked = list(indices) if at_once else indices
         if self._policy.retries or task.careful:
             return self._fetch_mended(task, packed, asked, at_once, [], None)
