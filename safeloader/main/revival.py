@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("safeloader")
 
 MOST_RESTARTS = 10  # in an epoch
+_BEFORE_ANY_TASK = ("starting", "init", "open")
 
 
 class Revival:
@@ -30,6 +31,7 @@ class Revival:
     def __init__(self, blueprint: SafeDataLoader[Any]) -> None:
         self._blueprint = blueprint
         self._restarts = 0
+        self._before_any_task = 0
         self._last: set[tuple[int, int | None]] = set()
 
     @classmethod
@@ -46,6 +48,11 @@ class Revival:
         if self._restarts >= MOST_RESTARTS:
             logger.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
             return False
+        if all(where is not None and where.position.phase in _BEFORE_ANY_TASK for where in at):
+            self._before_any_task += 1
+            if self._before_any_task > 1:
+                logger.error("the workers died twice before they were at any batch: giving up")
+                return False
         died_at: set[tuple[int, int | None]] = set()
         for where in at:
             if where is None or where.position.seq is None:

@@ -8,8 +8,9 @@ the most common, becomes the bytes of an int64 array: one comparison checks the 
 from __future__ import annotations
 
 import enum
-from array import array
-from collections.abc import Hashable, Iterable, Sequence
+import functools
+import struct
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +29,12 @@ class Opaque(str):
     __slots__ = ()
 
 
+@functools.lru_cache(maxsize=64)
+def _packer(number: int) -> Callable[..., bytes]:
+    """Of int64s; twice as fast as an array, which has to guess its size."""
+    return struct.Struct(f"{number}q").pack
+
+
 def pack(indices: Iterable[Any]) -> Packed:
     """The identities of the indices of one batch, in their order.
 
@@ -40,8 +47,8 @@ def pack(indices: Iterable[Any]) -> Packed:
     if isinstance(indices, bytes | bytearray):  # their raw memory is no array of int64
         indices = list(indices)
     try:
-        return array("q", indices).tobytes()
-    except Exception:  # not ints, or objects of the user's that object to being asked
+        return _packer(len(indices))(*indices)  # type: ignore[arg-type]
+    except Exception:  # not ints, no length, or objects of the user's that object to being asked
         pass
     try:
         return tuple(identity(index) for index in indices)

@@ -57,7 +57,7 @@ class Marks:
 
     Example:
         >>> marks = Marks()
-        >>> before = marks.mark()
+        >>> before = RandomState(*marks.mark())
         >>> first = random.random(), np.random.rand(), torch.rand(())
         >>> before.set()
         >>> (random.random(), np.random.rand(), torch.rand(())) == first
@@ -73,10 +73,9 @@ class Marks:
         self._numpy_words: memoryview | None = None
         self._numpy_seen: tuple[int, ...] | None = None
 
-    def mark(self) -> RandomState:
-        """Where they stand."""
-        of_torch = torch.default_generator.get_state()
-        return RandomState(self._python_now(), self._numpy_now(), of_torch)
+    def mark(self) -> tuple[Any, Any, Any]:
+        """The fields of a :class:`RandomState`, where they stand."""
+        return self._python_now(), self._numpy_now(), torch.default_generator.get_state()
 
     def _python_now(self) -> Any:
         words = self._python_words

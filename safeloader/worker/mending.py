@@ -12,7 +12,7 @@ from typing import Any
 
 from safeloader.wire.failure import Failure
 from safeloader.wire.policy import SKIP, Policy
-from safeloader.wire.random_state import Marks
+from safeloader.wire.random_state import Marks, RandomState
 from safeloader.wire.records import Mishap
 from safeloader.wire.shortage import never_skipped
 from safeloader.wire.values import type_name
@@ -88,7 +88,7 @@ class Mending:
             if tries > self._policy.retries:
                 break
             time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
-            state.set()
+            RandomState(*state).set()
             failed = None
         self._samples.append(_GAP)
         self.last_failure = failed

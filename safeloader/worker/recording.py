@@ -73,7 +73,7 @@ class RecordingFetcher:
         self._shared_stamps = post.cells[STAMPS:]
         self._seals = post.worker_id is not None
         self._mark = Marks().mark
-        self._random: RandomState | None = None  # at the start of the running batch
+        self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its papers."""
@@ -226,7 +226,7 @@ class RecordingFetcher:
             pid=self._pid,
             dataset_state=state,
             hint=hint_for(exc, phase, index, culprit.text, self._dataset),
-            _random=self._random,
+            _random=None if self._random is None else RandomState(*self._random),
         )
 
 
