@@ -162,5 +162,8 @@ def blank(cls: type[BaseException], group: tuple[Any, ...] = ()) -> BaseExceptio
         if base.__module__ == "builtins":  # the base that decides the memory layout
             new: Any = base.__new__
             arguments = group if issubclass(cls, BaseExceptionGroup) else ()
-            return cast(BaseException, new(cls, *arguments))
+            try:
+                return cast(BaseException, new(cls, *arguments))
+            except TypeError:  # MemoryError's own is for classes derived from it first
+                continue
     raise TypeError(f"{cls!r} is no exception type")

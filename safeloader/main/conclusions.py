@@ -38,16 +38,31 @@ class Ending(NamedTuple):
     start_method: str
 
 
+_FAULTS = (
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGABRT,
+    signal.SIGILL,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
 def ended(exit_code: int | None) -> str:
     """``"was killed by SIGKILL"``, ``"exited with code 3"``."""
     if exit_code is None:
         return "ended"
     if exit_code >= 0:
         return f"exited with code {exit_code}"
-    try:
-        return f"was killed by {signal.Signals(-exit_code).name}"
-    except ValueError:
-        return f"was killed by signal {-exit_code}"
+    return f"was killed by {_name(-exit_code)}"
 
 
 def of_death(ending: Ending) -> str:
@@ -104,6 +119,12 @@ def _of_signal(number: int, ending: Ending) -> str:
         )
     if number in (signal.SIGXCPU, signal.SIGXFSZ):
         return "it ran into a limit of the shell (ulimit -t, ulimit -f)"
+    if number not in _FAULTS:
+        return (
+            f"somebody sent {_name(number)}, which ends a process that has no handler for it: a "
+            "batch system that warns of the end of a job, or kill. Handle it in worker_init_fn, "
+            "or have it sent to the training process alone"
+        )
     top = ending.stack.frames[0] if ending.stack.frames else None
     line = f", called from {top.file}:{top.line} in {top.name}" if top else ""
     where = _at(ending)

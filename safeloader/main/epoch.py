@@ -112,7 +112,7 @@ class Epoch:
             phase="delivery",
             exception_type="DeliveryError",
             message=trouble.reason,
-            index=culprits[0] if culprits else None,
+            index=next((each for each in culprits if each != -1), None),
             indices=culprits + trouble.sound,
             batch=self.batches if papers is not None else None,
             epoch=self.number,

@@ -18,7 +18,7 @@ from safeloader.wire.results import ResultQueue
 
 _LOOK_S = 1.0  # how often workers are looked at beyond what their sentinels say
 _PINNED_LOOK_S = 0.1  # a queue between threads cannot be waited for together with sentinels
-_TOGETHER_S = 0.05  # workers that die within this time died together
+_TOGETHER_S = 0.15  # workers that die within this time died together
 
 
 class WorkersDied(BaseException):
@@ -88,7 +88,7 @@ class Inbox:
         warn_s = self._stall_after_s
         waited = 0.0
         while True:
-            due = min(_LOOK_S, warn_s - waited, self._timeout_s - waited)
+            due = max(0.0, min(_LOOK_S, warn_s - waited, self._timeout_s - waited))
             try:
                 return self._receive(due)
             except queue.Empty:
@@ -111,6 +111,8 @@ class Inbox:
     def _receive(self, seconds: float) -> Any:
         """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
         if not self._results.has_arrived:
+            if self._gone:  # found dead together with a message
+                raise queue.Empty
             for sentinel in self._results.wait(seconds):
                 self._results.no_longer(sentinel)
                 self._ended_now(sentinel)
@@ -149,13 +151,10 @@ class PinnedInbox(Inbox):
             self._sentinels.register(sentinel, select.POLLIN)
 
     def _receive(self, seconds: float) -> Any:
-        try:
-            return self._pinned.get(timeout=min(seconds, _PINNED_LOOK_S))
-        except queue.Empty:
-            for sentinel, _ in self._sentinels.poll(0):
-                self._sentinels.unregister(sentinel)
-                self._ended_now(sentinel)
-            raise
+        for sentinel, _ in self._sentinels.poll(0):
+            self._sentinels.unregister(sentinel)
+            self._ended_now(sentinel)
+        return self._pinned.get(timeout=0 if self._gone else min(seconds, _PINNED_LOOK_S))
 
     def _look_after_workers(self) -> None:
         super()._look_after_workers()

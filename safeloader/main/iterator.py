@@ -145,7 +145,7 @@ class SafeIterator(Iterator[Any]):
             return False
         process = torch_private.workers_of(self._stock)[worker]
         process.join(1.0)  # its socket closes before it can be waited for
-        if process.is_alive() or process.exitcode == 0:
+        if process.is_alive() or torch_private.expects_end_of(weakref.ref(self._stock))(worker):
             return False
         self._go_on_after(WorkersDied((worker,)))
         return True

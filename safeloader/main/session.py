@@ -95,7 +95,8 @@ class Session:
         except Exception as exc:
             if not torch_private.raised_by_dataset_iter(exc):
                 raise
-            failure = failure_of(exc, phase="sample", where="", epoch=epoch.number)
+            hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
+            failure = failure_of(exc, phase="sample", where="", epoch=epoch.number, hint=hint)
             raise error_from(failure, exc) from None
         torch_private.replace_fetcher(
             stock,

@@ -20,6 +20,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing.context import assert_spawning
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ class FlightRecorder:
         self._cells = memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
 
     def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
         return {"workers": self.workers, "_fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

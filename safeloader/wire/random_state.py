@@ -40,6 +40,10 @@ class RandomState(NamedTuple):
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
+        _puts[0] += 1
+
+
+_puts = [0]  # a state put back may differ in a kept Gaussian alone, which marks do not see
 
 
 @contextlib.contextmanager
@@ -82,7 +86,7 @@ class Marks:
         if words is None:
             return random.getstate()
         # The place moves with each number drawn; all words change when the last one was used.
-        seen = words[0], words[1], words[_WORDS]
+        seen = words[0], words[1], words[_WORDS], _puts[0]
         # A Gaussian kept for the next call is used up without a trace in the words.
         if seen != self._python_seen or self._python[2] is not None:
             self._python = random.getstate()
@@ -99,7 +103,7 @@ class Marks:
         words = self._numpy_words
         if words is None:
             return np.random.get_state(legacy=False)
-        seen = words[_WORDS], words[0], words[_WORDS - 1]
+        seen = words[_WORDS], words[0], words[_WORDS - 1], _puts[0]
         if seen != self._numpy_seen or self._numpy["has_gauss"]:
             self._numpy = np.random.get_state(legacy=False)
             self._numpy_seen = seen

@@ -136,5 +136,16 @@ class Parcel(NamedTuple):
         try:
             return Parcel(self.papers, torch_private.pin_memory(self.payload))
         except Exception as exc:
-            where = "in pin memory thread"
-            return FailedBatch(self.papers, failure_of(exc, phase="transport", where=where))
+            failure = failure_of(
+                exc,
+                phase="transport",
+                where="in pin memory thread",
+                indices=asked_for(self.papers),
+                worker_id=self.papers.worker_id,
+                pid=self.papers.pid,
+                hint=(
+                    "the batch came, and could not be put into pinned memory\n"
+                    "look at what it holds (a pin_memory() of its own?), or pin_memory=False"
+                ),
+            )
+            return FailedBatch(self.papers, failure)

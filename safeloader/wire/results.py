@@ -26,6 +26,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.context import assert_spawning
 from typing import Any
 
 from safeloader.wire.sealing import Sealed
@@ -60,6 +61,7 @@ class ResultQueue:
             self._poll.register(reader, select.POLLIN)
 
     def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
         return {"writers": self._writers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import queue
 import select
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.context import assert_spawning
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -33,6 +34,7 @@ class TaskQueue:
         self._poll: select.poll | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
         return {"_reader": self._reader, "_sender": None, "_poll": None}
 
     def put(self, item: Any) -> None:

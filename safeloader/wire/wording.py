@@ -69,7 +69,7 @@ def _headline(failure: Failure) -> str:
     if failure.phase in ("crash", "timeout"):
         return " ".join(["safeloader:", _worker_line(failure), *parts]).rstrip(",")
     doing = _DOING[failure.phase]
-    if failure.phase == "transport" and not failure.indices:
+    if failure.phase == "transport" and failure.batch is None:
         doing = "while starting the workers"
     who = "the main process" if failure.worker_id is None else f"worker {failure.worker_id}"
     rank = "" if failure.rank is None else f", rank {failure.rank}"

@@ -6,11 +6,16 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from safeloader.wire.shortage import shortage
+
 KEY_FAULT = "raised by key=, not by the dataset"
 
 
 def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: Any = None) -> str:
     """Lines: what was found out beyond the exception, and last the next step."""
+    short = shortage(exc)
+    if short is not None:
+        return "\n".join(part[:1000] for part in (found, short) if part)
     parts = [found] if found else []
     if type(index) is int:
         parts += _about_index(index, dataset, exc)
@@ -40,6 +45,11 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     elif phase == "collate":
         parts.append("mend the sample, or give the loader a collate_fn that can take it")
+    elif phase == "transport" and not found:
+        parts.append(
+            "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in error.failure.indices])) "
+            "may repeat it here"
+        )
     elif phase == "init":
         parts.append("no sample was fetched yet: call worker_init_fn by itself to repeat it")
     return "\n".join(part[:1000] for part in parts)

@@ -175,7 +175,7 @@ class UnbatchedMapFetcher(RecordingFetcher):
     def _fetch(self, task: Task) -> Made:
         indices = pack_unbatched(task.index)
         bulk = count(indices) != 1
-        cells, stamps = self._cells, self._shared_stamps
+        cells, stamps = self._cells, self._stamps_for(1)
         cells[PHASE] = FETCH_AT_ONCE if bulk else FETCH
         cells[SINCE] = stamps[0] = clock()
         phase = "sample"

@@ -54,10 +54,13 @@ class Mending:
         """Samples that came without trouble, the next in order."""
         self._samples += samples
 
-    def fetch(self, get: Callable[[], Any], failed: Exception | None = None) -> None:
+    def fetch(
+        self, get: Callable[[], Any], failed: Exception | None = None, *, may_end: bool = False
+    ) -> None:
         """The next sample by ``get()``, asked for again if it fails.
 
-        ``failed`` is what a first try, made elsewhere, raised. Before each further try the random
+        ``failed`` is what a first try, made elsewhere, raised. With ``may_end`` a ``StopIteration``
+        is the end of a stream and no failure. Before each further try the random
         numbers are put back, so that a sample that comes late is the one that would have come.
 
         Raises:
@@ -73,9 +76,9 @@ class Mending:
                 tries += 1
                 try:
                     sample = get()
-                except StopIteration:
-                    raise
                 except Exception as exc:
+                    if may_end and isinstance(exc, StopIteration):
+                        raise
                     failed = exc
                 else:
                     self._samples.append(sample)

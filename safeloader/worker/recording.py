@@ -88,6 +88,7 @@ class RecordingFetcher:
 
     def _stamps_for(self, samples: int) -> Any:
         """Where the time stamps of a batch go: shared memory, in which main sees the position."""
+        self._cells[COUNTED] = 0
         if samples <= STAMPS_MAX:
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
@@ -252,5 +253,4 @@ class _CountedStamps:
         self._cells[SINCE] = stamp
 
     def __getitem__(self, place: slice) -> memoryview:
-        self._cells[COUNTED] = 0
         return self._stamps[place]

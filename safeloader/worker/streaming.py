@@ -148,7 +148,7 @@ class StreamFetcher(RecordingFetcher):
 
     def _next_mended(self, mending: Mending, failed: Exception | None) -> None:
         try:
-            mending.fetch(lambda: next(self._iterator), failed)
+            mending.fetch(lambda: next(self._iterator), failed, may_end=True)
         except StopIteration:
             if failed is not None and inspect.isgenerator(self._iterator):
                 raise Unmendable(mending.asked, failed, _GENERATOR_OVER) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
@@ -33,6 +35,13 @@ def why_not_sent(
     short = shortage(exc)
     if short is not None:
         return Culprit(None, short)
+    folder = tempfile.tempdir
+    if isinstance(exc, FileNotFoundError) and folder and not os.path.isdir(folder):
+        return Culprit(
+            None,
+            f"the temporary folder {folder} is gone, and torch needs it to hand tensors over\n"
+            "make it again, or set TMPDIR to a folder that stays",
+        )
     give_up = monotonic() + _BOUND_S
     if isinstance(samples, list | tuple) and len(samples) == len(indices):
         for position, sample in enumerate(samples):

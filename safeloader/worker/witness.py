@@ -102,6 +102,7 @@ def _resident_bytes() -> int:
 
 def _write_stacks_to(fd: int) -> int:
     """Have faults, and one signal, write the stacks of this process; that signal."""
+    faulthandler.disable()  # one inherited from main has its handlers below torch's
     faulthandler.enable(file=fd, all_threads=True)
     for number in range(signal.SIGRTMAX - 1, signal.SIGRTMIN, -1):
         if signal.getsignal(number) is signal.SIG_DFL:
