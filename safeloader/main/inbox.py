@@ -18,6 +18,7 @@ from safeloader.wire.results import ResultQueue
 
 _LOOK_S = 1.0  # how often workers are looked at beyond what their sentinels say
 _PINNED_LOOK_S = 0.1  # a queue between threads cannot be waited for together with sentinels
+_PINNED_GRACE_S = 0.5  # for the thread to hand over what a dead worker had sent
 _TOGETHER_S = 0.15  # workers that die within this time died together
 
 
@@ -75,6 +76,7 @@ class Inbox:
         self._stalled = stalled
         self._watched = {worker.sentinel: number for number, worker in enumerate(workers)}
         self._gone: set[int] = set()
+        self._gone_since = 0.0
         self._watch()
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
@@ -111,7 +113,7 @@ class Inbox:
     def _receive(self, seconds: float) -> Any:
         """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
         if not self._results.has_arrived:
-            if self._gone:  # found dead together with a message
+            if self._left_behind():  # found dead together with a message
                 raise queue.Empty
             for sentinel in self._results.wait(seconds):
                 self._results.no_longer(sentinel)
@@ -122,7 +124,15 @@ class Inbox:
         number = self._watched.pop(sentinel)
         if not self._ended(number):
             self._workers[number].join(1.0)  # its pipes close just before it can be waited for
+            if not self._gone:
+                self._gone_since = monotonic()
             self._gone.add(number)
+
+    def _left_behind(self) -> bool:
+        """Whether a worker that is gone was not told to end; it may have been since."""
+        if self._gone:
+            self._gone = {number for number in self._gone if not self._ended(number)}
+        return bool(self._gone)
 
     def _look_after_workers(self) -> None:
         """Raise if a worker is dead. Seldom a child of the dead one keeps its sentinel open."""
@@ -154,7 +164,9 @@ class PinnedInbox(Inbox):
         for sentinel, _ in self._sentinels.poll(0):
             self._sentinels.unregister(sentinel)
             self._ended_now(sentinel)
-        return self._pinned.get(timeout=0 if self._gone else min(seconds, _PINNED_LOOK_S))
+        if self._left_behind() and monotonic() - self._gone_since > _PINNED_GRACE_S:
+            raise queue.Empty  # although others go on speaking
+        return self._pinned.get(timeout=min(seconds, _PINNED_LOOK_S))
 
     def _look_after_workers(self) -> None:
         super()._look_after_workers()

@@ -1,53 +1,59 @@
-"""The way back: one pipe a worker, from each worker's ``put`` to main's ``get``. No lock.
+"""The way back: one socket a worker, from each worker's ``put`` to main's ``get``. No lock.
 
 ::
 
-    worker 0 ── put ──► pipe 0 ──┐
-    worker 1 ── put ──► pipe 1 ──┼──► poll ──► get: main, or torch's pinning thread
-    main ─────── put ──► pipe 2 ─┘
+    worker 0 ── put ──► socket ──┐
+    worker 1 ── put ──► socket ──┼──► poll ──► get: main, or torch's pinning thread
+    main ─────── put ──► socket ─┘
 
 It stands where torch's iterator expects a ``multiprocessing.Queue``. That one is shared by all
 workers under a lock, so one killed while it writes stops the others for good, and leaves a torn
 message on which the reader waits for ever (pytorch#21554). Here a worker's death can tear its own
-pipe only, and main never waits for the rest of a message: it reads what is there.
+message only, and main never waits for the rest of one: it reads what is there.
 
-A message that fits into its pipe is written at once, in the worker's main thread. What does not is
-handed to a thread, so the worker goes on while main is busy; with torch's queue every message
-is. Batches arrive sealed, pickled already: what cannot be pickled is known before it is sent.
+A message that fits is written at once, in the worker's main thread. What does not is handed to a
+thread, so the worker goes on while main is busy; with torch's queue every message is. Batches
+arrive sealed, pickled already, and with the descriptors of their tensors' memory beside them: what
+was sent whole can be opened, whatever became of the worker.
 """
 
 from __future__ import annotations
 
-import os
+import array
 import pickle
 import queue
 import select
+import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from multiprocessing.connection import Connection, Pipe
 from multiprocessing.context import assert_spawning
 from typing import Any
 
-from safeloader.wire.sealing import Sealed
-from safeloader.wire.sending import Sender
+from safeloader.wire.sealing import Sealed, close_all
+from safeloader.wire.sending import MOST_FDS, Sender
 
 _HEADER = struct.Struct("<qqq")  # task number, bytes of papers, bytes of payload
 _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
-_CHUNK = 1 << 16  # what a pipe holds
+_WITH_FDS = 1 << 62  # set in the last where descriptors come with it
+_CHUNK = 1 << 18  # about what a socket holds
+_FDS_BYTES = socket.CMSG_SPACE(4 * MOST_FDS)
 
 
 class ResultQueue:
     """What torch's iterator, its workers and its pinning thread use of a queue, and no more.
 
     Args:
-        workers: how many there are; each has a pipe of its own.
+        workers: how many there are; each has a socket of its own.
     """
 
     def __init__(self, workers: int) -> None:
-        pipes = [Pipe(duplex=False) for _ in range(workers + 1)]  # the last is main's own
-        self._readers: list[Connection] = [reader for reader, _ in pipes]
-        self._writers: list[Connection | None] = [writer for _, writer in pipes]
+        self._readers: list[socket.socket] = []
+        self._writers: list[socket.socket | None] = []
+        for _ in range(workers + 1):  # the last is main's own
+            reader, writer = socket.socketpair()
+            self._readers.append(reader)
+            self._writers.append(writer)
         self._main_side()
 
     def _main_side(self) -> None:
@@ -57,7 +63,7 @@ class ResultQueue:
         self._rows: dict[int, _Incoming] = {}
         self._poll = select.poll()
         for reader in self._readers:
-            self._rows[reader.fileno()] = _Incoming(reader.fileno())
+            self._rows[reader.fileno()] = _Incoming(reader)
             self._poll.register(reader, select.POLLIN)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,8 +101,9 @@ class ResultQueue:
             self._sender = Sender(mine)
         number, data = item
         if type(data) is Sealed:
-            head = _HEADER.pack(number, len(data.papers), len(data.payload))
-            self._sender.send([head, data.papers, data.payload])
+            flag = _WITH_FDS if data.fds else 0
+            head = _HEADER.pack(number, len(data.papers), len(data.payload) | flag)
+            self._sender.send([head, data.papers, data.payload], data.fds)
         else:
             pickled = pickle.dumps(item)
             self._sender.send([_HEADER.pack(_PLAIN, len(pickled), 0), pickled])
@@ -109,12 +116,21 @@ class ResultQueue:
             self._sender.abandon()
 
     def close(self) -> None:
-        """Let go of all ends."""
+        """Let go of all ends, and of what came and nobody took."""
+        for *_, fds in self._arrived:
+            close_all(fds)
+        self._arrived.clear()
+        for incoming in self._rows.values():
+            incoming.drop()
         for end in (*self._readers, *self._writers):
             if end is not None:
                 end.close()
         self._readers, self._writers, self._rows = [], [], {}
         self._poll = select.poll()
+
+    def __del__(self) -> None:
+        if "_arrived" in self.__dict__:
+            self.close()
 
     # in main ────────────────────────────────────────────────────────────────────────────────────
 
@@ -139,10 +155,10 @@ class ResultQueue:
         """The next message that has come; ``queue.Empty`` is raised if there is none."""
         if not self._arrived:
             raise queue.Empty
-        number, papers, payload = self._arrived.popleft()
+        number, papers, payload, fds = self._arrived.popleft()
         if number == _PLAIN:
             return pickle.loads(papers)
-        return number, Sealed(papers, payload).opened()
+        return number, Sealed(papers, payload, fds).opened()
 
     def wait(self, timeout: float | None) -> list[int]:
         """Read what has come; waits for it, for ``timeout`` seconds at most (None: for ever).
@@ -157,7 +173,7 @@ class ResultQueue:
                 others.append(fd)
             elif not incoming.read_into(self._arrived):
                 self._poll.unregister(fd)  # the worker's end is closed
-                del self._rows[fd]
+                self._rows.pop(fd).drop()
         return others
 
     @property
@@ -175,17 +191,24 @@ class ResultQueue:
 
 
 class _Incoming:
-    """One pipe's bytes, put together to messages."""
+    """One worker's bytes and descriptors, put together to messages."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
         self._held = bytearray()
+        self._fds: deque[tuple[int, ...]] = deque()  # of a message each, as they came
 
     def read_into(self, arrived: deque[Any]) -> bool:
-        """Read what is there; False at the pipe's end. Never waits: the pipe is readable."""
-        chunk = os.read(self._fd, _CHUNK)
+        """Read what is there; False at its end. Never waits: it is readable."""
+        try:
+            chunk, beside, flags, _ = self._end.recvmsg(_CHUNK, _FDS_BYTES)
+        except ConnectionResetError:
+            return False
         if not chunk:
             return False
+        if beside or flags & socket.MSG_CTRUNC:  # truncated: no descriptor is free here
+            came = array.array("i", b"".join(data[: len(data) & ~3] for _, _, data in beside))
+            self._fds.append(tuple(came))
         held = self._held
         data: bytes | bytearray = chunk
         if held:
@@ -195,14 +218,22 @@ class _Incoming:
         at = 0
         while size - at >= _HEADER.size:
             number, papers, payload = _HEADER.unpack_from(data, at)
+            with_fds, payload = payload & _WITH_FDS, payload & ~_WITH_FDS
             end = at + _HEADER.size + papers + payload
             if end > size:
                 break
             middle = at + _HEADER.size + papers
-            arrived.append((number, data[at + _HEADER.size : middle], data[middle:end]))
+            fds = self._fds.popleft() if with_fds else ()
+            arrived.append((number, data[at + _HEADER.size : middle], data[middle:end], fds))
             at = end
         if data is held:
             del held[:at]
         elif at < size:
             held += memoryview(chunk)[at:]
         return True
+
+    def drop(self) -> None:
+        """Let go of descriptors whose message never came whole."""
+        for fds in self._fds:
+            close_all(fds)
+        self._fds.clear()
