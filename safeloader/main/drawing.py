@@ -76,9 +76,7 @@ class RecordingSampler:
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
         assert self.log is not None
-        failure, exc = _taken_apart(
-            exc, "the index drawn cannot be sent to a worker"
-        )
+        failure, exc = _taken_apart(exc, "the index drawn cannot be sent to a worker")
         self.log.draw_failed(task.seq, failure, exc)
         return Task(task.seq, SamplerFault())
 
