@@ -16,7 +16,7 @@ _CLASSES = (
     ("unexpected", "handed over, but never drawn"),
     ("failed", "lost with a batch whose error was raised"),
     ("dropped", "left out by drop_last"),
-    ("skipped", "left out because of an error"),
+    ("skipped", "left out or replaced because of an error"),
     ("late", "came when asked for again"),
     ("repeated", "drawn more than once by the sampler"),
     ("unvisited", "never drawn"),

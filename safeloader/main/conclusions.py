@@ -169,7 +169,13 @@ _LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".g
 
 
 def of_silence(
-    stack: Stack | None, status: str | None, phase: str | None, index: Any, start_method: str
+    stack: Stack | None,
+    status: str | None,
+    phase: str | None,
+    index: Any,
+    start_method: str,
+    *,
+    timeout: bool = True,
 ) -> str:
     """What to make of a worker that hangs, in one or two sentences."""
     if phase is None:
@@ -211,4 +217,5 @@ def of_silence(
         if start_method == "fork"
         else ""
     )
-    return f"it is stuck, or only slow (then wait longer by timeout=), at {line}{at}{forked}"
+    longer = "then wait longer by timeout=" if timeout else "timeout= would end this with an error"
+    return f"it is stuck, or only slow ({longer}), at {line}{at}{forked}"

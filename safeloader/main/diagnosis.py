@@ -184,6 +184,7 @@ class Diagnosis:
             None if first is None else first.position.phase,
             None if first is None else first.index,
             self._start_method,
+            timeout=timeout,
         )
         message = f"DataLoader timed out after {waited_s:g} seconds"
         if not timeout:

@@ -138,7 +138,9 @@ class Epoch:
         if trouble is not None:
             self.ledger.settle(trouble, papers, handed_over=False)
             self._told(trouble, papers)
-        logger.warning("epoch %d: a batch was left out whole: every sample failed", self.number)
+        logger.warning(
+            "safeloader: epoch %d: a batch was left out whole: every sample failed", self.number
+        )
         self._count_mishaps(papers)
         if self.ledger.settled:
             self.close()
@@ -147,7 +149,7 @@ class Epoch:
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
             logger.warning(
-                "epoch %d, batch %d: index %r %s: %s",
+                "safeloader: epoch %d, batch %d: index %r %s: %s",
                 self.number,
                 self.batches,
                 asked[mishap.position],
@@ -156,9 +158,10 @@ class Epoch:
             )
         ledger = self.ledger
         samples = ledger.delivered_count + ledger.tallies["skipped"].count
-        reason = self._tolerance.exceeded(papers, self.batches, samples)
+        reason = self._tolerance.exceeded(papers, samples)
         if reason is None:
             return
+        ledger.take_back(papers)
         reasons = list(ledger.reasons.items())
         listed = [f"index {index!r}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:

@@ -89,13 +89,16 @@ class Inbox:
         began = monotonic()
         warn_s = self._stall_after_s
         waited = 0.0
+        looked_s = 0.0
         while True:
             due = max(0.0, min(_LOOK_S, warn_s - waited, self._timeout_s - waited))
             try:
                 return self._receive(due)
             except queue.Empty:
-                self._look_after_workers()
-            waited = monotonic() - began
+                waited = monotonic() - began
+                if self._gone or waited - looked_s >= _LOOK_S:  # not for each part of a message
+                    looked_s = waited
+                    self._look_after_workers()
             if waited >= self._timeout_s:
                 raise TimedOut
             if waited >= warn_s:

@@ -68,6 +68,9 @@ class Ledger(Protocol):
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         """A batch was lost with an error that is raised to the user."""
 
+    def take_back(self, papers: Papers) -> None:
+        """A batch that was checked is lost after all, with an error that is raised."""
+
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised."""
 
@@ -143,6 +146,13 @@ class Accounts:
                 self.reasons[index] = mishap.reason
         return gone
 
+    def take_back(self, papers: Papers) -> None:
+        """A batch that counts as delivered was lost after all, with an error that is raised."""
+        gone = {mishap.position for mishap in papers.mishaps or () if mishap.what != "late"}
+        left = [index for k, index in enumerate(asked_for(papers)) if k not in gone]
+        self.delivered_count -= len(left)
+        self.tallies["failed"].add(left)
+
     def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
         """Samples whose key came before under another index."""
         known = self._index_of_key
@@ -171,7 +181,7 @@ class Accounts:
     def notes(self, length: int | None) -> list[str]:
         notes = []
         if self.replaced_count:
-            notes.append(f"{self.replaced_count} of those skipped had another in their place")
+            notes.append(f"{self.replaced_count} of the samples skipped were replaced by another")
         if self._keys_past_limit:
             notes.append(
                 f"the keys of the first {KEYS_LIMIT} samples were compared; "

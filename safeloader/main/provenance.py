@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.indices import as_array, count, identity, same, unpack
+from safeloader.wire.records import Papers, asked_for, contents
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -77,14 +78,14 @@ def record_of(delivery: Delivery) -> BatchRecord:
 
 def _identities(delivery: Delivery) -> tuple[Any, ...]:
     papers = delivery.papers
-    if papers.ordinal is None:
-        return unpack(papers.indices)
-    row, first = papers.worker_id or 0, papers.ordinal
-    return tuple((row, first + k) for k in range(papers.samples or 0))
+    asked = asked_for(papers)
+    return asked if papers.mishaps is None else tuple(asked[k] for k in contents(papers))
 
 
 def _size(delivery: Delivery) -> int:
     papers = delivery.papers
+    if papers.mishaps is not None:
+        return len(contents(papers))
     return count(papers.indices) if papers.ordinal is None else papers.samples or 0
 
 
@@ -94,6 +95,9 @@ def _times(delivery: Delivery) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.in
     stamps = np.frombuffer(papers.stamps, dtype=np.int64)
     size = _size(delivery)
     collate_ns = int(stamps[-1] - stamps[-2])
+    if papers.mishaps is not None and not papers.fetched_at_once:
+        places = list(contents(papers))
+        return stamps[places] + UNIX_OFFSET_NS, np.diff(stamps)[places], collate_ns
     if papers.fetched_at_once or stamps.size != size + 2:
         starts = np.full(size, stamps[0] + UNIX_OFFSET_NS)
         return starts, np.full(size, (stamps[1] - stamps[0]) // max(size, 1)), collate_ns
@@ -254,11 +258,22 @@ def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _index_column(delivery: Delivery) -> npt.NDArray[Any]:
     papers = delivery.papers
+    if papers.mishaps is not None:
+        column = _column_of(asked_for(papers)) if papers.ordinal is None else _ordinals(papers)
+        return column[list(contents(papers))]
     if papers.ordinal is not None:
-        return np.arange(papers.ordinal, papers.ordinal + (papers.samples or 0))
+        return _ordinals(papers)
     if type(papers.indices) is bytes:
         return np.frombuffer(papers.indices, dtype=np.int64)
-    identities = unpack(papers.indices)
+    return _column_of(unpack(papers.indices))
+
+
+def _ordinals(papers: Papers) -> npt.NDArray[Any]:
+    first = papers.ordinal or 0
+    return np.arange(first, first + (papers.samples or 0))
+
+
+def _column_of(identities: tuple[Any, ...]) -> npt.NDArray[Any]:
     column = as_array(identities)
     if column.ndim == 1:
         return column

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -9,6 +11,8 @@ from torch.utils.data import IterableDataset
 from safeloader.errors import SafeLoaderError
 from safeloader.wire.failure import Failure
 from safeloader.wire.random_state import RandomState, preserved
+
+logger = logging.getLogger("safeloader")
 
 
 def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
@@ -59,8 +63,24 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
         if what.failure is None:
             raise ValueError(f"{what!r} carries no failure to replay")
         what = what.failure
+    if isinstance(what, BaseException | os.PathLike | dict):
+        raise TypeError(
+            f"replay() takes an error of safeloader, its failure, or an index; got a "
+            f"{type(what).__name__}. A JSON file of on_failure_dump= holds no random state: give "
+            "the index it names, or keep the error itself by pickle"
+        )
     if not isinstance(what, Failure):
         return dataset[what]
+    if what.phase in ("crash", "timeout"):
+        logger.warning(
+            "index %r %s its worker: replaying it here may do the same to this process",
+            what.index,
+            "killed" if what.phase == "crash" else "hung",
+        )
+    if what.phase == "crash" and what.index is None:
+        raise ValueError(
+            "this worker died at no sample (idle, or starting): there is nothing to replay"
+        )
     if what.index is None or what.position is None:
         raise ValueError(
             f"this failure ({what.phase}) names no single sample; the indices of its batch are "

@@ -20,7 +20,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from safeloader import torch_private
-from safeloader.main import leftovers
+from safeloader.main import dump, leftovers
 from safeloader.main.diagnosis import Diagnosis
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.epoch import Epoch, length_of, rank
@@ -139,6 +139,8 @@ class Session:
             failure = _why_not_started(loader, exc)
             if failure is None:
                 raise
+            if loader.on_failure_dump is not None:
+                dump.write(failure, loader.on_failure_dump)
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()

@@ -24,7 +24,7 @@ class Tolerance:
         self._runs = runs
         self.skipped = 0
         self._run = 0
-        self._next_batch = 0  # the batch that goes on with the run
+        self._next_seq = 0  # the draw that goes on with the run
 
     def _bound(self, samples: int) -> int:
         if isinstance(self._max_skipped, int):
@@ -32,21 +32,21 @@ class Tolerance:
         share = DEFAULT_SHARE if self._max_skipped is None else self._max_skipped
         return max(ALWAYS_ALLOWED, int(share * samples))
 
-    def exceeded(self, papers: Papers, batch: int, samples: int) -> str | None:
-        """Count the mishaps of batch number ``batch``; a sentence if they are too many.
+    def exceeded(self, papers: Papers, samples: int) -> str | None:
+        """Count the mishaps of a batch; a sentence if they are too many.
 
         ``samples`` is the number of samples so far, this batch's included.
         """
         gone = {each.position for each in papers.mishaps or () if each.what != "late"}
         if not gone:
             return None
-        if batch != self._next_batch:
+        if papers.seq != self._next_seq:
             self._run = 0
         longest = self._run
         for position in range(len(asked_for(papers))):
             self._run = self._run + 1 if position in gone else 0
             longest = max(longest, self._run)
-        self._next_batch = batch + 1
+        self._next_seq = papers.seq + 1
         self.skipped += len(gone)
         bound = self._bound(samples)
         if self.skipped > bound:

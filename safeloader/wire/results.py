@@ -28,6 +28,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.context import assert_spawning
+from time import monotonic
 from typing import Any
 
 from safeloader.wire.sealing import Sealed, close_all
@@ -37,6 +38,7 @@ _HEADER = struct.Struct("<qqq")  # task number, bytes of papers, bytes of payloa
 _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
 _WITH_FDS = 1 << 62  # set in the last where descriptors come with it
 _CHUNK = 1 << 18  # about what a socket holds
+_CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _FDS_BYTES = socket.CMSG_SPACE(4 * MOST_FDS)
 
 
@@ -147,8 +149,12 @@ class ResultQueue:
         Raises:
             queue.Empty: if none came within ``timeout`` seconds.
         """
-        if not self._arrived:
-            self.wait(timeout if block else 0)
+        give_up = None if timeout is None else monotonic() + timeout
+        while not self._arrived:
+            left = None if give_up is None else give_up - monotonic()
+            self.wait(left if block else 0)
+            if not block or (left is not None and left <= 0):
+                break
         return self.take()
 
     def take(self) -> Any:
@@ -201,7 +207,7 @@ class _Incoming:
     def read_into(self, arrived: deque[Any]) -> bool:
         """Read what is there; False at its end. Never waits: it is readable."""
         try:
-            chunk, beside, flags, _ = self._end.recvmsg(_CHUNK, _FDS_BYTES)
+            chunk, beside, flags, _ = self._end.recvmsg(_CHUNK, _FDS_BYTES, _CLOSE_ON_EXEC)
         except ConnectionResetError:
             return False
         if not chunk:

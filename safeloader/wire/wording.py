@@ -85,7 +85,7 @@ def _worker_line(failure: Failure) -> str:
     if failure.worker_id is None:
         return f"no batch came, and no worker is at work{rank}"
     known = failure.index is not None or failure.indices
-    at = " at" if known else ""
+    at = " at" if known else " in" if failure.epoch is not None else ""
     return f"worker {failure.worker_id} (pid {failure.pid}{rank}) {_DOING[failure.phase]}{at}"
 
 

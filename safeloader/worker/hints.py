@@ -31,7 +31,8 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(
-            f"loader.dataset[{index!r}] repeats the call here, under a debugger if need be"
+            f"loader.replay(error) repeats the call here with the same random numbers, "
+            f"loader.dataset[{index!r}] with others"
         )
     elif phase == "sample" and in_stream:
         parts.append(

@@ -64,7 +64,7 @@ class MapFetcher(RecordingFetcher):
             stamps[k + 1] = now()
         except Exception as exc:
             seen = samples if phase == "sample" else fetched
-            if not self._policy.raises and not isinstance(exc, KeyFault):
+            if self._mends(exc, seen):
                 return self._fetch_mended(task, packed, asked, at_once, seen, exc)
             return self._explain(exc, task.seq, phase, packed, asked, seen, at_once)
         times = stamps[: k + 2].tobytes()
@@ -89,16 +89,18 @@ class MapFetcher(RecordingFetcher):
         asked = list(asked)
         mending = self._mending(task.seq, known)
         stamps = self._stamps_for(len(known))
-        stamps[0] = clock()
         phase = "sample"
         whole = isinstance(samples, list) and len(samples) == len(asked)
+        if failed is None or at_once:  # else those of the samples that came are there already
+            stamps[0] = clock()
         try:
             if whole or not at_once:
                 mending.have(samples)
-                for k in range(len(samples)):
-                    stamps[k + 1] = stamps[0]
             else:
                 failed = None  # asked for one at a time, each fails for itself or comes
+            if at_once:
+                for k in range(len(samples) if whole else 0):
+                    stamps[k + 1] = stamps[0]
             for k in range(len(samples) if whole or not at_once else 0, len(asked)):
                 self._cells[PHASE] = FETCH
                 if k in task.deadly:
@@ -107,12 +109,10 @@ class MapFetcher(RecordingFetcher):
                     mending.fetch(functools.partial(self._one, asked[k], at_once), failed)
                 failed = None
                 stamps[k + 1] = clock()
-            keys = self._keys(mending.batch())
             phase = "collate"
             self._cells[PHASE] = COLLATE
             batch, samples = self._collate_mended(mending, known)
-            if self._key is not None and len(samples) != len(keys or ()):
-                keys = self._keys(samples)
+            keys = self._keys(samples)
             stamps[len(asked) + 1] = clock()
         except Exception as exc:
             return self._explain(exc, task.seq, phase, packed, asked, mending.batch(), False)
@@ -190,6 +190,10 @@ class UnbatchedMapFetcher(RecordingFetcher):
                 else:
                     mending.fetch(lambda: self._dataset[task.index])
                 there, mishaps = mending.batch(), mending.mishaps
+                if bulk and mishaps:  # the dataset made the batch: all of it is gone
+                    mishaps = tuple(
+                        mishaps[0]._replace(position=position) for position in range(count(indices))
+                    )
                 if not there:
                     return EmptyBatch(self._papers(task.seq, indices, None, b"", mishaps=mishaps))
                 sample = there[0]

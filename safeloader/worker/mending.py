@@ -48,7 +48,7 @@ class Mending:
         self._mishaps: dict[int, Mishap] = {}
         self._places: list[int] = []
         self._marks = Marks()
-        self.last_failure: Exception | None = None  # of the newest sample, if it was given up
+        self.last_failure: Exception | None = None  # of the newest sample, unless it came
 
     def have(self, samples: Sequence[Any]) -> None:
         """Samples that came without trouble, the next in order."""
@@ -82,6 +82,7 @@ class Mending:
                     failed = exc
                 else:
                     self._samples.append(sample)
+                    self.last_failure = None
                     if tries > 1:
                         reason = f"came at try {tries}"
                         self._mishaps[position] = Mishap("late", position, reason)
@@ -92,7 +93,7 @@ class Mending:
                 break
             time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
             RandomState(*state).set()
-            failed = None
+            self.last_failure, failed = failed, None
         self._samples.append(_GAP)
         self.last_failure = failed
         self.give_up(position, failed)
@@ -102,12 +103,12 @@ class Mending:
         self._mishaps[len(self._samples)] = Mishap("skipped", len(self._samples), reason)
         self._samples.append(_GAP)
 
-    def give_up(self, position: int, failed: Exception) -> None:
-        """Do without the sample at ``position``."""
+    def give_up(self, position: int, failed: Exception, found: str = "") -> None:
+        """Do without the sample at ``position``; ``found`` says more than ``failed``."""
         on_error = self._policy.on_error
         if on_error == "raise" or never_skipped(failed):
-            raise Unmendable(position, failed)
-        reason = self._reason(failed)
+            raise Unmendable(position, failed, self._tried())
+        reason = bounded(found, 300) or self._reason(failed)
         self._samples[position] = _GAP
         self._mishaps[position] = Mishap("skipped", position, reason)
         if callable(on_error):
@@ -118,6 +119,12 @@ class Mending:
             if answer is not SKIP:
                 self._samples[position] = answer
                 self._mishaps[position] = Mishap("replaced", position, reason)
+
+    def _tried(self) -> str:
+        retries = self._policy.retries
+        if not retries:
+            return ""
+        return f"it failed in each of {retries + 1} tries, all under the same random numbers"
 
     def _reason(self, failed: Exception) -> str:
         tries = f", {self._policy.retries + 1} tries" if self._policy.retries else ""

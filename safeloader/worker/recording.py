@@ -153,6 +153,12 @@ class RecordingFetcher:
             keys.append(known_as)
         return tuple(keys)
 
+    def _mends(self, exc: Exception, samples: Sequence[Any]) -> bool:
+        """Whether to go on in spite of ``exc``; a ``key`` that raises is no fault of the sample."""
+        if isinstance(exc, KeyFault):
+            return not self._policy.raises and samples[exc.position] is None
+        return not self._policy.raises
+
     def _mending(self, seq: int, indices: tuple[Any, ...]) -> Mending:
         """Help for a batch in which samples fail."""
 
@@ -167,6 +173,7 @@ class RecordingFetcher:
         Raises:
             Exception: what the collate function raised, where no sample is clearly to blame.
         """
+        given_up: set[int] = set()
         while samples := mending.batch():
             try:
                 return self._collate_fn(list(samples)), samples
@@ -176,11 +183,12 @@ class RecordingFetcher:
                 found = explain(samples, known)
                 odd = [k for k, sample in enumerate(samples) if sample is None]
                 odd = odd or list(found.odd if found else ())
-                if not odd:
+                positions = mending.positions_of(odd)
+                if not odd or given_up & set(positions):  # a replacement that is no better
                     raise
-                reason = type(exc)(found.text if found else "the sample is None")
-                for position in mending.positions_of(odd):
-                    mending.give_up(position, reason)
+                given_up |= set(positions)
+                for position in positions:
+                    mending.give_up(position, exc, found.text if found else "it is None")
         return None, []
 
     def _failed(

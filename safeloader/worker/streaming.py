@@ -12,16 +12,23 @@ from typing import Any
 from safeloader.wire.flight import COLLATE, FETCH, ORDINAL, PHASE, SINCE
 from safeloader.wire.records import EmptyBatch, FailedBatch, Task
 from safeloader.worker.collating import explain
-from safeloader.worker.mending import Mending, Unmendable
+from safeloader.worker.mending import Unmendable
 from safeloader.worker.post import Post
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
 from safeloader.worker.unsendable import Culprit
 
-_GENERATOR_OVER = (
-    "a generator is at its end once it raised, so the rest of this worker's stream cannot be read "
-    "and nothing was skipped: catch the error inside the generator, or iterate by a class with "
-    "__next__"
+_CUT_SHORT = (
+    "the stream ended right after a sample that failed. A generator is at its end once it raised, "
+    "also behind islice, map or a data pipe, so the rest of this worker's stream was not read: "
+    "catch the error inside the generator, or iterate by a class with __next__"
 )
+
+
+def _decides_itself(iterator: Any) -> bool:
+    """Whether its end is what its author wrote, and not that of a generator that raised."""
+    cls = type(iterator)
+    written = inspect.isfunction(inspect.getattr_static(cls, "__next__", None))
+    return written and not cls.__module__.startswith("torch.")
 
 
 class StreamFetcher(RecordingFetcher):
@@ -35,6 +42,8 @@ class StreamFetcher(RecordingFetcher):
         self._row = post.worker_id or 0
         self._read = 0
         self._ended = False
+        self._last_failed: Exception | None = None  # of the newest sample, if it was left out
+        self._decides = _decides_itself(self._iterator)
         self._note(0, ended=False)
 
     def _note(self, dropped: int, *, ended: bool) -> None:
@@ -52,6 +61,8 @@ class StreamFetcher(RecordingFetcher):
         cells[PHASE] = FETCH
         cells[SINCE] = stamps[0] = clock()
         samples: list[Any] = []
+        if self._policy.retries:
+            return self._fetch_mended(task, first, wanted, samples, None, "sample")
         phase = "sample"
         k = 0
         try:
@@ -59,11 +70,14 @@ class StreamFetcher(RecordingFetcher):
                 try:
                     sample = next(self._iterator)
                 except StopIteration:
+                    if k == 1 and self._last_failed is not None and not self._decides:
+                        raise self._cut_short(0, self._last_failed) from None
                     # Unbatched streams are asked again, as torch does: they may go on.
                     self._ended = self._batched
                     break
                 samples.append(sample)
                 stamps[k] = clock()
+            self._last_failed = None
             self._book(len(samples), wanted, ended=len(samples) < wanted)
             keys = self._keys(samples)
             phase = "collate"
@@ -73,9 +87,7 @@ class StreamFetcher(RecordingFetcher):
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
-            if not self._policy.raises and not isinstance(exc, KeyFault):
-                return self._fetch_mended(task, first, wanted, samples, exc, phase)
-            if phase == "sample" and self._policy.retries and not isinstance(exc, KeyFault):
+            if self._mends(exc, samples) and not isinstance(exc, Unmendable):
                 return self._fetch_mended(task, first, wanted, samples, exc, phase)
             return self._explain(exc, task.seq, phase, first, samples)
         except BaseException:  # an interrupt: what was read so far is gone, and counts as read
@@ -100,7 +112,7 @@ class StreamFetcher(RecordingFetcher):
         first: int,
         wanted: int,
         samples: list[Any],
-        failed: Exception,
+        failed: Exception | None,
         phase: str,
     ) -> Made:
         """The batch in spite of samples that fail, and of a collate function that objects."""
@@ -113,23 +125,26 @@ class StreamFetcher(RecordingFetcher):
         try:
             if not whole:
                 for k in range(len(samples), wanted):
+                    before, begun_with = self._last_failed, begun
+                    begun = None
                     try:
-                        self._next_mended(mending, begun)
+                        mending.fetch(lambda: next(self._iterator), begun_with, may_end=True)
                     except StopIteration:
+                        cause = begun_with or mending.last_failure or before
+                        if cause is not None and not self._decides:
+                            raise self._cut_short(k, cause) from None
                         self._ended = self._batched
                         break
-                    begun = None
+                    self._last_failed = mending.last_failure
                     stamps[k + 1] = clock()
                 self._book(mending.asked, wanted, ended=mending.asked < wanted)
-            keys = self._keys(mending.batch())
             phase = "collate"
             known = tuple((self._row, first + k) for k in range(mending.asked))
             if self._batched:
                 batch, samples = self._collate_mended(mending, known)
-                if self._key is not None and len(samples) != len(keys or ()):
-                    keys = self._keys(samples)
             elif samples := mending.batch():
                 batch = self._collate_fn(samples[0])
+            keys = self._keys(samples)
             stamps[mending.asked + 1] = clock()
         except StopIteration:
             raise
@@ -146,17 +161,11 @@ class StreamFetcher(RecordingFetcher):
         )
         return self._handed_over(papers, batch, samples) if samples else EmptyBatch(papers)
 
-    def _next_mended(self, mending: Mending, failed: Exception | None) -> None:
-        try:
-            mending.fetch(lambda: next(self._iterator), failed, may_end=True)
-        except StopIteration:
-            if failed is not None and inspect.isgenerator(self._iterator):
-                raise Unmendable(mending.asked, failed, _GENERATOR_OVER) from None
-            raise
-        if inspect.isgenerator(self._iterator) and self._iterator.gi_frame is None:
-            last = mending.last_failure
-            if last is not None:
-                raise Unmendable(mending.asked - 1, last, _GENERATOR_OVER)
+    def _cut_short(self, position: int, cause: Exception) -> Unmendable:
+        """The stream ended right after a sample that failed: what was behind it is lost."""
+        self._ended = True
+        self._note(0, ended=True)
+        return Unmendable(position, cause, _CUT_SHORT)
 
     def _explain(
         self,

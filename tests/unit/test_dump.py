@@ -1,0 +1,176 @@
+"""Failures as JSON files: whole or not at all, and never in the way of training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safeloader import Failure, SafeDataLoader, SafeLoaderError, SampleError
+from safeloader.main import dump
+from tests import faults
+from tests.processes.test_failures import caught
+
+PHASES = ["init", "sampler", "sample", "collate", "transport", "crash", "timeout", "delivery"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_each_phase_is_json(phase: str, tmp_path: Path) -> None:
+    failure = Failure(
+        phase=phase,
+        exception_type="KeyError",
+        message="caf\N{LATIN SMALL LETTER E WITH ACUTE} \udc80 \x00",
+        index=(1, "a", float("nan")),
+        indices=(1, float("inf"), b"raw", ("nested", 2)),
+        dataset_state={"class": "Scans", "length": 3, 5: object()},
+        hint="look there",
+    )
+    path = dump.write(failure, tmp_path)
+    assert path is not None
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert content["failure"]["phase"] == phase
+    assert content["failure"]["index"] == [1, "a", "nan"]
+    assert content["failure"]["message"] == failure.message
+    assert content["report"] == str(failure)
+    assert set(content["versions"]) == {"safeloader", "torch", "numpy"}
+    assert content["machine"]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_each_failure_has_a_file_of_its_own(tmp_path: Path) -> None:
+    failure = Failure(phase="sample", exception_type="KeyError", message="x")
+    paths = {dump.write(failure, tmp_path / "made" / "on demand") for _ in range(5)}
+    assert len(paths) == 5
+    assert len(os.listdir(tmp_path / "made" / "on demand")) == 5
+
+
+def failures_in(folder: Path) -> list[dict[str, Any]]:
+    assert not list(folder.glob("*.part"))
+    return [json.loads(path.read_text())["failure"] for path in sorted(folder.glob("*.json"))]
+
+
+class Dies(faults.Raises):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(index)
+
+
+class Hangs(faults.Raises):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        while index == self.at:
+            signal.pause()
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize(
+    ("phase", "dataset", "more"),
+    [
+        ("sample", faults.Raises(), {"num_workers": 0}),
+        ("sample", faults.Raises(), {"num_workers": 2}),
+        ("collate", faults.Ragged("shape"), {"num_workers": 2}),
+        ("init", faults.Raises(at=-1), {"num_workers": 2, "worker_init_fn": faults.init_raises}),
+        ("sampler", faults.Raises(at=-1), {"sampler": faults.RaisingSampler()}),
+        ("transport", faults.Raises("holds a lock"), {"num_workers": 2}),
+        ("crash", Dies(), {"num_workers": 2}),
+        ("timeout", Hangs(), {"num_workers": 2, "timeout": 1}),
+        ("delivery", faults.Miscounts(-1), {"num_workers": 2}),
+    ],
+)
+def test_what_is_raised_is_written(
+    phase: str, dataset: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    if phase == "transport":
+        dataset = [torch.tensor(k) if k != 13 else faults.HoldsALock("x") for k in range(40)]
+        more = more | {"collate_fn": list}
+    error = caught(SafeDataLoader(dataset, 4, on_failure_dump=tmp_path, **more))
+    (written,) = failures_in(tmp_path)
+    assert written == json.loads(json.dumps(error.failure.to_dict()))
+    assert written["phase"] == phase
+
+
+def test_what_is_left_out_is_no_failure_but_too_much_of_it_is(tmp_path: Path) -> None:
+    def loader(bound: int) -> SafeDataLoader[Any]:
+        return SafeDataLoader(
+            faults.Raises(), 4, on_error="skip", max_skipped=bound, on_failure_dump=tmp_path
+        )
+
+    list(loader(1))
+    assert failures_in(tmp_path) == []
+    assert type(caught(loader(0))) is SampleError
+    assert failures_in(tmp_path)[0]["index"] == 13
+
+
+def test_a_folder_that_went_away_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "failures"
+    folder.mkdir()
+    loader = SafeDataLoader(faults.Raises(), 4, on_failure_dump=folder)
+    folder.rmdir()
+    caught(loader)
+    assert len(failures_in(folder)) == 1
+
+
+def went_on(loader: SafeDataLoader[Any]) -> tuple[SafeLoaderError | None, int]:
+    error, came = None, 0
+    iterator = iter(loader)
+    while True:
+        try:
+            next(iterator)
+            came += 1
+        except StopIteration:
+            return error, came
+        except SafeLoaderError as exc:
+            error = exc.with_traceback(None)
+
+
+def test_where_nothing_can_be_written_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "failures"
+    loader = SafeDataLoader(faults.Raises(), 4, on_failure_dump=folder)
+    folder.write_text("a file took its name")
+    with caplog.at_level(logging.WARNING, "safeloader"):
+        error, came = went_on(loader)
+    assert isinstance(error, KeyError)
+    assert came == 9
+    assert "could not be written to" in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The limit of the shell on file sizes (``ulimit -f``) is a disk that is full after 1 kB."""
+    failure = Failure(phase="sample", exception_type="KeyError", message="x" * 5000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        written = dump.write(failure, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert written is None
+    assert os.listdir(tmp_path) == []
+    assert "could not be written to" in caplog.text
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="on_failure_dump"):
+        SafeDataLoader([1], on_failure_dump=tmp_path)
+
+
+def test_what_is_no_folder_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        SafeDataLoader([1], on_failure_dump=file)
+    with pytest.raises(TypeError, match="folder"):
+        SafeDataLoader([1], on_failure_dump=3)  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == ["file"]

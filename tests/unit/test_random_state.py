@@ -1,0 +1,164 @@
+"""The marks are what the generators' own functions say, whatever was drawn in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safeloader.wire import random_state
+from safeloader.wire.random_state import Marks, RandomState, preserved
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "random": random.random,
+    "gauss": lambda: random.gauss(0, 1),
+    "getrandbits": lambda: random.getrandbits(1),
+    "many": lambda: [random.getrandbits(32) for _ in range(624)],
+    "shuffle": lambda: random.shuffle(list(range(9))),
+    "seed": lambda: random.seed(random.getrandbits(20)),
+    "numpy": np.random.rand,
+    "numpy normal": np.random.randn,
+    "numpy legacy normal": lambda: np.random.standard_normal(1),
+    "numpy many": lambda: np.random.randint(0, 2**32, 624, dtype=np.uint32),
+    "numpy permutation": lambda: np.random.permutation(5),
+    "numpy seed": lambda: np.random.seed(np.random.randint(0, 99)),
+    "torch": lambda: torch.rand(1),
+    "torch normal": lambda: torch.randn(3),
+    "torch seed": lambda: torch.manual_seed(random.getrandbits(8)),
+    "none": lambda: None,
+}
+sequences = st.lists(st.sampled_from(sorted(DRAWS)) | st.just("mark"), max_size=30)
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    with preserved():
+        yield
+
+
+def marked(marks: Marks) -> RandomState:
+    return RandomState(*marks.mark())
+
+
+def plain(state: RandomState) -> Any:
+    numpy = dict(state.numpy)
+    inner = {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in numpy.pop("state").items()
+    }
+    return state.python, inner, numpy, state.torch.tolist()
+
+
+def follow(sequence: list[str]) -> None:
+    marks = Marks()
+    with preserved():
+        for step in [*sequence, "mark"]:
+            if step == "mark":
+                assert plain(marked(marks)) == plain(RandomState.now())
+            else:
+                DRAWS[step]()
+
+
+@settings(deadline=None)
+@given(sequences)
+def test_marks_are_the_state(sequence: list[str]) -> None:
+    follow(sequence)
+
+
+def test_a_mark_after_every_draw_there_is() -> None:
+    for first in DRAWS:
+        for second in DRAWS:
+            follow(["mark", first, "mark", second, "mark"])
+
+
+@pytest.mark.parametrize("which", ["python", "numpy"])
+def test_a_state_put_back_with_a_kept_gaussian(which: str) -> None:
+    marks = Marks()
+    gauss = DRAWS["gauss" if which == "python" else "numpy normal"]
+    gauss()
+    kept = RandomState.now()
+    gauss()
+    marks.mark()
+    kept.set()
+    assert plain(marked(marks)) == plain(RandomState.now())
+
+
+def test_the_fast_path_is_on_here() -> None:
+    marks = Marks()
+    marks.mark()
+    assert marks._python_words is not None
+    assert marks._numpy_words is not None
+
+
+def test_nothing_moved_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = Marks()
+    random.seed(3)
+    np.random.seed(3)
+    first = marked(marks)
+    monkeypatch.setattr(np.random, "get_state", None)
+    again = marked(marks)
+    assert again.python is first.python
+    assert again.numpy is first.numpy
+
+
+@pytest.mark.parametrize("sequence", [["mark", "random", "mark", "gauss", "mark", "many"]])
+def test_without_the_fast_path(sequence: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_state, "_python_address", lambda: 0)
+    assert Marks()._python_words is None
+    follow(sequence)
+
+
+def test_another_memory_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "getstate", lambda: (3, tuple(range(625)), None))
+    assert random_state._python_address() == 0
+    monkeypatch.setattr(random, "getstate", random.Random(5).getstate)
+    assert random_state._python_address() != 0  # it is looked for in the object that is asked
+
+
+@pytest.mark.parametrize("make", [np.random.PCG64, np.random.Philox, np.random.MT19937])
+def test_another_generator_under_numpys_functions(make: Any) -> None:
+    before = np.random.get_bit_generator()
+    marks = Marks()
+    marks.mark()
+    try:
+        np.random.set_bit_generator(make(5))
+        for _ in range(3):
+            state = marked(marks)
+            first = np.random.rand(), np.random.randn()
+            state.set()
+            assert (np.random.rand(), np.random.randn()) == first
+    finally:
+        np.random.set_bit_generator(before)
+    assert plain(marked(marks)) == plain(RandomState.now())
+
+
+@given(sequences)
+@settings(deadline=None, max_examples=30)
+def test_a_mark_brings_the_numbers_back(sequence: list[str]) -> None:
+    with preserved():
+        for step in sequence:
+            DRAWS.get(step, DRAWS["none"])()
+        state = marked(Marks())
+        drawn = [(random.gauss(0, 1), np.random.randn(), float(torch.rand(()))) for _ in range(3)]
+        state.set()
+        again = [(random.gauss(0, 1), np.random.randn(), float(torch.rand(()))) for _ in range(3)]
+        assert again == drawn
+
+
+def test_preserved_also_when_it_raises() -> None:
+    def fails() -> None:
+        with preserved():
+            for draw in DRAWS.values():
+                draw()
+            raise KeyError
+
+    before = plain(RandomState.now())
+    with pytest.raises(KeyError):
+        fails()
+    assert plain(RandomState.now()) == before

@@ -1,0 +1,189 @@
+"""The sample that failed, once more in main, with the random numbers it had in the worker."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+import safeloader
+from safeloader import SKIP, Failure, SafeDataLoader, SampleError, replay
+from safeloader.wire.random_state import preserved
+from tests.datasets import Stream
+from tests.oracle import rng_state, seed_all
+from tests.processes.test_failures import caught
+
+BAD = 13
+
+
+class Bad(Exception):
+    """Carries the numbers that were drawn when it was raised."""
+
+
+def numbers() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        float(torch.rand(())),
+        *torch.randn(2).tolist(),
+    ]
+
+
+class Draws:
+    """Each sample draws; index 13 then fails, index 12 too where ``also`` is set."""
+
+    def __init__(self, also: bool = False) -> None:
+        self.also = also
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        drawn = numbers()
+        if index == BAD or (self.also and index == BAD - 1):
+            raise Bad(drawn)
+        return torch.tensor(drawn)
+
+
+class DrawsTogether(Draws):
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+def seed_worker(worker_id: int) -> None:
+    """Numpy's generator is the same in all workers unless somebody seeds it."""
+    np.random.seed(worker_id + 5)
+
+
+def replayed(what: Any, dataset: Any) -> list[float]:
+    before = rng_state()
+    with pytest.raises(Bad) as info:
+        replay(what, dataset)
+    assert rng_state() == before
+    assert "__getitem__" in [frame.name for frame in info.traceback]
+    return info.value.args[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("workers", "method", "shuffle"),
+    [
+        (0, None, False),
+        (0, None, True),
+        (1, "fork", False),
+        (1, "fork", True),
+        (2, "fork", False),
+        (2, "fork", True),
+        pytest.param(2, "spawn", True, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("dataset", [Draws(), DrawsTogether()], ids=["one by one", "together"])
+def test_the_same_numbers(dataset: Any, workers: int, method: str | None, shuffle: bool) -> None:
+    seed_all(3)
+    error = caught(
+        SafeDataLoader(
+            dataset,
+            batch_size=6,
+            shuffle=shuffle,
+            num_workers=workers,
+            multiprocessing_context=method,
+            worker_init_fn=seed_worker,
+        )
+    )
+    assert (error.index, error.failure.indices.index(BAD)) == (BAD, error.failure.position)
+    drawn = error.args[0]
+    assert drawn == replayed(error, dataset)
+    assert drawn == replayed(error.failure, dataset)
+    seed_all(99)  # wherever the generators stand here
+    assert drawn == replayed(pickle.loads(pickle.dumps(error)), dataset)
+    assert drawn == replayed(pickle.loads(pickle.dumps(error.failure)), dataset)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_later_epoch(workers: int) -> None:
+    dataset = Draws()
+    loader = SafeDataLoader(
+        dataset, 6, num_workers=workers, persistent_workers=workers > 0, shuffle=True
+    )
+    first, second = caught(loader), caught(loader)
+    assert first.args[0] != second.args[0]
+    assert replayed(second, dataset) == second.args[0]
+    assert replayed(first, dataset) == first.args[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_batches(workers: int) -> None:
+    dataset = Draws()
+    error = caught(SafeDataLoader(dataset, batch_size=None, num_workers=workers))
+    assert replayed(error, dataset) == error.args[0]
+
+
+def test_after_one_that_was_left_out_before() -> None:
+    dataset = Draws(also=True)
+    asked: list[Failure] = []
+
+    def on_error(failure: Failure) -> Any:
+        asked.append(failure)
+        return SKIP
+
+    loader = SafeDataLoader(dataset, batch_size=6, on_error=on_error)
+    assert sum(map(len, loader)) == 38
+    assert [failure.index for failure in asked] == [12, 13]
+    for failure in asked:
+        drawn = replayed(failure, dataset)
+        assert failure.message == str(drawn)
+
+
+def test_after_retries() -> None:
+    dataset = Draws()
+    error = caught(SafeDataLoader(dataset, batch_size=6, retries=1))
+    assert replayed(error, dataset) == error.args[0]
+
+
+class Heals(Draws):
+    bad = True
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if not self.bad:
+            return torch.tensor(numbers())
+        return super().__getitem__(index)
+
+
+def test_a_sample_that_comes_this_time_is_given() -> None:
+    dataset = Heals()
+    loader = SafeDataLoader(dataset, batch_size=6)
+    error = caught(loader)
+    dataset.bad = False
+    assert loader.replay(error).tolist() == torch.tensor(error.args[0]).tolist()
+    assert safeloader.replay is replay
+
+
+def test_a_plain_index_is_asked_for_here_and_now() -> None:
+    dataset = Heals()
+    with preserved():
+        expected = torch.tensor(numbers())
+    assert SafeDataLoader(dataset).replay(3).equal(expected)
+    assert replay("b", {"b": 5}) == 5
+
+
+def test_a_failure_without_an_index() -> None:
+    failure = Failure(
+        phase="collate", exception_type="TypeError", message="x", indices=tuple(range(30))
+    )
+    with pytest.raises(ValueError, match=r"collate.*\[0, 1, 2"):
+        replay(failure, Draws())
+    with pytest.raises(ValueError, match="carries no failure"):
+        replay(SampleError("made by hand"), Draws())
+
+
+def test_a_stream_has_no_index_to_ask_for() -> None:
+    stream: IterableDataset[Any] = Stream()
+    for what in (3, Failure(phase="sample", exception_type="KeyError", message="x", index=(0, 3))):
+        with pytest.raises(TypeError, match="iterate it"):
+            replay(what, stream)

@@ -1,0 +1,130 @@
+"""Pickled in the worker, opened in main; what cannot be opened still says what it was."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from safeloader.errors import TransportError
+from safeloader.wire.failure import error_from
+from safeloader.wire.indices import pack
+from safeloader.wire.records import FailedBatch, Mishap, Papers, Parcel
+from safeloader.wire.sealing import WORKER_GONE, Sealed, seal
+from tests.oracle import plain
+
+
+def papers(indices: list[int]) -> Papers:
+    mishaps = (Mishap("late", 0, "came at try 2"),)
+    return Papers(9, 1, 4321, pack(indices), len(indices), None, b"\1" * 8, False, ("k",), mishaps)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        None,
+        0,
+        {"x": torch.arange(6).view(2, 3), "y": ["a", b"b", (1.5, None)]},
+        torch.zeros(0),
+        np.arange(4.0)[::-1],
+        torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)]),
+    ],
+)
+def test_what_is_sealed_is_opened_as_it_was(payload: Any) -> None:
+    opened = seal(papers([5, 6]), payload).opened()
+    assert type(opened) is Parcel
+    assert opened.papers == papers([5, 6])
+    assert plain(opened.payload) == plain(payload)
+
+
+def test_arrays_that_arrive_can_be_written_to() -> None:
+    opened = seal(papers([5]), np.arange(3)).opened()
+    opened.payload[0] = 7  # type: ignore[union-attr]
+
+
+def test_tensors_cross_by_shared_memory() -> None:
+    sealed = seal(papers([5]), torch.zeros(100_000))
+    assert len(sealed.payload) < 2000
+    assert sealed.opened().payload.numel() == 100_000  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("count", [1, 200, 201, 300])
+def test_no_descriptor_is_left(count: int) -> None:
+    seal(papers([5]), [torch.ones(2)] * 2).opened()  # what is started once, is
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    batch = [torch.full((2,), float(k)) for k in range(count)]
+    opened = seal(papers([5]), batch).opened()
+    assert [float(each[0]) for each in opened.payload] == list(range(count))  # type: ignore[union-attr]
+    del opened, batch
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + (6 if count > 200 else 0)
+
+
+def test_what_cannot_be_pickled_raises_at_once() -> None:
+    with pytest.raises(TypeError, match="lock"):
+        seal(papers([5]), {"lock": threading.Lock()})
+
+
+class Unloadable:
+    def __init__(self, exc: type[Exception]) -> None:
+        self.exc = exc
+
+    def __reduce__(self) -> Any:
+        return _raise, (self.exc,)
+
+
+def _raise(exc: type[Exception]) -> None:
+    raise exc("cannot be loaded")
+
+
+@pytest.mark.parametrize("exc", [ValueError, ConnectionResetError, FileNotFoundError, EOFError])
+def test_what_cannot_be_opened(exc: type[Exception]) -> None:
+    opened = seal(papers([5, 6]), Unloadable(exc)).opened()
+    assert type(opened) is FailedBatch
+    assert opened.papers == papers([5, 6])
+    failure = opened.failure
+    assert failure is not None
+    assert (failure.phase, failure.indices, failure.index) == ("transport", (5, 6), None)
+    assert (failure.worker_id, failure.pid) == (1, 4321)
+    assert failure.raised_any_of(WORKER_GONE) == (exc is not ValueError)
+    assert "pickle.loads(pickle.dumps(batch))" in failure.hint
+    error = error_from(failure)
+    assert isinstance(error, TransportError)
+    assert isinstance(error, exc)
+
+
+def test_a_batch_of_one_names_its_sample() -> None:
+    failure = seal(papers([5]), Unloadable(ValueError)).opened().failure  # type: ignore[union-attr]
+    assert failure is not None
+    assert (failure.index, failure.position) == (5, 0)
+
+
+def test_too_many_open_files_are_told_as_such() -> None:
+    sealed = seal(papers([5]), 1)._replace(payload=pickle.dumps(Unloadable24()))
+    failure = sealed.opened().failure  # type: ignore[union-attr]
+    assert failure is not None
+    assert "open files" in failure.hint
+
+
+class Unloadable24:
+    def __reduce__(self) -> Any:
+        return _no_descriptors, ()
+
+
+def _no_descriptors() -> None:
+    raise OSError(24, "Too many open files")
+
+
+def test_it_is_made_of_bytes() -> None:
+    sealed = seal(papers([5]), 1)
+    assert pickle.loads(pickle.dumps(sealed)) == sealed
+    assert type(sealed) is Sealed
+    as_read = Sealed(bytearray(sealed.papers), bytearray(sealed.payload))  # type: ignore[arg-type]
+    assert as_read.opened() == sealed.opened()
