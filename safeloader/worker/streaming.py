@@ -132,7 +132,9 @@ class StreamFetcher(RecordingFetcher):
                     except StopIteration:
                         cause = begun_with or mending.last_failure or before
                         if cause is not None and not self._decides:
-                            raise self._cut_short(k, cause) from None
+                            here = begun_with or mending.last_failure
+                            at = k if here is not None else max(k - 1, 0)  # else the one before
+                            raise self._cut_short(at, cause) from None
                         self._ended = self._batched
                         break
                     self._last_failed = mending.last_failure

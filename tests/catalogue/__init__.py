@@ -1,0 +1,1 @@
+"""Faults injected for real, each with what must be said of it."""
