@@ -338,6 +338,7 @@ _BY_CODE: dict[int, _Teller] = {
 }
 _BY_PHRASE: dict[str, _Teller] = {  # regular expressions
     r"^\d+ requested and \d+ written": _space,  # numpy's tofile and save
+    "could not duplicate a shared memory file descriptor": _open_files,
     "items of ancdata": _open_files,  # the kernel drops descriptors that it has no room for
     "No usable temporary directory": _no_temporary_folder,
     "DefaultCPUAllocator: ": _memory,
