@@ -61,39 +61,44 @@ def seal(papers: Papers, payload: Any) -> Sealed:
     """
     packed = pickle.dumps(tuple(papers), pickle.HIGHEST_PROTOCOL)
     buffer = io.BytesIO()
-    pickler = _Pickler(buffer)
+    # The queue's pickler and its protocol: 5 would hand on read-only arrays.
+    pickler: Any = ForkingPickler(buffer)
+    taken = _Taken(pickler.dispatch_table[torch.UntypedStorage])
+    pickler.dispatch_table[torch.UntypedStorage] = taken.reduce
     try:
         pickler.dump(payload)
     except _TooMany:  # torch's way, then
-        pickler.close()
+        close_all(taken.fds)
         buffer = io.BytesIO()
         ForkingPickler(buffer).dump(payload)
         return Sealed(packed, buffer.getvalue())
     except BaseException:
-        pickler.close()
+        close_all(taken.fds)
         raise
-    return Sealed(packed, buffer.getvalue(), tuple(pickler.fds))
+    return Sealed(packed, buffer.getvalue(), tuple(taken.fds))
 
 
 class _TooMany(Exception):
     """More tensors than a message may have descriptors."""
 
 
-class _Pickler(ForkingPickler):
-    """The queue's, but for the memory of tensors.
+class _Taken:
+    """Descriptors of tensors' memory, taken along with a batch.
 
-    Its protocol is the queue's too: 5 would hand on read-only arrays. Torch's own reducer is asked;
-    it passes a descriptor the way that suits the moment, and while a process is being started that
-    is by number. The moment is made to look like that, for this call in this thread alone.
+    Torch's own reducer is asked; it passes a descriptor the way that suits the moment, and while a
+    process is being started that is by number. The moment is made to look like that, for one call
+    and this thread alone.
+
+    It must not hold the pickler, which holds it, and every tensor of the batch: their memory would
+    wait for the garbage collector.
     """
 
-    def __init__(self, buffer: io.BytesIO) -> None:
-        super().__init__(buffer)
+    def __init__(self, reduce: Callable[[Any], Any]) -> None:
+        self._reduce = reduce
         self.fds: list[int] = []
-        self._reduce: Callable[[Any], Any] = self.dispatch_table[torch.UntypedStorage]
-        self.dispatch_table[torch.UntypedStorage] = self._storage
 
-    def _storage(self, storage: torch.UntypedStorage) -> Any:
+    def reduce(self, storage: torch.UntypedStorage) -> Any:
+        """What ``copyreg`` wants to know of a storage."""
         before = context.get_spawning_popen()
         context.set_spawning_popen(self)  # type: ignore[arg-type]
         try:
@@ -111,9 +116,6 @@ class _Pickler(ForkingPickler):
     def DupFd(self, number: int) -> _Passed:
         """What stands for the descriptor in the pickle."""
         return _Passed(number)
-
-    def close(self) -> None:
-        close_all(self.fds)
 
 
 class _Passed:

@@ -1571,17 +1571,6 @@ EVERY = tuple({mode: None for fault in FAULTS for mode in fault.modes})
 
 NOT_YET: list[NotYet] = [
     NotYet(
-        ("a generator raises, under on_error='skip'",),
-        EVERY,
-        "the index is one too high: (0, 6) for the sample of number 5",
-    ),
-    NotYet(
-        ("too many open files for batches that the loop keeps",),
-        EVERY,
-        "torch's `could not duplicate a shared memory file descriptor` is not known to be it",
-        sometimes=True,
-    ),
-    NotYet(
         ("SIGKILL of both workers at once",),
         EVERY,
         "on a loaded machine the second is dead only after the first was told",

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from safeloader.errors import TransportError
 from safeloader.wire.failure import error_from
 from safeloader.wire.indices import pack
 from safeloader.wire.records import FailedBatch, Mishap, Papers, Parcel
-from safeloader.wire.sealing import WORKER_GONE, Sealed, seal
+from safeloader.wire.sealing import WORKER_GONE, Sealed, close_all, seal
 from tests.oracle import plain
 
 
@@ -128,3 +129,16 @@ def test_it_is_made_of_bytes() -> None:
     assert type(sealed) is Sealed
     as_read = Sealed(bytearray(sealed.papers), bytearray(sealed.payload))  # type: ignore[arg-type]
     assert as_read.opened() == sealed.opened()
+
+
+def test_what_was_sealed_is_not_kept_for_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        batch = torch.zeros(1000)
+        gone = weakref.ref(batch)
+        close_all(seal(papers([1]), {"x": batch}).fds)
+        del batch
+        assert gone() is None
+    finally:
+        gc.enable()
