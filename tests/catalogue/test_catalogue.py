@@ -56,6 +56,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 TOLD_OF_DEATH_S = 2.0
+FRESH_START_S = 40  # two fresh interpreters import torch, on a machine that may be busy
 NOISE = re.compile("can only test a child process|Exception ignored|Traceback|Error in sys", re.I)
 
 
@@ -229,14 +230,15 @@ def test_fault_is_told(
     before = Held.now()
     loader = loader_for(fault.args(scene), mode)
     began = time.monotonic()
-    with ended_by_force(fault.bound_s + 2) as forced, warnings.catch_warnings():
+    fresh = 0 if mode in (faults.MAIN, faults.FORK, faults.FORK_PINNED) else FRESH_START_S
+    with ended_by_force(fault.bound_s + fresh + 2) as forced, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of what the workers inherit: below
         warnings.filterwarnings("ignore", "Got pickle error")  # torch says so before it raises
         error, told_at = provoked(loader, fault, scene)
     assert not forced, f"it hung, until its workers were killed: {error}"
     clean_up()
     assert_told(error, fault)
-    assert told_at - began < fault.bound_s
+    assert told_at - began < fault.bound_s + fresh
     if fault.dies:
         assert told_at - scene.died_at < TOLD_OF_DEATH_S
     if fault.phase != "delivery":
