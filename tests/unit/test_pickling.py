@@ -48,6 +48,10 @@ from tests import faults
 SECRET = "hunter2-do-not-print"
 
 
+class Point(ctypes.Structure):
+    """Of no other test: ctypes names a pointer's class after the module that first asked for it."""
+
+
 class Holding(Dataset[Any]):
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
@@ -375,8 +379,8 @@ KINDS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "memory view": (lambda: memoryview(b"a"), "memoryview", LAZILY),
     "frame": (sys._getframe, "frame", LAZILY),
     "pointer": (
-        lambda: ctypes.pointer(ctypes.c_int()),
-        "tests.unit.test_pickling.LP_c_int",
+        lambda: ctypes.pointer(Point()),
+        "tests.unit.test_pickling.LP_Point",
         LAZILY,
     ),
     "iterator of a loader": (
