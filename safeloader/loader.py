@@ -25,6 +25,7 @@ from safeloader.main.iterator import iterate
 from safeloader.main.provenance import BatchRecord, Provenance, record_of
 from safeloader.main.recorder import Recorder, watch_for_use
 from safeloader.main.replay import replay
+from safeloader.main.transport import TransportStats
 from safeloader.wire.failure import Failure
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ class SafeDataLoader(DataLoader[T_co]):
         stall_after: seconds without a batch after which it is logged where each worker is, with
             the stacks of those that are stuck, and again at doubling intervals; 0: never.
         on_failure_dump: a folder in which each failure is written as a JSON file.
+        transport: how batches cross from the workers: ``"auto"``, by shared memory that is written
+            again and again, where there is such (Linux) and torch's own way elsewhere; ``"torch"``,
+            always torch's own way.
+        checksum: whether workers fingerprint every leaf of a batch, to be compared with what is
+            handed over. What differs is a :class:`~safeloader.TransportError`. With
+            ``num_workers=0`` there is nothing to compare.
         kwargs: further keywords of ``DataLoader``.
 
     Attributes:
@@ -101,6 +108,8 @@ class SafeDataLoader(DataLoader[T_co]):
     on_crash: str = "raise"
     stall_after: float = 60.0
     on_failure_dump: str | os.PathLike[str] | None = None
+    transport: str = "auto"
+    checksum: bool = False
     _session: Session | None = None
 
     def __init__(
@@ -117,6 +126,8 @@ class SafeDataLoader(DataLoader[T_co]):
         on_crash: str = "raise",
         stall_after: float = 60.0,
         on_failure_dump: str | os.PathLike[str] | None = None,
+        transport: str = "auto",
+        checksum: bool = False,
         **kwargs: Any,
     ) -> None:
         ours = {
@@ -130,6 +141,8 @@ class SafeDataLoader(DataLoader[T_co]):
             "on_crash": on_crash,
             "stall_after": stall_after,
             "on_failure_dump": on_failure_dump,
+            "transport": transport,
+            "checksum": checksum,
         }
         arguments.refuse_bad(ours, dataset)
         super().__init__(dataset, *args, **kwargs)
@@ -202,6 +215,11 @@ class SafeDataLoader(DataLoader[T_co]):
     def audit(self) -> EpochAudit | None:
         """Drawn against delivered, of the running or last epoch; None before the first."""
         return None if self.recorder is None else self.recorder.audit()
+
+    @property
+    def transport_stats(self) -> TransportStats:
+        """How the batches crossed from the workers, since the loader was made."""
+        return self._recorder_on_demand().transport.stats()
 
 
 _NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})

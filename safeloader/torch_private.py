@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 _NEEDED = {
+    "torch": ("UntypedStorage._cdata",),
     "torch._C": ("DisableTorchFunction",),
     "torch.autograd": ("_profiler_enabled",),
     "torch.utils.data.dataloader": (
@@ -37,6 +39,7 @@ _NEEDED = {
         "DataLoader._index_sampler",
         "DataLoader._auto_collation",
     ),
+    "torch.utils.data._utils.collate": ("default_collate_fn_map", "collate_tensor_fn"),
     "torch.utils.data._utils.fetch": ("_IterableDatasetFetcher.__init__",),
     "torch.utils.data._utils.pin_memory": ("pin_memory",),
     "torch.utils.data._utils.signal_handling": ("_remove_worker_pids", "_set_SIGCHLD_handler"),
@@ -304,6 +307,23 @@ def pin_memory(data: Any) -> Any:
     """``data`` with every tensor in pinned memory, as torch's loader does it."""
     pin: Any = _utils.pin_memory.pin_memory
     return pin(data)
+
+
+identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+"""The same number for the storages of two tensors that share memory; while one is referred to."""
+
+
+def stack_tensors_with(stack: Callable[..., Any]) -> None:
+    """In a worker process: have ``default_collate`` stack tensors by ``stack(torchs_own, batch)``.
+
+    A function that the user registered for tensors stays.
+    """
+    if get_worker_info() is None:
+        raise RuntimeError("default_collate belongs to the training process here")
+    registered: Any = _utils.collate.default_collate_fn_map
+    stock = _utils.collate.collate_tensor_fn
+    if registered.get(torch.Tensor) is stock:
+        registered[torch.Tensor] = functools.partial(stack, stock)
 
 
 def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:

@@ -47,6 +47,8 @@ OUR_KEYWORDS = {
     "on_crash": "raise",
     "stall_after": 60.0,
     "on_failure_dump": None,
+    "transport": "auto",
+    "checksum": False,
 }
 
 
@@ -98,7 +100,7 @@ def test_the_public_attributes_of_the_classes() -> None:
     def public(cls: type) -> set[str]:
         return {name for name in vars(cls) if not name.startswith("_")}
 
-    added = {"last_batch", "provenance", "audit", "replay"}
+    added = {"last_batch", "provenance", "audit", "replay", "transport_stats"}
     assert public(SafeDataLoader) == added | set(OUR_KEYWORDS)
     assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
     assert {"epochs", "forgotten"} <= public(Recorder)
@@ -120,6 +122,8 @@ def test_the_keywords_are_instance_attributes() -> None:
         "on_crash": "restart",
         "stall_after": 5,
         "on_failure_dump": None,
+        "transport": "torch",
+        "checksum": True,
     }
     loader = SafeDataLoader([1], **given)
     assert {name: vars(loader)[name] for name in OUR_KEYWORDS} == given

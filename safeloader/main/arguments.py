@@ -121,6 +121,22 @@ def _stall_after(value: object) -> None:
         )
 
 
+def _transport(value: object) -> None:
+    if value not in ("auto", "torch"):
+        raise ValueError(
+            "transport must be 'auto' (shared memory that is written again and again, where there "
+            f"is such) or 'torch' (torch's own way); got {value!r}"
+        )
+
+
+def _checksum(value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(
+            "checksum must be True (the leaves of each batch are fingerprinted in the worker and "
+            f"compared when it is handed over) or False; got {value!r}"
+        )
+
+
 _CHECKS: dict[str, Callable[[object], None]] = {
     "verify": _verify,
     "trace": _trace,
@@ -132,4 +148,6 @@ _CHECKS: dict[str, Callable[[object], None]] = {
     "on_crash": _on_crash,
     "stall_after": _stall_after,
     "on_failure_dump": dump.check_folder,
+    "transport": _transport,
+    "checksum": _checksum,
 }

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from safeloader import torch_private
 from safeloader.errors import DeliveryError, SafeLoaderError
 from safeloader.main import dump
+from safeloader.main.checksum import changed
 from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.epoch import Epoch
 from safeloader.main.inbox import TimedOut, WorkersDied
 from safeloader.main.revival import Revival
 from safeloader.main.session import Session
 from safeloader.main.tolerance import Tolerance
+from safeloader.main.unpacking import WORKER_GONE
 from safeloader.tracing import trace_for
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.records import EmptyBatch, FailedBatch, Parcel
-from safeloader.wire.sealing import WORKER_GONE
 
 logger = logging.getLogger("safeloader")
 
@@ -107,6 +108,8 @@ class SafeIterator(Iterator[Any]):
             epoch = self._epoch
             if type(came) is Parcel:
                 papers, payload = came
+                if papers.prints is not None and (failure := changed(papers, payload)) is not None:
+                    self._other_than_batch(FailedBatch(papers, failure))
                 if self._revival is not None:
                     self._session.sampler.answered(papers.seq)
                 wait_ns = clock() - began

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from safeloader.main.audit import EpochAudit
+from safeloader.main.transport import TransportTally
 from safeloader.wire.indices import Packed
 from safeloader.wire.records import Papers
 
@@ -78,6 +79,7 @@ class Recorder:
         self._epochs = 0
         self._audit: Callable[[], EpochAudit] | None = None
         self._forgotten = 0
+        self.transport = TransportTally()
         self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,8 +112,8 @@ class Recorder:
 
     def delivered(self, epoch: int, batch: int, wait_ns: int, papers: Papers) -> None:
         """Note a batch as it is handed over; hot path."""
-        if papers.keys is not None:  # the ledger's business, and of any size
-            papers = papers._replace(keys=None)
+        if papers.keys is not None or papers.prints is not None:  # checked, and of any size
+            papers = papers._replace(keys=None, prints=None)
         self._deliveries[epoch << _BATCH_BITS | batch] = (epoch, batch, wait_ns, *papers)
         self._held_bytes += _nbytes(papers.indices, papers.stamps)
         if self._held_bytes > self.max_bytes:

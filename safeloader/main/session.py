@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import queue
+import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -28,13 +30,16 @@ from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
 from safeloader.main.stream_ledger import StreamLedger
+from safeloader.main.unpacking import Unpacker
 from safeloader.wire.failure import Failure, error_from, failure_of
 from safeloader.wire.flight import Ending, FlightRecorder
 from safeloader.wire.pickling import find_culprit
 from safeloader.wire.policy import Policy
 from safeloader.wire.random_state import preserved
+from safeloader.wire.resources import cgroup_memory, machine_memory
 from safeloader.wire.results import ResultQueue
 from safeloader.wire.shortage import shortage
+from safeloader.wire.slots import SlotTable
 from safeloader.wire.streams import StreamBoard
 from safeloader.wire.tasks import TaskQueue
 from safeloader.worker.fetching import fetcher_in_main
@@ -118,7 +123,9 @@ class Session:
         """
         _warn_of_inherited(loader)
         try:
-            results = ResultQueue(loader.num_workers)
+            table, no_slots = _slot_table(loader)
+            unpacker = Unpacker(table, loader._recorder_on_demand().transport)
+            results = ResultQueue(loader.num_workers, unpacker.opened)
             flight = _flight_recorder(loader.num_workers)
             startup = WorkerStartup(
                 loader.worker_init_fn,
@@ -127,6 +134,9 @@ class Session:
                 board=self._board,
                 results=results,
                 flight=flight,
+                slots=table,
+                no_slots=no_slots,
+                checksum=loader.checksum,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ending = None if flight is None else Ending(flight)
@@ -249,6 +259,24 @@ def _flight_recorder(workers: int) -> FlightRecorder | None:
         return None
 
 
+def _slot_table(loader: SafeDataLoader[Any]) -> tuple[SlotTable | None, str]:
+    """Where the states of the workers' slots are kept; None, and why, for torch's own transport."""
+    if loader.transport == "torch":
+        return None, ""
+    if not hasattr(os, "memfd_create"):
+        return None, f"{sys.platform} has no anonymous shared memory (memfd)"
+    memory = machine_memory()
+    limits = cgroup_memory()
+    sizes = [] if memory is None else [memory.total]
+    if limits is not None and limits.limit:
+        sizes.append(limits.limit)
+    most_bytes = int(_SLOTS_SHARE * min(sizes, default=_UNKNOWN_MEMORY)) // loader.num_workers
+    try:
+        return SlotTable(loader.num_workers, most_bytes), ""
+    except (OSError, RuntimeError) as exc:
+        return None, f"no shared memory for slots: {exc}"
+
+
 def _warn_of_inherited(loader: SafeDataLoader[Any]) -> None:
     try:
         found = survey(
@@ -286,6 +314,8 @@ def _say_stalled(diagnosis: Diagnosis, waited_s: float) -> None:
         logger.exception("no batch came for %.0f s, and looking into it failed", waited_s)
 
 
+_SLOTS_SHARE = 0.25  # of the memory of the machine or container: what slots may hold together
+_UNKNOWN_MEMORY = 1 << 32
 _OPEN_IT_THERE = "multiprocessing_context='fork' does without pickling, where forking is safe"
 
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Callable
 from multiprocessing.context import assert_spawning
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
+
+from safeloader.wire.anonymous import anonymous_file
 
 STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
 STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
@@ -74,7 +75,7 @@ class FlightRecorder:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._fd = _anonymous_file(self._cells_bytes() + workers * STACK_BYTES)
+        self._fd = anonymous_file(self._cells_bytes() + workers * STACK_BYTES)
         self._map()
 
     def _cells_bytes(self) -> int:
@@ -184,17 +185,3 @@ def _stamps_since(row: memoryview) -> int:
     while count < STAMPS_MAX and row[STAMPS + 1 + count] >= began > 0:
         count += 1
     return count
-
-
-def _anonymous_file(size: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("safeloader", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    try:
-        os.ftruncate(fd, size)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from safeloader import torch_private
 from safeloader.wire.failure import Failure, failure_of
+from safeloader.wire.fingerprint import Leaf
 from safeloader.wire.indices import Packed, unpack
 
 
@@ -63,6 +64,7 @@ class Papers(NamedTuple):
     samples that the dataset gave, None where that cannot be counted. In a stream the samples are
     numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
     empty. ``mishaps`` are those of samples left out, replaced or late; None, as a rule, for none.
+    ``prints`` are the fingerprints of its leaves, with ``checksum=True``.
     """
 
     seq: int
@@ -75,6 +77,7 @@ class Papers(NamedTuple):
     fetched_at_once: bool
     keys: tuple[Any, ...] | None
     mishaps: tuple[Mishap, ...] | None = None
+    prints: tuple[Leaf, ...] | None = None
 
 
 def asked_for(papers: Papers) -> tuple[Any, ...]:

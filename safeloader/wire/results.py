@@ -31,7 +31,8 @@ from multiprocessing.context import assert_spawning
 from time import monotonic
 from typing import Any
 
-from safeloader.wire.sealing import Sealed, close_all
+from safeloader.wire.leaves import close_all
+from safeloader.wire.sealing import Sealed
 from safeloader.wire.sending import MOST_FDS, Sender
 
 _HEADER = struct.Struct("<qqq")  # task number, bytes of papers, bytes of payload
@@ -47,9 +48,11 @@ class ResultQueue:
 
     Args:
         workers: how many there are; each has a socket of its own.
+        opened: makes of a sealed batch what :meth:`get` gives.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, opened: Callable[[Sealed], Any]) -> None:
+        self._opened: Callable[[Sealed], Any] | None = opened
         self._readers: list[socket.socket] = []
         self._writers: list[socket.socket | None] = []
         for _ in range(workers + 1):  # the last is main's own
@@ -74,6 +77,7 @@ class ResultQueue:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._readers = []
+        self._opened = None
         self._writers = state["writers"]
         self._main_side()
 
@@ -164,7 +168,8 @@ class ResultQueue:
         number, papers, payload, fds = self._arrived.popleft()
         if number == _PLAIN:
             return pickle.loads(papers)
-        return number, Sealed(papers, payload, fds).opened()
+        assert self._opened is not None
+        return number, self._opened(Sealed(papers, payload, fds))
 
     def wait(self, timeout: float | None) -> list[int]:
         """Read what has come; waits for it, for ``timeout`` seconds at most (None: for ever).

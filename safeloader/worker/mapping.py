@@ -60,6 +60,7 @@ class MapFetcher(RecordingFetcher):
             fetched = list(samples) if type(samples) is list else samples
             phase = "collate"
             cells[PHASE] = COLLATE
+            self._packer.collates()
             batch = self._collate_fn(samples)
             stamps[k + 1] = now()
         except Exception as exc:
@@ -201,6 +202,7 @@ class UnbatchedMapFetcher(RecordingFetcher):
             keys = None if bulk else self._keys((sample,))
             phase = "collate"
             cells[PHASE] = COLLATE
+            self._packer.collates()
             batch = self._collate_fn(sample)
             stamps[2] = clock()
         except Exception as exc:

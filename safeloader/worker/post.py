@@ -10,6 +10,7 @@ from typing import Any
 from safeloader.wire import flight
 from safeloader.wire.policy import Policy
 from safeloader.wire.streams import StreamBoard
+from safeloader.worker.packing import Packer
 
 
 def private_row() -> memoryview:
@@ -28,6 +29,8 @@ class Post:
         start_state: the dataset as it was when the worker started.
         policy: what to do about samples that fail.
         cells: this worker's row of the flight recorder.
+        checksum: whether the leaves of each batch are fingerprinted before it is sent.
+        packer: what seals the batches, in a worker.
         raised: in the main process, where the exception of a failed batch is left for the iterator.
             The batch must not carry it: frames that its traceback leads back to hold the batch.
     """
@@ -38,6 +41,8 @@ class Post:
     start_state: dict[str, Any] | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     cells: memoryview = dataclasses.field(default_factory=private_row)
+    checksum: bool = False
+    packer: Packer = dataclasses.field(default_factory=Packer)
     raised: list[BaseException] | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 from safeloader.wire.dataset_state import changes, describe
 from safeloader.wire.failure import Failure, failure_of
+from safeloader.wire.fingerprint import fingerprint
 from safeloader.wire.flight import COUNTED, PHASE, SEND, SEQ, SINCE, STAMPS, STAMPS_MAX
 from safeloader.wire.indices import Opaque, Packed, identity
 from safeloader.wire.random_state import Marks, RandomState
@@ -24,7 +25,7 @@ from safeloader.wire.records import (
     Task,
     asked_for,
 )
-from safeloader.wire.sealing import Sealed, seal
+from safeloader.wire.sealing import Sealed
 from safeloader.worker.collating import explain
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.mending import Mending, Unmendable
@@ -71,6 +72,7 @@ class RecordingFetcher:
         self._policy = post.policy
         self._cells = post.cells
         self._shared_stamps = post.cells[STAMPS:]
+        self._packer = post.packer
         self._seals = post.worker_id is not None
         self._mark = Marks().mark
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
@@ -81,6 +83,7 @@ class RecordingFetcher:
             return FailedBatch(self._papers(task.seq, b"", 0, b""), None)
         self._cells[SEQ] = task.seq
         self._random = self._mark()
+        self._packer.begin()
         return self._fetch(task)
 
     def _fetch(self, task: Task) -> Made:
@@ -126,11 +129,15 @@ class RecordingFetcher:
         cells[SINCE] = clock()
         cells[PHASE] = SEND
         try:
-            return seal(papers, batch)
+            if self._post.checksum:
+                papers = papers._replace(prints=fingerprint(batch, len(asked_for(papers))))
+            return self._packer.seal(papers, batch)
         except Exception as exc:
             known = asked_for(papers)
             found = why_not_sent(exc, batch, samples, known)
-            return self._failed(exc, papers._replace(keys=None), "transport", known, found)
+            return self._failed(
+                exc, papers._replace(keys=None, prints=None), "transport", known, found
+            )
 
     def _keys(self, samples: Iterable[Any]) -> tuple[Any, ...] | None:
         """The identities that the user's ``key`` gives the samples; before collation."""
@@ -175,6 +182,7 @@ class RecordingFetcher:
         """
         given_up: set[int] = set()
         while samples := mending.batch():
+            self._packer.collates()
             try:
                 return self._collate_fn(list(samples)), samples
             except Exception as exc:

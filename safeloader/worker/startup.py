@@ -19,11 +19,14 @@ from safeloader.wire.failure import Failure, failure_of
 from safeloader.wire.flight import IDLE, INIT, OPEN, PHASE, PID, SINCE, FlightRecorder
 from safeloader.wire.policy import Policy
 from safeloader.wire.results import ResultQueue
+from safeloader.wire.slots import SlotTable
 from safeloader.wire.streams import StreamBoard
 from safeloader.worker.fetching import fetcher_for
 from safeloader.worker.hints import hint_for
+from safeloader.worker.packing import Packer
 from safeloader.worker.post import Post, private_row
 from safeloader.worker.recording import RefusingFetcher
+from safeloader.worker.slots import SlotPool
 from safeloader.worker.witness import Witness
 
 
@@ -39,6 +42,9 @@ class WorkerStartup:
         board: StreamBoard | None,
         results: ResultQueue | None,
         flight: FlightRecorder | None,
+        slots: SlotTable | None = None,
+        no_slots: str = "",
+        checksum: bool = False,
     ) -> None:
         self._user_init_fn = user_init_fn
         self._key = key
@@ -46,6 +52,9 @@ class WorkerStartup:
         self._board = board
         self._results = results
         self._flight = flight
+        self._slots = slots
+        self._no_slots = no_slots
+        self._checksum = checksum
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -70,6 +79,9 @@ class WorkerStartup:
                 raise
         # Taken after the user's function: what it opened is the state that the work starts from.
         # The dataset is not asked for its length: a slow `__len__` would delay every worker.
+        slots = None if self._slots is None else SlotPool(self._slots, worker_id)
+        packer = Packer(slots, self._no_slots)
+        packer.install()
         post = Post(
             worker_id,
             board=self._board,
@@ -77,6 +89,8 @@ class WorkerStartup:
             start_state=describe(dataset, ask=False),
             policy=self._policy,
             cells=cells,
+            checksum=self._checksum,
+            packer=packer,
         )
 
         def make(create: Callable[[], Any]) -> Any:

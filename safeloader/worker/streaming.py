@@ -82,6 +82,7 @@ class StreamFetcher(RecordingFetcher):
             keys = self._keys(samples)
             phase = "collate"
             cells[PHASE] = COLLATE
+            self._packer.collates()
             batch = self._collate_fn(list(samples) if self._batched else samples[0])
             stamps[len(samples) + 1] = clock()
         except Exception as exc:
@@ -145,6 +146,7 @@ class StreamFetcher(RecordingFetcher):
             if self._batched:
                 batch, samples = self._collate_mended(mending, known)
             elif samples := mending.batch():
+                self._packer.collates()
                 batch = self._collate_fn(samples[0])
             keys = self._keys(samples)
             stamps[mending.asked + 1] = clock()

@@ -16,6 +16,7 @@ import pytest
 
 from safeloader.main import inbox as module
 from safeloader.main.inbox import Inbox, PinnedInbox, TimedOut, WorkersDied
+from safeloader.main.unpacking import Unpacker
 from safeloader.wire.results import ResultQueue
 
 BOUND_S = 30
@@ -32,7 +33,7 @@ class Pool:
     """Workers that do one thing each, once ``go`` is set."""
 
     def __init__(self, *deeds: Callable[[ResultQueue], None]) -> None:
-        self.results = ResultQueue(len(deeds))
+        self.results = ResultQueue(len(deeds), Unpacker().opened)
         self.go = context.Event()
         self.told_to_end: set[int] = set()
         self.stalls: list[float] = []

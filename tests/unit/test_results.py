@@ -19,12 +19,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from safeloader.main.unpacking import Unpacker
 from safeloader.wire.records import FailedBatch, Papers, Parcel
 from safeloader.wire.results import _HEADER, ResultQueue
-from safeloader.wire.sealing import seal
+from safeloader.worker.packing import Packer
 
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 BOUND_S = 60
+
+seal = Packer().seal
 
 
 def papers(seq: int, worker: int = 0) -> Papers:
@@ -66,7 +69,7 @@ def start(method: str, target: Any, results: ResultQueue, arguments: list[tuple[
 def test_several_workers_each_in_order(method: str) -> None:
     sizes = [0, 1, 100, 65_536 - _HEADER.size, 65_536, 200_000, 3, 5_000_000, 0]
     workers = 3 if method == "fork" else 2
-    results = ResultQueue(workers)
+    results = ResultQueue(workers, Unpacker().opened)
     processes = start(method, says, results, [(w, sizes) for w in range(workers)])
     came: dict[int, list[int]] = defaultdict(list)
     for number, data in received(results, workers * len(sizes)):
@@ -96,7 +99,7 @@ def test_several_workers_each_in_order(method: str) -> None:
 )
 def test_messages_of_all_sizes(sizes: list[list[int]]) -> None:
     """In threads, each with a queue of its own over the same pipes, as a process would have it."""
-    results = ResultQueue(len(sizes))
+    results = ResultQueue(len(sizes), Unpacker().opened)
     voices = []
     for worker in range(len(sizes)):
         voice = ResultQueue.__new__(ResultQueue)
@@ -142,7 +145,7 @@ def dies_in_the_middle(results: ResultQueue, worker: int, whole: int, part: int)
 
 @pytest.mark.parametrize("part", [1, _HEADER.size - 1, _HEADER.size, 900])
 def test_a_torn_message_disturbs_nobody(part: int) -> None:
-    results = ResultQueue(3)
+    results = ResultQueue(3, Unpacker().opened)
     processes = start("fork", dies_in_the_middle, results, [(w, 2, part) for w in range(3)])
     came: dict[int, list[int]] = defaultdict(list)
     for number, data in received(results, 402):
@@ -167,7 +170,7 @@ def test_tensors_outlive_the_worker_and_leave_no_descriptor() -> None:
     sizes = [1, 0, 7, 150, 2]
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     (process,) = start("fork", sends_tensors, results, [(sizes,)])
     came = []
     for number, data in received(results, len(sizes)):
@@ -186,7 +189,7 @@ def test_tensors_outlive_the_worker_and_leave_no_descriptor() -> None:
 def test_what_came_and_was_not_taken_leaves_no_descriptor() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     (process,) = start("fork", sends_tensors, results, [([40, 40],)])
     give_up = time.monotonic() + BOUND_S
     while not results.has_arrived and time.monotonic() < give_up:
@@ -199,7 +202,7 @@ def test_what_came_and_was_not_taken_leaves_no_descriptor() -> None:
 
 
 def test_half_a_message_is_not_waited_for() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     writer = results._writers[0]
     assert writer is not None
     whole = _HEADER.pack(-1, 10, 0) + pickle.dumps((7, None)).ljust(10, b".")[:10]
@@ -226,7 +229,7 @@ def does_not_wait(results: ResultQueue, told: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_worker_does_not_wait_for_main_and_its_exit_flushes(method: str) -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     told = multiprocessing.get_context(method).Event()
     (process,) = start(method, does_not_wait, results, [(told,)])
     assert told.wait(BOUND_S)  # nobody has read a byte
@@ -249,7 +252,7 @@ def does_not_flush(results: ResultQueue, told: Any, before: bool) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_worker_told_not_to_wait_ends_with_its_pipe_full(before: bool) -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     told = multiprocessing.Event()
     (process,) = start("fork", does_not_flush, results, [(told, before)])
     process.join(BOUND_S)
@@ -271,7 +274,7 @@ def fills_and_is_killed(results: ResultQueue, told: Any) -> None:
 
 
 def test_a_worker_killed_while_its_pipe_is_full() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     told = multiprocessing.Event()
     (process,) = start("fork", fills_and_is_killed, results, [(told,)])
     assert told.wait(BOUND_S)
@@ -288,7 +291,7 @@ def test_a_worker_killed_while_its_pipe_is_full() -> None:
 
 
 def test_mains_own_message() -> None:
-    results = ResultQueue(2)
+    results = ResultQueue(2, Unpacker().opened)
     results.all_started()
     results.put((None, None))
     results.put((5, "x" * 1_000_000))
@@ -305,7 +308,7 @@ def goes_on_though_nobody_reads(results: ResultQueue, go: Any) -> None:
 
 
 def test_a_broken_pipe_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     go = multiprocessing.Event()
     (process,) = start("fork", goes_on_though_nobody_reads, results, [(go,)])
     results.close()
@@ -324,7 +327,7 @@ def counts_what_it_sent(results: ResultQueue) -> None:
 
 
 def test_sent_is_called_after_each_message() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     (process,) = start("fork", counts_what_it_sent, results, [()])
     assert [data for _, data in received(results, 3)][1:] == [2, [0, 1]]
     process.join(BOUND_S)
@@ -332,7 +335,7 @@ def test_sent_is_called_after_each_message() -> None:
 
 
 def test_nothing_there_is_told_as_by_any_queue() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     for block, timeout in ((False, None), (True, 0), (True, 0.01)):
         with pytest.raises(queue.Empty):
             results.get(block, timeout)
@@ -341,7 +344,7 @@ def test_nothing_there_is_told_as_by_any_queue() -> None:
 def test_closed_twice_and_without_a_descriptor_left() -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    results = ResultQueue(4)
+    results = ResultQueue(4, Unpacker().opened)
     assert len(os.listdir("/proc/self/fd")) == before + 10
     results.close()
     results.close()
@@ -350,7 +353,7 @@ def test_closed_twice_and_without_a_descriptor_left() -> None:
 
 
 def test_other_descriptors_wake_it_up() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     reader, writer = os.pipe()
     results.also(reader)
     assert results.wait(0) == []
@@ -368,7 +371,7 @@ class Unloadable:
 
 
 def test_what_cannot_be_loaded_still_says_which_batch_it_was() -> None:
-    results = ResultQueue(1)
+    results = ResultQueue(1, Unpacker().opened)
     results.put((3, seal(papers(8), Unloadable())))
     number, came = results.get(timeout=5)
     assert (number, type(came), came.papers.seq) == (3, FailedBatch, 8)

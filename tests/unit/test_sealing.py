@@ -14,11 +14,17 @@ import pytest
 import torch
 
 from safeloader.errors import TransportError
+from safeloader.main.unpacking import WORKER_GONE, Unpacker
 from safeloader.wire.failure import error_from
 from safeloader.wire.indices import pack
+from safeloader.wire.leaves import close_all
 from safeloader.wire.records import FailedBatch, Mishap, Papers, Parcel
-from safeloader.wire.sealing import WORKER_GONE, Sealed, close_all, seal
+from safeloader.wire.sealing import Sealed
+from safeloader.worker.packing import Packer
 from tests.oracle import plain
+
+seal = Packer().seal
+opened_from = Unpacker().opened
 
 
 def papers(indices: list[int]) -> Papers:
@@ -38,30 +44,30 @@ def papers(indices: list[int]) -> Papers:
     ],
 )
 def test_what_is_sealed_is_opened_as_it_was(payload: Any) -> None:
-    opened = seal(papers([5, 6]), payload).opened()
+    opened = opened_from(seal(papers([5, 6]), payload))
     assert type(opened) is Parcel
     assert opened.papers == papers([5, 6])
     assert plain(opened.payload) == plain(payload)
 
 
 def test_arrays_that_arrive_can_be_written_to() -> None:
-    opened = seal(papers([5]), np.arange(3)).opened()
+    opened = opened_from(seal(papers([5]), np.arange(3)))
     opened.payload[0] = 7  # type: ignore[union-attr]
 
 
 def test_tensors_cross_by_shared_memory() -> None:
     sealed = seal(papers([5]), torch.zeros(100_000))
     assert len(sealed.payload) < 2000
-    assert sealed.opened().payload.numel() == 100_000  # type: ignore[union-attr]
+    assert opened_from(sealed).payload.numel() == 100_000  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("count", [1, 200, 201, 300])
 def test_no_descriptor_is_left(count: int) -> None:
-    seal(papers([5]), [torch.ones(2)] * 2).opened()  # what is started once, is
+    opened_from(seal(papers([5]), [torch.ones(2)] * 2))  # what is started once, is
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     batch = [torch.full((2,), float(k)) for k in range(count)]
-    opened = seal(papers([5]), batch).opened()
+    opened = opened_from(seal(papers([5]), batch))
     assert [float(each[0]) for each in opened.payload] == list(range(count))  # type: ignore[union-attr]
     del opened, batch
     gc.collect()
@@ -87,7 +93,7 @@ def _raise(exc: type[Exception]) -> None:
 
 @pytest.mark.parametrize("exc", [ValueError, ConnectionResetError, FileNotFoundError, EOFError])
 def test_what_cannot_be_opened(exc: type[Exception]) -> None:
-    opened = seal(papers([5, 6]), Unloadable(exc)).opened()
+    opened = opened_from(seal(papers([5, 6]), Unloadable(exc)))
     assert type(opened) is FailedBatch
     assert opened.papers == papers([5, 6])
     failure = opened.failure
@@ -102,14 +108,14 @@ def test_what_cannot_be_opened(exc: type[Exception]) -> None:
 
 
 def test_a_batch_of_one_names_its_sample() -> None:
-    failure = seal(papers([5]), Unloadable(ValueError)).opened().failure  # type: ignore[union-attr]
+    failure = opened_from(seal(papers([5]), Unloadable(ValueError))).failure  # type: ignore[union-attr]
     assert failure is not None
     assert (failure.index, failure.position) == (5, 0)
 
 
 def test_too_many_open_files_are_told_as_such() -> None:
     sealed = seal(papers([5]), 1)._replace(payload=pickle.dumps(Unloadable24()))
-    failure = sealed.opened().failure  # type: ignore[union-attr]
+    failure = opened_from(sealed).failure  # type: ignore[union-attr]
     assert failure is not None
     assert "open files" in failure.hint
 
@@ -128,7 +134,7 @@ def test_it_is_made_of_bytes() -> None:
     assert pickle.loads(pickle.dumps(sealed)) == sealed
     assert type(sealed) is Sealed
     as_read = Sealed(bytearray(sealed.papers), bytearray(sealed.payload))  # type: ignore[arg-type]
-    assert as_read.opened() == sealed.opened()
+    assert opened_from(as_read) == opened_from(sealed)
 
 
 def test_what_was_sealed_is_not_kept_for_the_garbage_collector() -> None:

@@ -1,0 +1,43 @@
+"""Whether a batch is handed over as its worker sent it, by the fingerprints of its leaves; main."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safeloader.wire.failure import Failure
+from safeloader.wire.fingerprint import difference
+from safeloader.wire.records import Papers, asked_for, contents
+
+_HINT = (
+    "something wrote to the batch after the worker made it\n"
+    "a dataset or collate_fn that goes on writing to a tensor it gave away (a buffer used again) "
+    "does that: give away a copy; so does a pin_memory() that changes what it pins. Otherwise "
+    "suspect the machine's memory: transport='torch' takes another way across"
+)
+
+
+def changed(papers: Papers, batch: Any) -> Failure | None:
+    """The failure, if ``batch`` is not what the papers say it was."""
+    assert papers.prints is not None
+    asked = asked_for(papers)
+    found = difference(papers.prints, batch, len(asked))
+    if found is None:
+        return None
+    places = contents(papers)
+    positions = [places[row] for row in found.rows or () if row < len(places)]
+    position = positions[0] if positions else (0 if len(asked) == 1 else None)
+    which = ", ".join(str(asked[each]) for each in positions[:8])
+    if len(positions) > 8:
+        which += f" and {len(positions) - 8} more"
+    where = f", in the samples of dataset index {which}" if positions else ""
+    return Failure(
+        phase="transport",
+        exception_type="TransportError",
+        message=f"{found.path} is not what the worker sent{where}",
+        index=None if position is None else asked[position],
+        position=position,
+        indices=asked,
+        worker_id=papers.worker_id,
+        pid=papers.pid,
+        hint=_HINT,
+    )

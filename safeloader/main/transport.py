@@ -1,0 +1,88 @@
+"""How batches crossed from the workers, counted; runs in main."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter
+from typing import Any
+
+from safeloader.wire.resources import human_bytes
+from safeloader.wire.slots import Cargo
+
+_REASONS_MAX = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TransportStats:
+    """How the batches of a loader crossed from its workers to the training process.
+
+    Attributes:
+        slots: how many slots are mapped: shared memory that batches are written into in turn.
+        bytes: their size together. What a slot never held takes no memory.
+        batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
+            within the worker's message, as it is small; ``"torch"``, in full or in part by torch's
+            own shared memory, a file for each tensor.
+        fallbacks: why torch's way was taken under ``transport="auto"``, with how many batches.
+
+    Example:
+        >>> import torch
+        >>> from safeloader import SafeDataLoader
+        >>> loader = SafeDataLoader(torch.zeros(8, 5000), batch_size=4, num_workers=1)
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.transport_stats.batches
+        {'slots': 2}
+    """
+
+    slots: int = 0
+    bytes: int = 0
+    batches: dict[str, int] = dataclasses.field(default_factory=dict)
+    fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
+        lines = [f"{self.slots} slots of {human_bytes(self.bytes)}; batches: {ways or 'none'}"]
+        lines += [f"torch's way, {count}: {why}" for why, count in self.fallbacks.items()]
+        return "\n".join(lines)
+
+
+class TransportTally:
+    """The running count; written by the thread that opens batches, and as slots are freed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a slot may be freed by the garbage collector in here
+        self._slots = 0
+        self._bytes = 0
+        self._batches: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+
+    def came(self, cargo: Cargo) -> None:
+        """A batch was opened; hot path."""
+        if cargo.fds != cargo.fresh or cargo.why:
+            self._batches["torch"] += 1
+            if cargo.why:
+                known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
+                self._fallbacks[cargo.why if known else "other reasons"] += 1
+        else:
+            self._batches["slots" if cargo.slots else "message"] += 1
+
+    def slot_made(self, size: int) -> None:
+        """A slot was mapped."""
+        with self._lock:
+            self._slots += 1
+            self._bytes += size
+
+    def slot_gone(self, size: int) -> None:
+        """A slot was unmapped."""
+        with self._lock:
+            self._slots -= 1
+            self._bytes -= size
+
+    def stats(self) -> TransportStats:
+        """The count as it stands."""
+        return TransportStats(self._slots, self._bytes, dict(self._batches), dict(self._fallbacks))

@@ -1,0 +1,47 @@
+"""Files without a name, for memory that processes share; both processes.
+
+The kernel keeps such a file for as long as a process has it open or mapped. Nothing is left of it
+when they end, however they end, and ``/dev/shm`` (64 MB in many containers) does not count it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+
+def anonymous_file(size: int, name: str = "safeloader") -> int:
+    """A file descriptor of ``size`` bytes of zeros: ``memfd``, elsewhere an unlinked file.
+
+    Raises:
+        OSError: where none can be had.
+    """
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def mapped(fd: int, size: int) -> Any:
+    """The first ``size`` bytes of a file as memory, a ctypes array; unmapped when it is freed.
+
+    Holds no descriptor, which ``mmap.mmap`` would: loaders that keep many batches run out of them.
+
+    Raises:
+        RuntimeError: where it cannot be mapped.
+    """
+    file = f"/proc/self/fd/{fd}"
+    whole = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+    memory: Any = whole.numpy()
+    return (ctypes.c_ubyte * size).from_buffer(memory)

@@ -1,0 +1,95 @@
+"""Slots: shared memory that a worker writes batches into, again and again.
+
+::
+
+    worker                     both                       main
+    ──────                     ────                       ────
+    SlotPool ── writes ──► slot: anonymous file ──► lease ──► the batch's tensors and arrays
+       ▲                                              │
+       └──── FREE ◄── SlotTable: a cell a slot ◄──────┘ the last view of the batch is gone
+
+A batch lies in slots of its worker, and its message says where. The worker writes LENT as it sends
+the batch; main writes FREE when nothing refers to the batch any more, or GONE if the slot must not
+be written to again. Neither ever waits for the other.
+
+Torch gives each tensor a new shared-memory file: page faults on both sides, a descriptor, and the
+memory of /dev/shm. A slot is mapped once, and costs one copy of a batch each time it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from multiprocessing.context import assert_spawning
+from multiprocessing.reduction import DupFd
+from typing import Any, NamedTuple
+
+from safeloader.wire.anonymous import anonymous_file, mapped
+
+SLOTS = 256  # of one worker, at most
+FREE, LENT, GONE = range(3)
+
+
+class Cargo(NamedTuple):
+    """Where a batch lies; travels with its papers.
+
+    Attributes:
+        slots: number and size in bytes of each slot it lies in.
+        fresh: how many of these, the last ones, main has not seen: their descriptors come beside
+            the message, behind the others.
+        fds: how many descriptors come with the message.
+        given_up: slots that will not be used again.
+        stream: where the pickle itself lies, if it is large: slot of the batch, offset, bytes.
+        why: why torch's own way was taken for some or all of it; empty if it was not.
+    """
+
+    slots: tuple[tuple[int, int], ...] = ()
+    fresh: int = 0
+    fds: int = 0
+    given_up: tuple[int, ...] = ()
+    stream: tuple[int, int, int] | None = None
+    why: str = ""
+
+
+class SlotTable:
+    """The state of every slot of every worker. Pickles to workers only.
+
+    Args:
+        workers: how many there are.
+        most_bytes: what the slots of one worker may hold together.
+
+    Raises:
+        OSError: where no anonymous file can be had.
+        RuntimeError: where it cannot be mapped.
+    """
+
+    def __init__(self, workers: int, most_bytes: int) -> None:
+        self.workers = workers
+        self.most_bytes = most_bytes
+        self._fd = anonymous_file(8 * SLOTS * workers)
+        self._map()
+
+    def _map(self) -> None:
+        # The view keeps the mapping alive; nothing is ever unmapped under a reader.
+        memory = memoryview(mapped(self._fd, 8 * SLOTS * self.workers))
+        self._cells = memory.cast("B").cast("q")
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
+        numbers = {"workers": self.workers, "most_bytes": self.most_bytes}
+        return numbers | {"_fd": DupFd(self._fd)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fd = state["_fd"].detach()
+        self._map()
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # By an argument: at the interpreter's end the module's names are gone.
+        fd = self.__dict__.get("_fd")
+        if fd is not None:
+            close(fd)
+
+    def row(self, worker: int) -> memoryview:
+        """The cells of ``worker``'s slots."""
+        return self._cells[worker * SLOTS : (worker + 1) * SLOTS]

@@ -1,0 +1,287 @@
+"""The pickler's walk through a batch: the memory of tensors and arrays goes to its place.
+
+Runs in a worker. Where the pickler comes to the memory of a tensor or of an array, that is copied
+into a slot, once however many tensors share it, and a call that finds it there is written to the
+pickle. What is small crosses within the message. Everything else about a tensor (its kind,
+``requires_grad``, what its class adds) is torch's own way of pickling it.
+
+Torch's way of handing over memory remains for what is in its shared memory already, and for what
+finds no room: a descriptor for each tensor, sent beside the message.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import os
+import pickle
+from multiprocessing import context
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import numpy as np
+import torch
+
+from safeloader import torch_private
+from safeloader.wire import leaves
+from safeloader.wire.leaves import CODES, Beside, Place, close_all
+from safeloader.wire.sending import MOST_FDS
+from safeloader.worker.slots import NoRoom, SlotPool
+
+INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
+_PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
+_FRESH_FDS = 16  # kept free for slots, of the descriptors of a message
+_ALIGNED = 16  # every element size divides it
+
+Stacked = dict[int, tuple[int, int, torch.Tensor]]  # storage: slot of the batch, offset, tensor
+Parts = dict[int, tuple[int, int]]  # storage: first byte, and the one behind the last
+
+
+class Overlap(Exception):
+    """Several tensors look into one memory: the part of it that all of them see has to cross."""
+
+    def __init__(self, storage: int, part: tuple[int, int]) -> None:
+        super().__init__(storage, part)
+        self.storage = storage
+        self.part = part
+
+
+class TooManyFds(Exception):
+    """More tensors go torch's way than a message may have descriptors."""
+
+
+class Reduction:
+    """One batch on its way through the pickler, reduced to places of its memory.
+
+    It must not hold the pickler, which holds it, and every tensor of the batch: their memory would
+    wait for the garbage collector.
+
+    Args:
+        slots: where memory is copied to; None for torch's own way.
+        stacked: what lies in a slot already.
+        parts: for a storage of which only parts are looked at, the bytes that are to cross.
+        why: why torch's own way was taken so far.
+        fetched: whether main has to fetch descriptors from here, as torch has it.
+
+    Attributes:
+        fds: descriptors of tensors that went torch's way.
+        why: why some did; empty where none had to.
+    """
+
+    def __init__(
+        self,
+        slots: SlotPool | None,
+        stacked: Stacked,
+        parts: Parts,
+        why: str,
+        *,
+        fetched: bool = False,
+    ) -> None:
+        self._slots = slots
+        self._stacked = stacked
+        self._parts = parts
+        self._fetched = fetched
+        self._mark = [] if slots is None else [slot.used for slot in slots.batch]
+        self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
+        self._looks: dict[int, list[tuple[int, int, int]]] = {}  # of parts: from, to, number
+        self._held: list[Any] = []  # so that no identity is given twice
+        self._count = 0
+        self.fds: list[int] = []
+        self.why = why
+
+    def pickled(self, payload: Any) -> bytes:
+        """The pickle of a batch."""
+        buffer = io.BytesIO()
+        pickler: Any = pickle.Pickler(buffer, _PROTOCOL)
+        torchs: dict[Any, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        table = {**copyreg.dispatch_table, **torchs}
+        self._reduce_tensor = table[torch.Tensor]
+        self._reduce_storage = table[torch.UntypedStorage]
+        if not self._fetched:
+            table[torch.UntypedStorage] = self._storage
+        if self._slots is not None:
+            table[torch.Tensor] = self._tensor
+            table.setdefault(np.ndarray, self._array)
+        pickler.dispatch_table = table
+        pickler.dump(payload)
+        return buffer.getvalue()
+
+    def put(self, data: bytes) -> tuple[int, int, int] | None:
+        """Put bytes into a slot; None if there is no room."""
+        if self._slots is None:
+            return None
+        try:
+            slot, at = self._slots.room(len(data))
+        except NoRoom as exc:
+            self.why = str(exc)
+            return None
+        ctypes.memmove(self._slots.batch[slot].address + at, data, len(data))
+        return slot, at, len(data)
+
+    def undo(self) -> None:
+        """It was not sent: take everything back."""
+        close_all(self.fds)
+        self.fds = []
+        if self._slots is not None:
+            self._slots.back_to(self._mark)
+
+    # leaves ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _tensor(self, tensor: torch.Tensor) -> Any:
+        """What ``copyreg`` wants to know of a tensor; hot path."""
+        code = CODES.get(tensor.dtype)
+        if (
+            code is None
+            or tensor.layout is not torch.strided
+            or not tensor.is_cpu
+            or tensor.requires_grad
+            or tensor.is_nested
+            or tensor.is_conj()
+            or tensor.is_neg()
+        ):
+            return self._reduce_tensor(tensor)
+        storage = tensor.untyped_storage()
+        held = storage.nbytes()
+        size = tensor.nbytes
+        if not size or storage.is_shared():
+            return self._reduce_tensor(tensor)
+        same = torch_private.identity_of(storage)
+        if held == size and same not in self._brought and tensor.is_contiguous():
+            place = self._bring(storage, same, held)
+            if place is None:
+                return self._reduce_tensor(tensor)
+            shape = tuple(tensor.shape)
+            if type(place) is bytes:
+                return leaves.tensor_inline, (place, code, shape)
+            slot, at, _ = place
+            return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
+        return self._strided(tensor, code, storage, same, held)
+
+    def _strided(
+        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int, held: int
+    ) -> Any:
+        item = tensor.itemsize
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        first = int(tensor.storage_offset())
+        last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        start = 0
+        place: Place | None = self._brought.get(same)
+        if place is None:
+            part = first * item // _ALIGNED * _ALIGNED, (last + 1) * item
+            if part[1] - part[0] < held // 2 or same in self._parts:
+                start, place = self._look(storage, same, part)
+            else:
+                place = self._bring(storage, same, held)
+        if place is None:
+            return self._reduce_tensor(tensor)
+        return leaves.tensor_over, (place, code, shape, stride, first - start // item)
+
+    def _look(
+        self, storage: torch.UntypedStorage, same: int, part: tuple[int, int]
+    ) -> tuple[int, Place | None]:
+        """Where a part of a large storage is, and the byte of the storage that it begins with."""
+        looks = self._looks.setdefault(same, [])
+        start, end = part
+        for low, high, number in looks:
+            if low <= start and end <= high:
+                return low, number
+            if start < high and low < end:
+                raise Overlap(same, (min(low, start), max(high, end)))
+        low, high = self._parts.get(same, part)
+        if not (low <= start and end <= high):
+            low, high = part
+        place = self._copied(storage.data_ptr() + low, high - low)
+        if place is not None:
+            looks.append((low, high, self._count))
+            self._count += 1
+            self._held.append(storage)
+        return low, place
+
+    def _storage(self, storage: torch.UntypedStorage) -> Any:
+        """The same for the storage of what is no plain tensor."""
+        held = storage.nbytes()
+        if self._slots is None or not held or storage.device.type != "cpu":
+            return self._torchs(storage)
+        if storage.is_shared():
+            self.why = self.why or "a tensor is in torch's shared memory already"
+            return self._torchs(storage)
+        same = torch_private.identity_of(storage)
+        if (known := self._brought.get(same)) is not None:
+            return leaves.storage_at, (known,)
+        place = self._bring(storage, same, held)
+        return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
+
+    def _bring(
+        self, storage: torch.UntypedStorage, same: int, size: int
+    ) -> tuple[int, int, int] | bytes | None:
+        """The place of a whole storage that comes for the first time; None if there is no room."""
+        if same in self._looks:
+            raise Overlap(same, (0, size))
+        stacked = self._stacked.get(same)
+        place: tuple[int, int, int] | bytes | None
+        if stacked is not None:
+            place = stacked[0], stacked[1], size
+        else:
+            place = self._copied(storage.data_ptr(), size)
+        if place is not None:
+            self._brought[same] = self._count
+            self._count += 1
+            self._held.append(storage)
+        return place
+
+    def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
+        if size <= INLINE:
+            return ctypes.string_at(address, size)
+        assert self._slots is not None
+        try:
+            slot, at = self._slots.room(size)
+        except NoRoom as exc:
+            self.why = str(exc)
+            return None
+        ctypes.memmove(self._slots.batch[slot].address + at, address, size)
+        return slot, at, size
+
+    def _array(self, array: np.ndarray[Any, Any]) -> Any:
+        """The same for an array; a copy each, as in any pickle."""
+        if array.nbytes <= INLINE or array.dtype.hasobject:
+            return array.__reduce__()
+        assert self._slots is not None
+        try:
+            slot, at = self._slots.room(array.nbytes)
+        except NoRoom as exc:
+            self.why = str(exc)
+            return array.__reduce__()
+        order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        shape, memory = array.shape, self._slots.lease(slot)
+        np.copyto(np.ndarray(shape, array.dtype, memory, at, order=order), array)
+        return leaves.array_in_slot, (slot, at, array.dtype, shape, order)
+
+    # torch's way ────────────────────────────────────────────────────────────────────────────────
+
+    def _torchs(self, storage: torch.UntypedStorage) -> Any:
+        """Torch's own word for a storage, its descriptor taken along.
+
+        Torch keeps the descriptor in the worker and has main fetch it from there, which a thread of
+        the worker has to answer: it cannot while the worker is stopped, or stuck in C code that
+        holds the interpreter, and it takes some 300 µs. Its reducer passes a descriptor the way
+        that suits the moment, and while a process is being started that is by number. The moment is
+        made to look like that, for one call and this thread alone.
+        """
+        before = context.get_spawning_popen()
+        context.set_spawning_popen(self)  # type: ignore[arg-type]
+        try:
+            return self._reduce_storage(storage)
+        finally:
+            context.set_spawning_popen(before)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Take a descriptor along; its number in the message."""
+        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else _FRESH_FDS):
+            raise TooManyFds
+        self.fds.append(os.dup(fd))
+        return len(self.fds) - 1
+
+    def DupFd(self, number: int) -> Beside:
+        """What stands for the descriptor in the pickle."""
+        return Beside(number)
