@@ -63,7 +63,7 @@ class TransportTally:
 
     def came(self, cargo: Cargo) -> None:
         """A batch was opened; hot path."""
-        if cargo.fds != cargo.fresh or cargo.why:
+        if cargo.fds != len(cargo.fresh) or cargo.why:
             self._batches["torch"] += 1
             if cargo.why:
                 known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from safeloader.wire.anonymous import anonymous_file, mapped
 
 SLOTS = 256  # of one worker, at most
+SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
 FREE, LENT, GONE = range(3)
 
 
@@ -35,8 +36,8 @@ class Cargo(NamedTuple):
 
     Attributes:
         slots: number and size in bytes of each slot it lies in.
-        fresh: how many of these, the last ones, main has not seen: their descriptors come beside
-            the message, behind the others.
+        fresh: which of these, by their place, main has not seen: their descriptors come beside the
+            message, behind the others.
         fds: how many descriptors come with the message.
         given_up: slots that will not be used again.
         stream: where the pickle itself lies, if it is large: slot of the batch, offset, bytes.
@@ -44,7 +45,7 @@ class Cargo(NamedTuple):
     """
 
     slots: tuple[tuple[int, int], ...] = ()
-    fresh: int = 0
+    fresh: tuple[int, ...] = ()
     fds: int = 0
     given_up: tuple[int, ...] = ()
     stream: tuple[int, int, int] | None = None

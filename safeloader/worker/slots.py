@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from safeloader.wire.anonymous import anonymous_file, mapped
-from safeloader.wire.slots import FREE, GONE, LENT, SLOTS, SlotTable
+from safeloader.wire.slots import FREE, GONE, LENT, SLOTS, SLOTS_A_BATCH, SlotTable
 
 _ALIGNED = 64  # a cache line
 _SMALLEST = 1 << 16
@@ -111,8 +111,7 @@ class SlotPool:
             if at + size <= slot.size:
                 slot.used = at + size
                 return len(self.batch) - 1, at
-        filled = sum(each.used for each in self.batch)
-        slot = self._take(max(size, 2 * filled if filled else self._expected))
+        slot = self._next(size)
         slot.used = size
         slot.batch = self._number
         self.batch.append(slot)
@@ -130,8 +129,13 @@ class SlotPool:
         """The memory of a slot of the running batch."""
         return self._leases[place]
 
-    def lent(self) -> tuple[int, ...]:
-        """The running batch is sent: its slots are main's now. Gives those given up since."""
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """Slots that main has mapped and is to let go of; told with the next batch."""
+        return tuple(self._given_up)
+
+    def lent(self) -> None:
+        """The running batch is sent: its slots are main's now, and it knows those given up."""
         filled = 0
         for slot in self.batch:
             self._cells[slot.number] = LENT
@@ -140,8 +144,20 @@ class SlotPool:
         self._expected = max(self._sizes)
         self.batch = []
         self._leases = []
-        given_up, self._given_up = tuple(self._given_up), []
-        return given_up
+        self._given_up = []
+
+    def _next(self, size: int) -> Slot:
+        """A slot for ``size`` bytes and, where there is room for it, for what may follow them."""
+        if len(self.batch) == SLOTS_A_BATCH:
+            raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
+        filled = sum(each.used for each in self.batch)
+        wanted = max(size, 2 * filled if filled else self._expected)
+        try:
+            return self._take(wanted)
+        except NoRoom:
+            if wanted == size:
+                raise
+        return self._take(size)
 
     def _take(self, size: int) -> Slot:
         for slot in list(self._slots.values()):
@@ -176,17 +192,16 @@ class SlotPool:
 
     def _make_room_for(self, size: int) -> None:
         """Give up slots that are free, as they are too small, until ``size`` more bytes fit."""
-        if size > self._most_bytes:
-            raise NoRoom(
-                f"a batch needs {size} bytes, and a worker's slots may hold {self._most_bytes}"
-            )
-        for slot in list(self._slots.values()):
-            if self._held_bytes + size <= self._most_bytes:
+        most = self._most_bytes
+        if size > most:
+            raise NoRoom(f"a batch needs more than the {most} bytes that a worker's slots may hold")
+        free = [slot for slot in list(self._slots.values()) if self._is_free(slot)]
+        if self._held_bytes - sum(slot.size for slot in free) + size > most:
+            raise NoRoom(f"{most} bytes of slots hold batches that are in use")
+        for slot in free:
+            if self._held_bytes + size <= most:
                 return
-            if self._is_free(slot):
-                self._give_up(slot)
-        if self._held_bytes + size > self._most_bytes:
-            raise NoRoom(f"{self._most_bytes} bytes of slots hold batches that are in use")
+            self._give_up(slot)
 
     def _give_up_idle(self) -> None:
         for slot in list(self._slots.values()):
@@ -210,8 +225,8 @@ _pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
-    for pool in list(_pools):
-        with contextlib.suppress(Exception):  # a fork is not ours to fail
+    with contextlib.suppress(Exception):  # a fork is not ours to fail
+        for pool in list(_pools):
             pool.forking()
 
 
