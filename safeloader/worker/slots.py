@@ -7,6 +7,7 @@ import ctypes
 import os
 import weakref
 from collections import deque
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ _ALIGNED = 64  # a cache line
 _SMALLEST = 1 << 16
 _IDLE_BATCHES = 32  # a slot that so many batches did without is given up
 _LOOK_EVERY = 8
+_ROOMY = 4  # times as large as what is put into it: a slot that would better be given up
+_size_of = attrgetter("size")
 
 
 class NoRoom(Exception):
@@ -136,11 +139,11 @@ class SlotPool:
 
     def lent(self) -> None:
         """The running batch is sent: its slots are main's now, and it knows those given up."""
-        filled = 0
         for slot in self.batch:
             self._cells[slot.number] = LENT
-            filled += slot.used + _ALIGNED
-        self._sizes.append(filled)
+        # In one slot the next batch like this one would have gaps where this has its slots' ends.
+        filled = sum(-(-slot.used // _ALIGNED) * _ALIGNED for slot in self.batch[:-1])
+        self._sizes.append(filled + self.batch[-1].used if self.batch else 0)
         self._expected = max(self._sizes)
         self.batch = []
         self._leases = []
@@ -160,10 +163,19 @@ class SlotPool:
         return self._take(size)
 
     def _take(self, size: int) -> Slot:
-        for slot in list(self._slots.values()):
-            if self._is_free(slot) and slot.size >= size:
-                return slot
-        size = _rounded(size)
+        slots = list(self._slots.values())
+        fitting = [slot for slot in slots if slot.size >= size and self._is_free(slot)]
+        best = min(fitting, key=_size_of, default=None)
+        if best is not None and best.size <= _ROOMY * max(size, _SMALLEST):
+            return best
+        try:
+            return self._made(_rounded(size))
+        except NoRoom:
+            if best is None:
+                raise
+            return best
+
+    def _made(self, size: int) -> Slot:
         self._make_room_for(size)
         number = next((n for n in range(SLOTS) if self._is_unused(n)), None)
         if number is None:
