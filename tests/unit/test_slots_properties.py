@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -15,6 +15,7 @@ from hypothesis.stateful import (
     consumes,
     initialize,
     invariant,
+    multiple,
     precondition,
     rule,
 )
@@ -22,8 +23,9 @@ from hypothesis.stateful import (
 from safeloader.wire.slots import FREE, GONE
 from tests.wired import KB, MB, Child, Wired, filled, print_of
 
-sizes = st.sampled_from([16, 5 * KB, 40 * KB, 150 * KB, 400 * KB])
+sizes = st.sampled_from([16, 5 * KB, 40 * KB, 100 * KB, 200 * KB])
 kinds = st.sampled_from(["stacked", "tensor", "array", "views", "parts", "shared"])
+batches = st.lists(st.tuples(kinds, sizes), min_size=1, max_size=4)
 
 
 class Loop(RuleBasedStateMachine):
@@ -62,7 +64,17 @@ class Loop(RuleBasedStateMachine):
             return whole.view(-1)[: size // 3]
         return whole.share_memory_() if kind == "shared" else whole
 
-    @rule(target=held_now, leaves=st.lists(st.tuples(kinds, sizes), min_size=1, max_size=4))
+    @rule(leaves=batches, times=st.integers(1, 4))
+    def go_on(self, leaves: list[tuple[str, int]], times: int) -> None:
+        """Batches that nobody keeps."""
+        for _ in range(times):
+            self.number += 1
+            self.wired.begin()
+            batch = [self.made(kind, size) for kind, size in leaves]
+            came = self.wired.open(self.wired.seal(batch))
+            assert [print_of(leaf) for leaf in came] == [print_of(leaf) for leaf in batch]
+
+    @rule(target=held_now, leaves=batches)
     def next_batch(self, leaves: list[tuple[str, int]]) -> int:
         self.wired.begin()
         batch = [self.made(kind, size) for kind, size in leaves]
@@ -96,19 +108,23 @@ class Loop(RuleBasedStateMachine):
 
     @rule(which=consumes(held_now))
     def drop(self, which: int) -> None:
-        self.held.pop(which)
+        self.held.pop(which, None)
 
     @rule(target=held_now, which=held_now, start=st.integers(0, 3), step=st.integers(1, 3))
-    def cut(self, which: int, start: int, step: int) -> int:
+    def cut(self, which: int, start: int, step: int) -> Any:
+        if which not in self.held:
+            return multiple()
         piece = self.held[which][0][start::step]
         return self.hold(piece, print_of(piece))
 
     @rule(target=held_now, which=consumes(held_now))
-    def convert(self, which: int) -> int:
+    def convert(self, which: int) -> Any:
+        if which not in self.held:
+            return multiple()
         what, expected = self.held.pop(which)
         if isinstance(what, torch.Tensor):
             return self.hold(what.numpy(), expected)
-        if not isinstance(what, memoryview) and all(step > 0 for step in what.strides):
+        if all(step > 0 for step in what.strides):
             return self.hold(torch.from_numpy(what), expected)
         return self.hold(what, expected)
 
@@ -116,19 +132,23 @@ class Loop(RuleBasedStateMachine):
     @rule(which=held_now)
     def change(self, which: int) -> None:
         """In place; what shares its memory changes with it, in the worker too."""
-        self.held[which][0][...] = 5
+        if which in self.held:
+            self.held[which][0][...] = 5
         self.held = {k: (what, print_of(what)) for k, (what, _) in self.held.items()}
         self.kept_by_worker = [(what, print_of(what)) for what, _ in self.kept_by_worker]
 
     @precondition(lambda self: len(self.children) < 2)
-    @rule()
-    def fork(self) -> None:
-        held, kept = dict(self.held), list(self.kept_by_worker)
-
-        def looked() -> bool:
-            return all(print_of(what) == at for what, at in [*held.values(), *kept])
+    @rule(lets_go=st.booleans())
+    def fork(self, lets_go: bool) -> None:
+        def looked() -> bool:  # the child's own dictionary, as it was when it was forked
+            return all(
+                print_of(what) == at for what, at in [*self.held.values(), *self.kept_by_worker]
+            )
 
         self.children.append(Child(looked))
+        if lets_go:
+            self.held.clear()
+            self.kept_by_worker.clear()
 
     @precondition(lambda self: self.children)
     @rule()
@@ -159,9 +179,10 @@ class Loop(RuleBasedStateMachine):
 
 TestLoop = Loop.TestCase
 TestLoop.settings = settings(
-    max_examples=30,
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking forks takes minutes
     suppress_health_check=list(HealthCheck),
 )
 
