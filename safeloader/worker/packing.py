@@ -84,16 +84,21 @@ class Packer:
         if size <= INLINE:
             own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
             return torch.stack(batch, 0, out=own)
-        try:
-            place, at = slots.room(size)
-        except NoRoom as exc:
-            self._no_room = str(exc)
+        place, at = self._room(slots, size)
+        if place is None:
             return stock(batch, **kwargs)
         count = size // first.itemsize
         whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
         # Held until the batch is sealed: its storage is known again by its address.
         self._stacked[torch_private.identity_of(whole.untyped_storage())] = place, at, whole
         return torch.stack(batch, 0, out=whole.resize_(shape))
+
+    def _room(self, slots: SlotPool, size: int) -> tuple[int | None, int]:
+        try:
+            return slots.room(size)
+        except NoRoom as exc:
+            self._no_room = str(exc)
+            return None, 0
 
     # when it is made ────────────────────────────────────────────────────────────────────────────
 

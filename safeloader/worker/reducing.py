@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
 from safeloader import torch_private
 from safeloader.wire import leaves
@@ -158,7 +159,8 @@ class Reduction:
         if not self._fetched:
             table[torch.UntypedStorage] = self._storage
         if self._slots is not None:
-            table[torch.Tensor] = self._tensor
+            if self._reduce_tensor is reduce_tensor:  # not where the user registered another
+                table[torch.Tensor] = self._tensor
             table.setdefault(np.ndarray, self._array)
         pickler.dispatch_table = table
         pickler.dump(payload)
