@@ -1540,7 +1540,9 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "too many open files for batches that the loop keeps",
-        lambda scene: few_descriptors(30, {"dataset": Holding(), "batch_size": 1}),
+        lambda scene: few_descriptors(
+            30, {"dataset": Holding(), "batch_size": 1, "transport": "torch"}
+        ),
         TransportError,
         "transport",
         (r"too many open files: this process has \d+ of \d+", r"next: .*set_sharing_strategy"),
