@@ -334,7 +334,7 @@ def trace_for(recorder: Recorder, trace: object) -> Trace:
     try:
         made: Trace = LogTrace() if wanted is True else FileTrace(Path(str(wanted)))
     except OSError as exc:
-        logger.warning("no trace is written: %s", exc)
+        logger.warning("no trace is written: %s", str(exc))
         made = OFF
     _traces[recorder] = (os.getpid(), wanted, made)
     return made

@@ -117,6 +117,7 @@ class Session:
             TransportError: if something cannot be pickled for them, or the machine has no room.
         """
         _warn_of_inherited(loader)
+        results: ResultQueue | None = None
         try:
             results = ResultQueue(loader.num_workers)
             flight = _flight_recorder(loader.num_workers)
@@ -137,6 +138,9 @@ class Session:
             stock = torch_private.build_iterator(self._view(loader, sampler))
         except Exception as exc:
             failure = _why_not_started(loader, exc)
+            leftovers.close_pipes(exc)
+            if results is not None:  # whoever keeps the error may keep the frames as well
+                results.close()
             if failure is None:
                 raise
             if loader.on_failure_dump is not None:
@@ -237,7 +241,7 @@ def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
     try:
         return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
     except OSError as exc:
-        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", exc)
+        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", str(exc))
         return None
 
 
@@ -245,7 +249,8 @@ def _flight_recorder(workers: int) -> FlightRecorder | None:
     try:
         return FlightRecorder(workers)
     except OSError as exc:
-        logger.warning("no flight recorder, so a crash will name no index: %s", exc)
+        # Its text: a handler that keeps records would keep its frames too, and what they hold.
+        logger.warning("no flight recorder, so a crash will name no index: %s", str(exc))
         return None
 
 

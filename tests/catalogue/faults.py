@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,10 +153,16 @@ def import_error(scene: Scene) -> Any:
 
 
 def too_many_files(scene: Scene) -> Any:
-    """They stay open, so that it is as bad while the error is made."""
+    """They stay open, so that it is as bad while the error is made, until the process ends."""
     few_descriptors(8, {})
     held: list[int] = []
-    to_undo.append(lambda: [os.close(file) for file in held])
+
+    def let_go() -> None:
+        while held:
+            os.close(held.pop())
+
+    to_undo.append(let_go)
+    Finalize(None, let_go, exitpriority=1)  # a worker whose coverage is measured writes a file then
     while True:
         held.append(os.open(os.devnull, os.O_RDONLY))
 
