@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -635,7 +635,10 @@ def in_the_background(work: Callable[[], None]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class KillsThoseThatWait:
-    """Once these workers wait to be killed, all of them at once."""
+    """Once these workers wait to be killed, all of them at once.
+
+    Several are killed before the main process looks: what dies a while later died by itself.
+    """
 
     workers: tuple[int, ...]
 
@@ -646,7 +649,9 @@ class KillsThoseThatWait:
             if wait_until(lambda: all(map(scene.has, names))):
                 kill(scene, *(int(scene.read(name)) for name in names))
 
-        if came == 0:
+        if came == 0 and len(self.workers) > 1:
+            work()
+        elif came == 0:
             in_the_background(work)
 
 
@@ -1563,24 +1568,3 @@ def a_local_dataset() -> Any:
         pass
 
     return Local()
-
-
-class NotYet(NamedTuple):
-    """Faults that are not told as they should be, today; the entries of the table say how."""
-
-    names: tuple[str, ...]
-    modes: tuple[str, ...]
-    reason: str
-    sometimes: bool = False
-
-
-EVERY = tuple({mode: None for fault in FAULTS for mode in fault.modes})
-
-NOT_YET: list[NotYet] = [
-    NotYet(
-        ("SIGKILL of both workers at once",),
-        EVERY,
-        "on a loaded machine the second is dead only after the first was told",
-        sometimes=True,
-    ),
-]
