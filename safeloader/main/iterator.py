@@ -9,7 +9,6 @@ workers alive until the garbage collector comes by.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from safeloader.main import dump
 from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.epoch import Epoch
 from safeloader.main.inbox import TimedOut, WorkersDied
+from safeloader.main.naming import LoaderLog
 from safeloader.main.revival import Revival
 from safeloader.main.session import Session
 from safeloader.main.tolerance import Tolerance
@@ -29,8 +29,6 @@ from safeloader.tracing import trace_for
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.records import EmptyBatch, FailedBatch, Parcel
 from safeloader.wire.sealing import WORKER_GONE
-
-logger = logging.getLogger("safeloader")
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
@@ -56,14 +54,16 @@ class SafeIterator(Iterator[Any]):
         self._session.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
+        log = LoaderLog(loader.dataset)
         epoch = Epoch(
-            trace_for(self._recorder, loader.trace),
+            trace_for(self._recorder, loader.trace, log),
             loader.verify,
             loader.dataset,
             Tolerance(loader.max_skipped, runs=not callable(loader.on_error)),
             None
             if loader.on_failure_dump is None
             else functools.partial(dump.write, folder=loader.on_failure_dump),
+            log,
         )
         epoch.number = self._recorder.begin_epoch(epoch.audit)
         return epoch

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from safeloader import torch_private
 from safeloader.main import dump, leftovers
-from safeloader.main.diagnosis import Diagnosis
+from safeloader.main.diagnosis import Diagnosis, Stalls
 from safeloader.main.drawing import RecordingSampler
-from safeloader.main.epoch import Epoch, length_of, rank
+from safeloader.main.epoch import Epoch, rank
 from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
+from safeloader.main.naming import LoaderLog, length_of
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.wire.failure import Failure, error_from, failure_of
 from safeloader.wire.flight import Ending, FlightRecorder
@@ -64,6 +65,7 @@ class Session:
 
     def __init__(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         self.raised: list[BaseException] = []
+        self._log = epoch.log
         self.live: weakref.ref[SafeIterator] | None = None
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
@@ -76,8 +78,8 @@ class Session:
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
             at_hand=loader.num_workers == 0,
         )
-        _warn_of_ranks(loader)
-        self._board = _board_for(loader)
+        _warn_of_ranks(loader, self._log)
+        self._board = _board_for(loader, self._log)
         self._policy = Policy(loader.on_error, loader.retries)
         self.open_ledger(loader, epoch)
         if loader.num_workers:
@@ -120,7 +122,7 @@ class Session:
         results: ResultQueue | None = None
         try:
             results = ResultQueue(loader.num_workers)
-            flight = _flight_recorder(loader.num_workers)
+            flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
                 loader.worker_init_fn,
                 key=loader.key,
@@ -162,7 +164,7 @@ class Session:
     def _listen(self, loader: SafeDataLoader[Any], stock: Any, results: ResultQueue) -> None:
         workers = torch_private.workers_of(stock)
         ended = torch_private.expects_end_of(weakref.ref(stock))
-        stalled = functools.partial(_say_stalled, self.diagnosis)
+        stalled = Stalls(self.diagnosis, self._log)
 
         def inbox(pinned: queue.Queue[Any] | None, thread: threading.Thread | None) -> Inbox:
             common: tuple[Any, ...] = (
@@ -234,23 +236,23 @@ def blueprint_of(loader: SafeDataLoader[Any]) -> SafeDataLoader[Any]:
     return copy
 
 
-def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
+def _board_for(loader: SafeDataLoader[Any], log: LoaderLog) -> StreamBoard | None:
     """Shared memory for the streams' lengths; without it (none to be had) they go unchecked."""
     if not torch_private.is_stream(loader):
         return None
     try:
         return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
     except OSError as exc:
-        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", str(exc))
+        log.warning("the ends of the streams cannot be checked: no shared memory (%s)", str(exc))
         return None
 
 
-def _flight_recorder(workers: int) -> FlightRecorder | None:
+def _flight_recorder(workers: int, log: LoaderLog) -> FlightRecorder | None:
     try:
         return FlightRecorder(workers)
     except OSError as exc:
         # Its text: a handler that keeps records would keep its frames too, and what they hold.
-        logger.warning("no flight recorder, so a crash will name no index: %s", str(exc))
+        log.warning("no flight recorder, so a crash will name no index: %s", str(exc))
         return None
 
 
@@ -272,23 +274,16 @@ def _warn_of_inherited(loader: SafeDataLoader[Any]) -> None:
 _told_of_ranks: list[bool] = []
 
 
-def _warn_of_ranks(loader: SafeDataLoader[Any]) -> None:
+def _warn_of_ranks(loader: SafeDataLoader[Any], log: LoaderLog) -> None:
     """A rank that leaves a batch out makes the others wait for it in the next all-reduce."""
     if loader.on_error != "skip" or _told_of_ranks or rank() is None:
         return
     _told_of_ranks.append(True)
-    logger.warning(
+    log.warning(
         "on_error='skip' in distributed training: batches of this rank may get smaller, and a "
         "batch that is left out whole stalls the other ranks. on_error='replace' keeps shapes, "
         "counts and ranks in step"
     )
-
-
-def _say_stalled(diagnosis: Diagnosis, waited_s: float) -> None:
-    try:
-        logger.warning("%s", diagnosis.silence(waited_s, timeout=False))
-    except Exception:
-        logger.exception("no batch came for %.0f s, and looking into it failed", waited_s)
 
 
 _OPEN_IT_THERE = "multiprocessing_context='fork' does without pickling, where forking is safe"
