@@ -28,6 +28,7 @@ from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
 from safeloader.main.naming import LoaderLog, length_of
+from safeloader.main.recorder import failure_was_told
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.wire.failure import Failure, error_from, failure_of
 from safeloader.wire.flight import Ending, FlightRecorder
@@ -95,6 +96,7 @@ class Session:
         try:
             stock = torch_private.build_iterator(view)
         except Exception as exc:
+            failure_was_told()
             if not torch_private.raised_by_dataset_iter(exc):
                 raise
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
@@ -139,6 +141,7 @@ class Session:
             )
             stock = torch_private.build_iterator(self._view(loader, sampler))
         except Exception as exc:
+            failure_was_told()
             failure = _why_not_started(loader, exc)
             leftovers.close_pipes(exc)
             if results is not None:  # whoever keeps the error may keep the frames as well
