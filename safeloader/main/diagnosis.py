@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safeloader.main import conclusions, stacks
 from safeloader.main.conclusions import Ending
 from safeloader.main.ledger import Open
+from safeloader.main.naming import LoaderLog
 from safeloader.wire.failure import Failure
 from safeloader.wire.flight import FlightRecorder, Position
 from safeloader.wire.resources import human_bytes, machine_lines, oom_kills
@@ -218,6 +219,32 @@ class Diagnosis:
             return str(psutil.Process(self._workers[worker].pid).status())
         except Exception:  # gone, or /proc is not to be read
             return None
+
+
+class Stalls:
+    """Logs that no batch comes: all that is known, then a line each time while nothing changes."""
+
+    def __init__(self, diagnosis: Diagnosis, log: LoaderLog) -> None:
+        self._diagnosis = diagnosis
+        self._log = log
+        self._told: tuple[Any, ...] = ()
+        self._waited_s = 0.0
+
+    def __call__(self, waited_s: float) -> None:
+        """No batch came for ``waited_s`` seconds."""
+        try:
+            failure = self._diagnosis.silence(waited_s, timeout=False)
+        except Exception:
+            self._log.exception("no batch came for %.0f s, and looking into it failed", waited_s)
+            return
+        at = (failure.worker_id, failure.batch, failure.index, failure.traceback)
+        nothing_new = at == self._told and waited_s > self._waited_s
+        self._told, self._waited_s = at, waited_s
+        if nothing_new:
+            where = failure.hint.partition("\n")[0]
+            self._log.warning("still no batch after %.0f seconds: %s, as before", waited_s, where)
+        else:
+            self._log.warning("%s", failure)
 
 
 _TELLING = ("stopped", "disk-sleep", "tracing-stop")

@@ -67,7 +67,7 @@ def write(failure: Failure, folder: str | os.PathLike[str]) -> Path | None:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
         part.replace(path)
     except (OSError, ValueError, TypeError) as exc:
-        logger.warning("the failure could not be written to %s: %s", path, exc)
+        logger.warning("the failure could not be written to %s: %s", path, str(exc))
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         return None

@@ -7,7 +7,6 @@ nor the recorder, both of which may hold it.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import warnings
 import weakref
@@ -19,16 +18,14 @@ import torch.distributed
 from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
 from safeloader.main.ledger import Ledger, Open, Trouble
+from safeloader.main.naming import LoaderLog, length_of
 from safeloader.main.recorder import Delivery, failure_was_told
 from safeloader.main.tolerance import Tolerance
 from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
-from safeloader.wire.random_state import preserved
 from safeloader.wire.records import FailedBatch, Papers, asked_for
-
-logger = logging.getLogger("safeloader")
 
 SHOWN_SKIPPED = 12
 
@@ -45,7 +42,9 @@ class Epoch:
         dataset: Any,
         tolerance: Tolerance | None = None,
         dump: Callable[[Failure], Any] | None = None,
+        log: LoaderLog | None = None,
     ) -> None:
+        self.log = LoaderLog(dataset) if log is None else log
         self.number = 0
         self.batches = 0  # handed over or raised: the number of the next one
         self._trace = trace
@@ -138,9 +137,7 @@ class Epoch:
         if trouble is not None:
             self.ledger.settle(trouble, papers, handed_over=False)
             self._told(trouble, papers)
-        logger.warning(
-            "safeloader: epoch %d: a batch was left out whole: every sample failed", self.number
-        )
+        self.log.warning("epoch %d: a batch was left out whole: every sample failed", self.number)
         self._count_mishaps(papers)
         if self.ledger.settled:
             self.close()
@@ -148,8 +145,8 @@ class Epoch:
     def _count_mishaps(self, papers: Papers) -> None:
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
-            logger.warning(
-                "safeloader: epoch %d, batch %d: index %r %s: %s",
+            self.log.warning(
+                "epoch %d, batch %d: index %r %s: %s",
                 self.number,
                 self.batches,
                 asked[mishap.position],
@@ -265,7 +262,7 @@ class Epoch:
         # The length of a map-style dataset is asked for only when somebody reads the audit.
         length = self._known_length() if self.ledger.measures_length else None
         for note in self.ledger.notes(length):
-            logger.warning("epoch %d: %s", self.number, note)
+            self.log.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
             self._tell(lambda: self._trace.audited(self.audit(self.number)))
 
@@ -283,7 +280,7 @@ class Epoch:
         try:
             said(*about)
         except Exception:
-            logger.exception("tracing failed and is off for the rest of this epoch")
+            self.log.exception("tracing failed and is off for the rest of this epoch")
             self._trace = OFF
 
     def audit(self, number: int) -> EpochAudit:
@@ -299,12 +296,3 @@ def rank() -> int | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return None
-
-
-def length_of(sized: Any) -> int | None:
-    """``len()`` of a dataset or sampler, the generators left as they were; None without one."""
-    try:
-        with preserved():
-            return len(sized)
-    except Exception:  # no __len__, or one that raises: the audit does without
-        return None

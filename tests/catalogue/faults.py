@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -152,10 +153,16 @@ def import_error(scene: Scene) -> Any:
 
 
 def too_many_files(scene: Scene) -> Any:
-    """They stay open, so that it is as bad while the error is made."""
+    """They stay open, so that it is as bad while the error is made, until the process ends."""
     few_descriptors(8, {})
     held: list[int] = []
-    to_undo.append(lambda: [os.close(file) for file in held])
+
+    def let_go() -> None:
+        while held:
+            os.close(held.pop())
+
+    to_undo.append(let_go)
+    Finalize(None, let_go, exitpriority=1)  # a worker whose coverage is measured writes a file then
     while True:
         held.append(os.open(os.devnull, os.O_RDONLY))
 
@@ -628,7 +635,10 @@ def in_the_background(work: Callable[[], None]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class KillsThoseThatWait:
-    """Once these workers wait to be killed, all of them at once."""
+    """Once these workers wait to be killed, all of them at once.
+
+    Several are killed before the main process looks: what dies a while later died by itself.
+    """
 
     workers: tuple[int, ...]
 
@@ -639,7 +649,9 @@ class KillsThoseThatWait:
             if wait_until(lambda: all(map(scene.has, names))):
                 kill(scene, *(int(scene.read(name)) for name in names))
 
-        if came == 0:
+        if came == 0 and len(self.workers) > 1:
+            work()
+        elif came == 0:
             in_the_background(work)
 
 
@@ -1558,24 +1570,3 @@ def a_local_dataset() -> Any:
         pass
 
     return Local()
-
-
-class NotYet(NamedTuple):
-    """Faults that are not told as they should be, today; the entries of the table say how."""
-
-    names: tuple[str, ...]
-    modes: tuple[str, ...]
-    reason: str
-    sometimes: bool = False
-
-
-EVERY = tuple({mode: None for fault in FAULTS for mode in fault.modes})
-
-NOT_YET: list[NotYet] = [
-    NotYet(
-        ("SIGKILL of both workers at once",),
-        EVERY,
-        "on a loaded machine the second is dead only after the first was told",
-        sometimes=True,
-    ),
-]

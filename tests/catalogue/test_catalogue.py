@@ -37,7 +37,6 @@ from tests.catalogue.faults import (
     BAD,
     FAULTS,
     LENGTH,
-    NOT_YET,
     UNKNOWN,
     Deed,
     Fault,
@@ -209,11 +208,6 @@ def cases() -> Iterator[Any]:
     for fault in FAULTS:
         for mode in fault.modes:
             marks = [pytest.mark.slow] if mode.startswith(("spawn", "forkserver")) else []
-            marks += [
-                pytest.mark.xfail(reason=known.reason, strict=not known.sometimes)
-                for known in NOT_YET
-                if fault.name in known.names and mode in known.modes
-            ]
             yield pytest.param(fault, mode, marks=marks, id=f"{fault.name}, {mode}")
 
 

@@ -472,7 +472,7 @@ def test_sampler_without_length_is_complete_at_the_end(workers: int) -> None:
 
 def closings(caplog: pytest.LogCaptureFixture, epoch: int) -> list[str]:
     """What the trace says at the close of an epoch."""
-    said = [record.getMessage().splitlines()[0] for record in caplog.records]
+    said = [message.splitlines()[0].partition(": ")[2] for message in caplog.messages]
     starts = (f"epoch {epoch}: complete", f"epoch {epoch}: not complete")
     return [line for line in said if line.startswith(starts)]
 
