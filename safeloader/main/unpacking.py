@@ -95,10 +95,10 @@ class Unpacker:
         """
         assert self._table is not None
         row = self._table.row(worker)
-        others = cargo.fds - cargo.fresh
+        others = cargo.fds - len(cargo.fresh)
         try:
-            coming = zip(cargo.slots[-cargo.fresh :], fds[others:], strict=False)
-            for (number, size), fd in coming:
+            for place, fd in zip(cargo.fresh, fds[others:], strict=False):
+                number, size = cargo.slots[place]
                 self._slots[worker, number] = _Slot(row, number, mapped(fd, size), self._tally)
             if len(fds) < cargo.fds:
                 raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")

@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 
 from safeloader.wire.anonymous import anonymous_file, mapped
 
-SLOTS = 256  # of one worker, at most
-FREE, LENT, GONE = range(3)
+_SLOTS = 4096  # of one worker, at most
+_MAPPED = 32768  # of all workers: half of what Linux lets a process map
+
+UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, or to give up
 
 
 class Cargo(NamedTuple):
@@ -35,16 +37,16 @@ class Cargo(NamedTuple):
 
     Attributes:
         slots: number and size in bytes of each slot it lies in.
-        fresh: how many of these, the last ones, main has not seen: their descriptors come beside
-            the message, behind the others.
+        fresh: which of these main has not seen: their descriptors come beside the message, behind
+            the others.
         fds: how many descriptors come with the message.
         given_up: slots that will not be used again.
         stream: where the pickle itself lies, if it is large: slot of the batch, offset, bytes.
-        why: why torch's own way was taken for some or all of it; empty if it was not.
+        why: why some or all of it is not in a slot, where it should be.
     """
 
     slots: tuple[tuple[int, int], ...] = ()
-    fresh: int = 0
+    fresh: tuple[int, ...] = ()
     fds: int = 0
     given_up: tuple[int, ...] = ()
     stream: tuple[int, int, int] | None = None
@@ -66,17 +68,18 @@ class SlotTable:
     def __init__(self, workers: int, most_bytes: int) -> None:
         self.workers = workers
         self.most_bytes = most_bytes
-        self._fd = anonymous_file(8 * SLOTS * workers)
+        self.slots = max(1, min(_SLOTS, _MAPPED // workers))  # of one worker
+        self._fd = anonymous_file(8 * self.slots * workers)
         self._map()
 
     def _map(self) -> None:
         # The view keeps the mapping alive; nothing is ever unmapped under a reader.
-        memory = memoryview(mapped(self._fd, 8 * SLOTS * self.workers))
+        memory = memoryview(mapped(self._fd, 8 * self.slots * self.workers))
         self._cells = memory.cast("B").cast("q")
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        numbers = {"workers": self.workers, "most_bytes": self.most_bytes}
+        numbers = {"workers": self.workers, "most_bytes": self.most_bytes, "slots": self.slots}
         return numbers | {"_fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -92,4 +95,4 @@ class SlotTable:
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""
-        return self._cells[worker * SLOTS : (worker + 1) * SLOTS]
+        return self._cells[worker * self.slots : (worker + 1) * self.slots]

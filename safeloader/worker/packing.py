@@ -20,7 +20,15 @@ from safeloader.wire.leaves import CODES
 from safeloader.wire.records import Papers
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.slots import Cargo
-from safeloader.worker.reducing import INLINE, Overlap, Parts, Reduction, Stacked, TooManyFds
+from safeloader.worker.reducing import (
+    IN_MESSAGE,
+    INLINE,
+    Overlap,
+    Parts,
+    Reduction,
+    Stacked,
+    TooManyFds,
+)
 from safeloader.worker.slots import NoRoom, SlotPool
 
 _LARGE_PICKLE = 1 << 16
@@ -87,7 +95,9 @@ class Packer:
             place, at = slots.room(size)
         except NoRoom as exc:
             self._no_room = str(exc)
-            return stock(batch, **kwargs)
+            if size >= IN_MESSAGE:
+                return stock(batch, **kwargs)
+            return torch.stack(batch, 0, out=torch.empty(shape, dtype=first.dtype))
         count = size // first.itemsize
         whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
         # Held until the batch is sealed: its storage is known again by its address.
@@ -138,17 +148,17 @@ class Packer:
             cargo = Cargo(fds=len(fds), why=why)
         else:
             used = self._slots.batch
-            fresh = [slot for slot in used if slot.fd >= 0]
+            fresh = tuple(place for place, slot in enumerate(used) if slot.fd >= 0)
             cargo = Cargo(
                 tuple((slot.number, slot.size) for slot in used),
-                len(fresh),
+                fresh,
                 len(fds) + len(fresh),
                 self._slots.lent(),
                 stream,
                 why,
             )
-            for slot in fresh:
-                fds.append(slot.fd)
-                slot.fd = -1
+            for place in fresh:
+                fds.append(used[place].fd)
+                used[place].fd = -1
         head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
         return Sealed(head, packed, tuple(fds))
