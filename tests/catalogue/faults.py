@@ -1173,7 +1173,7 @@ FAULTS: list[Fault] = [
         Exits(3),
         KILLED_AT_13,
         "exit code 3",
-        r"next: .*os\._exit\(\)",
+        r"next: .*os\._exit\(\).*; loader\.dataset\[13\] in a fresh process repeats it",
         modes=LIGHT,
     ),
     death(
@@ -1181,6 +1181,7 @@ FAULTS: list[Fault] = [
         SysExits(None),
         KILLED_AT_13,
         "SystemExit",
+        r'most recent call last:\n.*Traceback.*\n +File ".*faults\.py"',  # no line of ours before
         r"next: sys\.exit\(\) was called in the worker at index 13",
         meddle=wait_until_it_is_dead,
         modes=(*WORKERS, FORKSERVER),
@@ -1216,7 +1217,7 @@ FAULTS: list[Fault] = [
         "sys.exit() in collate_fn",
         SysExits(1),
         r"indices \[12, 13, 14, 15\]",
-        "collating of batch 3",
+        "collating batch 3",
         r"next: sys\.exit\(\) was called",
         args=lambda scene: {
             "dataset": Holding(),
@@ -1229,7 +1230,7 @@ FAULTS: list[Fault] = [
         "os._exit(3) in collate_fn",
         Exits(3),
         r"indices \[12, 13, 14, 15\]",
-        "collating of batch 3",
+        "collating batch 3",
         r"next: .*os\._exit\(\)",
         args=lambda scene: {"dataset": Holding(), "collate_fn": Collating(scene, Exits(3))},
         index=None,
@@ -1385,7 +1386,7 @@ FAULTS: list[Fault] = [
         "queue.get()",
         wait_for_a_queue,
         r"faults\.py.* in wait_for_a_queue",
-        "next: it waits for a lock",
+        r"next: it waits for a lock.* at .*faults\.py:\d+ in wait_for_a_queue, in queue\.py",
     ),
     hang(
         "SIGSTOP",
@@ -1413,7 +1414,7 @@ FAULTS: list[Fault] = [
     hang(
         "time.sleep in collate_fn",
         sleep_on,
-        r"collating of batch 3 \(indices \[12, 13, 14, 15\]\)",
+        r"collating batch 3 \(indices \[12, 13, 14, 15\]\)",
         args=lambda scene: {"dataset": Holding(), "collate_fn": Collating(scene, sleep_on)},
         index=None,
         modes=(FORK, FORK_PINNED),
