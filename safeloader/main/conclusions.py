@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sysconfig
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -197,7 +196,7 @@ def _is_stdlib(frame: Frame) -> bool:
     return frame.file.startswith(_STDLIB) and not any(part in frame.file for part in third_party)
 
 
-_STDLIB = os.path.join(sysconfig.get_path("stdlib"), "")
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 _LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".get(")
 
 

@@ -945,7 +945,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Miscounts(scene, more=False)},
         DeliveryError,
         "delivery",
-        (r"\[12, 13, 14, 15\]", "asked for 4 samples and gave 3", r"next: \w+"),
+        (
+            r"\[12, 13, 14, 15\]",
+            "asked for 4 samples and gave 3",
+            "next: have __getitems__ give one",
+        ),
         index=UNKNOWN,
     ),
     Fault(
@@ -953,7 +957,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Miscounts(scene, more=True)},
         DeliveryError,
         "delivery",
-        (r"\[12, 13, 14, 15\]", "asked for 4 samples.* and gave 5", r"next: \w+"),
+        (
+            r"\[12, 13, 14, 15\]",
+            "asked for 4 samples.* and gave 5",
+            "next: have __getitems__ give one",
+        ),
         index=None,
         modes=(MAIN, *LIGHT),
     ),
@@ -962,7 +970,12 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Lying()},
         SampleError,
         "sample",
-        (AT_13, "list index out of range", "length 40", r"next: \w+"),
+        (
+            AT_13,
+            "list index out of range",
+            r"below the length that the dataset gives, 40: see whether __len__ says more",
+            r"next: \w+",
+        ),
         also=IndexError,
     ),
     # ── batches ──
@@ -1013,7 +1026,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Holding(), "worker_init_fn": Starting(scene, no_such_file)},
         WorkerInitError,
         "init",
-        ("in worker_init_fn, in worker 1", "/no/such/image.png", "next: .*call worker_init_fn"),
+        (
+            "safeloader: in worker_init_fn, in worker 1",
+            "/no/such/image.png",
+            "next: .*call worker_init_fn",
+        ),
         also=FileNotFoundError,
         index=None,
         modes=(*WORKERS, FORKSERVER),
