@@ -64,7 +64,7 @@ def met_in_sharing(exc: BaseException) -> bool | None:
 
     `default_collate` in a worker makes it, so what is raised there need not be about a sample.
 
-    >>> met_in_sharing(RuntimeError("unable to write to file </torch_7_2>: No space left on device"))
+    >>> met_in_sharing(RuntimeError("write to file </torch_7_2>: No space left on device"))
     True
     """
     chain = _behind(exc, contexts=True)
