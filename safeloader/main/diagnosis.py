@@ -44,6 +44,7 @@ class Whereabouts(NamedTuple):
 
     def __str__(self) -> str:
         place = "" if self.batch is None else f" of batch {self.batch}"
+        batch = "a batch" if self.batch is None else f"batch {self.batch}"
         at = self.position.position
         of_batch = f" (indices {_some(self.indices)})" if self.indices else ""
         words = {
@@ -53,8 +54,8 @@ class Whereabouts(NamedTuple):
             "idle": "idle",
             "fetch": f"fetching index {self.index!r} (position {at}{place})",
             "fetch at once": f"in __getitems__{place}{of_batch}",
-            "collate": f"collating{place or ' a batch'}{of_batch}",
-            "send": f"sending{place or ' a batch'}{of_batch}",
+            "collate": f"collating {batch}{of_batch}",
+            "send": f"sending {batch}{of_batch}",
         }
         if self.position.phase == "fetch" and self.index is None:
             return f"fetching position {at}{place}"

@@ -28,6 +28,7 @@ from safeloader.wire.indices import Packed
 from safeloader.wire.records import FailedBatch, Papers, asked_for
 
 SHOWN_SKIPPED = 12
+_SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
 
 
 class Epoch:
@@ -118,7 +119,7 @@ class Epoch:
             rank=rank(),
             worker_id=None if papers is None else papers.worker_id,
             pid=os.getpid() if papers is None else papers.pid,
-            hint='print(loader.audit) sums up the epoch; verify="warn" hands over all the same',
+            hint=trouble.hint or _SEE_AUDIT,
         )
         if self._verify == "warn":
             warnings.warn(f"safeloader: {trouble.reason}", RuntimeWarning, stacklevel=4)
@@ -201,7 +202,7 @@ class Epoch:
             self.ledger.failed(papers, failure.indices)
         failure = dataclasses.replace(
             failure,
-            batch=self.batches,
+            batch=None if failure.phase == "init" else self.batches,  # which is not to blame
             epoch=self.number,
             rank=rank(),
             dataset_state=self._with_differences(failure),

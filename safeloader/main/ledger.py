@@ -28,6 +28,7 @@ class Trouble(NamedTuple):
     duplicated: tuple[Any, ...] = ()
     unexpected: tuple[Any, ...] = ()
     sound: tuple[Any, ...] = ()
+    hint: str = ""
 
     @property
     def culprits(self) -> tuple[Any, ...]:
@@ -376,12 +377,20 @@ def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
             "others",
             missing=drawn[samples:],
             sound=drawn[:samples],
+            hint=_ONE_EACH,
         )
     return Trouble(
         f"__getitems__ was asked for {asked} samples, {_some(drawn)}, and gave {samples}",
         unexpected=(-1,) * (samples - asked),
         sound=drawn,
+        hint=_ONE_EACH,
     )
+
+
+_ONE_EACH = (
+    "have __getitems__ give one sample for each index, in their order: "
+    "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
+)
 
 
 def _some(indices: Sequence[Any]) -> str:

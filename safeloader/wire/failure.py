@@ -67,8 +67,11 @@ class Failure:
             no single sample is known to be.
         position: position of that sample in its batch, from 0; None without an index.
         indices: indices of the whole batch, as far as they were known where it failed.
-        batch: number of the batch in its epoch, in the order handed over, from 0.
-        epoch: number of the epoch, as ``loader.recorder`` counts them, from 0.
+        batch: number of the batch in its epoch, in the order handed over, from 0; None where no
+            batch is at fault, and for an ``on_error`` callable: it is asked in the worker, and
+            batches are numbered as they are handed over.
+        epoch: number of the epoch, as ``loader.recorder`` counts them, from 0; None for an
+            ``on_error`` callable, as ``rank`` is.
         rank: rank of this process in distributed training; None outside of it.
         worker_id: number of the worker; None in the main process.
         pid: process id of the process where it happened.

@@ -344,7 +344,8 @@ def _names(value: Any, cls: type) -> dict[int, str]:
 # ---- in words
 
 _ADVICE: tuple[tuple[Any, str], ...] = (
-    ((type, types.FunctionType), "Define it at module level; functools.partial binds arguments."),
+    ((type,), "Define it at module level."),
+    ((types.FunctionType,), "Define it at module level; functools.partial binds arguments."),
     ((types.GeneratorType,), "Make a list of it, list(...), before it is sent."),
     ((types.ModuleType,), "Import it where it is used, and leave it out in __getstate__."),
     ((torch.Tensor,), "Call .detach() on it, or compute it under torch.no_grad()."),

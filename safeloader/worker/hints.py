@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Subset
 
 from safeloader.wire.shortage import shortage
+from safeloader.wire.texts import bounded_text, is_secret
+from safeloader.wire.values import fields
 
 KEY_FAULT = "raised by key=, not by the dataset"
+_ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
+_PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 
 
 def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: Any = None) -> str:
@@ -57,19 +64,52 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
 
 
 def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
-    """What the index means to the dataset under a Subset; whether it is out of its range."""
+    """What the index means to the dataset: its range, its file, its number under a Subset."""
     said = []
     try:
-        if isinstance(exc, IndexError) and not -len(dataset) <= index < len(dataset):
-            said.append(
-                f"index {index} is outside the dataset (length {len(dataset)}): look at the sampler"
-            )
+        if isinstance(exc, IndexError):
+            said.append(_about_range(index, len(dataset)))
         inner: Any = dataset
-        at = index
+        at, path = index, "dataset"
         while type(inner) is Subset:
-            inner, at = inner.dataset, int(inner.indices[at])
+            inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
         if inner is not dataset:
             said.append(f"index {index} of the Subset is index {at} of the dataset under it")
+        said += _file(at, inner, path, exc)
     except Exception:  # a hint must not hide the error
         return said
     return said
+
+
+def _about_range(index: int, length: int) -> str:
+    if not -length <= index < length:
+        return f"index {index} is outside the dataset (length {length}): look at the sampler"
+    return (
+        f"index {index} is below the length that the dataset gives, {length}: see whether __len__ "
+        "says more than there is"
+    )
+
+
+def _file(at: int, dataset: Any, path: str, exc: BaseException) -> list[str]:
+    """The attribute that holds the file of this index: ``dataset.files[37] = 'x.jpg'``.
+
+    That is one whose file the error speaks of. Failing that, where the error is one of the system's
+    or of a reader of files, one with as many files as the dataset has samples.
+    """
+    named, likely = [], []
+    held: Any
+    spoken = f"{getattr(exc, 'filename', None)} {exc}"
+    for name, held in fields(dataset, _ATTRIBUTES_MAX)[0]:
+        rows = type(held) in (list, tuple) or (type(held) is np.ndarray and held.ndim == 1)
+        if not rows or not 0 <= at < len(held) or is_secret(str(name), held):
+            continue
+        entry = held[at]  # (file, label) in an ImageFolder
+        file = entry[0] if type(entry) in (list, tuple) and entry else entry
+        if type(file) not in _PATHS or not (os.path.dirname(file) or os.path.splitext(file)[1]):
+            continue
+        line = f"{path}.{name}[{at}] = {bounded_text(entry)}"
+        if str(file) in spoken:
+            named.append(line)
+        elif isinstance(exc, OSError) and len(held) == len(dataset):
+            likely.append(line)
+    return (named or likely)[:1]

@@ -945,7 +945,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Miscounts(scene, more=False)},
         DeliveryError,
         "delivery",
-        (r"\[12, 13, 14, 15\]", "asked for 4 samples and gave 3", r"next: \w+"),
+        (
+            r"\[12, 13, 14, 15\]",
+            "asked for 4 samples and gave 3",
+            "next: have __getitems__ give one",
+        ),
         index=UNKNOWN,
     ),
     Fault(
@@ -953,7 +957,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Miscounts(scene, more=True)},
         DeliveryError,
         "delivery",
-        (r"\[12, 13, 14, 15\]", "asked for 4 samples.* and gave 5", r"next: \w+"),
+        (
+            r"\[12, 13, 14, 15\]",
+            "asked for 4 samples.* and gave 5",
+            "next: have __getitems__ give one",
+        ),
         index=None,
         modes=(MAIN, *LIGHT),
     ),
@@ -962,7 +970,12 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Lying()},
         SampleError,
         "sample",
-        (AT_13, "list index out of range", "length 40", r"next: \w+"),
+        (
+            AT_13,
+            "list index out of range",
+            r"below the length that the dataset gives, 40: see whether __len__ says more",
+            r"next: \w+",
+        ),
         also=IndexError,
     ),
     # ── batches ──
@@ -1013,7 +1026,11 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Holding(), "worker_init_fn": Starting(scene, no_such_file)},
         WorkerInitError,
         "init",
-        ("in worker_init_fn, in worker 1", "/no/such/image.png", "next: .*call worker_init_fn"),
+        (
+            "safeloader: in worker_init_fn, in worker 1",
+            "/no/such/image.png",
+            "next: .*call worker_init_fn",
+        ),
         also=FileNotFoundError,
         index=None,
         modes=(*WORKERS, FORKSERVER),
@@ -1173,7 +1190,7 @@ FAULTS: list[Fault] = [
         Exits(3),
         KILLED_AT_13,
         "exit code 3",
-        r"next: .*os\._exit\(\)",
+        r"next: .*os\._exit\(\).*; loader\.dataset\[13\] in a fresh process repeats it",
         modes=LIGHT,
     ),
     death(
@@ -1181,6 +1198,7 @@ FAULTS: list[Fault] = [
         SysExits(None),
         KILLED_AT_13,
         "SystemExit",
+        r'most recent call last:\n.*Traceback.*\n +File ".*faults\.py"',  # no line of ours before
         r"next: sys\.exit\(\) was called in the worker at index 13",
         meddle=wait_until_it_is_dead,
         modes=(*WORKERS, FORKSERVER),
@@ -1216,7 +1234,7 @@ FAULTS: list[Fault] = [
         "sys.exit() in collate_fn",
         SysExits(1),
         r"indices \[12, 13, 14, 15\]",
-        "collating of batch 3",
+        "collating batch 3",
         r"next: sys\.exit\(\) was called",
         args=lambda scene: {
             "dataset": Holding(),
@@ -1229,7 +1247,7 @@ FAULTS: list[Fault] = [
         "os._exit(3) in collate_fn",
         Exits(3),
         r"indices \[12, 13, 14, 15\]",
-        "collating of batch 3",
+        "collating batch 3",
         r"next: .*os\._exit\(\)",
         args=lambda scene: {"dataset": Holding(), "collate_fn": Collating(scene, Exits(3))},
         index=None,
@@ -1385,7 +1403,7 @@ FAULTS: list[Fault] = [
         "queue.get()",
         wait_for_a_queue,
         r"faults\.py.* in wait_for_a_queue",
-        "next: it waits for a lock",
+        r"next: it waits for a lock.* at .*faults\.py:\d+ in wait_for_a_queue, in queue\.py",
     ),
     hang(
         "SIGSTOP",
@@ -1413,7 +1431,7 @@ FAULTS: list[Fault] = [
     hang(
         "time.sleep in collate_fn",
         sleep_on,
-        r"collating of batch 3 \(indices \[12, 13, 14, 15\]\)",
+        r"collating batch 3 \(indices \[12, 13, 14, 15\]\)",
         args=lambda scene: {"dataset": Holding(), "collate_fn": Collating(scene, sleep_on)},
         index=None,
         modes=(FORK, FORK_PINNED),

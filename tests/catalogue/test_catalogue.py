@@ -874,7 +874,7 @@ def test_shared_memory_that_is_full_is_told() -> None:
         text=True,
         timeout=60,
     )
-    assert re.match("CollateError collate|TransportError transport|WorkerCrash", done.stdout), done
+    assert re.match("TransportError transport None|WorkerCrash", done.stdout), done
     assert re.search(r"ind(ices \[|ex )[04]", done.stdout), done
     assert re.search("next: .*/dev/shm.*--shm-size", done.stdout), done
 

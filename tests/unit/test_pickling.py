@@ -331,12 +331,12 @@ KINDS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "local class": (
         a_local_class,
         "a class defined inside a function, tests.unit.test_pickling.a_local_class.<locals>.Local",
-        "at module level",
+        "at module level.",
     ),
     "instance of a local class": (
         lambda: a_local_class()(),
         "a class defined inside a function, tests.unit.test_pickling.a_local_class.<locals>.Local",
-        "at module level",
+        "at module level.",
     ),
     "generator": (a_generator, "a generator", "list("),
     "module": (lambda: os, "a module", "Import it"),
