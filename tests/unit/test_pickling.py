@@ -561,6 +561,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:Local function is not supported by pickle")  # without dill
 def test_data_pipes() -> None:
     pipe = IterableWrapper([1, 2]).map(module_level).batch(2)
     assert find_culprit(pipe, "dataset") is None
