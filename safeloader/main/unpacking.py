@@ -27,7 +27,7 @@ import numpy as np
 from safeloader.main.transport import TransportTally
 from safeloader.wire.anonymous import mapped
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.leaves import close_all, opening
+from safeloader.wire.leaves import opening
 from safeloader.wire.records import FailedBatch, Papers, Parcel, asked_for
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.shortage import shortage
@@ -55,62 +55,55 @@ class Unpacker:
         fields, about = pickle.loads(sealed.papers)
         papers = Papers(*fields)
         cargo = Cargo(*about)
-        leases: list[Any] = []
-        fds = sealed.fds
+        before = opening.begin(sealed.fds)
         try:
             if cargo.slots or cargo.given_up:
-                leases, fds = self._leases(papers.worker_id or 0, cargo, fds)
-            opening.begin(leases, fds)
+                self._lease(papers.worker_id or 0, cargo)
             stream = cargo.stream
             if stream is None:
                 payload = pickle.loads(sealed.payload)
             else:
                 slot, at, size = stream
-                payload = pickle.loads(memoryview(leases[slot])[at : at + size])
+                payload = pickle.loads(memoryview(opening.leases[slot])[at : at + size])
         except Exception as exc:
             return FailedBatch(papers, _not_opened(exc, papers))
         finally:
-            leases.clear()
-            opening.end()
+            opening.end(before)
         self._tally.came(cargo)
         return Parcel(papers, payload)
 
-    def _leases(
-        self, worker: int, cargo: Cargo, fds: tuple[int, ...]
-    ) -> tuple[list[Any], tuple[int, ...]]:
-        """A lease of each slot that a batch lies in, and the descriptors that are not slots'."""
+    def _lease(self, worker: int, cargo: Cargo) -> None:
+        """Lease the slots that a batch lies in; those that come for the first time are mapped.
+
+        Raises:
+            OSError: if a descriptor was lost on the way: there were too many open files here.
+            RuntimeError: if a slot cannot be mapped.
+        """
         slots = self._slots
         for number in cargo.given_up:
             slots.pop((worker, number), None)
-        if cargo.fresh:
-            fds = self._map_fresh(worker, cargo, fds)
-        return [slots[worker, number].leased() for number, _ in cargo.slots], fds
+        try:
+            if cargo.fresh:
+                self._map_fresh(worker, cargo)
+            opening.leases += [slots[worker, number].leased() for number, _ in cargo.slots]
+        except BaseException:  # the worker must not think that they are known here
+            assert self._table is not None
+            for number, _ in cargo.slots:
+                slots.pop((worker, number), None)
+                self._table.row(worker)[number] = GONE
+            raise
 
-    def _map_fresh(self, worker: int, cargo: Cargo, fds: tuple[int, ...]) -> tuple[int, ...]:
-        """Map the slots that come for the first time; gives the descriptors of the others.
-
-        Raises:
-            OSError: if theirs were lost on the way: there were too many open files here.
-            RuntimeError: if they cannot be mapped.
-        """
+    def _map_fresh(self, worker: int, cargo: Cargo) -> None:
         assert self._table is not None
         row = self._table.row(worker)
-        others = cargo.fds - len(cargo.fresh)
-        try:
-            for place, fd in zip(cargo.fresh, fds[others:], strict=False):
-                number, size = cargo.slots[place]
-                self._slots[worker, number] = _Slot(row, number, mapped(fd, size), self._tally)
-            if len(fds) < cargo.fds:
-                raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
-        except Exception:
-            close_all(fds[:others])
-            for number, _ in cargo.slots:
-                self._slots.pop((worker, number), None)
-                row[number] = GONE
-            raise
-        finally:
-            close_all(fds[others:])
-        return fds[:others]
+        fds = opening.fds
+        if len(fds) < cargo.fds:
+            raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
+        for place in reversed(cargo.fresh):
+            number, size = cargo.slots[place]
+            memory = mapped(fds[-1], size)
+            os.close(fds.pop())
+            self._slots[worker, number] = _Slot(row, number, memory, self._tally)
 
     def forking(self) -> None:
         """What is lent now will be seen by a child for as long as it lives."""
@@ -169,8 +162,8 @@ _unpackers: weakref.WeakSet[Unpacker] = weakref.WeakSet()
 
 
 def _at_fork() -> None:
-    for unpacker in list(_unpackers):
-        with contextlib.suppress(Exception):  # a fork is not ours to fail
+    with contextlib.suppress(Exception):  # a fork is not ours to fail
+        for unpacker in list(_unpackers):
             unpacker.forking()
 
 

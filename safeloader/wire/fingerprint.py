@@ -1,21 +1,25 @@
 """Fingerprints of a batch's leaves, taken in the worker and compared in main; both processes.
 
 A leaf is a tensor, an array, a string, bytes, a number, None; containers, named tuples and objects
-with attributes are walked through. Where a leaf has a row for each sample, each row has a print of
-its own, so that what changed is known by its dataset index.
+with attributes are walked through, but for objects that pickle in a way of their own. Where a leaf
+has a row for each sample, each row has a print of its own, so that what changed is known by its
+dataset index.
 
 Prints are CRC-32 (``zlib``, which takes some 5 GB/s): made to find accidents, not attacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
+
+from safeloader import torch_private
 
 _DEPTH_MAX = 32
 
@@ -46,76 +50,112 @@ class Difference(NamedTuple):
 
 def fingerprint(batch: Any, samples: int | None) -> tuple[Leaf, ...]:
     """The prints of all leaves of ``batch``, which was made of so many ``samples``."""
-    return tuple(
-        Leaf(path, kind, prints) for path, kind, prints in _leaves(batch, "batch", samples or 0, 0)
-    )
+    walk = _Walk(samples or 0)
+    with torch_private.without_overrides():  # tensors are read as what they are in memory
+        walk.into(batch, "batch", 0)
+    return tuple(walk.leaves)
 
 
 def difference(sent: tuple[Leaf, ...], batch: Any, samples: int | None) -> Difference | None:
-    """What of ``batch`` is not as it was sent; None if all of it is."""
+    """What of ``batch`` is not as it was sent; None if all of it is.
+
+    Leaves that are there on one side only are passed over: pinning takes some objects for lists,
+    and what happens to a batch by accident changes leaves and removes none.
+    """
     came = fingerprint(batch, samples)
     if came == sent:
         return None
-    for before, now in zip(sent, came, strict=False):
+    known = {leaf.path: leaf for leaf in sent}
+    for now in came:
+        before = known.get(now.path, now)
         if before == now:
             continue
-        if (before.path, before.kind) != (now.path, now.kind) or len(before.prints) < 2:
-            return Difference(before.path, None)
+        if before.kind != now.kind or len(before.prints) < 2:
+            return Difference(now.path, None)
         pairs = zip(before.prints, now.prints, strict=True)
-        return Difference(before.path, tuple(k for k, (a, b) in enumerate(pairs) if a != b))
-    return Difference("batch", None)
+        return Difference(now.path, tuple(k for k, (a, b) in enumerate(pairs) if a != b))
+    return None
 
 
-def _leaves(
-    part: Any, path: str, samples: int, depth: int
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    if depth > _DEPTH_MAX:
-        return
-    depth += 1
-    if isinstance(part, torch.Tensor):
-        yield from _of_tensor(part, path, samples, depth)
-    elif isinstance(part, np.ndarray):
-        if part.dtype.hasobject:
-            yield from _leaves(part.tolist(), path, samples, depth)
+class _Walk:
+    """Through a batch, to its leaves; through what several parts of it hold, once."""
+
+    def __init__(self, samples: int) -> None:
+        self.leaves: list[Leaf] = []
+        self._samples = samples
+        self._seen: dict[int, Any] = {}  # by id, which is not given again while it is held here
+
+    def into(self, part: Any, path: str, depth: int) -> None:
+        if part is None or isinstance(part, str | int | float | complex | np.generic):
+            self._leaf(path, type(part).__name__, (crc32(repr(part).encode("utf-8", "replace")),))
+            return
+        if depth > _DEPTH_MAX or id(part) in self._seen:
+            return
+        self._seen[id(part)] = part
+        if isinstance(part, torch.Tensor):
+            with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+                self._tensor(
+                    part, path, depth
+                )  # of a kind whose memory cannot be read: passed over
+        elif isinstance(part, np.ndarray):
+            self._array(part, path, depth)
+        elif isinstance(part, bytes | bytearray):
+            self._leaf(path, "bytes", (crc32(part),))
+        elif isinstance(part, Mapping):
+            for key in part:
+                self.into(part[key], f"{path}[{key!r}]", depth + 1)
+        elif isinstance(part, tuple) and hasattr(part, "_fields"):
+            for name in part._fields:
+                self.into(getattr(part, name), f"{path}.{name}", depth + 1)
+        elif isinstance(part, list | tuple):
+            for k, each in enumerate(part):
+                self.into(each, f"{path}[{k}]", depth + 1)
+        elif not _pickles_its_own_way(type(part)):
+            for name, each in getattr(part, "__dict__", {}).items():
+                self.into(each, f"{path}.{name}", depth + 1)
+
+    def _leaf(self, path: str, kind: str, prints: tuple[int, ...]) -> None:
+        self.leaves.append(Leaf(path, kind, prints))
+
+    def _array(self, array: np.ndarray[Any, Any], path: str, depth: int) -> None:
+        if array.dtype.names:  # field by field: what is between them need not cross
+            for name in array.dtype.names:
+                self.into(array[name], f"{path}[{name!r}]", depth + 1)
+        elif array.dtype.kind in "OT":
+            self.into(array.tolist(), path, depth + 1)
         else:
-            whole = np.ascontiguousarray(part)
-            kind = f"array {part.dtype} {part.shape}"
-            yield path, kind, _rows(whole.ctypes.data, whole.nbytes, part.shape, samples)
-    elif isinstance(part, bytes | bytearray):
-        yield path, "bytes", (crc32(bytes(part)),)
-    elif part is None or isinstance(part, str | int | float | complex | np.generic):
-        yield path, type(part).__name__, (crc32(repr(part).encode("utf-8", "replace")),)
-    elif isinstance(part, Mapping):
-        for key in part:
-            yield from _leaves(part[key], f"{path}[{key!r}]", samples, depth)
-    elif isinstance(part, tuple) and hasattr(part, "_fields"):
-        for name in part._fields:
-            yield from _leaves(getattr(part, name), f"{path}.{name}", samples, depth)
-    elif isinstance(part, list | tuple):
-        for k, each in enumerate(part):
-            yield from _leaves(each, f"{path}[{k}]", samples, depth)
-    else:
-        for name, each in getattr(part, "__dict__", {}).items():
-            yield from _leaves(each, f"{path}.{name}", samples, depth)
+            whole = np.ascontiguousarray(array)
+            prints = _rows(whole.ctypes.data, whole.nbytes, array.shape, self._samples)
+            self._leaf(path, f"array {array.dtype} {array.shape}", prints)
+
+    def _tensor(self, tensor: torch.Tensor, path: str, depth: int) -> None:
+        tensor = tensor.detach()
+        other: Any = tensor
+        if tensor.is_nested:
+            self.into(list(tensor.unbind()), path, depth + 1)
+        elif tensor.layout is torch.sparse_coo:
+            self.into([other._indices(), other._values()], path, depth + 1)
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+            parts = [other.crow_indices(), other.col_indices(), other.values()]
+            self.into(parts, path, depth + 1)
+        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+            parts = [other.ccol_indices(), other.row_indices(), other.values()]
+            self.into(parts, path, depth + 1)
+        elif tensor.is_quantized:
+            self.into(tensor.int_repr(), path, depth + 1)
+        elif tensor.layout is torch.strided and tensor.is_cpu:
+            whole = tensor.resolve_conj().resolve_neg().contiguous()
+            kind = f"tensor {tensor.dtype} {tuple(tensor.shape)}"
+            rows = _rows(whole.data_ptr(), whole.nbytes, tuple(tensor.shape), self._samples)
+            self._leaf(path, kind, rows)
 
 
-def _of_tensor(
-    tensor: torch.Tensor, path: str, samples: int, depth: int
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    if tensor.is_nested:
-        yield from _leaves(list(tensor.unbind()), path, samples, depth)
-    elif tensor.layout is torch.sparse_coo:
-        whole = tensor.detach().coalesce()
-        yield from _leaves([whole.indices(), whole.values()], path, samples, depth)
-    elif tensor.layout is not torch.strided:
-        other: Any = tensor.detach()
-        yield from _leaves(other.to_sparse_coo(), path, samples, depth)
-    elif tensor.is_quantized:
-        yield from _leaves(tensor.int_repr(), path, samples, depth)
-    elif tensor.device.type == "cpu":
-        whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        kind = f"tensor {tensor.dtype} {tuple(tensor.shape)}"
-        yield path, kind, _rows(whole.data_ptr(), whole.nbytes, tuple(tensor.shape), samples)
+_OWN_WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _pickles_its_own_way(cls: type) -> bool:
+    """Whether what arrives of an object may be other than what was sent."""
+    return any(getattr(cls, way, None) is not getattr(object, way, None) for way in _OWN_WAYS)
 
 
 def _rows(address: int, size: int, shape: tuple[int, ...], samples: int) -> tuple[int, ...]:

@@ -46,20 +46,24 @@ class _Opening(threading.local):
         brought: memory of its leaves so far, in the order of the pickle.
     """
 
-    leases: list[Any]
-    fds: list[int]
-    brought: list[Any]
+    def __init__(self) -> None:
+        self.leases: list[Any] = []
+        self.fds: list[int] = []
+        self.brought: list[Any] = []
 
-    def begin(self, leases: list[Any], fds: Iterable[int]) -> None:
-        """A batch is to be loaded."""
-        self.leases = leases
-        self.fds = list(fds)
-        self.brought = []
+    def begin(self, fds: Iterable[int]) -> tuple[Any, ...]:
+        """A batch is to be loaded. Gives what :meth:`end` wants: loading one may load others."""
+        before = self.leases, self.fds, self.brought
+        self.leases, self.fds, self.brought = [], list(fds), []
+        return before
 
-    def end(self) -> None:
+    def end(self, before: tuple[Any, ...]) -> None:
         """It was, or could not be; let go of everything."""
         close_all(fd for fd in self.fds if fd >= 0)
-        self.leases, self.fds, self.brought = [], [], []
+        # An exception on its way may hold this frame's callers, and they these lists.
+        self.leases.clear()
+        self.brought.clear()
+        self.leases, self.fds, self.brought = before
 
 
 opening = _Opening()
@@ -69,21 +73,22 @@ def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, 
     """A contiguous tensor of ``count`` elements with memory of its own in a slot; hot path."""
     made = torch.frombuffer(opening.leases[slot], dtype=DTYPES[code], count=count, offset=at)
     opening.brought.append(made)
-    return made.view(shape)
+    return made.resize_(shape)  # not a view, which could not be detached in place
 
 
 def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor that came within the message; hot path."""
     made = torch.frombuffer(bytearray(data), dtype=DTYPES[code])
     opening.brought.append(made)
-    return made.view(shape)
+    return made.resize_(shape)
 
 
 def tensor_over(
     place: Place, code: int, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
 ) -> Any:
     """A tensor of any strides over the memory at ``place``."""
-    return torch.empty(0, dtype=DTYPES[code]).set_(storage_at(place), offset, shape, stride)
+    empty = torch.empty(0, dtype=DTYPES[code], device="cpu")  # whatever the default device is
+    return empty.set_(storage_at(place), offset, shape, stride)
 
 
 def storage_at(place: Place) -> torch.UntypedStorage:

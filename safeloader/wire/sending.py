@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 MOST_FDS = 200  # in one message; Linux takes 253
-_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)  # later, perhaps
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
 
 
 class Sender:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from safeloader.wire.anonymous import anonymous_file, mapped
 
 _SLOTS = 4096  # of one worker, at most
+SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
 _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 
 UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, or to give up

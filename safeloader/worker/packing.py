@@ -32,7 +32,7 @@ from safeloader.worker.reducing import (
 from safeloader.worker.slots import NoRoom, SlotPool
 
 _LARGE_PICKLE = 1 << 16
-_TRIES = 8
+_TRIES = 3  # the first finds what overlaps; a pickle that is another each time may take more
 
 
 class Packer:
@@ -90,19 +90,21 @@ class Packer:
         shape = (len(batch), *first.shape)
         size = first.nbytes * len(batch)
         if size <= INLINE:
-            return torch.stack(batch, 0, out=torch.empty(shape, dtype=first.dtype))
+            own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
+            return torch.stack(batch, 0, out=own)
         try:
             place, at = slots.room(size)
         except NoRoom as exc:
             self._no_room = str(exc)
             if size >= IN_MESSAGE:
                 return stock(batch, **kwargs)
-            return torch.stack(batch, 0, out=torch.empty(shape, dtype=first.dtype))
+            own = torch.empty(shape, dtype=first.dtype, device="cpu")
+            return torch.stack(batch, 0, out=own)
         count = size // first.itemsize
         whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
         # Held until the batch is sealed: its storage is known again by its address.
         self._stacked[torch_private.identity_of(whole.untyped_storage())] = place, at, whole
-        return torch.stack(batch, 0, out=whole.view(shape))
+        return torch.stack(batch, 0, out=whole.resize_(shape))
 
     # when it is made ────────────────────────────────────────────────────────────────────────────
 
@@ -114,16 +116,17 @@ class Packer:
         """
         self._collating = False
         parts: Parts = {}
+        why = "its tensors overlap, differently each time it is pickled"
         try:
             for _ in range(_TRIES):
                 run = Reduction(self._slots, self._stacked, parts, self._no_room)
                 try:
                     return self._sealed(papers, payload, run)
                 except Overlap as found:
-                    parts = {**parts, found.storage: found.part}
+                    parts = found.parts
                 except TooManyFds:
+                    why = "more tensors than a message may have descriptors"
                     break
-            why = "more tensors than a message may have descriptors"
             return self._sealed(papers, payload, Reduction(None, {}, {}, why, fetched=True))
         finally:
             self._stacked = {}
@@ -144,21 +147,24 @@ class Packer:
     ) -> Sealed:
         fds = run.fds
         why = run.why or self._why
-        if self._slots is None:
+        slots = self._slots
+        if slots is None:
             cargo = Cargo(fds=len(fds), why=why)
         else:
-            used = self._slots.batch
+            used = slots.batch
             fresh = tuple(place for place, slot in enumerate(used) if slot.fd >= 0)
             cargo = Cargo(
                 tuple((slot.number, slot.size) for slot in used),
                 fresh,
                 len(fds) + len(fresh),
-                self._slots.lent(),
+                slots.given_up,
                 stream,
                 why,
             )
-            for place in fresh:
-                fds.append(used[place].fd)
-                used[place].fd = -1
         head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
+        if slots is not None:  # from here on nothing can fail
+            for place in cargo.fresh:
+                fds.append(slots.batch[place].fd)
+                slots.batch[place].fd = -1
+            slots.lent()
         return Sealed(head, packed, tuple(fds))

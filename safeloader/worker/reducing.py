@@ -16,6 +16,8 @@ import ctypes
 import io
 import os
 import pickle
+import sys
+from bisect import bisect_right, insort
 from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -27,29 +29,82 @@ from safeloader import torch_private
 from safeloader.wire import leaves
 from safeloader.wire.leaves import CODES, Beside, Place, close_all
 from safeloader.wire.sending import MOST_FDS
+from safeloader.wire.slots import SLOTS_A_BATCH
 from safeloader.worker.slots import NoRoom, SlotPool
 
 INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
 IN_MESSAGE = 1 << 20  # the same where no slot is to be had
 _PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
-_FRESH_FDS = 32  # kept free for new slots, of the descriptors of a message
+_FRESH_FDS = SLOTS_A_BATCH  # kept free for slots, of the descriptors of a message
 _ALIGNED = 16  # every element size divides it
+_named = getattr(torch.Tensor, "has_names", lambda tensor: False)  # torch refuses to send these
 
+Part = tuple[int, int]  # of a storage: first byte, and the one behind the last
 Stacked = dict[int, tuple[int, int, torch.Tensor]]  # storage: slot of the batch, offset, tensor
-Parts = dict[int, tuple[int, int]]  # storage: first byte, and the one behind the last
+Parts = dict[int, list[Part]]  # storage: in order, apart from each other
 
 
 class Overlap(Exception):
-    """Several tensors look into one memory: the part of it that all of them see has to cross."""
+    """Tensors look at the same bytes of a large memory: these ``parts`` have to cross whole."""
 
-    def __init__(self, storage: int, part: tuple[int, int]) -> None:
-        super().__init__(storage, part)
-        self.storage = storage
-        self.part = part
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.parts = parts
 
 
 class TooManyFds(Exception):
     """More tensors go torch's way than a message may have descriptors."""
+
+
+class _Looks:
+    """The parts of one storage that tensors look at, each copied on its own.
+
+    Args:
+        parts: those that are known to be looked at by several; in order, apart from each other.
+
+    Attributes:
+        overlap: whether some of them overlap, so that these will not do.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self._copied: list[Part] = []  # in order, apart from each other
+        self._numbers: dict[Part, int] = {}  # of their memory in the pickle
+        self._others: list[Part] = []  # that overlap with these
+        self.overlap = False
+
+    def at(self, part: Part) -> tuple[Part, int | None]:
+        """The part that is to cross for this one, and its number if it does so already."""
+        part = _around(self._parts, part) or part
+        known = _around(self._copied, part)
+        if known is not None:
+            return known, self._numbers[known]
+        place = bisect_right(self._copied, part)
+        before, behind = self._copied[max(0, place - 1) : place], self._copied[place : place + 1]
+        if any(low < part[1] and part[0] < high for low, high in before + behind):
+            self._others.append(part)
+            self.overlap = True
+        return part, None
+
+    def add(self, part: Part, number: int) -> None:
+        """It was copied."""
+        insort(self._copied, part)
+        self._numbers[part] = number
+
+    def merged(self) -> list[Part]:
+        """What to copy instead, so that every byte crosses once."""
+        merged: list[Part] = []
+        for low, high in sorted(self._copied + self._others):
+            if merged and low < merged[-1][1]:
+                low, high = merged[-1][0], max(merged.pop()[1], high)
+            merged.append((low, high))
+        return merged
+
+
+def _around(parts: list[Part], part: Part) -> Part | None:
+    """The one of these parts, in order and apart from each other, that ``part`` lies in."""
+    place = bisect_right(parts, (part[0], sys.maxsize)) - 1
+    return parts[place] if place >= 0 and part[1] <= parts[place][1] else None
 
 
 class Reduction:
@@ -61,7 +116,7 @@ class Reduction:
     Args:
         slots: where memory is copied to; None for torch's own way.
         stacked: what lies in a slot already.
-        parts: for a storage of which only parts are looked at, the bytes that are to cross.
+        parts: what is to cross of storages of which several tensors look at the same bytes.
         why: why torch's own way was taken so far.
         fetched: whether main has to fetch descriptors from here, as torch has it.
 
@@ -85,7 +140,8 @@ class Reduction:
         self._fetched = fetched
         self._mark = None if slots is None else slots.mark()
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
-        self._looks: dict[int, list[tuple[int, int, int]]] = {}  # of parts: from, to, number
+        self._looks: dict[int, _Looks] = {}  # at storages of which not all crosses
+        self._overlap = False
         self._held: list[Any] = []  # so that no identity is given twice
         self._count = 0
         self.fds: list[int] = []
@@ -106,6 +162,8 @@ class Reduction:
             table.setdefault(np.ndarray, self._array)
         pickler.dispatch_table = table
         pickler.dump(payload)
+        if self._overlap:
+            raise Overlap({same: looks.merged() for same, looks in self._looks.items()})
         return buffer.getvalue()
 
     def put(self, data: bytes) -> tuple[int, int, int] | None:
@@ -140,6 +198,7 @@ class Reduction:
             or tensor.is_nested
             or tensor.is_conj()
             or tensor.is_neg()
+            or _named(tensor)
         ):
             return self._reduce_tensor(tensor)
         storage = tensor.untyped_storage()
@@ -148,11 +207,18 @@ class Reduction:
         if not size or storage.is_shared():
             return self._reduce_tensor(tensor)
         same = torch_private.identity_of(storage)
-        if held == size and same not in self._brought and tensor.is_contiguous():
+        shape = tuple(tensor.shape)
+        # The stride along a dimension of one element is free, and is to stay as it is.
+        if (
+            held == size
+            and same not in self._brought
+            and same not in self._looks
+            and 1 not in shape
+            and tensor.is_contiguous()
+        ):
             place = self._bring(storage, same, held)
             if place is None:
                 return self._reduce_tensor(tensor)
-            shape = tuple(tensor.shape)
             if type(place) is bytes:
                 return leaves.tensor_inline, (place, code, shape)
             slot, at, _ = place
@@ -166,11 +232,12 @@ class Reduction:
         shape, stride = tuple(tensor.shape), tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        part = first * item, (last + 1) * item
         start = 0
         place: Place | None = self._brought.get(same)
         if place is None:
-            part = first * item // _ALIGNED * _ALIGNED, (last + 1) * item
-            if part[1] - part[0] < held // 2 or same in self._parts:
+            few = part[1] - part[0] < held // 2 and same not in self._stacked
+            if few or same in self._looks or same in self._parts:
                 start, place = self._look(storage, same, part)
             else:
                 place = self._bring(storage, same, held)
@@ -178,26 +245,25 @@ class Reduction:
             return self._reduce_tensor(tensor)
         return leaves.tensor_over, (place, code, shape, stride, first - start // item)
 
-    def _look(
-        self, storage: torch.UntypedStorage, same: int, part: tuple[int, int]
-    ) -> tuple[int, Place | None]:
-        """Where a part of a large storage is, and the byte of the storage that it begins with."""
-        looks = self._looks.setdefault(same, [])
-        start, end = part
-        for low, high, number in looks:
-            if low <= start and end <= high:
-                return low, number
-            if start < high and low < end:
-                raise Overlap(same, (min(low, start), max(high, end)))
-        low, high = self._parts.get(same, part)
-        if not (low <= start and end <= high):
-            low, high = part
-        place = self._copied(storage.data_ptr() + low, high - low)
-        if place is not None:
-            looks.append((low, high, self._count))
-            self._count += 1
+    def _look(self, storage: torch.UntypedStorage, same: int, part: Part) -> tuple[int, Place]:
+        """Where a part of a storage is, and the byte of the storage that it begins with."""
+        looks = self._looks.get(same)
+        if looks is None:
+            looks = self._looks[same] = _Looks(self._parts.get(same, []))
             self._held.append(storage)
-        return low, place
+        part, number = looks.at(part)
+        start = part[0] // _ALIGNED * _ALIGNED
+        if number is not None:
+            return start, number
+        if looks.overlap:  # this pickle will not be sent
+            self._overlap = True
+            return start, b""
+        address, size = storage.data_ptr() + start, part[1] - start
+        # Without room it goes within the message: torch's way would take the storage as a whole.
+        place = self._copied(address, size) or ctypes.string_at(address, size)
+        looks.add(part, self._count)
+        self._count += 1
+        return start, place
 
     def _storage(self, storage: torch.UntypedStorage) -> Any:
         """The same for the storage of what is no plain tensor."""
@@ -208,17 +274,17 @@ class Reduction:
             self.why = self.why or "a tensor is in torch's shared memory already"
             return self._torchs(storage)
         same = torch_private.identity_of(storage)
-        if (known := self._brought.get(same)) is not None:
-            return leaves.storage_at, (known,)
-        place = self._bring(storage, same, held)
+        place: Place | None = self._brought.get(same)
+        if place is None and (same in self._looks or same in self._parts):
+            _, place = self._look(storage, same, (0, held))
+        elif place is None:
+            place = self._bring(storage, same, held)
         return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
 
     def _bring(
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | bytes | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
-        if same in self._looks:
-            raise Overlap(same, (0, size))
         stacked = self._stacked.get(same)
         place: tuple[int, int, int] | bytes | None
         if stacked is not None:
@@ -254,9 +320,13 @@ class Reduction:
         except NoRoom as exc:
             self.why = str(exc)
             return array.__reduce__()
-        order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        shape, memory = array.shape, self._slots.lease(slot)
-        np.copyto(np.ndarray(shape, array.dtype, memory, at, order=order), array)
+        flags, shape = array.flags, array.shape
+        order: Any = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
+        if flags.forc:  # with the bytes between the fields of a record, which `copyto` leaves out
+            ctypes.memmove(self._slots.batch[slot].address + at, array.ctypes.data, array.nbytes)
+        else:
+            into = np.ndarray(shape, array.dtype, self._slots.lease(slot), at, order=order)
+            np.copyto(into, array)
         return leaves.array_in_slot, (slot, at, array.dtype, shape, order)
 
     # torch's way ────────────────────────────────────────────────────────────────────────────────

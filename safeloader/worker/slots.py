@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from safeloader.wire.anonymous import anonymous_file, mapped
-from safeloader.wire.slots import FREE, GONE, LENT, UNUSED, SlotTable
+from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, UNUSED, SlotTable
 
 _ALIGNED = 64  # a cache line
 _SMALLEST = 1 << 16
@@ -126,12 +126,20 @@ class SlotPool:
             if at + size <= slot.size:
                 slot.used = at + size
                 return self._shared, at
-            self._shared = self._add(size, 2 * self._shared_filled)
+            wanted = 2 * self._shared_filled
         else:
-            self._shared = self._add(size, max(size, *self._shared_sizes))
+            wanted = max(size, *self._shared_sizes)
+        try:
+            self._shared = self._add(size, wanted)
+        except NoRoom:
+            if wanted == size:
+                raise
+            self._shared = self._add(size, size)
         return self._shared, 0
 
     def _add(self, used: int, size: int) -> int:
+        if len(self.batch) == SLOTS_A_BATCH:
+            raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
         slot = self._take(size)
         slot.used = used
         slot.batch = self._number
@@ -156,16 +164,19 @@ class SlotPool:
         """The memory of a slot of the running batch."""
         return self._leases[place]
 
-    def lent(self) -> tuple[int, ...]:
-        """The running batch is sent: its slots are main's now. Gives those given up since."""
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """Slots that main has mapped and is to let go of; told with the next batch."""
+        return tuple(self._given_up)
+
+    def lent(self) -> None:
+        """The running batch is sent: its slots are main's now, and it knows those given up."""
         for slot in self.batch:
             self._states[slot.number] = LENT
         self._shared_sizes.append(self._shared_filled)
         self._clear()
-        given_up, self._given_up = tuple(self._given_up), []
-        for number in given_up:
-            self._states[number] = UNUSED
-        return given_up
+        self._states[self._given_up] = UNUSED
+        self._given_up = []
 
     def _take(self, size: int) -> Slot:
         most = 2 * size + _SMALLEST  # a small batch does not keep a large slot in use
@@ -188,13 +199,15 @@ class SlotPool:
         return found
 
     def _make(self, size: int) -> Slot:
-        if size > self._most_bytes:
-            raise NoRoom(f"{size} bytes, where a worker's slots may hold {self._most_bytes}")
-        if self._held_bytes + size > self._most_bytes:
-            for slot in self._free():  # which are too small, or too large
+        most = self._most_bytes
+        if size > most:
+            raise NoRoom(f"a batch needs more than the {most} bytes that a worker's slots may hold")
+        if self._held_bytes + size > most:
+            free = self._free()  # which are too small, or too large
+            if self._held_bytes - sum(slot.size for slot in free) + size > most:
+                raise NoRoom(f"{most} bytes of slots hold batches that are in use")
+            for slot in free:
                 self._give_up(slot)
-        if self._held_bytes + size > self._most_bytes:
-            raise NoRoom(f"{self._most_bytes} bytes of slots hold batches that are in use")
         unused = np.flatnonzero(self._states == UNUSED)
         if not unused.size:
             raise NoRoom(f"all {len(self._states)} slots of a worker hold batches that are in use")
@@ -234,8 +247,8 @@ _pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()
 
 
 def _before_fork() -> None:
-    for pool in list(_pools):
-        with contextlib.suppress(Exception):  # a fork is not ours to fail
+    with contextlib.suppress(Exception):  # a fork is not ours to fail
+        for pool in list(_pools):
             pool.forking()
 
 
