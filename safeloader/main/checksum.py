@@ -11,7 +11,8 @@ from safeloader.wire.records import Papers, asked_for, contents
 _HINT = (
     "something wrote to the batch after the worker made it\n"
     "a dataset or collate_fn that goes on writing to a tensor it gave away (a buffer used again) "
-    "does that: give away a copy; so does a pin_memory() that changes what it pins. Otherwise "
+    "does that: give away a copy; so does a pin_memory() that changes what it pins. Torch itself "
+    "drops the mark of a conjugate or negative view: give away x.resolve_conj(). Otherwise "
     "suspect the machine's memory: transport='torch' takes another way across"
 )
 

@@ -123,10 +123,17 @@ class _Walk:
                 self.into(array[name], f"{path}[{name!r}]", depth + 1)
         elif array.dtype.kind in "OT":
             self.into(array.tolist(), path, depth + 1)
+        elif array.dtype.char in "gG":  # some of their bytes mean nothing, and differ in a copy
+            for name, each in (("real", array.real), ("imag", array.imag)):
+                with np.errstate(all="ignore"):
+                    high = each.astype(np.float64)
+                    low = (each - high).astype(np.float64)
+                self.into([high, low], f"{path}.{name}", depth + 1)
         else:
-            whole = np.ascontiguousarray(array)
+            native = array.dtype.newbyteorder("=")  # as which any other arrives
+            whole = np.ascontiguousarray(array, native)
             prints = _rows(whole.ctypes.data, whole.nbytes, array.shape, self._samples)
-            self._leaf(path, f"array {array.dtype} {array.shape}", prints)
+            self._leaf(path, f"array {native} {array.shape}", prints)
 
     def _tensor(self, tensor: torch.Tensor, path: str, depth: int) -> None:
         tensor = tensor.detach()
@@ -141,9 +148,8 @@ class _Walk:
         elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
             parts = [other.ccol_indices(), other.row_indices(), other.values()]
             self.into(parts, path, depth + 1)
-        elif tensor.is_quantized:
-            self.into(tensor.int_repr(), path, depth + 1)
-        elif tensor.layout is torch.strided and tensor.is_cpu:
+        # Torch loses the quantizer of a quantized tensor on the way; to read what came would crash.
+        elif tensor.layout is torch.strided and tensor.is_cpu and not tensor.is_quantized:
             whole = tensor.resolve_conj().resolve_neg().contiguous()
             kind = f"tensor {tensor.dtype} {tuple(tensor.shape)}"
             rows = _rows(whole.data_ptr(), whole.nbytes, tuple(tensor.shape), self._samples)

@@ -26,10 +26,11 @@ def _dtypes() -> tuple[torch.dtype, ...]:
     usable = []
     for dtype in sorted(known, key=str):
         try:
-            torch.frombuffer(bytearray(16), dtype=dtype, count=1)
-        except (RuntimeError, ValueError, TypeError, AssertionError):  # quantized, packed bits
+            made = torch.frombuffer(bytearray(16), dtype=dtype, count=1)
+        except (RuntimeError, ValueError, TypeError, AssertionError):  # packed bits
             continue
-        usable.append(dtype)
+        if not made.is_quantized:  # these need more than their memory: torch crashes without it
+            usable.append(dtype)
     return tuple(usable)
 
 

@@ -70,7 +70,7 @@ class _Looks:
         self._parts = parts
         self._copied: list[Part] = []  # in order, apart from each other
         self._numbers: dict[Part, int] = {}  # of their memory in the pickle
-        self._others: list[Part] = []  # that overlap with these
+        self._others: list[Part] = []  # from the first that overlaps with these
         self.overlap = False
 
     def at(self, part: Part) -> tuple[Part, int | None]:
@@ -82,8 +82,9 @@ class _Looks:
         place = bisect_right(self._copied, part)
         before, behind = self._copied[max(0, place - 1) : place], self._copied[place : place + 1]
         if any(low < part[1] and part[0] < high for low, high in before + behind):
-            self._others.append(part)
             self.overlap = True
+        if self.overlap:
+            self._others.append(part)
         return part, None
 
     def add(self, part: Part, number: int) -> None:
@@ -312,7 +313,8 @@ class Reduction:
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         """The same for an array; a copy each, as in any pickle."""
-        if array.nbytes <= INLINE or array.dtype.hasobject:
+        dtype = array.dtype
+        if array.nbytes <= INLINE or dtype.hasobject or not dtype.isnative:  # numpy swaps its bytes
             return array.__reduce__()
         assert self._slots is not None
         try:
@@ -325,9 +327,9 @@ class Reduction:
         if flags.forc:  # with the bytes between the fields of a record, which `copyto` leaves out
             ctypes.memmove(self._slots.batch[slot].address + at, array.ctypes.data, array.nbytes)
         else:
-            into = np.ndarray(shape, array.dtype, self._slots.lease(slot), at, order=order)
+            into = np.ndarray(shape, dtype, self._slots.lease(slot), at, order=order)
             np.copyto(into, array)
-        return leaves.array_in_slot, (slot, at, array.dtype, shape, order)
+        return leaves.array_in_slot, (slot, at, dtype, shape, order)
 
     # torch's way ────────────────────────────────────────────────────────────────────────────────
 
