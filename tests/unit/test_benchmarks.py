@@ -21,7 +21,8 @@ from benchmarks import cuda_pinned, environment, memory, report, run, timing
 from benchmarks.cases import CASES, Case, Unavailable
 from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
-from benchmarks.timing import EpochTime, seeded, time_epoch
+from benchmarks.peers import PEERS, maker
+from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
 
 BATCHES = 3
 
@@ -70,6 +71,66 @@ def test_every_contender_yields_the_same_batches(case: Case, tmp_path: Path) -> 
     assert len(epochs[0]) >= BATCHES
     for other in epochs[1:]:
         assert_same(epochs[0], other)
+
+
+@pytest.mark.filterwarnings("default")  # of other projects' making
+@pytest.mark.parametrize("name", run.PEER_CASES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_yields_the_same_batches(peer: str, name: str, tmp_path: Path) -> None:
+    """Epoch after epoch: each has its own way of going on."""
+    dataset, kwargs = CASES[name].build(4)
+    try:
+        loader = maker(peer)(dataset, seeded(kwargs), tmp_path)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    expected = first_epoch(DataLoader(dataset, **seeded(kwargs)))
+    assert [first_epoch(loader) for _ in range(3)] == [expected] * 3
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_says_why_it_is_left_out(peer: str, tmp_path: Path) -> None:
+    dataset, kwargs = build(CASES["tensor-main"])
+    with pytest.raises(Unavailable, match=r"is not installed|single tensors with workers"):
+        maker(peer)(dataset, seeded(kwargs), tmp_path)
+
+
+def test_a_digest_tells_batches_apart_and_not_what_holds_them() -> None:
+    batch = {"x": torch.arange(6.0).reshape(2, 3), "y": [torch.ones(2), "text"]}
+    as_arrays = {"x": batch["x"].numpy(), "y": (np.ones(2, np.float32), "text")}
+    assert digest(batch) == digest(as_arrays)
+    assert digest(batch["x"]) != digest(batch["x"].T.contiguous().T.reshape(3, 2))
+    assert digest(batch["x"]) != digest(batch["x"].double())
+    assert digest(batch["x"]) != digest(batch["x"] + 1)
+
+
+def test_contenders_that_do_different_work_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    short = CONTENDERS["null"]
+    monkeypatch.setitem(CONTENDERS, "null", lambda d, k, f: list(short(d, k, f))[:-1])
+    with pytest.raises(DifferentBatches, match="null gives other batches than stock"):
+        timing.time_case(CASES["tensor-main"], ["stock", "null"], BATCHES, 1, tmp_path)
+
+
+def test_a_contender_that_does_not_apply_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise Unavailable("not today")
+
+    monkeypatch.setitem(PEERS, "grain", refuse)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    arguments = ["--cases=tensor-main", "--contenders=stock,grain", "--quick", "--repeats=1"]
+    assert run.main([*arguments, f"--out={tmp_path}"]) == 0
+    assert "tensor-main, grain: left out: not today" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_are_held_to_no_bar() -> None:
+    times = {name: [EpochTime(1, per, 1.0)] * 6 for name, per in (("stock", 1.0), ("grain", 9.0))}
+    (made,) = report.make_rows(CASES["small-2w"], times, {})
+    assert made.verdict == "peer"
+    assert "| –   | peer " in report.table([made])  # noqa: RUF001
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -172,6 +233,7 @@ def test_contenders_take_turns_in_an_order_that_turns_round(
     turns: list[str] = []
     for name in ("safe", "safe+trace"):  # a loader that is no more than its name
         monkeypatch.setitem(CONTENDERS, name, lambda dataset, kwargs, folder: folder.name)
+    monkeypatch.setattr(timing, "first_epoch", lambda loader: [])
     monkeypatch.setattr(timing, "time_epoch", turns.append)
     timing.time_case(CASES["tensor-main"], ["safe", "safe+trace"], BATCHES, 3, tmp_path)
     forth = ["safe", "safe+trace"]
