@@ -46,10 +46,8 @@ def _pool(dataset: Dataset[Any], kwargs: Mapping[str, Any]) -> PoolDataset:
 
 def _order(dataset: PoolDataset, kwargs: Mapping[str, Any]) -> list[int]:
     """The indices of the stock loader's first epoch."""
-    generator = kwargs["generator"]
-    return list(
-        DataLoader(range(len(dataset)), None, kwargs.get("shuffle", False), generator=generator)  # type: ignore[arg-type, unused-ignore]
-    )
+    shuffle, generator = kwargs.get("shuffle", False), kwargs["generator"]
+    return list(DataLoader(range(len(dataset)), None, shuffle, generator=generator))
 
 
 # ---------------------------------------------------------------------------------- torchdata
