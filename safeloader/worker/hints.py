@@ -43,8 +43,9 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     elif phase == "sample" and in_stream:
         parts.append(
-            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset in the "
-            "main process up to it to repeat the call"
+            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset up to "
+            "it to repeat the call. In the main process get_worker_info() is None: a dataset that "
+            f"shares itself out by it has to be given worker {index[0]}'s share by hand"
         )
     elif phase == "collate" and not found:
         parts.append(
@@ -52,7 +53,7 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
             "error.failure.indices]) repeats the call here"
         )
     elif phase == "collate":
-        parts.append("mend the sample, or give the loader a collate_fn that can take it")
+        parts.append("mend the sample, or have collate_fn= take it")
     elif phase == "transport" and not found:
         parts.append(
             "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in error.failure.indices])) "
