@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 from safeloader.wire.shortage import shortage
 from safeloader.wire.texts import bounded_text, is_secret
 from safeloader.wire.values import fields
+from safeloader.worker.mending import ON_ERROR_FAULT
 
 KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
@@ -35,6 +36,11 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
     if found == KEY_FAULT:
         parts.append(
             "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of them"
+        )
+    elif found == ON_ERROR_FAULT:
+        parts.append(
+            "mend the callable given as on_error=: it takes a Failure, and gives a sample or "
+            "safeloader.SKIP"
         )
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(
