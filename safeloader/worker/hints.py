@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.wire.shortage import shortage
 from safeloader.wire.texts import bounded_text, is_secret
@@ -71,17 +72,26 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
 
 
 def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
-    """What the index means to the dataset: its range, its file, its number under a Subset."""
+    """What the index means to the dataset: its range, its file, its number in what is under it."""
     said = []
     try:
         if isinstance(exc, IndexError):
             said.append(_about_range(index, len(dataset)))
         inner: Any = dataset
         at, path = index, "dataset"
-        while type(inner) is Subset:
-            inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
+        while type(inner) in (Subset, ConcatDataset):
+            if type(inner) is Subset:
+                inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
+            else:
+                at = range(len(inner))[at]  # which a negative one counts from the end of
+                part = bisect.bisect_right(inner.cumulative_sizes, at)
+                at -= inner.cumulative_sizes[part - 1] if part else 0
+                inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
         if inner is not dataset:
-            said.append(f"index {index} of the Subset is index {at} of the dataset under it")
+            outer = type(dataset).__name__
+            said.append(
+                f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
+            )
         said += _file(at, inner, path, exc)
     except Exception:  # a hint must not hide the error
         return said

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from safeloader.worker.hints import hint_for
 from safeloader.worker.mending import ON_ERROR_FAULT
@@ -58,7 +58,7 @@ def test_the_file_of_an_index_is_named(held: Any, shown: str, exc: Exception) ->
 def test_under_a_subset_too() -> None:
     said = hint(MISSING, Subset(Holding(files=FILES), range(30, 40)), 7)
     assert said == [
-        "index 7 of the Subset is index 37 of the dataset under it",
+        "index 7 of the Subset is index 37 of the dataset under it, dataset.dataset",
         "dataset.dataset.files[37] = 'img/37.jpg'",
     ]
 
@@ -105,3 +105,11 @@ def test_a_fault_of_on_error_is_no_fault_of_the_sample() -> None:
         told = hint_for(ValueError("x"), phase, 3, ON_ERROR_FAULT).splitlines()
         assert told[0] == ON_ERROR_FAULT
         assert told[-1].startswith("mend the callable given as on_error=")
+
+
+@pytest.mark.parametrize("index", [3, -5])
+def test_under_a_concatenation_the_part_and_its_index_are_named(index: int) -> None:
+    whole: Any = ConcatDataset([range(2), Subset(range(9), [8, 7, 6]), range(3)])  # type: ignore[list-item]
+    line = hint(ValueError("x"), whole, index)[0]
+    told = f"index {index} of the ConcatDataset is index 7 of the dataset under it"
+    assert line == f"{told}, dataset.datasets[1].dataset"
