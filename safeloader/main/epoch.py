@@ -138,8 +138,12 @@ class Epoch:
         if trouble is not None:
             self.ledger.settle(trouble, papers, handed_over=False)
             self._told(trouble, papers)
-        self.log.warning("epoch %d: a batch was left out whole: every sample failed", self.number)
         self._count_mishaps(papers)
+        self.log.warning(
+            "epoch %d: every sample of what would be batch %d failed: it is left out whole",
+            self.number,
+            self.batches,
+        )
         if self.ledger.settled:
             self.close()
 

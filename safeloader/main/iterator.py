@@ -63,7 +63,7 @@ class SafeIterator(Iterator[Any]):
             Tolerance(loader.max_skipped, runs=not callable(loader.on_error)),
             None
             if loader.on_failure_dump is None
-            else functools.partial(dump.write, folder=loader.on_failure_dump),
+            else functools.partial(dump.write, folder=loader.on_failure_dump, log=log),
             log,
         )
         epoch.number = self._recorder.begin_epoch(epoch.audit)

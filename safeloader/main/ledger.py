@@ -182,7 +182,8 @@ class Accounts:
     def notes(self, length: int | None) -> list[str]:
         notes = []
         if self.replaced_count:
-            notes.append(f"{self.replaced_count} of the samples skipped were replaced by another")
+            skipped = self.tallies["skipped"].count
+            notes.append(f"skipped samples with a replacement: {self.replaced_count} of {skipped}")
         if self._keys_past_limit:
             notes.append(
                 f"the keys of the first {KEYS_LIMIT} samples were compared; "
@@ -346,7 +347,7 @@ class MapLedger(Accounts):
         repeated = coverage.repeated()  # before the notes: it brings the coverage up to date
         notes = self.notes(length)
         if ahead := sum(map(count, self._pending.values())):
-            notes.append(f"{ahead} of the samples drawn were not handed over yet")
+            notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
         return self.as_audit(
             epoch,
             complete=self.complete,

@@ -55,6 +55,7 @@ class Revival:
                 self._log.error("the workers died twice before they were at any batch: giving up")
                 return False
         died_at: set[tuple[int, int | None]] = set()
+        left_out = []
         for where in at:
             if where is None or where.position.seq is None:
                 continue
@@ -63,7 +64,7 @@ class Revival:
             again = place in self._last and place[1] is not None
             sampler.change(place[0], deadly=place[1] if again else None)
             if again:
-                self._log.warning("index %r killed its worker twice and is left out", where.index)
+                left_out.append(where.index)
         self._last = died_at
         self._restarts += 1
         self._log.warning(
@@ -73,6 +74,8 @@ class Revival:
             MOST_RESTARTS,
             bounded(failure.hint.partition("\n")[0], 300),
         )
+        for index in left_out:
+            self._log.warning("index %r killed its worker twice and is left out", index)
         return True
 
     def revive(self, session: Session) -> None:

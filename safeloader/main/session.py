@@ -159,7 +159,7 @@ class Session:
             if failure is None:
                 raise
             if loader.on_failure_dump is not None:
-                dump.write(failure, loader.on_failure_dump)
+                dump.write(failure, loader.on_failure_dump, LoaderLog(loader.dataset))
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()

@@ -18,7 +18,8 @@ class TransportStats:
     """How the batches of a loader crossed from its workers to the training process.
 
     Attributes:
-        slots: how many slots are mapped: shared memory that batches are written into in turn.
+        slots: how many slots are mapped now: shared memory that batches are written into in turn.
+            Those of an epoch's workers go with them, but for the batches that are kept.
         bytes: their size together. What a slot never held takes no memory.
         batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
             within the worker's message, as it is small; ``"torch"``, in full or in part by torch's
@@ -46,8 +47,12 @@ class TransportStats:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        if not self.batches:
+            return "no batch came from a worker"
         ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
-        lines = [f"{self.slots} slots of {human_bytes(self.bytes)}; batches: {ways or 'none'}"]
+        lines = [f"batches: {ways}; slots now: {self.slots or 'none'}"]
+        if self.slots:
+            lines[0] += f", {human_bytes(self.bytes)} in all"
         lines += [f"not in a slot, {count}: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)
 

@@ -53,6 +53,7 @@ _ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
 
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 40_000
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,10 +212,25 @@ def _traceback_of(exc: BaseException, skip_frames: int) -> str:
         if traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
     try:
-        return "".join(traceback_module.format_exception(type(exc), exc, traceback))
+        said = traceback_module.TracebackException(type(exc), exc, traceback, compact=True)
+        _leave_out_ours(said)
+        return "".join(said.format())
     except Exception:  # a __str__, __notes__ or source line that cannot be shown
         shown = "".join(traceback_module.format_tb(traceback))
         return f"Traceback (most recent call last):\n{shown}{type_name(type(exc))}\n"
+
+
+def _leave_out_ours(said: traceback_module.TracebackException) -> None:
+    """Drop our frames above the user's, and what a second try raised exactly as the first did."""
+    while len(said.stack) > 1 and said.stack[0].filename.startswith(_OURS):
+        del said.stack[0]
+    behind = said.__cause__ or said.__context__
+    if behind is None:
+        return
+    _leave_out_ours(behind)
+    first = said.__context__
+    if behind is first and [*first.format(chain=False)] == [*said.format(chain=False)]:
+        said.__context__ = first.__context__
 
 
 def _plain(value: Any) -> Any:

@@ -170,7 +170,7 @@ def _open_files(exc: BaseException) -> str:
     return (
         f"too many open files: {figures}. {way_out}), share tensors by name "
         "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
-        "files at once."
+        "files at once: close what the dataset opens."
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.wire.shortage import shortage
 from safeloader.wire.texts import bounded_text, is_secret
 from safeloader.wire.values import fields
+from safeloader.worker.mending import ON_ERROR_FAULT
 
 KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
@@ -36,6 +38,11 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         parts.append(
             "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of them"
         )
+    elif found == ON_ERROR_FAULT:
+        parts.append(
+            "mend the callable given as on_error=: it takes a Failure, and gives a sample or "
+            "safeloader.SKIP"
+        )
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(
             f"loader.replay(error) repeats the call here with the same random numbers, "
@@ -43,8 +50,9 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     elif phase == "sample" and in_stream:
         parts.append(
-            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset in the "
-            "main process up to it to repeat the call"
+            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset up to "
+            "it to repeat the call. In the main process get_worker_info() is None: a dataset that "
+            f"shares itself out by it has to be given worker {index[0]}'s share by hand"
         )
     elif phase == "collate" and not found:
         parts.append(
@@ -52,7 +60,7 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
             "error.failure.indices]) repeats the call here"
         )
     elif phase == "collate":
-        parts.append("mend the sample, or give the loader a collate_fn that can take it")
+        parts.append("mend the sample, or have collate_fn= take it")
     elif phase == "transport" and not found:
         parts.append(
             "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in error.failure.indices])) "
@@ -64,17 +72,26 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
 
 
 def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
-    """What the index means to the dataset: its range, its file, its number under a Subset."""
+    """What the index means to the dataset: its range, its file, its number in what is under it."""
     said = []
     try:
         if isinstance(exc, IndexError):
             said.append(_about_range(index, len(dataset)))
         inner: Any = dataset
         at, path = index, "dataset"
-        while type(inner) is Subset:
-            inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
+        while type(inner) in (Subset, ConcatDataset):
+            if type(inner) is Subset:
+                inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
+            else:
+                at = range(len(inner))[at]  # which a negative one counts from the end of
+                part = bisect.bisect_right(inner.cumulative_sizes, at)
+                at -= inner.cumulative_sizes[part - 1] if part else 0
+                inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
         if inner is not dataset:
-            said.append(f"index {index} of the Subset is index {at} of the dataset under it")
+            outer = type(dataset).__name__
+            said.append(
+                f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
+            )
         said += _file(at, inner, path, exc)
     except Exception:  # a hint must not hide the error
         return said

@@ -808,7 +808,7 @@ def odd(
         lambda scene: {"dataset": Faulty(scene, Gives(make), record)},
         CollateError,
         "collate",
-        (*says, r"next: mend the sample, or give the loader a collate_fn"),
+        (*says, r"next: mend the sample, or have collate_fn= take it"),
         also=also,
         **more,
     )

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from safeloader.worker.hints import hint_for
+from safeloader.worker.mending import ON_ERROR_FAULT
 
 LENGTH = 40
 FILES = [f"img/{number}.jpg" for number in range(LENGTH)]
@@ -57,7 +58,7 @@ def test_the_file_of_an_index_is_named(held: Any, shown: str, exc: Exception) ->
 def test_under_a_subset_too() -> None:
     said = hint(MISSING, Subset(Holding(files=FILES), range(30, 40)), 7)
     assert said == [
-        "index 7 of the Subset is index 37 of the dataset under it",
+        "index 7 of the Subset is index 37 of the dataset under it, dataset.dataset",
         "dataset.dataset.files[37] = 'img/37.jpg'",
     ]
 
@@ -90,3 +91,25 @@ def test_nothing_is_said_where_nothing_is_known(exc: Exception, held: dict[str, 
 def test_an_index_error_is_the_datasets_or_the_samplers(index: int, words: str) -> None:
     (said,) = hint(IndexError("list index out of range"), Holding(), index)
     assert words in said
+
+
+def test_a_sample_of_a_stream_is_repeated_in_its_workers_share() -> None:
+    """In the main process a dataset shared out by ``get_worker_info()`` gives other samples."""
+    (line,) = hint_for(KeyError("image"), "sample", (1, 68), "").splitlines()
+    assert line.startswith("sample 68 (from 0) of worker 1's stream")
+    assert "given worker 1's share by hand" in line
+
+
+def test_a_fault_of_on_error_is_no_fault_of_the_sample() -> None:
+    for phase in ("sample", "collate"):
+        told = hint_for(ValueError("x"), phase, 3, ON_ERROR_FAULT).splitlines()
+        assert told[0] == ON_ERROR_FAULT
+        assert told[-1].startswith("mend the callable given as on_error=")
+
+
+@pytest.mark.parametrize("index", [3, -5])
+def test_under_a_concatenation_the_part_and_its_index_are_named(index: int) -> None:
+    whole: Any = ConcatDataset([range(2), Subset(range(9), [8, 7, 6]), range(3)])  # type: ignore[list-item]
+    line = hint(ValueError("x"), whole, index)[0]
+    told = f"index {index} of the ConcatDataset is index 7 of the dataset under it"
+    assert line == f"{told}, dataset.datasets[1].dataset"
