@@ -60,16 +60,17 @@ class SlotTable:
     Args:
         workers: how many there are.
         most_bytes: what the slots of one worker may hold together.
+        most_slots: how many one worker may have.
 
     Raises:
         OSError: where no anonymous file can be had.
         RuntimeError: where it cannot be mapped.
     """
 
-    def __init__(self, workers: int, most_bytes: int) -> None:
+    def __init__(self, workers: int, most_bytes: int, most_slots: int = _SLOTS) -> None:
         self.workers = workers
         self.most_bytes = most_bytes
-        self.slots = max(1, min(_SLOTS, _MAPPED // workers))  # of one worker
+        self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
         self._fd = anonymous_file(8 * self.slots * workers)
         self._map()
 

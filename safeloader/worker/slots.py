@@ -7,6 +7,7 @@ import ctypes
 import os
 import weakref
 from collections import deque
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ _ALIGNED = 64  # a cache line
 _SMALLEST = 1 << 16
 _LARGE = 1 << 20  # bytes from which on a tensor or array has a slot of its own
 _OWN_MAX = 8  # of these in a batch: each costs a descriptor when it is new
-_IDLE_BATCHES = 32  # a slot that so many batches did without is given up
+_RECENT = 32  # batches that a shared slot is made to fit
+_IDLE_BATCHES = 256  # a slot that so many batches did without is given up
 _LOOK_EVERY = 8
 
 
@@ -35,7 +37,7 @@ class Slot:
         address: where it is mapped here.
         fd: for main to map it by; -1 once that was sent.
         used: bytes of the running batch in it.
-        batch: number of the last batch that was written to it.
+        free_since: number of the batch at which it was found free; None while it is in use.
         forked: a process was forked while something here referred to it.
     """
 
@@ -50,7 +52,7 @@ class Slot:
             raise
         self.address = ctypes.addressof(self._memory)
         self.used = 0
-        self.batch = 0
+        self.free_since: int | None = None
         self.forked = False
         self._lease: weakref.ref[Any] | None = None
 
@@ -89,7 +91,7 @@ class SlotPool:
         self._slots: dict[int, Slot] = {}
         self._top = 0  # above the highest number in use
         self._held_bytes = 0
-        self._shared_sizes: deque[int] = deque([0], maxlen=_IDLE_BATCHES)  # of the newest batches
+        self._shared_sizes: deque[int] = deque([0], maxlen=_RECENT)  # of the newest batches
         self._number = 0
         self._given_up: list[int] = []
         self.batch: list[Slot] = []  # those that the running batch lies in
@@ -142,7 +144,7 @@ class SlotPool:
             raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
         slot = self._take(size)
         slot.used = used
-        slot.batch = self._number
+        slot.free_since = None
         self.batch.append(slot)
         self._leases.append(slot.lease())
         return len(self.batch) - 1
@@ -179,11 +181,17 @@ class SlotPool:
         self._given_up = []
 
     def _take(self, size: int) -> Slot:
-        most = 2 * size + _SMALLEST  # a small batch does not keep a large slot in use
-        fitting = [slot for slot in self._free() if size <= slot.size <= most]
-        if fitting:
-            return min(fitting, key=lambda slot: slot.size)
-        return self._make(_rounded(size))
+        fitting = [slot for slot in self._free() if slot.size >= size]
+        best = min(fitting, key=attrgetter("size"), default=None)
+        # A small batch does not keep a large slot in use.
+        if best is not None and best.size <= 2 * size + _SMALLEST:
+            return best
+        try:
+            return self._make(_rounded(size))
+        except NoRoom:
+            if best is None or best.number not in self._slots:
+                raise
+            return best
 
     def _free(self) -> list[Slot]:
         """The slots that can be written to: nothing refers to what is in them, here or anywhere."""
@@ -223,8 +231,11 @@ class SlotPool:
         return slot
 
     def _give_up_idle(self) -> None:
+        # Counted from when it was found free: one that was kept for long is as good as any.
         for slot in self._free():
-            if slot.batch + _IDLE_BATCHES < self._number:
+            if slot.free_since is None:
+                slot.free_since = self._number
+            elif slot.free_since + _IDLE_BATCHES < self._number:
                 self._give_up(slot)
 
     def _give_up(self, slot: Slot) -> None:

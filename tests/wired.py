@@ -1,0 +1,160 @@
+"""Both ends of the transport in one process: a worker's packer, the training process's unpacker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data._utils.collate import collate_tensor_fn
+
+from safeloader.main.transport import TransportStats, TransportTally
+from safeloader.main.unpacking import Unpacker
+from safeloader.wire.indices import pack
+from safeloader.wire.records import FailedBatch, Papers, Parcel
+from safeloader.wire.sealing import Sealed
+from safeloader.wire.slots import SlotTable
+from safeloader.worker.packing import Packer
+from safeloader.worker.slots import SlotPool
+
+SLOTS = 128
+KB = 1 << 10
+MB = 1 << 20
+
+
+def papers(seq: int = 0) -> Papers:
+    return Papers(seq, 0, os.getpid(), pack([seq]), 1, None, b"\0" * 24, False, None)
+
+
+class Wired:
+    """A worker's end and main's."""
+
+    def __init__(self, most_bytes: int = 64 * MB) -> None:
+        self.table = SlotTable(1, most_bytes, SLOTS)
+        self.cells = self.table.row(0)
+        self.pool = SlotPool(self.table, 0)
+        self.packer = Packer(self.pool)
+        self.tally = TransportTally()
+        self.unpacker = Unpacker(self.table, self.tally)
+        self.sent = 0
+
+    def begin(self) -> None:
+        self.packer.begin()
+        self.packer.collates()
+
+    def stack(self, samples: list[torch.Tensor]) -> torch.Tensor:
+        """As ``default_collate`` does it in a worker."""
+        made: torch.Tensor = self.packer._stack(collate_tensor_fn, samples)
+        return made
+
+    def seal(self, batch: Any) -> Sealed:
+        self.sent += 1
+        return self.packer.seal(papers(self.sent), batch)
+
+    def open(self, sealed: Sealed) -> Any:
+        """The batch; what went wrong is raised."""
+        came = self.unpacker.opened(sealed)
+        if isinstance(came, FailedBatch):
+            assert came.failure is not None
+            raise NotOpened(came.failure.exception_type, came.failure.message, came.failure.hint)
+        assert type(came) is Parcel
+        return came.payload
+
+    def send(self, batch: Any) -> Any:
+        """A batch from the one end to the other."""
+        self.begin()
+        return self.open(self.seal(batch))
+
+    def collated(self, samples: list[torch.Tensor]) -> Any:
+        self.begin()
+        return self.open(self.seal(self.stack(samples)))
+
+    @property
+    def states(self) -> list[int]:
+        """Of the slots that the worker has, in order."""
+        return [self.cells[number] for number in sorted(self.pool._slots)]
+
+    @property
+    def stats(self) -> TransportStats:
+        return self.tally.stats()
+
+
+class NotOpened(Exception):
+    pass
+
+
+def filled(size: int, value: int) -> torch.Tensor:
+    return torch.full((size,), value % 251, dtype=torch.uint8)
+
+
+def print_of(held: Any) -> int:
+    if isinstance(held, torch.Tensor):
+        held = held.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(np.ascontiguousarray(held))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Child:
+    """A process forked now, which runs ``look`` when it is asked, and ends."""
+
+    def __init__(self, look: Callable[[], bool], end: Callable[[int], Any] = os._exit) -> None:
+        reader, self._writer = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            self.pid = os.fork()
+        if self.pid:
+            os.close(reader)
+            return
+        status = 9
+        try:
+            signal.alarm(60)  # its default action is to end the process
+            torch.set_num_threads(1)  # OpenMP does not outlive a fork
+            os.close(self._writer)
+            os.read(reader, 1)
+            status = 0 if look() else 1
+        finally:
+            try:
+                end(status)
+            finally:
+                os._exit(status)
+
+    def agrees(self) -> bool:
+        """Let it look; whether all was as it should be."""
+        os.close(self._writer)
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status) == 0
+
+
+@contextmanager
+def child(look: Callable[[], bool]) -> Iterator[None]:
+    """A process that lives beside what is done meanwhile, and then looks."""
+    forked = Child(look)
+    try:
+        yield
+    finally:
+        agreed = forked.agrees()
+    assert agreed
+
+
+__all__ = [
+    "KB",
+    "MB",
+    "SLOTS",
+    "Child",
+    "NotOpened",
+    "Wired",
+    "child",
+    "descriptors",
+    "filled",
+    "papers",
+    "print_of",
+]
