@@ -62,7 +62,8 @@ class LogTrace(Trace):
         self._log = log
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
-        self._log.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
+        if indices:  # of a stream nothing is drawn: it is asked for its next samples
+            self._log.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
 
     def delivered(self, delivery: Delivery, began_ns: int) -> None:
         record = record_of(delivery)
