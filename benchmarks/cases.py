@@ -327,6 +327,7 @@ CASES: dict[str, Case] = {
         Case("getitems-main", "__getitems__, batch 64, main process", 1000, _getitems_main),
         Case("small-1w", "32 x float32[8], 1 worker", 300, _partial(_small, workers=1)),
         Case("small-2w", "32 x float32[8], 2 workers", 300, _partial(_small, workers=2)),
+        Case("medium-1w", "64 x 3x64x64, 1 worker", 100, _partial(_medium, workers=1)),
         Case("medium-2w", "64 x 3x64x64, 2 workers", 100, _partial(_medium, workers=2)),
         Case("large-1w", "64 x 3x224x224, 1 worker", 12, _partial(_large, workers=1)),
         Case("large-2w", "64 x 3x224x224, 2 workers", 16, _partial(_large, workers=2)),

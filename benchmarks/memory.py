@@ -14,14 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-
 from benchmarks.cases import CASES
-from benchmarks.contenders import CONTENDERS
+from benchmarks.peers import maker
 from benchmarks.timing import seeded
 
 SAMPLES_PER_EPOCH = 12
@@ -70,7 +69,7 @@ def _read() -> tuple[str, int, int]:
     return name, sum(getattr(info, name) for info in infos), sum(info.rss for info in infos)
 
 
-def _watch_epoch(loader: DataLoader[Any], every: int) -> list[int]:
+def _watch_epoch(loader: Iterable[Any], every: int) -> list[int]:
     """Sizes at every `every`-th batch, while the consumer holds it."""
     return [_read()[1] for number, _ in enumerate(loader) if number % every == 0]
 
@@ -78,7 +77,7 @@ def _watch_epoch(loader: DataLoader[Any], every: int) -> list[int]:
 def _main(case: str, contender: str, batches: int) -> Memory:
     dataset, kwargs = CASES[case].build(batches)
     with tempfile.TemporaryDirectory(prefix="safeloader-benchmark-") as folder:
-        loader = CONTENDERS[contender](dataset, seeded(kwargs), Path(folder))
+        loader = maker(contender)(dataset, seeded(kwargs), Path(folder))
         every = max(1, batches // SAMPLES_PER_EPOCH)
         # Two epochs, so that what is filled once (caches, pools, the lazily imported) is no growth.
         for _ in range(2):

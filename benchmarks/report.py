@@ -14,6 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.contenders import REFERENCE
 from benchmarks.intervals import Spread, spread
 from benchmarks.memory import Memory
+from benchmarks.peers import PEERS
 from benchmarks.timing import EpochTime
 
 
@@ -33,7 +34,8 @@ class Row:
 
     case: str
     contender: str
-    bar: float
+    bar: float | None
+    """None for a peer: it is there to be compared with, not to be held to anything."""
     ratios: list[float]
     """Speed of the contender over the reference's, one for each pair of neighbouring epochs."""
     speed: Spread
@@ -42,7 +44,9 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """ "below" only where the whole interval is: noise alone must not fail a check."""
+        """ "BELOW" only where the whole interval is: noise alone must not fail a check."""
+        if self.bar is None:
+            return "peer"
         if self.speed.interval is not None and self.speed.interval[1] < self.bar:
             return "BELOW"
         return "ok" if self.speed.median >= self.bar else "unclear"
@@ -62,7 +66,7 @@ def make_rows(
             Row(
                 case=case.name,
                 contender=name,
-                bar=case.bar,
+                bar=None if name in PEERS else case.bar,
                 ratios=ratios,
                 speed=spread(ratios),
                 figures=_figures(epochs, memory.get(name)),
@@ -102,10 +106,15 @@ _HEAD = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, padded to be read as plain text too. In brackets: the stock loader's figure."""
-    lines = [_HEAD, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    lines.insert(1, tuple("-" * width for width in widths))
+    """One line for each row. In brackets: the stock loader's figure."""
+    return markdown(_HEAD, [_cells(row) for row in rows])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, padded to be read as plain text too."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines.insert(1, ["-" * width for width in widths])
     padded = ((f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
@@ -116,9 +125,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.case,
         row.contender,
         f"{row.speed.median:.2f}",
-        _range(row.speed.interval),
-        _range(row.speed.quartiles),
-        f"{row.bar:.2f}",
+        span(row.speed.interval),
+        span(row.speed.quartiles),
+        "–" if row.bar is None else f"{row.bar:.2f}",  # noqa: RUF001
         row.verdict,
         f"{ours.per_batch_us:.0f} ({stock.per_batch_us:.0f})",
         f"{ours.main_cpu_per_batch_us:.0f} ({stock.main_cpu_per_batch_us:.0f})",
@@ -132,7 +141,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _range(ends: tuple[float, float] | None) -> str:
+def span(ends: tuple[float, float] | None) -> str:
+    """An interval; a dash where there is none."""
     # A word rather than a dash between the ends: it cannot be taken for a sign.
     return "–" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"  # noqa: RUF001
 
@@ -149,17 +159,23 @@ def unused(folder: Path, stem: str) -> str:
     return name
 
 
-def write(folder: Path, stem: str, head: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
-    """Write `stem.json`, `stem.md` and, where matplotlib is installed, `stem.png`."""
+def write_texts(folder: Path, stem: str, whole: dict[str, Any], text: str) -> list[Path]:
+    """Write `stem.json` and, under the facts of the environment, `stem.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = unused(folder, stem)
-    whole = head | {"rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
     written = [folder / f"{stem}.json", folder / f"{stem}.md"]
     written[0].write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    facts = "\n".join(f"- {name}: {value}" for name, value in head["environment"].items())
-    written[1].write_text(f"{facts}\n\n{table(rows)}\n", encoding="utf-8")
+    facts = "\n".join(f"- {name}: {value}" for name, value in whole["environment"].items())
+    written[1].write_text(f"{facts}\n\n{text}\n", encoding="utf-8")
+    return written
+
+
+def write(folder: Path, stem: str, head: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
+    """Write `stem.json`, `stem.md` and, where matplotlib is installed, `stem.png`."""
+    whole = head | {"rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
+    written = write_texts(folder, stem, whole, table(rows))
     if importlib.util.find_spec("matplotlib") is not None:
-        written.append(folder / f"{stem}.png")
+        written.append(written[0].with_suffix(".png"))
         plot(
             written[-1], rows, f"{head['environment']['cpu']}, torch {head['environment']['torch']}"
         )
@@ -179,25 +195,26 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes = figure.add_subplot()
     for number, contender in enumerate(contenders):
         chosen = [row for row in rows if row.contender == contender]
-        offset = (number - (len(contenders) - 1) / 2) * 0.28
+        offset = (number - (len(contenders) - 1) / 2) * min(0.28, 0.8 / len(contenders))
         middles = [row.speed.median for row in chosen]
         # Too few repeats for an interval: the quartiles are what there is.
-        ends = [row.speed.interval or row.speed.quartiles for row in chosen]
+        spreads = [row.speed.interval or row.speed.quartiles for row in chosen]
         axes.errorbar(
             middles,
             [cases.index(row.case) + offset for row in chosen],
             xerr=[
-                [middle - low for middle, (low, _) in zip(middles, ends, strict=True)],
-                [high - middle for middle, (_, high) in zip(middles, ends, strict=True)],
+                [middle - low for middle, (low, _) in zip(middles, spreads, strict=True)],
+                [high - middle for middle, (_, high) in zip(middles, spreads, strict=True)],
             ],
             fmt="o",
             markersize=4,
             capsize=3,
             label=contender,
         )
-    bars = {row.case: row.bar for row in rows}
-    for place, case in enumerate(cases):
-        axes.plot([bars[case]] * 2, [place - 0.4, place + 0.4], color="crimson", linewidth=1)
+    bars = {row.case: row.bar for row in rows if row.bar is not None}
+    for case, bar in bars.items():
+        ends = [cases.index(case) + end for end in (-0.4, 0.4)]
+        axes.plot([bar] * 2, ends, color="crimson", linewidth=1)
     axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     spans = [end for row in rows for end in (row.speed.interval or row.speed.quartiles)]

@@ -17,6 +17,7 @@ from benchmarks import environment, memory
 from benchmarks.cases import CASES, Unavailable
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.intervals import FEWEST_FOR_INTERVAL
+from benchmarks.peers import PEERS
 from benchmarks.report import Row, make_rows, table, write
 from benchmarks.timing import time_case
 
@@ -24,6 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 FULL_REPEATS, QUICK_REPEATS = 20, 6
 QUICK_SHARE, QUICK_FEWEST = 5, 4
 """A quick run has a fifth of the batches, but no fewer than four."""
+OURS = [REFERENCE, "safe", "safe+trace"]
+PEER_CASES = ["small-1w", "small-2w", "medium-1w", "medium-2w", "large-1w", "large-2w"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="safeloader-benchmark-") as folder:
         for name in options.cases:
             try:
-                rows += _run_case(name, options, Path(folder) / name)
+                rows += _run_case(name, options, Path(folder) / name, skipped)
             except Unavailable as reason:
-                skipped[name] = str(reason)
-                _say(f"{name}: left out: {reason}")
+                _leave_out(name, str(reason), skipped)
     head = {
         "environment": environment.describe(),
         "settings": {"repeats": options.repeats, "quick": options.quick},
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(table(rows))
     if rows and options.out is not None:
-        stem = f"{head['environment']['date']}-{environment.label()}"
+        kind = "-peers" if options.peers else ""
+        stem = f"{head['environment']['date']}-{environment.label()}{kind}"
         for path in write(options.out, stem, head, rows):
             _say(f"wrote {path}")
         if find_spec("matplotlib") is None:
@@ -57,17 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if options.check and below else 0
 
 
-def _run_case(name: str, options: argparse.Namespace, folder: Path) -> list[Row]:
+def _run_case(
+    name: str, options: argparse.Namespace, folder: Path, skipped: dict[str, str]
+) -> list[Row]:
     case = CASES[name]
     batches = max(QUICK_FEWEST, case.batches // QUICK_SHARE) if options.quick else case.batches
-    times = time_case(case, options.contenders, batches, options.repeats, folder)
+    times, left_out = time_case(case, options.contenders, batches, options.repeats, folder)
+    for contender, reason in left_out.items():
+        _leave_out(f"{name}, {contender}", reason, skipped)
+    if len(times) < 2:
+        return []
     sizes = {}
     if options.memory:
-        sizes = {each: memory.measure(name, each, batches) for each in options.contenders}
+        sizes = {each: memory.measure(name, each, batches) for each in times}
     rows = make_rows(case, times, sizes)
     for row in rows:
         _say(f"{name}: {row.contender} {row.speed.median:.2f} ({row.verdict})")
     return rows
+
+
+def _leave_out(what: str, reason: str, skipped: dict[str, str]) -> None:
+    skipped[what] = reason
+    _say(f"{what}: left out: {reason}")
 
 
 def _say(line: str) -> None:
@@ -85,12 +99,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         ),
     )
     add: Any = parser.add_argument
-    add("--cases", type=_names(CASES), default=list(CASES), help="a,b,... (default: all)")
+    known = CONTENDERS | PEERS
+    add("--cases", type=_names(CASES), help="a,b,... (default: all)")
     add(
         "--contenders",
-        type=_names(CONTENDERS),
-        default=["stock", "safe", "safe+trace"],
-        help=f"of {', '.join(CONTENDERS)} (default: stock,safe,safe+trace; stock,null: the noise)",
+        type=_names(known),
+        help=f"of {', '.join(known)} (default: {','.join(OURS)}; stock,null: the noise)",
+    )
+    add(
+        "--peers",
+        action="store_true",
+        help=f"stock, safe and the peers ({', '.join(PEERS)}) on {', '.join(PEER_CASES)}",
     )
     add("--repeats", type=int, help=f"epochs each ({FULL_REPEATS}; with --quick {QUICK_REPEATS})")
     add("--quick", action="store_true", help="short epochs, few repeats, no memory, no files")
@@ -99,6 +118,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--check", action="store_true", help="exit 1 if a row's whole interval is below its bar")
     options = parser.parse_args(arguments)
 
+    if options.contenders is None:
+        options.contenders = [REFERENCE, "safe", *PEERS] if options.peers else list(OURS)
+    if options.cases is None:
+        options.cases = PEER_CASES if options.peers else list(CASES)
     if REFERENCE not in options.contenders:
         options.contenders.insert(0, REFERENCE)
     if len(options.contenders) < 2:
@@ -109,7 +132,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--repeats must be at least 1")
     if options.check and options.repeats < FEWEST_FOR_INTERVAL:
         parser.error(f"--check needs an interval, hence --repeats of {FEWEST_FOR_INTERVAL} or more")
-    if any(name.startswith("safe") for name in options.contenders):
+    if any(name not in (REFERENCE, "null", *PEERS) for name in options.contenders):
         if find_spec("safeloader") is None:
             parser.error(
                 "safeloader cannot be imported: install it, or use --contenders stock,null"

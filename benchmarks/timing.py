@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS
+from benchmarks.cases import Case, Unavailable
+from benchmarks.peers import maker
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,11 @@ class EpochTime:
     """CPU time of the main process, all of its threads."""
 
 
-def time_epoch(loader: DataLoader[Any]) -> EpochTime:
+class DifferentBatches(Exception):
+    """Two contenders did not do the same work: their speeds cannot be compared."""
+
+
+def time_epoch(loader: Iterable[Any]) -> EpochTime:
     """Run through one epoch with a consumer that does nothing: the hardest case for a loader."""
     gc.collect()
     started_ns = time.perf_counter_ns()
@@ -50,23 +55,55 @@ def seeded(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs | {"generator": torch.Generator().manual_seed(1)}
 
 
+def digest(batch: Any) -> Any:
+    """What a batch holds, whether in tensors or in arrays."""
+    if isinstance(batch, dict):
+        return {key: digest(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [digest(each) for each in batch]
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        array = np.asarray(batch)
+        return array.dtype.str, array.shape, zlib.crc32(np.ascontiguousarray(array))
+    return batch
+
+
+def first_epoch(loader: Iterable[Any]) -> list[Any]:
+    """The digests of an epoch; augmentation in the main process draws from the global generator."""
+    torch.manual_seed(1)
+    return [digest(batch) for batch in loader]
+
+
 def time_case(
     case: Case, names: Sequence[str], batches: int, repeats: int, folder: Path
-) -> dict[str, list[EpochTime]]:
-    """Time `repeats` epochs of each contender.
+) -> tuple[dict[str, list[EpochTime]], dict[str, str]]:
+    """Time `repeats` epochs of each contender; also gives why some were left out.
 
     The order turns round every time (A B C, C B A, ...), so that a machine that grows slower or
     faster favours none of them, and what is compared was measured within a second or so.
+
+    Raises:
+        DifferentBatches: if they do not all give what the first of them gives.
     """
     dataset, kwargs = case.build(batches)
-    loaders: dict[str, DataLoader[Any]] = {}
+    loaders: dict[str, Iterable[Any]] = {}
+    left_out: dict[str, str] = {}
+    expected: list[Any] = []
     for name in names:
         scratch = folder / name
         scratch.mkdir(parents=True)
-        loaders[name] = CONTENDERS[name](dataset, seeded(kwargs), scratch)
-        time_epoch(loaders[name])  # starts the workers and fills every cache
-    times: dict[str, list[EpochTime]] = {name: [] for name in names}
-    for turn in range(repeats):
-        for name in names if turn % 2 == 0 else reversed(names):
-            times[name].append(time_epoch(loaders[name]))
-    return times
+        try:
+            loaders[name] = maker(name)(dataset, seeded(kwargs), scratch)
+        except Unavailable as reason:
+            left_out[name] = str(reason)
+            continue
+        seen = first_epoch(loaders[name])
+        expected = expected or seen
+        if seen != expected:
+            raise DifferentBatches(f"{case.name}: {name} gives other batches than {names[0]}")
+        time_epoch(loaders[name])  # fills every cache at full speed
+    times: dict[str, list[EpochTime]] = {name: [] for name in loaders}
+    if len(loaders) > 1:
+        for turn in range(repeats):
+            for name in loaders if turn % 2 == 0 else reversed(loaders):
+                times[name].append(time_epoch(loaders[name]))
+    return times, left_out

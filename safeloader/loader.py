@@ -54,8 +54,9 @@ class SafeDataLoader(DataLoader[T_co]):
         on_error: what a sample that fails does: ``"raise"``; ``"skip"`` leaves it out of its batch
             (an empty batch is left out whole); ``"replace"`` puts another sample of the batch in
             its place, so that shapes, counts and distributed ranks stay in step; or a callable,
-            asked in the worker with the :class:`~safeloader.Failure`, that gives a sample or
-            :data:`~safeloader.SKIP`. Errors of a broken program or machine are always raised.
+            asked in the worker with the :class:`~safeloader.Failure` (which has no batch and epoch
+            yet), that gives a sample or :data:`~safeloader.SKIP`. Errors of a broken program or
+            machine are always raised.
         retries: how often a failing sample is asked for again first, with growing pauses (0.05 s,
             doubled each time up to 5 s).
         max_skipped: bound on skipped and replaced samples in an epoch: a count, or a fraction of

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -69,7 +70,10 @@ _check()
 
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]  # noqa: E402
 from torch.utils.data import _utils  # noqa: E402  (after the check, which explains a failure)
-from torch.utils.data.dataloader import _DatasetKind  # noqa: E402
+from torch.utils.data.dataloader import (  # noqa: E402
+    _DatasetKind,
+    _MultiProcessingDataLoaderIter,
+)
 
 
 def is_stream(loader: DataLoader[Any]) -> bool:
@@ -153,7 +157,11 @@ def build_iterator(view: LoaderView) -> Any:
     main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
     """
     with _sigchld_deferred():
-        iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+        try:
+            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+        except BaseException as exc:
+            _take_down(exc)
+            raise
         if not hasattr(iterator, "_workers"):
             return iterator
         if iterator._worker_pids_set:
@@ -164,6 +172,21 @@ def build_iterator(view: LoaderView) -> Any:
     stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
     stop.atexit = False  # at exit, daemonic workers end as torch has it
     return iterator
+
+
+def _take_down(raised: BaseException) -> None:
+    """End what torch's constructor had started before it raised.
+
+    Its own ``__del__`` falls over what a half made iterator has not got yet, and says so.
+    """
+    for frame, _ in traceback.walk_tb(raised.__traceback__):
+        half = frame.f_locals.get("self")
+        if isinstance(half, _MultiProcessingDataLoaderIter):
+            if hasattr(half, "_workers"):
+                half.__dict__.setdefault("_workers_status", [True] * len(half._workers))
+                shut_down(half)
+            half._shutdown = True
+            return
 
 
 _deferred: list[Any] = []  # the handler of SIGCHLD while an iterator is built

@@ -26,6 +26,7 @@ import numpy as np
 
 from safeloader.main.audit import EpochAudit
 from safeloader.main.folders import see_writable
+from safeloader.main.naming import LoaderLog
 from safeloader.main.provenance import record_of
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.failure import Failure
@@ -56,11 +57,13 @@ class Trace:
 class LogTrace(Trace):
     """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: LoaderLog) -> None:
         _show_on_stderr_if_nobody_listens()
+        self._log = log
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
-        logger.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
+        if indices:  # of a stream nothing is drawn: it is asked for its next samples
+            self._log.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
 
     def delivered(self, delivery: Delivery, began_ns: int) -> None:
         record = record_of(delivery)
@@ -68,7 +71,7 @@ class LogTrace(Trace):
         for position, (index, fetch_ns) in enumerate(
             zip(record.indices, record.fetch_ns, strict=True)
         ):
-            logger.info(
+            self._log.info(
                 "epoch %d: %s (pid %d) fetched index %r for batch %d, position %d, in %.3f ms",
                 record.epoch,
                 who,
@@ -78,7 +81,7 @@ class LogTrace(Trace):
                 position,
                 fetch_ns / 1e6,
             )
-        logger.info(
+        self._log.info(
             "epoch %d: handed over batch %d from %s: %d samples, collated in %.3f ms, "
             "the loop waited %.3f ms",
             record.epoch,
@@ -90,7 +93,7 @@ class LogTrace(Trace):
         )
 
     def failed(self, failure: Failure) -> None:
-        logger.info(
+        self._log.info(
             "epoch %s: %s at index %r, batch %s (%s)",
             failure.epoch,
             failure.exception_type,
@@ -100,7 +103,7 @@ class LogTrace(Trace):
         )
 
     def audited(self, audit: EpochAudit) -> None:
-        logger.info("%s", audit)
+        self._log.info("%s", audit)
 
 
 def _show_on_stderr_if_nobody_listens() -> None:
@@ -323,18 +326,20 @@ def check_folder(folder: Path) -> None:
         ) from exc
 
 
-def trace_for(recorder: Recorder, trace: object) -> Trace:
+def trace_for(recorder: Recorder, trace: object, log: LoaderLog) -> Trace:
     """The trace of a loader for the epoch that begins; a fault in making it is logged, no more."""
     wanted = wish(trace)
     if wanted is False:
         return OFF
+    if wanted is True:
+        return LogTrace(log)
     known = _traces.get(recorder)
     if known is not None and known[0] == os.getpid() and known[1] == wanted:
         return known[2]
     try:
-        made: Trace = LogTrace() if wanted is True else FileTrace(Path(str(wanted)))
+        made: Trace = FileTrace(Path(str(wanted)))
     except OSError as exc:
-        logger.warning("no trace is written: %s", exc)
+        log.warning("no trace is written: %s", str(exc))
         made = OFF
     _traces[recorder] = (os.getpid(), wanted, made)
     return made

@@ -98,7 +98,7 @@ class Tally:
             len(me.children(recursive=True)),
             me.num_fds(),
             me.num_threads(),
-            frozenset(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else frozenset(),
+            frozenset(path.name for path in Path("/dev/shm").glob("torch_*")),
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from safeloader import EpochAudit
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,6 +40,13 @@ def test_outputs_of_the_three_questions_are_real() -> None:
     for block in shown:
         lines = [line for line in without_pids(block) if line.strip() != "..."]
         assert [line for line in lines if line not in real] == []
+
+
+def test_the_words_of_an_audit_are_explained() -> None:
+    explained = set(re.findall(r"`(\w+)`", README.split("| word |")[1].split("\n\n")[0]))
+    classes = {field.name for field in dataclasses.fields(EpochAudit) if field.type == "IndexArray"}
+    assert len(classes) == 9
+    assert classes | {"complete", "ok"} <= explained
 
 
 FAULTS = ("key", "killed", "segfault", "hangs", "unsendable", "lambda")

@@ -19,10 +19,11 @@ from safeloader.main.unpacking import Unpacker
 from safeloader.wire.indices import pack
 from safeloader.wire.records import FailedBatch, Papers, Parcel
 from safeloader.wire.sealing import Sealed
-from safeloader.wire.slots import SLOTS, SlotTable
+from safeloader.wire.slots import SlotTable
 from safeloader.worker.packing import Packer
 from safeloader.worker.slots import SlotPool
 
+SLOTS = 128
 KB = 1 << 10
 MB = 1 << 20
 
@@ -35,7 +36,7 @@ class Wired:
     """A worker's end and main's."""
 
     def __init__(self, most_bytes: int = 64 * MB) -> None:
-        self.table = SlotTable(1, most_bytes)
+        self.table = SlotTable(1, most_bytes, SLOTS)
         self.cells = self.table.row(0)
         self.pool = SlotPool(self.table, 0)
         self.packer = Packer(self.pool)

@@ -30,7 +30,7 @@ def _none() -> IndexArray:
     return np.empty(0, dtype=np.int64)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class EpochAudit:
     """Drawn against delivered, for one epoch.
 
@@ -109,6 +109,14 @@ class EpochAudit:
                 array.tolist() if array.dtype != object else [_shown(item) for item in array]
             )
         return out
+
+    def __repr__(self) -> str:
+        """On one line, without the arrays: a notebook shows this, and they may hold a million."""
+        classes = "".join(f", {name}={n}" for name, _ in _CLASSES if (n := self.counts.get(name)))
+        return (
+            f"EpochAudit(epoch={self.epoch}, complete={self.complete}, ok={self.ok}, "
+            f"drawn={self.drawn}, delivered={self.delivered}{classes})"
+        )
 
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete"

@@ -13,7 +13,7 @@ _HINT = (
     "a dataset or collate_fn that goes on writing to a tensor it gave away (a buffer used again) "
     "does that: give away a copy; so does a pin_memory() that changes what it pins. Torch itself "
     "drops the mark of a conjugate or negative view: give away x.resolve_conj(). Otherwise "
-    "suspect the machine's memory: transport='torch' takes another way across"
+    "suspect the machine's memory, or the way across: transport= gives the choice of two"
 )
 
 
@@ -30,7 +30,10 @@ def changed(papers: Papers, batch: Any) -> Failure | None:
     which = ", ".join(str(asked[each]) for each in positions[:8])
     if len(positions) > 8:
         which += f" and {len(positions) - 8} more"
-    where = f", in the samples of dataset index {which}" if positions else ""
+    what = (
+        "the sample of dataset index" if len(positions) == 1 else "the samples of dataset indices"
+    )
+    where = f", in {what} {which}" if positions else ""
     return Failure(
         phase="transport",
         exception_type="TransportError",

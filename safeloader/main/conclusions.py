@@ -6,10 +6,12 @@ counters they mostly leave one explanation, and that is said first.
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from safeloader.main.stacks import Stack
+from safeloader.main.stacks import Frame, Stack
 from safeloader.wire.resources import human_bytes, machine_memory, shared_memory
 
 _LITTLE_SHARED = 8 << 20
@@ -86,9 +88,23 @@ def of_death(ending: Ending) -> str:
         )
     return (
         f"something ended the process{_at(ending)} without an exception: os._exit(), or exit() "
-        "called by a native library. Search the dataset and what it calls; loader.dataset[index] "
-        "in a fresh process repeats it"
+        f"called by a native library. Search the dataset and what it calls; {_again(ending.index)}"
     )
+
+
+def _again(index: Any, options: str = "") -> str:
+    """How to have it happen again where nothing else is lost."""
+    if index is None:
+        how = f" and python{options}" if options else ""
+        return f"run the same in the main process with num_workers=0{how}"
+    python = f" (python{options})" if options else ""
+    if type(index) is tuple and len(index) == 2:  # a stream's
+        worker, ordinal = index
+        return (
+            f"iterating worker {worker}'s part of the dataset up to sample {ordinal} (from 0) in a "
+            f"fresh process{python} repeats it"
+        )
+    return f"loader.dataset[{index!r}] in a fresh process{python} repeats it"
 
 
 def _at(ending: Ending) -> str:
@@ -110,7 +126,9 @@ def _of_signal(number: int, ending: Ending) -> str:
         return (
             f"memory behind a mapped file went away{_at(ending)}: a file that was truncated or "
             "replaced while it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or "
-            f"network share, or {shared.path if shared else 'shared memory'} running full"
+            f"network share, or {shared.path if shared else 'shared memory'} running full. Write "
+            "such files under another name and rename them when they are whole; see whether this "
+            f"one has its full size, and df -h for the disk; {_again(ending.index)}"
         )
     if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         return (
@@ -135,11 +153,7 @@ def _of_signal(number: int, ending: Ending) -> str:
         "install a build for it",
     }
     reason = reasons.get(number, f"a native library is at fault{where}{line}")
-    again = (
-        f"loader.dataset[{ending.index!r}] in a fresh process (python -X faulthandler) repeats it"
-        if ending.index is not None
-        else "run the same in the main process with num_workers=0 and python -X faulthandler"
-    )
+    again = _again(ending.index, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
 
 
@@ -165,6 +179,24 @@ def _of_sigkill(ending: Ending) -> str:
     )
 
 
+def _line_in(frames: Sequence[Frame]) -> str:
+    """Where the user's code is; and what of the standard library it called, if it is in there."""
+    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame)), 0)
+    line = f"{frames[at].file}:{frames[at].line} in {frames[at].name}"
+    if not at:
+        return line
+    called = frames[at - 1]
+    return f"{line}, in {os.path.basename(called.file)}:{called.line} {called.name}"
+
+
+def _is_stdlib(frame: Frame) -> bool:
+    if frame.file.startswith("<frozen "):
+        return True
+    third_party = ("site-packages", "dist-packages")
+    return frame.file.startswith(_STDLIB) and not any(part in frame.file for part in third_party)
+
+
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 _LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".get(")
 
 
@@ -195,10 +227,10 @@ def of_silence(
             "the worker does not get through its start: importing the script and unpickling the "
             "dataset; under spawn and forkserver this may take long for a large dataset"
         )
-    top = stack.frames[0] if stack is not None and stack.frames else None
-    if top is None:
+    if stack is None or not stack.frames:
         return "give timeout= a larger value if the sample is only slow"
-    line = f"{top.file}:{top.line} in {top.name}"
+    line = _line_in(stack.frames)
+    top = stack.frames[0]
     words = f"{top.name} {top.source}".lower()
     if any(word in words for word in _LOCKISH):
         if start_method == "fork":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safeloader.main import conclusions, stacks
 from safeloader.main.conclusions import Ending
 from safeloader.main.ledger import Open
+from safeloader.main.naming import LoaderLog
 from safeloader.wire.failure import Failure
 from safeloader.wire.flight import FlightRecorder, Position
 from safeloader.wire.resources import human_bytes, machine_lines, oom_kills
@@ -43,6 +44,7 @@ class Whereabouts(NamedTuple):
 
     def __str__(self) -> str:
         place = "" if self.batch is None else f" of batch {self.batch}"
+        batch = "a batch" if self.batch is None else f"batch {self.batch}"
         at = self.position.position
         of_batch = f" (indices {_some(self.indices)})" if self.indices else ""
         words = {
@@ -52,8 +54,8 @@ class Whereabouts(NamedTuple):
             "idle": "idle",
             "fetch": f"fetching index {self.index!r} (position {at}{place})",
             "fetch at once": f"in __getitems__{place}{of_batch}",
-            "collate": f"collating{place or ' a batch'}{of_batch}",
-            "send": f"sending{place or ' a batch'}{of_batch}",
+            "collate": f"collating {batch}{of_batch}",
+            "send": f"sending {batch}{of_batch}",
         }
         if self.position.phase == "fetch" and self.index is None:
             return f"fetching position {at}{place}"
@@ -218,6 +220,32 @@ class Diagnosis:
             return str(psutil.Process(self._workers[worker].pid).status())
         except Exception:  # gone, or /proc is not to be read
             return None
+
+
+class Stalls:
+    """Logs that no batch comes: all that is known, then a line each time while nothing changes."""
+
+    def __init__(self, diagnosis: Diagnosis, log: LoaderLog) -> None:
+        self._diagnosis = diagnosis
+        self._log = log
+        self._told: tuple[Any, ...] = ()
+        self._waited_s = 0.0
+
+    def __call__(self, waited_s: float) -> None:
+        """No batch came for ``waited_s`` seconds."""
+        try:
+            failure = self._diagnosis.silence(waited_s, timeout=False)
+        except Exception:
+            self._log.exception("no batch came for %.0f s, and looking into it failed", waited_s)
+            return
+        at = (failure.worker_id, failure.batch, failure.index, failure.traceback)
+        nothing_new = at == self._told and waited_s > self._waited_s
+        self._told, self._waited_s = at, waited_s
+        if nothing_new:
+            where = failure.hint.partition("\n")[0]
+            self._log.warning("still no batch after %.0f seconds: %s, as before", waited_s, where)
+        else:
+            self._log.warning("%s", failure)
 
 
 _TELLING = ("stopped", "disk-sleep", "tracing-stop")

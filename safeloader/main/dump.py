@@ -19,7 +19,8 @@ from safeloader.main.folders import see_writable
 from safeloader.wire.failure import Failure
 from safeloader.wire.resources import machine_facts
 
-logger = logging.getLogger("safeloader")
+_LOG = logging.getLogger("safeloader")
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 _numbers = itertools.count()
 
@@ -46,8 +47,8 @@ def check_folder(folder: object) -> None:
         ) from exc
 
 
-def write(failure: Failure, folder: str | os.PathLike[str]) -> Path | None:
-    """Write ``failure`` as a file of its own; None, and a line in the log, if that fails."""
+def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> Path | None:
+    """Write ``failure`` as a file of its own, which a line in the log names; None if that fails."""
     name = f"failure-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{next(_numbers)}.json"
     path = Path(folder) / name
     content: dict[str, Any] = {
@@ -67,8 +68,9 @@ def write(failure: Failure, folder: str | os.PathLike[str]) -> Path | None:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
         part.replace(path)
     except (OSError, ValueError, TypeError) as exc:
-        logger.warning("the failure could not be written to %s: %s", path, exc)
+        log.warning("the failure could not be written to %s: %s", path, str(exc))
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         return None
+    log.warning("the failure is written to %s", path)
     return path

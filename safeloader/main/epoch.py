@@ -7,7 +7,6 @@ nor the recorder, both of which may hold it.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import warnings
 import weakref
@@ -19,18 +18,17 @@ import torch.distributed
 from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
 from safeloader.main.ledger import Ledger, Open, Trouble
+from safeloader.main.naming import LoaderLog, length_of
 from safeloader.main.recorder import Delivery, failure_was_told
 from safeloader.main.tolerance import Tolerance
 from safeloader.tracing import OFF, Trace
 from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
-from safeloader.wire.random_state import preserved
 from safeloader.wire.records import FailedBatch, Papers, asked_for
 
-logger = logging.getLogger("safeloader")
-
 SHOWN_SKIPPED = 12
+_SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
 
 
 class Epoch:
@@ -45,7 +43,9 @@ class Epoch:
         dataset: Any,
         tolerance: Tolerance | None = None,
         dump: Callable[[Failure], Any] | None = None,
+        log: LoaderLog | None = None,
     ) -> None:
+        self.log = LoaderLog(dataset) if log is None else log
         self.number = 0
         self.batches = 0  # handed over or raised: the number of the next one
         self._trace = trace
@@ -119,7 +119,7 @@ class Epoch:
             rank=rank(),
             worker_id=None if papers is None else papers.worker_id,
             pid=os.getpid() if papers is None else papers.pid,
-            hint='print(loader.audit) sums up the epoch; verify="warn" hands over all the same',
+            hint=trouble.hint or _SEE_AUDIT,
         )
         if self._verify == "warn":
             warnings.warn(f"safeloader: {trouble.reason}", RuntimeWarning, stacklevel=4)
@@ -138,18 +138,20 @@ class Epoch:
         if trouble is not None:
             self.ledger.settle(trouble, papers, handed_over=False)
             self._told(trouble, papers)
-        logger.warning(
-            "safeloader: epoch %d: a batch was left out whole: every sample failed", self.number
-        )
         self._count_mishaps(papers)
+        self.log.warning(
+            "epoch %d: every sample of what would be batch %d failed: it is left out whole",
+            self.number,
+            self.batches,
+        )
         if self.ledger.settled:
             self.close()
 
     def _count_mishaps(self, papers: Papers) -> None:
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
-            logger.warning(
-                "safeloader: epoch %d, batch %d: index %r %s: %s",
+            self.log.warning(
+                "epoch %d, batch %d: index %r %s: %s",
                 self.number,
                 self.batches,
                 asked[mishap.position],
@@ -204,7 +206,7 @@ class Epoch:
             self.ledger.failed(papers, failure.indices)
         failure = dataclasses.replace(
             failure,
-            batch=self.batches,
+            batch=None if failure.phase == "init" else self.batches,  # which is not to blame
             epoch=self.number,
             rank=rank(),
             dataset_state=self._with_differences(failure),
@@ -265,7 +267,7 @@ class Epoch:
         # The length of a map-style dataset is asked for only when somebody reads the audit.
         length = self._known_length() if self.ledger.measures_length else None
         for note in self.ledger.notes(length):
-            logger.warning("epoch %d: %s", self.number, note)
+            self.log.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
             self._tell(lambda: self._trace.audited(self.audit(self.number)))
 
@@ -283,7 +285,7 @@ class Epoch:
         try:
             said(*about)
         except Exception:
-            logger.exception("tracing failed and is off for the rest of this epoch")
+            self.log.exception("tracing failed and is off for the rest of this epoch")
             self._trace = OFF
 
     def audit(self, number: int) -> EpochAudit:
@@ -299,12 +301,3 @@ def rank() -> int | None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return None
-
-
-def length_of(sized: Any) -> int | None:
-    """``len()`` of a dataset or sampler, the generators left as they were; None without one."""
-    try:
-        with preserved():
-            return len(sized)
-    except Exception:  # no __len__, or one that raises: the audit does without
-        return None

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
+from safeloader.main.processes import is_dying, is_gone
 from safeloader.wire.results import ResultQueue
 
 _LOOK_S = 1.0  # how often workers are looked at beyond what their sentinels say
 _PINNED_LOOK_S = 0.1  # a queue between threads cannot be waited for together with sentinels
 _PINNED_GRACE_S = 0.5  # for the thread to hand over what a dead worker had sent
 _TOGETHER_S = 0.15  # workers that die within this time died together
+_DYING_S = 1.0  # so did those that are not done with it: how long they are waited for
 
 
 class WorkersDied(BaseException):
@@ -38,6 +40,7 @@ class Worker(Protocol):
     """What is used of a ``multiprocessing.Process``."""
 
     sentinel: int
+    pid: int | None
 
     def is_alive(self) -> bool:
         """Whether it runs."""
@@ -140,12 +143,23 @@ class Inbox:
     def _look_after_workers(self) -> None:
         """Raise if a worker is dead. Seldom a child of the dead one keeps its sentinel open."""
         if self._dead():
+            give_up = monotonic() + _DYING_S
             time.sleep(_TOGETHER_S)
+            while self._dying() and monotonic() < give_up:
+                time.sleep(0.01)
             raise WorkersDied(self._dead())
 
+    def _dying(self) -> bool:
+        """Whether further workers are about to be dead, as two are that were killed at once."""
+        left = (self._workers[n] for n in self._watched.values() if not self._ended(n))
+        return any(w.is_alive() and w.pid is not None and is_dying(w.pid) for w in left)
+
     def _dead(self) -> tuple[int, ...]:
-        silent = (n for n in self._watched.values() if not self._workers[n].is_alive())
+        silent = (n for n in self._watched.values() if self._is_over(self._workers[n]))
         return tuple(sorted(n for n in {*self._gone, *silent} if not self._ended(n)))
+
+    def _is_over(self, worker: Worker) -> bool:
+        return not worker.is_alive() or (worker.pid is not None and is_gone(worker.pid))
 
 
 class PinnedInbox(Inbox):

@@ -9,7 +9,6 @@ workers alive until the garbage collector comes by.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from safeloader.main.checksum import changed
 from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.epoch import Epoch
 from safeloader.main.inbox import TimedOut, WorkersDied
+from safeloader.main.naming import LoaderLog
 from safeloader.main.revival import Revival
 from safeloader.main.session import Session
 from safeloader.main.tolerance import Tolerance
@@ -30,8 +30,6 @@ from safeloader.main.unpacking import WORKER_GONE
 from safeloader.tracing import trace_for
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.records import EmptyBatch, FailedBatch, Parcel
-
-logger = logging.getLogger("safeloader")
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
@@ -57,14 +55,16 @@ class SafeIterator(Iterator[Any]):
         self._session.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
+        log = LoaderLog(loader.dataset)
         epoch = Epoch(
-            trace_for(self._recorder, loader.trace),
+            trace_for(self._recorder, loader.trace, log),
             loader.verify,
             loader.dataset,
             Tolerance(loader.max_skipped, runs=not callable(loader.on_error)),
             None
             if loader.on_failure_dump is None
-            else functools.partial(dump.write, folder=loader.on_failure_dump),
+            else functools.partial(dump.write, folder=loader.on_failure_dump, log=log),
+            log,
         )
         epoch.number = self._recorder.begin_epoch(epoch.audit)
         return epoch

@@ -28,6 +28,7 @@ class Trouble(NamedTuple):
     duplicated: tuple[Any, ...] = ()
     unexpected: tuple[Any, ...] = ()
     sound: tuple[Any, ...] = ()
+    hint: str = ""
 
     @property
     def culprits(self) -> tuple[Any, ...]:
@@ -181,7 +182,8 @@ class Accounts:
     def notes(self, length: int | None) -> list[str]:
         notes = []
         if self.replaced_count:
-            notes.append(f"{self.replaced_count} of the samples skipped were replaced by another")
+            skipped = self.tallies["skipped"].count
+            notes.append(f"skipped samples with a replacement: {self.replaced_count} of {skipped}")
         if self._keys_past_limit:
             notes.append(
                 f"the keys of the first {KEYS_LIMIT} samples were compared; "
@@ -345,7 +347,7 @@ class MapLedger(Accounts):
         repeated = coverage.repeated()  # before the notes: it brings the coverage up to date
         notes = self.notes(length)
         if ahead := sum(map(count, self._pending.values())):
-            notes.append(f"{ahead} of the samples drawn were not handed over yet")
+            notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
         return self.as_audit(
             epoch,
             complete=self.complete,
@@ -376,12 +378,20 @@ def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
             "others",
             missing=drawn[samples:],
             sound=drawn[:samples],
+            hint=_ONE_EACH,
         )
     return Trouble(
         f"__getitems__ was asked for {asked} samples, {_some(drawn)}, and gave {samples}",
         unexpected=(-1,) * (samples - asked),
         sound=drawn,
+        hint=_ONE_EACH,
     )
+
+
+_ONE_EACH = (
+    "have __getitems__ give one sample for each index, in their order: "
+    "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
+)
 
 
 def _some(indices: Sequence[Any]) -> str:

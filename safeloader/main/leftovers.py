@@ -1,8 +1,4 @@
-"""Removes what workers that were killed left in ``/dev/shm``; runs in main.
-
-Torch makes a file there for each tensor it shares and takes its name away at once. A worker killed
-between the two leaves the file, and its memory, until the machine is started again.
-"""
+"""Removes what is left of workers that were killed, or could not be started; runs in main."""
 
 from __future__ import annotations
 
@@ -10,7 +6,9 @@ import contextlib
 import glob
 import os
 import time
+import traceback
 from collections.abc import Iterable
+from multiprocessing import forkserver, popen_fork
 from typing import Any
 
 import torch.multiprocessing
@@ -19,7 +17,11 @@ _OLD_S = 0.02  # in a folder shared with other containers, a process of the same
 
 
 def remove(pids: Iterable[int | None]) -> None:
-    """Remove the files of these processes, which must have ended."""
+    """Remove the files in ``/dev/shm`` of these processes, which must have ended.
+
+    Torch makes a file there for each tensor it shares and takes its name away at once. A worker
+    killed between the two leaves the file, and its memory, until the machine is started again.
+    """
     strategy: Any = torch.multiprocessing.get_sharing_strategy
     if strategy() != "file_descriptor":
         return  # its files keep their names, and may be in use
@@ -29,3 +31,22 @@ def remove(pids: Iterable[int | None]) -> None:
                 if time.time() - os.stat(path).st_ctime < _OLD_S:
                     time.sleep(_OLD_S)  # one that is alive has taken the name away by then
                 os.unlink(path)
+
+
+def close_pipes(raised: BaseException) -> None:
+    """Close the pipes made for a worker that could then not be started.
+
+    ``multiprocessing`` leaves them open, and a program that tries again has fewer each time.
+    """
+    forks: Any = popen_fork.Popen
+    for frame, _ in traceback.walk_tb(raised.__traceback__):
+        names = frame.f_locals
+        if frame.f_code is forks._launch.__code__:
+            open_still = not hasattr(names["self"], "pid")  # else they are the worker's
+        elif frame.f_code is forkserver.ForkServer.connect_to_new_process.__code__:
+            open_still = "child_r" not in names  # else it closes them itself
+        else:
+            continue
+        for name in ("parent_r", "child_w", "child_r", "parent_w"):
+            if open_still and name in names:
+                os.close(names[name])

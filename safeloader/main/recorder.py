@@ -201,8 +201,9 @@ def _say_blank() -> None:
         return
     logger.warning(
         "%d SafeDataLoader(s) never delivered a batch in this process, so nothing was recorded or "
-        "checked for them here: made at %s. Rebuilt by a framework as torch's own DataLoader, or "
-        "used in another process? Look at type(loader) where the framework hands it back.",
+        "checked for them here: made at %s. That is as it should be where the program did not use "
+        "them. Where it did, a framework rebuilt them as torch's own DataLoader (look at "
+        "type(loader) where it hands them back), or another process used them.",
         len(loaders),
         ", ".join(sorted(set(loaders))[:3]),
     )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from safeloader.errors import SafeLoaderError
+from safeloader.main.naming import LoaderLog
 from safeloader.wire.failure import Failure
 from safeloader.wire.random_state import RandomState, preserved
 
-logger = logging.getLogger("safeloader")
+_NOT_BY_US = (
+    "This error did not come by a SafeDataLoader (under SAFELOADER=off none does), and names no "
+    "sample: except SafeLoaderError keeps others away"
+)
+_NO_JSON = (
+    "A JSON file of on_failure_dump= holds no random state: give the index it names, or keep the "
+    "error itself by pickle"
+)
 
 
 def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
@@ -57,7 +64,8 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             "replay() asks the dataset for an index, and an iterable dataset has none: iterate it "
-            "in the main process up to the sample, for i, sample in zip(range(n), dataset)"
+            "here up to the sample. get_worker_info() is None here: a dataset that shares itself "
+            "out by it has to be given the worker's share by hand"
         )
     if isinstance(what, SafeLoaderError):
         if what.failure is None:
@@ -65,14 +73,13 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
         what = what.failure
     if isinstance(what, BaseException | os.PathLike | dict):
         raise TypeError(
-            f"replay() takes an error of safeloader, its failure, or an index; got a "
-            f"{type(what).__name__}. A JSON file of on_failure_dump= holds no random state: give "
-            "the index it names, or keep the error itself by pickle"
+            "replay() takes an error of safeloader, its failure, or an index, not "
+            f"{type(what).__name__}. {_NOT_BY_US if isinstance(what, BaseException) else _NO_JSON}"
         )
     if not isinstance(what, Failure):
         return dataset[what]
     if what.phase in ("crash", "timeout"):
-        logger.warning(
+        LoaderLog(dataset).warning(
             "index %r %s its worker: replaying it here may do the same to this process",
             what.index,
             "killed" if what.phase == "crash" else "hung",

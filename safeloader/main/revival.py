@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.drawing import RecordingSampler
+from safeloader.main.naming import LoaderLog
 from safeloader.main.session import Session, blueprint_of
 from safeloader.wire.failure import Failure
 from safeloader.wire.wording import bounded
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
-
-logger = logging.getLogger("safeloader")
 
 MOST_RESTARTS = 10  # in an epoch
 _BEFORE_ANY_TASK = ("starting", "init", "open")
@@ -30,6 +28,7 @@ class Revival:
 
     def __init__(self, blueprint: SafeDataLoader[Any]) -> None:
         self._blueprint = blueprint
+        self._log = LoaderLog(blueprint.dataset)
         self._restarts = 0
         self._before_any_task = 0
         self._last: set[tuple[int, int | None]] = set()
@@ -46,14 +45,17 @@ class Revival:
     ) -> bool:
         """Whether to try again; the tasks at which workers died are marked for it."""
         if self._restarts >= MOST_RESTARTS:
-            logger.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
+            self._log.error(
+                "the workers died %d times in this epoch: giving up", self._restarts + 1
+            )
             return False
         if all(where is not None and where.position.phase in _BEFORE_ANY_TASK for where in at):
             self._before_any_task += 1
             if self._before_any_task > 1:
-                logger.error("the workers died twice before they were at any batch: giving up")
+                self._log.error("the workers died twice before they were at any batch: giving up")
                 return False
         died_at: set[tuple[int, int | None]] = set()
+        left_out = []
         for where in at:
             if where is None or where.position.seq is None:
                 continue
@@ -62,16 +64,18 @@ class Revival:
             again = place in self._last and place[1] is not None
             sampler.change(place[0], deadly=place[1] if again else None)
             if again:
-                logger.warning("index %r killed its worker twice and is left out", where.index)
+                left_out.append(where.index)
         self._last = died_at
         self._restarts += 1
-        logger.warning(
+        self._log.warning(
             "%s Restarting the workers (%d of at most %d times in an epoch). %s",
             failure.message,
             self._restarts,
             MOST_RESTARTS,
             bounded(failure.hint.partition("\n")[0], 300),
         )
+        for index in left_out:
+            self._log.warning("index %r killed its worker twice and is left out", index)
         return True
 
     def revive(self, session: Session) -> None:

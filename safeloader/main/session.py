@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from safeloader import torch_private
 from safeloader.main import dump, leftovers
-from safeloader.main.diagnosis import Diagnosis
+from safeloader.main.diagnosis import Diagnosis, Stalls
 from safeloader.main.drawing import RecordingSampler
-from safeloader.main.epoch import Epoch, length_of, rank
+from safeloader.main.epoch import Epoch, rank
 from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
+from safeloader.main.naming import LoaderLog, length_of
+from safeloader.main.recorder import failure_was_told
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.main.unpacking import Unpacker
 from safeloader.wire.failure import Failure, error_from, failure_of
@@ -69,6 +71,7 @@ class Session:
 
     def __init__(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         self.raised: list[BaseException] = []
+        self._log = epoch.log
         self.live: weakref.ref[SafeIterator] | None = None
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
@@ -81,8 +84,8 @@ class Session:
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
             at_hand=loader.num_workers == 0,
         )
-        _warn_of_ranks(loader)
-        self._board = _board_for(loader)
+        _warn_of_ranks(loader, self._log)
+        self._board = _board_for(loader, self._log)
         self._policy = Policy(loader.on_error, loader.retries)
         self.open_ledger(loader, epoch)
         if loader.num_workers:
@@ -98,6 +101,7 @@ class Session:
         try:
             stock = torch_private.build_iterator(view)
         except Exception as exc:
+            failure_was_told()
             if not torch_private.raised_by_dataset_iter(exc):
                 raise
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
@@ -122,11 +126,12 @@ class Session:
             TransportError: if something cannot be pickled for them, or the machine has no room.
         """
         _warn_of_inherited(loader)
+        results: ResultQueue | None = None
         try:
             table, no_slots = _slot_table(loader)
             unpacker = Unpacker(table, loader._recorder_on_demand().transport)
             results = ResultQueue(loader.num_workers, unpacker.opened)
-            flight = _flight_recorder(loader.num_workers)
+            flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
                 loader.worker_init_fn,
                 key=loader.key,
@@ -146,11 +151,15 @@ class Session:
             )
             stock = torch_private.build_iterator(self._view(loader, sampler))
         except Exception as exc:
+            failure_was_told()
             failure = _why_not_started(loader, exc)
+            leftovers.close_pipes(exc)
+            if results is not None:  # whoever keeps the error may keep the frames as well
+                results.close()
             if failure is None:
                 raise
             if loader.on_failure_dump is not None:
-                dump.write(failure, loader.on_failure_dump)
+                dump.write(failure, loader.on_failure_dump, LoaderLog(loader.dataset))
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()
@@ -168,7 +177,7 @@ class Session:
     def _listen(self, loader: SafeDataLoader[Any], stock: Any, results: ResultQueue) -> None:
         workers = torch_private.workers_of(stock)
         ended = torch_private.expects_end_of(weakref.ref(stock))
-        stalled = functools.partial(_say_stalled, self.diagnosis)
+        stalled = Stalls(self.diagnosis, self._log)
 
         def inbox(pinned: queue.Queue[Any] | None, thread: threading.Thread | None) -> Inbox:
             common: tuple[Any, ...] = (
@@ -240,22 +249,23 @@ def blueprint_of(loader: SafeDataLoader[Any]) -> SafeDataLoader[Any]:
     return copy
 
 
-def _board_for(loader: SafeDataLoader[Any]) -> StreamBoard | None:
+def _board_for(loader: SafeDataLoader[Any], log: LoaderLog) -> StreamBoard | None:
     """Shared memory for the streams' lengths; without it (none to be had) they go unchecked."""
     if not torch_private.is_stream(loader):
         return None
     try:
         return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
     except OSError as exc:
-        logger.warning("the ends of the streams cannot be checked: no shared memory (%s)", exc)
+        log.warning("the ends of the streams cannot be checked: no shared memory (%s)", str(exc))
         return None
 
 
-def _flight_recorder(workers: int) -> FlightRecorder | None:
+def _flight_recorder(workers: int, log: LoaderLog) -> FlightRecorder | None:
     try:
         return FlightRecorder(workers)
     except OSError as exc:
-        logger.warning("no flight recorder, so a crash will name no index: %s", exc)
+        # Its text: a handler that keeps records would keep its frames too, and what they hold.
+        log.warning("no flight recorder, so a crash will name no index: %s", str(exc))
         return None
 
 
@@ -295,23 +305,16 @@ def _warn_of_inherited(loader: SafeDataLoader[Any]) -> None:
 _told_of_ranks: list[bool] = []
 
 
-def _warn_of_ranks(loader: SafeDataLoader[Any]) -> None:
+def _warn_of_ranks(loader: SafeDataLoader[Any], log: LoaderLog) -> None:
     """A rank that leaves a batch out makes the others wait for it in the next all-reduce."""
     if loader.on_error != "skip" or _told_of_ranks or rank() is None:
         return
     _told_of_ranks.append(True)
-    logger.warning(
+    log.warning(
         "on_error='skip' in distributed training: batches of this rank may get smaller, and a "
         "batch that is left out whole stalls the other ranks. on_error='replace' keeps shapes, "
         "counts and ranks in step"
     )
-
-
-def _say_stalled(diagnosis: Diagnosis, waited_s: float) -> None:
-    try:
-        logger.warning("%s", diagnosis.silence(waited_s, timeout=False))
-    except Exception:
-        logger.exception("no batch came for %.0f s, and looking into it failed", waited_s)
 
 
 _SLOTS_SHARE = 0.25  # of the memory of the machine or container: what slots may hold together

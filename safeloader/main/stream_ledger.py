@@ -15,6 +15,11 @@ from safeloader.wire.indices import Packed
 from safeloader.wire.records import Papers, contents
 from safeloader.wire.streams import StreamBoard
 
+_SHARE = (
+    "two workers read the same part of the stream: have __iter__ share it out by "
+    'get_worker_info(); verify="warn" hands over all the same'
+)
+
 
 class StreamLedger(Accounts):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
@@ -48,7 +53,9 @@ class StreamLedger(Accounts):
         if papers.keys is not None and self._index_of_key is not None:
             trouble = self.same_key(papers.keys, [(row, first + k) for k in contents(papers)])
             if trouble is not None:
-                return trouble
+                known = self._index_of_key
+                others = any(known.get(key, (row,))[0] != row for key in papers.keys)
+                return trouble._replace(hint=_SHARE if others else "")
         if papers.mishaps is not None:
             samples -= self.book_mishaps(papers)
         self.delivered_count += samples

@@ -23,6 +23,7 @@ class Tolerance:
         self._max_skipped = max_skipped
         self._runs = runs
         self.skipped = 0
+        self._ways: set[str] = set()  # "skipped", "replaced"
         self._run = 0
         self._next_seq = 0  # the draw that goes on with the run
 
@@ -37,7 +38,7 @@ class Tolerance:
 
         ``samples`` is the number of samples so far, this batch's included.
         """
-        gone = {each.position for each in papers.mishaps or () if each.what != "late"}
+        gone = {each.position: each.what for each in papers.mishaps or () if each.what != "late"}
         if not gone:
             return None
         if papers.seq != self._next_seq:
@@ -48,12 +49,13 @@ class Tolerance:
             longest = max(longest, self._run)
         self._next_seq = papers.seq + 1
         self.skipped += len(gone)
+        self._ways.update(gone.values())
         bound = self._bound(samples)
         if self.skipped > bound:
             what = "max_skipped" if self._max_skipped is not None else "the default of max_skipped"
             return (
-                f"{self.skipped} of the {samples} samples so far were skipped; {what} allows "
-                f"{bound}"
+                f"{self.skipped} of the {samples} samples so far were "
+                f"{' or '.join(sorted(self._ways, reverse=True))}; {what} allows {bound}"
             )
         if self._runs and longest >= LONGEST_RUN:
             return f"{longest} samples in a row failed ({self.skipped} of {samples} so far)"

@@ -18,12 +18,14 @@ class TransportStats:
     """How the batches of a loader crossed from its workers to the training process.
 
     Attributes:
-        slots: how many slots are mapped: shared memory that batches are written into in turn.
+        slots: how many slots are mapped now: shared memory that batches are written into in turn.
+            Those of an epoch's workers go with them, but for the batches that are kept.
         bytes: their size together. What a slot never held takes no memory.
         batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
             within the worker's message, as it is small; ``"torch"``, in full or in part by torch's
             own shared memory, a file for each tensor.
-        fallbacks: why torch's way was taken under ``transport="auto"``, with how many batches.
+        fallbacks: why some or all of a batch was not put into a slot under ``transport="auto"``,
+            with how many batches.
 
     Example:
         >>> import torch
@@ -45,9 +47,13 @@ class TransportStats:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
+        if not self.batches:
+            return "no batch came from a worker"
         ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
-        lines = [f"{self.slots} slots of {human_bytes(self.bytes)}; batches: {ways or 'none'}"]
-        lines += [f"torch's way, {count}: {why}" for why, count in self.fallbacks.items()]
+        lines = [f"batches: {ways}; slots now: {self.slots or 'none'}"]
+        if self.slots:
+            lines[0] += f", {human_bytes(self.bytes)} in all"
+        lines += [f"not in a slot, {count}: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)
 
 
@@ -63,13 +69,13 @@ class TransportTally:
 
     def came(self, cargo: Cargo) -> None:
         """A batch was opened; hot path."""
-        if cargo.fds != len(cargo.fresh) or cargo.why:
+        if cargo.fds != len(cargo.fresh):
             self._batches["torch"] += 1
-            if cargo.why:
-                known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
-                self._fallbacks[cargo.why if known else "other reasons"] += 1
         else:
             self._batches["slots" if cargo.slots else "message"] += 1
+        if cargo.why:
+            known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
+            self._fallbacks[cargo.why if known else "other reasons"] += 1
 
     def slot_made(self, size: int) -> None:
         """A slot was mapped."""

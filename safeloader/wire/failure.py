@@ -53,6 +53,7 @@ _ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
 
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 40_000
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,11 @@ class Failure:
             no single sample is known to be.
         position: position of that sample in its batch, from 0; None without an index.
         indices: indices of the whole batch, as far as they were known where it failed.
-        batch: number of the batch in its epoch, in the order handed over, from 0.
-        epoch: number of the epoch, as ``loader.recorder`` counts them, from 0.
+        batch: number of the batch in its epoch, in the order handed over, from 0; None where no
+            batch is at fault, and for an ``on_error`` callable: it is asked in the worker, and
+            batches are numbered as they are handed over.
+        epoch: number of the epoch, as ``loader.recorder`` counts them, from 0; None for an
+            ``on_error`` callable, as ``rank`` is.
         rank: rank of this process in distributed training; None outside of it.
         worker_id: number of the worker; None in the main process.
         pid: process id of the process where it happened.
@@ -208,10 +212,25 @@ def _traceback_of(exc: BaseException, skip_frames: int) -> str:
         if traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
     try:
-        return "".join(traceback_module.format_exception(type(exc), exc, traceback))
+        said = traceback_module.TracebackException(type(exc), exc, traceback, compact=True)
+        _leave_out_ours(said)
+        return "".join(said.format())
     except Exception:  # a __str__, __notes__ or source line that cannot be shown
         shown = "".join(traceback_module.format_tb(traceback))
         return f"Traceback (most recent call last):\n{shown}{type_name(type(exc))}\n"
+
+
+def _leave_out_ours(said: traceback_module.TracebackException) -> None:
+    """Drop our frames above the user's, and what a second try raised exactly as the first did."""
+    while len(said.stack) > 1 and said.stack[0].filename.startswith(_OURS):
+        del said.stack[0]
+    behind = said.__cause__ or said.__context__
+    if behind is None:
+        return
+    _leave_out_ours(behind)
+    first = said.__context__
+    if behind is first and [*first.format(chain=False)] == [*said.format(chain=False)]:
+        said.__context__ = first.__context__
 
 
 def _plain(value: Any) -> Any:

@@ -162,7 +162,7 @@ _OWN_WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 def _pickles_its_own_way(cls: type) -> bool:
     """Whether what arrives of an object may be other than what was sent."""
-    if cls is SimpleNamespace:
+    if cls is SimpleNamespace:  # whose own way is to send its attributes
         return False
     for name in _OWN_WAYS:
         way = getattr(cls, name, None)

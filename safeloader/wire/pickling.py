@@ -344,7 +344,8 @@ def _names(value: Any, cls: type) -> dict[int, str]:
 # ---- in words
 
 _ADVICE: tuple[tuple[Any, str], ...] = (
-    ((type, types.FunctionType), "Define it at module level; functools.partial binds arguments."),
+    ((type,), "Define it at module level."),
+    ((types.FunctionType,), "Define it at module level; functools.partial binds arguments."),
     ((types.GeneratorType,), "Make a list of it, list(...), before it is sent."),
     ((types.ModuleType,), "Import it where it is used, and leave it out in __getstate__."),
     ((torch.Tensor,), "Call .detach() on it, or compute it under torch.no_grad()."),
@@ -372,7 +373,7 @@ def _advice(failed: _Failed, spawning: bool, loading: bool) -> str:
         return "Only a process that is being started can be given it: make it part of the dataset."
     if failed.hook and not _opaque_base(cls):
         return f"Mend its {failed.hook}, or leave it out in __getstate__ of what holds it."
-    return _OPEN_LAZILY if spawning else "Return what was read from it, not the object itself."
+    return _OPEN_LAZILY if spawning else "Leave it out, or give what was read from it in its place."
 
 
 def _kind(value: Any) -> str:

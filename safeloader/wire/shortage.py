@@ -58,6 +58,19 @@ def shortage(exc: BaseException) -> str | None:
     return None
 
 
+@or_none
+def met_in_sharing(exc: BaseException) -> bool | None:
+    """Say whether a shortage was met in making the memory that torch sends a tensor in.
+
+    `default_collate` in a worker makes it, so what is raised there need not be about a sample.
+
+    >>> met_in_sharing(RuntimeError("write to file </torch_7_2>: No space left on device"))
+    True
+    """
+    chain = _behind(exc, contexts=True)
+    return any(_teller(e) and any(n.startswith("/torch_") for n in _names(e)) for e in chain)
+
+
 def never_skipped(exc: BaseException) -> bool:
     """Say whether `exc` means a broken program or machine, where leaving the sample out is no help.
 
@@ -157,7 +170,7 @@ def _open_files(exc: BaseException) -> str:
     return (
         f"too many open files: {figures}. {way_out}), share tensors by name "
         "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
-        "files at once."
+        "files at once: close what the dataset opens."
     )
 
 

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 
 from safeloader.wire.anonymous import anonymous_file, mapped
 
-SLOTS = 256  # of one worker, at most
+_SLOTS = 4096  # of one worker, at most
 SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
-FREE, LENT, GONE = range(3)
+_MAPPED = 32768  # of all workers: half of what Linux lets a process map
+
+UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, or to give up
 
 
 class Cargo(NamedTuple):
@@ -36,12 +38,12 @@ class Cargo(NamedTuple):
 
     Attributes:
         slots: number and size in bytes of each slot it lies in.
-        fresh: which of these, by their place, main has not seen: their descriptors come beside the
-            message, behind the others.
+        fresh: which of these main has not seen: their descriptors come beside the message, behind
+            the others.
         fds: how many descriptors come with the message.
         given_up: slots that will not be used again.
         stream: where the pickle itself lies, if it is large: slot of the batch, offset, bytes.
-        why: why torch's own way was taken for some or all of it; empty if it was not.
+        why: why some or all of it is not in a slot, where it should be.
     """
 
     slots: tuple[tuple[int, int], ...] = ()
@@ -58,26 +60,28 @@ class SlotTable:
     Args:
         workers: how many there are.
         most_bytes: what the slots of one worker may hold together.
+        most_slots: how many one worker may have.
 
     Raises:
         OSError: where no anonymous file can be had.
         RuntimeError: where it cannot be mapped.
     """
 
-    def __init__(self, workers: int, most_bytes: int) -> None:
+    def __init__(self, workers: int, most_bytes: int, most_slots: int = _SLOTS) -> None:
         self.workers = workers
         self.most_bytes = most_bytes
-        self._fd = anonymous_file(8 * SLOTS * workers)
+        self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
+        self._fd = anonymous_file(8 * self.slots * workers)
         self._map()
 
     def _map(self) -> None:
         # The view keeps the mapping alive; nothing is ever unmapped under a reader.
-        memory = memoryview(mapped(self._fd, 8 * SLOTS * self.workers))
+        memory = memoryview(mapped(self._fd, 8 * self.slots * self.workers))
         self._cells = memory.cast("B").cast("q")
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        numbers = {"workers": self.workers, "most_bytes": self.most_bytes}
+        numbers = {"workers": self.workers, "most_bytes": self.most_bytes, "slots": self.slots}
         return numbers | {"_fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,4 +97,4 @@ class SlotTable:
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""
-        return self._cells[worker * SLOTS : (worker + 1) * SLOTS]
+        return self._cells[worker * self.slots : (worker + 1) * self.slots]

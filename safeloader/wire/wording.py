@@ -59,7 +59,7 @@ def _headline(failure: Failure) -> str:
     place = [f"position {failure.position}"] if failure.position is not None else []
     if failure.batch is not None:
         place.append(f"batch {failure.batch}")
-    if failure.epoch is not None:
+    if failure.epoch is not None and failure.phase != "init":  # which failed before any epoch's
         place.append(f"epoch {failure.epoch}")
     if place:
         where = ", ".join(place)

@@ -77,6 +77,14 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> Explanation | None:
         return Explanation(None, refused[0])
     if not found:
         return None
+    # Samples that all differ, as sentences of any length do, are what a collate function that pads
+    # is there for: then one that is odd in another way says more, and is told first.
+    all_differ = [each for each in found if each.rank == found[0].rank]
+    clearer = [finding for finding in grave if finding.usual is not None]
+    if clearer and all(finding.usual is None for finding in all_differ):
+        found = clearer
+    else:
+        all_differ = []
     top = found[0].rank
     told = [finding for finding in found if finding.rank == top]
     if top == Rank.DTYPE:  # torch.stack may convert; a number among strings breaks for certain
@@ -95,7 +103,9 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> Explanation | None:
         sentences[0] = f"the only difference found, which default_collate takes: {sentences[0]}"
     clear = all(finding.usual is not None for finding in told)
     odd = sorted({position for each in blamed for position in each}) if clear else []
-    single = len(blamed) == 1 and len(odd) == 1
+    # Which of the two it fell over is not known: no single sample is blamed then.
+    single = len(blamed) == 1 and len(odd) == 1 and not all_differ
+    sentences += [_sentence(finding, indices, survey.total) for finding in all_differ[:1]]
     few = odd if top < Rank.TYPE and 2 * len(odd) < survey.total else []
     return Explanation(odd[0] if single else None, ". ".join(sentences), tuple(few))
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
+import os
+import pathlib
 from typing import Any
 
-from torch.utils.data import Subset
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.wire.shortage import shortage
+from safeloader.wire.texts import bounded_text, is_secret
+from safeloader.wire.values import fields
+from safeloader.worker.mending import ON_ERROR_FAULT
 
 KEY_FAULT = "raised by key=, not by the dataset"
+_ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
+_PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 
 
 def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: Any = None) -> str:
@@ -29,6 +38,11 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         parts.append(
             "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of them"
         )
+    elif found == ON_ERROR_FAULT:
+        parts.append(
+            "mend the callable given as on_error=: it takes a Failure, and gives a sample or "
+            "safeloader.SKIP"
+        )
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(
             f"loader.replay(error) repeats the call here with the same random numbers, "
@@ -36,8 +50,9 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
         )
     elif phase == "sample" and in_stream:
         parts.append(
-            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset in the "
-            "main process up to it to repeat the call"
+            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset up to "
+            "it to repeat the call. In the main process get_worker_info() is None: a dataset that "
+            f"shares itself out by it has to be given worker {index[0]}'s share by hand"
         )
     elif phase == "collate" and not found:
         parts.append(
@@ -45,7 +60,7 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
             "error.failure.indices]) repeats the call here"
         )
     elif phase == "collate":
-        parts.append("mend the sample, or give the loader a collate_fn that can take it")
+        parts.append("mend the sample, or have collate_fn= take it")
     elif phase == "transport" and not found:
         parts.append(
             "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in error.failure.indices])) "
@@ -57,19 +72,61 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
 
 
 def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
-    """What the index means to the dataset under a Subset; whether it is out of its range."""
+    """What the index means to the dataset: its range, its file, its number in what is under it."""
     said = []
     try:
-        if isinstance(exc, IndexError) and not -len(dataset) <= index < len(dataset):
-            said.append(
-                f"index {index} is outside the dataset (length {len(dataset)}): look at the sampler"
-            )
+        if isinstance(exc, IndexError):
+            said.append(_about_range(index, len(dataset)))
         inner: Any = dataset
-        at = index
-        while type(inner) is Subset:
-            inner, at = inner.dataset, int(inner.indices[at])
+        at, path = index, "dataset"
+        while type(inner) in (Subset, ConcatDataset):
+            if type(inner) is Subset:
+                inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
+            else:
+                at = range(len(inner))[at]  # which a negative one counts from the end of
+                part = bisect.bisect_right(inner.cumulative_sizes, at)
+                at -= inner.cumulative_sizes[part - 1] if part else 0
+                inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
         if inner is not dataset:
-            said.append(f"index {index} of the Subset is index {at} of the dataset under it")
+            outer = type(dataset).__name__
+            said.append(
+                f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
+            )
+        said += _file(at, inner, path, exc)
     except Exception:  # a hint must not hide the error
         return said
     return said
+
+
+def _about_range(index: int, length: int) -> str:
+    if not -length <= index < length:
+        return f"index {index} is outside the dataset (length {length}): look at the sampler"
+    return (
+        f"index {index} is below the length that the dataset gives, {length}: see whether __len__ "
+        "says more than there is"
+    )
+
+
+def _file(at: int, dataset: Any, path: str, exc: BaseException) -> list[str]:
+    """The attribute that holds the file of this index: ``dataset.files[37] = 'x.jpg'``.
+
+    That is one whose file the error speaks of. Failing that, where the error is one of the system's
+    or of a reader of files, one with as many files as the dataset has samples.
+    """
+    named, likely = [], []
+    held: Any
+    spoken = f"{getattr(exc, 'filename', None)} {exc}"
+    for name, held in fields(dataset, _ATTRIBUTES_MAX)[0]:
+        rows = type(held) in (list, tuple) or (type(held) is np.ndarray and held.ndim == 1)
+        if not rows or not 0 <= at < len(held) or is_secret(str(name), held):
+            continue
+        entry = held[at]  # (file, label) in an ImageFolder
+        file = entry[0] if type(entry) in (list, tuple) and entry else entry
+        if type(file) not in _PATHS or not (os.path.dirname(file) or os.path.splitext(file)[1]):
+            continue
+        line = f"{path}.{name}[{at}] = {bounded_text(entry)}"
+        if str(file) in spoken:
+            named.append(line)
+        elif isinstance(exc, OSError) and len(held) == len(dataset):
+            likely.append(line)
+    return (named or likely)[:1]

@@ -21,6 +21,7 @@ from safeloader.wire.wording import bounded, short_type_name
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _GAP = object()
+ON_ERROR_FAULT = "raised by on_error=, not by the dataset"
 
 
 class Unmendable(Exception):
@@ -115,7 +116,7 @@ class Mending:
             try:
                 answer = on_error(self._explain(failed, position))
             except Exception as exc:
-                raise Unmendable(position, exc, "raised by on_error") from failed
+                raise Unmendable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
                 self._samples[position] = answer
                 self._mishaps[position] = Mishap("replaced", position, reason)

@@ -20,7 +20,15 @@ from safeloader.wire.leaves import CODES
 from safeloader.wire.records import Papers
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.slots import Cargo
-from safeloader.worker.reducing import INLINE, Overlap, Parts, Reduction, Stacked, TooManyFds
+from safeloader.worker.reducing import (
+    IN_MESSAGE,
+    INLINE,
+    Overlap,
+    Parts,
+    Reduction,
+    Stacked,
+    TooManyFds,
+)
 from safeloader.worker.slots import NoRoom, SlotPool
 
 _LARGE_PICKLE = 1 << 16
@@ -86,7 +94,10 @@ class Packer:
             return torch.stack(batch, 0, out=own)
         place, at = self._room(slots, size)
         if place is None:
-            return stock(batch, **kwargs)
+            if size >= IN_MESSAGE:
+                return stock(batch, **kwargs)
+            own = torch.empty(shape, dtype=first.dtype, device="cpu")
+            return torch.stack(batch, 0, out=own)
         count = size // first.itemsize
         whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
         # Held until the batch is sealed: its storage is known again by its address.

@@ -26,6 +26,7 @@ from safeloader.wire.records import (
     asked_for,
 )
 from safeloader.wire.sealing import Sealed
+from safeloader.wire.shortage import met_in_sharing
 from safeloader.worker.collating import explain
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.mending import Mending, Unmendable
@@ -212,6 +213,8 @@ class RecordingFetcher:
             culprit, exc = Culprit(exc.position, KEY_FAULT), exc.cause
         elif isinstance(exc, Unmendable):
             culprit, exc = Culprit(exc.position, exc.text or culprit.text), exc.cause
+        if phase == "collate" and met_in_sharing(exc):
+            phase, culprit = "transport", Culprit(None)  # no sample is to blame
         failure = self._failure(exc, papers.seq, phase, indices, culprit)
         if self._post.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__

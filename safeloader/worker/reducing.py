@@ -34,6 +34,7 @@ from safeloader.wire.slots import SLOTS_A_BATCH
 from safeloader.worker.slots import NoRoom, SlotPool
 
 INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
+IN_MESSAGE = 1 << 20  # the same where no slot is to be had
 _PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
 _FRESH_FDS = SLOTS_A_BATCH  # kept free for slots, of the descriptors of a message
 _ALIGNED = 16  # every element size divides it
@@ -139,7 +140,7 @@ class Reduction:
         self._stacked = stacked
         self._parts = parts
         self._fetched = fetched
-        self._mark = [] if slots is None else [slot.used for slot in slots.batch]
+        self._mark = None if slots is None else slots.mark()
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
         self._looks: dict[int, _Looks] = {}  # at storages of which not all crosses
         self._overlap = False
@@ -184,7 +185,7 @@ class Reduction:
         """It was not sent: take everything back."""
         close_all(self.fds)
         self.fds = []
-        if self._slots is not None:
+        if self._slots is not None and self._mark is not None:
             self._slots.back_to(self._mark)
 
     # leaves ─────────────────────────────────────────────────────────────────────────────────────
@@ -307,7 +308,8 @@ class Reduction:
             slot, at = self._slots.room(size)
         except NoRoom as exc:
             self.why = str(exc)
-            return None
+            # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
+            return ctypes.string_at(address, size) if size < IN_MESSAGE else None
         ctypes.memmove(self._slots.batch[slot].address + at, address, size)
         return slot, at, size
 

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from safeloader.wire.anonymous import anonymous_file, mapped
-from safeloader.wire.slots import FREE, GONE, LENT, SLOTS, SLOTS_A_BATCH, SlotTable
+from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, UNUSED, SlotTable
 
 _ALIGNED = 64  # a cache line
 _SMALLEST = 1 << 16
-_IDLE_BATCHES = 32  # a slot that so many batches did without is given up
+_LARGE = 1 << 20  # bytes from which on a tensor or array has a slot of its own
+_OWN_MAX = 8  # of these in a batch: each costs a descriptor when it is new
+_RECENT = 32  # batches that a shared slot is made to fit
+_IDLE_BATCHES = 256  # a slot that so many batches did without is given up
 _LOOK_EVERY = 8
-_ROOMY = 4  # times as large as what is put into it: a slot that would better be given up
-_size_of = attrgetter("size")
 
 
 class NoRoom(Exception):
@@ -36,7 +37,7 @@ class Slot:
         address: where it is mapped here.
         fd: for main to map it by; -1 once that was sent.
         used: bytes of the running batch in it.
-        batch: number of the last batch that was written to it.
+        free_since: number of the batch at which it was found free; None while it is in use.
         forked: a process was forked while something here referred to it.
     """
 
@@ -51,7 +52,7 @@ class Slot:
             raise
         self.address = ctypes.addressof(self._memory)
         self.used = 0
-        self.batch = 0
+        self.free_since: int | None = None
         self.forked = False
         self._lease: weakref.ref[Any] | None = None
 
@@ -76,31 +77,41 @@ class Slot:
 class SlotPool:
     """The slots of one worker.
 
+    What is large gets a slot of its own, so that whoever keeps the labels of each batch does not
+    keep the images as well. The rest of a batch shares a slot.
+
     Args:
         table: the states of all slots.
         worker: whose slots these are.
     """
 
     def __init__(self, table: SlotTable, worker: int) -> None:
-        self._cells = table.row(worker)
+        self._states = np.frombuffer(table.row(worker), np.int64)
         self._most_bytes = table.most_bytes
         self._slots: dict[int, Slot] = {}
+        self._top = 0  # above the highest number in use
         self._held_bytes = 0
-        self._sizes: deque[int] = deque([0], maxlen=_IDLE_BATCHES)  # of the newest batches
-        self._expected = 0
+        self._shared_sizes: deque[int] = deque([0], maxlen=_RECENT)  # of the newest batches
         self._number = 0
         self._given_up: list[int] = []
         self.batch: list[Slot] = []  # those that the running batch lies in
         self._leases: list[Any] = []
+        self._shared: int | None = None  # which of these is shared
+        self._shared_filled = 0
         _pools.add(self)
 
     def begin(self) -> None:
         """A batch begins; what an earlier one left unsent is written over. Hot path."""
         self._number += 1
-        self.batch = []
-        self._leases = []
+        self._clear()
         if self._number % _LOOK_EVERY == 0:
             self._give_up_idle()
+
+    def _clear(self) -> None:
+        self.batch = []
+        self._leases = []
+        self._shared = None
+        self._shared_filled = 0
 
     def room(self, size: int) -> tuple[int, int]:
         """Room for ``size`` bytes of the running batch: the slot's place in ``batch``, an offset.
@@ -108,25 +119,49 @@ class SlotPool:
         Raises:
             NoRoom: if there is none, and none can be made.
         """
-        if self.batch:
-            slot = self.batch[-1]
+        if size >= _LARGE and len(self.batch) < _OWN_MAX:
+            return self._add(size, size), 0
+        self._shared_filled += size + _ALIGNED
+        if self._shared is not None:
+            slot = self.batch[self._shared]
             at = -(-slot.used // _ALIGNED) * _ALIGNED
             if at + size <= slot.size:
                 slot.used = at + size
-                return len(self.batch) - 1, at
-        slot = self._next(size)
-        slot.used = size
-        slot.batch = self._number
+                return self._shared, at
+            wanted = 2 * self._shared_filled
+        else:
+            wanted = max(size, *self._shared_sizes)
+        try:
+            self._shared = self._add(size, wanted)
+        except NoRoom:
+            if wanted == size:
+                raise
+            self._shared = self._add(size, size)
+        return self._shared, 0
+
+    def _add(self, used: int, size: int) -> int:
+        if len(self.batch) == SLOTS_A_BATCH:
+            raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
+        slot = self._take(size)
+        slot.used = used
+        slot.free_since = None
         self.batch.append(slot)
         self._leases.append(slot.lease())
-        return len(self.batch) - 1, 0
+        return len(self.batch) - 1
 
-    def back_to(self, used: list[int]) -> None:
-        """Forget what was put into the running batch since its slots held ``used`` bytes."""
-        del self.batch[len(used) :]
-        del self._leases[len(used) :]
-        for slot, size in zip(self.batch, used, strict=True):
-            slot.used = size
+    def mark(self) -> tuple[int, int, int | None, int]:
+        """How far the running batch is filled, for :meth:`back_to`."""
+        shared = self._shared
+        used = 0 if shared is None else self.batch[shared].used
+        return len(self.batch), self._shared_filled, shared, used
+
+    def back_to(self, mark: tuple[int, int, int | None, int]) -> None:
+        """Forget what was put into the running batch since then."""
+        count, self._shared_filled, self._shared, used = mark
+        del self.batch[count:]
+        del self._leases[count:]
+        if self._shared is not None:
+            self.batch[self._shared].used = used
 
     def lease(self, place: int) -> Any:
         """The memory of a slot of the running batch."""
@@ -140,91 +175,78 @@ class SlotPool:
     def lent(self) -> None:
         """The running batch is sent: its slots are main's now, and it knows those given up."""
         for slot in self.batch:
-            self._cells[slot.number] = LENT
-        # In one slot the next batch like this one would have gaps where this has its slots' ends.
-        filled = sum(-(-slot.used // _ALIGNED) * _ALIGNED for slot in self.batch[:-1])
-        self._sizes.append(filled + self.batch[-1].used if self.batch else 0)
-        self._expected = max(self._sizes)
-        self.batch = []
-        self._leases = []
+            self._states[slot.number] = LENT
+        self._shared_sizes.append(self._shared_filled)
+        self._clear()
+        self._states[self._given_up] = UNUSED
         self._given_up = []
 
-    def _next(self, size: int) -> Slot:
-        """A slot for ``size`` bytes and, where there is room for it, for what may follow them."""
-        if len(self.batch) == SLOTS_A_BATCH:
-            raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
-        filled = sum(each.used for each in self.batch)
-        wanted = max(size, 2 * filled if filled else self._expected)
-        try:
-            return self._take(wanted)
-        except NoRoom:
-            if wanted == size:
-                raise
-        return self._take(size)
-
     def _take(self, size: int) -> Slot:
-        slots = list(self._slots.values())
-        fitting = [slot for slot in slots if slot.size >= size and self._is_free(slot)]
-        best = min(fitting, key=_size_of, default=None)
-        if best is not None and best.size <= _ROOMY * max(size, _SMALLEST):
+        fitting = [slot for slot in self._free() if slot.size >= size]
+        best = min(fitting, key=attrgetter("size"), default=None)
+        # A small batch does not keep a large slot in use.
+        if best is not None and best.size <= 2 * size + _SMALLEST:
             return best
         try:
-            return self._made(_rounded(size))
+            return self._make(_rounded(size))
         except NoRoom:
-            if best is None:
+            if best is None or best.number not in self._slots:
                 raise
             return best
 
-    def _made(self, size: int) -> Slot:
-        self._make_room_for(size)
-        number = next((n for n in range(SLOTS) if self._is_unused(n)), None)
-        if number is None:
-            raise NoRoom(f"all {SLOTS} slots of the worker hold batches that are in use")
+    def _free(self) -> list[Slot]:
+        """The slots that can be written to: nothing refers to what is in them, here or anywhere."""
+        found = []
+        for number in np.flatnonzero(self._states[: self._top] & 1).tolist():
+            slot = self._slots[number]
+            if slot.referred_to or slot in self.batch:
+                continue
+            if slot.forked or self._states[number] == GONE:
+                self._give_up(slot)
+            else:
+                found.append(slot)
+        return found
+
+    def _make(self, size: int) -> Slot:
+        most = self._most_bytes
+        if size > most:
+            raise NoRoom(f"a batch needs more than the {most} bytes that a worker's slots may hold")
+        if self._held_bytes + size > most:
+            free = self._free()  # which are too small, or too large
+            if self._held_bytes - sum(slot.size for slot in free) + size > most:
+                raise NoRoom(f"{most} bytes of slots hold batches that are in use")
+            for slot in free:
+                self._give_up(slot)
+        unused = np.flatnonzero(self._states == UNUSED)
+        if not unused.size:
+            raise NoRoom(f"all {len(self._states)} slots of a worker hold batches that are in use")
+        number = int(unused[0])
         try:
             slot = Slot(number, size)
         except (OSError, RuntimeError) as exc:
             raise NoRoom(f"no further slot could be made: {str(exc).splitlines()[0]}") from None
         self._slots[number] = slot
+        self._top = max(self._top, number + 1)
         self._held_bytes += size
-        self._cells[number] = FREE
+        self._states[number] = FREE
         return slot
 
-    def _is_unused(self, number: int) -> bool:
-        return number not in self._slots and number not in self._given_up
-
-    def _is_free(self, slot: Slot) -> bool:
-        """Whether it can be written to: nothing refers to what is in it, here or anywhere."""
-        state = self._cells[slot.number]
-        if state == LENT or slot in self.batch or slot.referred_to:
-            return False
-        if state == GONE or slot.forked:
-            self._give_up(slot)
-            return False
-        return True
-
-    def _make_room_for(self, size: int) -> None:
-        """Give up slots that are free, as they are too small, until ``size`` more bytes fit."""
-        most = self._most_bytes
-        if size > most:
-            raise NoRoom(f"a batch needs more than the {most} bytes that a worker's slots may hold")
-        free = [slot for slot in list(self._slots.values()) if self._is_free(slot)]
-        if self._held_bytes - sum(slot.size for slot in free) + size > most:
-            raise NoRoom(f"{most} bytes of slots hold batches that are in use")
-        for slot in free:
-            if self._held_bytes + size <= most:
-                return
-            self._give_up(slot)
-
     def _give_up_idle(self) -> None:
-        for slot in list(self._slots.values()):
-            if self._is_free(slot) and slot.batch + _IDLE_BATCHES < self._number:
+        # Counted from when it was found free: one that was kept for long is as good as any.
+        for slot in self._free():
+            if slot.free_since is None:
+                slot.free_since = self._number
+            elif slot.free_since + _IDLE_BATCHES < self._number:
                 self._give_up(slot)
 
     def _give_up(self, slot: Slot) -> None:
         del self._slots[slot.number]
         self._held_bytes -= slot.size
-        if slot.fd < 0:  # main has mapped it, and is to be told
+        if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
+            self._states[slot.number] = LENT
             self._given_up.append(slot.number)
+        else:
+            self._states[slot.number] = UNUSED
         slot.close()
 
     def forking(self) -> None:

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import signal
+import sys
 import traceback
 from time import perf_counter
 from time import perf_counter_ns as clock
@@ -87,8 +88,15 @@ class Witness:
 
     def ends(self) -> None:
         """Something is ending this process that is no error: leave its stack."""
-        if self._stacks is not None:
-            os.write(self._stacks, traceback.format_exc().encode("utf-8", "replace"))
+        raised = sys.exception()
+        if self._stacks is None or raised is None:
+            return
+        users = raised.__traceback__
+        while users is not None and users.tb_frame.f_globals.get("__package__") == __package__:
+            users = users.tb_next
+        frames = users or raised.__traceback__
+        text = "".join(traceback.format_exception(type(raised), raised, frames))
+        os.write(self._stacks, text.encode("utf-8", "replace"))
 
 
 def _resident_bytes() -> int:

@@ -192,3 +192,19 @@ def test_counts_are_exact_where_arrays_are_cut(monkeypatch: pytest.MonkeyPatch) 
 def test_counts_name_every_class() -> None:
     assert set(audit_of(list(range(3))).counts) == set(CLASSES)
     assert set(audit_of(datasets.Stream(3)).counts) == set(CLASSES)
+
+
+def test_its_repr_is_one_short_line() -> None:
+    audit = audit_of(range(200), sampler=[3, *range(100)], batch_size=20, drop_last=True)
+    assert repr(audit) == (
+        "EpochAudit(epoch=0, complete=True, ok=True, drawn=101, delivered=100, "
+        "dropped=1, repeated=1, unvisited=100)"
+    )
+
+
+def test_what_was_drawn_ahead_is_told_in_words_that_stay_true() -> None:
+    loader = SafeDataLoader(list(range(40)), batch_size=4, num_workers=1, prefetch_factor=2)
+    for _ in loader:
+        break
+    assert loader.audit is not None
+    assert loader.audit.notes == ("not handed over: 8, in batches drawn ahead for the workers",)

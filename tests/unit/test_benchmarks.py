@@ -7,6 +7,9 @@ import importlib.util
 import json
 import pickle
 import platform
+import subprocess
+import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import cuda_pinned, environment, memory, report, run, timing
+from benchmarks import (
+    conditions,
+    copies,
+    cuda_pinned,
+    environment,
+    memory,
+    report,
+    run,
+    timing,
+)
 from benchmarks.cases import CASES, Case, Unavailable
 from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
-from benchmarks.timing import EpochTime, seeded, time_epoch
+from benchmarks.peers import PEERS, maker
+from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
 
 BATCHES = 3
 
@@ -70,6 +83,66 @@ def test_every_contender_yields_the_same_batches(case: Case, tmp_path: Path) -> 
     assert len(epochs[0]) >= BATCHES
     for other in epochs[1:]:
         assert_same(epochs[0], other)
+
+
+@pytest.mark.filterwarnings("default")  # of other projects' making
+@pytest.mark.parametrize("name", run.PEER_CASES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_yields_the_same_batches(peer: str, name: str, tmp_path: Path) -> None:
+    """Epoch after epoch: each has its own way of going on."""
+    dataset, kwargs = CASES[name].build(4)
+    try:
+        loader = maker(peer)(dataset, seeded(kwargs), tmp_path)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    expected = first_epoch(DataLoader(dataset, **seeded(kwargs)))
+    assert [first_epoch(loader) for _ in range(3)] == [expected] * 3
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_says_why_it_is_left_out(peer: str, tmp_path: Path) -> None:
+    dataset, kwargs = build(CASES["tensor-main"])
+    with pytest.raises(Unavailable, match=r"is not installed|single tensors with workers"):
+        maker(peer)(dataset, seeded(kwargs), tmp_path)
+
+
+def test_a_digest_tells_batches_apart_and_not_what_holds_them() -> None:
+    batch = {"x": torch.arange(6.0).reshape(2, 3), "y": [torch.ones(2), "text"]}
+    as_arrays = {"x": batch["x"].numpy(), "y": (np.ones(2, np.float32), "text")}
+    assert digest(batch) == digest(as_arrays)
+    assert digest(batch["x"]) != digest(batch["x"].T.contiguous().T.reshape(3, 2))
+    assert digest(batch["x"]) != digest(batch["x"].double())
+    assert digest(batch["x"]) != digest(batch["x"] + 1)
+
+
+def test_contenders_that_do_different_work_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    short = CONTENDERS["null"]
+    monkeypatch.setitem(CONTENDERS, "null", lambda d, k, f: list(short(d, k, f))[:-1])
+    with pytest.raises(DifferentBatches, match="null gives other batches than stock"):
+        timing.time_case(CASES["tensor-main"], ["stock", "null"], BATCHES, 1, tmp_path)
+
+
+def test_a_contender_that_does_not_apply_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise Unavailable("not today")
+
+    monkeypatch.setitem(PEERS, "grain", refuse)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    arguments = ["--cases=tensor-main", "--contenders=stock,grain", "--quick", "--repeats=1"]
+    assert run.main([*arguments, f"--out={tmp_path}"]) == 0
+    assert "tensor-main, grain: left out: not today" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_are_held_to_no_bar() -> None:
+    times = {name: [EpochTime(1, per, 1.0)] * 6 for name, per in (("stock", 1.0), ("grain", 9.0))}
+    (made,) = report.make_rows(CASES["small-2w"], times, {})
+    assert made.verdict == "peer"
+    assert "| –   | peer " in report.table([made])  # noqa: RUF001
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -172,6 +245,7 @@ def test_contenders_take_turns_in_an_order_that_turns_round(
     turns: list[str] = []
     for name in ("safe", "safe+trace"):  # a loader that is no more than its name
         monkeypatch.setitem(CONTENDERS, name, lambda dataset, kwargs, folder: folder.name)
+    monkeypatch.setattr(timing, "first_epoch", lambda loader: [])
     monkeypatch.setattr(timing, "time_epoch", turns.append)
     timing.time_case(CASES["tensor-main"], ["safe", "safe+trace"], BATCHES, 3, tmp_path)
     forth = ["safe", "safe+trace"]
@@ -229,6 +303,120 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
 
 def test_the_environment_does_not_name_the_host() -> None:
     assert platform.node() not in environment.describe().values()
+
+
+# --------------------------------------------------------------------------------- conditions
+
+
+SMALL = conditions.Condition("small", "some small batches", (8,), batches=5, keep=2)
+
+
+def test_a_condition_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    outcome = conditions.endure(SMALL, "safe", tmp_path)
+    assert outcome.error == ""
+    assert outcome.first_us > 0
+    assert outcome.later_us > 0
+    assert sum(outcome.transport["batches"].values()) == 5 * conditions.EPOCHS
+
+
+def test_a_batch_that_was_written_over_is_seen() -> None:
+    dataset = conditions.PoolDataset(64 * 5, (8,), pool=17)
+    kept = deque(DataLoader(dataset, 64), maxlen=2)
+    assert conditions._wrong(dataset, SMALL, kept) == []
+    kept[1][3, 3] += 1
+    assert conditions._wrong(dataset, SMALL, kept) == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["few-files", "small-shm"])
+def test_the_safe_loader_finishes_where_the_stock_loader_fails(name: str) -> None:
+    condition = conditions.CONDITIONS[name]
+    if reason := conditions.cannot(condition):
+        pytest.skip(reason)
+    assert conditions.run(condition, "safe").error == ""
+    assert conditions.run(condition, "stock", subprocess.DEVNULL).error
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("kill -KILL $$", "the process ended with signal SIGKILL"),
+        ("exit 3", "the process ended with exit code 3"),
+        ("sleep 600", "no end within 0.5 s"),
+    ],
+)
+def test_whatever_becomes_of_a_process_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, does: str, told: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(conditions, "LIMIT_S", 0.5 if "sleep" in does else 60)
+    assert conditions.run(SMALL, "stock").error == told
+
+
+def test_an_error_is_told_in_one_line() -> None:
+    from_worker = RuntimeError("Caught RuntimeError in DataLoader worker\nTrace\nKeyError: 'x'\n")
+    assert conditions._told(from_worker) == "in a worker: KeyError: 'x'"
+    assert conditions._told(OSError("first\nsecond")) == "OSError: first"
+    assert conditions._told(ValueError()) == "ValueError: "
+
+
+def test_speeds_are_compared_where_all_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = {"stock": conditions.Outcome("", 6.0, 8.0), "safe": conditions.Outcome("", 3.0, 2.0)}
+    monkeypatch.setattr(conditions, "run", lambda condition, name, log: takes[name])
+    few = conditions.CONDITIONS["few-files"]
+    stock, safe = conditions.compare(few, ["stock", "safe"], 6, None)
+    assert stock.ratios == []
+    assert (safe.ratios, safe.first_ratios) == ([4.0] * 6, [2.0] * 6)
+    assert "| finished | 2        | 4.00 " in conditions.table([stock, safe])
+
+    takes["stock"] = conditions.Outcome("RuntimeError: one | two")
+    stock, safe = conditions.compare(few, ["stock", "safe"], 6, None)
+    assert len(stock.outcomes) == len(safe.outcomes) == 1
+    assert safe.ratios == []
+    assert "one / two" in conditions.table([stock, safe])
+
+
+@pytest.mark.parametrize(("fails", "status"), [("stock", 0), ("safe", 1)])
+def test_only_a_loader_that_should_not_fail_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    fails: str,
+    status: int,
+) -> None:
+    broken = conditions.Outcome("OSError: no")
+    finished = conditions.Outcome("", 1.0, 1.0)
+    monkeypatch.setattr(
+        conditions, "run", lambda condition, name, log: broken if name == fails else finished
+    )
+    monkeypatch.setattr(conditions, "cannot", lambda c: "not here" if c.shm_megabytes else "")
+    arguments = ["--conditions=few-files,small-shm", f"--out={tmp_path}"]
+    assert conditions.main(arguments) == status
+    printed = capsys.readouterr()
+    assert "OSError: no" in printed.out
+    assert "small-shm: left out: not here" in printed.err
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-conditions.json"))
+    assert result["skipped"] == {"small-shm": "not here"}
+
+
+# ------------------------------------------------------------------------------------- copies
+
+
+def test_the_steps_of_a_batch() -> None:
+    found = copies.steps("small-1w", 8)
+    assert min(dataclasses.astuple(found)) > 0
+    assert found.megabytes == pytest.approx(32 * 8 * 4 / 1e6)
+
+
+def test_loaders_are_told_in_copies() -> None:
+    found = copies.Steps(38.5, 2000.0, 200.0, 1900.0, 100.0, 90.0)
+    cells = copies.line("large-1w", found, {"stock": 30_000, "torch-way": 28_000, "safe": 2500})
+    assert cells[2:7] == ["2000", "200", "1900", "100", "90"]
+    assert cells[7:] == ["30000 (15.0)", "28000 (14.0)", "2500 (1.2)"]
 
 
 # --------------------------------------------------------------------------------------- CUDA

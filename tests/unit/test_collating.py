@@ -403,3 +403,15 @@ def test_who_is_blamed_is_in_the_batch_and_named(
     if explanation is not None and explanation.position is not None:
         assert explanation.position == at
         assert f"(position {at})" in explanation.text
+
+
+def test_an_odd_sample_is_told_before_lengths_that_all_differ() -> None:
+    """Sentences that a collate function pads: that they differ in length is no news."""
+    samples: list[Any] = [{"ids": torch.ones(3 + k), "label": k % 2} for k in range(16)]
+    samples[9]["label"] = "pos"
+    explanation = told(samples)
+    odd, length = explanation.text.split(". ")
+    assert odd == "dataset index 109 (position 9) is str at ['label']; the other 15 are int"
+    assert length.startswith("the samples differ in shape at ['ids']: ")
+    assert explanation.odd == (9,)  # left out, where that was asked for, and collated again
+    assert explanation.position is None  # default_collate falls over the lengths

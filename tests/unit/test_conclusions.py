@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import signal
 from typing import Any
@@ -57,8 +58,12 @@ INTERRUPT = Stack((), "Traceback (most recent call last):\n  ...\nKeyboardInterr
         ({"stack": TRACEBACK}, [r"sys\.exit\(\)", "at index 137", "Raise an exception there"]),
         ({"stack": TRACEBACK, "exit_code": 0, "index": None}, [r"sys\.exit\(\)"]),
         ({"stack": INTERRUPT}, ["interrupted", "Ctrl-C"]),
-        ({"exit_code": 3}, [r"os\._exit\(\)", "at index 137", r"loader\.dataset\[index\]"]),
-        ({"exit_code": 0, "index": None}, [r"os\._exit\(\)"]),
+        (
+            {"exit_code": 3},
+            [r"os\._exit\(\)", "at index 137", r"dataset\[137\] in a fresh process rep"],
+        ),
+        ({"exit_code": 3, "index": (1, 5)}, ["worker 1's part .* up to sample 5 .* repeats"]),
+        ({"exit_code": 0, "index": None}, [r"os\._exit\(\)", "num_workers=0"]),
         (
             {"exit_code": 1, "phase": "starting", "index": None, "start_method": "spawn"},
             ["before it could report", "__main__", "cannot import"],
@@ -105,7 +110,10 @@ def test_a_bus_error_with_and_without_shared_memory(monkeypatch: pytest.MonkeyPa
         assert word in said
     assert "at index 137" in said
     monkeypatch.setattr(conclusions, "shared_memory", lambda: None)
-    assert "np.memmap" in of_death(ending(exit_code=-signal.SIGBUS))
+    said = of_death(ending(exit_code=-signal.SIGBUS))
+    assert "np.memmap" in said
+    assert "rename them when they are whole" in said
+    assert "loader.dataset[137] in a fresh process repeats it" in said
 
 
 def test_little_memory_left_is_said_though_the_kernel_counted_nothing(
@@ -153,6 +161,15 @@ def test_what_is_made_of_a_silence(
     if method != "fork":
         assert "inherited" not in said
         assert "fork:" not in said
+
+
+def test_a_wait_names_the_line_that_is_the_users() -> None:
+    waiting = Frame(queue.__file__, 171, "get")
+    users = Frame("/data/faces.py", 7, "read")
+    said = of_silence(Stack((waiting, users), ""), None, "fetch", 137, "spawn")
+    assert "thread at /data/faces.py:7 in read, in queue.py:171 get: see" in said
+    alone = of_silence(Stack((waiting,), ""), None, "fetch", 137, "spawn")
+    assert f"thread at {queue.__file__}:171 in get: see" in alone
 
 
 def test_an_unknown_index_is_not_named() -> None:

@@ -174,3 +174,11 @@ def test_what_is_no_folder_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="folder"):
         SafeDataLoader([1], on_failure_dump=3)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_line_in_the_log_names_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    went_on(SafeDataLoader(faults.Raises(), 4, on_failure_dump=tmp_path))
+    (name,) = os.listdir(tmp_path)
+    (line,) = caplog.messages
+    assert line.startswith("SafeDataLoader over Raises (")
+    assert line.endswith(f": the failure is written to {tmp_path / name}")

@@ -420,3 +420,32 @@ def test_an_error_that_was_handled_holds_the_dataset_no_longer(loader_class: Any
         assert fails()() is None
     finally:
         gc.enable()
+
+
+def test_a_traceback_begins_in_the_users_code() -> None:
+    """With ``on_error`` there are frames of ours above it, and it is raised twice."""
+
+    def collate(samples: Any) -> Any:
+        raise KeyError("image")
+
+    loader = SafeDataLoader(list(range(4)), 2, collate_fn=collate, on_error="skip", retries=1)
+    with pytest.raises(SafeLoaderError) as info:
+        next(iter(loader))
+    assert info.value.failure is not None
+    told = info.value.failure.traceback.splitlines()
+    assert [line.split(", in ")[1] for line in told if line.startswith("  File ")] == ["collate"]
+    assert len([line for line in told if line.startswith("Traceback ")]) == 1
+
+
+def test_what_the_user_raised_before_stays_in_the_traceback() -> None:
+    def collate(samples: Any) -> Any:
+        try:
+            raise KeyError("image")
+        except KeyError:
+            raise ValueError("no image")  # noqa: B904  the context is what this is about
+
+    with pytest.raises(SafeLoaderError) as info:
+        next(iter(SafeDataLoader([1], collate_fn=collate)))
+    assert info.value.failure is not None
+    assert "KeyError: 'image'" in info.value.failure.traceback
+    assert "ValueError: no image" in info.value.failure.traceback

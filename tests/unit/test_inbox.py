@@ -167,6 +167,42 @@ def test_those_that_die_together_are_told_together(pools: Any, pinned: bool) -> 
 
 
 @both
+def test_one_that_takes_long_to_die_is_waited_for(
+    pools: Any, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pools(waits, waits, waits)
+    asked: list[int] = []
+
+    def dying(pid: int) -> bool:
+        """Worker 2 dies after it was asked about for the tenth time."""
+        asked.append(pid)
+        if asked.count(pool.workers[2].pid) == 10:
+            pool.workers[2].kill()
+            pool.workers[2].join(BOUND_S)
+        return pid == pool.workers[2].pid
+
+    monkeypatch.setattr(module, "is_dying", dying)
+    pool.workers[1].kill()
+    sign, seconds = got(pool.inbox(pinned=pinned))
+    assert isinstance(sign, WorkersDied)
+    assert sign.workers == (1, 2)
+    assert seconds < 2
+
+
+@both
+def test_one_that_never_comes_to_its_end_is_not(
+    pools: Any, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pools(waits, waits)
+    monkeypatch.setattr(module, "is_dying", lambda pid: True)
+    pool.workers[1].kill()
+    sign, seconds = got(pool.inbox(pinned=pinned))
+    assert isinstance(sign, WorkersDied)
+    assert sign.workers == (1,)
+    assert seconds < 2
+
+
+@both
 def test_what_has_come_is_handed_over_first(pools: Any, pinned: bool) -> None:
     pool = pools(speaks_and_dies)
     pool.go.set()
@@ -192,6 +228,23 @@ def test_told_also_where_main_ignores_its_children(pools: Any, pinned: bool) -> 
     assert sign.workers == (1,)
     assert seconds < 1.5
     pool.workers[1]._popen.returncode = -9  # nobody can wait for it any more
+
+
+@both
+def test_told_also_where_children_are_ignored_and_one_of_the_dead_lives_on(
+    pools: Any, pinned: bool
+) -> None:
+    pool = pools(waits, leaves_a_child)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        pool.go.set()
+        sign, seconds = got(pool.inbox(pinned=pinned, timeout_s=5))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert isinstance(sign, WorkersDied)
+    assert sign.workers == (1,)
+    assert seconds < 2
+    pool.workers[1]._popen.returncode = -9
 
 
 @both

@@ -561,10 +561,18 @@ def test_keys_find_two_workers_that_read_one_stream() -> None:
     assert trouble is not None
     assert trouble.duplicated == ((1, 0), (1, 1))
     assert "index (1, 0) and index (0, 0) are one sample" in trouble.reason
+    assert "get_worker_info()" in trouble.hint
     board.write(0, 2, 0, True)
     board.write(1, 2, 0, True)
     assert ledger.finish() is None
     assert ledger.audit(0, None).delivered == 4
+
+
+def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
+    ledger, _ = stream_ledger(2, with_keys=True)
+    trouble = hand_over(ledger, stream_papers(0, 0, 2, ["a", "a"]))
+    assert trouble is not None
+    assert trouble.hint == ""
 
 
 def test_notes_of_streams_that_do_not_add_up() -> None:

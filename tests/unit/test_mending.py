@@ -176,7 +176,7 @@ def test_a_callable_that_raises_ends_the_batch() -> None:
     with pytest.raises(Unmendable) as info:
         mending(on_error).fetch(gives(ValueError("bad")))
     assert type(info.value.cause) is ZeroDivisionError
-    assert (info.value.position, info.value.text) == (0, "raised by on_error")
+    assert (info.value.position, info.value.text) == (0, "raised by on_error=, not by the dataset")
 
 
 def test_raise_with_retries_ends_the_batch() -> None:

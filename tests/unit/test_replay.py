@@ -185,5 +185,23 @@ def test_a_failure_without_an_index() -> None:
 def test_a_stream_has_no_index_to_ask_for() -> None:
     stream: IterableDataset[Any] = Stream()
     for what in (3, Failure(phase="sample", exception_type="KeyError", message="x", index=(0, 3))):
-        with pytest.raises(TypeError, match="iterate it"):
+        with pytest.raises(TypeError, match=r"iterate it.*get_worker_info\(\) is None here"):
             replay(what, stream)
+
+
+def test_what_cannot_be_replayed_is_told_for_what_it_is() -> None:
+    with pytest.raises(TypeError, match=r"not KeyError.*did not come by a SafeDataLoader"):
+        replay(KeyError(3), Draws())
+    with pytest.raises(TypeError, match=r"not dict.*holds no random state"):
+        replay({"index": 3}, Draws())
+
+
+def test_the_warning_names_the_loader(caplog: pytest.LogCaptureFixture) -> None:
+    failure = Failure(
+        phase="crash", exception_type="WorkerCrashError", message="x", index=1, position=0
+    )
+    replay(failure, [5, 6])
+    assert caplog.messages == [
+        "SafeDataLoader over list (2): index 1 killed its worker: replaying it here may do the "
+        "same to this process"
+    ]

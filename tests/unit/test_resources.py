@@ -426,7 +426,9 @@ def test_the_temporary_folder_is_the_one_that_tempfile_chooses(
         assert tempfile.tempdir is None, "found without asking tempfile, which writes a file"
         assert found is not None
         assert found.path == tempfile.gettempdir()
-        assert temporary_folder() == found
+        again = temporary_folder()
+        assert again is not None
+        assert again.path == found.path
         tempfile.tempdir = None
 
     check()

@@ -95,6 +95,8 @@ def test_without_shared_memory_streams_run_unchecked(
     loader = SafeDataLoader(datasets.Stream(11), batch_size=4, num_workers=1)
     assert sum(len(numbers) for numbers, _ in loader) == 11
     (said,) = caplog.messages
-    assert said.startswith("the ends of the streams cannot be checked: no shared memory")
+    assert said.startswith(
+        "SafeDataLoader over Stream: the ends of the streams cannot be checked: no shared memory"
+    )
     assert loader.audit is not None
     assert (loader.audit.delivered, loader.audit.ok) == (11, True)

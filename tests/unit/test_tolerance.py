@@ -97,7 +97,12 @@ def test_with_a_callable_runs_are_the_users_affair() -> None:
 
 
 def test_replaced_counts_as_skipped() -> None:
-    assert "1 of the 4" in str(exceeded(Tolerance(0, runs=True), papers(4, {2: "replaced"}), 0, 4))
+    tolerance = Tolerance(1, runs=True)
+    assert exceeded(tolerance, papers(4, {2: "replaced"}), 0, 4) is None
+    said = exceeded(tolerance, papers(4, {2: "replaced"}), 1, 8)
+    assert said == "2 of the 8 samples so far were replaced; max_skipped allows 1"
+    said = exceeded(tolerance, papers(4, {2: "skipped"}), 2, 12)
+    assert said == "3 of the 12 samples so far were skipped or replaced; max_skipped allows 1"
 
 
 batches = st.lists(

@@ -37,6 +37,13 @@ def own_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger.handlers[:] = handlers
 
 
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged, without the name of the loader at the head of each line."""
+    named = [message.partition(": ") for message in caplog.messages]
+    assert all(name.startswith("SafeDataLoader over ") for name, _, _ in named)
+    return [line for _, _, line in named]
+
+
 def read(loader: Any, epochs: int = 1) -> int:
     return sum(1 for _ in range(epochs) for _ in loader)
 
@@ -155,7 +162,7 @@ def test_lines_tell_of_draws_fetches_hand_overs_and_the_audit(
         read(loader)
     assert {record.levelno for record in caplog.records} == {logging.INFO}
     assert {record.name for record in caplog.records} == {"safeloader"}
-    lines = caplog.messages
+    lines = lines_of(caplog)
     draws = [line for line in lines if "drew batch" in line]
     assert draws == [f"epoch 0: drew batch {n}: {[2 * n, 2 * n + 1]}" for n in range(3)]
     fetches = [line for line in lines if " fetched index " in line]
@@ -185,7 +192,7 @@ def test_lines_tell_of_failures(caplog: pytest.LogCaptureFixture) -> None:
     loader = SafeDataLoader(faults.Raises(at=5), batch_size=4, trace=True)
     with caplog.at_level(logging.INFO, "safeloader"), pytest.raises(KeyError):
         read(loader)
-    assert "epoch 0: KeyError at index 5, batch 1 (sample)" in caplog.messages
+    assert "epoch 0: KeyError at index 5, batch 1 (sample)" in lines_of(caplog)
 
 
 def test_lines_of_a_stream_name_worker_and_ordinal(caplog: pytest.LogCaptureFixture) -> None:
@@ -212,12 +219,14 @@ def test_lines_go_to_stderr_where_logging_is_not_configured(value: str) -> None:
     assert lines[-1].endswith("epoch 0: complete, ok; 2 drawn, 2 delivered")
 
 
-def test_two_loaders_log_each_line_once() -> None:
+def test_two_loaders_log_each_line_once_and_under_their_names() -> None:
     done = run(
-        "for loader in [SafeDataLoader([1]), SafeDataLoader([2])]: list(loader)",
+        "for loader in [SafeDataLoader([1]), SafeDataLoader((2, 3))]: list(loader)",
         SAFELOADER_TRACE="1",
     )
     assert done.stderr.count("handed over batch 0") == 2
+    for name in ("list (1)", "tuple (2)"):
+        assert f"SafeDataLoader over {name}: epoch 0: handed over batch 0" in done.stderr
 
 
 CONFIGURED = """
@@ -256,7 +265,10 @@ def test_the_users_own_logging_is_respected(program: str, lines: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == lines
     if program is CONFIGURED:
-        assert all(line.startswith("mine epoch 0") for line in done.stdout.splitlines())
+        assert all(
+            line.startswith("mine SafeDataLoader over list (2): epoch 0")
+            for line in done.stdout.splitlines()
+        )
 
 
 def test_an_index_that_cannot_be_shown_does_no_harm_to_the_lines(
@@ -668,5 +680,5 @@ def test_a_folder_that_went_away_is_told_once_and_training_goes_on(
     (tmp_path / "traces").write_text("now a file")
     with caplog.at_level(logging.WARNING, "safeloader"):
         assert read(loader, epochs=2) == 4
-    (said,) = caplog.messages
+    (said,) = lines_of(caplog)
     assert said.startswith("no trace is written: ")

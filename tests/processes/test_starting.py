@@ -1,0 +1,79 @@
+"""Workers that cannot be started: whatever step it fails at, nothing is left of the attempt."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.resource_tracker
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from safeloader import SafeDataLoader, TransportError
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir(), reason="descriptors are counted as Linux has them"
+)
+
+MOST = 40  # descriptors, with which two workers start for certain
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed is freed because nothing holds it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def start(spare: int, method: str) -> bool:
+    """Whether two workers started in a process that may open ``spare`` files more."""
+    loader = SafeDataLoader(
+        torch.arange(8), batch_size=4, num_workers=2, multiprocessing_context=method
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = psutil.Process().num_fds() + spare
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        iter(loader)
+    except TransportError:
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    return True
+
+
+def held() -> tuple[set[str], set[int]]:
+    """Pipes, sockets and children of this process."""
+    named = {os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()}
+    children = {each.pid for each in psutil.Process().children()}
+    return {name for name in named if name.startswith(("pipe:", "socket:"))}, children
+
+
+# Under forkserver, a request that is cut short ends multiprocessing's server.
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+# Of sockets that are freed without a close.
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.usefixtures("no_collector", "caplog")  # caplog keeps what is logged, as others do
+def test_nothing_is_left_of_workers_that_could_not_be_started(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiprocessing.resource_tracker.ensure_running()
+    assert start(MOST, method)
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    before = held()
+    for spare in range(MOST):
+        started = start(spare, method)
+        assert [str(each.exc_value) for each in said] == [], spare
+        assert held() == before, spare
+        if started:
+            return
+    pytest.fail("two workers never started")

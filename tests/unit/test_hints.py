@@ -1,0 +1,115 @@
+"""What a hint says of an index: its range, its file, its number under a Subset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from safeloader.worker.hints import hint_for
+from safeloader.worker.mending import ON_ERROR_FAULT
+
+LENGTH = 40
+FILES = [f"img/{number}.jpg" for number in range(LENGTH)]
+MISSING = FileNotFoundError(2, "No such file or directory", "/data/img/37.jpg")
+TRUNCATED = OSError("image file is truncated (3 bytes not processed)")  # as Pillow says it
+
+
+class Holding(Dataset[Any]):
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+    def __len__(self) -> int:
+        return LENGTH
+
+
+class Forbidden(list[Any]):
+    def __getitem__(self, at: Any) -> Any:
+        pytest.fail("the user's code was called")
+
+    __len__ = __iter__ = __getitem__  # type: ignore[assignment]
+
+
+def hint(exc: Exception, dataset: Any, index: int = 37) -> list[str]:
+    return hint_for(exc, "sample", index, "", dataset).splitlines()[:-1]
+
+
+@pytest.mark.parametrize("exc", [MISSING, TRUNCATED, ValueError("bad header in img/37.jpg")])
+@pytest.mark.parametrize(
+    ("held", "shown"),
+    [
+        (FILES, "'img/37.jpg'"),
+        (tuple(FILES), "'img/37.jpg'"),
+        (np.array(FILES), "str_('img/37.jpg')"),
+        ([Path(file) for file in FILES], "PosixPath('img/37.jpg')"),
+        ([(file, 3) for file in FILES], "('img/37.jpg', 3)"),
+    ],
+    ids=["list", "tuple", "array", "paths", "as ImageFolder has it"],
+)
+def test_the_file_of_an_index_is_named(held: Any, shown: str, exc: Exception) -> None:
+    (said,) = hint(exc, Holding(labels=["cat"] * LENGTH, files=held, copies=held))
+    assert said.startswith("dataset.files[37] = ")
+    assert said.endswith(shown)
+
+
+def test_under_a_subset_too() -> None:
+    said = hint(MISSING, Subset(Holding(files=FILES), range(30, 40)), 7)
+    assert said == [
+        "index 7 of the Subset is index 37 of the dataset under it, dataset.dataset",
+        "dataset.dataset.files[37] = 'img/37.jpg'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("exc", "held"),
+    [
+        (TRUNCATED, {"files": FILES[:-1]}),  # not one for each sample
+        (TRUNCATED, {"labels": ["cat"] * LENGTH}),
+        (TRUNCATED, {"numbers": list(range(LENGTH))}),
+        (TRUNCATED, {"files": np.array(FILES).reshape(2, -1)}),
+        (TRUNCATED, {"files": Forbidden()}),
+        (TRUNCATED, {"passwords": FILES}),
+        (ValueError("bad header"), {"files": FILES}),  # may be about anything
+        (MISSING, {"files": FILES[:37]}),
+        (MISSING, {"files": [""] * LENGTH}),
+    ],
+)
+def test_nothing_is_said_where_nothing_is_known(exc: Exception, held: dict[str, Any]) -> None:
+    assert hint(exc, Holding(**held)) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (37, "below the length that the dataset gives, 40: see whether __len__ says more"),
+        (40, "outside the dataset (length 40): look at the sampler"),
+    ],
+)
+def test_an_index_error_is_the_datasets_or_the_samplers(index: int, words: str) -> None:
+    (said,) = hint(IndexError("list index out of range"), Holding(), index)
+    assert words in said
+
+
+def test_a_sample_of_a_stream_is_repeated_in_its_workers_share() -> None:
+    """In the main process a dataset shared out by ``get_worker_info()`` gives other samples."""
+    (line,) = hint_for(KeyError("image"), "sample", (1, 68), "").splitlines()
+    assert line.startswith("sample 68 (from 0) of worker 1's stream")
+    assert "given worker 1's share by hand" in line
+
+
+def test_a_fault_of_on_error_is_no_fault_of_the_sample() -> None:
+    for phase in ("sample", "collate"):
+        told = hint_for(ValueError("x"), phase, 3, ON_ERROR_FAULT).splitlines()
+        assert told[0] == ON_ERROR_FAULT
+        assert told[-1].startswith("mend the callable given as on_error=")
+
+
+@pytest.mark.parametrize("index", [3, -5])
+def test_under_a_concatenation_the_part_and_its_index_are_named(index: int) -> None:
+    whole: Any = ConcatDataset([range(2), Subset(range(9), [8, 7, 6]), range(3)])  # type: ignore[list-item]
+    line = hint(ValueError("x"), whole, index)[0]
+    told = f"index {index} of the ConcatDataset is index 7 of the dataset under it"
+    assert line == f"{told}, dataset.datasets[1].dataset"
