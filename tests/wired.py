@@ -129,6 +129,9 @@ class Child:
 
     def agrees(self) -> bool:
         """Let it look; whether all was as it should be."""
+        os.write(
+            self._writer, b"?"
+        )  # children forked since have this end too: closing says nothing
         os.close(self._writer)
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status) == 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -111,7 +112,7 @@ class _Walk:
             for k, each in enumerate(part):
                 self.into(each, f"{path}[{k}]", depth + 1)
         elif not _pickles_its_own_way(type(part)):
-            for name, each in getattr(part, "__dict__", {}).items():
+            for name, each in _attributes(part).items():
                 self.into(each, f"{path}.{name}", depth + 1)
 
     def _leaf(self, path: str, kind: str, prints: tuple[int, ...]) -> None:
@@ -161,7 +162,19 @@ _OWN_WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 def _pickles_its_own_way(cls: type) -> bool:
     """Whether what arrives of an object may be other than what was sent."""
-    return any(getattr(cls, way, None) is not getattr(object, way, None) for way in _OWN_WAYS)
+    if cls is types.SimpleNamespace:  # whose own way is to send its attributes
+        return False
+    for name in _OWN_WAYS:
+        way = getattr(cls, name, None)
+        plain = way is getattr(object, name, None)
+        if not plain and getattr(way, "__module__", "") != "dataclasses":  # as with slots=True
+            return True
+    return False
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    slots = [name for name in getattr(part, "__dataclass_fields__", ()) if hasattr(part, name)]
+    return {name: getattr(part, name) for name in slots} | getattr(part, "__dict__", {})
 
 
 def _rows(address: int, size: int, shape: tuple[int, ...], samples: int) -> tuple[int, ...]:

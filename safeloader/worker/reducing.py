@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import reduce_tensor
 
 from safeloader import torch_private
 from safeloader.wire import leaves
@@ -123,7 +124,8 @@ class Reduction:
 
     Attributes:
         fds: descriptors of tensors that went torch's way.
-        why: why some did; empty where none had to.
+        torchs: whether some did.
+        why: why; empty where none had to.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class Reduction:
         self._held: list[Any] = []  # so that no identity is given twice
         self._count = 0
         self.fds: list[int] = []
+        self.torchs = fetched
         self.why = why
 
     def pickled(self, payload: Any) -> bytes:
@@ -159,7 +162,8 @@ class Reduction:
         if not self._fetched:
             table[torch.UntypedStorage] = self._storage
         if self._slots is not None:
-            table[torch.Tensor] = self._tensor
+            if self._reduce_tensor is reduce_tensor:  # not where the user registered another
+                table[torch.Tensor] = self._tensor
             table.setdefault(np.ndarray, self._array)
         pickler.dispatch_table = table
         pickler.dump(payload)
@@ -342,6 +346,7 @@ class Reduction:
         that suits the moment, and while a process is being started that is by number. The moment is
         made to look like that, for one call and this thread alone.
         """
+        self.torchs = True
         before = context.get_spawning_popen()
         context.set_spawning_popen(self)  # type: ignore[arg-type]
         try:
