@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import types
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -162,7 +162,7 @@ _OWN_WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 def _pickles_its_own_way(cls: type) -> bool:
     """Whether what arrives of an object may be other than what was sent."""
-    if cls is types.SimpleNamespace:  # whose own way is to send its attributes
+    if cls is SimpleNamespace:
         return False
     for name in _OWN_WAYS:
         way = getattr(cls, name, None)

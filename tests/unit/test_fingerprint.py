@@ -32,6 +32,8 @@ UNREAD = {
     "reduces its own way",
     "leaves its cache behind",
     "an exception",
+    "more objects",
+    "a module",
 }
 
 
