@@ -179,11 +179,7 @@ class Loop(RuleBasedStateMachine):
 
 TestLoop = Loop.TestCase
 TestLoop.settings = settings(
-<<<<<<< HEAD
     max_examples=30,
-=======
-    max_examples=40,
->>>>>>> d97adb2
     stateful_step_count=30,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking forks takes minutes
