@@ -69,7 +69,7 @@ class TransportTally:
 
     def came(self, cargo: Cargo) -> None:
         """A batch was opened; hot path."""
-        if cargo.fds != len(cargo.fresh):
+        if cargo.torchs:
             self._batches["torch"] += 1
         else:
             self._batches["slots" if cargo.slots else "message"] += 1

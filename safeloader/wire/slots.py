@@ -43,6 +43,7 @@ class Cargo(NamedTuple):
         fds: how many descriptors come with the message.
         given_up: slots that will not be used again.
         stream: where the pickle itself lies, if it is large: slot of the batch, offset, bytes.
+        torchs: whether some or all of it crosses in torch's own way.
         why: why some or all of it is not in a slot, where it should be.
     """
 
@@ -51,6 +52,7 @@ class Cargo(NamedTuple):
     fds: int = 0
     given_up: tuple[int, ...] = ()
     stream: tuple[int, int, int] | None = None
+    torchs: bool = False
     why: str = ""
 
 

@@ -89,14 +89,11 @@ class Packer:
             return stock(batch, **kwargs)
         shape = (len(batch), *first.shape)
         size = first.nbytes * len(batch)
-        if size <= INLINE:
-            own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
-            return torch.stack(batch, 0, out=own)
-        place, at = self._room(slots, size)
+        place, at = (None, 0) if size <= INLINE else self._room(slots, size)
         if place is None:
             if size >= IN_MESSAGE:
                 return stock(batch, **kwargs)
-            own = torch.empty(shape, dtype=first.dtype, device="cpu")
+            own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
             return torch.stack(batch, 0, out=own)
         count = size // first.itemsize
         whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
@@ -154,7 +151,7 @@ class Packer:
         why = run.why or self._why
         slots = self._slots
         if slots is None:
-            cargo = Cargo(fds=len(fds), why=why)
+            cargo = Cargo(fds=len(fds), torchs=run.torchs, why=why)
         else:
             used = slots.batch
             fresh = tuple(place for place, slot in enumerate(used) if slot.fd >= 0)
@@ -164,6 +161,7 @@ class Packer:
                 len(fds) + len(fresh),
                 slots.given_up,
                 stream,
+                run.torchs,
                 why,
             )
         head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)

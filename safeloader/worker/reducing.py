@@ -124,7 +124,8 @@ class Reduction:
 
     Attributes:
         fds: descriptors of tensors that went torch's way.
-        why: why some did; empty where none had to.
+        torchs: whether some did.
+        why: why; empty where none had to.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Reduction:
         self._held: list[Any] = []  # so that no identity is given twice
         self._count = 0
         self.fds: list[int] = []
+        self.torchs = fetched
         self.why = why
 
     def pickled(self, payload: Any) -> bytes:
@@ -344,6 +346,7 @@ class Reduction:
         that suits the moment, and while a process is being started that is by number. The moment is
         made to look like that, for one call and this thread alone.
         """
+        self.torchs = True
         before = context.get_spawning_popen()
         context.set_spawning_popen(self)  # type: ignore[arg-type]
         try:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from safeloader import SafeDataLoader, TransportError, WorkerCrashError
 from safeloader.main import session
+from safeloader.worker import slots as worker_slots
 from tests.oracle import seed_all
 from tests.telling import told
 from tests.wired import KB, MB, Child, child, descriptors, print_of
@@ -77,9 +78,23 @@ def eventually(true: Callable[[], bool], bound_s: float = 20.0) -> bool:
     return true()
 
 
-def slots_mapped() -> int:
+def all_mapped() -> int:
     with open("/proc/self/maps") as maps:
         return sum("memfd:safeloader" in line for line in maps)
+
+
+left_over: list[int] = [0]
+
+
+@pytest.fixture(autouse=True)
+def mapped_before() -> None:
+    """Other tests may keep some."""
+    gc.collect()
+    left_over[0] = all_mapped()
+
+
+def slots_mapped() -> int:
+    return all_mapped() - left_over[0]
 
 
 @pytest.fixture
@@ -114,10 +129,10 @@ def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch)
     stats = loader.transport_stats
     assert stats.bytes <= 8 * MB
     assert stats.batches["slots"] >= 10
-    assert stats.batches["torch"] >= 10
+    assert stats.batches["message"] >= 10  # they are small
     (why,) = stats.fallbacks
     assert why == f"{4 * MB} bytes of slots hold batches that are in use"
-    assert "torch's way" in str(stats)
+    assert "not in a slot" in str(stats)
 
 
 def test_batches_larger_than_the_bound_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +167,10 @@ def test_persistent_workers_over_many_epochs(no_garbage_collector: None) -> None
     assert slots_mapped() == 0
 
 
-def test_slots_of_a_rush_are_given_back(no_garbage_collector: None) -> None:
+def test_slots_of_a_rush_are_given_back(
+    no_garbage_collector: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_slots, "_IDLE_BATCHES", 32)
     loader = loader_of(200, persistent_workers=True)
     assert right(list(loader))  # fifty at once
     for _ in range(4):
@@ -375,11 +393,12 @@ def limit_file_size(worker: int) -> None:
 
 
 def test_files_of_bounded_size_in_the_workers() -> None:
-    """Torch's way needs files as well: what is too large for them fails, as the stock loader."""
-    with pytest.raises(RuntimeError, match="File too large") as caught:
-        list(loader_of(24, worker_init_fn=limit_file_size))
-    assert "NoRoom" not in str(caught.value)
-    del caught
+    """The stock loader fails with the first of these."""
+    loader = loader_of(24, worker_init_fn=limit_file_size)
+    assert right(list(loader))
+    (why,) = loader.transport_stats.fallbacks
+    assert "File too large" in why
+    assert loader.transport_stats.batches == {"message": 6}
     loader = loader_of(24, worker_init_fn=limit_file_size, wide=4 * KB - 8)
     assert right(list(loader))
 

@@ -165,7 +165,7 @@ def test_the_failure_names_the_dataset_index() -> None:
     assert failure.indices == (7, 8, 9)
     assert (
         failure.message == "batch['x'] is not what the worker sent, in the samples of dataset "
-        "index 8, 9"
+        "indices 8, 9"
     )
 
 
