@@ -193,6 +193,8 @@ class Signalled:
 
     def __call__(self, scene: Scene) -> Any:
         scene.last_words()
+        if signal.getsignal(self.number) is signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(self.number, signal.SIG_DFL)
         os.kill(os.getpid(), self.number)
         time.sleep(PATIENCE_S)
 
