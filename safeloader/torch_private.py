@@ -336,6 +336,15 @@ identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 
 
+_collated_by: dict[Any, Any] = _utils.collate.default_collate_fn_map
+_stack_tensors: Any = _utils.collate.collate_tensor_fn
+
+
+def collates_tuples_of_tensors_itself() -> bool:
+    """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
+    return _collated_by.get(torch.Tensor) is _stack_tensors and tuple not in _collated_by
+
+
 def stack_tensors_with(stack: Callable[..., Any]) -> None:
     """In a worker process: have ``default_collate`` stack tensors by ``stack(torchs_own, batch)``.
 
@@ -343,10 +352,8 @@ def stack_tensors_with(stack: Callable[..., Any]) -> None:
     """
     if get_worker_info() is None:
         raise RuntimeError("default_collate belongs to the training process here")
-    registered: Any = _utils.collate.default_collate_fn_map
-    stock = _utils.collate.collate_tensor_fn
-    if registered.get(torch.Tensor) is stock:
-        registered[torch.Tensor] = functools.partial(stack, stock)
+    if _collated_by.get(torch.Tensor) is _stack_tensors:
+        _collated_by[torch.Tensor] = functools.partial(stack, _stack_tensors)
 
 
 def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:

@@ -19,6 +19,7 @@ from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
 from safeloader.worker.mending import Unmendable
 from safeloader.worker.recording import DEADLY, KeyFault, Made, RecordingFetcher
+from safeloader.worker.stacking import stacked
 from safeloader.worker.unsendable import Culprit
 
 
@@ -57,11 +58,15 @@ class MapFetcher(RecordingFetcher):
             if self._key is not None:
                 keys = self._keys(samples)
             got = self._count(samples) if at_once else k
-            fetched = list(samples) if type(samples) is list else samples
             phase = "collate"
             cells[PHASE] = COLLATE
-            self._packer.collates()
-            batch = self._collate_fn(samples)
+            fetched = samples
+            batch = stacked(samples) if self._stacks else None
+            if batch is None:
+                if type(samples) is list:  # the collate function may take it apart
+                    fetched = list(samples)
+                self._packer.collates()
+                batch = self._collate_fn(samples)
             stamps[k + 1] = now()
         except Exception as exc:
             seen = samples if phase == "sample" else fetched

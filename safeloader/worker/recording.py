@@ -31,6 +31,7 @@ from safeloader.worker.collating import explain
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.mending import Mending, Unmendable
 from safeloader.worker.post import Post
+from safeloader.worker.stacking import may_stack
 from safeloader.worker.unsendable import Culprit, why_not_sent
 
 Made = Parcel | Sealed | EmptyBatch | FailedBatch
@@ -73,6 +74,7 @@ class RecordingFetcher:
         self._policy = post.policy
         self._cells = post.cells
         self._shared_stamps = post.cells[STAMPS:]
+        self._stacks = may_stack(stock.collate_fn) and post.worker_id is None
         self._packer = post.packer
         self._seals = post.worker_id is not None
         self._mark = Marks().mark

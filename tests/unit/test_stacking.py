@@ -1,0 +1,85 @@
+"""Tuples of tensors are collated as ``default_collate`` does it, or left to it."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from safeloader import CollateError, SafeDataLoader
+from safeloader.worker.stacking import may_stack, stacked
+from tests.oracle import plain
+
+Pair = namedtuple("Pair", "x y")
+
+
+class Sub(torch.Tensor):
+    pass
+
+
+def same_as_default(samples: Any) -> None:
+    came = stacked(samples)
+    assert came is not None
+    assert plain(came) == plain(default_collate(samples))
+
+
+def test_what_it_collates_is_as_default_collate_has_it() -> None:
+    same_as_default(
+        [TensorDataset(torch.arange(6.0).view(3, 2), torch.arange(3))[k] for k in range(3)]
+    )
+    same_as_default([(torch.tensor(1.0),), (torch.tensor(2),)])
+    same_as_default([(), ()])
+    same_as_default([(torch.ones(2), torch.zeros(0))] * 2)
+    same_as_default([(torch.ones(2, requires_grad=True),)] * 2)
+    same_as_default(
+        [(torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)[0],)] * 3
+    )
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        torch.ones(3, 2),
+        [torch.ones(2)],
+        [[torch.ones(2)]],
+        [Pair(torch.ones(2), torch.ones(2))],
+        [(torch.ones(2), 1)],
+        [(torch.ones(2).as_subclass(Sub),)],
+        [(torch.eye(2).to_sparse(),)],
+        [(torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),)],
+        [(torch.ones(2),), (torch.ones(2), torch.ones(2))],
+        [(torch.ones(2),), (torch.ones(3),)],
+        [(torch.ones(2),), (None,)],
+    ],
+)
+def test_what_it_leaves_alone(samples: Any) -> None:
+    assert stacked(samples) is None
+
+
+def test_the_functions_that_a_user_registers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [(torch.ones(2),)] * 2
+    for kind in (torch.Tensor, tuple):
+        with monkeypatch.context() as patch:
+            patch.setitem(default_collate_fn_map, kind, lambda batch, **_: "mine")
+            assert stacked(samples) is None
+            (batch,) = SafeDataLoader(samples, batch_size=2)
+            assert "mine" in batch
+
+
+def test_errors_are_those_of_default_collate() -> None:
+    loader = SafeDataLoader([(torch.ones(2),), (torch.ones(3),)], batch_size=2)
+    with pytest.raises(CollateError, match="default_collate") as caught:
+        next(iter(loader))
+    with pytest.raises(RuntimeError) as theirs:
+        default_collate(loader.dataset)
+    assert str(theirs.value) in str(caught.value)
+
+
+def test_it_is_for_default_collate_alone() -> None:
+    assert may_stack(default_collate)
+    assert not may_stack(lambda batch: default_collate(batch))
