@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -85,3 +86,20 @@ def test_every_option_and_file_named_is_there() -> None:
         assert hasattr(loader, name)
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+# ── what it costs ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_its_figures_are_those_of_the_committed_results() -> None:
+    measured = set()
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        for row in json.loads(path.read_text()).get("rows", []):
+            spread = row.get("speed")
+            if spread is not None and spread["interval"] is not None:
+                low, high = spread["interval"]
+                measured.add(f"{spread['median']:.2f} ({low:.2f} to {high:.2f})")
+    section = README.split("## What it costs")[1].split("\n## ")[0]
+    told = re.findall(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", section)
+    assert len(told) > 30
+    assert set(told) <= measured
