@@ -43,7 +43,7 @@ def test_main_process_equals_stock(mode: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=60, **LENIENT)
+@settings(max_examples=40, **LENIENT)
 @given(modes(workers=st.integers(1, 3)))
 def test_workers_equal_stock(mode: dict[str, Any]) -> None:
     check_parity(mode)
@@ -79,7 +79,7 @@ def test_main_process_accounts_for_every_index(mode: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=60, **LENIENT)
+@settings(max_examples=40, **LENIENT)
 @given(modes(workers=st.integers(1, 3)))
 def test_workers_account_for_every_index(mode: dict[str, Any]) -> None:
     check_accounts(mode)
