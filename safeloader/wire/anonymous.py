@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+from collections.abc import Callable
+from multiprocessing.context import assert_spawning
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
@@ -45,3 +48,34 @@ def mapped(fd: int, size: int) -> Any:
     whole = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
     memory: Any = whole.numpy()
     return (ctypes.c_ubyte * size).from_buffer(memory)
+
+
+class SharedCells:
+    """An anonymous file of which the first bytes are cells of int64. Pickles to workers only.
+
+    Raises:
+        OSError: where no anonymous file can be had.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._fd = anonymous_file(size)
+        self._cells = self._mapped()
+
+    def _mapped(self) -> memoryview:
+        """The cells. The view keeps the mapping alive: nothing is unmapped under a reader."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
+        kept = {name: value for name, value in vars(self).items() if name != "_cells"}
+        return kept | {"_fd": DupFd(self._fd)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_fd": state["_fd"].detach()})
+        self._cells = self._mapped()
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # By an argument: at the interpreter's end the module's names are gone.
+        fd = self.__dict__.get("_fd")
+        if fd is not None:
+            close(fd)

@@ -94,10 +94,9 @@ class _Walk:
             return
         self._seen[id(part)] = part
         if isinstance(part, torch.Tensor):
+            # One of a kind whose memory cannot be read is passed over.
             with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
-                self._tensor(
-                    part, path, depth
-                )  # of a kind whose memory cannot be read: passed over
+                self._tensor(part, path, depth)
         elif isinstance(part, np.ndarray):
             self._array(part, path, depth)
         elif isinstance(part, bytes | bytearray):

@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
-from multiprocessing.context import assert_spawning
-from multiprocessing.reduction import DupFd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from safeloader.wire.anonymous import anonymous_file
+from safeloader.wire.anonymous import SharedCells
 
 STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
 STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
@@ -66,7 +63,7 @@ class Position(NamedTuple):
     memory_last: tuple[int, int, int]
 
 
-class FlightRecorder:
+class FlightRecorder(SharedCells):
     """One row a worker, each written by that worker alone. Pickles to workers only.
 
     Raises:
@@ -75,31 +72,14 @@ class FlightRecorder:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._fd = anonymous_file(self._cells_bytes() + workers * STACK_BYTES)
-        self._map()
+        super().__init__(self._cells_bytes() + workers * STACK_BYTES)
 
     def _cells_bytes(self) -> int:
         cells = 8 * (_SHARED + self.workers * ROW)
         return -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
 
-    def _map(self) -> None:
-        # The view keeps the mapping alive; nothing is ever unmapped under a reader.
-        self._cells = memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
-
-    def __getstate__(self) -> dict[str, Any]:
-        assert_spawning(self)
-        return {"workers": self.workers, "_fd": DupFd(self._fd)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.workers = state["workers"]
-        self._fd = state["_fd"].detach()
-        self._map()
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # By an argument: at the interpreter's end the module's names are gone.
-        fd = self.__dict__.get("_fd")
-        if fd is not None:
-            close(fd)
+    def _mapped(self) -> memoryview:
+        return memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 

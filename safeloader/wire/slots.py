@@ -18,13 +18,9 @@ memory of /dev/shm. A slot is mapped once, and costs one copy of a batch each ti
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from multiprocessing.context import assert_spawning
-from multiprocessing.reduction import DupFd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from safeloader.wire.anonymous import anonymous_file, mapped
+from safeloader.wire.anonymous import SharedCells, mapped
 
 _SLOTS = 4096  # of one worker, at most
 SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
@@ -56,7 +52,7 @@ class Cargo(NamedTuple):
     why: str = ""
 
 
-class SlotTable:
+class SlotTable(SharedCells):
     """The state of every slot of every worker. Pickles to workers only.
 
     Args:
@@ -73,29 +69,10 @@ class SlotTable:
         self.workers = workers
         self.most_bytes = most_bytes
         self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
-        self._fd = anonymous_file(8 * self.slots * workers)
-        self._map()
+        super().__init__(8 * self.slots * workers)
 
-    def _map(self) -> None:
-        # The view keeps the mapping alive; nothing is ever unmapped under a reader.
-        memory = memoryview(mapped(self._fd, 8 * self.slots * self.workers))
-        self._cells = memory.cast("B").cast("q")
-
-    def __getstate__(self) -> dict[str, Any]:
-        assert_spawning(self)
-        numbers = {"workers": self.workers, "most_bytes": self.most_bytes, "slots": self.slots}
-        return numbers | {"_fd": DupFd(self._fd)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._fd = state["_fd"].detach()
-        self._map()
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # By an argument: at the interpreter's end the module's names are gone.
-        fd = self.__dict__.get("_fd")
-        if fd is not None:
-            close(fd)
+    def _mapped(self) -> memoryview:
+        return memoryview(mapped(self._fd, 8 * self.slots * self.workers)).cast("B").cast("q")
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""

@@ -36,7 +36,6 @@ from safeloader.worker.slots import NoRoom, SlotPool
 INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
 IN_MESSAGE = 1 << 20  # the same where no slot is to be had
 _PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
-_FRESH_FDS = SLOTS_A_BATCH  # kept free for slots, of the descriptors of a message
 _ALIGNED = 16  # every element size divides it
 _named = getattr(torch.Tensor, "has_names", lambda tensor: False)  # torch refuses to send these
 
@@ -173,15 +172,7 @@ class Reduction:
 
     def put(self, data: bytes) -> tuple[int, int, int] | None:
         """Put bytes into a slot; None if there is no room."""
-        if self._slots is None:
-            return None
-        try:
-            slot, at = self._slots.room(len(data))
-        except NoRoom as exc:
-            self.why = str(exc)
-            return None
-        ctypes.memmove(self._slots.batch[slot].address + at, data, len(data))
-        return slot, at, len(data)
+        return None if self._slots is None else self._into_slot(data, len(data))
 
     def undo(self) -> None:
         """It was not sent: take everything back."""
@@ -305,27 +296,39 @@ class Reduction:
     def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
         if size <= INLINE:
             return ctypes.string_at(address, size)
+        place = self._into_slot(address, size)
+        # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
+        if place is None and size < IN_MESSAGE:
+            return ctypes.string_at(address, size)
+        return place
+
+    def _into_slot(self, source: int | bytes, size: int) -> tuple[int, int, int] | None:
+        room = self._room(size)
+        if room is None:
+            return None
+        assert self._slots is not None
+        slot, at = room
+        ctypes.memmove(self._slots.batch[slot].address + at, source, size)
+        return slot, at, size
+
+    def _room(self, size: int) -> tuple[int, int] | None:
         assert self._slots is not None
         try:
-            slot, at = self._slots.room(size)
+            return self._slots.room(size)
         except NoRoom as exc:
             self.why = str(exc)
-            # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
-            return ctypes.string_at(address, size) if size < IN_MESSAGE else None
-        ctypes.memmove(self._slots.batch[slot].address + at, address, size)
-        return slot, at, size
+            return None
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         """The same for an array; a copy each, as in any pickle."""
         dtype = array.dtype
         if array.nbytes <= INLINE or dtype.hasobject or not dtype.isnative:  # numpy swaps its bytes
             return array.__reduce__()
-        assert self._slots is not None
-        try:
-            slot, at = self._slots.room(array.nbytes)
-        except NoRoom as exc:
-            self.why = str(exc)
+        room = self._room(array.nbytes)
+        if room is None:
             return array.__reduce__()
+        assert self._slots is not None
+        slot, at = room
         flags, shape = array.flags, array.shape
         order: Any = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
         if flags.forc:  # with the bytes between the fields of a record, which `copyto` leaves out
@@ -356,7 +359,8 @@ class Reduction:
 
     def duplicate_for_child(self, fd: int) -> int:
         """Take a descriptor along; its number in the message."""
-        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else _FRESH_FDS):
+        # The slots of the batch may be new, and need descriptors as well.
+        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else SLOTS_A_BATCH):
             raise TooManyFds
         self.fds.append(os.dup(fd))
         return len(self.fds) - 1

@@ -138,16 +138,6 @@ def clean_up() -> None:
         faults.to_undo.pop(0)()
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch believe in one, so that its pinning thread runs."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
-
-
 # ── faults that are told as errors ───────────────────────────────────────────────────────────────
 
 

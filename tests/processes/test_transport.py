@@ -339,16 +339,6 @@ def test_no_batch_waits_for_the_garbage_collector(no_garbage_collector: None) ->
 # ── pinned memory ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch believe in one, so that its pinning thread runs."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
-
-
 def test_a_pinned_batch_leaves_its_slot_at_once(accelerator: None) -> None:
     loader = loader_of(200, pin_memory=True, checksum=True)
     kept = list(loader)
