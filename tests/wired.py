@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import warnings
@@ -45,6 +46,8 @@ class Wired:
         self.sent = 0
 
     def begin(self) -> None:
+        """A batch begins in the worker; main waits for it."""
+        self.unpacker.settle(all_of_them=True)
         self.packer.begin()
         self.packer.collates()
 
@@ -77,7 +80,8 @@ class Wired:
 
     @property
     def states(self) -> list[int]:
-        """Of the slots that the worker has, in order."""
+        """Of the slots that the worker has, in order, as it finds them when main waits."""
+        self.unpacker.settle(all_of_them=True)
         return [self.cells[number] for number in sorted(self.pool._slots)]
 
     @property
@@ -103,14 +107,24 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def fork_in_c() -> int:
+    """As a library may do it: none of Python's hooks runs."""
+    return int(ctypes.PyDLL(None).fork())
+
+
 class Child:
     """A process forked now, which runs ``look`` when it is asked, and ends."""
 
-    def __init__(self, look: Callable[[], bool], end: Callable[[int], Any] = os._exit) -> None:
+    def __init__(
+        self,
+        look: Callable[[], bool],
+        end: Callable[[int], Any] = os._exit,
+        fork: Callable[[], int] = os.fork,
+    ) -> None:
         reader, self._writer = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-            self.pid = os.fork()
+            self.pid = fork()
         if self.pid:
             os.close(reader)
             return
@@ -138,9 +152,9 @@ class Child:
 
 
 @contextmanager
-def child(look: Callable[[], bool]) -> Iterator[None]:
+def child(look: Callable[[], bool], fork: Callable[[], int] = os.fork) -> Iterator[None]:
     """A process that lives beside what is done meanwhile, and then looks."""
-    forked = Child(look)
+    forked = Child(look, fork=fork)
     try:
         yield
     finally:
@@ -158,6 +172,7 @@ __all__ = [
     "child",
     "descriptors",
     "filled",
+    "fork_in_c",
     "papers",
     "print_of",
 ]

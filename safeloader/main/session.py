@@ -130,7 +130,7 @@ class Session:
         try:
             table, no_slots = _slot_table(loader)
             unpacker = Unpacker(table, loader._recorder_on_demand().transport)
-            results = ResultQueue(loader.num_workers, unpacker.opened)
+            results = ResultQueue(loader.num_workers, unpacker.opened, unpacker.settle)
             flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
                 loader.worker_init_fn,

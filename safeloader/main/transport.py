@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -58,12 +58,10 @@ class TransportStats:
 
 
 class TransportTally:
-    """The running count; written by the thread that opens batches, and as slots are freed."""
+    """The running count; written by the thread that opens batches."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a slot may be freed by the garbage collector in here
-        self._slots = 0
-        self._bytes = 0
+        self._mapped: set[_Mapped] = set()
         self._batches: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
 
@@ -77,18 +75,22 @@ class TransportTally:
             known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
             self._fallbacks[cargo.why if known else "other reasons"] += 1
 
-    def slot_made(self, size: int) -> None:
-        """A slot was mapped."""
-        with self._lock:
-            self._slots += 1
-            self._bytes += size
-
-    def slot_gone(self, size: int) -> None:
-        """A slot was unmapped."""
-        with self._lock:
-            self._slots -= 1
-            self._bytes -= size
+    def slot_made(self, memory: Any) -> None:
+        """A slot was mapped; it is counted until its memory is freed."""
+        mapped = _Mapped(memory, self._mapped.discard)  # in C: see `unpacking` on finalizers
+        mapped.size = len(memory)
+        self._mapped.add(mapped)
 
     def stats(self) -> TransportStats:
         """The count as it stands."""
-        return TransportStats(self._slots, self._bytes, dict(self._batches), dict(self._fallbacks))
+        sizes = [mapped.size for mapped in tuple(self._mapped)]
+        return TransportStats(len(sizes), sum(sizes), dict(self._batches), dict(self._fallbacks))
+
+
+class _Mapped(weakref.ref[Any]):
+    """The memory of a slot, referred to weakly; ctypes arrays have no hash of their own."""
+
+    __slots__ = ("size",)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+    size: int

@@ -7,19 +7,22 @@
                                    └── the last one of a batch goes ──► FREE: written to again
 
 A lease is the memory of a slot for the time of one batch. Everything that is made over it holds it:
-tensors, arrays, slices and views of them, in whatever order they are let go of. It frees the slot
+tensors, arrays, slices and views of them, in whatever order they are let go of. The slot is freed
 in the process that opened the batch alone. A child that is forked meanwhile keeps its views, so a
 slot that is lent at that moment is never written to again.
+
+No finalizer of ours is written in Python. A signal handler that raises may run in each, as it does
+at every call of a function: what it raises is swallowed there, and the rest is not done. C code
+notes that a lease is gone, and the workers are told before the next batch is waited for or opened.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import pickle
 import weakref
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -27,12 +30,15 @@ import numpy as np
 from safeloader.main.transport import TransportTally
 from safeloader.wire.anonymous import mapped
 from safeloader.wire.failure import Failure, failure_of
+from safeloader.wire.forks import forks_noticed, notice_forks
 from safeloader.wire.leaves import opening
 from safeloader.wire.records import FailedBatch, Papers, Parcel, asked_for
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.shortage import shortage
 from safeloader.wire.slots import FREE, GONE, Cargo, SlotTable
 
+_LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
+_ENOUGH = 4  # smaller ones are told of together: to look for forks takes some 3 µs
 WORKER_GONE = (ConnectionError, EOFError, FileNotFoundError)  # the tensors' memory went with it
 
 
@@ -48,10 +54,14 @@ class Unpacker:
         self._table = table
         self._tally = TransportTally() if tally is None else tally
         self._slots: dict[tuple[int, int], _Slot] = {}
-        _unpackers.add(self)
+        self._gone: deque[_Lease] = deque()  # leases that nothing refers to any more
+        self._enough = 1  # of them to tell the workers
+        self._pid = os.getpid()
+        notice_forks()
 
     def opened(self, sealed: Sealed) -> Parcel | FailedBatch:
         """The batch; a failure in its place if it cannot be loaded here. Hot path."""
+        self.settle()
         fields, about = pickle.loads(sealed.papers)
         papers = Papers(*fields)
         cargo = Cargo(*about)
@@ -85,7 +95,17 @@ class Unpacker:
         try:
             if cargo.fresh:
                 self._map_fresh(worker, cargo)
-            opening.leases += [slots[worker, number].leased() for number, _ in cargo.slots]
+            forks = forks_noticed()
+            self._enough = _ENOUGH
+            for number, size in cargo.slots:
+                slot = slots[worker, number]
+                memory = np.ndarray(size, np.uint8, slot.memory)
+                slot.lease = lease = _Lease(memory, self._gone.append)
+                lease.of = worker, number
+                lease.forks = forks
+                opening.leases.append(memory)
+                if size >= _LARGE:
+                    self._enough = 1
         except BaseException:  # the worker must not think that they are known here
             assert self._table is not None
             for number, _ in cargo.slots:
@@ -103,72 +123,55 @@ class Unpacker:
             number, size = cargo.slots[place]
             memory = mapped(fds[-1], size)
             os.close(fds.pop())
-            self._slots[worker, number] = _Slot(row, number, memory, self._tally)
+            self._slots[worker, number] = _Slot(row, memory)
+            self._tally.slot_made(memory)
 
-    def forking(self) -> None:
-        """What is lent now will be seen by a child for as long as it lives."""
-        for slot in list(self._slots.values()):
-            slot.forked = slot.forked or slot.is_lent
+    def settle(self, all_of_them: bool = False) -> None:
+        """Tell the workers which slots nothing refers to any more. Hot path.
+
+        May be broken off by an exception anywhere, and goes on the next time.
+        """
+        gone = self._gone
+        if len(gone) < (1 if all_of_them else self._enough) or os.getpid() != self._pid:
+            return
+        forks = forks_noticed(look=True)
+        while gone:
+            lease = gone[0]
+            slot = self._slots.get(lease.of)
+            if slot is not None and slot.lease is lease:
+                state = FREE if lease.forks == forks else GONE
+                # At once, or the worker might be told again when it has lent the slot anew: signals
+                # are looked at after a call or a jump backwards, and there is none in here.
+                slot.lease, slot.row[lease.of[1]] = None, state
+            gone.popleft()
+
+
+class _Lease(weakref.ref[Any]):
+    """The memory of a slot for one batch, referred to weakly.
+
+    Attributes:
+        of: worker and number of the slot.
+        forks: how many were noticed when it was given.
+    """
+
+    __slots__ = ("forks", "of")
+    of: tuple[int, int]
+    forks: int
 
 
 class _Slot:
     """A slot, seen from main.
 
     Attributes:
-        is_lent: whether a batch in it is referred to.
-        forked: a process was forked while it was lent: it must not be written to again.
+        row: the states of its worker's slots.
+        memory: where it is mapped here.
+        lease: of the batch in it; None if it was given back.
     """
 
-    def __init__(self, row: memoryview, number: int, memory: Any, tally: TransportTally) -> None:
-        self._row = row
-        self._number = number
-        self._memory = memory
-        self._tally = tally
-        self._pid = os.getpid()
-        self.is_lent = False
-        self.forked = False
-        tally.slot_made(len(memory))
-
-    def leased(self) -> _Lease:
-        """The memory for the time of one batch."""
-        lease = _Lease(len(self._memory), np.uint8, self._memory)
-        lease.slot = self
-        self.is_lent = True
-        return lease
-
-    def given_back(self, getpid: Callable[[], int] = os.getpid) -> None:
-        """Nothing refers to the batch any more."""
-        # By an argument: at the interpreter's end the module's names are gone.
-        if getpid() == self._pid:
-            self.is_lent = False
-            self._row[self._number] = GONE if self.forked else FREE
-
-    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
-        if getpid() == self._pid:
-            self._tally.slot_gone(len(self._memory))
-
-
-class _Lease(np.ndarray[Any, Any]):
-    """The memory of a slot for one batch; gives it back when it is freed."""
-
-    slot: _Slot | None = None  # of the lease itself; arrays cut from it have none
-
-    def __del__(self) -> None:
-        if self.slot is not None:
-            self.slot.given_back()
-
-
-_unpackers: weakref.WeakSet[Unpacker] = weakref.WeakSet()
-
-
-def _at_fork() -> None:
-    with contextlib.suppress(Exception):  # a fork is not ours to fail
-        for unpacker in list(_unpackers):
-            unpacker.forking()
-
-
-# Before, for what is lent then; and once more for what another thread was given meanwhile.
-os.register_at_fork(before=_at_fork, after_in_parent=_at_fork)
+    def __init__(self, row: memoryview, memory: Any) -> None:
+        self.row = row
+        self.memory = memory
+        self.lease: _Lease | None = None
 
 
 def _not_opened(exc: Exception, papers: Papers) -> Failure:

@@ -70,16 +70,28 @@ class _Opening(threading.local):
 opening = _Opening()
 
 
+def _over(buffer: Any, dtype: torch.dtype, count: int = -1, offset: int = 0) -> torch.Tensor:
+    """A tensor over a buffer, which is kept for as long as the tensor's storage lives; hot path.
+
+    Torch holds the buffer for as long as the storage points at it. That is not enough: to share
+    memory (``share_memory_``, a queue of its multiprocessing) it swaps what a storage points at in
+    place, while arrays that hold the storage go on pointing at the buffer.
+    """
+    made = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+    vars(made.untyped_storage())["buffer"] = buffer
+    return made
+
+
 def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor of ``count`` elements with memory of its own in a slot; hot path."""
-    made = torch.frombuffer(opening.leases[slot], dtype=DTYPES[code], count=count, offset=at)
+    made = _over(opening.leases[slot], DTYPES[code], count, at)
     opening.brought.append(made)
     return made.resize_(shape)  # not a view, which could not be detached in place
 
 
 def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor that came within the message; hot path."""
-    made = torch.frombuffer(bytearray(data), dtype=DTYPES[code])
+    made = _over(bytearray(data), DTYPES[code])
     opening.brought.append(made)
     return made.resize_(shape)
 
@@ -98,11 +110,10 @@ def storage_at(place: Place) -> torch.UntypedStorage:
         brought = opening.brought[place]
         return brought if isinstance(brought, torch.UntypedStorage) else brought.untyped_storage()
     if isinstance(place, bytes):
-        made = torch.frombuffer(bytearray(place), dtype=torch.uint8)
+        made = _over(bytearray(place), torch.uint8)
     else:
         slot, at, count = place
-        lease = opening.leases[slot]
-        made = torch.frombuffer(lease, dtype=torch.uint8, count=count, offset=at)
+        made = _over(opening.leases[slot], torch.uint8, count, at)
     storage = made.untyped_storage()
     opening.brought.append(storage)
     return storage
@@ -114,7 +125,7 @@ def array_in_slot(
     """An array in a slot; writable, as every array is that crosses in a pickle."""
     # By way of a tensor, which holds the lease: numpy shortens chains of arrays.
     count = math.prod(shape) * dtype.itemsize
-    memory = torch.frombuffer(opening.leases[slot], dtype=torch.uint8, count=count, offset=at)
+    memory = _over(opening.leases[slot], torch.uint8, count, at)
     return np.ndarray(shape, dtype, memory.numpy(), order=order)
 
 

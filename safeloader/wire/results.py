@@ -49,10 +49,17 @@ class ResultQueue:
     Args:
         workers: how many there are; each has a socket of its own.
         opened: makes of a sealed batch what :meth:`get` gives.
+        waits: is called before a message is waited for.
     """
 
-    def __init__(self, workers: int, opened: Callable[[Sealed], Any]) -> None:
+    def __init__(
+        self,
+        workers: int,
+        opened: Callable[[Sealed], Any],
+        waits: Callable[[], None] = lambda: None,
+    ) -> None:
         self._opened: Callable[[Sealed], Any] | None = opened
+        self._waits = waits
         self._readers: list[socket.socket] = []
         self._writers: list[socket.socket | None] = []
         for _ in range(workers + 1):  # the last is main's own
@@ -177,6 +184,7 @@ class ResultQueue:
         Returns:
             The file descriptors registered by :meth:`also` that are ready.
         """
+        self._waits()
         others = []
         for fd, _ in self._poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
             incoming = self._rows.get(fd)

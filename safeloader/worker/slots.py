@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import weakref
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from safeloader.wire.anonymous import anonymous_file, mapped
+from safeloader.wire.forks import forks_noticed
 from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, UNUSED, SlotTable
 
 _ALIGNED = 64  # a cache line
@@ -38,7 +38,6 @@ class Slot:
         fd: for main to map it by; -1 once that was sent.
         used: bytes of the running batch in it.
         free_since: number of the batch at which it was found free; None while it is in use.
-        forked: a process was forked while something here referred to it.
     """
 
     def __init__(self, number: int, size: int) -> None:
@@ -53,19 +52,30 @@ class Slot:
         self.address = ctypes.addressof(self._memory)
         self.used = 0
         self.free_since: int | None = None
-        self.forked = False
+        self._forks = 0
         self._lease: weakref.ref[Any] | None = None
 
     def lease(self) -> np.ndarray[Any, Any]:
         """The memory, for a batch: the slot is in use here for as long as it is referred to."""
         leased = np.ndarray(self.size, np.uint8, self._memory)
         self._lease = weakref.ref(leased)
+        self._forks = forks_noticed()
         return leased
+
+    def let_go(self) -> None:
+        """The running batch is over: a fork concerns what is still referred to alone."""
+        if not self.referred_to:
+            self._lease = None
 
     @property
     def referred_to(self) -> bool:
         """Whether something here still refers to a batch in it."""
         return self._lease is not None and self._lease() is not None
+
+    @property
+    def forked(self) -> bool:
+        """Whether a process was forked while something here referred to it, or just after."""
+        return self._lease is not None and self._forks != forks_noticed(look=True)
 
     def close(self) -> None:
         """Let go of the descriptor; the memory goes when nothing refers to it."""
@@ -98,7 +108,6 @@ class SlotPool:
         self._leases: list[Any] = []
         self._shared: int | None = None  # which of these is shared
         self._shared_filled = 0
-        _pools.add(self)
 
     def begin(self) -> None:
         """A batch begins; what an earlier one left unsent is written over. Hot path."""
@@ -108,8 +117,10 @@ class SlotPool:
             self._give_up_idle()
 
     def _clear(self) -> None:
-        self.batch = []
         self._leases = []
+        for slot in self.batch:
+            slot.let_go()
+        self.batch = []
         self._shared = None
         self._shared_filled = 0
 
@@ -248,23 +259,6 @@ class SlotPool:
         else:
             self._states[slot.number] = UNUSED
         slot.close()
-
-    def forking(self) -> None:
-        """A child gets all memory: what it may look at is never written to again."""
-        for slot in self._slots.values():
-            slot.forked = slot.forked or slot.referred_to
-
-
-_pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    with contextlib.suppress(Exception):  # a fork is not ours to fail
-        for pool in list(_pools):
-            pool.forking()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_before_fork)
 
 
 def _rounded(size: int) -> int:

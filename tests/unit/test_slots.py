@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
+import copy
 import errno
 import gc
+import io
+import mmap
+import operator
 import os
 import pickle
 import resource
@@ -12,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -19,10 +25,25 @@ import pytest
 import torch
 
 from safeloader.main import unpacking
+from safeloader.wire import forks, leaves
+from safeloader.wire.anonymous import anonymous_file, mapped
+from safeloader.wire.leaves import opening
 from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from safeloader.worker import slots as worker_slots
 from safeloader.worker.slots import NoRoom
-from tests.wired import KB, MB, SLOTS, Child, NotOpened, Wired, child, descriptors, filled, print_of
+from tests.wired import (
+    KB,
+    MB,
+    SLOTS,
+    Child,
+    NotOpened,
+    Wired,
+    child,
+    descriptors,
+    filled,
+    fork_in_c,
+    print_of,
+)
 
 
 @pytest.fixture
@@ -127,10 +148,108 @@ def test_a_batch_dropped_in_another_thread(wired: Wired) -> None:
     assert wired.states == [FREE]
 
 
-def test_a_batch_that_is_moved_to_shared_memory_leaves_its_slot(wired: Wired) -> None:
-    batch = wired.send(filled(MB, 3)).share_memory_()
-    assert wired.states == [FREE]
-    assert batch.eq(3).all()
+# ── storages that are given other memory ─────────────────────────────────────────────────────────
+
+
+def queued(tensor: torch.Tensor) -> None:
+    queue = torch.multiprocessing.get_context("fork").SimpleQueue()
+    queue.put(tensor)
+    queue.get()
+
+
+OTHER_MEMORY: dict[str, Callable[[torch.Tensor], Any]] = {
+    "share_memory_": torch.Tensor.share_memory_,
+    "share_memory_ of the storage": lambda x: x.untyped_storage().share_memory_(),
+    "share_memory_ of a typed storage": lambda x: x.storage().share_memory_(),
+    "share_memory_ of a view": lambda x: x[1:].share_memory_(),
+    "by descriptor": lambda x: x.untyped_storage()._share_fd_cpu_(),
+    "by file name": lambda x: x.untyped_storage()._share_filename_cpu_(),
+    "pickled for a process": ForkingPickler.dumps,
+    "put into a queue": queued,
+    "as a parameter": lambda x: torch.nn.Parameter(x, requires_grad=False).share_memory_(),
+    "in a module": lambda x: Holds(x).share_memory(),
+    "set_": lambda x: x.set_(torch.ones(3, dtype=x.dtype)),
+    "data": lambda x: setattr(x, "data", torch.ones(3, dtype=x.dtype)),
+    "swapped": lambda x: torch.utils.swap_tensors(x, torch.ones(3, dtype=x.dtype)),
+    "resized": lambda x: x.resize_(1),
+    "copied deeply": copy.deepcopy,
+    "saved": lambda x: torch.save([x, x[1:]], io.BytesIO()),
+}
+
+
+class Holds(torch.nn.Module):
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("x", x)
+
+
+EXPORTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "numpy": lambda x: x.numpy(),
+    "slice": lambda x: x[2:].numpy(),
+    "dlpack": exported,
+    "memoryview": lambda x: memoryview(x.numpy()),
+    "buffer of a pickle": lambda x: pickle.PickleBuffer(x.numpy()).raw(),
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("name", OTHER_MEMORY)
+def test_what_was_exported_stays_when_a_storage_is_given_other_memory(
+    name: str, export: str, wired: Wired, no_garbage_collector: None
+) -> None:
+    sizes = {"in the message": 2 * KB, "in a slot": 80 * KB, "in its own": 2 * MB}
+    sent = [filled(size, 3) for size in sizes.values()]
+    batch = wired.send([*sent, filled(8 * MB, 3)[: 3 * MB], filled(MB, 3)[1::2]])
+    held = [EXPORTS[export](each) for each in batch]
+    prints = [print_of(each) for each in held]
+    for each in batch:
+        OTHER_MEMORY[name](each)
+    for k in range(10, 20):
+        wired.send([filled(each.nbytes, k) for each in sent] + [filled(3 * MB, k)])
+        bytearray(2 * KB)
+    assert [print_of(each) for each in held] == prints
+    del each, batch
+    assert [print_of(each) for each in held] == prints
+    table, unpacker = wired.cells, wired.unpacker
+    del held
+    unpacker.settle(all_of_them=True)
+    assert LENT not in list(table)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_stays_when_the_workers_are_gone(kept: bool) -> None:
+    """The slot is mapped for as long as a storage that was made over it exists."""
+    wired = Wired()
+    batch = wired.send([filled(MB, 3), filled(MB, 4).numpy()])
+    tally = wired.tally
+    held = [batch[0].numpy(), batch[1]]
+    del wired
+    batch[0].share_memory_()
+    torch.from_numpy(batch[1]).share_memory_()
+    if not kept:
+        del batch
+    assert tally.stats().slots == 2
+    assert [int(each[5]) for each in held] == [3, 4]
+    held.clear()
+    batch = None
+    assert tally.stats().slots == 0
+
+
+def test_offsets_beyond_four_gibibytes(wired: Wired) -> None:
+    size, at = 6 << 30, (5 << 30) + 64
+    memory = mapped(fd := anonymous_file(size), size)  # sparse: a page or two are there
+    os.close(fd)
+    before = opening.begin(())
+    opening.leases.append(np.ndarray(size, np.uint8, memory))
+    code = leaves.CODES[torch.uint8]
+    tensor = leaves.tensor_in_slot(0, at, 100, code, (10, 10))
+    array = leaves.array_in_slot(0, at, np.dtype(np.int16), (5, 10), "C")
+    whole = leaves.tensor_over((0, 0, size), code, (size,), (1,), 0)
+    opening.end(before)
+    tensor.fill_(1)
+    assert (array == 257).all()
+    assert whole[at : at + 100].eq(1).all()
+    assert whole.nbytes == size
 
 
 # ── batches that are kept ────────────────────────────────────────────────────────────────────────
@@ -436,15 +555,183 @@ def test_a_fork_of_the_worker_while_it_makes_a_batch(wired: Wired) -> None:
     assert len(wired.states) == 1
 
 
-def test_a_fork_that_fails_to_be_prepared_is_a_fork_all_the_same(
-    wired: Wired, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails() -> None:
-        raise OSError
+def test_a_fork_in_c_is_noticed(wired: Wired) -> None:
+    """Python's hooks do not see it, the kernel does."""
+    wired.send(filled(MB, 0))
+    batch: Any = wired.send(filled(MB, 1))
+    with child(lambda: bool((batch == 1).all()), fork_in_c):
+        batch = None
+        assert wired.states == [GONE]
+        for k in range(2, 20):
+            batch = wired.send(filled(MB, k))
+            assert batch.eq(k).all()
+        assert len(wired.states) == 1  # of those made since, none was given up
+    for k in range(2, 20):
+        assert wired.send(filled(MB, k)).eq(k).all()
+    assert wired.stats.slots == 2
 
-    monkeypatch.setattr(wired.unpacker, "forking", fails)
-    monkeypatch.setattr(wired.pool, "forking", fails)
-    assert Child(lambda: True).agrees()
+
+def test_a_fork_in_c_of_the_worker(wired: Wired) -> None:
+    wired.begin()
+    kept = wired.stack([filled(MB, 1)])
+    with child(lambda: bool(kept.eq(1).all()), fork_in_c):
+        assert wired.open(wired.seal(kept)).eq(1).all()
+        kept = torch.empty(0)
+        for k in range(2, 9):
+            assert wired.collated([filled(MB, k)]).eq(k).all()
+    assert len(wired.states) == 1
+
+
+@pytest.mark.parametrize("fork", [os.fork, fork_in_c])
+def test_a_child_that_ended_or_runs_another_program_sees_nothing(
+    fork: Callable[[], int], wired: Wired
+) -> None:
+    """A slot is not given up for it if Python was not told of the fork."""
+    batch: Any = wired.send(filled(MB, 1))
+    if not (pid := fork()):
+        os.execv("/bin/true", ["true"])
+    os.waitpid(pid, 0)
+    batch = None
+    assert wired.states == [GONE if fork is os.fork else FREE]
+    assert batch is None
+
+
+@pytest.mark.parametrize("fault", ["no file", "nothing read", "no memory"])
+def test_where_the_kernel_does_not_say_of_forks_all_else_is_the_same(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> Any:
+        raise OSError(errno.EACCES, "not for you")
+
+    monkeypatch.setattr(forks, "_watch", None)
+    if fault == "no file":
+        monkeypatch.setattr(os, "open", refused)
+    elif fault == "nothing read":
+        monkeypatch.setattr(os, "pread", lambda *args: b"")
+    else:
+        monkeypatch.setattr(mmap, "mmap", refused)
+    wired = Wired()
+    wired.send(filled(MB, 0))
+    batch: Any = wired.send(filled(MB, 1))
+    assert wired.states == [LENT, FREE]
+    with child(lambda: bool((batch == 1).all())):
+        batch = None
+        assert wired.states == [GONE, FREE]
+        assert wired.send(filled(MB, 2)).eq(2).all()
+    assert batch is None
+
+
+# ── signals ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_a_line_between(*calls: Callable[[], Any]) -> list[Any]:
+    """Call these from C: a signal handler that is due runs at the first line of Python within."""
+    return list(map(operator.call, calls))
+
+
+@pytest.fixture
+def nothing_ignored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    yield
+    assert ignored == []
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_an_interrupt_while_a_batch_is_freed(
+    kind: str, wired: Wired, nothing_ignored: None
+) -> None:
+    for k in range(36):
+        sent = filled(MB, k)
+        held = [wired.send(sent.numpy() if kind == "array" else sent)]
+        with pytest.raises(KeyboardInterrupt):
+            without_a_line_between(_thread.interrupt_main, held.clear)
+        assert held == []
+        assert wired.states == [FREE]
+    assert wired.stats.slots == 1
+
+
+def test_an_interrupt_while_a_slot_is_unmapped(nothing_ignored: None) -> None:
+    wired = Wired()
+    held, tally = [wired.send(filled(MB, 1))], wired.tally
+    del wired
+    assert tally.stats().slots == 1
+    with pytest.raises(KeyboardInterrupt):
+        without_a_line_between(_thread.interrupt_main, held.clear)
+    assert tally.stats().slots == 0
+
+
+def test_an_interrupt_while_a_fork_is_prepared(wired: Wired, nothing_ignored: None) -> None:
+    """At ``os.fork`` Python runs hooks, and what these raise is swallowed."""
+    batch: Any = wired.send(filled(MB, 1))
+    reader, writer = os.pipe()
+    pid = 0
+    try:
+        pid = without_a_line_between(_thread.interrupt_main, os.fork)[1]
+        if not pid:
+            os.read(reader, 1)
+            os._exit(0 if bool(batch.eq(1).all()) else 1)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("the interrupt was lost")
+    batch = None
+    assert wired.states == [GONE]
+    for k in range(2, 9):
+        assert wired.send(filled(MB, k)).eq(k).all()
+    os.write(writer, b"?")
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    os.close(reader)
+    os.close(writer)
+    assert batch is None
+
+
+def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
+    """Main raises in each line of what tells the workers, one after the other."""
+    code = unpacking.Unpacker.settle.__code__
+
+    for line in range(30):
+        left = line
+
+        def at(frame: Any, event: str, arg: Any) -> Any:
+            nonlocal left
+            if frame.f_code is not code:
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+            return at
+
+        held = [wired.send([filled(MB, line), filled(2 * MB, line)])]
+        held.clear()
+        sys.settrace(at)
+        try:
+            wired.unpacker.settle()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        # A slot that the worker has lent again meanwhile is not told to be free.
+        batch = wired.send(filled(MB, 7))
+        assert wired.states.count(LENT) == 1
+        del batch
+        assert set(wired.states) == {FREE}
+    assert wired.stats.slots <= 4
+
+
+def test_small_slots_are_told_of_together(wired: Wired) -> None:
+    """To look for forks costs a call of the kernel."""
+    for k in range(unpacking._ENOUGH - 1):
+        wired.unpacker.settle()
+        wired.packer.begin()
+        wired.open(wired.seal(filled(80 * KB, k)))
+        assert list(wired.cells)[: k + 1] == [LENT] * (k + 1)
+    wired.unpacker.settle()
+    wired.packer.begin()
+    wired.open(wired.seal(filled(80 * KB, 9)))
+    wired.unpacker.settle()
+    assert set(list(wired.cells)[: unpacking._ENOUGH]) == {FREE}
 
 
 # ── no room, no descriptors ──────────────────────────────────────────────────────────────────────
