@@ -160,7 +160,6 @@ def queued(tensor: torch.Tensor) -> None:
 OTHER_MEMORY: dict[str, Callable[[torch.Tensor], Any]] = {
     "share_memory_": torch.Tensor.share_memory_,
     "share_memory_ of the storage": lambda x: x.untyped_storage().share_memory_(),
-    "share_memory_ of a typed storage": lambda x: x.storage().share_memory_(),
     "share_memory_ of a view": lambda x: x[1:].share_memory_(),
     "by descriptor": lambda x: x.untyped_storage()._share_fd_cpu_(),
     "by file name": lambda x: x.untyped_storage()._share_filename_cpu_(),
@@ -188,7 +187,7 @@ EXPORTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "slice": lambda x: x[2:].numpy(),
     "dlpack": exported,
     "memoryview": lambda x: memoryview(x.numpy()),
-    "buffer of a pickle": lambda x: pickle.PickleBuffer(x.numpy()).raw(),
+    "buffer of a pickle": lambda x: memoryview(pickle.PickleBuffer(x.numpy())),
 }
 
 
@@ -202,6 +201,8 @@ def test_what_was_exported_stays_when_a_storage_is_given_other_memory(
     batch = wired.send([*sent, filled(8 * MB, 3)[: 3 * MB], filled(MB, 3)[1::2]])
     held = [EXPORTS[export](each) for each in batch]
     prints = [print_of(each) for each in held]
+    if export == "dlpack" and name in {"set_", "data", "swapped"}:
+        return  # torch frees what it has exported so, and stock unmaps it
     for each in batch:
         OTHER_MEMORY[name](each)
     for k in range(10, 20):
@@ -565,10 +566,7 @@ def test_a_fork_in_c_is_noticed(wired: Wired) -> None:
         for k in range(2, 20):
             batch = wired.send(filled(MB, k))
             assert batch.eq(k).all()
-        assert len(wired.states) == 1  # of those made since, none was given up
-    for k in range(2, 20):
-        assert wired.send(filled(MB, k)).eq(k).all()
-    assert wired.stats.slots == 2
+        assert len(wired.states) == 2  # of those made since, none was given up
 
 
 def test_a_fork_in_c_of_the_worker(wired: Wired) -> None:
@@ -613,10 +611,10 @@ def test_where_the_kernel_does_not_say_of_forks_all_else_is_the_same(
     wired = Wired()
     wired.send(filled(MB, 0))
     batch: Any = wired.send(filled(MB, 1))
-    assert wired.states == [LENT, FREE]
+    assert wired.states == [LENT]
     with child(lambda: bool((batch == 1).all())):
         batch = None
-        assert wired.states == [GONE, FREE]
+        assert wired.states == [GONE]
         assert wired.send(filled(MB, 2)).eq(2).all()
     assert batch is None
 
@@ -661,29 +659,24 @@ def test_an_interrupt_while_a_slot_is_unmapped(nothing_ignored: None) -> None:
     assert tally.stats().slots == 0
 
 
-def test_an_interrupt_while_a_fork_is_prepared(wired: Wired, nothing_ignored: None) -> None:
-    """At ``os.fork`` Python runs hooks, and what these raise is swallowed."""
+def test_an_interrupt_while_a_fork_is_prepared(
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At ``os.fork`` Python runs hooks, and what a hook raises is swallowed: not by one of ours."""
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     batch: Any = wired.send(filled(MB, 1))
-    reader, writer = os.pipe()
-    pid = 0
-    try:
-        pid = without_a_line_between(_thread.interrupt_main, os.fork)[1]
-        if not pid:
-            os.read(reader, 1)
-            os._exit(0 if bool(batch.eq(1).all()) else 1)
-    except KeyboardInterrupt:
-        pass
-    else:
-        raise AssertionError("the interrupt was lost")
-    batch = None
-    assert wired.states == [GONE]
-    for k in range(2, 9):
-        assert wired.send(filled(MB, k)).eq(k).all()
-    os.write(writer, b"?")
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
-    os.close(reader)
-    os.close(writer)
-    assert batch is None
+
+    def interrupted() -> int:
+        return int(without_a_line_between(_thread.interrupt_main, os.fork)[1])
+
+    with child(lambda: bool(batch.eq(1).all()), interrupted):
+        batch = None
+        assert wired.states == [GONE]
+        for k in range(2, 9):
+            assert wired.send(filled(MB, k)).eq(k).all()
+    swallowed_by = [getattr(each.object, "__module__", "") or "" for each in ignored]
+    assert not any(name.startswith("safeloader") for name in swallowed_by)
 
 
 def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:

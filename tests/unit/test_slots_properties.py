@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
+import os
+import pickle
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -21,10 +28,38 @@ from hypothesis.stateful import (
 )
 
 from safeloader.wire.slots import FREE, GONE
-from tests.wired import KB, MB, Child, Wired, filled, print_of
+from tests.wired import KB, MB, Child, Wired, filled, fork_in_c, print_of
 
 sizes = st.sampled_from([16, 5 * KB, 40 * KB, 100 * KB, 200 * KB])
 kinds = st.sampled_from(["stacked", "tensor", "array", "views", "parts", "shared"])
+
+EXPORTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "array": lambda x: x.numpy(),
+    "view": lambda x: x[:].numpy(),
+    "memoryview": lambda x: memoryview(x.numpy()),
+    "dlpack": np.from_dlpack,  # type: ignore[dict-item]
+    "pickle": lambda x: memoryview(pickle.PickleBuffer(x.numpy())),
+    "storage": lambda x: x[:],
+}
+OTHER_MEMORY: dict[str, Callable[[torch.Tensor], Any]] = {
+    "shared": torch.Tensor.share_memory_,
+    "storage shared": lambda x: x.untyped_storage().share_memory_(),
+    "by name": lambda x: x.is_shared() or x.untyped_storage()._share_filename_cpu_(),
+    "sent": ForkingPickler.dumps,
+    "deep copy": copy.deepcopy,
+    "saved": lambda x: torch.save([x, x[1:]], io.BytesIO()),
+    "pickled": lambda x: pickle.dumps(x.numpy(), 5, buffer_callback=[].append),
+    "resized": lambda x: refused(lambda: x.untyped_storage().resize_(0)),
+    "grown": lambda x: refused(lambda: x.untyped_storage().resize_(10 * MB)),
+}
+
+
+def refused(what: Callable[[], Any]) -> None:
+    """As by the stock loader's storages."""
+    with pytest.raises(RuntimeError, match="not resizable"):
+        what()
+
+
 batches = st.lists(st.tuples(kinds, sizes), min_size=1, max_size=4)
 
 
@@ -37,6 +72,8 @@ class Loop(RuleBasedStateMachine):
         super().__init__()
         self.held: dict[int, tuple[Any, int]] = {}  # what it is, and its print from the worker
         self.kept_by_worker: list[tuple[Any, int]] = []
+        self.exported: list[tuple[int, Any, int]] = []
+        self.over_arrays: set[int] = set()
         self.children: list[Child] = []
         self.number = 0
 
@@ -49,6 +86,10 @@ class Loop(RuleBasedStateMachine):
         self.number += 1
         self.held[self.number] = what, expected
         return self.number
+
+    def all_held(self) -> list[tuple[Any, int]]:
+        exported = [(what, expected) for _, what, expected in self.exported]
+        return [*self.held.values(), *exported, *self.kept_by_worker]
 
     def made(self, kind: str, size: int) -> Any:
         """A leaf in the worker."""
@@ -115,6 +156,8 @@ class Loop(RuleBasedStateMachine):
         if which not in self.held:
             return multiple()
         piece = self.held[which][0][start::step]
+        if which in self.over_arrays:
+            self.over_arrays.add(self.number + 1)
         return self.hold(piece, print_of(piece))
 
     @rule(target=held_now, which=consumes(held_now))
@@ -125,8 +168,28 @@ class Loop(RuleBasedStateMachine):
         if isinstance(what, torch.Tensor):
             return self.hold(what.numpy(), expected)
         if all(step > 0 for step in what.strides):
+            # Torch frees the array itself when such a storage is given other memory.
+            self.over_arrays.add(self.number + 1)
             return self.hold(torch.from_numpy(what), expected)
         return self.hold(what, expected)
+
+    @rule(which=held_now, how=st.sampled_from(sorted(EXPORTS)))
+    def export(self, which: int, how: str) -> None:
+        """What is exported is looked at from then on, whatever becomes of the tensor."""
+        what, expected = self.held.get(which, (None, 0))
+        if isinstance(what, torch.Tensor) and (how != "dlpack" or what.numel()):
+            self.exported.append((which, EXPORTS[how](what), expected))
+
+    @rule(which=held_now, how=st.sampled_from(sorted(OTHER_MEMORY)))
+    def other_memory(self, which: int, how: str) -> None:
+        """A storage is given other memory, or is copied in one of torch's ways."""
+        what, _ = self.held.get(which, (None, 0))
+        if isinstance(what, torch.Tensor) and which not in self.over_arrays:
+            OTHER_MEMORY[how](what)
+
+    @rule()
+    def exports_go(self) -> None:
+        del self.exported[::2]
 
     @precondition(lambda self: not self.children)  # they would see it, as with torch's own way
     @rule(which=held_now)
@@ -135,19 +198,21 @@ class Loop(RuleBasedStateMachine):
         if which in self.held:
             self.held[which][0][...] = 5
         self.held = {k: (what, print_of(what)) for k, (what, _) in self.held.items()}
+        self.exported = [(k, what, print_of(what)) for k, what, _ in self.exported]
         self.kept_by_worker = [(what, print_of(what)) for what, _ in self.kept_by_worker]
 
     @precondition(lambda self: len(self.children) < 2)
-    @rule(lets_go=st.booleans())
-    def fork(self, lets_go: bool) -> None:
+    @rule(lets_go=st.booleans(), fork=st.sampled_from([os.fork, fork_in_c]))
+    def fork(self, lets_go: bool, fork: Any) -> None:
         def looked() -> bool:  # the child's own dictionary, as it was when it was forked
             return all(
-                print_of(what) == at for what, at in [*self.held.values(), *self.kept_by_worker]
+                print_of(what) == at for what, at in self.all_held()
             )
 
-        self.children.append(Child(looked))
+        self.children.append(Child(looked, fork=fork))
         if lets_go:
             self.held.clear()
+            self.exported.clear()
             self.kept_by_worker.clear()
 
     @precondition(lambda self: self.children)
@@ -157,7 +222,7 @@ class Loop(RuleBasedStateMachine):
 
     @invariant()
     def what_is_held_is_as_it_was_made(self) -> None:
-        for what, expected in [*self.held.values(), *self.kept_by_worker]:
+        for what, expected in self.all_held():
             assert print_of(what) == expected
 
     @invariant()
@@ -171,6 +236,7 @@ class Loop(RuleBasedStateMachine):
             assert all(agreed)
         finally:
             self.held.clear()
+            self.exported.clear()
             self.kept_by_worker.clear()
         gc.collect()
         if hasattr(self, "wired"):
