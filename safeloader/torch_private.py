@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 _NEEDED = {
-    "torch": ("UntypedStorage._cdata",),
+    "torch": ("UntypedStorage._cdata", "UntypedStorage._expired"),
     "torch._C": ("DisableTorchFunction",),
     "torch.autograd": ("_profiler_enabled",),
     "torch.utils.data.dataloader": (
@@ -334,6 +334,10 @@ def pin_memory(data: Any) -> Any:
 
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
+
+_untyped: Any = torch.UntypedStorage
+is_gone: Callable[[int], bool] = _untyped._expired
+"""Whether nothing refers to a storage any more, by the ``cdata`` of a weak reference to it."""
 
 
 _collated_by: dict[Any, Any] = _utils.collate.default_collate_fn_map

@@ -41,6 +41,8 @@ class Wired:
         self.cells = self.table.row(0)
         self.pool = SlotPool(self.table, 0)
         self.packer = Packer(self.pool)
+        assert self.packer._slots is not None
+        self.batch = self.packer._slots
         self.tally = TransportTally()
         self.unpacker = Unpacker(self.table, self.tally)
         self.sent = 0

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeloader import torch_private
 from safeloader.main import dump, leftovers
+from safeloader.main.budget import PoolTally, budget
 from safeloader.main.diagnosis import Diagnosis, Stalls
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.epoch import Epoch, rank
@@ -38,7 +39,6 @@ from safeloader.wire.flight import Ending, FlightRecorder
 from safeloader.wire.pickling import find_culprit
 from safeloader.wire.policy import Policy
 from safeloader.wire.random_state import preserved
-from safeloader.wire.resources import cgroup_memory, machine_memory
 from safeloader.wire.results import ResultQueue
 from safeloader.wire.shortage import shortage
 from safeloader.wire.slots import SlotTable
@@ -129,7 +129,10 @@ class Session:
         results: ResultQueue | None = None
         try:
             table, no_slots = _slot_table(loader)
-            unpacker = Unpacker(table, loader._recorder_on_demand().transport)
+            tally = loader._recorder_on_demand().transport
+            if table is not None:
+                tally = PoolTally(tally, table)
+            unpacker = Unpacker(table, tally)
             results = ResultQueue(loader.num_workers, unpacker.opened, unpacker.settle)
             flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
@@ -163,6 +166,8 @@ class Session:
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()
+        if isinstance(tally, PoolTally):
+            tally.workers = weakref.WeakSet(torch_private.workers_of(stock))
         log = self.sampler
 
         def opened(seq: int) -> Open | None:
@@ -212,6 +217,7 @@ class Session:
 
     def restart(self, loader: SafeDataLoader[Any], epoch: Epoch) -> None:
         """The next epoch on the same workers."""
+        budget.divide()
         self.open_ledger(loader, epoch)
         torch_private.reset_iterator(self.stock, self._view(loader, self.sampler))
 
@@ -275,14 +281,8 @@ def _slot_table(loader: SafeDataLoader[Any]) -> tuple[SlotTable | None, str]:
         return None, ""
     if not hasattr(os, "memfd_create"):
         return None, f"{sys.platform} has no anonymous shared memory (memfd)"
-    memory = machine_memory()
-    limits = cgroup_memory()
-    sizes = [] if memory is None else [memory.total]
-    if limits is not None and limits.limit:
-        sizes.append(limits.limit)
-    most_bytes = int(_SLOTS_SHARE * min(sizes, default=_UNKNOWN_MEMORY)) // loader.num_workers
     try:
-        return SlotTable(loader.num_workers, most_bytes), ""
+        return SlotTable(loader.num_workers), ""
     except (OSError, RuntimeError) as exc:
         return None, f"no shared memory for slots: {exc}"
 
@@ -317,8 +317,6 @@ def _warn_of_ranks(loader: SafeDataLoader[Any], log: LoaderLog) -> None:
     )
 
 
-_SLOTS_SHARE = 0.25  # of the memory of the machine or container: what slots may hold together
-_UNKNOWN_MEMORY = 1 << 32
 _OPEN_IT_THERE = "multiprocessing_context='fork' does without pickling, where forking is safe"
 
 

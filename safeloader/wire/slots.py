@@ -27,6 +27,7 @@ SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one messag
 _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 
 UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, or to give up
+MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
 
 
 class Cargo(NamedTuple):
@@ -53,11 +54,11 @@ class Cargo(NamedTuple):
 
 
 class SlotTable(SharedCells):
-    """The state of every slot of every worker. Pickles to workers only.
+    """The state of every slot of every worker, and its share. Pickles to workers only.
 
     Args:
         workers: how many there are.
-        most_bytes: what the slots of one worker may hold together.
+        most_bytes: what the slots of one worker may hold together, to begin with.
         most_slots: how many one worker may have.
 
     Raises:
@@ -65,15 +66,22 @@ class SlotTable(SharedCells):
         RuntimeError: where it cannot be mapped.
     """
 
-    def __init__(self, workers: int, most_bytes: int, most_slots: int = _SLOTS) -> None:
+    def __init__(self, workers: int, most_bytes: int = 0, most_slots: int = _SLOTS) -> None:
         self.workers = workers
-        self.most_bytes = most_bytes
         self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
-        super().__init__(8 * self.slots * workers)
+        self._size = 8 * (self.slots + 2) * workers
+        super().__init__(self._size)
+        for worker in range(workers):
+            self.share(worker)[MAY_HOLD] = most_bytes
 
     def _mapped(self) -> memoryview:
-        return memoryview(mapped(self._fd, 8 * self.slots * self.workers)).cast("B").cast("q")
+        return memoryview(mapped(self._fd, self._size)).cast("B").cast("q")
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""
         return self._cells[worker * self.slots : (worker + 1) * self.slots]
+
+    def share(self, worker: int) -> memoryview:
+        """What the slots of ``worker`` may hold, and what they hold, in bytes."""
+        at = self.workers * self.slots + 2 * worker
+        return self._cells[at : at + 2]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from safeloader import torch_private
-from safeloader.wire.leaves import CODES
+from safeloader.wire.leaves import CODES, close_all
 from safeloader.wire.records import Papers
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.slots import Cargo
@@ -26,10 +26,10 @@ from safeloader.worker.reducing import (
     Overlap,
     Parts,
     Reduction,
-    Stacked,
     TooManyFds,
 )
-from safeloader.worker.slots import NoRoom, SlotPool
+from safeloader.worker.slot_batch import SlotBatch
+from safeloader.worker.slots import SlotPool
 
 _LARGE_PICKLE = 1 << 16
 _TRIES = 3  # the first finds what overlaps; a pickle that is another each time may take more
@@ -44,12 +44,10 @@ class Packer:
     """
 
     def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
-        self._slots = slots
+        self._slots = None if slots is None else SlotBatch(slots)
         self._why = why
         self._collating = False
         self._thread = 0
-        self._no_room = ""  # why a part of the batch could not be stacked in a slot
-        self._stacked: Stacked = {}
 
     # while a batch is made ──────────────────────────────────────────────────────────────────────
 
@@ -58,9 +56,6 @@ class Packer:
         self._collating = False
         if self._slots is not None:
             self._slots.begin()
-            self._no_room = ""
-            if self._stacked:
-                self._stacked = {}
 
     def collates(self) -> None:
         """The batch is collated from now on: what is stacked goes into a slot."""
@@ -89,24 +84,15 @@ class Packer:
             return stock(batch, **kwargs)
         shape = (len(batch), *first.shape)
         size = first.nbytes * len(batch)
-        place, at = (None, 0) if size <= INLINE else self._room(slots, size)
-        if place is None:
-            if size >= IN_MESSAGE:
-                return stock(batch, **kwargs)
-            own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
-            return torch.stack(batch, 0, out=own)
-        count = size // first.itemsize
-        whole = torch.frombuffer(slots.lease(place), dtype=first.dtype, count=count, offset=at)
-        # Held until the batch is sealed: its storage is known again by its address.
-        self._stacked[torch_private.identity_of(whole.untyped_storage())] = place, at, whole
-        return torch.stack(batch, 0, out=whole.resize_(shape))
-
-    def _room(self, slots: SlotPool, size: int) -> tuple[int | None, int]:
-        try:
-            return slots.room(size)
-        except NoRoom as exc:
-            self._no_room = str(exc)
-            return None, 0
+        whole = None
+        if size > INLINE:
+            whole = slots.tensor(first.dtype, size // first.itemsize, size)
+        if whole is not None:
+            return torch.stack(batch, 0, out=whole.resize_(shape))
+        if size >= IN_MESSAGE:
+            return stock(batch, **kwargs)
+        own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
+        return torch.stack(batch, 0, out=own)
 
     # when it is made ────────────────────────────────────────────────────────────────────────────
 
@@ -117,57 +103,45 @@ class Packer:
             Exception: whatever pickling raises.
         """
         self._collating = False
+        if self._slots is not None:
+            self._slots.seal()
         parts: Parts = {}
         why = "its tensors overlap, differently each time it is pickled"
-        try:
-            for _ in range(_TRIES):
-                run = Reduction(self._slots, self._stacked, parts, self._no_room)
-                try:
-                    return self._sealed(papers, payload, run)
-                except Overlap as found:
-                    parts = found.parts
-                except TooManyFds:
-                    why = "more tensors than a message may have descriptors"
-                    break
-            return self._sealed(papers, payload, Reduction(None, {}, {}, why, fetched=True))
-        finally:
-            self._stacked = {}
+        for _ in range(_TRIES):
+            run = Reduction(self._slots, parts)
+            try:
+                return self._sealed(papers, payload, run)
+            except Overlap as found:
+                parts = found.parts
+            except TooManyFds:
+                why = "more tensors than a message may have descriptors"
+                break
+        return self._sealed(papers, payload, Reduction(None, {}, why, fetched=True))
 
     def _sealed(self, papers: Papers, payload: Any, run: Reduction) -> Sealed:
+        slots = self._slots
         try:
             packed = run.pickled(payload)
             stream = None
-            if len(packed) > _LARGE_PICKLE and (place := run.put(packed)) is not None:
-                stream, packed = place, b""
-            return self._with_papers(papers, packed, stream, run)
-        except BaseException:
-            run.undo()
-            raise
-
-    def _with_papers(
-        self, papers: Papers, packed: bytes, stream: tuple[int, int, int] | None, run: Reduction
-    ) -> Sealed:
-        fds = run.fds
-        why = run.why or self._why
-        slots = self._slots
-        if slots is None:
-            cargo = Cargo(fds=len(fds), torchs=run.torchs, why=why)
-        else:
-            used = slots.batch
-            fresh = tuple(place for place, slot in enumerate(used) if slot.fd >= 0)
+            if slots is not None and len(packed) > _LARGE_PICKLE and not run.fetched:
+                stream = slots.copy(packed, len(packed))
+            sent = () if slots is None else slots.sent
+            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
             cargo = Cargo(
-                tuple((slot.number, slot.size) for slot in used),
+                tuple((slot.number, slot.size) for slot in sent),
                 fresh,
-                len(fds) + len(fresh),
-                slots.given_up,
+                len(run.fds) + len(fresh),
+                () if slots is None else slots.pool.given_up,
                 stream,
                 run.torchs,
-                why,
+                run.why or (slots is not None and slots.why) or self._why,
             )
-        head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
-        if slots is not None:  # from here on nothing can fail
-            for place in cargo.fresh:
-                fds.append(slots.batch[place].fd)
-                slots.batch[place].fd = -1
-            slots.lent()
-        return Sealed(head, packed, tuple(fds))
+            head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
+        except BaseException:
+            close_all(run.fds)
+            if slots is not None:
+                slots.abort()
+            raise
+        # From here on nothing can fail.
+        fds = run.fds if slots is None else run.fds + slots.commit()
+        return Sealed(head, packed if stream is None else b"", tuple(fds))

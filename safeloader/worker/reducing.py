@@ -28,19 +28,19 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from safeloader import torch_private
 from safeloader.wire import leaves
-from safeloader.wire.leaves import CODES, Beside, Place, close_all
+from safeloader.wire.leaves import CODES, Beside, Place
 from safeloader.wire.sending import MOST_FDS
 from safeloader.wire.slots import SLOTS_A_BATCH
-from safeloader.worker.slots import NoRoom, SlotPool
+from safeloader.worker.slot_batch import SlotBatch
 
 INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
 IN_MESSAGE = 1 << 20  # the same where no slot is to be had
+_WHOLE = 1 << 20  # bytes of memory up to which all of it crosses, however little is looked at
 _PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
 _ALIGNED = 16  # every element size divides it
 _named = getattr(torch.Tensor, "has_names", lambda tensor: False)  # torch refuses to send these
 
 Part = tuple[int, int]  # of a storage: first byte, and the one behind the last
-Stacked = dict[int, tuple[int, int, torch.Tensor]]  # storage: slot of the batch, offset, tensor
 Parts = dict[int, list[Part]]  # storage: in order, apart from each other
 
 
@@ -108,6 +108,12 @@ def _around(parts: list[Part], part: Part) -> Part | None:
     return parts[place] if place >= 0 and part[1] <= parts[place][1] else None
 
 
+def _bytes_at(address: int, size: int) -> bytes:
+    if size <= INLINE:
+        return ctypes.string_at(address, size)
+    return bytes((ctypes.c_char * size).from_address(address))  # the other takes a C int for a size
+
+
 class Reduction:
     """One batch on its way through the pickler, reduced to places of its memory.
 
@@ -115,32 +121,28 @@ class Reduction:
     wait for the garbage collector.
 
     Args:
-        slots: where memory is copied to; None for torch's own way.
-        stacked: what lies in a slot already.
+        slots: the batch, as far as it lies in slots; None for torch's own way.
         parts: what is to cross of storages of which several tensors look at the same bytes.
-        why: why torch's own way was taken so far.
+        why: why torch's own way is taken.
         fetched: whether main has to fetch descriptors from here, as torch has it.
 
     Attributes:
         fds: descriptors of tensors that went torch's way.
         torchs: whether some did.
-        why: why; empty where none had to.
+        why: why, but for what found no room; empty where none had to.
     """
 
     def __init__(
         self,
-        slots: SlotPool | None,
-        stacked: Stacked,
+        slots: SlotBatch | None,
         parts: Parts,
-        why: str,
+        why: str = "",
         *,
         fetched: bool = False,
     ) -> None:
         self._slots = slots
-        self._stacked = stacked
         self._parts = parts
-        self._fetched = fetched
-        self._mark = None if slots is None else slots.mark()
+        self.fetched = fetched
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
         self._looks: dict[int, _Looks] = {}  # at storages of which not all crosses
         self._overlap = False
@@ -158,7 +160,7 @@ class Reduction:
         table = {**copyreg.dispatch_table, **torchs}
         self._reduce_tensor = table[torch.Tensor]
         self._reduce_storage = table[torch.UntypedStorage]
-        if not self._fetched:
+        if not self.fetched:
             table[torch.UntypedStorage] = self._storage
         if self._slots is not None:
             if self._reduce_tensor is reduce_tensor:  # not where the user registered another
@@ -169,17 +171,6 @@ class Reduction:
         if self._overlap:
             raise Overlap({same: looks.merged() for same, looks in self._looks.items()})
         return buffer.getvalue()
-
-    def put(self, data: bytes) -> tuple[int, int, int] | None:
-        """Put bytes into a slot; None if there is no room."""
-        return None if self._slots is None else self._into_slot(data, len(data))
-
-    def undo(self) -> None:
-        """It was not sent: take everything back."""
-        close_all(self.fds)
-        self.fds = []
-        if self._slots is not None and self._mark is not None:
-            self._slots.back_to(self._mark)
 
     # leaves ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -232,7 +223,8 @@ class Reduction:
         start = 0
         place: Place | None = self._brought.get(same)
         if place is None:
-            few = part[1] - part[0] < held // 2 and same not in self._stacked
+            assert self._slots is not None
+            few = held > _WHOLE and part[1] - part[0] < held // 2 and not self._slots.has(same)
             if few or same in self._looks or same in self._parts:
                 start, place = self._look(storage, same, part)
             else:
@@ -256,7 +248,7 @@ class Reduction:
             return start, b""
         address, size = storage.data_ptr() + start, part[1] - start
         # Without room it goes within the message: torch's way would take the storage as a whole.
-        place = self._copied(address, size) or ctypes.string_at(address, size)
+        place = self._copied(address, size) or _bytes_at(address, size)
         looks.add(part, self._count)
         self._count += 1
         return start, place
@@ -281,12 +273,9 @@ class Reduction:
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | bytes | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
-        stacked = self._stacked.get(same)
-        place: tuple[int, int, int] | bytes | None
-        if stacked is not None:
-            place = stacked[0], stacked[1], size
-        else:
-            place = self._copied(storage.data_ptr(), size)
+        assert self._slots is not None
+        place: tuple[int, int, int] | bytes | None = self._slots.place_of(storage, same, size)
+        place = place or self._copied(storage.data_ptr(), size)
         if place is not None:
             self._brought[same] = self._count
             self._count += 1
@@ -294,49 +283,28 @@ class Reduction:
         return place
 
     def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
-        if size <= INLINE:
-            return ctypes.string_at(address, size)
-        place = self._into_slot(address, size)
+        assert self._slots is not None
+        place = None if size <= INLINE else self._slots.copy(address, size)
         # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
-        if place is None and size < IN_MESSAGE:
-            return ctypes.string_at(address, size)
-        return place
-
-    def _into_slot(self, source: int | bytes, size: int) -> tuple[int, int, int] | None:
-        room = self._room(size)
-        if room is None:
-            return None
-        assert self._slots is not None
-        slot, at = room
-        ctypes.memmove(self._slots.batch[slot].address + at, source, size)
-        return slot, at, size
-
-    def _room(self, size: int) -> tuple[int, int] | None:
-        assert self._slots is not None
-        try:
-            return self._slots.room(size)
-        except NoRoom as exc:
-            self.why = str(exc)
-            return None
+        return _bytes_at(address, size) if place is None and size < IN_MESSAGE else place
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         """The same for an array; a copy each, as in any pickle."""
         dtype = array.dtype
         if array.nbytes <= INLINE or dtype.hasobject or not dtype.isnative:  # numpy swaps its bytes
             return array.__reduce__()
-        room = self._room(array.nbytes)
-        if room is None:
-            return array.__reduce__()
         assert self._slots is not None
-        slot, at = room
+        found = self._slots.put(array.nbytes)
+        if found is None:
+            return array.__reduce__()
+        slot, place, at = found
         flags, shape = array.flags, array.shape
         order: Any = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
         if flags.forc:  # with the bytes between the fields of a record, which `copyto` leaves out
-            ctypes.memmove(self._slots.batch[slot].address + at, array.ctypes.data, array.nbytes)
+            ctypes.memmove(slot.address + at, array.ctypes.data, array.nbytes)
         else:
-            into = np.ndarray(shape, dtype, self._slots.lease(slot), at, order=order)
-            np.copyto(into, array)
-        return leaves.array_in_slot, (slot, at, dtype, shape, order)
+            np.copyto(np.ndarray(shape, dtype, slot.memory, at, order=order), array)
+        return leaves.array_in_slot, (place, at, dtype, shape, order)
 
     # torch's way ────────────────────────────────────────────────────────────────────────────────
 

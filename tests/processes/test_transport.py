@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from safeloader import SafeDataLoader, TransportError, WorkerCrashError
-from safeloader.main import session
+from safeloader.main import budget
 from safeloader.worker import slots as worker_slots
 from tests.oracle import seed_all
 from tests.telling import told
@@ -121,8 +121,7 @@ def test_a_loop_that_keeps_every_batch(batches: int, no_garbage_collector: None)
 
 
 def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_SLOTS_SHARE", 0.0)
-    monkeypatch.setattr(session, "int", lambda share: 8 * MB, raising=False)
+    monkeypatch.setattr(budget, "process_bytes", lambda: 8 * MB)
     loader = loader_of(4 * 60)
     kept = list(loader)
     assert right(kept)
@@ -136,11 +135,57 @@ def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_batches_larger_than_the_bound_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "int", lambda share: 200 * KB, raising=False)
+    monkeypatch.setattr(budget, "process_bytes", lambda: 200 * KB)
     loader = loader_of(12)
     assert right(list(loader))
     why = f"a batch needs more than the {100 * KB} bytes that a worker's slots may hold"
     assert loader.transport_stats.fallbacks == {why: 3}
+
+
+def test_all_loaders_of_the_process_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    monkeypatch.setattr(budget, "process_bytes", lambda: 16 * MB)
+    loaders = [loader_of(4 * 30, persistent_workers=True) for _ in range(4)]
+    kept: list[list[Any]] = [[] for _ in loaders]
+    for batches in zip(*loaders, strict=True):
+        for mine, batch in zip(kept, batches, strict=True):
+            mine.append(batch)
+        assert sum(loader.transport_stats.bytes for loader in loaders) <= 16 * MB
+    assert all(map(right, kept))
+    for loader in loaders:
+        assert loader.transport_stats.batches["slots"] >= 4
+        assert any("bytes" in why for why in loader.transport_stats.fallbacks)
+
+
+def test_one_that_comes_later_gets_what_is_left_and_more_when_that_is_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gc.collect()
+    monkeypatch.setattr(budget, "process_bytes", lambda: 8 * MB)
+    first = loader_of(4 * 40)
+    kept = list(first)  # past its workers' end
+    held = first.transport_stats.bytes
+    assert held > 4 * MB
+    later = loader_of(4 * 40, persistent_workers=True)
+    batches = list(later)
+    assert right(batches)
+    assert held + later.transport_stats.bytes <= 8 * MB
+    before = later.transport_stats.batches.get("slots", 0)
+    del kept, batches
+    assert right(list(later))
+    assert later.transport_stats.batches["slots"] >= before + 10
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks"), [("4", 4), ("", 1), ("0", 1), ("-2", 1), ("four", 1), ("²", 1), ("1e3", 1)]
+)
+def test_the_ranks_of_a_machine_divide_it(
+    said: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = budget.process_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    assert budget.process_bytes() == whole // ranks
 
 
 def test_a_loop_that_drops_its_batches_uses_few_slots(no_garbage_collector: None) -> None:
@@ -641,7 +686,7 @@ def test_whatever_a_loop_holds_stays_as_its_worker_made_it(
     actions: list[str], persistent: bool, bound: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "int", lambda share: bound, raising=False)
+        patch.setattr(budget, "process_bytes", lambda: bound)
         loader: Any = SafeDataLoader(
             Printed(), batch_size=2, num_workers=2, collate_fn=one, persistent_workers=persistent
         )

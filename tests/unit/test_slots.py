@@ -29,8 +29,8 @@ from safeloader.wire import forks, leaves
 from safeloader.wire.anonymous import anonymous_file, mapped
 from safeloader.wire.leaves import opening
 from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
+from safeloader.worker import reducing
 from safeloader.worker import slots as worker_slots
-from safeloader.worker.slots import NoRoom
 from tests.wired import (
     KB,
     MB,
@@ -119,7 +119,7 @@ def test_so_it_is_with_arrays(
 
 
 def test_all_leaves_of_a_batch_share_its_slot(wired: Wired) -> None:
-    wired.pool._shared_sizes.append(500 * KB)  # of an earlier batch
+    wired.batch._recent.append(500 * KB)  # of an earlier batch
     batch = wired.send([torch.full((10 * KB,), k) for k in range(5)])
     assert wired.states == [LENT]
     last = batch.pop(2)
@@ -319,19 +319,20 @@ def test_free_slots_are_not_given_up_where_that_does_not_help() -> None:
     wired.send(filled(MB, 1))
     before = set(wired.pool._slots)
     wired.begin()
-    with pytest.raises(NoRoom):
-        wired.pool.room(3 * MB)
+    assert wired.batch.put(3 * MB) is None
     assert set(wired.pool._slots) == before
     assert kept.eq(0).all()
 
 
 def test_a_batch_lies_in_so_many_slots_at_most(wired: Wired) -> None:
-    wired.pool._take = lambda size, take=wired.pool._take: take(64 * KB)  # type: ignore[method-assign,misc]
+    wired.pool.take = lambda size, take=wired.pool.take: take(64 * KB)  # type: ignore[method-assign,misc]
     wired.begin()
-    for _ in range(SLOTS_A_BATCH):
-        wired.pool.room(64 * KB)
-    with pytest.raises(NoRoom, match=str(SLOTS_A_BATCH)):
-        wired.pool.room(64 * KB)
+    for place in range(SLOTS_A_BATCH):
+        found = wired.batch.put(64 * KB)
+        assert found is not None
+        assert found[1:] == (place, 0)
+    assert wired.batch.put(64 * KB) is None
+    assert str(SLOTS_A_BATCH) in wired.batch.why
 
 
 # ── growing, shrinking ───────────────────────────────────────────────────────────────────────────
@@ -855,10 +856,143 @@ def test_content_is_as_it_was_sent(wired: Wired) -> None:
 
 def test_what_is_pickled_twice_counts_once(wired: Wired) -> None:
     """Tensors that overlap are found out in a first try, which is taken back."""
-    base = torch.arange(40.0 * KB)
+    base = torch.arange(400.0 * KB)
     for _ in range(3):
         windows = [base[k * KB : (k + 2) * KB] for k in range(8)]
         came = wired.send(windows)
         assert all(torch.equal(a, b) for a, b in zip(came, windows, strict=True))
         del came
-    assert wired.pool._shared_sizes[-1] < 2 * 9 * 4 * KB
+    assert wired.batch._recent[-1] < 2 * 9 * 4 * KB
+
+
+# ── what is stacked and not sent ─────────────────────────────────────────────────────────────────
+
+
+def held_in_worker(wired: Wired) -> int:
+    """Bytes of the slots that the worker has."""
+    return sum(slot.size for slot in wired.pool._slots.values())
+
+
+@pytest.mark.parametrize("size", [40 * KB, MB])
+def test_the_room_of_a_temporary_is_used_again_in_the_same_batch(size: int, wired: Wired) -> None:
+    wired.begin()
+    total = 0.0
+    for k in range(40):
+        each = wired.stack([filled(size, k), filled(size, k)])
+        total += float(each[0, 0])
+    del each
+    assert held_in_worker(wired) <= 6 * size + 256 * KB
+    assert wired.open(wired.seal(total)) == total
+    assert wired.stats.slots == 0
+    assert wired.stats.batches == {"message": 1}
+
+
+def test_what_is_between_temporaries_stays_as_it_is(wired: Wired) -> None:
+    wired.begin()
+    kept, gone = [], []
+    for k in range(30):
+        gone.append(wired.stack([filled(100 * KB, 90 + k)]))
+        kept.append(wired.stack([filled(10 * KB, k)]))
+        if k % 3 == 2:
+            gone.clear()
+    gone.clear()
+    assert held_in_worker(wired) < 2 * MB  # 3.3 MB were stacked
+    came = wired.open(wired.seal(kept))
+    assert all(each.eq(k).all() for k, each in enumerate(came))
+
+
+def test_many_temporaries_at_once_are_given_back_when_the_batch_is_sent(wired: Wired) -> None:
+    wired.begin()
+    temporaries = [wired.stack([filled(3 * MB, k)]) for k in range(12)]
+    assert all(each.eq(k).all() for k, each in enumerate(temporaries))
+    temporaries.clear()
+    wired.open(wired.seal(1))
+    assert held_in_worker(wired) <= worker_slots._SPARE
+
+
+def test_a_slot_in_which_nothing_of_the_batch_lies_is_not_sent(wired: Wired) -> None:
+    wired.begin()
+    large, small = wired.stack([filled(MB, 1)]), wired.stack([filled(5 * KB, 2)])
+    assert wired.open(wired.seal(small)).eq(2).all()
+    assert wired.stats.bytes < MB
+    assert large.eq(1).all()
+
+
+def test_what_temporaries_made_large_is_not_sent_with_what_is_small(wired: Wired) -> None:
+    for _ in range(3):
+        wired.begin()
+        temporaries = [wired.stack([filled(800 * KB, k)]) for k in range(8)]
+        label = wired.stack([filled(5 * KB, 7)])
+        temporaries.clear()
+        assert wired.open(wired.seal({"a": label, "b": label}))["b"].eq(7).all()
+        assert wired.stats.bytes <= 256 * KB
+
+
+def test_an_array_over_a_tensor_that_was_moved_keeps_its_slot(wired: Wired) -> None:
+    """Torch gives the storage other memory; the array goes on looking at the slot."""
+    wired.begin()
+    stacked = wired.stack([filled(MB, 1)])
+    array = stacked.numpy()
+    stacked.share_memory_()
+    for k in range(2, 9):
+        again = wired.stack([filled(MB, k)])
+        del again
+        assert wired.collated([filled(MB, k)]).eq(k).all()
+    assert (array == 1).all()
+    del stacked
+
+
+def test_a_storage_made_where_a_temporary_was_is_not_taken_for_it(wired: Wired) -> None:
+    wired.begin()
+    for k in range(200):
+        each = wired.stack([filled(5 * KB, k)])
+        del each
+        torch.full((5 * KB,), 3, dtype=torch.uint8)
+    made = [torch.full((5 * KB,), 100 + k, dtype=torch.uint8) for k in range(50)]
+    came = wired.open(wired.seal(made))
+    assert all(each.eq(100 + k).all() for k, each in enumerate(came))
+
+
+# ── views ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_view_of_little_of_a_memory_up_to_1_mb_brings_all_of_it(wired: Wired) -> None:
+    base = torch.arange(200.0 * KB)
+    came = wired.send([base[50_000:50_100], base[:3]])
+    assert came[0].storage_offset() == 50_000
+    assert came[0].untyped_storage().nbytes() == base.nbytes
+    assert came[0].as_strided((1,), (1,), 0) == 0
+    came[1][0] = -1
+    assert came[0].as_strided((1,), (1,), 0) == -1
+
+
+def test_a_view_of_little_of_a_larger_one_brings_what_it_looks_at(wired: Wired) -> None:
+    base = torch.arange(300.0 * KB)
+    came = wired.send(base[50_000:60_000])
+    assert torch.equal(came, base[50_000:60_000])
+    assert came.untyped_storage().nbytes() < 41_000
+    assert wired.send(base[KB:])[0] == KB
+    assert wired.send(base[KB:]).storage_offset() == KB
+
+
+# ── more than 4 GiB ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+def test_a_batch_of_more_than_4_gib_arrives_without_a_slot_and_with_one() -> None:
+    """What is not written to takes no memory; a copy of it does."""
+    size = (1 << 32) + 5 * KB
+    base = torch.empty(size, dtype=torch.uint8)
+    base[-5:] = 7
+    for most in (MB, 2 * size):
+        came = Wired(most).send(base)
+        assert came.numel() == size
+        assert came[-6:].tolist()[1:] == [7] * 5
+        del came
+
+
+def test_bytes_of_any_number_within_a_message(wired: Wired) -> None:
+    data = filled(3 * MB, 5)
+    assert reducing._bytes_at(data.data_ptr(), 3 * MB) == bytes(data.numpy())
+    with pytest.raises((MemoryError, OverflowError, ValueError)):
+        reducing._bytes_at(data.data_ptr(), 1 << 62)  # not some bytes of it
