@@ -38,7 +38,7 @@ from safeloader.wire.shortage import shortage
 from safeloader.wire.slots import FREE, GONE, Cargo, SlotTable
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
-_ENOUGH = 4  # smaller ones are told of together: to look for forks takes some 3 µs
+_ENOUGH = 2  # smaller ones are told of together: to look for forks takes some 3 µs
 WORKER_GONE = (ConnectionError, EOFError, FileNotFoundError)  # the tensors' memory went with it
 
 

@@ -37,7 +37,7 @@ EXPORTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "array": lambda x: x.numpy(),
     "view": lambda x: x[:].numpy(),
     "memoryview": lambda x: memoryview(x.numpy()),
-    "dlpack": np.from_dlpack,  # type: ignore[dict-item]
+    "dlpack": lambda x: np.from_dlpack(x[:]),  # of the tensor itself: torch's own ends with it
     "pickle": lambda x: memoryview(pickle.PickleBuffer(x.numpy())),
     "storage": lambda x: x[:],
 }
@@ -46,6 +46,7 @@ OTHER_MEMORY: dict[str, Callable[[torch.Tensor], Any]] = {
     "storage shared": lambda x: x.untyped_storage().share_memory_(),
     "by name": lambda x: x.is_shared() or x.untyped_storage()._share_filename_cpu_(),
     "sent": ForkingPickler.dumps,
+    "other storage": lambda x: x.set_(torch.ones(3, dtype=x.dtype)),
     "deep copy": copy.deepcopy,
     "saved": lambda x: torch.save([x, x[1:]], io.BytesIO()),
     "pickled": lambda x: pickle.dumps(x.numpy(), 5, buffer_callback=[].append),
@@ -72,7 +73,7 @@ class Loop(RuleBasedStateMachine):
         super().__init__()
         self.held: dict[int, tuple[Any, int]] = {}  # what it is, and its print from the worker
         self.kept_by_worker: list[tuple[Any, int]] = []
-        self.exported: list[tuple[int, Any, int]] = []
+        self.exported: list[tuple[Any, int]] = []
         self.over_arrays: set[int] = set()
         self.children: list[Child] = []
         self.number = 0
@@ -88,8 +89,7 @@ class Loop(RuleBasedStateMachine):
         return self.number
 
     def all_held(self) -> list[tuple[Any, int]]:
-        exported = [(what, expected) for _, what, expected in self.exported]
-        return [*self.held.values(), *exported, *self.kept_by_worker]
+        return [*self.held.values(), *self.exported, *self.kept_by_worker]
 
     def made(self, kind: str, size: int) -> Any:
         """A leaf in the worker."""
@@ -173,19 +173,20 @@ class Loop(RuleBasedStateMachine):
             return self.hold(torch.from_numpy(what), expected)
         return self.hold(what, expected)
 
-    @rule(which=held_now, how=st.sampled_from(sorted(EXPORTS)))
-    def export(self, which: int, how: str) -> None:
-        """What is exported is looked at from then on, whatever becomes of the tensor."""
+    @rule(
+        which=held_now,
+        hows=st.lists(st.sampled_from(sorted(EXPORTS)), max_size=2),
+        then=st.sampled_from(sorted(OTHER_MEMORY)),
+    )
+    def export(self, which: int, hows: list[str], then: str) -> None:
+        """What is exported is looked at from then on; the storage is given other memory."""
         what, expected = self.held.get(which, (None, 0))
-        if isinstance(what, torch.Tensor) and (how != "dlpack" or what.numel()):
-            self.exported.append((which, EXPORTS[how](what), expected))
-
-    @rule(which=held_now, how=st.sampled_from(sorted(OTHER_MEMORY)))
-    def other_memory(self, which: int, how: str) -> None:
-        """A storage is given other memory, or is copied in one of torch's ways."""
-        what, _ = self.held.get(which, (None, 0))
-        if isinstance(what, torch.Tensor) and which not in self.over_arrays:
-            OTHER_MEMORY[how](what)
+        if isinstance(what, torch.Tensor) and what.numel():
+            self.exported += [(EXPORTS[how](what), expected) for how in hows]
+            if which not in self.over_arrays:
+                OTHER_MEMORY[then](what)
+            if then == "other storage":
+                del self.held[which]
 
     @rule()
     def exports_go(self) -> None:
@@ -198,16 +199,14 @@ class Loop(RuleBasedStateMachine):
         if which in self.held:
             self.held[which][0][...] = 5
         self.held = {k: (what, print_of(what)) for k, (what, _) in self.held.items()}
-        self.exported = [(k, what, print_of(what)) for k, what, _ in self.exported]
+        self.exported = [(what, print_of(what)) for what, _ in self.exported]
         self.kept_by_worker = [(what, print_of(what)) for what, _ in self.kept_by_worker]
 
     @precondition(lambda self: len(self.children) < 2)
     @rule(lets_go=st.booleans(), fork=st.sampled_from([os.fork, fork_in_c]))
     def fork(self, lets_go: bool, fork: Any) -> None:
         def looked() -> bool:  # the child's own dictionary, as it was when it was forked
-            return all(
-                print_of(what) == at for what, at in self.all_held()
-            )
+            return all(print_of(what) == at for what, at in self.all_held())
 
         self.children.append(Child(looked, fork=fork))
         if lets_go:
