@@ -27,9 +27,8 @@ import numpy as np
 from safeloader.main.transport import TransportTally
 from safeloader.wire.anonymous import mapped
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.leaves import opening
+from safeloader.wire.leaves import Arrived, opening
 from safeloader.wire.records import FailedBatch, Papers, Parcel, asked_for
-from safeloader.wire.sealing import Sealed
 from safeloader.wire.shortage import shortage
 from safeloader.wire.slots import FREE, GONE, Cargo, SlotTable
 
@@ -50,29 +49,34 @@ class Unpacker:
         self._slots: dict[tuple[int, int], _Slot] = {}
         _unpackers.add(self)
 
-    def opened(self, sealed: Sealed) -> Parcel | FailedBatch:
-        """The batch; a failure in its place if it cannot be loaded here. Hot path."""
-        fields, about = pickle.loads(sealed.papers)
+    def opened(self, came: Arrived) -> Parcel | FailedBatch:
+        """The batch; a failure in its place if it cannot be loaded here. Hot path.
+
+        After an interrupt it may be called again, and goes on where it was.
+        """
+        fields, about = pickle.loads(came.papers)
         papers = Papers(*fields)
         cargo = Cargo(*about)
-        before = opening.begin(sealed.fds)
+        before = opening.now
         try:
+            opening.now = came
+            came.brought = []
             if cargo.slots or cargo.given_up:
-                self._lease(papers.worker_id or 0, cargo)
+                self._lease(papers.worker_id or 0, cargo, came)
             stream = cargo.stream
             if stream is None:
-                payload = pickle.loads(sealed.payload)
+                payload = pickle.loads(came.payload)
             else:
                 slot, at, size = stream
-                payload = pickle.loads(memoryview(opening.leases[slot])[at : at + size])
+                payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
         except Exception as exc:
             return FailedBatch(papers, _not_opened(exc, papers))
         finally:
-            opening.end(before)
+            opening.now = before
         self._tally.came(cargo)
         return Parcel(papers, payload)
 
-    def _lease(self, worker: int, cargo: Cargo) -> None:
+    def _lease(self, worker: int, cargo: Cargo, came: Arrived) -> None:
         """Lease the slots that a batch lies in; those that come for the first time are mapped.
 
         Raises:
@@ -80,30 +84,32 @@ class Unpacker:
             RuntimeError: if a slot cannot be mapped.
         """
         slots = self._slots
-        for number in cargo.given_up:
-            slots.pop((worker, number), None)
+        leases = came.leases
         try:
-            if cargo.fresh:
-                self._map_fresh(worker, cargo)
-            opening.leases += [slots[worker, number].leased() for number, _ in cargo.slots]
-        except BaseException:  # the worker must not think that they are known here
+            if not leases:
+                for number in cargo.given_up:
+                    slots.pop((worker, number), None)
+                if cargo.fresh:
+                    self._map_fresh(worker, cargo, came.fds)
+            for number, _ in cargo.slots[len(leases) :]:
+                leases.append(slots[worker, number].leased())
+        except Exception:  # the worker must not think that they are known here
             assert self._table is not None
             for number, _ in cargo.slots:
-                slots.pop((worker, number), None)
+                slot = slots.pop((worker, number), None)
+                if slot is not None:
+                    slot.forked = True  # what holds it must not free it
                 self._table.row(worker)[number] = GONE
             raise
 
-    def _map_fresh(self, worker: int, cargo: Cargo) -> None:
+    def _map_fresh(self, worker: int, cargo: Cargo, fds: list[int]) -> None:
         assert self._table is not None
         row = self._table.row(worker)
-        fds = opening.fds
         if len(fds) < cargo.fds:
             raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
-        for place in reversed(cargo.fresh):
+        for place, fd in zip(cargo.fresh, fds[-len(cargo.fresh) :], strict=True):
             number, size = cargo.slots[place]
-            memory = mapped(fds[-1], size)
-            os.close(fds.pop())
-            self._slots[worker, number] = _Slot(row, number, memory, self._tally)
+            self._slots[worker, number] = _Slot(row, number, mapped(fd, size), self._tally)
 
     def forking(self) -> None:
         """What is lent now will be seen by a child for as long as it lives."""
@@ -118,6 +124,8 @@ class _Slot:
         is_lent: whether a batch in it is referred to.
         forked: a process was forked while it was lent: it must not be written to again.
     """
+
+    _pid = 0  # while it is not made
 
     def __init__(self, row: memoryview, number: int, memory: Any, tally: TransportTally) -> None:
         self._row = row
