@@ -18,6 +18,7 @@ from torch.utils.data._utils.collate import collate_tensor_fn
 from safeloader.main.transport import TransportStats, TransportTally
 from safeloader.main.unpacking import Unpacker
 from safeloader.wire.indices import pack
+from safeloader.wire.leaves import Arrived
 from safeloader.wire.records import FailedBatch, Papers, Parcel
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.slots import SlotTable
@@ -31,6 +32,14 @@ MB = 1 << 20
 
 def papers(seq: int = 0) -> Papers:
     return Papers(seq, 0, os.getpid(), pack([seq]), 1, None, b"\0" * 24, False, None)
+
+
+def opened_from(unpacker: Unpacker, sealed: Sealed) -> Parcel | FailedBatch:
+    """As the queue in main has it opened."""
+    message = Arrived(0, *sealed)
+    opened = unpacker.opened(message)
+    message.let_go()
+    return opened
 
 
 class Wired:
@@ -64,7 +73,7 @@ class Wired:
 
     def open(self, sealed: Sealed) -> Any:
         """The batch; what went wrong is raised."""
-        came = self.unpacker.opened(sealed)
+        came = opened_from(self.unpacker, sealed)
         if isinstance(came, FailedBatch):
             assert came.failure is not None
             raise NotOpened(came.failure.exception_type, came.failure.message, came.failure.hint)

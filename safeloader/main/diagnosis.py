@@ -15,6 +15,7 @@ from safeloader.main import conclusions, stacks
 from safeloader.main.conclusions import Ending
 from safeloader.main.ledger import Open
 from safeloader.main.naming import LoaderLog
+from safeloader.main.processes import Signals
 from safeloader.wire.failure import Failure
 from safeloader.wire.flight import FlightRecorder, Position
 from safeloader.wire.resources import human_bytes, machine_lines, oom_kills
@@ -81,6 +82,7 @@ class Diagnosis:
     ) -> None:
         self._flight = flight
         self._workers = workers
+        self._signals = [Signals(worker) for worker in workers]
         self._start_method = start_method
         self._opened = opened
         self._oom_kills = oom_kills()
@@ -167,7 +169,8 @@ class Diagnosis:
             (where for where in known if where.busy),
             key=lambda where: -(where.seconds or 0.0),
         )
-        told = stacks.asked(self._flight, [w.worker for w in busy]) if self._flight else {}
+        asked = [where.worker for where in busy]
+        told = stacks.asked(self._flight, self._signals, asked) if self._flight else {}
         found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
         if len(busy) > _WORKERS_SHOWN:
             found.append(f"and {len(busy) - _WORKERS_SHOWN} more workers at work")

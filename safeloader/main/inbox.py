@@ -17,11 +17,11 @@ from typing import Any, Protocol
 from safeloader.main.processes import is_dying, is_gone
 from safeloader.wire.results import ResultQueue
 
-_LOOK_S = 1.0  # how often workers are looked at beyond what their sentinels say
-_PINNED_LOOK_S = 0.1  # a queue between threads cannot be waited for together with sentinels
-_PINNED_GRACE_S = 0.5  # for the thread to hand over what a dead worker had sent
-_TOGETHER_S = 0.15  # workers that die within this time died together
-_DYING_S = 1.0  # so did those that are not done with it: how long they are waited for
+_LOOK_S = 1.0  # between two looks at the workers, for a death that no sentinel tells
+_PINNED_LOOK_S = 0.1  # between two looks at the sentinels: a queue of threads cannot be polled
+_PINNED_GRACE_S = 0.5  # the pinning thread has this long to pass on what a dead worker sent
+_TOGETHER_S = 0.15  # workers that die this close to each other are told in one error
+_DYING_S = 1.0  # a worker that is dying, and not dead yet, is waited for so long
 
 
 class WorkersDied(BaseException):
@@ -127,12 +127,13 @@ class Inbox:
         return self._results.take()
 
     def _ended_now(self, sentinel: int) -> None:
-        number = self._watched.pop(sentinel)
+        number = self._watched[sentinel]
         if not self._ended(number):
             self._workers[number].join(1.0)  # its pipes close just before it can be waited for
             if not self._gone:
                 self._gone_since = monotonic()
             self._gone.add(number)
+        del self._watched[sentinel]  # last: after an interrupt each of these is looked at again
 
     def _left_behind(self) -> bool:
         """Whether a worker that is gone was not told to end; it may have been since."""

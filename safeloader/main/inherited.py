@@ -6,7 +6,8 @@ it raises: rows get mixed up, samples repeat, a worker hangs. So the dataset is 
 known by its class not to survive is told. No code of the user's is run (see `wire/values.py`).
 
 False alarms teach people to ignore alarms: what is not in use (closed, not connected yet, not
-held) is not told, nor what the user's code, by the look of it, makes anew in the worker.
+held) is not told. What the user's code makes anew in the worker is: each warning can be silenced
+by the path that it begins with.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def survey(
         start_method: `"fork"`, `"spawn"` or `"forkserver"`.
         num_workers: with 0 nothing is inherited.
         beside: by name what else goes to the workers, `collate_fn` and `worker_init_fn`. What two
-            of them hold is told once, and what `worker_init_fn` makes anew in the worker is not.
+            of them hold is told once.
         bound_s, bound_items: seconds and objects after which the rest is left out.
 
     >>> class Noisy:
@@ -85,27 +86,30 @@ def survey(
     return walk.found
 
 
-_said: set[tuple[str, ...]] = set()
+_said: set[tuple[str, str]] = set()
 
 
 def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
-    """Warn of all findings of a loader, once a process for each class of dataset and set of paths.
+    """Warn of each finding, once a process for each class of dataset and path.
+
+    Whether the worker makes it anew is not guessed. Each warning begins with the path, and says how
+    it is silenced by that.
 
     Args:
         findings: what `survey` returned.
         dataset: the loader's; only its class is looked at.
         stacklevel: as for `warnings.warn`; 1 is the caller of this function.
     """
-    key = (type_name(type(dataset)), *(found.path for found in findings))
-    if not findings or key in _said:
-        return
-    lines = ["safeloader: the workers inherit what does not survive it:"]
-    for path, kind, why, advice in findings[:TOLD_MAX]:
-        lines.append(f"  {path} ({kind}): {why}. {advice[0].upper()}{advice[1:]}.")
-    if len(findings) > TOLD_MAX:
-        lines.append(f"  ... and {len(findings) - TOLD_MAX} more")
-    warnings.warn("\n".join(lines), RuntimeWarning, stacklevel=stacklevel + 1)
-    _said.add(key)  # not before: where warnings are errors, every attempt fails
+    new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
+    for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
+        begins = f"safeloader: {path} "
+        text = f"{begins}({kind}) goes to the workers: {why}. {advice[0].upper()}{advice[1:]}."
+        if number == TOLD_MAX < len(new):
+            text += f" ... and {len(new) - TOLD_MAX} more like it."
+        silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
+        text += f" If the worker does so already: {silence}"
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
 
 
 # ---- what is known
@@ -200,7 +204,6 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleT
 _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
 
 _mro_of: Any = type.__dict__["__mro__"].__get__  # past any metaclass
-_namespace_of: Any = type.__dict__["__dict__"].__get__
 
 
 class _Verdict(NamedTuple):
@@ -235,8 +238,7 @@ def _decide(cls: type) -> _Verdict:
 class _Item(NamedTuple):
     value: Any
     path: str
-    holder: type | None = None  # the class of the object whose attribute it is,
-    name: str = ""  # and the name there, or that of a variable
+    holder: type | None = None  # the class of the object whose attribute it is
     part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
 
 
@@ -246,9 +248,6 @@ class _Walk:
     def __init__(self, things: dict[str, object], forks: bool, workers: int) -> None:
         self.found: list[Inherited] = []
         self._things, self._forks, self._workers = things, forks, workers
-        self._initialised = _names_in(things.get("worker_init_fn"))
-        if "dataset" not in self._initialised:
-            self._initialised.pop("random", None)  # the module, or numpy's
         self._queue: deque[_Item] = deque()
         # The process-wide generators, which torch seeds in each worker, are no finding.
         of_process: Any = (random.random, np.random.rand)
@@ -276,83 +275,58 @@ class _Walk:
             self._queue.append(item)
 
     def _look(self, item: _Item) -> None:
-        value, path, holder, name, part_of = item
+        value, path, holder, part_of = item
         base, known, wraps, opens = _verdict_on(cls := type(value))
         if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
             return self._tell(item, known[0])
         if wraps and part_of is None:
             part_of = path, _kind(cls)
-        for step, own_name, child in _parts(value, base, self._forks) if opens else ():
-            where = holder, name
-            if own_name is not None and part_of is None:  # a part is made anew with the whole
-                where = None if cls is types.FunctionType else cls, own_name
-            self._add(_Item(child, path + step, *where, part_of))
+        for step, child in _parts(value, base, self._forks) if opens else ():
+            owner = cls if step[0] == "." and part_of is None else holder
+            self._add(_Item(child, path + step, owner, part_of))
 
     def _tell(self, item: _Item, hazard: _Hazard) -> None:
-        if not self._renewed(item, hazard is _GENERATOR):
-            path, kind = item.part_of or (item.path, _kind(type(item.value)))
-            if hazard is _GENERATOR:
-                hazard = _for_generator(path, kind, self._workers)
-            found = Inherited(path, kind, *hazard)
-            if found not in self.found:  # a wrapper may have several live parts
-                self.found.append(found)
-
-    def _renewed(self, item: _Item, seeding: bool) -> bool:
-        """Whether code that runs in the worker makes or seeds it anew, by the look of it."""
-        if item.holder is None or item.name in self._initialised:
-            return item.name in self._initialised
-        if seeding and type_name(item.holder).startswith("torch.utils.data."):
-            return True  # torch seeds those of its own data pipes
-        owners = (item.holder, type(self._things.get("dataset")))
-        spaces = [_namespace_of(base) for owner in owners for base in _mro_of(owner)]
-        methods = [(*each, item.name, seeding) for space in spaces for each in [*space.items()]]
-        return any(self._renews(*method) for method in methods)
-
-    def _renews(self, method: str, function: Any, name: str, seeding: bool) -> bool:
-        names = _names_in(function)
-        if name not in names or method == "__init__":
-            return False
-        in_worker = method in self._initialised or not _WORKER_WORDS.isdisjoint(names)
-        if not in_worker and not (seeding and method in _IN_WORKER):
-            return False
-        return (seeding and not _SEED_WORDS.isdisjoint(names)) or _does(
-            function, "STORE_ATTR", name
-        )
+        path, kind = item.part_of or (item.path, _kind(type(item.value)))
+        if hazard is _GENERATOR:
+            if item.holder and type_name(item.holder).startswith("torch.utils.data."):
+                return  # torch seeds those of its own data pipes
+            hazard = _for_generator(path, kind, self._workers)
+        found = Inherited(path, kind, *hazard)
+        if found not in self.found:  # a wrapper may have several live parts
+            self.found.append(found)
 
 
 _IN_WORKER = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
-_WORKER_WORDS = frozenset({"get_worker_info", "getpid", "initial_seed", "register_at_fork"})
-_SEED_WORDS = frozenset({"seed", "manual_seed", "set_state", "setstate", "bit_generator"})
 _PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
 _AROUND = ((functools.partial, "func"), (types.MethodType, "__func__"), (property, "fget"))
 
 
-def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, str | None, Any]]:
-    """What an object holds: the step in the path, its name if it has one, and itself."""
+def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
+    """What an object holds: the step in the path, and itself."""
     cls = type(value)
     if base is not None:
         pairs = dict.items(value) if base is dict else enumerate(base.__iter__(value))
         for key, child in islice(pairs, SAMPLED):
             if id(type(child)) not in _PLAIN_IDS:
                 unordered = base is set or base is frozenset
-                yield "{...}" if unordered else f"[{_key_text(key)}]", None, child
+                yield "{...}" if unordered else f"[{_key_text(key)}]", child
     if cls is types.MethodType or cls is types.BuiltinMethodType:
-        yield ".__self__", None, value.__self__
-        yield ".__func__", None, getattr(value, "__func__", None)
+        yield ".__self__", value.__self__
+        yield ".__func__", getattr(value, "__func__", None)
     if cls is types.FunctionType:
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
             with suppress(ValueError):  # an empty cell
-                yield f".__closure__[{name!r}]", name, cell.cell_contents
-        for name in _names_in(value) if forks else ():  # a spawned worker imports them anew
+                yield f".__closure__[{name!r}]", cell.cell_contents
+        for name in _globals_of(value.__code__) if forks else ():  # a spawned worker imports anew
             child = dict.get(value.__globals__, name)
             verdict = _verdict_on(type(child))  # no other: most are not the dataset's
-            if (verdict.known or verdict.wraps) and _does(value, "LOAD_GLOBAL", name):
-                yield f".__globals__[{name!r}]", name, child
-        yield ".__defaults__", None, value.__defaults__
-        yield ".__kwdefaults__", None, value.__kwdefaults__
+            if verdict.known or verdict.wraps:
+                yield f".__globals__[{name!r}]", child
+        yield ".__defaults__", value.__defaults__
+        yield ".__kwdefaults__", value.__kwdefaults__
     for name, child in fields(value, ATTRIBUTES_MAX)[0] if cls is not base else ():
         if id(type(child)) not in _PLAIN_IDS and type(name) is str:
-            yield f".{cut(name, KEY_MAX)}", name, child
+            yield f".{cut(name, KEY_MAX)}", child
 
 
 def _key_text(key: Any) -> str:
@@ -367,23 +341,13 @@ def _kind(cls: type) -> str:
     return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
 
 
-def _codes(function: Any) -> Iterator[types.CodeType]:
-    for kind, inner in _AROUND:
-        function = getattr(function, inner) if type(function) is kind else function
-    codes = [function.__code__] if type(function) is types.FunctionType else []
-    for code in codes:
-        codes += [each for each in code.co_consts if type(each) is types.CodeType]
-        yield code
-
-
-def _names_in(function: Any) -> dict[str, None]:
-    codes = list(_codes(function))
-    return dict.fromkeys(name for code in codes for name in code.co_names + code.co_freevars)
-
-
-def _does(function: Any, operation: str, name: str) -> bool:
-    steps = (step for code in _codes(function) for step in dis.get_instructions(code))
-    return any(step.opname == operation and step.argval == name for step in steps)
+def _globals_of(code: types.CodeType) -> dict[str, None]:
+    """The globals that a function uses, and those defined in it."""
+    steps = dis.get_instructions(code)
+    names = dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        names |= _globals_of(inner) if type(inner) is types.CodeType else {}
+    return names
 
 
 def _for_generator(path: str, kind: str, workers: int) -> _Hazard:

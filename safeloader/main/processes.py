@@ -1,10 +1,12 @@
-"""Whether a process is at its end, beyond what ``multiprocessing`` can say; runs in main."""
+"""Processes beyond what ``multiprocessing`` can say or do; runs in main."""
 
 from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _EXITING = 0x4  # PF_EXITING of Linux, in the ninth field of /proc/<pid>/stat
 _KILLED = 1 << (signal.SIGKILL - 1)
@@ -40,3 +42,43 @@ def is_dying(pid: int) -> bool:
         return True
     pending = [line for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
     return any(int(line.split()[1], 16) & _KILLED for line in pending)
+
+
+class Signals:
+    """Sends signals to one worker, and never to whoever got its number after it.
+
+    Args:
+        worker: a ``multiprocessing.Process`` that was started just now.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._pidfd = -1
+        with suppress(AttributeError, OSError):  # not on this system, or too many open files
+            self._pidfd = os.pidfd_open(worker.pid)
+
+    def send(self, number: int) -> bool:
+        """Send a real-time signal, if the worker lives and has a handler for it; whether it went.
+
+        Without a handler the signal would end the worker, and ``number`` comes from the worker.
+        """
+        pid = self._worker.pid
+        try:
+            status = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2]
+            handled = int(status.split()[0], 16) >> (number - 1) & 1
+            if not (signal.SIGRTMIN <= number <= signal.SIGRTMAX and handled):
+                return False
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
+            elif self._worker.is_alive():  # a child that nobody waited for keeps its number
+                os.kill(pid, number)
+            else:
+                return False
+        except (OSError, ValueError, IndexError):  # it ended just now
+            return False
+        return True
+
+    def __del__(self, close: Any = os.close) -> None:
+        # By an argument: at the interpreter's end the module's names are gone.
+        if self._pidfd >= 0:
+            close(self._pidfd)

@@ -6,14 +6,14 @@ is stuck in C code. Only workers that are stuck are asked; the training process 
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from safeloader.main.processes import Signals
 from safeloader.wire.flight import STACK_BYTES, FlightRecorder
 
 _ANSWER_S = 1.0  # how long an answer is waited for
@@ -48,16 +48,16 @@ class Stack(NamedTuple):
     text: str
 
 
-def asked(flight: FlightRecorder, workers: Iterable[int]) -> dict[int, Stack]:
+def asked(
+    flight: FlightRecorder, signals: Sequence[Signals], workers: Iterable[int]
+) -> dict[int, Stack]:
     """The stacks of these workers as they are now; without those that do not answer."""
     before: dict[int, int] = {}
     for worker in workers:
-        at = flight.read(worker)
         written = len(flight.stacks(worker).encode())
-        if at.signal and written + _DUMP_BYTES < STACK_BYTES:
-            with contextlib.suppress(OSError):  # it ended just now
-                os.kill(at.pid, at.signal)
-                before[worker] = written
+        # The number alone is believed: a broken native library may have written over the rest.
+        if written + _DUMP_BYTES < STACK_BYTES and signals[worker].send(flight.read(worker).signal):
+            before[worker] = written
     give_up = time.monotonic() + _ANSWER_S
     told = dict.fromkeys(before, "")
     changed = time.monotonic()

@@ -31,9 +31,8 @@ from safeloader.main.transport import TransportTally
 from safeloader.wire.anonymous import mapped
 from safeloader.wire.failure import Failure, failure_of
 from safeloader.wire.forks import forks_noticed, notice_forks
-from safeloader.wire.leaves import opening
+from safeloader.wire.leaves import Arrived, opening
 from safeloader.wire.records import FailedBatch, Papers, Parcel, asked_for
-from safeloader.wire.sealing import Sealed
 from safeloader.wire.shortage import shortage
 from safeloader.wire.slots import FREE, GONE, Cargo, SlotTable
 
@@ -59,30 +58,35 @@ class Unpacker:
         self._pid = os.getpid()
         notice_forks()
 
-    def opened(self, sealed: Sealed) -> Parcel | FailedBatch:
-        """The batch; a failure in its place if it cannot be loaded here. Hot path."""
+    def opened(self, came: Arrived) -> Parcel | FailedBatch:
+        """The batch; a failure in its place if it cannot be loaded here. Hot path.
+
+        After an interrupt it may be called again, and goes on where it was.
+        """
         self.settle()
-        fields, about = pickle.loads(sealed.papers)
+        fields, about = pickle.loads(came.papers)
         papers = Papers(*fields)
         cargo = Cargo(*about)
-        before = opening.begin(sealed.fds)
+        before = opening.now
         try:
+            opening.now = came
+            came.brought = []
             if cargo.slots or cargo.given_up:
-                self._lease(papers.worker_id or 0, cargo)
+                self._lease(papers.worker_id or 0, cargo, came)
             stream = cargo.stream
             if stream is None:
-                payload = pickle.loads(sealed.payload)
+                payload = pickle.loads(came.payload)
             else:
                 slot, at, size = stream
-                payload = pickle.loads(memoryview(opening.leases[slot])[at : at + size])
+                payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
         except Exception as exc:
             return FailedBatch(papers, _not_opened(exc, papers))
         finally:
-            opening.end(before)
+            opening.now = before
         self._tally.came(cargo)
         return Parcel(papers, payload)
 
-    def _lease(self, worker: int, cargo: Cargo) -> None:
+    def _lease(self, worker: int, cargo: Cargo, came: Arrived) -> None:
         """Lease the slots that a batch lies in; those that come for the first time are mapped.
 
         Raises:
@@ -90,39 +94,41 @@ class Unpacker:
             RuntimeError: if a slot cannot be mapped.
         """
         slots = self._slots
-        for number in cargo.given_up:
-            slots.pop((worker, number), None)
+        leases = came.leases
         try:
-            if cargo.fresh:
-                self._map_fresh(worker, cargo)
+            if not leases:
+                for number in cargo.given_up:
+                    slots.pop((worker, number), None)
+                if cargo.fresh:
+                    self._map_fresh(worker, cargo, came.fds)
             forks = forks_noticed()
             self._enough = _ENOUGH
-            for number, size in cargo.slots:
+            for place, (number, size) in enumerate(cargo.slots):
                 slot = slots[worker, number]
-                memory = np.ndarray(size, np.uint8, slot.memory)
-                slot.lease = lease = _Lease(memory, self._gone.append)
-                lease.of = worker, number
-                lease.forks = forks
-                opening.leases.append(memory)
+                if place == len(leases):  # else an interrupt came after it
+                    leases.append(np.ndarray(size, np.uint8, slot.memory))
+                if slot.lease is None:
+                    lease = _Lease(leases[place], self._gone.append)
+                    lease.of = worker, number
+                    lease.forks = forks
+                    slot.lease = lease
                 if size >= _LARGE:
                     self._enough = 1
-        except BaseException:  # the worker must not think that they are known here
+        except Exception:  # the worker must not think that they are known here
             assert self._table is not None
             for number, _ in cargo.slots:
                 slots.pop((worker, number), None)
                 self._table.row(worker)[number] = GONE
             raise
 
-    def _map_fresh(self, worker: int, cargo: Cargo) -> None:
+    def _map_fresh(self, worker: int, cargo: Cargo, fds: list[int]) -> None:
         assert self._table is not None
         row = self._table.row(worker)
-        fds = opening.fds
         if len(fds) < cargo.fds:
             raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
-        for place in reversed(cargo.fresh):
+        for place, fd in zip(cargo.fresh, fds[-len(cargo.fresh) :], strict=True):
             number, size = cargo.slots[place]
-            memory = mapped(fds[-1], size)
-            os.close(fds.pop())
+            memory = mapped(fd, size)
             self._slots[worker, number] = _Slot(row, memory)
             self._tally.slot_made(memory)
 

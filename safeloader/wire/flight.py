@@ -111,16 +111,17 @@ class FlightRecorder(SharedCells):
     def read(self, worker: int) -> Position:
         """Where ``worker`` is."""
         row = self.row(worker)
-        phase = PHASES[row[PHASE]]
+        at = row[PHASE]
+        phase = PHASES[at if STARTING <= at <= EXIT else STARTING]  # a library may have run wild
         position: int | None = None
         since = row[SINCE]
-        if row[PHASE] in (FETCH, COLLATE):
-            position = row[COUNTED] or _stamps_since(row)
+        if at in (FETCH, COLLATE):
+            position = max(0, row[COUNTED]) or _stamps_since(row)
             if row[STAMPS]:
                 since = max(since, row[STAMPS + min(position, STAMPS_MAX)])
         return Position(
             phase=phase,
-            seq=row[SEQ] if row[PHASE] > IDLE else None,
+            seq=row[SEQ] if IDLE < at <= EXIT else None,
             position=position if phase == "fetch" else None,
             ordinal=row[ORDINAL],
             since_ns=since,

@@ -12,7 +12,9 @@ import errno
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -38,33 +40,44 @@ DTYPES = _dtypes()
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # shorter in a pickle than their names
 
 
-class _Opening(threading.local):
-    """The batch that this thread is opening.
+class Arrived:
+    """A message that came whole, until its batch is handed over; in main.
+
+    A signal handler may raise between any two steps of opening it. So what a step takes belongs to
+    the message until all are done, and each of them can be done again.
 
     Attributes:
+        number: of the task.
+        papers, payload: as in :class:`~safeloader.wire.sealing.Sealed`.
+        fds: descriptors that came beside it.
         leases: the memory of each slot it lies in.
-        fds: descriptors that came beside it; -1 for one that was taken.
         brought: memory of its leaves so far, in the order of the pickle.
+        made: what was made of it; None before.
     """
 
-    def __init__(self) -> None:
+    __slots__ = ("brought", "fds", "leases", "made", "number", "papers", "payload")
+
+    def __init__(self, number: int, papers: Any, payload: Any, fds: Iterable[int] = ()) -> None:
+        self.number = number
+        self.papers = papers
+        self.payload = payload
+        self.fds = list(fds)
         self.leases: list[Any] = []
-        self.fds: list[int] = []
         self.brought: list[Any] = []
+        self.made: Any = None
 
-    def begin(self, fds: Iterable[int]) -> tuple[Any, ...]:
-        """A batch is to be loaded. Gives what :meth:`end` wants: loading one may load others."""
-        before = self.leases, self.fds, self.brought
-        self.leases, self.fds, self.brought = [], list(fds), []
-        return before
-
-    def end(self, before: tuple[Any, ...]) -> None:
-        """It was, or could not be; let go of everything."""
-        close_all(fd for fd in self.fds if fd >= 0)
-        # An exception on its way may hold this frame's callers, and they these lists.
+    def let_go(self) -> None:
+        """Only what was made of it is wanted from now on."""
+        close_all(self.fds)
+        # An exception on its way may hold frames, and they this message.
         self.leases.clear()
         self.brought.clear()
-        self.leases, self.fds, self.brought = before
+
+
+class _Opening(threading.local):
+    """The message that this thread is opening, if any; loading one may load others."""
+
+    now: Any = None
 
 
 opening = _Opening()
@@ -84,15 +97,15 @@ def _over(buffer: Any, dtype: torch.dtype, count: int = -1, offset: int = 0) -> 
 
 def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor of ``count`` elements with memory of its own in a slot; hot path."""
-    made = _over(opening.leases[slot], DTYPES[code], count, at)
-    opening.brought.append(made)
+    made = _over(opening.now.leases[slot], DTYPES[code], count, at)
+    opening.now.brought.append(made)
     return made.resize_(shape)  # not a view, which could not be detached in place
 
 
 def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor that came within the message; hot path."""
     made = _over(bytearray(data), DTYPES[code])
-    opening.brought.append(made)
+    opening.now.brought.append(made)
     return made.resize_(shape)
 
 
@@ -107,15 +120,15 @@ def tensor_over(
 def storage_at(place: Place) -> torch.UntypedStorage:
     """The memory at ``place`` as a storage."""
     if isinstance(place, int):
-        brought = opening.brought[place]
+        brought = opening.now.brought[place]
         return brought if isinstance(brought, torch.UntypedStorage) else brought.untyped_storage()
     if isinstance(place, bytes):
         made = _over(bytearray(place), torch.uint8)
     else:
         slot, at, count = place
-        made = _over(opening.leases[slot], torch.uint8, count, at)
+        made = _over(opening.now.leases[slot], torch.uint8, count, at)
     storage = made.untyped_storage()
-    opening.brought.append(storage)
+    opening.now.brought.append(storage)
     return storage
 
 
@@ -125,7 +138,7 @@ def array_in_slot(
     """An array in a slot; writable, as every array is that crosses in a pickle."""
     # By way of a tensor, which holds the lease: numpy shortens chains of arrays.
     count = math.prod(shape) * dtype.itemsize
-    memory = _over(opening.leases[slot], torch.uint8, count, at)
+    memory = _over(opening.now.leases[slot], torch.uint8, count, at)
     return np.ndarray(shape, dtype, memory.numpy(), order=order)
 
 
@@ -136,14 +149,20 @@ class Beside:
         self._number = number
 
     def detach(self) -> int:
-        """The descriptor, which is the caller's from now on."""
-        if self._number >= len(opening.fds):
+        """A descriptor of the same memory, which is the caller's from now on."""
+        fds = opening.now.fds
+        if self._number >= len(fds):
             raise OSError(errno.EMFILE, "a tensor's file descriptor was lost on the way")
-        fd, opening.fds[self._number] = opening.fds[self._number], -1
+        fds.extend(map(os.dup, fds[self._number : self._number + 1]))  # the message's until then
+        fd: int = fds[-1]
+        del fds[-1]
         return fd
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Let go of descriptors that nobody wants any more."""
-    for fd in fds:
-        os.close(fd)
+def close_all(fds: list[int]) -> None:
+    """Close descriptors that nobody wants any more, and forget them.
+
+    In C from taking one to closing it: a signal handler that raises can make it stop between two
+    of them, but not have one leak, or closed twice.
+    """
+    deque(map(os.close, map(fds.pop, repeat(-1, len(fds)))), 0)

@@ -1,8 +1,9 @@
 """What this process and this machine have left: memory, files, space; runs in main and in workers.
 
 Every function answers None for what cannot be known here, and none raises: it is mostly asked when
-something has gone wrong already. Linux is read from `/proc` and `/sys`; elsewhere psutil answers
-what it can. As text, each fact reads as a line for a person does.
+something has gone wrong already. psutil answers what it can, but for what a worker asks while all
+is well, or what is asked when no file can be opened any more. As text, each fact reads as a line
+for a person does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -124,40 +126,31 @@ def or_none(fact: Callable[_P, _T | None]) -> Callable[_P, _T | None]:
 
 
 @or_none
-def process_memory(pid: int | None = None) -> ProcessMemory | None:
-    """Return the memory of a process (this one by default); None where it has ended.
+def process_memory() -> ProcessMemory | None:
+    """Return the memory of this process.
 
     The kernel walks all its pages: 5 ms with torch imported, and 10 to 30 ms for each GiB more.
     """
     try:
-        held = _fields(Path(f"/proc/{pid or 'self'}/smaps_rollup"))
-    except OSError:  # ended, another user's, or not Linux
-        import psutil  # here: heavy, and rarely needed on Linux
+        held = _fields(Path("/proc/self/smaps_rollup"))
+    except OSError:  # not Linux
+        import psutil  # here: heavy for a worker, which asks once a second
 
-        process = psutil.Process(pid)
-        try:
-            found = process.memory_full_info()
-        except psutil.AccessDenied:
-            found = process.memory_info()
-        if not found.rss:  # ended, and not yet waited for
-            return None
-        return ProcessMemory(found.rss, getattr(found, "pss", None), getattr(found, "uss", None))
+        found = psutil.Process().memory_full_info()
+        return ProcessMemory(found.rss, getattr(found, "pss", None), found.uss)
     uss = held["Private_Clean"] + held["Private_Dirty"]
     return ProcessMemory(held["Rss"] * 1024, held["Pss"] * 1024, uss * 1024)
 
 
 @or_none
-def machine_memory(root: Path = _ROOT) -> MachineMemory | None:
+def machine_memory() -> MachineMemory | None:
     """Return the memory of the machine, whatever share of it a cgroup grants."""
-    try:
-        held = _fields(root / "proc/meminfo")
-    except OSError:
-        import psutil
+    import psutil  # here: too heavy for a worker's start
 
+    with warnings.catch_warnings():  # psutil warns where the kernel counts no swapping
+        warnings.simplefilter("ignore")
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        return MachineMemory(memory.total, memory.available, swap.total, swap.free)
-    names = ("MemTotal", "MemAvailable", "SwapTotal", "SwapFree")
-    return MachineMemory(*(held[name] * 1024 for name in names))
+    return MachineMemory(memory.total, memory.available, swap.total, swap.free)
 
 
 @or_none
@@ -237,20 +230,18 @@ def may_write(folder: str) -> bool:
 
 
 @or_none
-def descriptors(pid: int | None = None) -> Descriptors | None:
-    """Return the open files of a process (this one by default) and the limits on them."""
-    own = pid in (None, os.getpid())
-    kind = resource.RLIMIT_NOFILE
-    soft, hard = resource.getrlimit(kind) if own else resource.prlimit(pid or 0, kind)
+def descriptors() -> Descriptors | None:
+    """Return the open files of this process and the limits on them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        used = len(os.listdir(f"/proc/{pid or 'self'}/fd")) - own  # less the one that lists them
+        used = len(os.listdir("/proc/self/fd")) - 1  # less the one that lists them
     except OSError as error:
-        if own and error.errno == errno.EMFILE:
-            used = soft  # not one more can be opened to count them
+        if error.errno == errno.EMFILE:
+            used = soft  # not one more can be opened to count them, nor to import psutil
         else:
             import psutil
 
-            used = psutil.Process(pid).num_fds()
+            used = psutil.Process().num_fds()
     return Descriptors(used, _limited(soft), _limited(hard))
 
 

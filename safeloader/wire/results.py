@@ -26,12 +26,12 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import assert_spawning
 from time import monotonic
 from typing import Any
 
-from safeloader.wire.leaves import close_all
+from safeloader.wire.leaves import Arrived, close_all
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.sending import MOST_FDS, Sender
 
@@ -48,17 +48,18 @@ class ResultQueue:
 
     Args:
         workers: how many there are; each has a socket of its own.
-        opened: makes of a sealed batch what :meth:`get` gives.
+        opened: makes of a message with a sealed batch what :meth:`get` gives. It is called again
+            where an interrupt ended it.
         waits: is called before a message is waited for.
     """
 
     def __init__(
         self,
         workers: int,
-        opened: Callable[[Sealed], Any],
+        opened: Callable[[Arrived], Any],
         waits: Callable[[], None] = lambda: None,
     ) -> None:
-        self._opened: Callable[[Sealed], Any] | None = opened
+        self._opened: Callable[[Arrived], Any] | None = opened
         self._waits = waits
         self._readers: list[socket.socket] = []
         self._writers: list[socket.socket | None] = []
@@ -71,8 +72,9 @@ class ResultQueue:
     def _main_side(self) -> None:
         self._sender: Sender | None = None
         self._sent: Callable[[], None] | None = None
-        self._arrived: deque[Any] = deque()
+        self._arrived: deque[Arrived] = deque()
         self._rows: dict[int, _Incoming] = {}
+        self._reading: _Incoming | None = None  # an interrupt may have come in the middle of it
         self._poll = select.poll()
         for reader in self._readers:
             self._rows[reader.fileno()] = _Incoming(reader)
@@ -130,11 +132,11 @@ class ResultQueue:
 
     def close(self) -> None:
         """Let go of all ends, and of what came and nobody took."""
-        for *_, fds in self._arrived:
-            close_all(fds)
-        self._arrived.clear()
         for incoming in self._rows.values():
-            incoming.drop()
+            incoming.drop(self._arrived)
+        for message in self._arrived:
+            message.let_go()
+        self._arrived.clear()
         for end in (*self._readers, *self._writers):
             if end is not None:
                 end.close()
@@ -169,14 +171,23 @@ class ResultQueue:
         return self.take()
 
     def take(self) -> Any:
-        """The next message that has come; ``queue.Empty`` is raised if there is none."""
+        """The next message that has come; ``queue.Empty`` is raised if there is none.
+
+        It is the next one until the caller has it: an interrupt loses none.
+        """
         if not self._arrived:
             raise queue.Empty
-        number, papers, payload, fds = self._arrived.popleft()
-        if number == _PLAIN:
-            return pickle.loads(papers)
-        assert self._opened is not None
-        return number, self._opened(Sealed(papers, payload, fds))
+        message = self._arrived[0]
+        if message.made is None:
+            if message.number == _PLAIN:
+                message.made = pickle.loads(message.papers)
+            else:
+                assert self._opened is not None
+                message.made = message.number, self._opened(message)
+        message.let_go()
+        made = message.made
+        del self._arrived[0]  # without a call from here on no signal handler runs
+        return made
 
     def wait(self, timeout: float | None) -> list[int]:
         """Read what has come; waits for it, for ``timeout`` seconds at most (None: for ever).
@@ -185,14 +196,24 @@ class ResultQueue:
             The file descriptors registered by :meth:`also` that are ready.
         """
         self._waits()
-        others = []
+        others: list[int] = []
+        if self._reading is not None:
+            self._reading.take_apart(self._arrived)
+            self._reading = None
+            if self._arrived:
+                return others
         for fd, _ in self._poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
             incoming = self._rows.get(fd)
             if incoming is None:
                 others.append(fd)
-            elif not incoming.read_into(self._arrived):
-                self._poll.unregister(fd)  # the worker's end is closed
-                self._rows.pop(fd).drop()
+                continue
+            self._reading = incoming
+            more = incoming.read_into(self._arrived)
+            self._reading = None
+            if not more:  # the worker's end is closed
+                incoming.drop(self._arrived)
+                self._poll.unregister(fd)
+                del self._rows[fd]
         return others
 
     @property
@@ -210,49 +231,75 @@ class ResultQueue:
 
 
 class _Incoming:
-    """One worker's bytes and descriptors, put together to messages."""
+    """One worker's bytes and descriptors, put together to messages.
+
+    A signal handler may raise between any two steps. So what was received is kept from within the
+    call that receives it, and kept until the messages in it have been passed on; each step can be
+    done again.
+    """
 
     def __init__(self, end: socket.socket) -> None:
-        self._end = end
-        self._held = bytearray()
-        self._fds: deque[tuple[int, ...]] = deque()  # of a message each, as they came
+        self._receive = end.recvmsg
+        self._pieces: list[Any] = []  # as ``recvmsg`` gave them, from the first open message on
+        self._wanted = _HEADER.size  # bytes in all, before a message can be whole
+        self._apart: tuple[Iterator[Arrived], list[Any], int] | None = None
+        self._torn: list[int] = []  # descriptors of a message that will not be whole
 
-    def read_into(self, arrived: deque[Any]) -> bool:
+    def read_into(self, arrived: deque[Arrived]) -> bool:
         """Read what is there; False at its end. Never waits: it is readable."""
         try:
-            chunk, beside, flags, _ = self._end.recvmsg(_CHUNK, _FDS_BYTES, _CLOSE_ON_EXEC)
+            # In C from the system call to the list; for one piece.
+            self._pieces.extend(map(self._receive, (_CHUNK,), (_FDS_BYTES,), (_CLOSE_ON_EXEC,)))
         except ConnectionResetError:
             return False
-        if not chunk:
-            return False
-        if beside or flags & socket.MSG_CTRUNC:  # truncated: no descriptor is free here
-            came = array.array("i", b"".join(data[: len(data) & ~3] for _, _, data in beside))
-            self._fds.append(tuple(came))
-        held = self._held
-        data: bytes | bytearray = chunk
-        if held:
-            held += chunk
-            data = held
-        size = len(data)
-        at = 0
-        while size - at >= _HEADER.size:
-            number, papers, payload = _HEADER.unpack_from(data, at)
-            with_fds, payload = payload & _WITH_FDS, payload & ~_WITH_FDS
-            end = at + _HEADER.size + papers + payload
-            if end > size:
-                break
-            middle = at + _HEADER.size + papers
-            fds = self._fds.popleft() if with_fds else ()
-            arrived.append((number, data[at + _HEADER.size : middle], data[middle:end], fds))
-            at = end
-        if data is held:
-            del held[:at]
-        elif at < size:
-            held += memoryview(chunk)[at:]
-        return True
+        return self.take_apart(arrived)
 
-    def drop(self) -> None:
-        """Let go of descriptors whose message never came whole."""
-        for fds in self._fds:
-            close_all(fds)
-        self._fds.clear()
+    def take_apart(self, arrived: deque[Arrived]) -> bool:
+        """Pass on the messages that are whole; False if nothing comes after them."""
+        if self._apart is None:
+            pieces = self._pieces
+            if sum([len(piece[0]) for piece in pieces]) >= self._wanted:
+                self._apart = _taken_apart(pieces)
+        if self._apart is not None:
+            messages, rest, wanted = self._apart
+            arrived.extend(messages)  # an iterator: what it gave it does not give again
+            self._pieces, self._wanted, self._apart = rest, wanted, None
+        return not self._pieces or len(self._pieces[-1][0]) > 0
+
+    def drop(self, arrived: deque[Arrived]) -> None:
+        """Pass on what is whole, and close the descriptors of a message that is not."""
+        self.take_apart(arrived)
+        torn = self._torn + [fd for piece in self._pieces for fd in _descriptors(piece)]
+        self._torn, self._pieces = torn, []
+        close_all(self._torn)
+
+
+def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
+    """The whole messages, the pieces that are left, and how many bytes these have to become."""
+    data = pieces[0][0] if len(pieces) == 1 else b"".join([piece[0] for piece in pieces])
+    # Truncated: no descriptor is free here.
+    with_fds = [piece for piece in pieces if piece[1] or piece[2] & socket.MSG_CTRUNC]
+    messages = []
+    size, at, taken, wanted = len(data), 0, 0, _HEADER.size
+    while size - at >= _HEADER.size:
+        number, papers, payload = _HEADER.unpack_from(data, at)
+        has_fds, payload = payload & _WITH_FDS, payload & ~_WITH_FDS
+        middle = at + _HEADER.size + papers
+        end = middle + payload
+        if end > size:
+            wanted = end - at
+            break
+        message = Arrived(number, data[at + _HEADER.size : middle], data[middle:end])
+        if has_fds:
+            message.fds = _descriptors(with_fds[taken])
+            taken += 1
+        messages.append(message)
+        at = end
+    rest = [(b"", *piece[1:]) for piece in with_fds[taken:]]
+    if at < size:
+        rest.append((data[at:], (), 0, None))
+    return iter(messages), rest, wanted
+
+
+def _descriptors(piece: Any) -> list[int]:
+    return array.array("i", b"".join(data[: len(data) & ~3] for _, _, data in piece[1])).tolist()

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+from array import array
 from time import perf_counter_ns as clock
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safeloader.wire import flight
 from safeloader.wire.flight import (
@@ -270,3 +273,14 @@ def test_no_room_is_an_oserror_and_leaves_no_descriptor(monkeypatch: pytest.Monk
 def test_it_pickles_to_processes_being_started_only() -> None:
     with pytest.raises((RuntimeError, TypeError)):
         pickle.dumps(FlightRecorder(1))
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=STAMPS + 4, max_size=STAMPS + 4))
+def test_whatever_stands_there_can_be_read(cells: list[int]) -> None:
+    """A native library that ran wild may have written to any of it, before it killed the worker."""
+    recorder = FlightRecorder(1)
+    for phase in (cells[PHASE], FETCH, COLLATE):
+        recorder.row(0)[: len(cells)] = memoryview(array("q", [phase, *cells[1:]]))
+        found = recorder.read(0)
+        assert found.phase in PHASES
+        assert found.position is None or found.position >= 0

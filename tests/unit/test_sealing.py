@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from safeloader.wire.leaves import close_all
 from safeloader.wire.records import FailedBatch, Mishap, Papers, Parcel
 from safeloader.wire.sealing import Sealed
 from safeloader.worker.packing import Packer
+from tests import wired
 from tests.oracle import plain
 
 seal = Packer().seal
-opened_from = Unpacker().opened
+opened_from = partial(wired.opened_from, Unpacker())
 
 
 def papers(indices: list[int]) -> Papers:
@@ -143,7 +145,7 @@ def test_what_was_sealed_is_not_kept_for_the_garbage_collector() -> None:
     try:
         batch = torch.zeros(1000)
         gone = weakref.ref(batch)
-        close_all(seal(papers([1]), {"x": batch}).fds)
+        close_all(list(seal(papers([1]), {"x": batch}).fds))
         del batch
         assert gone() is None
     finally:

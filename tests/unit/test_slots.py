@@ -27,7 +27,7 @@ import torch
 from safeloader.main import unpacking
 from safeloader.wire import forks, leaves
 from safeloader.wire.anonymous import anonymous_file, mapped
-from safeloader.wire.leaves import opening
+from safeloader.wire.leaves import Arrived, opening
 from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from safeloader.worker import reducing
 from safeloader.worker import slots as worker_slots
@@ -240,13 +240,13 @@ def test_offsets_beyond_four_gibibytes(wired: Wired) -> None:
     size, at = 6 << 30, (5 << 30) + 64
     memory = mapped(fd := anonymous_file(size), size)  # sparse: a page or two are there
     os.close(fd)
-    before = opening.begin(())
-    opening.leases.append(np.ndarray(size, np.uint8, memory))
+    before, opening.now = opening.now, Arrived(0, b"", b"")
+    opening.now.leases.append(np.ndarray(size, np.uint8, memory))
     code = leaves.CODES[torch.uint8]
     tensor = leaves.tensor_in_slot(0, at, 100, code, (10, 10))
     array = leaves.array_in_slot(0, at, np.dtype(np.int16), (5, 10), "C")
     whole = leaves.tensor_over((0, 0, size), code, (size,), (1,), 0)
-    opening.end(before)
+    opening.now = before
     tensor.fill_(1)
     assert (array == 257).all()
     assert whole[at : at + 100].eq(1).all()
@@ -809,17 +809,16 @@ def test_descriptors_that_were_lost_on_the_way(came: int, wired: Wired) -> None:
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("exc", [RuntimeError("unable to mmap"), KeyboardInterrupt()])
 def test_a_slot_that_main_cannot_map_is_not_used_again(
-    exc: BaseException, wired: Wired, monkeypatch: pytest.MonkeyPatch
+    wired: Wired, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*args: Any) -> int:
-        raise exc
+        raise RuntimeError("unable to mmap")
 
     before = descriptors()
     with monkeypatch.context() as patch:
         patch.setattr(unpacking, "mapped", refused)
-        with pytest.raises((NotOpened, KeyboardInterrupt)):
+        with pytest.raises(NotOpened):
             wired.send(filled(MB, 1))
     assert wired.states == [GONE]
     assert wired.send(filled(MB, 2)).eq(2).all()

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from safeloader.main import stacks
+from safeloader.main.processes import Signals
 from safeloader.main.stacks import Frame
-from safeloader.wire.flight import STACK_BYTES, FlightRecorder
+from safeloader.wire.flight import PID, SIGNAL, STACK_BYTES, FlightRecorder
 from safeloader.worker.witness import Witness
 
 BOUND_S = 30
@@ -113,8 +114,12 @@ class Pool:
         ]
         for worker in self.workers:
             worker.start()
+        self.signals = [Signals(worker) for worker in self.workers]
         for _ in deeds:
             assert self.ready.acquire(timeout=BOUND_S)
+
+    def asked(self, workers: list[int]) -> dict[int, stacks.Stack]:
+        return stacks.asked(self.recorder, self.signals, workers)
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def stuck_beside_threads(ready: Any) -> None:
 def test_asked_while_stuck(pools: Any, deed: Callable[[Any], None]) -> None:
     pool = pools(deed)
     for _ in range(2):  # each answer is that of its moment, and not of those before
-        ((worker, found),) = stacks.asked(pool.recorder, [0]).items()
+        ((worker, found),) = pool.asked([0]).items()
         assert worker == 0
         names = [frame.name for frame in found.frames]
         inner = "stuck_on_a_lock" if deed is stuck_beside_threads else deed.__name__
@@ -178,9 +183,9 @@ def test_asked_while_stuck(pools: Any, deed: Callable[[Any], None]) -> None:
 
 def test_only_those_named_are_asked(pools: Any) -> None:
     pool = pools(stuck_in_python, stuck_in_python, stuck_in_python)
-    assert sorted(stacks.asked(pool.recorder, [0, 2])) == [0, 2]
+    assert sorted(pool.asked([0, 2])) == [0, 2]
     assert pool.recorder.stacks(1) == ""
-    assert stacks.asked(pool.recorder, []) == {}
+    assert pool.asked([]) == {}
 
 
 def test_one_that_cannot_answer_is_left_out(pools: Any) -> None:
@@ -188,7 +193,7 @@ def test_one_that_cannot_answer_is_left_out(pools: Any) -> None:
     os.kill(pool.workers[0].pid, signal.SIGSTOP)
     pool.workers[1].kill()
     pool.workers[1].join(BOUND_S)
-    assert list(stacks.asked(pool.recorder, [0, 1, 2])) == [2]
+    assert list(pool.asked([0, 1, 2])) == [2]
 
 
 def test_no_more_is_asked_where_the_room_is_used_up(pools: Any) -> None:
@@ -197,7 +202,65 @@ def test_no_more_is_asked_where_the_room_is_used_up(pools: Any) -> None:
     assert fd is not None
     os.write(fd, b"x" * (STACK_BYTES - (1 << 16)))
     os.close(fd)
-    assert stacks.asked(pool.recorder, [0]) == {}
+    assert pool.asked([0]) == {}
+
+
+def counts_signals(ready: Any) -> None:
+    """Somebody else's process, with handlers for what might go astray."""
+    for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
+        signal.signal(number, lambda number, frame: os._exit(66))
+    ready.release()
+    while True:
+        signal.pause()
+
+
+def test_the_process_named_in_shared_memory_gets_no_signal(pools: Any) -> None:
+    """A broken native library wrote there, or the worker ended and another has its number."""
+    pool = pools(stuck_in_python)
+    ready = context.Semaphore(0)
+    bystander = context.Process(target=counts_signals, args=(ready,))
+    bystander.start()
+    assert ready.acquire(timeout=BOUND_S)
+    pool.recorder.row(0)[PID] = bystander.pid
+    assert list(pool.asked([0])) == [0]
+    bystander.terminate()
+    bystander.join(BOUND_S)
+    assert bystander.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    "number",
+    [-1, 0, signal.SIGSEGV, signal.SIGKILL, signal.SIGRTMIN, signal.SIGRTMAX, 65, 1 << 40],
+)
+def test_no_signal_goes_that_the_worker_would_not_survive(pools: Any, number: int) -> None:
+    """Whatever stands in shared memory: the first real-time signals have no handler there."""
+    pool = pools(stuck_in_python)
+    pool.recorder.row(0)[SIGNAL] = number
+    assert pool.asked([0]) == {}
+    pool.workers[0].join(0.2)
+    assert pool.workers[0].is_alive()
+
+
+@pytest.mark.parametrize("lacking", ["nothing", "pidfd"])
+def test_whoever_has_the_number_of_a_dead_worker_gets_no_signal(
+    pools: Any, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    if lacking == "pidfd":
+        monkeypatch.delattr(os, "pidfd_open")
+    pool = pools(stuck_in_python)
+    number = pool.recorder.read(0).signal
+    assert pool.signals[0].send(number)
+    pool.workers[0].kill()
+    pool.workers[0].join(BOUND_S)
+    ready = context.Semaphore(0)
+    heir = context.Process(target=counts_signals, args=(ready,))
+    heir.start()
+    assert ready.acquire(timeout=BOUND_S)
+    pool.workers[0]._popen.pid = heir.pid  # as the kernel might have numbered it
+    assert not pool.signals[0].send(number)
+    heir.terminate()
+    heir.join(BOUND_S)
+    assert heir.exitcode == -signal.SIGTERM
 
 
 def crashes(number: int) -> Callable[[Any], None]:
@@ -222,7 +285,7 @@ def test_left_behind_by_a_crash(pools: Any, number: int) -> None:
 
 def test_left_behind_after_it_was_asked(pools: Any) -> None:
     pool = pools(stuck_in_python)
-    assert 0 in stacks.asked(pool.recorder, [0])
+    assert 0 in pool.asked([0])
     assert stacks.left_behind(pool.recorder, 0) == ((), "")  # an answer is no last word
     os.kill(pool.workers[0].pid, signal.SIGSEGV)
     pool.workers[0].join(BOUND_S)
