@@ -339,12 +339,16 @@ class MapLedger(Accounts):
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
         if unmapped := self._coverage.unmapped:
-            notes.append(f"{unmapped} indices were too many or too large to be mapped")
+            notes.append(
+                f"{unmapped} indices were too many or too far apart to be mapped: others may be "
+                "repeated too, and what is unvisited is not known"
+            )
         return notes
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         coverage = self._coverage
-        repeated = coverage.repeated()  # before the notes: it brings the coverage up to date
+        repeated, repeated_count = coverage.repeated(length)
+        unvisited, unvisited_count = coverage.unvisited(length)
         notes = self.notes(length)
         if ahead := sum(map(count, self._pending.values())):
             notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
@@ -354,11 +358,8 @@ class MapLedger(Accounts):
             drawn=coverage.drawn,
             notes=notes,
             repeated=repeated,
-            unvisited=coverage.unvisited(length),
-            counts={
-                "repeated": coverage.repeated_count(),
-                "unvisited": coverage.unvisited_count(length),
-            },
+            unvisited=unvisited,
+            counts={"repeated": repeated_count, "unvisited": unvisited_count},
         )
 
 
