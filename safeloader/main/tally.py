@@ -66,7 +66,8 @@ class _Pages:
         again = (flat[at] & bit) != 0
         again[1:] |= numbers[1:] == numbers[:-1]
         np.bitwise_or.at(flat, at, bit)
-        return numbers[again]
+        repeated: Numbers = numbers[again]
+        return repeated
 
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Which of ``numbers``, which are sorted, are in the set."""
