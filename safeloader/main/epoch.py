@@ -267,8 +267,8 @@ class Epoch:
 
     # the end ────────────────────────────────────────────────────────────────────────────────────
 
-    def ended(self) -> None:
-        """The stock iterator is at its end.
+    def ended(self, *, broken: bool) -> None:
+        """The stock iterator is at its end; ``broken``: its workers died, which was told.
 
         Raises:
             DeliveryError: if samples are missing, under ``verify="raise"``; the first time only.
@@ -277,7 +277,9 @@ class Epoch:
             return
         self._ended = True
         with self.ledger.lock:
-            trouble = self.ledger.finish()
+            trouble = None if broken else self.ledger.finish()
+            if broken:
+                self.ledger.abandon()
         self.close()
         if trouble is not None:
             self._told(trouble, None)

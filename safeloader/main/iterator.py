@@ -114,8 +114,7 @@ class SafeIterator(Iterator[Any]):
                     try:
                         came = self._advance(self._stock)
                     except StopIteration:
-                        if self._session.broken is None:  # else that was told, and what it took
-                            self._epoch.ended()
+                        self._epoch.ended(broken=self._session.broken is not None)
                         raise
                     except (WorkersDied, TimedOut) as sign:
                         self._go_on_after(sign)

@@ -83,6 +83,9 @@ class Ledger(Protocol):
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised."""
 
+    def abandon(self) -> None:
+        """Nothing more will come: the workers died, and the error was raised."""
+
     def opened(self, seq: int) -> Open | None:
         """What is known of a batch that was drawn and has not come."""
 
@@ -177,6 +180,9 @@ class Accounts:
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         raise NotImplementedError
 
+    def abandon(self) -> None:
+        pass  # what was read of a stream and not sent is not known
+
     def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
         """Samples whose key came before under another index."""
         known = self._index_of_key
@@ -248,15 +254,19 @@ class MapLedger(Accounts):
         self._last_seq = -1
         self._draws_ended = False
         self._sampler_failed = False
+        self._drawn = 0
         self._coverage = Coverage()
 
     def drawn(self, seq: int, indices: Packed) -> None:
+        number = count(indices)
         with self.lock:
-            self._pending[seq] = indices
-            self._last_seq = seq
-            self._coverage.add(indices)
             if self._first_seq is None:
                 self._first_seq = seq
+            # Interrupts come with calls: none between these, or the accounts would not add up.
+            self._pending[seq] = indices
+            self._last_seq = seq
+            self._drawn += number
+            self._coverage.add(indices, number)
 
     def draw_failed(self, seq: int) -> None:
         self._sampler_failed = True
@@ -264,33 +274,41 @@ class MapLedger(Accounts):
     def draw_interrupted(self, lost: Packed) -> None:
         with self.lock:
             self._sampler_failed = True
-            self._coverage.add(lost)
+            self._out_of_batches(lost)
             self.tallies["failed"].add(unpack(lost))
 
     def draws_ended(self, dropped: Packed) -> None:
         with self.lock:
             if not self._draws_ended:
                 self._draws_ended = True
-                self._coverage.add(dropped)
+                self._out_of_batches(dropped)
                 self.tallies["dropped"].add(unpack(dropped))
 
+    def _out_of_batches(self, indices: Packed) -> None:
+        self._drawn += count(indices)
+        self._coverage.add(indices, count(indices))
+
     def check(self, papers: Papers) -> Trouble | None:
-        expected = self._pending.pop(papers.seq, None)
+        expected = self._pending.get(papers.seq)
         indices, samples = papers.indices, papers.samples
         if expected is None or not same(expected, indices):
+            self._pending.pop(papers.seq, None)
             return self._compare(expected, papers)
         number = count(expected)
         if papers.mishaps is not None:
             number -= self.book_mishaps(papers)
         elif samples != number and samples is not None:
+            del self._pending[papers.seq]
             return _miscounted(unpack(expected), samples)
         if self._index_of_key is not None and papers.keys is not None:
             drawn = unpack(expected)
             trouble = self.same_key(papers.keys, [drawn[place] for place in contents(papers)])
             if trouble is not None:
+                del self._pending[papers.seq]
                 return trouble
-        self._handed = papers.seq
+        self._handed = papers.seq  # and no call from here on, see above
         self.delivered_count += number
+        del self._pending[papers.seq]
         return None
 
     def _compare(self, expected: Packed | None, papers: Papers) -> Trouble:
@@ -339,13 +357,15 @@ class MapLedger(Accounts):
     def interrupted(self, papers: Papers | None) -> None:
         super().interrupted(papers)
         if papers is None and self._expected_batches is not None:
-            for seq in list(self._pending):
-                self.lost(seq)
+            self.abandon()
+
+    def abandon(self) -> None:
+        for seq in list(self._pending):
+            self.lost(seq)
 
     def finish(self) -> Trouble | None:
         if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
-            for seq in list(self._pending):
-                self.lost(seq)
+            self.abandon()
         missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
         self._pending.clear()
         if missing:
@@ -403,7 +423,7 @@ class MapLedger(Accounts):
             return self.as_audit(
                 epoch,
                 complete=complete,
-                drawn=self._coverage.drawn,
+                drawn=self._drawn,
                 notes=notes,
                 repeated=repeated,
                 unvisited=unvisited,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.wire.indices import Opaque, Packed, as_array, count, unpack
+from safeloader.wire.indices import Opaque, Packed, as_array, unpack
 
 TALLY_LIMIT = 1_000_000
 _FLUSH = 32_768  # indices gathered before the pages are touched: 25 to 150 ns each, not 20 µs
@@ -120,13 +120,12 @@ class Coverage:
     Example:
         >>> from safeloader.wire.indices import pack
         >>> coverage = Coverage()
-        >>> coverage.add(pack([0, 2, 2, -1]))
+        >>> coverage.add(pack([0, 2, 2, -1]), 4)
         >>> coverage.repeated(5), coverage.unvisited(5)
         ((array([2]), 1), (array([1, 3]), 2))
     """
 
     def __init__(self) -> None:
-        self.drawn = 0
         self._pending: list[Packed] = []
         self._pending_count = 0
         self._seen = _Pages(_PAGES_LIMIT)
@@ -135,17 +134,23 @@ class Coverage:
         self._other_twice: dict[Any, None] = {}
         self._others_left_out = 0
 
-    def add(self, indices: Packed) -> None:
-        """Note a drawn batch; hot path, so it only gathers."""
-        number = count(indices)
-        self.drawn += number
+    def add(self, indices: Packed, number: int) -> None:
+        """Note a drawn batch of ``number`` indices; hot path, so it only gathers."""
         self._pending.append(indices)
         self._pending_count += number
         if self._pending_count > _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
-        pending, self._pending, self._pending_count = self._pending, [], 0
+        pending, number = self._pending, self._pending_count
+        self._pending, self._pending_count = [], 0
+        try:
+            self._map(pending)
+        except BaseException:  # an interrupt: how far it came is not known
+            self._seen.left_out += number
+            raise
+
+    def _map(self, pending: list[Packed]) -> None:
         numbers = b"".join(item for item in pending if type(item) is bytes)
         mixed = [each for item in pending if type(item) is not bytes for each in unpack(item)]
         if mixed:

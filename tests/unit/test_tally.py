@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from safeloader.main import tally
 from safeloader.main.tally import Coverage, Tally
-from safeloader.wire.indices import pack
+from safeloader.wire.indices import Packed, count, pack
 
 LENGTHS = st.integers(0, 70)
 NUMBERS = st.one_of(
@@ -28,10 +28,14 @@ def batches_of(indices: st.SearchStrategy[Any]) -> st.SearchStrategy[list[list[A
     return st.lists(st.lists(indices, max_size=9), max_size=8)
 
 
+def note(coverage: Coverage, indices: Packed) -> None:
+    coverage.add(indices, count(indices))
+
+
 def covered(batches: list[list[Any]]) -> Coverage:
     coverage = Coverage()
     for batch in batches:
-        coverage.add(pack(batch))
+        note(coverage, pack(batch))
     return coverage
 
 
@@ -74,7 +78,7 @@ def test_asking_in_between_changes_nothing(
     coverage = covered(before)
     check_against_sets(coverage, before, length)
     for batch in after:
-        coverage.add(pack(batch))
+        note(coverage, pack(batch))
     check_against_sets(coverage, before + after, length)
     check_against_sets(coverage, before + after, length)
 
@@ -184,7 +188,7 @@ def test_many_indices_in_one_piece(seed: int, spread: int) -> None:
     indices = np.random.default_rng(seed).integers(0, spread, 40_000)
     coverage = Coverage()
     for part in np.array_split(indices, 7):
-        coverage.add(part.astype(np.int64).tobytes())
+        note(coverage, part.astype(np.int64).tobytes())
     values, times = np.unique(indices, return_counts=True)
     assert coverage.repeated(None)[0].tolist() == values[times > 1].tolist()
     assert coverage.unvisited(spread)[1] == spread - values.size
@@ -196,8 +200,8 @@ def test_a_hundred_million_indices_need_less_than_64_megabytes() -> None:
     try:
         coverage = Coverage()
         for start in range(0, length, length // 4):
-            coverage.add(np.arange(start, start + length // 4, step, dtype=np.int64).tobytes())
-        coverage.add(np.array([length - 1, 0], dtype=np.int64).tobytes())
+            note(coverage, np.arange(start, start + length // 4, step, dtype=np.int64).tobytes())
+        note(coverage, np.array([length - 1, 0], dtype=np.int64).tobytes())
         assert coverage.repeated(None)[0].tolist() == [0]
         held, peak = tracemalloc.get_traced_memory()
     finally:
@@ -213,8 +217,8 @@ def test_sixty_thousand_indices_far_apart_need_less_than_64_megabytes() -> None:
     try:
         coverage = Coverage()
         for part in np.array_split(indices, 30):
-            coverage.add(part.tobytes())
-        coverage.add(indices[:100].tobytes())
+            note(coverage, part.tobytes())
+        note(coverage, indices[:100].tobytes())
         values, times = np.unique([*indices, *indices[:100]], return_counts=True)
         assert coverage.repeated(2**31)[0].tolist() == values[times > 1].tolist()
         assert coverage.unvisited(2**31)[1] == 2**31 - values.size
@@ -231,7 +235,7 @@ def test_whatever_is_drawn_the_map_stays_within_64_megabytes() -> None:
         coverage = Coverage()
         for start in range(0, 100_000, 10_000):
             numbers = np.arange(start, start + 10_000, dtype=np.int64) << 40 >> 20
-            coverage.add(numbers.tobytes() * 2)
+            note(coverage, numbers.tobytes() * 2)
         unmapped = coverage.unmapped
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -248,6 +252,24 @@ def test_pages_past_the_bound_are_told_of(monkeypatch: pytest.MonkeyPatch) -> No
     # Three are not known, so neither is what was never drawn.
     assert coverage.unvisited(40_000)[1] == 0
     assert coverage.unvisited(40_000)[0].size == 0
+
+
+def test_a_flush_that_is_interrupted_leaves_nothing_said_that_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coverage = covered([[0, 1, 1]])
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tally._Pages, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            coverage.repeated(None)
+    note(coverage, pack([2, 2]))
+    assert coverage.repeated(4)[0].tolist() == [2]
+    assert coverage.unvisited(4)[1] == 0
+    assert coverage.unmapped == 3
 
 
 def test_a_length_without_end_is_not_walked_through() -> None:
