@@ -51,8 +51,9 @@ class StreamLedger(Accounts):
         row = papers.worker_id or 0
         first, samples = papers.ordinal or 0, papers.samples or 0
         expected = self._next[row]
+        told = first == expected or self._told_of(row, first)
         self._next[row] = max(expected, first + samples)
-        if first != expected and not self._told_of(row, expected, first):
+        if not told:
             return self._compare(row, expected, first, samples)
         if papers.keys is not None and self._index_of_key is not None:
             trouble = self.same_key(papers.keys, [(row, first + k) for k in contents(papers)])
@@ -78,23 +79,29 @@ class StreamLedger(Accounts):
 
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         if papers.ordinal is not None:
-            row = papers.worker_id or 0
-            self._next[row] = max(self._next[row], papers.ordinal + (papers.samples or 0))
+            row, first, due = (
+                papers.worker_id or 0,
+                papers.ordinal,
+                self._next[papers.worker_id or 0],
+            )
+            if not self._told_of(row, first):
+                self.tallies["missing"].add((row, k) for k in range(due, first))
+            self._next[row] = max(due, first + (papers.samples or 0))
             self.tallies["failed"].add(indices)
 
     def interrupted(self, papers: Papers | None) -> None:
         super().interrupted(papers)
         if self._at_hand and self._board is not None:
-            read = self._board.read(0).read
-            self._told_of(0, self._next[0], read)
-            self._next[0] = max(self._next[0], read)
+            self._told_of(0, self._board.read(0).read)
 
-    def _told_of(self, row: int, due: int, came: int) -> bool:
-        """Whether samples ``due`` up to ``came`` went with an interrupt, which the user got."""
+    def _told_of(self, row: int, came: int) -> bool:
+        """Whether the samples due before ``came`` went with an interrupt, which the user got."""
+        due = self._next[row]
         if not self._interrupts or came <= due:
             return False
-        self._interrupts -= 1
         self.tallies["failed"].add((row, k) for k in range(due, came))
+        self._interrupts -= 1
+        self._next[row] = came
         return True
 
     def lost(self, seq: int) -> None:
@@ -118,7 +125,7 @@ class StreamLedger(Accounts):
                 continue
             kept = state.read - state.dropped
             self.tallies["dropped"].add((row, k) for k in range(kept, state.read))
-            if reached < kept and not self._told_of(row, reached, kept):
+            if reached < kept and not self._told_of(row, kept):
                 said.append(
                     f"worker {row} read {kept} samples and the last {kept - reached} never came"
                 )

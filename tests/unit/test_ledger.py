@@ -712,6 +712,19 @@ def test_an_interrupt_in_the_hand_over_of_a_stream(counted: bool) -> None:
     assert audit.delivered == 0
 
 
+@pytest.mark.parametrize("interrupts", [0, 1])
+def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) -> None:
+    ledger, _ = stream_ledger()
+    for _ in range(interrupts):
+        ledger.interrupted(None)
+    ledger.failed(stream_papers(0, 2, 1), [(0, 2)])
+    of_gap = Counter([(0, 0), (0, 1)])
+    if interrupts:
+        assert found(ledger.audit(0, None)) == {"failed": of_gap + Counter([(0, 2)])}
+    else:
+        assert found(ledger.audit(0, None)) == {"missing": of_gap, "failed": Counter([(0, 2)])}
+
+
 def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
     ledger, board = stream_ledger()
     assert ledger.check(stream_papers(0, 0, 2)) is None
