@@ -12,14 +12,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils import data
+from torch.utils.data import BatchSampler
 
 from safeloader.main.naming import length_of
 from safeloader.wire.failure import Failure, failure_of
@@ -229,15 +223,8 @@ SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process
 
 
 # Torch's own: they raise at their first index or never, and their lengths are true.
-_OWN_KINDS = frozenset(
-    {
-        DistributedSampler,
-        RandomSampler,
-        SequentialSampler,
-        SubsetRandomSampler,
-        WeightedRandomSampler,
-    }
-)
+_OWN_KINDS = {data.DistributedSampler, data.RandomSampler, data.SequentialSampler}
+_OWN_KINDS |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
 
 
 def proven_length(sampler: Any) -> int | None:
