@@ -12,8 +12,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+from torch.utils import data
 from torch.utils.data import BatchSampler
 
+from safeloader.main.naming import length_of
 from safeloader.wire.failure import Failure, failure_of
 from safeloader.wire.indices import Packed, pack, pack_unbatched
 from safeloader.wire.records import SamplerFault, Task
@@ -27,6 +29,9 @@ class DrawLog(Protocol):
 
     def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         """The sampler raised where batch ``seq`` would have been."""
+
+    def draw_interrupted(self, lost: Packed) -> None:
+        """An interrupt went through the sampler; ``lost`` it had drawn for its next batch."""
 
     def draws_ended(self, dropped: Packed) -> None:
         """The sampler has no more; ``dropped`` it drew but left out of every batch."""
@@ -65,13 +70,14 @@ class RecordingSampler:
         if self._open is None:
             return self._begin()
         self._open.clear()
-        self._rest = self._kept(self._begin(), self._open)
+        # No generators here or in what follows: one that an interrupt goes through is at its end.
+        self._rest = map(self._keep, self._begin())
         return self._rest
 
-    def _kept(self, tasks: Iterator[Task], kept: dict[int, Task]) -> Iterator[Task]:
-        for task in tasks:
-            kept[task.seq] = task
-            yield task
+    def _keep(self, task: Task) -> Task:
+        assert self._open is not None
+        self._open[task.seq] = task._replace(index=_copied(task.index))
+        return task
 
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
@@ -104,15 +110,33 @@ class RecordingSampler:
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
             return self._fault(self.log, *_taken_apart(exc))
-        return self._tasks(inner, tail, self.log)
+        return itertools.chain.from_iterable(self._passes(inner, tail, self.log))
 
-    def _fault(self, log: DrawLog, failure: Failure, exc: Exception) -> Iterator[Task]:
-        """A draw that failed, in the place of the batch that was not drawn."""
+    def _fault(
+        self, log: DrawLog, failure: Failure, exc: Exception, drawn: Packed = b""
+    ) -> Iterator[Task]:
+        """A draw that failed, in the place of the batch that was not drawn; ``drawn`` is of it."""
         seq = next(self._numbers)
+        if drawn:
+            log.drawn(seq, drawn)
         log.draw_failed(seq, failure, exc)
         yield Task(seq, SamplerFault())
 
-    def _tasks(self, inner: Iterator[Any], tail: list[Any], log: DrawLog) -> Iterator[Task]:
+    def _passes(
+        self, inner: Iterator[Any], tail: list[Any], log: DrawLog
+    ) -> Iterator[Iterator[Task]]:
+        """One pass over the sampler; after an interrupt another one over what it still has."""
+        ended: list[bool] = []
+        while True:
+            yield self._tasks(inner, tail, log, ended)
+            if ended:
+                return
+            log.draw_interrupted(pack(tail))
+            tail.clear()
+
+    def _tasks(
+        self, inner: Iterator[Any], tail: list[Any], log: DrawLog, ended: list[bool]
+    ) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         note = log.drawn
         numbers = self._numbers
@@ -122,19 +146,23 @@ class RecordingSampler:
             try:
                 index = next(inner)
             except StopIteration:
+                ended.append(True)
                 log.draws_ended(pack(tail))
                 return
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                fault = self._fault(log, *_taken_apart(exc))
-            if fault is not None:
+                fault = self._fault(log, *_taken_apart(exc), pack(tail))
+            except BaseException:
+                log.draw_interrupted(pack(tail))
                 tail.clear()
+                raise
+            if tail:
+                tail.clear()
+            if fault is not None:
                 # Not in the except clause: a suspended frame there would hold the exception.
                 yield from fault
                 continue  # a generator is at its end now; other iterators may go on
-            if tail:
-                tail.clear()
             seq = next(numbers)
             if stream:
                 note(seq, b"")
@@ -163,45 +191,73 @@ class _Again:
 
     def __init__(self, whole: RecordingSampler, tasks: list[Task], rest: Iterator[Task]) -> None:
         self._whole = whole
-        self._first = itertools.chain(tasks, rest)
+        self._first = itertools.chain(self._begin(), tasks, rest)
         self._begun = False
 
     def __iter__(self) -> Iterator[Task]:
         # Torch asks twice before it draws; later, for the next epoch on persistent workers.
-        return iter(self._whole) if self._begun else self._go_on()
+        return iter(self._whole) if self._begun else self._first
 
-    def _go_on(self) -> Iterator[Task]:
+    def _begin(self) -> Iterator[Task]:
         self._begun = True
-        yield from self._first
+        yield from ()
 
     def __len__(self) -> int:
         return len(self._whole)
 
 
+_PLAIN = frozenset({int, str, bytes, float, bool, type(None)})
+
+
+def _copied(index: Any) -> Any:
+    """What a worker gets by pickle, for later: a sampler may fill one list again and again."""
+    if type(index) is list and _PLAIN.issuperset(map(type, index)):
+        return index[:]
+    try:
+        return index if type(index) in _PLAIN else copy.deepcopy(index)
+    except Exception:  # it cannot be sent either, which is told there
+        return index
+
+
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
+
+
+# Torch's own: they raise at their first index or never, and their lengths are true.
+_OWN_KINDS = {data.DistributedSampler, data.RandomSampler, data.SequentialSampler}
+_OWN_KINDS |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
+
+
+def proven_length(sampler: Any) -> int | None:
+    """How many draws ``sampler`` has; None unless it is torch's own, and no subclass.
+
+    What other samplers announce proves nothing: they may have more.
+    """
+    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    return length_of(sampler) if type(inner) in _OWN_KINDS else None
 
 
 def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
     """The sampler to iterate, and a list that holds what it drew since its last batch.
 
-    Torch's batch sampler with ``drop_last`` draws the last few indices and keeps them to itself.
-    A copy of it, which only reads its three attributes, draws through a note-taker instead. Batch
-    samplers with an ``__iter__`` of their own are left alone: what they drop they alone know.
+    Torch's batch sampler keeps to itself what it drew for a batch that does not come about: with
+    ``drop_last``, and where its sampler raises. A copy of it, which only reads its three
+    attributes, draws through a note-taker instead. Batch samplers with an ``__iter__`` of their
+    own are left alone: what they drop they alone know.
     """
     tail: list[Any] = []
     if (
-        isinstance(sampler, BatchSampler)
-        and type(sampler).__iter__ is BatchSampler.__iter__
-        and sampler.drop_last is True
+        not isinstance(sampler, BatchSampler)
+        or type(sampler).__iter__ is not BatchSampler.__iter__
+        or (sampler.drop_last is not True and type(sampler.sampler) in _OWN_KINDS)
     ):
-        try:
-            noting = copy.copy(sampler)
-            if noting is not sampler:
-                noting.sampler = _Noting(sampler.sampler, tail)
-        except Exception:  # a subclass that cannot be copied, or has no such attribute to set
-            return sampler, tail
-        return noting, tail
-    return sampler, tail
+        return sampler, tail
+    try:
+        noting = copy.copy(sampler)
+        if noting is not sampler:
+            noting.sampler = _Noting(sampler.sampler, tail)
+    except Exception:  # a subclass that cannot be copied, or has no such attribute to set
+        return sampler, tail
+    return noting, tail
 
 
 def _taken_apart(exc: Exception, found: str = "") -> tuple[Failure, Exception]:

@@ -57,6 +57,7 @@ class Epoch:
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
+        self._pid = os.getpid()
 
     # draws ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -76,6 +77,10 @@ class Epoch:
         self._sampler_errors[seq] = failure, exc
         self.ledger.draw_failed(seq)
 
+    def draw_interrupted(self, lost: Packed) -> None:
+        """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
+        self.ledger.draw_interrupted(lost)
+
     def draws_ended(self, dropped: Packed) -> None:
         """The sampler is at its end."""
         self.ledger.draws_ended(dropped)
@@ -88,10 +93,12 @@ class Epoch:
         Raises:
             DeliveryError: if it is not what was drawn, under ``verify="raise"``.
         """
-        trouble = self.ledger.check(papers)
+        ledger = self.ledger
+        with ledger.lock:
+            trouble = ledger.check(papers)
+            if trouble is not None:
+                ledger.settle(trouble, papers, handed_over=self._verify != "raise")
         if trouble is not None:
-            raised = self._verify == "raise"
-            self.ledger.settle(trouble, papers, handed_over=not raised)
             self._told(trouble, papers)
         if papers.mishaps is not None:
             self._count_mishaps(papers)
@@ -100,7 +107,7 @@ class Epoch:
         if self._trace is not OFF:
             delivery = Delivery(self.number, number, wait_ns, papers)
             self._tell(self._trace.delivered, delivery, began_ns)
-        if self.ledger.settled:  # not every training loop asks for one more than the last
+        if ledger.settled:  # not every training loop asks for one more than the last
             self.close()
         return number
 
@@ -134,9 +141,11 @@ class Epoch:
         Raises:
             SampleError: if too many were.
         """
-        trouble = self.ledger.check(papers)
+        with self.ledger.lock:
+            trouble = self.ledger.check(papers)
+            if trouble is not None:
+                self.ledger.settle(trouble, papers, handed_over=False)
         if trouble is not None:
-            self.ledger.settle(trouble, papers, handed_over=False)
             self._told(trouble, papers)
         self._count_mishaps(papers)
         self.log.warning(
@@ -163,7 +172,8 @@ class Epoch:
         reason = self._tolerance.exceeded(papers, samples)
         if reason is None:
             return
-        ledger.take_back(papers)
+        with ledger.lock:
+            ledger.take_back(papers)
         reasons = list(ledger.reasons.items())
         listed = [f"index {index!r}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:
@@ -201,9 +211,11 @@ class Epoch:
         exception = raised.pop() if raised else None
         if failure is None:
             failure, exception = self._sampler_errors.pop(papers.seq)
-            self.ledger.lost(papers.seq)  # where it was drawn, and could not be sent to a worker
+            with self.ledger.lock:
+                self.ledger.lost(papers.seq)  # drawn in part, or not to be sent to a worker
         else:
-            self.ledger.failed(papers, failure.indices)
+            with self.ledger.lock:
+                self.ledger.failed(papers, failure.indices)
         failure = dataclasses.replace(
             failure,
             batch=None if failure.phase == "init" else self.batches,  # which is not to blame
@@ -214,10 +226,20 @@ class Epoch:
         self.batches += 1
         return self._error(failure, exception)
 
+    def interrupted(self, papers: Papers | None) -> None:
+        """The user got an exception that is not ours; on the way was the batch of ``papers``."""
+        failed = self.ledger.tallies["failed"]
+        with self.ledger.lock:
+            before = failed.count
+            self.ledger.interrupted(papers)
+        if papers is None and failed.count > before:  # it was raised in the place of a batch
+            self.batches += 1
+
     def broke(self, failure: Failure, lost: tuple[int, ...] = ()) -> SafeLoaderError:
         """The error for workers that died or hang; the batches ``lost`` with them will not come."""
-        for seq in lost:
-            self.ledger.lost(seq)
+        with self.ledger.lock:
+            for seq in lost:
+                self.ledger.lost(seq)
         state = None if self._dataset is None else describe(self._dataset)
         if state is not None:
             mine = "the main process's copy: the worker's own cannot be read from here"
@@ -245,8 +267,8 @@ class Epoch:
 
     # the end ────────────────────────────────────────────────────────────────────────────────────
 
-    def ended(self) -> None:
-        """The stock iterator is at its end.
+    def ended(self, *, broken: bool) -> None:
+        """The stock iterator is at its end; ``broken``: its workers died, which was told.
 
         Raises:
             DeliveryError: if samples are missing, under ``verify="raise"``; the first time only.
@@ -254,19 +276,24 @@ class Epoch:
         if self._ended:
             return
         self._ended = True
-        trouble = self.ledger.finish()
+        with self.ledger.lock:
+            trouble = None if broken else self.ledger.finish()
+            if broken:
+                self.ledger.abandon()
         self.close()
         if trouble is not None:
             self._told(trouble, None)
 
     def close(self) -> None:
         """No more will come; said once. Nothing is raised: an early ``break`` is no error."""
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
         # The length of a map-style dataset is asked for only when somebody reads the audit.
         length = self._known_length() if self.ledger.measures_length else None
-        for note in self.ledger.notes(length):
+        with self.ledger.lock:
+            notes = self.ledger.notes(length)
+        for note in notes:
             self.log.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
             self._tell(lambda: self._trace.audited(self.audit(self.number)))

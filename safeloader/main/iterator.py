@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,6 +44,8 @@ class SafeIterator(Iterator[Any]):
     """
 
     def __init__(self, loader: SafeDataLoader[Any], session: Session | None = None) -> None:
+        self._turn = threading.Lock()  # held in next(); nobody waits for it
+        self._whose = 0
         self._recorder = loader._recorder_on_demand()
         self._revival = Revival.for_loader(loader)
         self._epoch = self._begin(loader)
@@ -78,12 +82,16 @@ class SafeIterator(Iterator[Any]):
         self._stock = self._session.stock
 
     def _restart(self, loader: SafeDataLoader[Any]) -> None:
-        self._epoch.close()
-        self._epoch.release()
-        self._recorder = loader._recorder_on_demand()
-        self._revival = Revival.for_loader(loader)
-        self._epoch = self._begin(loader)
-        self._begin_on_pool(loader)
+        if self._turn.locked():
+            raise self._out_of_turn()
+        with self._turn:
+            self._whose = get_ident()
+            self._epoch.close()
+            self._epoch.release()
+            self._recorder = loader._recorder_on_demand()
+            self._revival = Revival.for_loader(loader)
+            self._epoch = self._begin(loader)
+            self._begin_on_pool(loader)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -95,28 +103,53 @@ class SafeIterator(Iterator[Any]):
             SafeLoaderError: for what went wrong with this batch; ``next()`` may be called again.
             StopIteration: at the end of the epoch.
         """
-        began = clock()
-        while True:
+        if self._turn.locked():
+            raise self._out_of_turn()
+        with self._turn:  # no interrupt comes between: it is C
+            self._whose = get_ident()
+            came: Any = None
             try:
-                came = self._advance(self._stock)
-            except StopIteration:
-                self._epoch.ended()
+                began = clock()
+                while True:
+                    try:
+                        came = self._advance(self._stock)
+                    except StopIteration:
+                        self._epoch.ended(broken=self._session.broken is not None)
+                        raise
+                    except (WorkersDied, TimedOut) as sign:
+                        self._go_on_after(sign)
+                        continue
+                    epoch = self._epoch
+                    if type(came) is Parcel:
+                        papers, payload = came
+                        if papers.prints is not None:
+                            failure = changed(papers, payload)
+                            if failure is not None:
+                                self._other_than_batch(FailedBatch(papers, failure))
+                        if self._revival is not None:
+                            self._session.sampler.answered(papers.seq)
+                        wait_ns = clock() - began
+                        number = epoch.arrived(papers, began, wait_ns)
+                        self._recorder.delivered(epoch.number, number, wait_ns, papers)
+                        return payload
+                    self._other_than_batch(came)
+            except (StopIteration, SafeLoaderError):
                 raise
-            except (WorkersDied, TimedOut) as sign:
-                self._go_on_after(sign)
-                continue
-            epoch = self._epoch
-            if type(came) is Parcel:
-                papers, payload = came
-                if papers.prints is not None and (failure := changed(papers, payload)) is not None:
-                    self._other_than_batch(FailedBatch(papers, failure))
-                if self._revival is not None:
-                    self._session.sampler.answered(papers.seq)
-                wait_ns = clock() - began
-                number = epoch.arrived(papers, began, wait_ns)
-                self._recorder.delivered(epoch.number, number, wait_ns, papers)
-                return payload
-            self._other_than_batch(came)
+            except BaseException:
+                self._epoch.interrupted(came.papers if type(came) is Parcel else None)
+                raise
+
+    def _out_of_turn(self) -> RuntimeError:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        mine, other = (names.get(ident, str(ident)) for ident in (get_ident(), self._whose))
+        if mine == other:
+            said = f"thread {mine!r} is in it already (a dataset, or a signal handler, that asks?)"
+        else:
+            said = f"thread {mine!r} asks while thread {other!r} waits for a batch"
+        return RuntimeError(
+            f"one thread at a time may be in next() or iter() of this iterator: {said}. Nothing "
+            "was lost: go on in one thread, or share it with a lock of your own"
+        )
 
     def _other_than_batch(self, came: Any) -> None:
         """What torch's iterator gave is no batch: an error is raised, or it is left out."""

@@ -7,6 +7,7 @@ the first two million keys are kept.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -46,6 +47,7 @@ class Open(NamedTuple):
 class Ledger(Protocol):
     """One epoch's accounts."""
 
+    lock: threading.RLock  # held while the accounts change, and while another thread reads them
     delivered_count: int
     tallies: dict[str, Tally]
     reasons: dict[Any, str]  # why an index was skipped or late
@@ -57,8 +59,14 @@ class Ledger(Protocol):
     def draw_failed(self, seq: int) -> None:
         """The sampler raised in place of batch ``seq``."""
 
+    def draw_interrupted(self, lost: Packed) -> None:
+        """An interrupt was raised through the sampler; ``lost`` it had drawn meanwhile."""
+
     def draws_ended(self, dropped: Packed) -> None:
         """The sampler is at its end."""
+
+    def interrupted(self, papers: Papers | None) -> None:
+        """The user got an exception that is not ours; on the way was the batch of ``papers``."""
 
     def check(self, papers: Papers) -> Trouble | None:
         """Compare a batch that is about to be handed over; without trouble it counts as such."""
@@ -74,6 +82,9 @@ class Ledger(Protocol):
 
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised."""
+
+    def abandon(self) -> None:
+        """Nothing more will come: the workers died, and the error was raised."""
 
     def opened(self, seq: int) -> Open | None:
         """What is known of a batch that was drawn and has not come."""
@@ -100,7 +111,10 @@ class Accounts:
     """What this ledger and that of streams (``stream_ledger.py``) both keep."""
 
     def __init__(self, *, with_keys: bool) -> None:
+        self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
+        self._handed: int | None = None  # the batch counted last as delivered
+        self._interrupts = 0  # may have lost batches that are not known to be lost
         self.tallies = {
             name: Tally()
             for name in (
@@ -153,6 +167,21 @@ class Accounts:
         left = [index for k, index in enumerate(asked_for(papers)) if k not in gone]
         self.delivered_count -= len(left)
         self.tallies["failed"].add(left)
+
+    def interrupted(self, papers: Papers | None) -> None:
+        """The user got an exception that is not ours: what it took with it is told."""
+        if papers is None:
+            self._interrupts += 1
+        elif papers.seq == self._handed:
+            self.take_back(papers)
+        else:
+            self.failed(papers, asked_for(papers))
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        pass  # what was read of a stream and not sent is not known
 
     def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
         """Samples whose key came before under another index."""
@@ -225,40 +254,61 @@ class MapLedger(Accounts):
         self._last_seq = -1
         self._draws_ended = False
         self._sampler_failed = False
+        self._drawn = 0
         self._coverage = Coverage()
 
     def drawn(self, seq: int, indices: Packed) -> None:
-        self._pending[seq] = indices
-        self._last_seq = seq
-        self._coverage.add(indices)
-        if self._first_seq is None:
-            self._first_seq = seq
+        number = count(indices)
+        with self.lock:
+            if self._first_seq is None:
+                self._first_seq = seq
+            # Interrupts come with calls: none between these, or the accounts would not add up.
+            self._pending[seq] = indices
+            self._last_seq = seq
+            self._drawn += number
+            self._coverage.add(indices, number)
 
     def draw_failed(self, seq: int) -> None:
         self._sampler_failed = True
 
+    def draw_interrupted(self, lost: Packed) -> None:
+        with self.lock:
+            self._sampler_failed = True
+            self._out_of_batches(lost)
+            self.tallies["failed"].add(unpack(lost))
+
     def draws_ended(self, dropped: Packed) -> None:
-        if not self._draws_ended:
-            self._draws_ended = True
-            self._coverage.add(dropped)
-            self.tallies["dropped"].add(unpack(dropped))
+        with self.lock:
+            if not self._draws_ended:
+                self._draws_ended = True
+                self._out_of_batches(dropped)
+                self.tallies["dropped"].add(unpack(dropped))
+
+    def _out_of_batches(self, indices: Packed) -> None:
+        self._drawn += count(indices)
+        self._coverage.add(indices, count(indices))
 
     def check(self, papers: Papers) -> Trouble | None:
-        expected = self._pending.pop(papers.seq, None)
+        expected = self._pending.get(papers.seq)
         indices, samples = papers.indices, papers.samples
         if expected is None or not same(expected, indices):
+            self._pending.pop(papers.seq, None)
             return self._compare(expected, papers)
         number = count(expected)
         if papers.mishaps is not None:
             number -= self.book_mishaps(papers)
         elif samples != number and samples is not None:
+            del self._pending[papers.seq]
             return _miscounted(unpack(expected), samples)
         if self._index_of_key is not None and papers.keys is not None:
             drawn = unpack(expected)
             trouble = self.same_key(papers.keys, [drawn[place] for place in contents(papers)])
             if trouble is not None:
+                del self._pending[papers.seq]
                 return trouble
+        self._handed = papers.seq  # and no call from here on, see above
         self.delivered_count += number
+        del self._pending[papers.seq]
         return None
 
     def _compare(self, expected: Packed | None, papers: Papers) -> Trouble:
@@ -304,7 +354,18 @@ class MapLedger(Accounts):
             return None
         return Open(seq - (self._first_seq or 0), unpack(packed))
 
+    def interrupted(self, papers: Papers | None) -> None:
+        super().interrupted(papers)
+        if papers is None and self._expected_batches is not None:
+            self.abandon()
+
+    def abandon(self) -> None:
+        for seq in list(self._pending):
+            self.lost(seq)
+
     def finish(self) -> Trouble | None:
+        if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
+            self.abandon()
         missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
         self._pending.clear()
         if missing:
@@ -315,7 +376,7 @@ class MapLedger(Accounts):
             )
             self.book(trouble)
             return trouble
-        if not self._draws_ended and not self._sampler_failed:
+        if not (self._draws_ended or self._sampler_failed or self._interrupts):
             return Trouble(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"
@@ -324,13 +385,16 @@ class MapLedger(Accounts):
 
     @property
     def complete(self) -> bool:
+        return self._complete(None if self._draws_ended else self._expected())
+
+    def _expected(self) -> int | None:
+        return None if self._expected_batches is None else self._expected_batches()
+
+    def _complete(self, expected: int | None) -> bool:
         if self._pending or self._sampler_failed:
             return False
-        if self._draws_ended or self._expected_batches is None:
-            return self._draws_ended
-        first = self._first_seq
-        batches = 0 if first is None else self._last_seq + 1 - first
-        return batches == self._expected_batches()  # asked for when somebody reads the audit
+        batches = 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
+        return self._draws_ended or batches == expected
 
     @property
     def settled(self) -> bool:
@@ -339,27 +403,32 @@ class MapLedger(Accounts):
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
         if unmapped := self._coverage.unmapped:
-            notes.append(f"{unmapped} indices were too many or too large to be mapped")
+            notes.append(
+                f"{unmapped} indices were too many or too far apart to be mapped: others may be "
+                "repeated too, and what is unvisited is not known"
+            )
         return notes
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
-        coverage = self._coverage
-        repeated = coverage.repeated()  # before the notes: it brings the coverage up to date
-        notes = self.notes(length)
-        if ahead := sum(map(count, self._pending.values())):
-            notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
-        return self.as_audit(
-            epoch,
-            complete=self.complete,
-            drawn=coverage.drawn,
-            notes=notes,
-            repeated=repeated,
-            unvisited=coverage.unvisited(length),
-            counts={
-                "repeated": coverage.repeated_count(),
-                "unvisited": coverage.unvisited_count(length),
-            },
-        )
+        expected = self._expected()  # code of the user's, perhaps: not under the lock
+        with self.lock:
+            complete = self._complete(expected)
+            repeated, repeated_count = self._coverage.repeated(length)
+            unvisited, unvisited_count = self._coverage.unvisited(length)
+            notes = self.notes(length)
+            if ahead := sum(map(count, self._pending.values())):
+                notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
+            if self._expected_batches and expected is None and not self._draws_ended:
+                notes.append("the sampler was not asked whether it has more")
+            return self.as_audit(
+                epoch,
+                complete=complete,
+                drawn=self._drawn,
+                notes=notes,
+                repeated=repeated,
+                unvisited=unvisited,
+                counts={"repeated": repeated_count, "unvisited": unvisited_count},
+            )
 
 
 def _short(key: Any) -> str:

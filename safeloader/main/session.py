@@ -25,12 +25,12 @@ from safeloader import torch_private
 from safeloader.main import dump, leftovers
 from safeloader.main.budget import PoolTally, budget
 from safeloader.main.diagnosis import Diagnosis, Stalls
-from safeloader.main.drawing import RecordingSampler
+from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch, rank
 from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
-from safeloader.main.naming import LoaderLog, length_of
+from safeloader.main.naming import LoaderLog
 from safeloader.main.recorder import failure_was_told
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.main.unpacking import Unpacker
@@ -205,13 +205,13 @@ class Session:
         """Have the draws reported to ``epoch``, in a ledger of the dataset's kind."""
         with_keys = loader.key is not None
         if torch_private.is_stream(loader):
-            workers = max(loader.num_workers, 1)
+            workers = loader.num_workers
             epoch.open(StreamLedger(with_keys=with_keys, board=self._board, workers=workers))
         else:
             # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
             # workers only its length tells: asking the sampler would move its generator.
             drawn_from = torch_private.index_sampler(loader)
-            length = None if loader.num_workers else functools.partial(length_of, drawn_from)
+            length = None if loader.num_workers else functools.partial(proven_length, drawn_from)
             epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
         self.sampler.log = epoch
 

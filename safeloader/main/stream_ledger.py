@@ -29,7 +29,8 @@ class StreamLedger(Accounts):
     def __init__(self, *, with_keys: bool, board: StreamBoard | None, workers: int) -> None:
         super().__init__(with_keys=with_keys)
         self._board = board
-        self._next = [0] * workers
+        self._at_hand = workers == 0
+        self._next = [0] * max(workers, 1)
         self._finished = False
         self._sampler_failed = False
         self._drawn_count = 0
@@ -40,6 +41,9 @@ class StreamLedger(Accounts):
     def draw_failed(self, seq: int) -> None:
         self._sampler_failed = True
 
+    def draw_interrupted(self, lost: Packed) -> None:
+        self._sampler_failed = True
+
     def draws_ended(self, dropped: Packed) -> None:
         pass  # torch draws for a stream without end
 
@@ -47,8 +51,9 @@ class StreamLedger(Accounts):
         row = papers.worker_id or 0
         first, samples = papers.ordinal or 0, papers.samples or 0
         expected = self._next[row]
+        told = first == expected or self._told_of(row, first)
         self._next[row] = max(expected, first + samples)
-        if first != expected:
+        if not told:
             return self._compare(row, expected, first, samples)
         if papers.keys is not None and self._index_of_key is not None:
             trouble = self.same_key(papers.keys, [(row, first + k) for k in contents(papers)])
@@ -58,6 +63,7 @@ class StreamLedger(Accounts):
                 return trouble._replace(hint=_SHARE if others else "")
         if papers.mishaps is not None:
             samples -= self.book_mishaps(papers)
+        self._handed = papers.seq
         self.delivered_count += samples
         return None
 
@@ -73,9 +79,30 @@ class StreamLedger(Accounts):
 
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         if papers.ordinal is not None:
-            row = papers.worker_id or 0
-            self._next[row] = max(self._next[row], papers.ordinal + (papers.samples or 0))
+            row, first, due = (
+                papers.worker_id or 0,
+                papers.ordinal,
+                self._next[papers.worker_id or 0],
+            )
+            if not self._told_of(row, first):
+                self.tallies["missing"].add((row, k) for k in range(due, first))
+            self._next[row] = max(due, first + (papers.samples or 0))
             self.tallies["failed"].add(indices)
+
+    def interrupted(self, papers: Papers | None) -> None:
+        super().interrupted(papers)
+        if self._at_hand and self._board is not None:
+            self._told_of(0, self._board.read(0).read)
+
+    def _told_of(self, row: int, came: int) -> bool:
+        """Whether the samples due before ``came`` went with an interrupt, which the user got."""
+        due = self._next[row]
+        if not self._interrupts or came <= due:
+            return False
+        self.tallies["failed"].add((row, k) for k in range(due, came))
+        self._interrupts -= 1
+        self._next[row] = came
+        return True
 
     def lost(self, seq: int) -> None:
         pass  # a stream's batches are not known by their draws
@@ -98,7 +125,7 @@ class StreamLedger(Accounts):
                 continue
             kept = state.read - state.dropped
             self.tallies["dropped"].add((row, k) for k in range(kept, state.read))
-            if reached < kept:
+            if reached < kept and not self._told_of(row, kept):
                 said.append(
                     f"worker {row} read {kept} samples and the last {kept - reached} never came"
                 )
@@ -111,7 +138,17 @@ class StreamLedger(Accounts):
 
     @property
     def complete(self) -> bool:
-        return self._finished
+        return self._finished or self._at_end()
+
+    def _at_end(self) -> bool:
+        """Whether the workers, who read ahead, are at their ends, and all that they read came."""
+        board = None if self._at_hand else self._board
+        if board is None:
+            return False
+        states = map(board.read, range(len(self._next)))
+        return all(
+            each.ended and each.read == n for each, n in zip(states, self._next, strict=True)
+        )
 
     @property
     def settled(self) -> bool:
@@ -140,5 +177,9 @@ class StreamLedger(Accounts):
         return self._drawn_count if self._finished and self._board is not None else sum(self._next)
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
-        complete = self._finished or (length is not None and 0 < length == sum(self._next))
-        return self.as_audit(epoch, complete=complete, drawn=self._read(), notes=self.notes(length))
+        with self.lock:
+            complete = self.complete
+            notes = self.notes(length)
+            if not complete and self._at_hand and not self._sampler_failed:
+                notes.append("the stream was not asked whether it has more")
+            return self.as_audit(epoch, complete=complete, drawn=self._read(), notes=notes)

@@ -1,13 +1,12 @@
 """Which indices, and how many: bounded notebooks for the ledger; runs in main, pure.
 
-A :class:`Tally` lists the few indices of a kind that should be empty. A :class:`Coverage` is a
-bitmap over the dataset: which indices were drawn, and which more than once, at two bits an index
-(250 MB for a billion), so that nothing here grows faster than that.
+A :class:`Tally` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
+which indices were drawn, and which more than once, in at most 64 MiB and a million objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import compress
 from typing import Any
 
@@ -17,10 +16,15 @@ import numpy.typing as npt
 from safeloader.wire.indices import Opaque, Packed, as_array, unpack
 
 TALLY_LIMIT = 1_000_000
-_COVERAGE_LIMIT = 1 << 31  # indices at or above are counted, not mapped: 256 MiB of bits at most
-_FLUSH = 16_384  # indices gathered before the bitmap is touched: 5 to 20 ns each instead of 5 µs
-_SLOTS = 1 << 17
-_BITS = (1 << np.arange(8)).astype(np.uint8)
+_FLUSH = 32_768  # indices gathered before the pages are touched: 25 to 150 ns each, not 20 µs
+_SHIFT = 12
+_PAGE_BITS = 1 << _SHIFT
+_PAGES_LIMIT = 1 << 16  # of 512 bytes: 268 million indices without a gap; half as many drawn twice
+_INT64 = range(-(1 << 63), 1 << 63)
+_NEGATIVE, _POSITIVE, _EVERY = range(-(1 << 51), 0), range(1 << 51), range(-(1 << 51), 1 << 51)
+_BIT = (1 << np.arange(8)).astype(np.uint8)
+
+Numbers = npt.NDArray[np.int64]
 
 
 class Tally:
@@ -42,78 +46,122 @@ class Tally:
         return as_array(self._first)
 
 
+class _Pages:
+    """A set of int64 as a bitmap, of which only the pages with a bit in them are held."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.left_out = 0  # draws that were not noted, for want of a page
+        self._row: dict[int, int] = {}
+        self._bits = np.zeros((0, _PAGE_BITS >> 3), dtype=np.uint8)
+
+    def add(self, numbers: Numbers) -> Numbers:
+        """Take in ``numbers``, which are sorted; gives those that were there, or come twice."""
+        at, bit = self._places(numbers, grow=True)
+        there = at >= 0
+        if not there.all():
+            self.left_out += int(numbers.size - there.sum())
+            numbers, at, bit = numbers[there], at[there], bit[there]
+        flat = self._bits.reshape(-1)
+        again = (flat[at] & bit) != 0
+        again[1:] |= numbers[1:] == numbers[:-1]
+        np.bitwise_or.at(flat, at, bit)
+        repeated: Numbers = numbers[again]
+        return repeated
+
+    def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
+        """Which of ``numbers``, which are sorted, are in the set."""
+        at, bit = self._places(numbers)
+        found = at >= 0
+        found[found] = (self._bits.reshape(-1)[at[found]] & bit[found]) != 0
+        return found
+
+    def _places(
+        self, numbers: Numbers, *, grow: bool = False
+    ) -> tuple[Numbers, npt.NDArray[np.uint8]]:
+        """Byte (negative where the page is not held) and bit of each number."""
+        pages = numbers >> _SHIFT
+        ends = np.append(np.flatnonzero(pages[1:] != pages[:-1]) + 1, pages.size)
+        row, wanted = self._row, pages[ends - 1].tolist() if pages.size else []
+        if grow:
+            for page in wanted:
+                if page not in row and len(row) < self._limit:
+                    row[page] = len(row)
+            if len(row) > len(self._bits):
+                size = max(len(row), min(2 * len(self._bits), self._limit))
+                # In place where the allocator can: then no second copy is there while it grows.
+                self._bits.resize((size, _PAGE_BITS >> 3), refcheck=False)
+        rows = np.array([row.get(page, -1) for page in wanted], dtype=np.int64)
+        rows = np.repeat(rows << (_SHIFT - 3), np.diff(ends, prepend=0))
+        return rows + ((numbers >> 3) & (_PAGE_BITS >> 3) - 1), _BIT[numbers & 7]
+
+    def page(self, number: int) -> npt.NDArray[np.bool_]:
+        """The bits of page ``number``."""
+        if number not in self._row:
+            return np.zeros(_PAGE_BITS, dtype=bool)
+        return np.unpackbits(self._bits[self._row[number]], bitorder="little").view(bool)
+
+    def held(self, numbers: range) -> list[int]:
+        """The pages held, of ``numbers``, in their order."""
+        return sorted(page for page in self._row if page in numbers)
+
+    def pieces(self, numbers: range) -> Iterator[Numbers]:
+        """What is in the set, in its order, a page at a time."""
+        for page in self.held(numbers):
+            yield np.flatnonzero(self.page(page)) + (page << _SHIFT)
+
+
 class Coverage:
     """Which indices were drawn, and which of them more than once.
+
+    Where the length of the dataset is known, a negative index counts as a visit of the one that it
+    stands for, and is shown as it was drawn.
 
     Example:
         >>> from safeloader.wire.indices import pack
         >>> coverage = Coverage()
-        >>> coverage.add(pack([0, 2, 2]))
-        >>> coverage.repeated().tolist(), coverage.unvisited(4).tolist()
-        ([2], [1, 3])
+        >>> coverage.add(pack([0, 2, 2, -1]), 4)
+        >>> coverage.repeated(5), coverage.unvisited(5)
+        ((array([2]), 1), (array([1, 3]), 2))
     """
 
     def __init__(self) -> None:
-        self.drawn = 0
         self._pending: list[Packed] = []
         self._pending_count = 0
-        self._seen = np.zeros(0, dtype=np.uint8)
-        self._twice = np.zeros(0, dtype=np.uint8)
+        self._seen = _Pages(_PAGES_LIMIT)
+        self._twice = _Pages(_PAGES_LIMIT >> 1)
         self._other_seen: set[Any] = set()
         self._other_twice: dict[Any, None] = {}
-        self.unmapped = 0
+        self._others_left_out = 0
 
-    def add(self, indices: Packed) -> None:
-        """Note a drawn batch; hot path, so it only gathers."""
-        number = len(indices) >> 3 if type(indices) is bytes else len(indices)
-        self.drawn += number
+    def add(self, indices: Packed, number: int) -> None:
+        """Note a drawn batch of ``number`` indices; hot path, so it only gathers."""
         self._pending.append(indices)
         self._pending_count += number
         if self._pending_count > _FLUSH:
             self._flush()
 
     def _flush(self) -> None:
-        pending, self._pending, self._pending_count = self._pending, [], 0
+        pending, number = self._pending, self._pending_count
+        self._pending, self._pending_count = [], 0
+        try:
+            self._map(pending)
+        except BaseException:  # an interrupt: how far it came is not known
+            self._seen.left_out += number
+            raise
+
+    def _map(self, pending: list[Packed]) -> None:
         numbers = b"".join(item for item in pending if type(item) is bytes)
         mixed = [each for item in pending if type(item) is not bytes for each in unpack(item)]
         if mixed:
-            fits = [type(each) is int and 0 <= each < _COVERAGE_LIMIT for each in mixed]
+            fits = [type(each) is int and each in _INT64 for each in mixed]
             numbers += np.array(list(compress(mixed, fits)), dtype=np.int64).tobytes()
             self._note_others(each for each, fit in zip(mixed, fits, strict=True) if not fit)
         if numbers:
-            self._map(np.frombuffer(numbers, dtype=np.int64))
-
-    def _map(self, indices: npt.NDArray[np.int64]) -> None:
-        fits = (indices >= 0) & (indices < _COVERAGE_LIMIT)
-        if not fits.all():
-            self._note_others(indices[~fits].tolist())
-            indices = indices[fits]
-            if not indices.size:
-                return
-        needed = (int(indices.max()) >> 3) + 1
-        if needed > self._seen.size:
-            size = max(needed, 2 * self._seen.size)
-            self._seen = _grown(self._seen, size)
-            self._twice = _grown(self._twice, size)
-        if needed <= indices.size:
-            self._map_densely(indices, needed)
-            return
-        byte, bit = indices >> 3, _BITS[indices & 7]
-        again = indices[(self._seen[byte] & bit) != 0]
-        np.bitwise_or.at(self._seen, byte, bit)
-        again = np.concatenate([again, _duplicates(indices)])
-        if again.size:
-            np.bitwise_or.at(self._twice, again >> 3, _BITS[again & 7])
-
-    def _map_densely(self, indices: npt.NDArray[np.int64], needed: int) -> None:
-        """The same by whole bytes: three times as fast where many indices fall into few bytes."""
-        times = np.bincount(indices, minlength=needed << 3)
-        drawn = np.packbits(times > 0, bitorder="little")[:needed]
-        again = self._seen[:needed] & drawn
-        if times.max() > 1:
-            again |= np.packbits(times > 1, bitorder="little")[:needed]
-        self._seen[:needed] |= drawn
-        self._twice[:needed] |= again
+            in_order = np.frombuffer(numbers, dtype=np.int64)
+            if (in_order[1:] < in_order[:-1]).any():
+                in_order = np.sort(in_order)
+            self._twice.add(self._seen.add(in_order))
 
     def _note_others(self, identities: Iterable[Any]) -> None:
         for item in identities:
@@ -126,107 +174,64 @@ class Coverage:
                 elif len(self._other_seen) < TALLY_LIMIT:
                     self._other_seen.add(item)
                 else:
-                    self.unmapped += 1
+                    self._others_left_out += 1
             except Exception:  # an __eq__ of the user's that raises
-                self.unmapped += 1
+                self._others_left_out += 1
 
-    def repeated(self) -> npt.NDArray[Any]:
-        """Indices drawn more than once; the first million."""
+    @property
+    def unmapped(self) -> int:
+        """How many draws were not noted: the indices were too many, or too far apart."""
         self._flush()
-        numbers = _set_bits(self._twice, TALLY_LIMIT)
-        if not self._other_twice:
-            return numbers
-        return as_array([*numbers.tolist(), *self._other_twice])
+        return self._others_left_out + self._seen.left_out + self._twice.left_out
 
-    def repeated_count(self) -> int:
-        """How many indices were drawn more than once."""
+    def repeated(self, length: int | None) -> tuple[npt.NDArray[Any], int]:
+        """Indices drawn more than once: the first million in their order, and how many."""
         self._flush()
-        return _popcount(self._twice) + len(self._other_twice)
+        numbers, number = _listed(self._repeated(length))
+        if self._other_twice:
+            numbers = as_array([*numbers.tolist(), *self._other_twice])
+        return numbers, number + len(self._other_twice)
 
-    def unvisited(self, length: int | None) -> npt.NDArray[Any]:
-        """Indices in ``range(length)`` never drawn; the first million. Empty for other indices."""
+    def _repeated(self, length: int | None) -> Iterator[Numbers]:
+        for piece in self._seen.pieces(_NEGATIVE):
+            again = self._twice.has(piece)
+            if length is not None:
+                again |= (piece >= -length) & self._seen.has(piece + length)
+            yield piece[again]
+        yield from self._twice.pieces(_POSITIVE)
+
+    def unvisited(self, length: int | None) -> tuple[Numbers, int]:
+        """Indices in ``range(length)`` never drawn: the first million in their order, and how many.
+
+        None where that is not known: without a length, where indices are names rather than numbers,
+        and where some were not noted.
+        """
         self._flush()
-        if length is None or self._only_others():
-            return np.empty(0, dtype=np.int64)
-        return _unset_bits(self._seen, TALLY_LIMIT, length)
+        names_only = self._other_seen and not self._seen.held(_EVERY)
+        if length is None or names_only or self._seen.left_out:
+            return np.empty(0, dtype=np.int64), 0
+        negative = _Pages(_PAGES_LIMIT)
+        for piece in self._seen.pieces(_NEGATIVE):
+            negative.add(piece[piece >= -length] + length)
+        within = range(-(-length >> _SHIFT))
 
-    def unvisited_count(self, length: int | None) -> int:
-        """How many indices in ``range(length)`` were never drawn."""
-        self._flush()
-        if length is None or self._only_others():
-            return 0
-        return length - _popcount(self._seen, length)
+        def visited(page: int) -> npt.NDArray[np.bool_]:
+            drawn = self._seen.page(page) | negative.page(page)
+            return drawn[: length - (page << _SHIFT)]
 
-    def _only_others(self) -> bool:
-        """Whether indices are names rather than numbers: their range is then unknown."""
-        return not self._seen.size and bool(self._other_seen)
-
-
-def _duplicates(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Values that occur more than once; a sort, but of the few that a small hash cannot clear.
-
-    Every position is written to its value's slot. Who finds himself there last shared the slot with
-    none behind him; the values of all others are sorted.
-    """
-    positions = np.arange(indices.size, dtype=np.int32)
-    slot = indices & (_SLOTS - 1)
-    last = np.empty(_SLOTS, dtype=np.int32)
-    last[slot] = positions
-    overwritten = last[slot] != positions
-    if not overwritten.any():
-        return indices[:0]
-    shared = np.zeros(_SLOTS, dtype=bool)
-    shared[slot[overwritten]] = True
-    values, times = np.unique(indices[shared[slot]], return_counts=True)
-    return values[times > 1]
+        held = {*self._seen.held(within), *negative.held(within)}
+        number = length - sum(int(np.count_nonzero(visited(page))) for page in held)
+        gaps = (np.flatnonzero(~visited(page)) + (page << _SHIFT) for page in within)
+        return _listed(gaps, number)[0], number
 
 
-def _grown(bits: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    out = np.zeros(size, dtype=np.uint8)
-    out[: bits.size] = bits
-    return out
-
-
-_PIECE_BYTES = 1 << 17  # bits are unpacked a piece at a time, so that no array is huge
-
-
-def _set_bits(bits: npt.NDArray[np.uint8], limit: int) -> npt.NDArray[np.int64]:
-    """Numbers of the set bits, the first ``limit``."""
-    found: list[npt.NDArray[np.int64]] = []
-    total = 0
-    for start in range(0, bits.size, _PIECE_BYTES):
-        piece = np.unpackbits(bits[start : start + _PIECE_BYTES], bitorder="little")
-        found.append(np.flatnonzero(piece) + (start << 3))
-        total += found[-1].size
-        if total >= limit:
+def _listed(pieces: Iterator[Numbers], known: int | None = None) -> tuple[Numbers, int]:
+    """The first million of the numbers in ``pieces``, and how many, unless that is known."""
+    found, total = [np.empty(0, dtype=np.int64)], 0
+    for piece in pieces:
+        if total < TALLY_LIMIT:
+            found.append(piece)
+        total += piece.size
+        if known is not None and total >= min(known, TALLY_LIMIT):
             break
-    return np.concatenate(found)[:limit] if found else np.empty(0, dtype=np.int64)
-
-
-def _unset_bits(bits: npt.NDArray[np.uint8], limit: int, length: int) -> npt.NDArray[np.int64]:
-    """Numbers below ``length`` whose bit is not set, the first ``limit``."""
-    found: list[npt.NDArray[np.int64]] = []
-    total = 0
-    for start in range(0, length, _PIECE_BYTES << 3):
-        stop = min(start + (_PIECE_BYTES << 3), length)
-        piece = np.zeros(stop - start, dtype=np.uint8)
-        held = np.unpackbits(bits[start >> 3 : (stop + 7) >> 3], bitorder="little")
-        held = held[: stop - start]
-        piece[: held.size] = held
-        found.append(np.flatnonzero(piece == 0) + start)
-        total += found[-1].size
-        if total >= limit:
-            break
-    return np.concatenate(found)[:limit] if found else np.empty(0, dtype=np.int64)
-
-
-def _popcount(bits: npt.NDArray[np.uint8], length: int | None = None) -> int:
-    """How many bits are set, of the first ``length``."""
-    if length is not None and length < bits.size << 3:
-        last = int(bits[length >> 3]) & ((1 << (length & 7)) - 1)
-        return _popcount(bits[: length >> 3]) + last.bit_count()
-    pieces = range(0, bits.size, _PIECE_BYTES)
-    return sum(int(_ONES[bits[at : at + _PIECE_BYTES]].sum(dtype=np.int64)) for at in pieces)
-
-
-_ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
+    return np.concatenate(found)[:TALLY_LIMIT], total

@@ -91,12 +91,17 @@ class StreamFetcher(RecordingFetcher):
             if self._mends(exc, samples) and not isinstance(exc, Unmendable):
                 return self._fetch_mended(task, first, wanted, samples, exc, phase)
             return self._explain(exc, task.seq, phase, first, samples)
-        except BaseException:  # an interrupt: what was read so far is gone, and counts as read
-            self._read = first + len(samples)
+        except BaseException:
+            self._interrupted(first + len(samples))
             raise
         times = stamps[: len(samples) + 2].tobytes()
         papers = self._papers(task.seq, b"", len(samples), times, ordinal=first, keys=keys)
         return self._handed_over(papers, batch, samples)
+
+    def _interrupted(self, read: int) -> None:
+        """What was read so far is gone, and counts as read."""
+        self._read = max(self._read, read)
+        self._note(0, ended=self._ended)
 
     def _book(self, came: int, wanted: int, *, ended: bool) -> None:
         """Note how far the stream was read; ``StopIteration`` if there is no batch in it."""
@@ -154,6 +159,9 @@ class StreamFetcher(RecordingFetcher):
             raise
         except Exception as exc:
             return self._explain(exc, task.seq, phase, first, mending.batch(), mending.asked)
+        except BaseException:
+            self._interrupted(first + mending.asked)
+            raise
         papers = self._papers(
             task.seq,
             b"",

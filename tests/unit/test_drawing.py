@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from asyncio import CancelledError
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from safeloader import Failure
-from safeloader.main.drawing import RecordingSampler
-from safeloader.wire.indices import Packed, unpack
-from safeloader.wire.records import SamplerFault
+from safeloader.main.drawing import RecordingSampler, proven_length
+from safeloader.wire.indices import Packed, pack, unpack
+from safeloader.wire.records import SamplerFault, Task
 
 
 class Log:
@@ -26,6 +32,7 @@ class Log:
         self.draws: list[tuple[int, tuple[Any, ...]]] = []
         self.failures: list[tuple[int, Exception]] = []
         self.dropped: list[tuple[Any, ...]] = []
+        self.lost: list[tuple[Any, ...]] = []
 
     def drawn(self, seq: int, indices: Packed) -> None:
         self.draws.append((seq, unpack(indices)))
@@ -33,6 +40,9 @@ class Log:
     def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         assert failure.phase == "sampler"
         self.failures.append((seq, exc))
+
+    def draw_interrupted(self, lost: Packed) -> None:
+        self.lost.append(unpack(lost))
 
     def draws_ended(self, dropped: Packed) -> None:
         self.dropped.append(unpack(dropped))
@@ -312,7 +322,155 @@ def test_a_fault_while_the_next_batch_is_gathered_leaves_earlier_ones_whole() ->
         def __len__(self) -> int:
             return 6
 
-    sampler, log = recording(BatchSampler(Breaks(), 2, drop_last=True))  # type: ignore[arg-type]
-    assert [task.index for task in sampler] == [[0, 1], SamplerFault()]
-    assert log.draws == [(0, (0, 1))]
-    assert len(log.failures) == 1
+    for drop_last in (True, False):
+        inner: Any = BatchSampler(Breaks(), 2, drop_last)  # type: ignore[arg-type]
+        sampler, log = recording(inner)
+        assert [task.index for task in sampler] == [[0, 1], SamplerFault()]
+        # What was drawn for the batch that failed is known by its number, and is in no other class.
+        assert log.draws == [(0, (0, 1)), (1, (2,))]
+        assert [seq for seq, _ in log.failures] == [1]
+        assert log.dropped == [()]
+
+
+class Stumbles:
+    """An iterator that raises at the third index, and goes on."""
+
+    def __init__(self, fault: BaseException) -> None:
+        self.fault = fault
+        self.at = 0
+
+    def __iter__(self) -> Stumbles:
+        return self
+
+    def __next__(self) -> int:
+        self.at += 1
+        if self.at == 3:
+            raise self.fault
+        if self.at > 6:
+            raise StopIteration
+        return self.at
+
+
+@pytest.mark.parametrize("fatal", [KeyboardInterrupt, GeneratorExit, SystemExit, CancelledError])
+def test_an_interrupt_is_raised_at_once_and_the_sampler_goes_on(fatal: Any) -> None:
+    sampler, log = recording(Stumbles(fatal()), batched=False)
+    tasks = iter(sampler)
+    assert [next(tasks).index, next(tasks).index] == [1, 2]
+    with pytest.raises(fatal):
+        next(tasks)
+    assert log.lost == [()]
+    assert [(task.seq, task.index) for task in tasks] == [(2, 4), (3, 5), (4, 6)]
+    assert log.dropped == [()]
+    assert log.failures == []
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_what_was_drawn_for_a_batch_that_was_interrupted_is_told_once(drop_last: bool) -> None:
+    inner: Any = BatchSampler(Stumbles(KeyboardInterrupt()), 4, drop_last)  # type: ignore[arg-type]
+    sampler, log = recording(inner)
+    tasks = iter(sampler)
+    with pytest.raises(KeyboardInterrupt):
+        next(tasks)
+    assert log.lost == [(1, 2)]
+    assert list(tasks) == []  # as with the stock loader: torch's batch sampler is at its end
+    assert log.lost[0] == (1, 2)
+    assert {index for lost in log.lost[1:] for index in lost} == set()
+    assert log.dropped == [()]
+
+
+@pytest.mark.parametrize("keep_open", [True, False])
+def test_an_interrupt_leaves_the_open_tasks_whole(keep_open: bool) -> None:
+    made = RecordingSampler(
+        Stumbles(KeyboardInterrupt()), batched=False, stream=False, keep_open=keep_open
+    )
+    made.log = Log()
+    tasks = iter(made)
+    assert [next(tasks).seq, next(tasks).seq] == [0, 1]
+    made.answered(0)
+    again = iter(made.again()) if keep_open else tasks
+    if keep_open:
+        assert next(again) == Task(1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        next(again)
+    assert [task.index for task in again] == [4, 5, 6]
+
+
+# ── tasks kept open ──────────────────────────────────────────────────────────────────────────────
+
+
+def refilled(*fillings: Any) -> Iterator[Any]:
+    index = fillings[0]
+    for filling in copy.deepcopy(fillings):
+        index[:] = filling
+        yield index
+
+
+FILLINGS: list[Any] = [
+    ([0, 1], [2, 3]),
+    ([[0], [1]], [[2], [3]]),
+    (["a", "b"], ["c", "d"]),
+    (np.array([0, 1]), np.array([2, 3])),
+    (torch.tensor([0, 1]), torch.tensor([2, 3])),
+    (bytearray(b"ab"), bytearray(b"cd")),
+]
+
+
+@pytest.mark.parametrize("fillings", FILLINGS, ids=lambda each: type(each[0]).__name__)
+@pytest.mark.parametrize("batched", [True, False])
+def test_open_tasks_keep_what_was_drawn(fillings: Any, batched: bool) -> None:
+    expected = copy.deepcopy(list(fillings))
+    made = RecordingSampler(refilled(*fillings), batched=batched, stream=False, keep_open=True)
+    made.log = Log()
+    assert len(list(made)) == 2
+    kept = [task.index for task in made.again()]
+    assert [pack(index) for index in kept] == [pack(index) for index in expected]
+    assert [type(index) for index in kept] == [type(index) for index in expected]
+
+
+def test_a_list_inside_is_refilled_as_well() -> None:
+    inner = [0]
+    outer = [inner, inner]
+
+    def draws() -> Iterator[Any]:
+        for number in range(3):
+            inner[0] = number
+            yield outer
+
+    made = RecordingSampler(draws(), batched=True, stream=False, keep_open=True)
+    made.log = Log()
+    list(made)
+    assert [task.index for task in made.again()] == [[[n], [n]] for n in range(3)]
+
+
+# ── whether a length proves anything ─────────────────────────────────────────────────────────────
+
+
+class Announces(BatchSampler):
+    def __len__(self) -> int:
+        return 4
+
+
+class AnnouncesOne(SequentialSampler):
+    def __len__(self) -> int:
+        return 1
+
+
+PROVEN: list[tuple[Any, int | None]] = [
+    (SequentialSampler(range(7)), 7),
+    (RandomSampler(range(7), replacement=True, num_samples=9), 9),
+    (BatchSampler(SequentialSampler(range(7)), 3, drop_last=False), 3),
+    (BatchSampler(RandomSampler(range(7)), 3, drop_last=True), 2),
+    (BatchSampler(DistributedSampler(range(7), 2, 0), 3, drop_last=False), 2),  # type: ignore[arg-type]
+    (Announces(SequentialSampler(range(80)), 4, drop_last=False), None),
+    (BatchSampler(AnnouncesOne(range(9)), 4, drop_last=False), None),
+    (AnnouncesOne(range(9)), None),
+    (range(9), None),
+    ([[1], [2]], None),
+]
+
+
+@pytest.mark.parametrize(("sampler", "length"), PROVEN)
+def test_only_torchs_own_samplers_have_a_proven_length(sampler: Any, length: int | None) -> None:
+    assert proven_length(sampler) == length
+    if length is not None:
+        assert len(list(sampler)) == length
