@@ -7,15 +7,19 @@ stock loader.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler
 
+from safeloader.main.tolerance import LONGEST_RUN
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed, pack, pack_unbatched
+from safeloader.wire.indices import Packed, identity, pack, pack_unbatched, same, unpack
 from safeloader.wire.records import SamplerFault, Task
 
 
@@ -41,6 +45,7 @@ class RecordingSampler:
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
     yet. With ``at_hand`` the samples are fetched in this process, and need not be identified again.
+    With ``lends`` each task has with it what was drawn last before it.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class RecordingSampler:
         stream: bool,
         keep_open: bool = False,
         at_hand: bool = False,
+        lends: bool = False,
     ) -> None:
         self._sampler = sampler
         self._batched = batched
@@ -60,13 +66,51 @@ class RecordingSampler:
         self._at_hand = at_hand
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
+        self._lends = lends and not stream
+        self._killers: list[tuple[Any, ...]] = []  # identities that are to stand in for nothing
 
     def __iter__(self) -> Iterator[Task]:
+        tasks = self._begin()
+        if self._lends:
+            self._killers.clear()
+            tasks = self._with_donors(tasks)
         if self._open is None:
-            return self._begin()
+            return tasks
         self._open.clear()
-        self._rest = self._kept(self._begin(), self._open)
+        self._rest = self._kept(tasks, self._open)
         return self._rest
+
+    def _with_donors(self, tasks: Iterator[Task]) -> Iterator[Task]:
+        """Each task with what was drawn last before it: as much as may fail in a row."""
+        drawn: deque[Any] = deque(maxlen=LONGEST_RUN)
+        for task in tasks:
+            index = task.index
+            if type(index) is not SamplerFault:
+                task = self._without_killers(task._replace(donors=tuple(drawn)))
+                try:  # copies: a sampler may refill its list
+                    drawn.extendleft(index if self._batched else [copy.deepcopy(index)])
+                except Exception:  # no such thing to be had: the dataset will say so
+                    drawn.clear()
+            yield task
+
+    def _named(self, index: Any, *, whole: bool = False) -> tuple[Any, ...]:
+        """The identities of a draw (``whole``), or of what may stand in for one."""
+        if not self._batched:
+            return unpack(pack_unbatched(index))
+        return unpack(pack(index)) if whole else (identity(index),)
+
+    def _without_killers(self, task: Task) -> Task:
+        """The task with the donors left out at which workers died."""
+        if not self._killers:
+            return task
+        first = len(self._named(task.index, whole=True))
+        named = map(self._named, task.donors)
+        found = [
+            first + k
+            for k, names in enumerate(named)
+            if any(same(names, each) for each in self._killers)
+        ]
+        return task._replace(deadly=tuple({*task.deadly, *found}))
 
     def _kept(self, tasks: Iterator[Task], kept: dict[int, Task]) -> Iterator[Task]:
         for task in tasks:
@@ -76,6 +120,11 @@ class RecordingSampler:
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
         assert self.log is not None
+        if task.donors:  # one of them, perhaps, and not its own index
+            with contextlib.suppress(Exception):
+                bare = task._replace(donors=())
+                ForkingPickler.dumps(bare)
+                return bare
         failure, exc = _taken_apart(exc, "the index drawn cannot be sent to a worker")
         self.log.draw_failed(task.seq, failure, exc)
         return Task(task.seq, SamplerFault())
@@ -85,12 +134,24 @@ class RecordingSampler:
         if self._open is not None:
             self._open.pop(seq, None)
 
-    def change(self, seq: int, *, deadly: int | None) -> None:
-        """Have an open task leave out a position, or be fetched one by one to find it (None)."""
-        if self._open is not None and seq in self._open:
-            task = self._open[seq]
-            more = () if deadly is None else (deadly,)
-            self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
+    def change(self, seq: int, *, deadly: int | None) -> Any:
+        """Have an open task leave out a position, or be fetched one by one to find it (None).
+
+        Gives the identity of what is left out. It stands in for no other sample either.
+        """
+        if self._open is None or seq not in self._open:
+            return None
+        task = self._open[seq]
+        more = () if deadly is None else (deadly,)
+        self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
+        asked = self._named(task.index, whole=True)
+        names = [(each,) for each in asked] + [self._named(each) for each in task.donors]
+        if deadly is None or deadly >= len(names):
+            return None
+        self._killers.append(names[deadly])
+        for number, each in self._open.items():
+            self._open[number] = self._without_killers(each)
+        return names[deadly][0]
 
     def again(self) -> _Again:
         """The sampler for a new pool: the open tasks in their order, then the rest."""

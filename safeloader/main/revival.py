@@ -62,9 +62,9 @@ class Revival:
             place = (where.position.seq, where.position.position)
             died_at.add(place)
             again = place in self._last and place[1] is not None
-            sampler.change(place[0], deadly=place[1] if again else None)
+            index = sampler.change(place[0], deadly=place[1] if again else None)
             if again:
-                left_out.append(where.index)
+                left_out.append(index)
         self._last = died_at
         self._restarts += 1
         self._log.warning(
