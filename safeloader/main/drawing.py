@@ -7,19 +7,26 @@ stock loader.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler
 
 from safeloader.main.tolerance import LONGEST_RUN
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed, identity, pack, pack_unbatched, same, unpack
+from safeloader.wire.indices import (
+    Packed,
+    named,
+    pack,
+    pack_unbatched,
+    restored,
+    same,
+    snapshots,
+    unpack,
+)
 from safeloader.wire.records import SamplerFault, Task
 
 
@@ -59,7 +66,7 @@ class RecordingSampler:
         lends: bool = False,
     ) -> None:
         self._sampler = sampler
-        self._batched = batched
+        self.batched = batched
         self._stream = stream
         self._numbers = itertools.count()
         self.log: DrawLog | None = None
@@ -82,35 +89,32 @@ class RecordingSampler:
 
     def _with_donors(self, tasks: Iterator[Task]) -> Iterator[Task]:
         """Each task with what was drawn last before it: as much as may fail in a row."""
-        drawn: deque[Any] = deque(maxlen=LONGEST_RUN)
+        drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
         for task in tasks:
-            index = task.index
-            if type(index) is not SamplerFault:
+            if type(task.index) is not SamplerFault:
                 task = self._without_killers(task._replace(donors=tuple(drawn)))
-                try:  # copies: a sampler may refill its list
-                    drawn.extendleft(index if self._batched else [copy.deepcopy(index)])
-                except Exception:  # no such thing to be had: the dataset will say so
-                    drawn.clear()
+                drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
             yield task
 
-    def _named(self, index: Any, *, whole: bool = False) -> tuple[Any, ...]:
-        """The identities of a draw (``whole``), or of what may stand in for one."""
-        if not self._batched:
-            return unpack(pack_unbatched(index))
-        return unpack(pack(index)) if whole else (identity(index),)
+    def _names(self, task: Task) -> list[tuple[Any, ...]]:
+        """The identities of what is at each position of a task, its donors' included."""
+        lent = [named(donor, batched=self.batched) for donor in map(restored, task.donors)]
+        if self.batched:
+            return [(each,) for each in unpack(pack(task.index))] + lent
+        whole = unpack(pack_unbatched(task.index))
+        return [whole] * len(whole) + lent
 
     def _without_killers(self, task: Task) -> Task:
         """The task with the donors left out at which workers died."""
         if not self._killers:
             return task
-        first = len(self._named(task.index, whole=True))
-        named = map(self._named, task.donors)
-        found = [
-            first + k
-            for k, names in enumerate(named)
-            if any(same(names, each) for each in self._killers)
-        ]
-        return task._replace(deadly=tuple({*task.deadly, *found}))
+        names = self._names(task)
+        found = {
+            position
+            for position in range(len(names) - len(task.donors), len(names))
+            if any(same(names[position], each) for each in self._killers)
+        }
+        return task._replace(deadly=tuple(found.union(task.deadly)))
 
     def _kept(self, tasks: Iterator[Task], kept: dict[int, Task]) -> Iterator[Task]:
         for task in tasks:
@@ -120,11 +124,6 @@ class RecordingSampler:
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
         assert self.log is not None
-        if task.donors:  # one of them, perhaps, and not its own index
-            with contextlib.suppress(Exception):
-                bare = task._replace(donors=())
-                ForkingPickler.dumps(bare)
-                return bare
         failure, exc = _taken_apart(exc, "the index drawn cannot be sent to a worker")
         self.log.draw_failed(task.seq, failure, exc)
         return Task(task.seq, SamplerFault())
@@ -134,24 +133,23 @@ class RecordingSampler:
         if self._open is not None:
             self._open.pop(seq, None)
 
-    def change(self, seq: int, *, deadly: int | None) -> Any:
+    def change(self, seq: int, *, deadly: int | None) -> tuple[Any, ...]:
         """Have an open task leave out a position, or be fetched one by one to find it (None).
 
-        Gives the identity of what is left out. It stands in for no other sample either.
+        Gives the identities of what is left out. It stands in for no other sample either.
         """
         if self._open is None or seq not in self._open:
-            return None
+            return ()
         task = self._open[seq]
         more = () if deadly is None else (deadly,)
         self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
-        asked = self._named(task.index, whole=True)
-        names = [(each,) for each in asked] + [self._named(each) for each in task.donors]
+        names = self._names(task)
         if deadly is None or deadly >= len(names):
-            return None
+            return ()
         self._killers.append(names[deadly])
         for number, each in self._open.items():
             self._open[number] = self._without_killers(each)
-        return names[deadly][0]
+        return names[deadly]
 
     def again(self) -> _Again:
         """The sampler for a new pool: the open tasks in their order, then the rest."""
@@ -177,7 +175,7 @@ class RecordingSampler:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         note = log.drawn
         numbers = self._numbers
-        batched, stream, at_hand = self._batched, self._stream, self._at_hand
+        batched, stream, at_hand = self.batched, self._stream, self._at_hand
         while True:
             fault = None
             try:

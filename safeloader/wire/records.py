@@ -35,7 +35,8 @@ class Task(NamedTuple):
     be left out; ``careful`` says that a worker died at this batch, so that the samples are asked
     for one at a time. ``packed`` are its identities where they need not cross to another process.
     ``donors`` are what was drawn before it in this epoch, the newest first: one of them stands in
-    where the whole batch fails (``on_error="replace"``). Their positions follow the batch's own.
+    where the whole batch fails (``on_error="replace"``). They are snapshots
+    (:func:`~safeloader.wire.indices.snapshots`); their positions follow the batch's own.
     """
 
     seq: int
@@ -43,7 +44,7 @@ class Task(NamedTuple):
     deadly: tuple[int, ...] = ()
     careful: bool = False
     packed: Packed | None = None
-    donors: tuple[Any, ...] = ()
+    donors: tuple[int | bytes, ...] = ()
 
 
 class Mishap(NamedTuple):

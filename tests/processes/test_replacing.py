@@ -127,7 +127,7 @@ def test_what_was_drawn_in_an_earlier_epoch_stands_in_for_nothing() -> None:
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_batch_that_the_dataset_makes_itself_is_stood_in_for(workers: int) -> None:
-    """``batch_size=None`` with lists of indices; the last is shorter, and refilled each time."""
+    """``batch_size=None`` with lists of indices, one list refilled; the last is shorter."""
     loader = replacing(
         FaultyBulk("raise", (13, 40)),
         None,
@@ -197,6 +197,17 @@ def test_a_sample_that_kills_its_worker_twice_is_stood_in_for(
     assert audit is not None
     assert (audit.replaced.tolist(), audit.donors, audit.ok) == ([13], {13: 12}, True)
     assert "died at it twice" in audit.reasons[13]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_made_by_the_dataset_that_kills_its_worker_is_stood_in_for(workers: int) -> None:
+    sampler = BatchSampler(SequentialSampler(Sound()), 6, False)
+    dataset = FaultyBulk("kill", (13,))
+    loader = replacing(dataset, None, sampler=sampler, num_workers=workers, on_crash="restart")
+    starts = [indices_of(batch)[0] for batch in loader]
+    assert starts == [0, 6, 6, 18, 24, 30, 36]
+    assert loader.audit is not None
+    assert loader.audit.replaced.tolist() == list(range(12, 18))
 
 
 class Mixed(Faulty):
@@ -319,6 +330,33 @@ def test_names_stand_in_for_names(workers: int) -> None:
     assert loader.audit is not None
     assert loader.audit.donors == {"c": "bb", ("f", 1): ("e", 1)}
     assert json.loads(json.dumps(loader.audit.to_dict()))["donors"]["'c'"] == "'bb'"
+
+
+class Ticked(Sound):
+    """Asked with tensors."""
+
+    def __getitem__(self, index: torch.Tensor) -> int:
+        if index.item() in (7, 8):
+            raise ValueError(f"no sample {index}")
+        return int(index.item())
+
+
+class Ticks:
+    """Batches of indices in one tensor that is written again and again."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        ticks = torch.zeros(2, dtype=torch.int64)
+        for first in range(1, 13, 2):
+            ticks[:] = torch.tensor([first, first + 1])
+            yield ticks
+
+
+def test_indices_written_again_stand_in_as_they_were_drawn() -> None:
+    loader = SafeDataLoader(Ticked(), batch_sampler=Ticks(), on_error="replace")
+    assert [batch.tolist() for batch in loader][:4] == [[1, 2], [3, 4], [5, 6], [6, 6]]
 
 
 def test_an_index_that_cannot_be_sent_fails_its_own_batch_alone() -> None:
