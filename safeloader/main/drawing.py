@@ -17,16 +17,7 @@ from torch.utils.data import BatchSampler
 
 from safeloader.main.tolerance import LONGEST_RUN
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import (
-    Packed,
-    named,
-    pack,
-    pack_unbatched,
-    restored,
-    same,
-    snapshots,
-    unpack,
-)
+from safeloader.wire.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
 from safeloader.wire.records import SamplerFault, Task
 
 
@@ -74,7 +65,7 @@ class RecordingSampler:
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
         self._lends = lends and not stream
-        self._killers: list[tuple[Any, ...]] = []  # identities that are to stand in for nothing
+        self._killers: set[int | bytes] = set()  # snapshots that are to stand in for nothing
 
     def __iter__(self) -> Iterator[Task]:
         tasks = self._begin()
@@ -96,25 +87,10 @@ class RecordingSampler:
                 drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
             yield task
 
-    def _names(self, task: Task) -> list[tuple[Any, ...]]:
-        """The identities of what is at each position of a task, its donors' included."""
-        lent = [named(donor, batched=self.batched) for donor in map(restored, task.donors)]
-        if self.batched:
-            return [(each,) for each in unpack(pack(task.index))] + lent
-        whole = unpack(pack_unbatched(task.index))
-        return [whole] * len(whole) + lent
-
     def _without_killers(self, task: Task) -> Task:
-        """The task with the donors left out at which workers died."""
-        if not self._killers:
+        if self._killers.isdisjoint(task.donors):
             return task
-        names = self._names(task)
-        found = {
-            position
-            for position in range(len(names) - len(task.donors), len(names))
-            if any(same(names[position], each) for each in self._killers)
-        }
-        return task._replace(deadly=tuple(found.union(task.deadly)))
+        return task._replace(donors=tuple(k for k in task.donors if k not in self._killers))
 
     def _kept(self, tasks: Iterator[Task], kept: dict[int, Task]) -> Iterator[Task]:
         for task in tasks:
@@ -141,19 +117,26 @@ class RecordingSampler:
         if self._open is None or seq not in self._open:
             return ()
         task = self._open[seq]
-        more = () if deadly is None else (deadly,)
+        asked = unpack(pack(task.index) if self.batched else pack_unbatched(task.index))
+        more = () if deadly is None or deadly >= len(asked) else (deadly,)
         self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
-        names = self._names(task)
-        if deadly is None or deadly >= len(names):
+        if deadly is None or deadly >= len(asked) + len(task.donors):
             return ()
-        self._killers.append(names[deadly])
-        for number, each in self._open.items():
-            self._open[number] = self._without_killers(each)
-        return names[deadly]
+        if not more:  # at a donor
+            killer = [task.donors[deadly - len(asked)]]
+        elif self.batched:
+            killer, asked = [*snapshots([list(task.index)[deadly]])], asked[deadly : deadly + 1]
+        else:
+            killer = [*snapshots([task.index])]
+        self._killers.update(killer)
+        return asked if more else (restored(killer[0]),)
 
     def again(self) -> _Again:
         """The sampler for a new pool: the open tasks in their order, then the rest."""
-        return _Again(self, list((self._open or {}).values()), self._rest)
+        still = self._open or {}
+        # Not when they were found: of two workers that died, the other's position would move.
+        still.update({seq: self._without_killers(task) for seq, task in still.items()})
+        return _Again(self, list(still.values()), self._rest)
 
     def _begin(self) -> Iterator[Task]:
         assert self.log is not None

@@ -72,11 +72,6 @@ def pack_unbatched(index: Any) -> Packed:
     return pack((index,))
 
 
-def named(index: Any, *, batched: bool) -> tuple[Any, ...]:
-    """The identities of one index; of all it asks for where batches are not made here."""
-    return (identity(index),) if batched else unpack(pack_unbatched(index))
-
-
 def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
     """The last of some indices, as they are now: a sampler may refill its lists.
 

@@ -23,7 +23,7 @@ from safeloader.wire.flight import (
     STAMPS,
     STAMPS_MAX,
 )
-from safeloader.wire.indices import Opaque, Packed, identity, named, restored, same
+from safeloader.wire.indices import Opaque, Packed, identity, pack_unbatched, restored, same, unpack
 from safeloader.wire.random_state import Marks, RandomState, preserved
 from safeloader.wire.records import (
     EmptyBatch,
@@ -193,7 +193,7 @@ class RecordingFetcher:
         tried = [(each,) for each in known] if batched else [known]
         cells = self._cells
         for position, index in enumerate(map(restored, task.donors), len(known)):
-            names = named(index, batched=batched)
+            names = (identity(index),) if batched else unpack(pack_unbatched(index))
             if not batched and len(names) > len(known):
                 index, names = index[: len(known)], names[: len(known)]
             if position in task.deadly or any(same(names, each) for each in tried):

@@ -89,7 +89,7 @@ class StreamFetcher(RecordingFetcher):
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
             if self._mends(exc, samples) and not isinstance(exc, Unmendable):
-                whole = phase == "collate"
+                whole = phase == "collate" or isinstance(exc, KeyFault)
                 return self._fetch_mended(task, first, wanted, samples, exc, stamps, whole=whole)
             return self._explain(exc, task.seq, phase, first, samples)
         except BaseException:  # an interrupt: what was read so far is gone, and counts as read

@@ -848,3 +848,23 @@ def test_collation_without_an_odd_one_out_still_raises() -> None:
     dataset = [torch.zeros(3 + k % 2) for k in range(10)]
     error = caught(SafeDataLoader(dataset, 4, on_error="skip"))
     assert isinstance(error, CollateError)
+
+
+class KeysOfNothing:
+    def __call__(self, sample: Any) -> int:
+        return int(sample)
+
+
+def test_a_key_that_raises_on_nothing_counts_no_sample_that_never_was() -> None:
+    """In the last, short batch of a stream."""
+    numbers = [0, 1, 2, 3, 4, 5, None]
+
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            return iter(numbers)
+
+    loader = SafeDataLoader(Stream(), 4, on_error="skip", key=KeysOfNothing())
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5]]
+    audit = loader.audit
+    assert audit is not None
+    assert (audit.drawn, audit.delivered, audit.skipped.tolist()) == (7, 6, [[0, 6]])
