@@ -154,8 +154,8 @@ class EpochAudit:
     def _by(self, item: Any) -> str:
         """A replaced index with what stands in for it."""
         index = tuple(item.tolist()) if isinstance(item, np.ndarray) else item
-        by = _shown(self.donors[index]) if index in self.donors else "on_error"
-        return f"{_shown(item)} (by {by})"
+        by = f" (by {_shown(self.donors[index])})" if index in self.donors else ""
+        return _shown(item) + by
 
 
 def _plain(item: Any) -> Any:
