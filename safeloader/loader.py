@@ -53,7 +53,9 @@ class SafeDataLoader(DataLoader[T_co]):
             The first two million keys of an epoch are kept and compared.
         on_error: what a sample that fails does: ``"raise"``; ``"skip"`` leaves it out of its batch
             (an empty batch is left out whole); ``"replace"`` puts another sample of the batch in
-            its place, so that shapes, counts and distributed ranks stay in step; or a callable,
+            its place, or for a batch that fails whole an index drawn shortly before it in the
+            epoch, so that shapes, counts and distributed ranks stay in step (where none comes, or
+            in a stream, which cannot be asked again, the error is raised); or a callable,
             asked in the worker with the :class:`~safeloader.Failure` (which has no batch and epoch
             yet), that gives a sample or :data:`~safeloader.SKIP`. Errors of a broken program or
             machine are always raised.
@@ -67,7 +69,8 @@ class SafeDataLoader(DataLoader[T_co]):
             twice in a row is left out; after ten restarts in an epoch the error is raised.
         stall_after: seconds without a batch after which it is logged where each worker is, with
             the stacks of those that are stuck, and again at doubling intervals; 0: never.
-        on_failure_dump: a folder in which each failure is written as a JSON file.
+        on_failure_dump: a folder in which each failure is written as a JSON file; of those that end
+            no batch, skipped and replaced samples, the first hundred of an epoch.
         transport: how batches cross from the workers: ``"auto"``, by shared memory that is written
             again and again, where there is such (Linux) and torch's own way elsewhere; ``"torch"``,
             always torch's own way.

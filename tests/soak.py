@@ -196,10 +196,11 @@ def _check(
     assert not audit.counts["missing"], said
     assert not audit.counts["duplicated"], said
     assert not audit.counts["unexpected"], said
-    assert audit.delivered + audit.counts["skipped"] >= len(set(came)), said
+    other = audit.counts["skipped"] + audit.counts["replaced"]
+    assert audit.delivered + other >= len(set(came)), said
     if error is None and fault not in ("break",):
         assert audit.complete, said
-        gone = set(audit.skipped.tolist())
+        gone = set(audit.skipped.tolist() + audit.replaced.tolist())
         assert set(came) | gone == set(range(size)), said
         assert audit.delivered + len(gone) == size, said
     if fault in ("exit", "sys.exit", "kill") and on_crash == "raise":
@@ -207,7 +208,8 @@ def _check(
         assert error.index == loader.dataset.bad, said  # type: ignore[attr-defined]
     if fault in ("exit", "sys.exit", "kill") and on_crash == "restart":
         assert error is None, said
-        assert audit.skipped.tolist() == [loader.dataset.bad], said  # type: ignore[attr-defined]
+        gone = set(audit.skipped.tolist() + audit.replaced.tolist())
+        assert gone == {loader.dataset.bad}, said  # type: ignore[attr-defined]
     if fault in ("raise", "odd") and on_error == "raise" and error is not None:
         assert getattr(error, "index", None) in (loader.dataset.bad, None), said  # type: ignore[attr-defined]
     if fault == "unpicklable" and error is not None:

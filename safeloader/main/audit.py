@@ -16,7 +16,8 @@ _CLASSES = (
     ("unexpected", "handed over, but never drawn"),
     ("failed", "lost with a batch whose error was raised"),
     ("dropped", "left out by drop_last"),
-    ("skipped", "left out or replaced because of an error"),
+    ("skipped", "left out because of an error"),
+    ("replaced", "another sample came in its place because of an error"),
     ("late", "came when asked for again"),
     ("repeated", "drawn more than once by the sampler"),
     ("unvisited", "never drawn"),
@@ -43,19 +44,23 @@ class EpochAudit:
         complete: whether everything the sampler had was handed over or accounted for. False
             while it runs, and for an epoch that was left early.
         drawn: number of samples drawn so far; in a stream, read by the workers as far as known.
-        delivered: number of samples handed over to the training loop.
+        delivered: number of samples drawn and handed over to the training loop. It got those that
+            stand in for ``replaced`` ones beside them.
         missing: drawn, never handed over.
         duplicated: handed over twice; with ``key``, also the second index of one sample.
         unexpected: handed over, never drawn.
         failed: in a batch whose error was raised to the user.
         dropped: left out by ``drop_last``.
         skipped: left out because of an error, where that was asked for (``on_error``,
-            ``on_crash``); also those that another sample stands for.
+            ``on_crash``).
+        replaced: not handed over because of an error, another sample stands in its place.
         late: came when they were asked for again (``retries``).
         repeated: drawn more than once by the sampler (with replacement, or padding).
         unvisited: in ``range(len(dataset))`` and never drawn.
         counts: the exact number of indices in each class.
-        reasons: why an index was skipped or late, for the first 1000 of them.
+        reasons: why an index was skipped, replaced or late, for the first 1000 of them.
+        donors: the index of the sample that stands in for a replaced one, for the first 1000; none
+            where an ``on_error`` callable gave it.
         notes: other things worth knowing, such as a worker that delivered nothing.
 
     Example:
@@ -79,12 +84,14 @@ class EpochAudit:
     failed: IndexArray = dataclasses.field(default_factory=_none)
     dropped: IndexArray = dataclasses.field(default_factory=_none)
     skipped: IndexArray = dataclasses.field(default_factory=_none)
+    replaced: IndexArray = dataclasses.field(default_factory=_none)
     late: IndexArray = dataclasses.field(default_factory=_none)
     repeated: IndexArray = dataclasses.field(default_factory=_none)
     unvisited: IndexArray = dataclasses.field(default_factory=_none)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reasons: dict[Any, str] = dataclasses.field(default_factory=dict)
+    donors: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -102,6 +109,7 @@ class EpochAudit:
             "counts": dict(self.counts),
             "notes": list(self.notes),
             "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
+            "donors": {_shown(index): _plain(donor) for index, donor in self.donors.items()},
         }
         for name, _ in _CLASSES:
             array = getattr(self, name)
@@ -125,10 +133,15 @@ class EpochAudit:
             f"epoch {self.epoch}: {state}, {verdict}; "
             f"{self.drawn} drawn, {self.delivered} delivered"
         ]
+        if replaced := self.counts.get("replaced"):
+            lines[0] += f", {replaced} replaced"
         for name, meaning in _CLASSES:
             total = self.counts.get(name, 0)
             if total:
-                first = ", ".join(_shown(item) for item in getattr(self, name)[:_SHOWN])
+                shown = map(
+                    self._by if name == "replaced" else _shown, getattr(self, name)[:_SHOWN]
+                )
+                first = ", ".join(shown)
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
         for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
@@ -137,6 +150,17 @@ class EpochAudit:
             lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _by(self, item: Any) -> str:
+        """A replaced index with what stands in for it."""
+        index = tuple(item.tolist()) if isinstance(item, np.ndarray) else item
+        by = f" (by {_shown(self.donors[index])})" if index in self.donors else ""
+        return _shown(item) + by
+
+
+def _plain(item: Any) -> Any:
+    """For JSON: a number, a stream's pair, or text."""
+    return list(item) if type(item) is tuple else item if type(item) is int else _shown(item)
 
 
 def _shown(item: Any) -> str:

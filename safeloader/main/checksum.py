@@ -6,7 +6,7 @@ from typing import Any
 
 from safeloader.wire.failure import Failure
 from safeloader.wire.fingerprint import difference
-from safeloader.wire.records import Papers, asked_for, contents
+from safeloader.wire.records import Papers, asked_for, contents, sources
 
 _HINT = (
     "something wrote to the batch after the worker made it\n"
@@ -24,10 +24,10 @@ def changed(papers: Papers, batch: Any) -> Failure | None:
     found = difference(papers.prints, batch, len(asked))
     if found is None:
         return None
-    places = contents(papers)
+    places, known = contents(papers), sources(papers)
     positions = [places[row] for row in found.rows or () if row < len(places)]
     position = positions[0] if positions else (0 if len(asked) == 1 else None)
-    which = ", ".join(str(asked[each]) for each in positions[:8])
+    which = ", ".join(str(known[each]) for each in positions[:8])
     if len(positions) > 8:
         which += f" and {len(positions) - 8} more"
     what = (
@@ -38,7 +38,7 @@ def changed(papers: Papers, batch: Any) -> Failure | None:
         phase="transport",
         exception_type="TransportError",
         message=f"{found.path} is not what the worker sent{where}",
-        index=None if position is None else asked[position],
+        index=None if position is None else known[position],
         position=position,
         indices=asked,
         worker_id=papers.worker_id,

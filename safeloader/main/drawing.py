@@ -8,7 +8,9 @@ stock loader.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -16,8 +18,9 @@ from torch.utils import data
 from torch.utils.data import BatchSampler
 
 from safeloader.main.naming import length_of
+from safeloader.main.tolerance import LONGEST_RUN
 from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed, pack, pack_unbatched
+from safeloader.wire.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
 from safeloader.wire.records import SamplerFault, Task
 
 
@@ -46,6 +49,7 @@ class RecordingSampler:
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
     yet. With ``at_hand`` the samples are fetched in this process, and need not be identified again.
+    With ``lends`` each task has with it what was drawn last before it.
     """
 
     def __init__(
@@ -56,28 +60,48 @@ class RecordingSampler:
         stream: bool,
         keep_open: bool = False,
         at_hand: bool = False,
+        lends: bool = False,
     ) -> None:
         self._sampler = sampler
-        self._batched = batched
+        self.batched = batched
         self._stream = stream
         self._numbers = itertools.count()
         self.log: DrawLog | None = None
         self._at_hand = at_hand
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
+        self._lends = lends and not stream
+        self._killers: set[int | bytes] = set()  # snapshots that are to stand in for nothing
 
     def __iter__(self) -> Iterator[Task]:
-        if self._open is None:
-            return self._begin()
-        self._open.clear()
         # No generators here or in what follows: one that an interrupt goes through is at its end.
-        self._rest = map(self._keep, self._begin())
+        tasks = self._begin()
+        if self._lends:
+            self._killers.clear()
+            drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
+            tasks = map(functools.partial(self._with_donors, drawn), tasks)
+        if self._open is None:
+            return tasks
+        self._open.clear()
+        self._rest = map(self._keep, tasks)
         return self._rest
 
     def _keep(self, task: Task) -> Task:
         assert self._open is not None
         self._open[task.seq] = task._replace(index=_copied(task.index))
         return task
+
+    def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
+        """The task with what was drawn last before it: as much as may fail in a row."""
+        if type(task.index) is not SamplerFault:
+            task = self._without_killers(task._replace(donors=tuple(drawn)))
+            drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
+        return task
+
+    def _without_killers(self, task: Task) -> Task:
+        if self._killers.isdisjoint(task.donors):
+            return task
+        return task._replace(donors=tuple(k for k in task.donors if k not in self._killers))
 
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
@@ -91,16 +115,34 @@ class RecordingSampler:
         if self._open is not None:
             self._open.pop(seq, None)
 
-    def change(self, seq: int, *, deadly: int | None) -> None:
-        """Have an open task leave out a position, or be fetched one by one to find it (None)."""
-        if self._open is not None and seq in self._open:
-            task = self._open[seq]
-            more = () if deadly is None else (deadly,)
-            self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
+    def change(self, seq: int, *, deadly: int | None) -> tuple[Any, ...]:
+        """Have an open task leave out a position, or be fetched one by one to find it (None).
+
+        Gives the identities of what is left out. It stands in for no other sample either.
+        """
+        if self._open is None or seq not in self._open:
+            return ()
+        task = self._open[seq]
+        asked = unpack(pack(task.index) if self.batched else pack_unbatched(task.index))
+        more = () if deadly is None or deadly >= len(asked) else (deadly,)
+        self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
+        if deadly is None or deadly >= len(asked) + len(task.donors):
+            return ()
+        if not more:  # at a donor
+            killer = [task.donors[deadly - len(asked)]]
+        elif self.batched:
+            killer, asked = [*snapshots([list(task.index)[deadly]])], asked[deadly : deadly + 1]
+        else:
+            killer = [*snapshots([task.index])]
+        self._killers.update(killer)
+        return asked if more else (restored(killer[0]),)
 
     def again(self) -> _Again:
         """The sampler for a new pool: the open tasks in their order, then the rest."""
-        return _Again(self, list((self._open or {}).values()), self._rest)
+        still = self._open or {}
+        # Not when they were found: of two workers that died, the other's position would move.
+        still.update({seq: self._without_killers(task) for seq, task in still.items()})
+        return _Again(self, list(still.values()), self._rest)
 
     def _begin(self) -> Iterator[Task]:
         assert self.log is not None
@@ -140,7 +182,7 @@ class RecordingSampler:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         note = log.drawn
         numbers = self._numbers
-        batched, stream, at_hand = self._batched, self._stream, self._at_hand
+        batched, stream, at_hand = self.batched, self._stream, self._at_hand
         while True:
             fault = None
             try:

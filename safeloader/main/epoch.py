@@ -28,6 +28,7 @@ from safeloader.wire.indices import Packed
 from safeloader.wire.records import FailedBatch, Papers, asked_for
 
 SHOWN_SKIPPED = 12
+DUMPS_MAX = 100  # of an epoch's failures that end no batch
 _SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
 
 
@@ -52,6 +53,7 @@ class Epoch:
         self._verify = verify
         self._tolerance = tolerance or Tolerance(None, runs=False)
         self._dump = dump
+        self._survived = 0
         self._dataset: Any = dataset
         self._dataset_again: Callable[[], Any] = lambda: None
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
@@ -93,6 +95,8 @@ class Epoch:
         Raises:
             DeliveryError: if it is not what was drawn, under ``verify="raise"``.
         """
+        if papers.mishaps is not None:
+            self._count_mishaps(papers)
         ledger = self.ledger
         with ledger.lock:
             trouble = ledger.check(papers)
@@ -100,8 +104,6 @@ class Epoch:
                 ledger.settle(trouble, papers, handed_over=self._verify != "raise")
         if trouble is not None:
             self._told(trouble, papers)
-        if papers.mishaps is not None:
-            self._count_mishaps(papers)
         number = self.batches
         self.batches = number + 1
         if self._trace is not OFF:
@@ -141,13 +143,13 @@ class Epoch:
         Raises:
             SampleError: if too many were.
         """
+        self._count_mishaps(papers)
         with self.ledger.lock:
             trouble = self.ledger.check(papers)
             if trouble is not None:
                 self.ledger.settle(trouble, papers, handed_over=False)
         if trouble is not None:
             self._told(trouble, papers)
-        self._count_mishaps(papers)
         self.log.warning(
             "epoch %d: every sample of what would be batch %d failed: it is left out whole",
             self.number,
@@ -156,7 +158,27 @@ class Epoch:
         if self.ledger.settled:
             self.close()
 
+    def survived(self, failure: Failure) -> None:
+        """Write down a failure that ends no batch, if that is wished; a bounded number of them."""
+        if self._dump is None or self._survived > DUMPS_MAX:
+            return
+        self._survived += 1
+        if self._survived > DUMPS_MAX:
+            self.log.warning(
+                "epoch %d: %d failures of samples left out or replaced are written; no more of "
+                "them in this epoch",
+                self.number,
+                DUMPS_MAX,
+            )
+            return
+        self._dump(dataclasses.replace(failure, epoch=self.number, rank=rank()))
+
     def _count_mishaps(self, papers: Papers) -> None:
+        """Tell of samples left out, replaced or late, before the batch is booked.
+
+        Raises:
+            SampleError: if there were too many: the batch is lost with it.
+        """
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
             self.log.warning(
@@ -167,13 +189,16 @@ class Epoch:
                 mishap.what,
                 mishap.reason,
             )
+        for failure in papers.failures or ():
+            self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
-        samples = ledger.delivered_count + ledger.tallies["skipped"].count
-        reason = self._tolerance.exceeded(papers, samples)
+        gone = ledger.tallies["skipped"].count + ledger.tallies["replaced"].count
+        reason = self._tolerance.exceeded(papers, ledger.delivered_count + gone + len(asked))
         if reason is None:
             return
         with ledger.lock:
-            ledger.take_back(papers)
+            ledger.failed(papers, asked)
+            ledger.note_reasons(papers)
         reasons = list(ledger.reasons.items())
         listed = [f"index {index!r}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:

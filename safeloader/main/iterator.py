@@ -196,6 +196,7 @@ class SafeIterator(Iterator[Any]):
         failure = session.diagnosis.crash(sign.workers)
         culprits = [session.diagnosis.whereabouts(worker) for worker in sign.workers]
         if self._revival is not None and self._revival.worth(failure, culprits, session.sampler):
+            self._epoch.survived(failure)
             self._revival.revive(session)
             self._stock = session.stock
             return

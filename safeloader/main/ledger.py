@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from safeloader.main.audit import EpochAudit
 from safeloader.main.tally import Coverage, Tally
 from safeloader.wire.indices import Packed, count, same, unpack
-from safeloader.wire.records import Papers, asked_for, contents
+from safeloader.wire.records import Papers, asked_for, contents, sources
 
 KEYS_LIMIT = 2_000_000
 REASONS_LIMIT = 1000
@@ -50,7 +50,7 @@ class Ledger(Protocol):
     lock: threading.RLock  # held while the accounts change, and while another thread reads them
     delivered_count: int
     tallies: dict[str, Tally]
-    reasons: dict[Any, str]  # why an index was skipped or late
+    reasons: dict[Any, str]  # why an index was skipped, replaced or late
     measures_length: bool  # whether len(dataset) is compared at the end of the epoch
 
     def drawn(self, seq: int, indices: Packed) -> None:
@@ -77,8 +77,8 @@ class Ledger(Protocol):
     def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
         """A batch was lost with an error that is raised to the user."""
 
-    def take_back(self, papers: Papers) -> None:
-        """A batch that was checked is lost after all, with an error that is raised."""
+    def note_reasons(self, papers: Papers) -> None:
+        """Keep why samples of a batch are not there."""
 
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised."""
@@ -124,11 +124,12 @@ class Accounts:
                 "failed",
                 "dropped",
                 "skipped",
+                "replaced",
                 "late",
             )
         }
         self.reasons: dict[Any, str] = {}
-        self.replaced_count = 0
+        self.donors: dict[Any, Any] = {}
         self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
         self._keys_past_limit = 0
 
@@ -145,20 +146,23 @@ class Accounts:
         else:
             self.tallies["failed"].add(trouble.sound)
 
+    def note_reasons(self, papers: Papers) -> None:
+        asked = asked_for(papers)
+        for mishap in papers.mishaps or ():
+            if len(self.reasons) < REASONS_LIMIT:
+                self.reasons[asked[mishap.position]] = mishap.reason
+
     def book_mishaps(self, papers: Papers) -> int:
         """Note the samples left out, replaced or late; how many of the batch are not there."""
-        asked = asked_for(papers)
+        self.note_reasons(papers)
+        known = sources(papers)
         gone = 0
         for mishap in papers.mishaps or ():
-            index = asked[mishap.position]
-            if mishap.what == "late":
-                self.tallies["late"].add((index,))
-            else:
-                self.tallies["skipped"].add((index,))
-                self.replaced_count += mishap.what == "replaced"
-                gone += 1
-            if len(self.reasons) < REASONS_LIMIT:
-                self.reasons[index] = mishap.reason
+            index = known[mishap.position]
+            self.tallies[mishap.what].add((index,))
+            gone += mishap.what != "late"
+            if mishap.donor is not None and len(self.donors) < REASONS_LIMIT:
+                self.donors[index] = known[mishap.donor]
         return gone
 
     def take_back(self, papers: Papers) -> None:
@@ -210,9 +214,6 @@ class Accounts:
 
     def notes(self, length: int | None) -> list[str]:
         notes = []
-        if self.replaced_count:
-            skipped = self.tallies["skipped"].count
-            notes.append(f"skipped samples with a replacement: {self.replaced_count} of {skipped}")
         if self._keys_past_limit:
             notes.append(
                 f"the keys of the first {KEYS_LIMIT} samples were compared; "
@@ -234,6 +235,7 @@ class Accounts:
             counts=counts,
             notes=tuple(notes),
             reasons=dict(self.reasons),
+            donors=dict(self.donors),
             **{name: tally.array() for name, tally in self.tallies.items()},
             **more,
         )
@@ -301,8 +303,8 @@ class MapLedger(Accounts):
             del self._pending[papers.seq]
             return _miscounted(unpack(expected), samples)
         if self._index_of_key is not None and papers.keys is not None:
-            drawn = unpack(expected)
-            trouble = self.same_key(papers.keys, [drawn[place] for place in contents(papers)])
+            known = sources(papers)
+            trouble = self.same_key(papers.keys, [known[place] for place in contents(papers)])
             if trouble is not None:
                 del self._pending[papers.seq]
                 return trouble

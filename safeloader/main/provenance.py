@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.indices import as_array, count, identity, same, unpack
-from safeloader.wire.records import Papers, asked_for, contents
+from safeloader.wire.records import Papers, contents, sources
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -77,9 +77,8 @@ def record_of(delivery: Delivery) -> BatchRecord:
 
 
 def _identities(delivery: Delivery) -> tuple[Any, ...]:
-    papers = delivery.papers
-    asked = asked_for(papers)
-    return asked if papers.mishaps is None else tuple(asked[k] for k in contents(papers))
+    known = sources(delivery.papers)
+    return tuple(known[k] for k in contents(delivery.papers)) if delivery.papers.mishaps else known
 
 
 def _size(delivery: Delivery) -> int:
@@ -259,7 +258,7 @@ def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _index_column(delivery: Delivery) -> npt.NDArray[Any]:
     papers = delivery.papers
     if papers.mishaps is not None:
-        column = _column_of(asked_for(papers)) if papers.ordinal is None else _ordinals(papers)
+        column = _column_of(sources(papers)) if papers.ordinal is None else _ordinals(papers)
         return column[list(contents(papers))]
     if papers.ordinal is not None:
         return _ordinals(papers)

@@ -112,8 +112,8 @@ class Recorder:
 
     def delivered(self, epoch: int, batch: int, wait_ns: int, papers: Papers) -> None:
         """Note a batch as it is handed over; hot path."""
-        if papers.keys is not None or papers.prints is not None:  # checked, and of any size
-            papers = papers._replace(keys=None, prints=None)
+        if papers.keys or papers.prints is not None or papers.failures:  # used, and of any size
+            papers = papers._replace(keys=None, prints=None, failures=None)
         self._deliveries[epoch << _BATCH_BITS | batch] = (epoch, batch, wait_ns, *papers)
         self._held_bytes += _nbytes(papers.indices, papers.stamps)
         if self._held_bytes > self.max_bytes:

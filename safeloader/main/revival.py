@@ -10,6 +10,7 @@ from safeloader.main.drawing import RecordingSampler
 from safeloader.main.naming import LoaderLog
 from safeloader.main.session import Session, blueprint_of
 from safeloader.wire.failure import Failure
+from safeloader.wire.texts import bounded_text
 from safeloader.wire.wording import bounded
 
 if TYPE_CHECKING:
@@ -59,12 +60,11 @@ class Revival:
         for where in at:
             if where is None or where.position.seq is None:
                 continue
-            place = (where.position.seq, where.position.position)
+            at_once = where.position.phase == "fetch at once" and not sampler.batched
+            place = (where.position.seq, 0 if at_once else where.position.position)
             died_at.add(place)
             again = place in self._last and place[1] is not None
-            sampler.change(place[0], deadly=place[1] if again else None)
-            if again:
-                left_out.append(where.index)
+            left_out.append(sampler.change(place[0], deadly=place[1] if again else None))
         self._last = died_at
         self._restarts += 1
         self._log.warning(
@@ -74,8 +74,9 @@ class Revival:
             MOST_RESTARTS,
             bounded(failure.hint.partition("\n")[0], 300),
         )
-        for index in left_out:
-            self._log.warning("index %r killed its worker twice and is left out", index)
+        for names in filter(None, left_out):
+            index = bounded_text(names if len(names) > 1 else names[0])
+            self._log.warning("index %s killed its worker twice and is left out", index)
         return True
 
     def revive(self, session: Session) -> None:

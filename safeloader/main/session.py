@@ -83,10 +83,13 @@ class Session:
             stream=torch_private.is_stream(loader),
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
             at_hand=loader.num_workers == 0,
+            lends=loader.on_error == "replace",
         )
         _warn_of_ranks(loader, self._log)
         self._board = _board_for(loader, self._log)
-        self._policy = Policy(loader.on_error, loader.retries)
+        self._policy = Policy(
+            loader.on_error, loader.retries, tells=loader.on_failure_dump is not None
+        )
         self.open_ledger(loader, epoch)
         if loader.num_workers:
             self.stock = self._pool(loader, self.sampler)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import enum
 import functools
+import pickle
 import struct
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,6 +70,31 @@ def pack_unbatched(index: Any) -> Packed:
     if type(index) is list or (isinstance(index, torch.Tensor | np.ndarray) and index.ndim):
         return pack(index)
     return pack((index,))
+
+
+def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
+    """The last of some indices, as they are now: a sampler may refill its lists.
+
+    Those that cannot be pickled are left out.
+    """
+    try:
+        last = list(indices)[-most:]
+    except Exception:  # no batch of indices: the dataset will say so
+        return
+    for index in last:
+        try:
+            kept = index if type(index) is int else pickle.dumps(index)
+        except Exception:
+            continue
+        yield kept
+
+
+def restored(snapshot: int | bytes) -> Any:
+    """The index again; None where it cannot be had."""
+    try:
+        return snapshot if type(snapshot) is int else pickle.loads(snapshot)  # type: ignore[arg-type]
+    except Exception:  # a class that cannot be imported here
+        return None
 
 
 def unpack(packed: Packed) -> tuple[Any, ...]:

@@ -34,10 +34,12 @@ SKIP = Skip()
 
 
 class Policy(NamedTuple):
-    """The loader's ``on_error`` and ``retries``."""
+    """The loader's ``on_error`` and ``retries``; ``tells``: with ``on_failure_dump``, the failures
+    of samples left out or replaced travel with their batch."""
 
     on_error: str | Callable[[Any], Any] = "raise"
     retries: int = 0
+    tells: bool = False
 
     @property
     def raises(self) -> bool:

@@ -34,6 +34,9 @@ class Task(NamedTuple):
     batching is off. ``deadly`` are the positions of samples that killed their workers, and are to
     be left out; ``careful`` says that a worker died at this batch, so that the samples are asked
     for one at a time. ``packed`` are its identities where they need not cross to another process.
+    ``donors`` are what was drawn before it in this epoch, the newest first: one of them stands in
+    where the whole batch fails (``on_error="replace"``). They are snapshots
+    (:func:`~safeloader.wire.indices.snapshots`); their positions follow the batch's own.
     """
 
     seq: int
@@ -41,19 +44,23 @@ class Task(NamedTuple):
     deadly: tuple[int, ...] = ()
     careful: bool = False
     packed: Packed | None = None
+    donors: tuple[int | bytes, ...] = ()
 
 
 class Mishap(NamedTuple):
     """A sample that did not come as it was asked for, and did not end the batch.
 
     ``what`` is ``"skipped"``, ``"replaced"`` (by the sample at position ``donor``, or by one that
-    the user's ``on_error`` gave: None) or ``"late"`` (it came when asked for again).
+    the user's ``on_error`` gave: None) or ``"late"`` (it came when asked for again). Where no
+    sample of the batch came, ``lent`` are the identities of what was drawn earlier and stands in
+    for it; their positions follow the batch's own.
     """
 
     what: str
     position: int
     reason: str
     donor: int | None = None
+    lent: tuple[Any, ...] = ()
 
 
 class Papers(NamedTuple):
@@ -64,7 +71,8 @@ class Papers(NamedTuple):
     samples that the dataset gave, None where that cannot be counted. In a stream the samples are
     numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
     empty. ``mishaps`` are those of samples left out, replaced or late; None, as a rule, for none.
-    ``prints`` are the fingerprints of its leaves, with ``checksum=True``.
+    ``prints`` are the fingerprints of its leaves, with ``checksum=True``; ``failures`` are those of
+    samples left out or replaced, with ``on_failure_dump``.
     """
 
     seq: int
@@ -78,6 +86,7 @@ class Papers(NamedTuple):
     keys: tuple[Any, ...] | None
     mishaps: tuple[Mishap, ...] | None = None
     prints: tuple[Leaf, ...] | None = None
+    failures: tuple[Failure, ...] | None = None
 
 
 def asked_for(papers: Papers) -> tuple[Any, ...]:
@@ -88,8 +97,13 @@ def asked_for(papers: Papers) -> tuple[Any, ...]:
     return tuple((row, papers.ordinal + k) for k in range(papers.samples or 0))
 
 
+def sources(papers: Papers) -> tuple[Any, ...]:
+    """The identities that :func:`contents` counts: those asked for, then what stands in for all."""
+    return asked_for(papers) + (papers.mishaps[0].lent if papers.mishaps else ())
+
+
 def contents(papers: Papers) -> tuple[int, ...]:
-    """For each sample in the batch the position, among those asked for, of where it came from."""
+    """For each sample in the batch the position, among its :func:`sources`, it came from."""
     places = list(range(len(asked_for(papers))))
     gone = set()
     for mishap in papers.mishaps or ():

@@ -14,10 +14,9 @@ from torch.utils.data import default_collate
 
 from safeloader.wire.flight import COLLATE, FETCH, FETCH_AT_ONCE, PHASE, SINCE
 from safeloader.wire.indices import Packed, count, pack, pack_unbatched, unpack
-from safeloader.wire.records import EmptyBatch, FailedBatch, Papers, Task
+from safeloader.wire.records import FailedBatch, Papers, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
-from safeloader.worker.mending import Unmendable
 from safeloader.worker.recording import DEADLY, KeyFault, Made, RecordingFetcher
 from safeloader.worker.stacking import stacked
 from safeloader.worker.unsendable import Culprit
@@ -35,9 +34,9 @@ class MapFetcher(RecordingFetcher):
         # Noted before the user's code sees the lists: it may sort or empty them.
         packed = task.packed if task.packed is not None else pack(indices)
         asked = list(indices) if at_once else indices
-        if self._policy.retries or task.careful:
-            return self._fetch_mended(task, packed, asked, at_once, [], None)
         stamps = self._stamps_for(count(packed))
+        if self._policy.retries or task.careful:
+            return self._fetch_mended(task, packed, asked, at_once, [], None, stamps)
         samples: Any = []
         fetched: list[Any] = []
         keys = None
@@ -71,7 +70,7 @@ class MapFetcher(RecordingFetcher):
         except Exception as exc:
             seen = samples if phase == "sample" else fetched
             if self._mends(exc, seen):
-                return self._fetch_mended(task, packed, asked, at_once, seen, exc)
+                return self._fetch_mended(task, packed, asked, at_once, seen, exc, stamps)
             return self._explain(exc, task.seq, phase, packed, asked, seen, at_once)
         times = stamps[: k + 2].tobytes()
         worker_id, pid = self._worker_id, self._pid
@@ -86,45 +85,39 @@ class MapFetcher(RecordingFetcher):
         at_once: bool,
         samples: Any,
         failed: Exception | None,
+        stamps: Any,
     ) -> Made:
-        """The batch in spite of samples that fail: the slow way, one by one.
+        """The batch in spite of samples that fail.
 
         ``samples`` are those that came before ``failed`` was raised, by a sample or by collation.
         """
         known = unpack(packed)
         asked = list(asked)
-        mending = self._mending(task.seq, known)
-        stamps = self._stamps_for(len(known))
-        phase = "sample"
+        get = functools.partial(self._one, at_once=at_once)
+        mending = self._mending(task.seq, known, self._donors(task, known, get))
         whole = isinstance(samples, list) and len(samples) == len(asked)
-        if failed is None or at_once:  # else those of the samples that came are there already
-            stamps[0] = clock()
-        try:
-            if whole or not at_once:
-                mending.have(samples)
-            else:
-                failed = None  # asked for one at a time, each fails for itself or comes
-            if at_once:
-                for k in range(len(samples) if whole else 0):
+        came = samples if whole or not at_once else []  # else each fails for itself, or comes
+
+        def ask() -> None:
+            if failed is None or at_once:  # else the stamps of those that came are there already
+                stamps[0] = clock()
+                for k in range(len(came)):
                     stamps[k + 1] = stamps[0]
-            for k in range(len(samples) if whole or not at_once else 0, len(asked)):
+            mending.have(came)
+            first = None if at_once else failed
+            for k in range(len(came), len(asked)):
                 self._cells[PHASE] = FETCH
                 if k in task.deadly:
                     mending.leave_out(DEADLY)
                 else:
-                    mending.fetch(functools.partial(self._one, asked[k], at_once), failed)
-                failed = None
+                    mending.fetch(functools.partial(get, asked[k]), first)
+                first = None
                 stamps[k + 1] = clock()
-            phase = "collate"
-            self._cells[PHASE] = COLLATE
-            batch, samples = self._collate_mended(mending, known)
-            keys = self._keys(samples)
-            stamps[len(asked) + 1] = clock()
-        except Exception as exc:
-            return self._explain(exc, task.seq, phase, packed, asked, mending.batch(), False)
-        times = bytes(stamps[: len(asked) + 2])
-        papers = self._papers(task.seq, packed, None, times, keys=keys, mishaps=mending.mishaps)
-        return self._handed_over(papers, batch, samples) if samples else EmptyBatch(papers)
+
+        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> Papers:
+            return self._papers(task.seq, packed, None, stamps, **more)
+
+        return self._repaired(mending, ask, papers_for, stamps)
 
     def _one(self, index: Any, at_once: bool) -> Any:
         if not at_once:
@@ -158,7 +151,7 @@ class MapFetcher(RecordingFetcher):
         known = unpack(packed)
         papers = self._papers(seq, packed, None, b"", at_once=at_once)
         culprit = Culprit(None)
-        if isinstance(exc, KeyFault | Unmendable):
+        if isinstance(exc, KeyFault):
             pass
         elif phase == "collate":
             found = explain(samples, known) if isinstance(samples, list | tuple) else None
@@ -184,25 +177,11 @@ class UnbatchedMapFetcher(RecordingFetcher):
         cells, stamps = self._cells, self._stamps_for(1)
         cells[PHASE] = FETCH_AT_ONCE if bulk else FETCH
         cells[SINCE] = stamps[0] = clock()
+        if self._policy.retries or task.careful:
+            return self._fetch_mended(task, indices, bulk, None, stamps)
         phase = "sample"
-        mishaps = None
         try:
-            if self._policy.raises and not (self._policy.retries or task.deadly):
-                sample = self._dataset[task.index]
-            else:
-                mending = self._mending(task.seq, unpack(indices))
-                if task.deadly:
-                    mending.leave_out(DEADLY)
-                else:
-                    mending.fetch(lambda: self._dataset[task.index])
-                there, mishaps = mending.batch(), mending.mishaps
-                if bulk and mishaps:  # the dataset made the batch: all of it is gone
-                    mishaps = tuple(
-                        mishaps[0]._replace(position=position) for position in range(count(indices))
-                    )
-                if not there:
-                    return EmptyBatch(self._papers(task.seq, indices, None, b"", mishaps=mishaps))
-                sample = there[0]
+            sample = self._dataset[task.index]
             stamps[1] = clock()
             keys = None if bulk else self._keys((sample,))
             phase = "collate"
@@ -211,16 +190,33 @@ class UnbatchedMapFetcher(RecordingFetcher):
             batch = self._collate_fn(sample)
             stamps[2] = clock()
         except Exception as exc:
-            known = unpack(indices)
+            if phase == "sample" and not self._policy.raises and not isinstance(exc, KeyFault):
+                return self._fetch_mended(task, indices, bulk, exc, stamps)
             papers = self._papers(task.seq, indices, None, b"", at_once=True)
-            return self._failed(exc, papers, phase, known, Culprit(0 if len(known) == 1 else None))
-        papers = self._papers(
-            task.seq,
-            indices,
-            None if mishaps else count(indices),
-            stamps[:3].tobytes(),
-            at_once=True,
-            keys=keys,
-            mishaps=mishaps,
-        )
-        return self._handed_over(papers, batch, (sample,) if not bulk else ())
+            return self._failed(exc, papers, phase, unpack(indices), Culprit(None if bulk else 0))
+        times = stamps[:3].tobytes()
+        papers = self._papers(task.seq, indices, count(indices), times, at_once=True, keys=keys)
+        return self._handed_over(papers, batch, () if bulk else (sample,))
+
+    def _fetch_mended(
+        self, task: Task, indices: Packed, bulk: bool, failed: Exception | None, stamps: Any
+    ) -> Made:
+        known = unpack(indices)
+
+        def get(index: Any) -> Any:
+            return self._dataset[index]
+
+        donors = self._donors(task, known, get, batched=False)
+        mending = self._mending(task.seq, known, donors, len(known))
+
+        def ask() -> None:
+            if any(k < len(known) for k in task.deadly):
+                mending.leave_out(DEADLY)
+            else:
+                mending.fetch(functools.partial(get, task.index), failed)
+            stamps[1] = clock()
+
+        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> Papers:
+            return self._papers(task.seq, indices, None, stamps, at_once=bulk, **more)
+
+        return self._repaired(mending, ask, papers_for, stamps, batched=False, bulk=bulk)

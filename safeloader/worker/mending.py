@@ -6,8 +6,9 @@ happened to the others. Used only by batches in which something failed, or with 
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safeloader.wire.failure import Failure
@@ -21,13 +22,19 @@ from safeloader.wire.wording import bounded, short_type_name
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 _GAP = object()
+_FAILURES_MAX = 20  # of a batch, that travel with it
 ON_ERROR_FAULT = "raised by on_error=, not by the dataset"
+NO_DONOR = (
+    "no sample of this batch came, and nothing drawn earlier in this epoch could stand in for it: "
+    "on_error='replace' raises rather than hand over a batch less"
+)
+Donors = Iterable[tuple[tuple[Any, ...], Any]]
 
 
 class Unmendable(Exception):
-    """A sample failed and must not be left out."""
+    """A sample failed and must not be left out; ``position`` is None where none is known to be."""
 
-    def __init__(self, position: int, cause: Exception, text: str = "") -> None:
+    def __init__(self, position: int | None, cause: Exception, text: str = "") -> None:
         super().__init__(position)
         self.position = position
         self.cause = cause
@@ -40,16 +47,36 @@ class Mending:
     Args:
         policy: what the loader was told to do.
         explain: makes the failure that an ``on_error`` callable is asked about.
+        donors: identities and sample of what was drawn earlier and comes, the nearest first; read
+            only where no sample of the batch came.
+        spread: how many indices the one sample stands for, which the dataset makes together.
+
+    Attributes:
+        places: the position of each sample of :meth:`batch`.
+        lent: the identities of the donor in use.
+        last_failure: of the newest sample, unless it came.
     """
 
-    def __init__(self, policy: Policy, explain: Callable[[Exception, int], Failure]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        explain: Callable[[Exception, int], Failure],
+        donors: Donors = (),
+        spread: int = 1,
+    ) -> None:
         self._policy = policy
         self._explain = explain
+        self._donors = iter(donors)
+        self._spread = spread
         self._samples: list[Any] = []
+        self._stand_in: list[Any] = []  # one sample, or none
         self._mishaps: dict[int, Mishap] = {}
-        self._places: list[int] = []
+        self._failures: dict[int, Failure] = {}
+        self._first: Unmendable | None = None
         self._marks = Marks()
-        self.last_failure: Exception | None = None  # of the newest sample, unless it came
+        self.places: list[int] = []
+        self.lent: tuple[Any, ...] = ()
+        self.last_failure: Exception | None = None
 
     def have(self, samples: Sequence[Any]) -> None:
         """Samples that came without trouble, the next in order."""
@@ -101,8 +128,10 @@ class Mending:
 
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
-        self._mishaps[len(self._samples)] = Mishap("skipped", len(self._samples), reason)
+        position = len(self._samples)
+        self._mishaps[position] = Mishap("skipped", position, reason)
         self._samples.append(_GAP)
+        self._first = self._first or Unmendable(position, RuntimeError(reason), NO_DONOR)
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
@@ -112,9 +141,14 @@ class Mending:
         reason = bounded(found, 300) or self._reason(failed)
         self._samples[position] = _GAP
         self._mishaps[position] = Mishap("skipped", position, reason)
+        self._first = self._first or Unmendable(position, failed, NO_DONOR)
+        tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
+        failure = self._explain(failed, position) if tells or callable(on_error) else None
+        if tells and failure is not None:  # what only a raised or replayed error needs stays here
+            self._failures[position] = dataclasses.replace(failure, _remains=None, _random=None)
         if callable(on_error):
             try:
-                answer = on_error(self._explain(failed, position))
+                answer = on_error(failure)
             except Exception as exc:
                 raise Unmendable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
@@ -137,24 +171,40 @@ class Mending:
         return bounded(f"{name}: {said}" if said else name, 300) + tries
 
     def batch(self) -> list[Any]:
-        """The samples that are there, with others of the batch in the gaps where so wished."""
-        there = [k for k, sample in enumerate(self._samples) if sample is not _GAP]
-        self._places = there
-        if self._policy.on_error == "replace" and there:
-            self._places = []
-            for k, sample in enumerate(self._samples):
-                if sample is not _GAP:
-                    self._places.append(k)
-                    continue
-                donor = next((other for other in there if other > k), there[0])
-                self._places.append(donor)
-                reason = self._mishaps[k].reason
-                self._mishaps[k] = Mishap("replaced", k, reason, donor)
-        return [self._samples[k] for k in self._places]
+        """The samples that are there, with others in the gaps where so wished.
 
-    def positions_of(self, places: Sequence[int]) -> list[int]:
-        """Where in the batch asked for the samples at ``places`` of :meth:`batch` came from."""
-        return sorted({self._places[place] for place in places})
+        The next good sample of the batch is put into a gap; where there is none, one drawn earlier
+        into all.
+
+        Raises:
+            Unmendable: if there is none such either.
+        """
+        asked = range(len(self._samples))
+        self.places = there = [k for k in asked if self._samples[k] is not _GAP]
+        if self._policy.on_error == "replace" and len(there) < len(asked):
+            if not there and not self._stand_in:
+                self.lend()
+            there = there or [len(asked) * self._spread]
+            self.places = list(asked)
+            for k in asked:
+                if self._samples[k] is _GAP:
+                    self.places[k] = donor = next((each for each in there if each > k), there[0])
+                    reason = self._mishaps[k].reason
+                    self._mishaps[k] = Mishap("replaced", k, reason, donor, self.lent)
+        return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
+
+    def lend(self) -> None:
+        """Take the next donor.
+
+        Raises:
+            Unmendable: if there is none; then the first failure of the batch is told.
+        """
+        try:
+            self.lent, sample = next(self._donors)
+        except StopIteration:
+            assert self._first is not None
+            raise self._first from None
+        self._stand_in = [sample]
 
     @property
     def asked(self) -> int:
@@ -164,4 +214,16 @@ class Mending:
     @property
     def mishaps(self) -> tuple[Mishap, ...] | None:
         """What happened, by position; None for nothing."""
+        if self._spread != 1 and self._mishaps:  # made together: all of it is gone
+            (all_of_it,) = self._mishaps.values()
+            start = all_of_it.donor
+            return tuple(
+                all_of_it._replace(position=k, donor=None if start is None else start + k)
+                for k in range(self._spread)
+            )
         return tuple(self._mishaps[k] for k in sorted(self._mishaps)) or None
+
+    @property
+    def failures(self) -> tuple[Failure, ...] | None:
+        """Those of samples left out or replaced, by position, for who is to be told of them."""
+        return tuple(self._failures[k] for k in sorted(self._failures)) or None

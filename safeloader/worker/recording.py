@@ -5,20 +5,29 @@ The papers of a batch, its failure, its time stamps, and the form in which it le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.wire.dataset_state import changes, describe
 from safeloader.wire.failure import Failure, failure_of
 from safeloader.wire.fingerprint import fingerprint
-from safeloader.wire.flight import COUNTED, PHASE, SEND, SEQ, SINCE, STAMPS, STAMPS_MAX
-from safeloader.wire.indices import Opaque, Packed, identity
-from safeloader.wire.random_state import Marks, RandomState
+from safeloader.wire.flight import (
+    COLLATE,
+    COUNTED,
+    FETCH,
+    PHASE,
+    SEND,
+    SEQ,
+    SINCE,
+    STAMPS,
+    STAMPS_MAX,
+)
+from safeloader.wire.indices import Opaque, Packed, identity, pack_unbatched, restored, same, unpack
+from safeloader.wire.random_state import Marks, RandomState, preserved
 from safeloader.wire.records import (
     EmptyBatch,
     FailedBatch,
-    Mishap,
     Papers,
     Parcel,
     SamplerFault,
@@ -26,10 +35,11 @@ from safeloader.wire.records import (
     asked_for,
 )
 from safeloader.wire.sealing import Sealed
-from safeloader.wire.shortage import met_in_sharing
+from safeloader.wire.shortage import met_in_sharing, never_skipped
+from safeloader.wire.texts import bounded_text
 from safeloader.worker.collating import explain
 from safeloader.worker.hints import KEY_FAULT, hint_for
-from safeloader.worker.mending import Mending, Unmendable
+from safeloader.worker.mending import Donors, Mending, Unmendable
 from safeloader.worker.post import Post
 from safeloader.worker.stacking import may_stack
 from safeloader.worker.unsendable import Culprit, why_not_sent
@@ -95,7 +105,7 @@ class RecordingFetcher:
     def _stamps_for(self, samples: int) -> Any:
         """Where the time stamps of a batch go: shared memory, in which main sees the position."""
         self._cells[COUNTED] = 0
-        if samples <= STAMPS_MAX:
+        if samples < STAMPS_MAX:  # a donor's has room too
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
 
@@ -109,20 +119,14 @@ class RecordingFetcher:
         ordinal: int | None = None,
         at_once: bool = False,
         keys: tuple[Any, ...] | None = None,
-        mishaps: tuple[Mishap, ...] | None = None,
+        mending: Mending | None = None,
     ) -> Papers:
-        return Papers(
-            seq,
-            self._worker_id,
-            self._pid,
-            indices,
-            samples,
-            ordinal,
-            stamps,
-            at_once,
-            keys,
-            mishaps,
+        papers = Papers(
+            seq, self._worker_id, self._pid, indices, samples, ordinal, stamps, at_once, keys
         )
+        if mending is None:
+            return papers
+        return papers._replace(mishaps=mending.mishaps, failures=mending.failures)
 
     def _handed_over(self, papers: Papers, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
@@ -166,37 +170,123 @@ class RecordingFetcher:
     def _mends(self, exc: Exception, samples: Sequence[Any]) -> bool:
         """Whether to go on in spite of ``exc``; a ``key`` that raises is no fault of the sample."""
         if isinstance(exc, KeyFault):
-            return not self._policy.raises and samples[exc.position] is None
+            return not self._policy.raises and samples[exc.position or 0] is None
         return not self._policy.raises
 
-    def _mending(self, seq: int, indices: tuple[Any, ...]) -> Mending:
+    def _mending(
+        self, seq: int, indices: tuple[Any, ...], donors: Donors = (), spread: int = 1
+    ) -> Mending:
         """Help for a batch in which samples fail."""
 
         def explained(exc: Exception, position: int) -> Failure:
             return self._failure(exc, seq, "sample", indices, Culprit(position))
 
-        return Mending(self._policy, explained)
+        return Mending(self._policy, explained, donors, spread)
 
-    def _collate_mended(self, mending: Mending, known: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def _donors(
+        self, task: Task, known: tuple[Any, ...], get: Callable[[Any], Any], *, batched: bool = True
+    ) -> Donors:
+        """What was drawn earlier and comes, the nearest first; the generators stay where they are.
+
+        Not ``batched``, an index may ask for many samples: as many are taken as are to be replaced.
+        """
+        tried = [(each,) for each in known] if batched else [known]
+        cells = self._cells
+        for position, index in enumerate(map(restored, task.donors), len(known)):
+            names = (identity(index),) if batched else unpack(pack_unbatched(index))
+            if not batched and len(names) > len(known):
+                index, names = index[: len(known)], names[: len(known)]
+            if position in task.deadly or any(same(names, each) for each in tried):
+                continue
+            if not batched and len(names) < len(known):
+                continue
+            tried.append(names)
+            cells[PHASE], cells[COUNTED], cells[SINCE] = FETCH, position, clock()
+            try:
+                with preserved():
+                    sample = get(index)
+            except Exception as exc:
+                if never_skipped(exc):
+                    shown = bounded_text(names[0])
+                    raise Unmendable(None, exc, f"at index {shown}, to stand in for them") from None
+                continue
+            yield names, sample
+
+    def _repaired(
+        self,
+        mending: Mending,
+        ask: Callable[[], None],
+        papers_for: Callable[..., Papers],
+        stamps: Any,
+        *,
+        batched: bool = True,
+        bulk: bool = False,
+    ) -> Made:
+        """The batch in spite of samples that fail: the slow way, one by one.
+
+        ``ask`` has ``mending`` fetch the samples, and ``papers_for`` makes the papers for as many
+        as were asked for. Neither knows what becomes of them.
+
+        Raises:
+            StopIteration: as ``ask()`` does: the end of a stream.
+        """
+        phase = "sample"
+        try:
+            ask()
+            mending.batch()  # a donor is fetched now, unless it is collation that gives all up
+            phase = "collate"
+            known = asked_for(papers_for(mending.asked))
+            batch, samples = self._collate_mended(mending, known, stamps, batched)
+            keys = None if bulk else self._keys(samples)
+            end = mending.asked + bool(mending.lent) + 1
+            stamps[end] = clock()
+        except Exception as exc:
+            if phase == "sample" and isinstance(exc, StopIteration):
+                raise
+            lost = mending.asked
+            if isinstance(exc, Unmendable) and exc.position is not None:
+                lost = max(lost, exc.position + 1)
+            elif isinstance(exc, KeyFault):
+                phase, at = "sample", mending.places[exc.position or 0]
+                exc.position = at if at < lost else None
+            papers = papers_for(lost)
+            return self._failed(exc, papers, phase, asked_for(papers), Culprit(None))
+        times = bytes(stamps[: end + 1])
+        papers = papers_for(mending.asked, stamps=times, keys=keys, mending=mending)
+        if not samples:
+            return EmptyBatch(papers)
+        return self._handed_over(papers, batch, () if bulk else samples)
+
+    def _collate_mended(
+        self, mending: Mending, known: Sequence[Any], stamps: Any, batched: bool
+    ) -> tuple[Any, list[Any]]:
         """Collate what there is, leaving out samples that are clearly not like the others.
 
         Raises:
-            Exception: what the collate function raised, where no sample is clearly to blame.
+            Unmendable: with what the collate function raised, where no sample is clearly to blame.
         """
         given_up: set[int] = set()
         while samples := mending.batch():
+            if mending.lent:
+                stamps[mending.asked + 1] = clock()
+            self._cells[PHASE] = COLLATE
             self._packer.collates()
             try:
-                return self._collate_fn(list(samples)), samples
+                return self._collate_fn(list(samples) if batched else samples[0]), samples
             except Exception as exc:
-                if self._policy.raises:
-                    raise
-                found = explain(samples, known)
-                odd = [k for k, sample in enumerate(samples) if sample is None]
-                odd = odd or list(found.odd if found else ())
-                positions = mending.positions_of(odd)
-                if not odd or given_up & set(positions):  # a replacement that is no better
-                    raise
+                if mending.lent and not never_skipped(exc):
+                    mending.lend()
+                    continue
+                places = [] if mending.lent or not batched else mending.places
+                found = explain(samples, [known[k] for k in places]) if places else None
+                at = None if found is None or found.position is None else places[found.position]
+                odd = [k for k in range(len(places)) if samples[k] is None]
+                positions = sorted({places[k] for k in odd or (found.odd if found else ())})
+                # A replacement that is no better is given up once.
+                if self._policy.raises or not positions or given_up & set(positions):
+                    single = 0 if len(known) == 1 and not mending.lent else None
+                    text = found.text if found else ""
+                    raise Unmendable(single if at is None else at, exc, text) from None
                 given_up |= set(positions)
                 for position in positions:
                     mending.give_up(position, exc, found.text if found else "it is None")
@@ -257,7 +347,7 @@ class KeyFault(Exception):
 
     def __init__(self, position: int, cause: Exception) -> None:
         super().__init__(position)
-        self.position = position
+        self.position: int | None = position
         self.cause = cause
 
 
@@ -265,7 +355,7 @@ class _CountedStamps:
     """Stamps of a batch too large for shared memory, where they are only counted."""
 
     def __init__(self, samples: int, cells: memoryview) -> None:
-        self._stamps = memoryview(bytearray(8 * (samples + 2))).cast("q")
+        self._stamps = memoryview(bytearray(8 * (samples + 3))).cast("q")
         self._cells = cells
 
     def __setitem__(self, place: int, stamp: int) -> None:

@@ -10,7 +10,7 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.wire.flight import COLLATE, FETCH, ORDINAL, PHASE, SINCE
-from safeloader.wire.records import EmptyBatch, FailedBatch, Task
+from safeloader.wire.records import FailedBatch, Papers, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.mending import Unmendable
 from safeloader.worker.post import Post
@@ -62,7 +62,7 @@ class StreamFetcher(RecordingFetcher):
         cells[SINCE] = stamps[0] = clock()
         samples: list[Any] = []
         if self._policy.retries:
-            return self._fetch_mended(task, first, wanted, samples, None, "sample")
+            return self._fetch_mended(task, first, wanted, samples, None, stamps)
         phase = "sample"
         k = 0
         try:
@@ -89,7 +89,8 @@ class StreamFetcher(RecordingFetcher):
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
             if self._mends(exc, samples) and not isinstance(exc, Unmendable):
-                return self._fetch_mended(task, first, wanted, samples, exc, phase)
+                whole = phase == "collate" or isinstance(exc, KeyFault)
+                return self._fetch_mended(task, first, wanted, samples, exc, stamps, whole=whole)
             return self._explain(exc, task.seq, phase, first, samples)
         except BaseException:
             self._interrupted(first + len(samples))
@@ -119,59 +120,44 @@ class StreamFetcher(RecordingFetcher):
         wanted: int,
         samples: list[Any],
         failed: Exception | None,
-        phase: str,
+        stamps: Any,
+        *,
+        whole: bool = False,
     ) -> Made:
         """The batch in spite of samples that fail, and of a collate function that objects."""
-        whole = phase == "collate"
         mending = self._mending(task.seq, tuple((self._row, first + k) for k in range(wanted)))
         mending.have(samples)
-        stamps = self._stamps_for(wanted)
-        begun: Exception | None = failed
-        phase = "sample"
-        try:
+
+        def ask() -> None:
+            begun = failed
+            for k in range(wanted if whole else len(samples), wanted):
+                before = self._last_failed
+                try:
+                    mending.fetch(lambda: next(self._iterator), begun, may_end=True)
+                except StopIteration:
+                    here = begun or mending.last_failure
+                    cause = here or before
+                    if cause is not None and not self._decides:
+                        at = k if here is not None else max(k - 1, 0)  # else the one before
+                        raise self._cut_short(at, cause) from None
+                    self._ended = self._batched
+                    break
+                begun, self._last_failed = None, mending.last_failure
+                stamps[k + 1] = clock()
             if not whole:
-                for k in range(len(samples), wanted):
-                    before, begun_with = self._last_failed, begun
-                    begun = None
-                    try:
-                        mending.fetch(lambda: next(self._iterator), begun_with, may_end=True)
-                    except StopIteration:
-                        cause = begun_with or mending.last_failure or before
-                        if cause is not None and not self._decides:
-                            here = begun_with or mending.last_failure
-                            at = k if here is not None else max(k - 1, 0)  # else the one before
-                            raise self._cut_short(at, cause) from None
-                        self._ended = self._batched
-                        break
-                    self._last_failed = mending.last_failure
-                    stamps[k + 1] = clock()
                 self._book(mending.asked, wanted, ended=mending.asked < wanted)
-            phase = "collate"
-            known = tuple((self._row, first + k) for k in range(mending.asked))
-            if self._batched:
-                batch, samples = self._collate_mended(mending, known)
-            elif samples := mending.batch():
-                self._packer.collates()
-                batch = self._collate_fn(samples[0])
-            keys = self._keys(samples)
-            stamps[mending.asked + 1] = clock()
+
+        def papers_for(asked: int, stamps: bytes = b"", **more: Any) -> Papers:
+            self._read = first + asked
+            return self._papers(task.seq, b"", asked, stamps, ordinal=first, **more)
+
+        try:
+            return self._repaired(mending, ask, papers_for, stamps, batched=self._batched)
         except StopIteration:
             raise
-        except Exception as exc:
-            return self._explain(exc, task.seq, phase, first, mending.batch(), mending.asked)
         except BaseException:
             self._interrupted(first + mending.asked)
             raise
-        papers = self._papers(
-            task.seq,
-            b"",
-            mending.asked,
-            bytes(stamps[: mending.asked + 2]),
-            ordinal=first,
-            keys=keys,
-            mishaps=mending.mishaps,
-        )
-        return self._handed_over(papers, batch, samples) if samples else EmptyBatch(papers)
 
     def _cut_short(self, position: int, cause: Exception) -> Unmendable:
         """The stream ended right after a sample that failed: what was behind it is lost."""
@@ -180,15 +166,9 @@ class StreamFetcher(RecordingFetcher):
         return Unmendable(position, cause, _CUT_SHORT)
 
     def _explain(
-        self,
-        exc: Exception,
-        seq: int,
-        phase: str,
-        first: int,
-        samples: list[Any],
-        asked: int | None = None,
+        self, exc: Exception, seq: int, phase: str, first: int, samples: list[Any]
     ) -> FailedBatch:
-        lost = len(samples) if asked is None else asked
+        lost = len(samples)
         culprit = Culprit(None)
         if phase == "collate":
             indices = tuple((self._row, first + k) for k in range(lost))
@@ -198,7 +178,7 @@ class StreamFetcher(RecordingFetcher):
             elif lost == 1:
                 culprit = Culprit(0)
         elif isinstance(exc, Unmendable):
-            lost = max(lost, exc.position + 1)
+            lost = max(lost, 1)
         elif not isinstance(exc, KeyFault):
             culprit = Culprit(lost)
             lost += 1  # the sample that could not be read has its number too

@@ -432,7 +432,8 @@ def test_loader_goes_on(
     assert audit is not None
     assert audit.complete
     assert audit.ok
-    assert audit.skipped.tolist() == ([] if mended.gives == "all" else [BAD])
+    assert audit.skipped.tolist() == ([BAD] if mended.gives == "without" else [])
+    assert audit.replaced.tolist() == ([BAD] if mended.gives == "another" else [])
     assert audit.late.tolist() == ([BAD] if mended.reason.startswith("came") else [])
     assert set(audit.reasons) == ({BAD} if mended.reason else set())
     assert re.search(mended.reason, audit.reasons.get(BAD, ""))

@@ -131,6 +131,21 @@ def replaced(batch: torch.Tensor, bad: tuple[int, ...]) -> torch.Tensor:
     )
 
 
+def stood_in_for(batches: list[Any], bad: tuple[int, ...]) -> list[Any]:
+    """``on_error="replace"``: where all of a batch fails, the last index before it that comes."""
+    expected: list[Any] = []
+    drawn: list[Any] = []
+    for batch in batches:
+        rows = batch.reshape(-1, 2)
+        if all(int(row[0]) in bad for row in rows):
+            donor = next(row for row in reversed(drawn) if int(row[0]) not in bad)
+            expected.append(donor.expand(batch.shape).clone())
+        else:
+            expected.append(batch if batch.ndim == 1 else replaced(batch, bad))
+        drawn += rows
+    return expected
+
+
 def as_seen(batches: list[Any]) -> list[Any]:
     return [plain(batch) for batch in batches]
 
@@ -173,8 +188,11 @@ def test_samples_that_fail(mode: str, kind: type[Faulty], how: str, on_error: st
         assert audit.ok
         assert audit.complete
         assert (audit.epoch, audit.drawn, audit.delivered) == (epoch, LENGTH, LENGTH - len(BAD))
-        assert sorted(audit.skipped.tolist()) == list(BAD)
+        gone, other = audit.skipped.tolist(), audit.replaced.tolist()
+        assert sorted(gone or other) == list(BAD)
+        assert bool(gone) == (on_error == "skip")
         assert sorted(audit.reasons) == list(BAD)
+        assert audit.donors == ({} if gone else {13: 10, 14: 10, 27: 28})
         assert audit.counts["late"] == 0
         if how == "raise":
             assert audit.reasons[13] == "ValueError: no sample 13"
@@ -182,20 +200,19 @@ def test_samples_that_fail(mode: str, kind: type[Faulty], how: str, on_error: st
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_batch_of_bad_samples_is_left_out_whole(workers: int) -> None:
+def test_a_batch_of_bad_samples_is_skipped_whole(workers: int) -> None:
     bad = tuple(range(10, 15))
-    for on_error in ("skip", "replace"):
-        loader = SafeDataLoader(Faulty("raise", bad), SIZE, num_workers=workers, on_error=on_error)
-        expected = sound_batches()
-        del expected[2]
-        assert as_seen(list(loader)) == as_seen(expected)
-        audit = loader.audit
-        assert audit is not None
-        assert (audit.ok, audit.complete, audit.delivered) == (True, True, LENGTH - 5)
-        assert audit.skipped.tolist() == list(bad)
-        record = loader.provenance.batch(2)
-        assert record is not None
-        assert record.indices == (15, 16, 17, 18, 19)
+    loader = SafeDataLoader(Faulty("raise", bad), SIZE, num_workers=workers, on_error="skip")
+    expected = sound_batches()
+    del expected[2]
+    assert as_seen(list(loader)) == as_seen(expected)
+    audit = loader.audit
+    assert audit is not None
+    assert (audit.ok, audit.complete, audit.delivered) == (True, True, LENGTH - 5)
+    assert audit.skipped.tolist() == list(bad)
+    record = loader.provenance.batch(2)
+    assert record is not None
+    assert record.indices == (15, 16, 17, 18, 19)
 
 
 def lookup(failure: Failure) -> Any:
@@ -216,7 +233,9 @@ def test_a_callable_is_asked_where_the_sample_failed(method: str | None) -> None
     assert batches[5].tolist()[2] == [27, -2]
     audit = loader.audit
     assert audit is not None
-    assert audit.skipped.tolist() == list(BAD)
+    assert (audit.skipped.tolist(), audit.replaced.tolist()) == ([14], [13, 27])
+    assert audit.donors == {}
+    assert "replaced: 2, another sample came in its place because of an error: 13, 27" in str(audit)
     assert audit.ok
 
 
@@ -285,13 +304,17 @@ def test_without_batches(tmp_path: Path, workers: int) -> None:
         dataset = Faulty("raise", (13,), flag=once) if more else Faulty("raise")
         loader = SafeDataLoader(dataset, batch_size=None, num_workers=workers, on_error=how, **more)
         expected = sound_batches(batch_size=None)
-        if not more:  # there is no other sample in the batch to put in its place
+        if how == "skip":
             expected = [sample for sample in expected if int(sample[0]) not in BAD]
+        elif how == "replace":  # by what was drawn before
+            expected = stood_in_for(expected, BAD)
         assert as_seen(list(loader)) == as_seen(expected)
         audit = loader.audit
         assert audit is not None
-        assert (audit.ok, audit.complete, audit.delivered) == (True, True, len(expected))
-        assert audit.skipped.tolist() == ([] if more else list(BAD))
+        good = LENGTH if more else LENGTH - len(BAD)
+        assert (audit.ok, audit.complete, audit.delivered) == (True, True, good)
+        assert audit.skipped.tolist() == (list(BAD) if how == "skip" else [])
+        assert audit.replaced.tolist() == (list(BAD) if how == "replace" else [])
         assert audit.late.tolist() == ([13] if more else [])
 
 
@@ -822,3 +845,23 @@ def test_collation_without_an_odd_one_out_still_raises() -> None:
     dataset = [torch.zeros(3 + k % 2) for k in range(10)]
     error = caught(SafeDataLoader(dataset, 4, on_error="skip"))
     assert isinstance(error, CollateError)
+
+
+class KeysOfNothing:
+    def __call__(self, sample: Any) -> int:
+        return int(sample)
+
+
+def test_a_key_that_raises_on_nothing_counts_no_sample_that_never_was() -> None:
+    """In the last, short batch of a stream."""
+    numbers = [0, 1, 2, 3, 4, 5, None]
+
+    class Stream(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            return iter(numbers)
+
+    loader = SafeDataLoader(Stream(), 4, on_error="skip", key=KeysOfNothing())
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5]]
+    audit = loader.audit
+    assert audit is not None
+    assert (audit.drawn, audit.delivered, audit.skipped.tolist()) == (7, 6, [[0, 6]])

@@ -15,7 +15,7 @@ from safeloader.wire.indices import as_array
 from tests import datasets, faults
 
 TROUBLES = ("missing", "duplicated", "unexpected", "failed")
-CLASSES = (*TROUBLES, "dropped", "skipped", "late", "repeated", "unvisited")
+CLASSES = (*TROUBLES, "dropped", "skipped", "replaced", "late", "repeated", "unvisited")
 
 
 def audit_with(complete: bool = True, notes: tuple[str, ...] = (), **classes: Any) -> EpochAudit:

@@ -16,6 +16,10 @@ import pytest
 import torch
 
 from safeloader import Recorder, SafeDataLoader
+from safeloader.main.provenance import record_of
+from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery
+from safeloader.wire.indices import pack
+from safeloader.wire.records import Mishap, Papers
 from tests import datasets
 
 COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
@@ -401,3 +405,78 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     with pytest.raises(ImportError, match=r"pip install 'safeloader\[parquet\]'"):
         provenance.save(tmp_path / "table.parquet")
+
+
+class SleepsLonger:
+    """Sample k takes k + 1 times 2 ms; those in ``bad`` fail after it."""
+
+    def __init__(self, bad: tuple[int, ...]) -> None:
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        until = time.perf_counter_ns() + (index + 1) * 2_000_000
+        while time.perf_counter_ns() < until:
+            pass
+        if index in self.bad:
+            raise ValueError(f"no sample {index}")
+        return index
+
+
+def stamped(*mishaps: Mishap, lent: int = 0) -> Delivery:
+    """A batch of indices 10 to 13 whose fetches took 1, 2, 3, 4 (and 5) ns; collation 100."""
+    ends = [1000, 1001, 1003, 1006, 1010, 1015][: 5 + lent]
+    stamps = np.array([*ends, ends[-1] + 100], dtype=np.int64).tobytes()
+    papers = Papers(0, 0, 1, pack([10, 11, 12, 13]), None, None, stamps, False, None, mishaps)
+    return Delivery(0, 0, 5, papers)
+
+
+def test_times_of_a_batch_with_skipped_samples_are_those_of_the_samples_in_it() -> None:
+    record = record_of(stamped(Mishap("skipped", 0, "why"), Mishap("skipped", 2, "why")))
+    assert (record.indices, record.fetch_ns, record.collate_ns) == ((11, 13), (2, 4), 100)
+    assert record.start_ns == 1001 + UNIX_OFFSET_NS
+
+
+def test_times_of_a_replaced_sample_are_its_donors() -> None:
+    record = record_of(stamped(Mishap("replaced", 1, "why", 2), Mishap("late", 3, "why")))
+    assert (record.indices, record.fetch_ns) == ((10, 12, 12, 13), (1, 3, 3, 4))
+
+
+def test_times_where_one_drawn_earlier_stands_in() -> None:
+    gone = [Mishap("replaced", k, "why", 4, (7,)) for k in range(4)]
+    record = record_of(stamped(*gone, lent=1))
+    assert (record.indices, record.fetch_ns, record.collate_ns) == ((7,) * 4, (5,) * 4, 100)
+    assert record.start_ns == 1010 + UNIX_OFFSET_NS
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_fetch_times_beside_skipped_samples_go_with_their_indices(workers: int) -> None:
+    loader = loaded(SleepsLonger((0, 2)), batch_size=4, num_workers=workers, on_error="skip")
+    first, second = loader.provenance.to_numpy()
+    assert (first["index"], second["index"]) == (1, 3)
+    assert first["fetch_ns"] >= 4_000_000
+    assert second["fetch_ns"] >= 8_000_000
+    assert second["start_ns"] >= first["start_ns"] + first["fetch_ns"] + 6_000_000
+
+
+def test_samples_before_a_failing_one_keep_their_times_in_a_batch_of_thousands() -> None:
+    """Too large for the stamps in shared memory."""
+    size = 4200
+    loader = loaded(FailsAt(size - 1, size), batch_size=size, num_workers=1, on_error="skip")
+    table = loader.provenance.to_numpy()
+    assert table["index"].tolist() == list(range(size - 1))
+    assert (np.diff(table["start_ns"]) > 0).all()
+    assert (table["fetch_ns"] > 0).all()
+
+
+class FailsAt(TakesAnyIndex):
+    def __init__(self, bad: int, length: int) -> None:
+        super().__init__(length)
+        self.bad = bad
+
+    def __getitem__(self, index: int) -> str:
+        if index == self.bad:
+            raise ValueError
+        return super().__getitem__(index)
