@@ -76,6 +76,8 @@ def writable(part: Any, depth: int = 0) -> Iterator[Any]:
     elif depth < 4 and isinstance(part, list | tuple):
         for each in part:
             yield from writable(each, depth + 1)
+    elif isinstance(part, torch.UntypedStorage):
+        pass  # which holds its memory in a slot
     elif depth < 4 and hasattr(part, "__dict__"):
         yield from writable(vars(part), depth + 1)
 
