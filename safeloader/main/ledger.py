@@ -14,10 +14,12 @@ from safeloader.main.audit import EpochAudit
 from safeloader.main.tally import Coverage, Tally
 from safeloader.wire.indices import Packed, count, same, unpack
 from safeloader.wire.records import Papers, asked_for, contents
+from safeloader.wire.texts import index_text, indices_text
+from safeloader.wire.values import weight
 
 KEYS_LIMIT = 2_000_000
 REASONS_LIMIT = 1000
-_SHOWN = 8
+REASONS_BYTES = 1 << 20  # of indices and reasons together
 
 
 class Trouble(NamedTuple):
@@ -114,6 +116,7 @@ class Accounts:
             )
         }
         self.reasons: dict[Any, str] = {}
+        self._reasons_bytes = 0
         self.replaced_count = 0
         self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
         self._keys_past_limit = 0
@@ -143,7 +146,8 @@ class Accounts:
                 self.tallies["skipped"].add((index,))
                 self.replaced_count += mishap.what == "replaced"
                 gone += 1
-            if len(self.reasons) < REASONS_LIMIT:
+            self._reasons_bytes += weight(index) + weight(mishap.reason)
+            if len(self.reasons) < REASONS_LIMIT and self._reasons_bytes <= REASONS_BYTES:
                 self.reasons[index] = mishap.reason
         return gone
 
@@ -166,7 +170,8 @@ class Accounts:
             if first != index:
                 again.append(index)
                 said.append(
-                    f"index {index!r} and index {first!r} are one sample (key {_short(key)})"
+                    f"index {index_text(index)} and index {index_text(first)} are one sample "
+                    f"(key {index_text(key, 60)})"
                 )
                 continue
             sound.append(index)
@@ -280,7 +285,7 @@ class MapLedger(Accounts):
                 unexpected.append(index)
             else:
                 sound.append(left.pop(place))
-        reason = f"{who} was asked for {_some(drawn)} and answered for {_some(came)}"
+        reason = f"{who} was asked for {indices_text(drawn)} and answered for {indices_text(came)}"
         if not left and not unexpected:
             reason += ": the same indices in another order"
             return Trouble(reason, sound=tuple(sound))
@@ -310,7 +315,7 @@ class MapLedger(Accounts):
         if missing:
             trouble = Trouble(
                 f"the epoch ended with {len(missing)} samples drawn and never handed over: "
-                f"{_some(missing)}",
+                f"{indices_text(missing)}",
                 missing=missing,
             )
             self.book(trouble)
@@ -362,11 +367,6 @@ class MapLedger(Accounts):
         )
 
 
-def _short(key: Any) -> str:
-    text = repr(key)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
     """``__getitems__`` broke its contract: which sample belongs to which index is unknown, and the
     first ones are taken to be in order."""
@@ -374,14 +374,14 @@ def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
     if samples < asked:
         return Trouble(
             f"__getitems__ was asked for {asked} samples and gave {samples}; the last "
-            f"{asked - samples} of {_some(drawn)} count as missing, though it may have left out "
-            "others",
+            f"{asked - samples} of {indices_text(drawn)} count as missing, though it may have left "
+            "out others",
             missing=drawn[samples:],
             sound=drawn[:samples],
             hint=_ONE_EACH,
         )
     return Trouble(
-        f"__getitems__ was asked for {asked} samples, {_some(drawn)}, and gave {samples}",
+        f"__getitems__ was asked for {asked} samples, {indices_text(drawn)}, and gave {samples}",
         unexpected=(-1,) * (samples - asked),
         sound=drawn,
         hint=_ONE_EACH,
@@ -392,8 +392,3 @@ _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
 )
-
-
-def _some(indices: Sequence[Any]) -> str:
-    shown = ", ".join(repr(index) for index in indices[:_SHOWN])
-    return f"[{shown}{', ...' if len(indices) > _SHOWN else ''}]"

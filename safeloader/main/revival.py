@@ -10,6 +10,7 @@ from safeloader.main.drawing import RecordingSampler
 from safeloader.main.naming import LoaderLog
 from safeloader.main.session import Session, blueprint_of
 from safeloader.wire.failure import Failure
+from safeloader.wire.texts import index_text
 from safeloader.wire.wording import bounded
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Revival:
             bounded(failure.hint.partition("\n")[0], 300),
         )
         for index in left_out:
-            self._log.warning("index %r killed its worker twice and is left out", index)
+            self._log.warning("index %s killed its worker twice and is left out", index_text(index))
         return True
 
     def revive(self, session: Session) -> None:
