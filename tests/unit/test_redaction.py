@@ -24,8 +24,8 @@ from safeloader.wire.texts import bounded_text
 SECRET = "hunter2"
 HIDDEN = re.split(
     r"\s+",
-    """db_pass PASS pw passcode hftoken authtoken sessiontoken jwt pat openai_key storage_key ssh_key
-    aws_key sas connection_string session_id webhook dbPassword DB_PASSWD userPass x-api-key
+    """db_pass PASS pw passcode hftoken authtoken sessiontoken jwt pat openai_key storage_key
+    ssh_key aws_key sas connection_string session_id webhook dbPassword DB_PASSWD userPass x-api-key
     AWS_SECRET_ACCESS_KEY hf_token sshkey smtp_pwd signingKey client-secret pgpass cookie
     Authorization AccountKey otp recovery_code wandb_key slackWebhookUrl conn_str""",
 )
