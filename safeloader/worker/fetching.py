@@ -43,7 +43,7 @@ def fetcher_in_main(
     key: Callable[[Any], Any] | None,
     policy: Policy,
     raised: list[BaseException],
-    length: int | None,
+    length: int | None = None,
 ) -> RecordingFetcher:
     """The fetcher of a loader without workers; for the arguments see :class:`Post`."""
     post = Post(None, board=board, key=key, policy=policy, raised=raised, length=length)
