@@ -12,7 +12,6 @@ events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import os
@@ -25,12 +24,14 @@ from typing import Any
 import numpy as np
 
 from safeloader.main.audit import EpochAudit
-from safeloader.main.folders import see_writable
+from safeloader.main.folders import create, folder_of, see_writable
 from safeloader.main.naming import LoaderLog
 from safeloader.main.provenance import record_of
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.failure import Failure
 from safeloader.wire.indices import Packed, unpack
+from safeloader.wire.redaction import scrub
+from safeloader.wire.texts import INDEX_MAX, bounded_text, index_text, indices_text
 
 logger = logging.getLogger("safeloader")
 
@@ -63,7 +64,7 @@ class LogTrace(Trace):
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
         if indices:  # of a stream nothing is drawn: it is asked for its next samples
-            self._log.info("epoch %d: drew batch %d: %s", epoch, seq, list(unpack(indices)))
+            self._log.info("epoch %d: drew batch %d: %s", epoch, seq, _drawn(indices))
 
     def delivered(self, delivery: Delivery, began_ns: int) -> None:
         record = record_of(delivery)
@@ -72,11 +73,11 @@ class LogTrace(Trace):
             zip(record.indices, record.fetch_ns, strict=True)
         ):
             self._log.info(
-                "epoch %d: %s (pid %d) fetched index %r for batch %d, position %d, in %.3f ms",
+                "epoch %d: %s (pid %d) fetched index %s for batch %d, position %d, in %.3f ms",
                 record.epoch,
                 who,
                 record.pid,
-                index,
+                index_text(index),
                 record.batch,
                 position,
                 fetch_ns / 1e6,
@@ -94,10 +95,10 @@ class LogTrace(Trace):
 
     def failed(self, failure: Failure) -> None:
         self._log.info(
-            "epoch %s: %s at index %r, batch %s (%s)",
+            "epoch %s: %s at index %s, batch %s (%s)",
             failure.epoch,
             failure.exception_type,
-            failure.index,
+            index_text(failure.index),
             failure.batch,
             failure.phase,
         )
@@ -123,10 +124,10 @@ class _EventFile:
     second time on its way out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, fd: int, path: Path) -> None:
         self.path = path
         self._pid = os.getpid()
-        self._file: io.FileIO | None = io.FileIO(path, "w")
+        self._file: io.FileIO | None = io.FileIO(fd, "w")
         self._held: list[str] = []
         self._held_chars = 0
         self._before_next = "[\n"
@@ -169,7 +170,6 @@ class _EventFile:
 
 _PIECE_CHARS = 1 << 16
 _FLUSH_S = 1.0  # what a killed program leaves is at most this much behind
-_file_numbers = itertools.count()
 
 
 class FileTrace(Trace):
@@ -179,9 +179,8 @@ class FileTrace(Trace):
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._pid = os.getpid()
-        self._file = _EventFile(folder / f"safeloader-{self._pid}-{next(_file_numbers)}.json")
+        self._file = _EventFile(*create(folder, "safeloader", ".json"))
         self.path = self._file.path
         self._lanes: set[int] = set()
         name = f"safeloader, training process {self._pid}"
@@ -193,7 +192,7 @@ class FileTrace(Trace):
         self._file.write(events)
 
     def _event(self, **fields: Any) -> str:
-        return json.dumps({"pid": self._pid, **fields}, default=str, separators=(",", ":"))
+        return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
 
     def _slice(
         self, cat: str, name: str, tid: int, ts_us: float, dur_us: float, args: dict[str, Any]
@@ -212,7 +211,7 @@ class FileTrace(Trace):
             )
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
-        args = {"epoch": epoch, "indices": str(list(unpack(indices)))}
+        args = {"epoch": epoch, "indices": _drawn(indices)}
         self._emit(
             [self._event(ph="i", s="t", name="draw", cat="draw", tid=0, ts=_now_us(), args=args)]
         )
@@ -229,7 +228,7 @@ class FileTrace(Trace):
         events = []
         begin_ns = record.start_ns
         for index, fetch_ns in zip(record.indices, record.fetch_ns, strict=True):
-            shown = str(index) if type(index) is int else json.dumps(str(index))[1:-1]
+            shown = str(index) if type(index) is int else json.dumps(_named(index))[1:-1]
             events.append(
                 f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
             )
@@ -257,7 +256,7 @@ class FileTrace(Trace):
 
     def failed(self, failure: Failure) -> None:
         tid = 0 if failure.worker_id is None else failure.worker_id + 1
-        name = f"{failure.exception_type} at {failure.index!r}"
+        name = f"{failure.exception_type} at {index_text(failure.index)}"
         args = {"phase": failure.phase, "message": failure.message[:1000]}
         self._emit(
             [self._event(ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args)]
@@ -274,6 +273,18 @@ class FileTrace(Trace):
 
     def flush(self) -> None:
         self._file.flush()
+
+
+def _named(index: Any) -> str:
+    return scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index)
+
+
+def _drawn(indices: Packed) -> str:
+    listed = list(unpack(indices))
+    return str(listed) if type(indices) is bytes else indices_text(listed, most=_DRAWN_SHOWN)
+
+
+_DRAWN_SHOWN = 1000  # indices that are not numbers
 
 
 def _now_us() -> float:
@@ -300,14 +311,14 @@ def wish(trace: object) -> object:
         value = os.environ.get("SAFELOADER_TRACE", "")
         if value.lower() in ("", "0", "false", "no", "off"):
             return False
-        return True if value.lower() in ("1", "true", "yes", "on") else Path(value)
+        return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
     if isinstance(trace, bool):
         return trace
     if isinstance(trace, str | os.PathLike):
-        return Path(trace)
+        return folder_of(trace)
     raise TypeError(
         f"trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder for trace "
-        f"files; got {trace!r}"
+        f"files; got {bounded_text(trace)}"
     )
 
 

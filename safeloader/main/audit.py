@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from safeloader.wire.texts import index_text
+
 IndexArray = npt.NDArray[Any]
 
 _CLASSES = (
@@ -166,4 +168,4 @@ def _plain(item: Any) -> Any:
 def _shown(item: Any) -> str:
     if isinstance(item, np.ndarray):  # a row of a stream's (worker, ordinal) pairs
         return f"({', '.join(str(part) for part in item.tolist())})"
-    return str(item) if isinstance(item, int | np.integer) else repr(item)
+    return str(item) if isinstance(item, np.integer) else index_text(item)

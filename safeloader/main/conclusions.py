@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from safeloader.main.stacks import Frame, Stack
 from safeloader.wire.resources import human_bytes, machine_memory, shared_memory
+from safeloader.wire.texts import index_text
 
 _LITTLE_SHARED = 8 << 20
 _LITTLE_SHARE = 0.05  # of the machine's memory
@@ -98,17 +99,17 @@ def _again(index: Any, options: str = "") -> str:
         how = f" and python{options}" if options else ""
         return f"run the same in the main process with num_workers=0{how}"
     python = f" (python{options})" if options else ""
-    if type(index) is tuple and len(index) == 2:  # a stream's
+    if type(index) is tuple and [*map(type, index)] == [int, int]:  # a stream's
         worker, ordinal = index
         return (
             f"iterating worker {worker}'s part of the dataset up to sample {ordinal} (from 0) in a "
             f"fresh process{python} repeats it"
         )
-    return f"loader.dataset[{index!r}] in a fresh process{python} repeats it"
+    return f"loader.dataset[{index_text(index)}] in a fresh process{python} repeats it"
 
 
 def _at(ending: Ending) -> str:
-    return "" if ending.index is None else f" at index {ending.index!r}"
+    return "" if ending.index is None else f" at index {index_text(ending.index)}"
 
 
 def _of_signal(number: int, ending: Ending) -> str:
@@ -242,7 +243,7 @@ def of_silence(
                 "multiprocessing_context='forkserver'"
             )
         return f"it waits for a lock, queue or thread at {line}: see who is to release it"
-    at = "" if index is None else f" for index {index!r}"
+    at = "" if index is None else f" for index {index_text(index)}"
     forked = (
         "; if that is a native library with threads of its own (OpenCV, OpenMP, BLAS), these did "
         "not survive the fork: cv2.setNumThreads(0), or multiprocessing_context='forkserver'"

@@ -19,6 +19,7 @@ from safeloader.main.processes import Signals
 from safeloader.wire.failure import Failure
 from safeloader.wire.flight import FlightRecorder, Position
 from safeloader.wire.resources import human_bytes, machine_lines, oom_kills
+from safeloader.wire.texts import index_text, indices_text
 
 _WORKERS_SHOWN = 32
 
@@ -47,13 +48,13 @@ class Whereabouts(NamedTuple):
         place = "" if self.batch is None else f" of batch {self.batch}"
         batch = "a batch" if self.batch is None else f"batch {self.batch}"
         at = self.position.position
-        of_batch = f" (indices {_some(self.indices)})" if self.indices else ""
+        of_batch = f" (indices {indices_text(self.indices)})" if self.indices else ""
         words = {
             "starting": "starting, before its set-up was done",
             "init": "in worker_init_fn",
             "open": "opening the dataset",
             "idle": "idle",
-            "fetch": f"fetching index {self.index!r} (position {at}{place})",
+            "fetch": f"fetching index {index_text(self.index)} (position {at}{place})",
             "fetch at once": f"in __getitems__{place}{of_batch}",
             "collate": f"collating {batch}{of_batch}",
             "send": f"sending {batch}{of_batch}",
@@ -275,8 +276,3 @@ def _memory_lines(where: Whereabouts | None) -> list[str]:
     grown = last[0] - where.position.memory_first[0]
     how = f"grew by {human_bytes(grown)}" if grown > 0 else "did not grow"
     return [f"its memory as last sampled: {', '.join(parts)}; {how} since its first batch"]
-
-
-def _some(indices: tuple[Any, ...]) -> str:
-    shown = ", ".join(repr(index) for index in indices[:8])
-    return f"[{shown}{', ...' if len(indices) > 8 else ''}]"

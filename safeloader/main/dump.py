@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 
 from safeloader._version import __version__
-from safeloader.main.folders import see_writable
+from safeloader.main.folders import create, folder_of, see_writable
 from safeloader.wire.failure import Failure
 from safeloader.wire.resources import machine_facts
+from safeloader.wire.texts import bounded_text
 
 _LOG = logging.getLogger("safeloader")
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
-
-_numbers = itertools.count()
 
 
 def check_folder(folder: object) -> None:
@@ -36,10 +34,11 @@ def check_folder(folder: object) -> None:
         return
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(
-            f"on_failure_dump must be a folder to write failures into, or None; got {folder!r}"
+            f"on_failure_dump must be a folder to write failures into, or None; got "
+            f"{bounded_text(folder)}"
         )
     try:
-        see_writable(Path(folder))
+        see_writable(folder_of(folder))
     except OSError as exc:
         raise ValueError(
             f"failures cannot be written to {str(folder)!r}: {exc}. Give on_failure_dump= a "
@@ -48,9 +47,10 @@ def check_folder(folder: object) -> None:
 
 
 def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> Path | None:
-    """Write ``failure`` as a file of its own, which a line in the log names; None if that fails."""
-    name = f"failure-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{next(_numbers)}.json"
-    path = Path(folder) / name
+    """Write ``failure`` as a file of its own, which a line in the log names; None if that fails.
+
+    That nothing can be written is said once for a folder.
+    """
     content: dict[str, Any] = {
         "failure": failure.to_dict(),
         "report": str(failure),
@@ -62,15 +62,25 @@ def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> 
         },
         "machine": machine_facts(),
     }
-    part = path.with_suffix(".part")
+    part: Path | None = None
+    target = folder_of(folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        part.replace(path)
+        stem = f"failure-{time.strftime('%Y%m%dT%H%M%S')}"
+        fd, part = create(target, stem, ".part", also=".json")
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1))
+        path = part.replace(part.with_suffix(".json"))
     except (OSError, ValueError, TypeError) as exc:
-        log.warning("the failure could not be written to %s: %s", path, str(exc))
+        if str(target) not in _told:
+            _told.add(str(target))
+            log.warning("the failure could not be written to %s: %s", target, str(exc))
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            if part is not None:
+                part.unlink(missing_ok=True)
         return None
+    _told.discard(str(target))
     log.warning("the failure is written to %s", path)
     return path
+
+
+_told: set[str] = set()  # folders that could not be written to

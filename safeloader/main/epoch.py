@@ -9,16 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
-
-import torch.distributed
 
 from safeloader.errors import SafeLoaderError
 from safeloader.main.audit import EpochAudit
 from safeloader.main.ledger import Ledger, Open, Trouble
-from safeloader.main.naming import LoaderLog, length_of
+from safeloader.main.naming import LoaderLog, rank
 from safeloader.main.recorder import Delivery, failure_was_told
 from safeloader.main.tolerance import Tolerance
 from safeloader.tracing import OFF, Trace
@@ -26,6 +23,7 @@ from safeloader.wire.dataset_state import describe, differences
 from safeloader.wire.failure import Failure, error_from
 from safeloader.wire.indices import Packed
 from safeloader.wire.records import FailedBatch, Papers, asked_for
+from safeloader.wire.texts import index_text
 
 SHOWN_SKIPPED = 12
 DUMPS_MAX = 100  # of an epoch's failures that end no batch
@@ -55,7 +53,6 @@ class Epoch:
         self._dump = dump
         self._survived = 0
         self._dataset: Any = dataset
-        self._dataset_again: Callable[[], Any] = lambda: None
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
@@ -182,10 +179,10 @@ class Epoch:
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
             self.log.warning(
-                "epoch %d, batch %d: index %r %s: %s",
+                "epoch %d, batch %d: index %s %s: %s",
                 self.number,
                 self.batches,
-                asked[mishap.position],
+                index_text(asked[mishap.position]),
                 mishap.what,
                 mishap.reason,
             )
@@ -200,7 +197,7 @@ class Epoch:
             ledger.failed(papers, asked)
             ledger.note_reasons(papers)
         reasons = list(ledger.reasons.items())
-        listed = [f"index {index!r}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
+        listed = [f"index {index_text(index)}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:
             listed.append(f"and {len(reasons) - SHOWN_SKIPPED} more in loader.audit.reasons")
         last = next((m for m in reversed(papers.mishaps or ()) if m.what != "late"), None)
@@ -265,7 +262,8 @@ class Epoch:
         with self.ledger.lock:
             for seq in lost:
                 self.ledger.lost(seq)
-        state = None if self._dataset is None else describe(self._dataset)
+        dataset, length = self._dataset, self.log.length
+        state = None if dataset is None else describe(dataset, length=length)
         if state is not None:
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
@@ -314,10 +312,8 @@ class Epoch:
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
-        # The length of a map-style dataset is asked for only when somebody reads the audit.
-        length = self._known_length() if self.ledger.measures_length else None
         with self.ledger.lock:
-            notes = self.ledger.notes(length)
+            notes = self.ledger.notes(self.log.length)
         for note in notes:
             self.log.warning("epoch %d: %s", self.number, note)
         if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
@@ -325,11 +321,6 @@ class Epoch:
 
     def release(self) -> None:
         """Let go of the dataset: the notebook outlives the iterator, the data need not."""
-        dataset = self._dataset
-        try:
-            self._dataset_again = weakref.ref(dataset)
-        except TypeError:  # a list, say: it stays
-            self._dataset_again = lambda: dataset
         self._dataset = None
 
     def _tell(self, said: Callable[..., None], *about: Any) -> None:
@@ -342,14 +333,4 @@ class Epoch:
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand."""
-        return self.ledger.audit(number, self._known_length())
-
-    def _known_length(self) -> int | None:
-        return length_of(self._dataset_again() if self._dataset is None else self._dataset)
-
-
-def rank() -> int | None:
-    """Rank of this process where a process group runs; None otherwise."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return None
+        return self.ledger.audit(number, self.log.length)

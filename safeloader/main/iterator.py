@@ -24,7 +24,7 @@ from safeloader.main.checksum import changed
 from safeloader.main.diagnosis import Whereabouts
 from safeloader.main.epoch import Epoch
 from safeloader.main.inbox import TimedOut, WorkersDied
-from safeloader.main.naming import LoaderLog
+from safeloader.main.naming import LoaderLog, length_of
 from safeloader.main.revival import Revival
 from safeloader.main.session import Session
 from safeloader.main.tolerance import Tolerance
@@ -59,7 +59,7 @@ class SafeIterator(Iterator[Any]):
         self._session.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
-        log = LoaderLog(loader.dataset)
+        log = LoaderLog(loader.dataset, length_of(loader.dataset))
         epoch = Epoch(
             trace_for(self._recorder, loader.trace, log),
             loader.verify,

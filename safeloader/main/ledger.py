@@ -15,10 +15,12 @@ from safeloader.main.audit import EpochAudit
 from safeloader.main.tally import Coverage, Tally
 from safeloader.wire.indices import Packed, count, same, unpack
 from safeloader.wire.records import Papers, asked_for, contents, sources
+from safeloader.wire.texts import index_text, indices_text
+from safeloader.wire.values import weight
 
 KEYS_LIMIT = 2_000_000
 REASONS_LIMIT = 1000
-_SHOWN = 8
+REASONS_BYTES = 1 << 20  # of indices and reasons together
 
 
 class Trouble(NamedTuple):
@@ -51,7 +53,6 @@ class Ledger(Protocol):
     delivered_count: int
     tallies: dict[str, Tally]
     reasons: dict[Any, str]  # why an index was skipped, replaced or late
-    measures_length: bool  # whether len(dataset) is compared at the end of the epoch
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn."""
@@ -129,6 +130,7 @@ class Accounts:
             )
         }
         self.reasons: dict[Any, str] = {}
+        self._reasons_bytes = 0
         self.donors: dict[Any, Any] = {}
         self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
         self._keys_past_limit = 0
@@ -149,8 +151,10 @@ class Accounts:
     def note_reasons(self, papers: Papers) -> None:
         asked = asked_for(papers)
         for mishap in papers.mishaps or ():
-            if len(self.reasons) < REASONS_LIMIT:
-                self.reasons[asked[mishap.position]] = mishap.reason
+            index = asked[mishap.position]
+            self._reasons_bytes += weight(index) + weight(mishap.reason)
+            if len(self.reasons) < REASONS_LIMIT and self._reasons_bytes <= REASONS_BYTES:
+                self.reasons[index] = mishap.reason
 
     def book_mishaps(self, papers: Papers) -> int:
         """Note the samples left out, replaced or late; how many of the batch are not there."""
@@ -199,7 +203,8 @@ class Accounts:
             if first != index:
                 again.append(index)
                 said.append(
-                    f"index {index!r} and index {first!r} are one sample (key {_short(key)})"
+                    f"index {index_text(index)} and index {index_text(first)} are one sample "
+                    f"(key {index_text(key, 60)})"
                 )
                 continue
             sound.append(index)
@@ -244,7 +249,6 @@ class Accounts:
 class MapLedger(Accounts):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
-    measures_length = False
 
     def __init__(
         self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
@@ -332,7 +336,7 @@ class MapLedger(Accounts):
                 unexpected.append(index)
             else:
                 sound.append(left.pop(place))
-        reason = f"{who} was asked for {_some(drawn)} and answered for {_some(came)}"
+        reason = f"{who} was asked for {indices_text(drawn)} and answered for {indices_text(came)}"
         if not left and not unexpected:
             reason += ": the same indices in another order"
             return Trouble(reason, sound=tuple(sound))
@@ -373,7 +377,7 @@ class MapLedger(Accounts):
         if missing:
             trouble = Trouble(
                 f"the epoch ended with {len(missing)} samples drawn and never handed over: "
-                f"{_some(missing)}",
+                f"{indices_text(missing)}",
                 missing=missing,
             )
             self.book(trouble)
@@ -433,11 +437,6 @@ class MapLedger(Accounts):
             )
 
 
-def _short(key: Any) -> str:
-    text = repr(key)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
     """``__getitems__`` broke its contract: which sample belongs to which index is unknown, and the
     first ones are taken to be in order."""
@@ -445,14 +444,14 @@ def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
     if samples < asked:
         return Trouble(
             f"__getitems__ was asked for {asked} samples and gave {samples}; the last "
-            f"{asked - samples} of {_some(drawn)} count as missing, though it may have left out "
-            "others",
+            f"{asked - samples} of {indices_text(drawn)} count as missing, though it may have left "
+            "out others",
             missing=drawn[samples:],
             sound=drawn[:samples],
             hint=_ONE_EACH,
         )
     return Trouble(
-        f"__getitems__ was asked for {asked} samples, {_some(drawn)}, and gave {samples}",
+        f"__getitems__ was asked for {asked} samples, {indices_text(drawn)}, and gave {samples}",
         unexpected=(-1,) * (samples - asked),
         sound=drawn,
         hint=_ONE_EACH,
@@ -463,8 +462,3 @@ _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
 )
-
-
-def _some(indices: Sequence[Any]) -> str:
-    shown = ", ".join(repr(index) for index in indices[:_SHOWN])
-    return f"[{shown}{', ...' if len(indices) > _SHOWN else ''}]"

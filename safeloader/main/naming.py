@@ -1,39 +1,37 @@
-"""Which loader a line in the log is about; runs in main."""
+"""Which loader a line in the log is about, and which process a file; runs in main."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import weakref
-from collections.abc import Callable, MutableMapping
+import os
+import platform
+import re
+from collections.abc import MutableMapping
 from typing import Any
 
+import torch.distributed
+
 from safeloader.wire.random_state import preserved
-from safeloader.wire.values import type_name
+from safeloader.wire.values import plain_length, type_name
 from safeloader.wire.wording import short_type_name
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     """The package's logger; each line begins with ``SafeDataLoader over ImageFolder (50000): ``.
 
-    A program has several loaders, for training and validation at least. The dataset is asked for
-    its length when a line is written and not before, and is not kept alive.
+    A program has several loaders, for training and validation at least.
+
+    Attributes:
+        length: of the dataset, as far as known.
+        loader_name: the words before the colon.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, length: int | None = None) -> None:
         super().__init__(logging.getLogger("safeloader"), {})
-        self._kind = short_type_name(type_name(type(dataset)))
-        self._dataset: Callable[[], Any]
-        try:
-            self._dataset = weakref.ref(dataset)
-        except TypeError:  # a list, say
-            self._dataset = lambda: dataset
-
-    @functools.cached_property
-    def loader_name(self) -> str:
-        """The words before the colon."""
-        length = length_of(self._dataset())
-        return f"SafeDataLoader over {self._kind}" + ("" if length is None else f" ({length})")
+        self.length = plain_length(dataset) if length is None else length
+        kind = short_type_name(type_name(type(dataset)))
+        size = "" if self.length is None else f" ({self.length})"
+        self.loader_name = f"SafeDataLoader over {kind}{size}"
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -43,9 +41,28 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
 
 
 def length_of(sized: Any) -> int | None:
-    """``len()`` of a dataset or sampler, the generators left as they were; None without one."""
+    """``len()`` of a dataset or sampler, the generators left as they were; None without one.
+
+    It is asked where torch's sampler asks the same: in the thread that begins the epoch. When
+    something has failed, the user's ``__len__`` may wait for a lock that was left behind.
+    """
     try:
         with preserved():
             return len(sized)
     except Exception:  # no __len__, or one that raises: what is said does without
         return None
+
+
+def rank() -> int | None:
+    """Rank of this process where a process group runs; None otherwise."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return None
+
+
+def process_name() -> str:
+    """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
+    known = rank()
+    told = os.environ.get("RANK", "") if known is None else str(known)
+    host = re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
+    return f"{host}-rank{told if told.isdecimal() else 0}-{os.getpid()}"

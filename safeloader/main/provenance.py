@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.wire.indices import as_array, count, identity, same, unpack
 from safeloader.wire.records import Papers, contents, sources
+from safeloader.wire.texts import index_text
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -188,11 +189,11 @@ class Provenance:
             with target.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(_COLUMNS)
-                writer.writerows(self._rows())
+                writer.writerows(self._rows(str))
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as file:
-                for row in self._rows():
-                    file.write(json.dumps(dict(zip(_COLUMNS, row, strict=True)), default=repr))
+                for row in self._rows(str, int, float, tuple):
+                    file.write(json.dumps(dict(zip(_COLUMNS, row, strict=True))))
                     file.write("\n")
         elif suffix == ".parquet":
             self._save_parquet(target)
@@ -202,9 +203,11 @@ class Provenance:
                 f"path; got {str(path)!r}"
             )
 
-    def _rows(self) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, *kept: type) -> Iterator[tuple[Any, ...]]:
+        """The rows, with indices of other types than these as text."""
         for delivery in self._recorder.deliveries():
-            yield from _table([delivery]).tolist()
+            for *before, index, worker_id, pid, start_ns, fetch_ns in _table([delivery]).tolist():
+                yield (*before, _saved(index, kept), worker_id, pid, start_ns, fetch_ns)
 
     def _save_parquet(self, target: Path) -> None:
         try:
@@ -246,13 +249,33 @@ def _table(deliveries: list[Delivery]) -> npt.NDArray[Any]:
 def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not table.dtype.hasobject:
         return table
-    texts = [item if isinstance(item, str) else repr(item) for item in table["index"]]
+    texts = [_saved(item, (str,)) for item in table["index"]]
     width = max(map(len, texts), default=1)
     dtype = [(name, f"U{width}" if name == "index" else np.int64) for name in _COLUMNS]
     out = np.empty(table.shape, dtype=dtype)
     for name in _COLUMNS:
         out[name] = texts if name == "index" else table[name]
     return out
+
+
+def _saved(index: Any, kept: tuple[type, ...]) -> Any:
+    """An index as it is written: whole where it is built of plain values, else told by its type."""
+    cls = type(index)
+    if cls is tuple and tuple in kept:
+        return [_saved(part, kept) for part in index]
+    if cls in kept:
+        return index
+    return repr(index) if _is_plain(index) else index_text(index)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether no foreign code has to say what this is."""
+    cls = type(value)
+    return (
+        all(map(_is_plain, value))
+        if cls is tuple
+        else cls in (int, float, complex, str, bytes, bool, type(None))
+    )
 
 
 def _index_column(delivery: Delivery) -> npt.NDArray[Any]:

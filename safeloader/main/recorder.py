@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 from safeloader.main.audit import EpochAudit
 from safeloader.main.transport import TransportTally
-from safeloader.wire.indices import Packed
 from safeloader.wire.records import Papers
+from safeloader.wire.texts import bounded_text
+from safeloader.wire.values import weight
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
 _RECORD_BYTES = 600  # a record without its samples, measured with sys.getsizeof; rounded up
-_OBJECT_BYTES = 100  # an index that is not an int
 
 logger = logging.getLogger("safeloader")
 
@@ -69,11 +69,13 @@ class Recorder:
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0:
             raise ValueError(
-                f"max_bytes must be a positive int, the bytes to keep records in; got {max_bytes!r}"
+                f"max_bytes must be a positive int, the bytes to keep records in; got "
+                f"{bounded_text(max_bytes)}"
             )
         self.max_bytes = max_bytes
-        # A plain tuple a batch, of the fields of Delivery and Papers: the garbage collector leaves
-        # tuples of numbers and bytes alone, and would walk a million named ones again and again.
+        # A plain tuple a batch, of its bytes and the fields of Delivery and Papers: the garbage
+        # collector leaves tuples of numbers and bytes alone, and would walk a million named ones
+        # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
         self._epochs = 0
@@ -114,8 +116,13 @@ class Recorder:
         """Note a batch as it is handed over; hot path."""
         if papers.keys or papers.prints is not None or papers.failures:  # used, and of any size
             papers = papers._replace(keys=None, prints=None, failures=None)
-        self._deliveries[epoch << _BATCH_BITS | batch] = (epoch, batch, wait_ns, *papers)
-        self._held_bytes += _nbytes(papers.indices, papers.stamps)
+        indices, stamps, mishaps = papers.indices, papers.stamps, papers.mishaps
+        nbytes = _RECORD_BYTES + len(stamps)
+        nbytes += len(indices) if type(indices) is bytes else weight(indices)
+        if mishaps is not None:
+            nbytes += weight(mishaps)
+        self._deliveries[epoch << _BATCH_BITS | batch] = (nbytes, epoch, batch, wait_ns, *papers)
+        self._held_bytes += nbytes
         if self._held_bytes > self.max_bytes:
             self._forget()
 
@@ -123,8 +130,7 @@ class Recorder:
         """Drop the oldest until a sixteenth is free: a dict's front is slow to find again."""
         target = self.max_bytes - self.max_bytes // 16
         for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
-            forgotten = _as_delivery(self._deliveries.pop(key)).papers
-            self._held_bytes -= _nbytes(forgotten.indices, forgotten.stamps)
+            self._held_bytes -= self._deliveries.pop(key)[0]
             self._forgotten += 1
             if self._held_bytes <= target:
                 break
@@ -153,14 +159,8 @@ _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
 def _as_delivery(record: tuple[Any, ...]) -> Delivery:
-    epoch, batch, wait_ns, *papers = record
+    _, epoch, batch, wait_ns, *papers = record
     return Delivery(epoch, batch, wait_ns, Papers(*papers))
-
-
-def _nbytes(indices: Packed, stamps: bytes) -> int:
-    """Memory that a record holds, in bytes, about."""
-    of_indices = len(indices) if type(indices) is bytes else _OBJECT_BYTES * len(indices)
-    return _RECORD_BYTES + of_indices + len(stamps)
 
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from safeloader.errors import SafeLoaderError
 from safeloader.main.naming import LoaderLog
 from safeloader.wire.failure import Failure
 from safeloader.wire.random_state import RandomState, preserved
+from safeloader.wire.texts import index_text, indices_text
 
 _NOT_BY_US = (
     "This error did not come by a SafeDataLoader (under SAFELOADER=off none does), and names no "
@@ -80,8 +81,8 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
         return dataset[what]
     if what.phase in ("crash", "timeout"):
         LoaderLog(dataset).warning(
-            "index %r %s its worker: replaying it here may do the same to this process",
-            what.index,
+            "index %s %s its worker: replaying it here may do the same to this process",
+            index_text(what.index),
             "killed" if what.phase == "crash" else "hung",
         )
     if what.phase == "crash" and what.index is None:
@@ -91,7 +92,7 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
     if what.index is None or what.position is None:
         raise ValueError(
             f"this failure ({what.phase}) names no single sample; the indices of its batch are "
-            f"{list(what.indices)[:16]}: replay one of them"
+            f"{indices_text(what.indices, most=16)}: replay one of them"
         )
     with preserved():
         _prepare(what, dataset)

@@ -10,7 +10,7 @@ from safeloader.main.drawing import RecordingSampler
 from safeloader.main.naming import LoaderLog
 from safeloader.main.session import Session, blueprint_of
 from safeloader.wire.failure import Failure
-from safeloader.wire.texts import bounded_text
+from safeloader.wire.texts import index_text
 from safeloader.wire.wording import bounded
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Revival:
             bounded(failure.hint.partition("\n")[0], 300),
         )
         for names in filter(None, left_out):
-            index = bounded_text(names if len(names) > 1 else names[0])
+            index = index_text(names if len(names) > 1 else names[0])
             self._log.warning("index %s killed its worker twice and is left out", index)
         return True
 

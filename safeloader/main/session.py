@@ -26,11 +26,11 @@ from safeloader.main import dump, leftovers
 from safeloader.main.budget import PoolTally, budget
 from safeloader.main.diagnosis import Diagnosis, Stalls
 from safeloader.main.drawing import RecordingSampler, proven_length
-from safeloader.main.epoch import Epoch, rank
+from safeloader.main.epoch import Epoch
 from safeloader.main.inbox import Inbox, PinnedInbox
 from safeloader.main.inherited import survey, warn_once
 from safeloader.main.ledger import MapLedger, Open
-from safeloader.main.naming import LoaderLog
+from safeloader.main.naming import LoaderLog, rank
 from safeloader.main.recorder import failure_was_told
 from safeloader.main.stream_ledger import StreamLedger
 from safeloader.main.unpacking import Unpacker
@@ -118,6 +118,7 @@ class Session:
                 key=loader.key,
                 policy=self._policy,
                 raised=self.raised,
+                length=self._log.length,
             ),
         )
         return stock
@@ -148,6 +149,7 @@ class Session:
                 slots=table,
                 no_slots=no_slots,
                 checksum=loader.checksum,
+                length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ending = None if flight is None else Ending(flight)
@@ -165,7 +167,7 @@ class Session:
             if failure is None:
                 raise
             if loader.on_failure_dump is not None:
-                dump.write(failure, loader.on_failure_dump, LoaderLog(loader.dataset))
+                dump.write(failure, loader.on_failure_dump, self._log)
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()

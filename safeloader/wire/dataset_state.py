@@ -3,30 +3,31 @@
 A failure is often explained by what a worker's copy of the dataset has become: a handle lost in
 pickling, a cache that grew, an epoch number that stayed behind. `repr(dataset)` would tell, but it
 runs foreign code at the worst of times and may print gigabytes. So nothing foreign is run here but
-`__len__` and `__safeloader_state__`, and those are waited for half a second at most. Attributes are
-told as `values` and `texts` find them, which run nothing.
+`__safeloader_state__`, which is written for this, in the thread that asks. Attributes are told as
+`values` and `texts` find them, which run nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import torch
 
+from safeloader.wire.redaction import REDACTED
 from safeloader.wire.texts import (
     DEPTH,
     ENTRIES_MAX,
-    REDACTED,
     bounded_text,
+    concealed,
+    in_pairs,
     is_secret,
     name_of,
+    plain_text,
 )
 from safeloader.wire.values import (
     TEXT_MAX,
@@ -34,24 +35,25 @@ from safeloader.wire.values import (
     container_base,
     cut,
     definitions,
+    exception_text,
     fields,
     inherits,
+    plain_length,
     type_name,
 )
 
 ATTRIBUTES_MAX = 50
-ANSWER_SECONDS = 0.5
 DESCRIBE_SECONDS = 1.0  # then what is left is counted and not described
 JSON_MAX_BYTES = 12_000  # all attributes together; the rest of a description stays below 4 KB
 
 
-def describe(dataset: object, *, ask: bool = True) -> dict[str, Any]:
+def describe(dataset: object, *, ask: bool = True, length: int | None = None) -> dict[str, Any]:
     """Describe a dataset as it is in this process: bounded in size and time, never raising.
 
     Args:
-        dataset: any object. Only its `__len__` and `__safeloader_state__` are run, each in a thread
-            of its own that is waited for 0.5 s.
-        ask: False to run neither, and start no thread; the attributes are read all the same.
+        dataset: any object. Nothing of it is run but its `__safeloader_state__`.
+        ask: False not to run that either; the attributes are read all the same.
+        length: the length that main knows, for a dataset whose own cannot be read without asking.
 
     Returns:
         A dict that is JSON, of 16 KB at most: `class`, `length` (None where unknown) and
@@ -64,26 +66,21 @@ def describe(dataset: object, *, ask: bool = True) -> dict[str, Any]:
     >>> class Squares:
     ...     def __init__(self):
     ...         self.cache, self.password = {3: 9}, "sesame"
-    ...
-    ...     def __len__(self):
-    ...         return 10
-    >>> state = describe(Squares())
+    >>> state = describe(Squares(), length=10)
     >>> state["length"], state["attributes"]["cache"]
     (10, {'type': 'dict', 'length': 1, 'repr': '{3: 9}'})
     >>> state["attributes"]["password"]
     {'type': 'str', 'repr': '[redacted]'}
     """
     notes: list[str] = []
-    state: dict[str, Any] = {"class": "", "length": None, "attributes": {}}
-    foreign: Any = dataset
+    state: dict[str, Any] = {"class": "", "length": length, "attributes": {}}
     try:
         state["class"] = cut(type_name(type(dataset)))
         told: tuple[object, ...] = ()
+        if (own := plain_length(dataset)) is not None:
+            state["length"] = own
         if ask:
-            for length in _ask(dataset, "__len__", lambda: len(foreign), notes):
-                state["length"] = length
-            account = "__safeloader_state__"
-            told = _ask(dataset, account, lambda: foreign.__safeloader_state__(), notes)
+            told = _account(dataset, notes)
         else:
             state["asked"] = False
         if told:
@@ -130,12 +127,10 @@ def differences(here: dict[str, Any], main: dict[str, Any]) -> dict[str, str]:
 def _compare(
     before: dict[str, Any], after: dict[str, Any], changed: str, gone: str, new: str
 ) -> Iterator[tuple[str, str]]:
-    asked = before.get("asked", True) and after.get("asked", True)
-    for name, key in (("type()", "class"), ("len()", "length"))[: 2 if asked else 1]:
+    for name, key in (("type()", "class"), ("len()", "length")):
         was, now = before.get(key), after.get(key)
-        if was != now:
-            unknown = "unknown"
-            yield name, changed.format(*(unknown if x is None else x for x in (was, now)))
+        if was != now and None not in (was, now):
+            yield name, changed.format(was, now)
     told = "told_by_dataset"
     if (told in before) != (told in after):
         return  # only one side is the dataset's own account: the other failed, or was not asked
@@ -164,37 +159,21 @@ def _views(entry: Any) -> tuple[str, ...]:
     return text, text, whole
 
 
-# ---- asking the dataset, with a time limit
+# ---- the dataset's own account
 
 
-def _ask(
-    dataset: object, method: str, ask: Callable[[], object], notes: list[str]
-) -> tuple[object, ...]:
+def _account(dataset: Any, notes: list[str]) -> tuple[object, ...]:
     """Return `(answer,)`, or `()` where the class has no such method or it failed, with a note."""
-    if not definitions(type(dataset), method):
+    if not definitions(type(dataset), "__safeloader_state__"):
         return ()
-    outcome: list[tuple[object, ...] | str] = []
-
-    def run() -> None:
-        try:
-            outcome.append((ask(),))
-        except BaseException as error:  # also SystemExit: it must not end more than this thread
-            kind, message = type_name(type(error)), ""
-            with suppress(BaseException):
-                message = str(error)
-            outcome.append(cut(f"{method} raised {kind}: {message}", 2 * TEXT_MAX))
-
     try:
-        thread = threading.Thread(target=run, name="safeloader-describe", daemon=True)
-        thread.start()
-        thread.join(ANSWER_SECONDS)
-    except RuntimeError as error:  # no further thread can be started
-        outcome.append(f"{method} was not asked: {error}")
-    answer = outcome[0] if outcome else f"{method} did not answer within {ANSWER_SECONDS} s"
-    if isinstance(answer, str):
-        notes.append(answer)
+        return (dataset.__safeloader_state__(),)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: it must not end more than this account
+        said = f"{type_name(type(error))}: {plain_text(exception_text(error))}"
+        notes.append(cut(f"__safeloader_state__ raised {said}", 2 * TEXT_MAX))
         return ()
-    return answer
 
 
 def _told(answer: Any) -> tuple[dict[str, Any], int]:
@@ -218,16 +197,21 @@ def _plain(value: Any, depth: int) -> object:
     if (cls is int and value.bit_length() < 64) or (cls is float and math.isfinite(value)):
         return value
     if inherits(cls, str):
-        return cut(str.__getitem__(value, slice(0, TEXT_MAX + 1)))
+        return plain_text(value)
     if depth == 0 or base not in (dict, list, tuple):
         return bounded_text(value)
     count = base.__len__(value)
     more = f"{count - ENTRIES_MAX} more"
+    shown = list(islice((dict.items if base is dict else base.__iter__)(value), ENTRIES_MAX))
+    keys, parts = zip(*shown, strict=True) if base is dict and shown else ((), shown)
+    hidden = concealed(keys, parts) if base is dict else in_pairs(parts)
+    items: list[Any] = [
+        REDACTED if secret else _plain(part, depth - 1)
+        for part, secret in zip(parts, hidden, strict=True)
+    ]
     if base is dict:
-        pairs = [(name_of(key), each) for key, each in islice(dict.items(value), ENTRIES_MAX)]
-        plain = {k: REDACTED if is_secret(k, v) else _plain(v, depth - 1) for k, v in pairs}
+        plain = dict(zip(map(name_of, keys), items, strict=True))
         return plain | {"...": more} if count > ENTRIES_MAX else plain
-    items = [_plain(each, depth - 1) for each in islice(base.__iter__(value), ENTRIES_MAX)]
     return [*items, f"... {more}"] if count > ENTRIES_MAX else items
 
 

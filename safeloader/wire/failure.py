@@ -12,6 +12,7 @@ put together from that without running a constructor.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import traceback as traceback_module
 from typing import Any, cast
@@ -30,6 +31,7 @@ from safeloader.errors import (
     dual_type,
 )
 from safeloader.wire.random_state import RandomState
+from safeloader.wire.redaction import scrub
 from safeloader.wire.remains import (
     Remains,
     attributes_of,
@@ -37,7 +39,8 @@ from safeloader.wire.remains import (
     first_importable,
     remains_of,
 )
-from safeloader.wire.values import type_name
+from safeloader.wire.texts import bounded_text, index_text, name_of
+from safeloader.wire.values import exception_text, type_name
 from safeloader.wire.wording import bounded, report
 
 _ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
@@ -53,10 +56,11 @@ _ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
 
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 40_000
+_PART_CHARS = 1000  # one text among the indices
 _OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Failure:
     """What went wrong, where, and in what state; frozen, picklable, JSON through :meth:`to_dict`.
 
@@ -77,8 +81,8 @@ class Failure:
         worker_id: number of the worker; None in the main process.
         pid: process id of the process where it happened.
         exception_type: qualified name of what was raised, ``"KeyError"``.
-        message: ``str()`` of what was raised.
-        traceback: the traceback in the process where it happened, as text.
+        message: ``str()`` of what was raised, without what looks like a secret; see SECURITY.md.
+        traceback: the traceback in the process where it happened, as text, without secrets too.
         dataset_state: the dataset in that process: ``class``, ``length``, ``attributes``,
             ``changed_since_worker_start``, ``differs_from_main``.
         hint: what to do next.
@@ -118,12 +122,21 @@ class Failure:
     _remains: Remains | None = dataclasses.field(default=None, repr=False, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        for name in ("message", "traceback", "hint"):  # whoever made them: they leave from here on
+            object.__setattr__(self, name, scrub(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        known = ("phase", "exception_type", "index", "batch", "epoch", "worker_id", "message")
+        return f"Failure({', '.join(f'{k}={bounded_text(getattr(self, k))}' for k in known)})"
+
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
         return {
-            field.name: _plain(getattr(self, field.name))
+            field.name: value if field.type == "str" else _plain(value)
             for field in dataclasses.fields(self)
             if not field.name.startswith("_")
+            for value in (getattr(self, field.name),)
         }
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
@@ -150,7 +163,7 @@ def failure_of(
     return Failure(
         phase=phase,
         exception_type=type_name(type(exc)),
-        message=bounded(_text_of(exc), _MESSAGE_CHARS),
+        message=bounded(exception_text(exc), _MESSAGE_CHARS),
         traceback=bounded(_traceback_of(exc, skip_frames), _TRACEBACK_CHARS),
         _where=where,
         _remains=_inner_remains(exc) or remains_of(exc),
@@ -199,13 +212,6 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     return error.with_traceback(exception.__traceback__)
 
 
-def _text_of(exc: BaseException) -> str:
-    try:
-        return str(exc)
-    except Exception as fault:  # a __str__ of the user's that raises
-        return f"<str() of the {type(exc).__name__} raised {type(fault).__name__}>"
-
-
 def _traceback_of(exc: BaseException, skip_frames: int) -> str:
     traceback = exc.__traceback__
     for _ in range(skip_frames):
@@ -233,13 +239,16 @@ def _leave_out_ours(said: traceback_module.TracebackException) -> None:
         said.__context__ = first.__context__
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
+def _plain(value: Any, depth: int = 5) -> Any:
+    cls = type(value)
+    if value is None or cls is bool or (cls is int and value.bit_length() < 64):
         return value
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else repr(value)
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return bounded(repr(value), 200)
+    if cls is float and math.isfinite(value):
+        return value
+    if cls is str:
+        return bounded(scrub(value[:_PART_CHARS]), _PART_CHARS)
+    if cls in (tuple, list) and depth:
+        return [_plain(item, depth - 1) for item in value]
+    if cls is dict and depth:
+        return {name_of(key): _plain(item, depth - 1) for key, item in value.items()}
+    return index_text(value)

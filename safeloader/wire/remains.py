@@ -57,10 +57,10 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
             is_field = isinstance(slot, kinds)
             if is_field and _is_copied(name):
                 try:
-                    yield name, getattr(exc, name)
+                    yield name, slot.__get__(exc)
                 except Exception:  # a field of an exception that was never initialised
                     continue
-    own = getattr(exc, "__dict__", None) or {}
+    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
     for name in list(own):
         if _is_copied(name):
             yield name, own[name]

@@ -10,9 +10,8 @@ import collections
 import datetime
 import math
 import pathlib
-import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 
 from safeloader.torch_private import without_overrides
+from safeloader.wire.indices import Opaque
+from safeloader.wire.redaction import REDACTED, looks_random, scrub, secrecy
 from safeloader.wire.values import (
     TEXT_MAX,
     array_facts,
@@ -33,19 +34,13 @@ from safeloader.wire.values import (
 )
 
 LEAF_MAX = 48  # characters of one string inside a longer text
+INDEX_MAX = 200  # characters of an index
 ITEMS_MAX = 5  # elements of one container shown in a text
 ENTRIES_MAX = 20  # elements of one container that is told as a container (`told_by_dataset`)
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
 DEPTH = 2
-REDACTED = "[redacted]"
-
-# "authkey" is what the proxies of multiprocessing's managers carry.
-_SECRETS = re.compile(
-    "password|passwd|passphrase|secret|credential|apikey|privatekey|accesskey|authkey|accountkey"
-    "|encryptionkey|signingkey|authorization|bearer|cookie"
-)
-_SECRET_WORDS = frozenset({"pwd", "creds", "cred", "auth", "dsn"})
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_LABELS = ("name", "key", "header", "field", "var", "variable", "option")
+_LABELLED = ("value", "values", "val", "data", "content")
 _NUMBERS = (int, float, complex, np.number, np.bool_, range, torch.Tensor)
 
 
@@ -58,32 +53,89 @@ def bounded_text(value: object) -> str:
     return cut(_text(value, DEPTH))
 
 
+def index_text(index: object, most: int = INDEX_MAX) -> str:
+    """Return the text of a dataset index or key, as :func:`bounded_text` does, at more length.
+
+    >>> index_text(7), index_text("a/b.png"), index_text((0, 68))
+    ('7', "'a/b.png'", '(0, 68)')
+    """
+    if type(index) is Opaque:
+        return cut(str.__str__(index), most)
+    base = next((each for each in (str, bytes) if type(index) is each), None)
+    return cut(_text(index, DEPTH) if base is None else _string(base, most - 20)(index), most)
+
+
+def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False) -> str:
+    """Return the text of some indices, the first ones in full.
+
+    >>> indices_text(range(20), most=3), indices_text(range(20), most=3, counted=True)
+    ('[0, 1, 2, ...]', '[0, 1, 2, ... 20 in all]')
+    """
+    rest = f"... {len(indices)} in all" if counted else "..."
+    more = [rest] if len(indices) > most else []
+    return f"[{', '.join([*map(index_text, indices[:most]), *more])}]"
+
+
+def plain_text(text: str) -> str:
+    """Return a text of any origin as one that may leave: bounded, writable, without secrets."""
+    return cut(scrub(str.__getitem__(text, slice(0, _LOOKED_AT))))
+
+
 def name_of(key: Any) -> str:
     """Return the text of a name: a text itself, nearly always, but any object can be a key.
 
     >>> name_of("rate"), name_of(3)
     ('rate', '[3]')
     """
-    if inherits(type(key), str):
-        return cut(str.__getitem__(key, slice(0, TEXT_MAX + 1)))
-    return cut(f"[{_text(key, 0)}]")
+    return plain_text(key) if inherits(type(key), str) else cut(f"[{_text(key, 0)}]")
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Say whether a value is not to be shown, going by its name.
-
-    Tokens are two things: a text of that name may open a door, numbers are what language models
-    read. All other secrets are kept whatever the value.
+    """Say whether a value is not to be shown, going by its name; see `redaction.secrecy`.
 
     >>> is_secret("hf_token", "hf_123"), is_secret("pad_token_id", 0), is_secret("password", 0)
     (True, False, True)
     """
-    if _SECRETS.search(re.sub("[^a-z]", "", name.lower())):
-        return True
-    words = [word.lower() for word in _WORDS.findall(name)]
-    if not _SECRET_WORDS.isdisjoint(words):
-        return True
-    return any(word in ("token", "tokens") for word in words) and not _is_numeric(value, DEPTH)
+    how = secrecy(name)
+    if how == "texts":
+        return not _is_numeric(value, DEPTH)
+    return bool(how) or (type(value) is str and looks_random(name, value))
+
+
+def concealed(names: Sequence[object], values: Sequence[object]) -> list[bool]:
+    """Say of each value whether its name, or a label beside it, makes it a secret.
+
+    >>> concealed(["name", "value"], ["password", "sesame"])
+    [False, True]
+    """
+    spoken = [_spoken(name) for name in names]
+    labelled = any(
+        name.lower() in _LABELS and secrecy(_spoken(value))
+        for name, value in zip(spoken, values, strict=True)
+    )
+    return [
+        is_secret(name, value) or (labelled and name.lower() in _LABELLED)
+        for name, value in zip(spoken, values, strict=True)
+    ]
+
+
+def in_pairs(values: Sequence[object]) -> list[bool]:
+    """Say of each element whether the one before it is the name of a secret.
+
+    >>> in_pairs(["--password", "sesame"]), in_pairs((b"authorization", b"Bearer x"))
+    ([False, True], [False, True])
+    """
+    return concealed(["", *values][: len(values)], values)
+
+
+def _spoken(name: Any) -> str:
+    """Return what a name says: texts, raw bytes as headers have them, or a tuple of such."""
+    cls = type(name)
+    if inherits(cls, str):
+        return str.__getitem__(name, slice(0, TEXT_MAX))
+    if inherits(cls, bytes):
+        return bytes.__getitem__(name, slice(0, TEXT_MAX)).decode("latin-1")
+    return " ".join(map(_spoken, name[:ITEMS_MAX])) if cls is tuple else ""
 
 
 def _is_numeric(value: Any, depth: int) -> bool:
@@ -122,8 +174,7 @@ def _text(value: Any, depth: int) -> str:
     if depth < DEPTH:
         return f"<{type_name(cls)}>"
     pairs, count = fields(value, ITEMS_MAX)
-    named = [(name_of(key), each) for key, each in pairs]
-    told = [f"{name}={_unless_secret(name, each, depth - 1)}" for name, each in named]
+    told = _named(pairs, depth - 1)
     return f"<{' '.join([type_name(cls), *told, *_more(count, pairs)])}>"
 
 
@@ -133,12 +184,17 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
         return f"{type_name(cls)} of {count}"
     shown = list(islice((dict.items if base is dict else base.__iter__)(value), ITEMS_MAX))
     if base is dict:
-        parts = [f"{_text(k, 0)}: {_unless_secret(name_of(k), v, depth - 1)}" for k, v in shown]
+        hidden = concealed(*zip(*shown, strict=True)) if shown else []
+        parts = [
+            f"{_text(k, 0)}: {_unless(secret, v, depth - 1)}"
+            for (k, v), secret in zip(shown, hidden, strict=True)
+        ]
     elif names := _namedtuple_fields(cls):
-        pairs = zip(names, shown, strict=False)
-        parts = [f"{name}={_unless_secret(name, each, depth - 1)}" for name, each in pairs]
+        parts = _named(list(zip(names, shown, strict=False)), depth - 1)
     else:
-        parts = [_text(each, depth - 1) for each in shown]
+        # A set has no order, so nothing in it stands beside anything.
+        hidden = [False] * len(shown) if base in (set, frozenset) else in_pairs(shown)
+        parts = [_unless(*each, depth - 1) for each in zip(hidden, shown, strict=True)]
     if base in (set, frozenset):
         # The order of a set differs between processes: shown in part it would seem to have changed.
         parts = sorted(parts) if count <= ITEMS_MAX else []
@@ -149,8 +205,17 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
     return f"{type_name(cls)}{text}" if base is tuple else f"{type_name(cls)}({text})"
 
 
-def _unless_secret(name: str, value: object, depth: int) -> str:
-    return REDACTED if is_secret(name, value) else _text(value, depth)
+def _named(pairs: list[tuple[Any, object]], depth: int) -> list[str]:
+    names, values = [name_of(key) for key, _ in pairs], [value for _, value in pairs]
+    hidden = concealed(names, values)
+    return [
+        f"{name}={_unless(secret, value, depth)}"
+        for name, secret, value in zip(names, hidden, values, strict=True)
+    ]
+
+
+def _unless(secret: bool, value: object, depth: int) -> str:
+    return REDACTED if secret else _text(value, depth)
 
 
 def _more(count: int, shown: list[Any]) -> list[str]:
@@ -174,7 +239,10 @@ def _elements(value: Any, facts: dict[str, Any]) -> list[str]:
         elif facts.get("device") == "cpu" and "size_bytes" in facts:
             tensor: Any = torch.Tensor
             flat = tensor.tolist(tensor.reshape(tensor.detach(value), (-1,)))
-    texts = [f"{each:.8g}" if type(each) is float else _text(each, 0) for each in flat]
+    texts = [
+        f"{each:.8g}" if type(each) is float else _unless(secret, each, 0)
+        for each, secret in zip(flat, in_pairs(flat), strict=True)
+    ]
     return [f"({', '.join(texts)})"] if texts else []
 
 
@@ -183,15 +251,21 @@ def _integer(value: Any) -> str:
     return int.__repr__(value) if bits <= 128 else f"<{bits} bits>"
 
 
-def _string(base: Any) -> Callable[[Any], str]:
+def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     def text(value: Any) -> str:
         count = base.__len__(value)
-        shown = repr(base.__getitem__(value, slice(0, LEAF_MAX)))
-        return shown if count <= LEAF_MAX else f"{shown}... of {count}"
+        shown = base.__getitem__(value, slice(0, _LOOKED_AT))
+        said = shown if base is str else shown.decode("latin-1")
+        clean = scrub(said)  # before it is cut: half a secret is not known for one
+        if clean != said:
+            shown, count = clean if base is str else base(clean, "latin-1"), len(clean)
+        shown = repr(base.__getitem__(shown, slice(0, most)))
+        return shown if count <= most else f"{shown}... of {count}"
 
     return text
 
 
+_LOOKED_AT = 1024  # characters of a text that are looked through for secrets
 _BRACKETS: dict[Any, tuple[str, str]] = {
     dict: ("{", "}"),
     list: ("[", "]"),
@@ -214,7 +288,10 @@ _EXACT: dict[int, Callable[[Any], str]] = {
         id(cls): repr
         for cls in (type(None), bool, type(...), datetime.date, datetime.timedelta, torch.dtype)
     },
-    **{id(cls): repr for cls in (torch.device, type(pathlib.Path()), type(pathlib.PurePath()))},
+    **{
+        id(cls): lambda value: scrub(repr(value))
+        for cls in (torch.device, type(pathlib.Path()), type(pathlib.PurePath()))
+    },
     id(datetime.datetime): lambda value: repr(value.replace(tzinfo=None)),  # a tzinfo is foreign
     id(torch.Generator): lambda value: "<torch.Generator>",  # its one field is an address
     id(range): lambda value: (

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader.torch_private import without_overrides
 
@@ -133,6 +134,65 @@ def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
                     if len(pairs) < most:
                         pairs.append((name, held))
     return pairs, count
+
+
+def exception_text(exc: BaseException) -> str:
+    """Return `str(exc)`, which is the user's code: guarded here, and for the caller to bound.
+
+    >>> exception_text(KeyError("a"))
+    "'a'"
+    """
+    try:
+        text = str(exc)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # a SystemExit in it must not end the process
+        return f"<str() of the {type_name(type(exc))} raised {type_name(type(fault))}>"
+    return str.__getitem__(text, slice(None))  # of a subclass too, whose methods are the user's
+
+
+def plain_length(value: Any) -> int | None:
+    """Return the length of a container, or of a dataset of torch's over one; run no other code.
+
+    >>> plain_length([7, 8]), plain_length(Exception())
+    (2, None)
+    """
+    cls = type(value)
+    if cls is range or cls is str:
+        return len(value)
+    if base := container_base(cls):
+        return int(base.__len__(value))
+    own: dict[str, Any] = dict(fields(value, 8)[0])
+    if cls is Subset:
+        return plain_length(own.get("indices"))
+    if cls is ConcatDataset and type(sizes := own.get("cumulative_sizes")) is list and sizes:
+        return int(sizes[-1])
+    if cls is TensorDataset and type(tensors := own.get("tensors")) is tuple and tensors:
+        return next(iter((array_facts(tensors[0]) or {}).get("shape", ())), None)
+    facts = (array_facts(value) or {}).get("shape")
+    return facts[0] if facts else None
+
+
+def weight(value: Any, depth: int = 3) -> int:
+    """Return the bytes that an object takes, about, with what it holds; runs no foreign code.
+
+    >>> weight("a" * 1000) > 1000, weight(("a" * 1000, 3)) > 1000
+    (True, True)
+    """
+    cls = type(value)
+    if inherits(cls, str):
+        return 80 + str.__len__(value) * (1 if str.isascii(value) else 4)
+    if inherits(cls, bytes):
+        return 80 + bytes.__len__(value)
+    if inherits(cls, int, float, type(None)):
+        return 40
+    base = container_base(cls)
+    if base is not None:
+        parts = dict.items(value) if base is dict else base.__iter__(value)
+        inner = (weight(part, depth - 1) for part in parts) if depth else (100,)
+        return 80 + 8 * int(base.__len__(value)) + sum(inner)
+    held, _ = fields(value, 16) if depth else ([], 0)
+    return 100 + sum(weight(part, depth - 1) for _, part in held)
 
 
 def cut(text: str, most: int = TEXT_MAX) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from safeloader.wire.texts import index_text, indices_text
+
 if TYPE_CHECKING:
     from safeloader.wire.failure import Failure
 
@@ -51,11 +53,9 @@ _DOING = {
 def _headline(failure: Failure) -> str:
     parts = []
     if failure.index is not None:
-        parts.append(f"dataset index {failure.index!r}")
+        parts.append(f"dataset index {index_text(failure.index)}")
     elif failure.phase not in ("init", "sampler") and failure.indices:
-        shown = ", ".join(repr(index) for index in failure.indices[:16])
-        more = f", ... {len(failure.indices)} in all" if len(failure.indices) > 16 else ""
-        parts.append(f"dataset indices [{shown}{more}]")
+        parts.append(f"dataset indices {indices_text(failure.indices, most=16, counted=True)}")
     place = [f"position {failure.position}"] if failure.position is not None else []
     if failure.batch is not None:
         place.append(f"batch {failure.batch}")

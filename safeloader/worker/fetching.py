@@ -43,6 +43,8 @@ def fetcher_in_main(
     key: Callable[[Any], Any] | None,
     policy: Policy,
     raised: list[BaseException],
+    length: int | None = None,
 ) -> RecordingFetcher:
     """The fetcher of a loader without workers; for the arguments see :class:`Post`."""
-    return fetcher_for(stock, Post(None, board=board, key=key, policy=policy, raised=raised))
+    post = Post(None, board=board, key=key, policy=policy, raised=raised, length=length)
+    return fetcher_for(stock, post)

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from safeloader.wire.random_state import preserved
+from safeloader.wire.texts import index_text
 
 _BOUND_S = 10.0
 
@@ -33,8 +34,8 @@ def find_single(dataset: Any, indices: list[Any], raised: Exception) -> tuple[in
                 dataset.__getitems__([index])
             except type(raised):
                 return position, (
-                    f"__getitems__ raised for the whole batch; index {index!r} was found by asking "
-                    f"for the {len(indices)} samples one at a time"
+                    f"__getitems__ raised for the whole batch; index {index_text(index)} was "
+                    f"found by asking for the {len(indices)} samples one at a time"
                 )
             except KeyboardInterrupt:
                 raise

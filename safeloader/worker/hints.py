@@ -8,27 +8,39 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.wire.shortage import shortage
-from safeloader.wire.texts import bounded_text, is_secret
-from safeloader.wire.values import fields
+from safeloader.wire.texts import bounded_text, index_text, is_secret
+from safeloader.wire.values import exception_text, fields, plain_length
 from safeloader.worker.mending import ON_ERROR_FAULT
 
 KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
+_SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
 _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 
 
-def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: Any = None) -> str:
-    """Lines: what was found out beyond the exception, and last the next step."""
+def hint_for(
+    exc: BaseException,
+    phase: str,
+    index: Any,
+    found: str,
+    dataset: Any = None,
+    length: int | None = None,
+) -> str:
+    """Lines: what was found out beyond the exception, and last the next step.
+
+    ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
+    """
     short = shortage(exc)
     if short is not None:
         return "\n".join(part[:1000] for part in (found, short) if part)
     parts = [found] if found else []
     if type(index) is int:
-        parts += _about_index(index, dataset, exc)
-    in_stream = type(index) is tuple and len(index) == 2
+        parts += _about_index(index, dataset, exc, length)
+    in_stream = type(index) is tuple and [*map(type, index)] == [int, int]
     if isinstance(exc, StopIteration) and phase == "sample":
         parts.append(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
@@ -46,7 +58,7 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
     elif phase == "sample" and index is not None and not in_stream:
         parts.append(
             f"loader.replay(error) repeats the call here with the same random numbers, "
-            f"loader.dataset[{index!r}] with others"
+            f"loader.dataset[{index_text(index)}] with others"
         )
     elif phase == "sample" and in_stream:
         parts.append(
@@ -71,19 +83,25 @@ def hint_for(exc: BaseException, phase: str, index: Any, found: str, dataset: An
     return "\n".join(part[:1000] for part in parts)
 
 
-def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
+def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None) -> list[str]:
     """What the index means to the dataset: its range, its file, its number in what is under it."""
     said = []
     try:
-        if isinstance(exc, IndexError):
-            said.append(_about_range(index, len(dataset)))
+        length = plain_length(dataset)
+        length = known if length is None else length
+        if isinstance(exc, IndexError) and length is not None:
+            said.append(_about_range(index, length))
         inner: Any = dataset
         at, path = index, "dataset"
         while type(inner) in (Subset, ConcatDataset):
             if type(inner) is Subset:
+                if type(inner.indices) not in _SEQUENCES:
+                    break
                 inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
             else:
-                at = range(len(inner))[at]  # which a negative one counts from the end of
+                at = range(inner.cumulative_sizes[-1])[
+                    at
+                ]  # which a negative one counts from the end of
                 part = bisect.bisect_right(inner.cumulative_sizes, at)
                 at -= inner.cumulative_sizes[part - 1] if part else 0
                 inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
@@ -92,7 +110,7 @@ def _about_index(index: int, dataset: Any, exc: BaseException) -> list[str]:
             said.append(
                 f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
             )
-        said += _file(at, inner, path, exc)
+        said += _file(at, inner, path, exc, length if inner is dataset else plain_length(inner))
     except Exception:  # a hint must not hide the error
         return said
     return said
@@ -107,7 +125,7 @@ def _about_range(index: int, length: int) -> str:
     )
 
 
-def _file(at: int, dataset: Any, path: str, exc: BaseException) -> list[str]:
+def _file(at: int, dataset: Any, path: str, exc: BaseException, length: int | None) -> list[str]:
     """The attribute that holds the file of this index: ``dataset.files[37] = 'x.jpg'``.
 
     That is one whose file the error speaks of. Failing that, where the error is one of the system's
@@ -115,7 +133,7 @@ def _file(at: int, dataset: Any, path: str, exc: BaseException) -> list[str]:
     """
     named, likely = [], []
     held: Any
-    spoken = f"{getattr(exc, 'filename', None)} {exc}"
+    spoken = f"{exc.filename if isinstance(exc, OSError) else None} {exception_text(exc)}"
     for name, held in fields(dataset, _ATTRIBUTES_MAX)[0]:
         rows = type(held) in (list, tuple) or (type(held) is np.ndarray and held.ndim == 1)
         if not rows or not 0 <= at < len(held) or is_secret(str(name), held):
@@ -127,6 +145,6 @@ def _file(at: int, dataset: Any, path: str, exc: BaseException) -> list[str]:
         line = f"{path}.{name}[{at}] = {bounded_text(entry)}"
         if str(file) in spoken:
             named.append(line)
-        elif isinstance(exc, OSError) and len(held) == len(dataset):
+        elif isinstance(exc, OSError) and len(held) == length:
             likely.append(line)
     return (named or likely)[:1]

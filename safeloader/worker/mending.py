@@ -15,8 +15,9 @@ from safeloader.wire.failure import Failure
 from safeloader.wire.policy import SKIP, Policy
 from safeloader.wire.random_state import Marks, RandomState
 from safeloader.wire.records import Mishap
+from safeloader.wire.redaction import scrub
 from safeloader.wire.shortage import never_skipped
-from safeloader.wire.values import type_name
+from safeloader.wire.values import exception_text, type_name
 from safeloader.wire.wording import bounded, short_type_name
 
 _FIRST_PAUSE_S = 0.05
@@ -138,7 +139,7 @@ class Mending:
         on_error = self._policy.on_error
         if on_error == "raise" or never_skipped(failed):
             raise Unmendable(position, failed, self._tried())
-        reason = bounded(found, 300) or self._reason(failed)
+        reason = scrub(bounded(found, 300)) or self._reason(failed)
         self._samples[position] = _GAP
         self._mishaps[position] = Mishap("skipped", position, reason)
         self._first = self._first or Unmendable(position, failed, NO_DONOR)
@@ -163,10 +164,7 @@ class Mending:
 
     def _reason(self, failed: Exception) -> str:
         tries = f", {self._policy.retries + 1} tries" if self._policy.retries else ""
-        try:
-            said = str(failed)
-        except Exception:  # a __str__ of the user's that raises
-            said = ""
+        said = scrub(bounded(exception_text(failed), 1000))
         name = short_type_name(type_name(type(failed)))
         return bounded(f"{name}: {said}" if said else name, 300) + tries
 

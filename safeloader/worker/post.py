@@ -33,6 +33,7 @@ class Post:
         packer: what seals the batches, in a worker.
         raised: in the main process, where the exception of a failed batch is left for the iterator.
             The batch must not carry it: frames that its traceback leads back to hold the batch.
+        length: the dataset's as main knew it when the epoch began; None if it has none.
     """
 
     worker_id: int | None
@@ -44,6 +45,7 @@ class Post:
     checksum: bool = False
     packer: Packer = dataclasses.field(default_factory=Packer)
     raised: list[BaseException] | None = None
+    length: int | None = None
 
     @property
     def where(self) -> str:

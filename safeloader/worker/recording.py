@@ -321,7 +321,7 @@ class RecordingFetcher:
         indices: tuple[Any, ...],
         culprit: Culprit,
     ) -> Failure:
-        state = describe(self._dataset)
+        state = describe(self._dataset, length=self._post.length)
         if self._post.start_state is not None:
             state["changed_since_worker_start"] = changes(self._post.start_state, state)
         position = culprit.position
@@ -337,7 +337,7 @@ class RecordingFetcher:
             worker_id=self._worker_id,
             pid=self._pid,
             dataset_state=state,
-            hint=hint_for(exc, phase, index, culprit.text, self._dataset),
+            hint=hint_for(exc, phase, index, culprit.text, self._dataset, self._post.length),
             _random=None if self._random is None else RandomState(*self._random),
         )
 

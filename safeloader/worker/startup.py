@@ -45,6 +45,7 @@ class WorkerStartup:
         slots: SlotTable | None = None,
         no_slots: str = "",
         checksum: bool = False,
+        length: int | None = None,
     ) -> None:
         self._user_init_fn = user_init_fn
         self._key = key
@@ -55,6 +56,7 @@ class WorkerStartup:
         self._slots = slots
         self._no_slots = no_slots
         self._checksum = checksum
+        self._length = length
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -73,12 +75,11 @@ class WorkerStartup:
             try:
                 self._user_init_fn(worker_id)
             except Exception as exc:
-                refused = _startup_failure(exc, "init", worker_id, dataset)
+                refused = _startup_failure(exc, "init", worker_id, dataset, self._length)
             except BaseException:  # sys.exit(), an interrupt: the process ends
                 witness.ends()
                 raise
         # Taken after the user's function: what it opened is the state that the work starts from.
-        # The dataset is not asked for its length: a slow `__len__` would delay every worker.
         slots = None if self._slots is None else SlotPool(self._slots, worker_id)
         packer = Packer(slots, self._no_slots)
         packer.install()
@@ -86,11 +87,12 @@ class WorkerStartup:
             worker_id,
             board=self._board,
             key=self._key,
-            start_state=describe(dataset, ask=False),
+            start_state=describe(dataset, ask=False, length=self._length),
             policy=self._policy,
             cells=cells,
             checksum=self._checksum,
             packer=packer,
+            length=self._length,
         )
 
         def make(create: Callable[[], Any]) -> Any:
@@ -101,7 +103,8 @@ class WorkerStartup:
             try:
                 return witness.over(fetcher_for(create(), post))
             except Exception as exc:  # iter(dataset) raised
-                return RefusingFetcher(_startup_failure(exc, "sample", worker_id, dataset), post)
+                failure = _startup_failure(exc, "sample", worker_id, dataset, self._length)
+                return RefusingFetcher(failure, post)
             except BaseException:
                 witness.ends()
                 raise
@@ -112,7 +115,9 @@ class WorkerStartup:
         torch_private.install_fetcher(make)
 
 
-def _startup_failure(exc: Exception, phase: str, worker_id: int, dataset: Any) -> Failure:
+def _startup_failure(
+    exc: Exception, phase: str, worker_id: int, dataset: Any, length: int | None
+) -> Failure:
     found = "iter(dataset) raised, before any sample" if phase == "sample" else ""
     return failure_of(
         exc,
@@ -120,6 +125,6 @@ def _startup_failure(exc: Exception, phase: str, worker_id: int, dataset: Any) -
         where=f"in DataLoader worker process {worker_id}",
         worker_id=worker_id,
         pid=os.getpid(),
-        dataset_state=describe(dataset),
+        dataset_state=describe(dataset, length=length),
         hint=hint_for(exc, phase, None, found),
     )

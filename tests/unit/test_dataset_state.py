@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 from safeloader.wire.dataset_state import changes, describe, differences
@@ -356,7 +356,7 @@ def test_only_what_the_instance_holds_is_read() -> None:
 
 
 def test_any_object_at_all_can_be_described() -> None:
-    assert described(Hostile(), ["called"])["class"] == f"{HERE}.Hostile"  # its __len__, once
+    assert described(Hostile())["class"] == f"{HERE}.Hostile"
     for thing in (zoo["class"](), zoo["class"], None, 3, "abc", [1], len, torch, type, np.ones(2)):
         assert described(thing)["class"]
 
@@ -389,29 +389,35 @@ class Unprintable(Exception):
         raise SystemExit
 
 
-def test_a_length_that_raises_is_noted() -> None:
-    state = described(Answering(raising(ValueError("no file"))))
+@pytest.mark.parametrize("kind", ["raises", "hangs", "ends the process"])
+def test_a_dataset_is_not_asked_for_its_length(kind: str) -> None:
+    """Neither here nor in another thread: it may wait for what the failed call left locked."""
+    answers = {"raises": raising(ValueError()), "hangs": threading.Event().wait}
+    state = described(Answering(answers.get(kind, raising(SystemExit(3)))))
     assert state["length"] is None
-    assert state["notes"] == ["__len__ raised ValueError: no file"]
-    assert "answer" in state["attributes"]
-    assert described(Answering(raising(SystemExit(3))))["notes"] == ["__len__ raised SystemExit: 3"]
-    assert described(Answering(raising(Unprintable())))["notes"] == [
-        f"__len__ raised {HERE}.Unprintable: "
-    ]
-    assert "TypeError" in described(Answering(lambda: "seven"))["notes"][0]
-    assert len(described(Answering(raising(ValueError("x" * 10**6))))["notes"][0]) <= 240
+    assert "notes" not in state
+    assert describe(Answering(threading.Event().wait), length=7)["length"] == 7
 
 
-def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
-    release = threading.Event()
-    try:
-        state = described(Answering(release.wait))
-        assert state["notes"] == ["__len__ did not answer within 0.5 s"]
-        state = described(Telling(release.wait))
-        assert state["notes"] == ["__safeloader_state__ did not answer within 0.5 s"]
-        assert "answer" in state["attributes"]
-    finally:
-        release.set()
+def test_lengths_of_containers_and_of_torchs_datasets_are_read() -> None:
+    rows = TensorDataset(torch.ones(5, 2))
+    for dataset in ([1] * 5, range(5), rows, Subset(Hostile(), [1] * 5), np.ones((5, 2))):  # type: ignore[arg-type]
+        assert describe(dataset, length=99)["length"] == 5
+    assert describe(ConcatDataset([rows, rows]))["length"] == 10
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("x" * 10**6)])
+def test_an_account_that_raises_is_noted(error: BaseException) -> None:
+    (note,) = described(Telling(raising(error)))["notes"]
+    assert note.startswith(f"__safeloader_state__ raised {type(error).__name__}: ")
+    (note,) = described(Telling(raising(Unprintable())))["notes"]
+    assert "raised SystemExit" in note
+
+
+def test_an_account_is_asked_for_in_the_thread_that_asks() -> None:
+    asked_in: list[threading.Thread] = []
+    described(Telling(lambda: asked_in.append(threading.current_thread())))
+    assert asked_in == [threading.current_thread()]
 
 
 def test_a_dataset_may_tell_of_itself() -> None:
@@ -479,7 +485,7 @@ def test_names_of_classes_are_bounded() -> None:
     for state in (described(long()), described(Holding(x=long()))):
         assert len(state["class"]) <= 120
     assert len(attribute(long())["type"]) <= 120
-    assert len(described(Answering(raising(long())))["notes"][0]) <= 240
+    assert len(described(Telling(raising(long())))["notes"][0]) <= 240
 
 
 def test_datasets_of_torch_are_described_sensibly() -> None:
@@ -515,16 +521,11 @@ def test_changes_in_one_process() -> None:
 
 
 def test_changes_of_lengths() -> None:
-    items = [1, 2]
-    start = described(Answering(items.__len__))
-    items.append(3)
-    now = described(Answering(items.__len__))
-    assert changes(start, now)["len()"] == "was 2, now 3"
+    assert changes(described([1, 2]), described([1, 2, 3])) == {"len()": "was 2, now 3"}
     assert changes(described(Holding(x=[1])), described(Holding(x=[1, 2])))["x"] == (
         "was list of 1, now list of 2"
     )
-    failed = described(Answering(raising(ValueError())))
-    assert changes(failed, now)["len()"] == "was unknown, now 3"
+    assert changes(described(Holding()), describe(Holding(), length=3)) == {}
 
 
 def test_changes_of_what_the_dataset_tells() -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
+import re
 import resource
 import signal
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ import torch
 
 from safeloader import Failure, SafeDataLoader, SafeLoaderError, SampleError
 from safeloader.main import dump
+from safeloader.main.naming import process_name
+from safeloader.tracing import FileTrace
 from tests import faults
 from tests.processes.test_failures import caught
 
@@ -182,3 +190,102 @@ def test_a_line_in_the_log_names_the_file(tmp_path: Path, caplog: pytest.LogCapt
     (line,) = caplog.messages
     assert line.startswith("SafeDataLoader over Raises (")
     assert line.endswith(f": the failure is written to {tmp_path / name}")
+
+
+FAILURE = Failure(phase="sample", exception_type="KeyError", message="x")
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_and_folders_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """Whatever the umask; a folder that was there keeps its mode."""
+    there = tmp_path / "there"
+    there.mkdir(mode=0o755)
+    there.chmod(0o755)
+    before = os.umask(0)
+    try:
+        made = dump.write(FAILURE, there / "made" / "deep")
+        trace = FileTrace(there / "traces")
+    finally:
+        os.umask(before)
+    assert made is not None
+    assert mode_of(made) == mode_of(trace.path) == 0o600
+    folders = [there / "made", there / "made" / "deep", there / "traces"]
+    assert [mode_of(folder) for folder in folders] == [0o700] * 3
+    assert mode_of(there) == 0o755
+
+
+def test_links_under_a_name_that_can_be_guessed_are_not_followed(tmp_path: Path) -> None:
+    """In a folder where others may write they wait under every name that comes next."""
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    folder = tmp_path / "open to all"
+    folder.mkdir()
+    first = dump.write(FAILURE, folder)
+    assert first is not None
+    number = int(first.stem.rpartition("-")[2])
+    now = time.time()
+    for second in range(60):
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.localtime(now + second))
+        for k in range(number + 1, number + 4):
+            stem = f"failure-{stamp}-{process_name()}-{k}"
+            (folder / f"{stem}.json").symlink_to(victim)
+            (folder / f"{stem}.part").symlink_to(victim)
+    for k in range(number + 1, number + 9):
+        (folder / f"safeloader-{process_name()}-{k}.json").symlink_to(victim)
+    written = dump.write(FAILURE, folder)
+    trace = FileTrace(folder)
+    trace.flush()
+    assert written is not None
+    assert not written.is_symlink()
+    assert not trace.path.is_symlink()
+    assert victim.read_text() == "untouched"
+
+
+def test_two_processes_of_one_name_share_a_folder(tmp_path: Path) -> None:
+    """In two containers the pid is the same, and often the host's name as well."""
+    program = """
+import os, sys
+from safeloader.main import folders
+folders.process_name = lambda: "host-rank0-7"
+for _ in range(3):
+    fd, path = folders.create(__import__("pathlib").Path(sys.argv[1]), "safeloader", ".json")
+    os.write(fd, b"whole")
+"""
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"] * 6
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SAFELOADER_TRACE", "~/by environment")
+    for trace in (None, "~/by argument"):
+        caught(SafeDataLoader(faults.Raises(), 4, on_failure_dump="~/failures", trace=trace))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "failures",
+        "by environment",
+        "by argument",
+    }
+
+
+def test_names_have_host_rank_pid_and_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "5")
+    path = dump.write(FAILURE, tmp_path)
+    assert path is not None
+    host = re.escape(re.sub(r"[^\w.-]", "_", platform.node())[:64])
+    pattern = rf"failure-\d{{8}}T\d{{6}}-{host}-rank5-{os.getpid()}-\d+\.json"
+    assert re.fullmatch(pattern, path.name)
+
+
+def test_that_nothing_can_be_written_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "failures"
+    folder.write_text("a file took its name")
+    assert [dump.write(FAILURE, folder) for _ in range(3)] == [None] * 3
+    assert len(caplog.messages) == 1

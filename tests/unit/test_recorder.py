@@ -17,6 +17,7 @@ import pytest
 import safeloader
 from safeloader import Recorder, SafeDataLoader
 from safeloader.wire.records import Papers
+from safeloader.wire.values import weight
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 
@@ -272,3 +273,52 @@ def test_nothing_is_said_where_there_is_nothing_to_say(program: str) -> None:
 
 def test_nothing_is_said_when_switched_off() -> None:
     assert said_at_exit("loader = SafeDataLoader([1])", SAFELOADER="off") == ""
+
+
+class FailsAtLength:
+    """Skipped samples with long reasons, under indices that are long themselves."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: Any) -> int:
+        raise ValueError("why it failed, at length: " + 4 * str(index)[:80])
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "pairs"])
+def test_skipped_samples_stay_within_the_bound_too(kind: str) -> None:
+    bound = 1 << 20
+    kinds: dict[str, Any] = {
+        "short": range(6_000),
+        "long": [f"{k}" * 2_000 for k in range(1_000, 3_000)],
+        "pairs": [(f"{k}" * 1_000, k) for k in range(1_000, 3_000)],
+    }
+    loader = SafeDataLoader(
+        FailsAtLength(),  # type: ignore[arg-type]
+        batch_size=4,
+        sampler=kinds[kind],
+        on_error=lambda failure: 0,
+        max_skipped=10**6,
+        recorder=Recorder(max_bytes=bound),
+    )
+    read(loader)
+    recorder, audit = loader.recorder, loader.audit
+    assert recorder is not None
+    assert recorder.forgotten
+    held = [(d.papers.indices, d.papers.mishaps) for d in recorder.deliveries()]
+    assert len(pickle.dumps(held)) < bound
+    assert audit is not None
+    assert audit.counts["skipped"] == len(kinds[kind])
+    assert len(pickle.dumps(audit.reasons)) < bound
+
+
+def test_the_size_of_an_index_is_measured_and_not_asked_for() -> None:
+    class Index:
+        def __init__(self) -> None:
+            self.path = "x" * 10_000
+
+        def __sizeof__(self) -> int:
+            pytest.fail("the user's code was called")
+
+    assert weight(Index()) > 10_000
+    assert weight(("x" * 10_000, [b"y" * 10_000])) > 20_000
