@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 _EXITING = 0x4  # PF_EXITING of Linux, in the ninth field of /proc/<pid>/stat
-_KILLED = 1 << (signal.SIGKILL - 1)
 
 
 def is_gone(pid: int) -> bool:
@@ -39,4 +38,4 @@ def is_dying(pid: int) -> bool:
     if int(after_name[6]) & _EXITING:
         return True
     pending = [line for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
-    return any(int(line.split()[1], 16) & _KILLED for line in pending)
+    return any(int(line.split()[1], 16) & 1 << (signal.SIGKILL - 1) for line in pending)

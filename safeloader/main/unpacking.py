@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from safeloader._python import at_fork
 from safeloader.main.transport import TransportTally
 from safeloader.wire.anonymous import mapped
 from safeloader.wire.failure import Failure, failure_of
@@ -168,7 +169,7 @@ def _at_fork() -> None:
 
 
 # Before, for what is lent then; and once more for what another thread was given meanwhile.
-os.register_at_fork(before=_at_fork, after_in_parent=_at_fork)
+at_fork(before=_at_fork, after_in_parent=_at_fork)
 
 
 def _not_opened(exc: Exception, papers: Papers) -> Failure:

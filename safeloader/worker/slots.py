@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from safeloader._python import at_fork
 from safeloader.wire.anonymous import anonymous_file, mapped
 from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, UNUSED, SlotTable
 
@@ -264,7 +265,7 @@ def _before_fork() -> None:
             pool.forking()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_before_fork)
+at_fork(before=_before_fork, after_in_parent=_before_fork)
 
 
 def _rounded(size: int) -> int:
