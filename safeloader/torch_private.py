@@ -12,7 +12,6 @@ import contextlib
 import dis
 import functools
 import inspect
-import itertools
 import operator
 import os
 import signal
@@ -63,7 +62,7 @@ _IN_ORDER = {
     (_LOADING, f"{_WITH_WORKERS}.__init__"): "Queue _worker_result_queue Event _workers_done_event",
     (_LOADING, f"{_WITH_WORKERS}._try_get_data"): "_data_queue get",
     (_LOADING, "DataLoader._get_iterator"): f"_SingleProcessDataLoaderIter {_WITH_WORKERS}",
-    (f"{_UTILS}.worker", "_worker_loop"): "init_fn create_fetcher",
+    (f"{_UTILS}.worker", "_worker_loop"): "init_fn init_fn create_fetcher",
 }
 _WORKER_TAKES = {"index_queue", "data_queue", "done_event", "init_fn", "worker_id"}
 
@@ -75,16 +74,18 @@ def moved() -> tuple[str, ...]:
     for module, paths in _NEEDED.items():
         for path in paths.split():
             _python.find(module, path, missing)
-    for (module, path), names in _IN_CODE.items():
+    for (module, path), relied_on in _IN_CODE.items():
         cls = _python.find(module, path, missing)
         members = [each for base in inspect.getmro(cls or int) for each in vars(base).values()]
         used = {name for each in members for code in _codes(each) for name in code.co_names}
-        missing += [f"{module}.{path}.{name}" for name in names.split() if name not in used]
+        missing += [f"{module}.{path}.{name}" for name in relied_on.split() if name not in used]
     for (module, path), first in _IN_ORDER.items():
         order = first.split()
         codes = _codes(_python.find(module, path, []))
-        read = (step.argval for code in codes for step in dis.get_instructions(code))
-        found = [name for name, _ in itertools.groupby(each for each in read if each in order)]
+        steps = (step.argval for code in codes for step in dis.get_instructions(code))
+        # One instruction may name two variables.
+        names = (name for step in steps for name in (step if type(step) is tuple else (step,)))
+        found = [name for name in names if name in order]
         if found[: len(order)] != order:
             missing.append(f"{module}.{path} (first {', then '.join(order)})")
     loop = _python.find(f"{_UTILS}.worker", "_worker_loop", [])

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy.random  # noqa: F401  (what safeloader imports, once for all cases)
+import psutil  # noqa: F401  (the same)
 import torch
 import torch.utils.data
 import torch.utils.data.dataloader
@@ -45,12 +47,15 @@ def rewrites(change: Callable[[str, str], str]) -> None:
         path = ROOT / f"{short.replace('.', '/')}.py"
         source = change(short, path.read_text())
         exec(compile(source, str(path), "exec"), module.__dict__)  # the same module, defined anew
-    for name in ("DataLoader", "_DatasetKind"):
-        setattr(torch.utils.data, name, getattr(torch.utils.data.dataloader, name))
+    for name, value in vars(torch.utils.data.dataloader).items():
+        if name.startswith(("DataLoader", "_DatasetKind")):
+            setattr(torch.utils.data, name, value)
 
 
 def renames(_: str, name: str) -> None:
     """Everywhere in torch's loader the name is another one; torch itself works as ever."""
+    for short in AGAIN:
+        vars(importlib.import_module(f"torch.utils.data.{short}")).pop(name, None)
     rewrites(lambda _, source: re.sub(rf"(?<!\w){name}(?!\w)", f"{name}_moved", source))
 
 
@@ -87,23 +92,22 @@ def reorders(_: str, order: str) -> None:
 MOVES = {"takes away": takes_away, "renames": renames, "reorders": reorders}
 
 
-def outcome(made: Callable[[], Any], epochs: int = 2) -> Any:
-    """What a loader gives in some epochs, or the error."""
+def outcome(made: Callable[[], Any]) -> Any:
+    """What a loader gives in two epochs, and leaves of the random numbers; or the error."""
     torch.manual_seed(7)
     try:
         loader = made()
-        batches = [[batch.tolist() for batch in loader] for _ in range(epochs)]
+        batches = [[batch.tolist() for batch in loader] for _ in range(2)]
     except Exception as exc:
         return f"{type(exc).__name__}: {exc}", None
-    state = torch.get_rng_state().tolist()
-    return [batches, state], loader
+    return [batches, torch.rand(1).item()], loader
 
 
 def case(kind: str, where: str, name: str, workers: int) -> dict[str, Any]:
     """What stock does, and ours in each way; in a process of its own."""
     MOVES[kind](where, name)
     data: Any = torch.arange(10)
-    arguments: dict[str, Any] = dict(batch_size=4, shuffle=True, num_workers=workers)
+    arguments: dict[str, Any] = {"batch_size": 4, "shuffle": True, "num_workers": workers}
     stock, _ = outcome(lambda: torch.utils.data.DataLoader(data, **arguments))
 
     import safeloader
