@@ -298,7 +298,7 @@ def _warn_once(why: str) -> None:
     if why not in _warned:
         _warned.add(why)
         warnings.warn(
-            f"{why}. Until then torch's own loader serves, and nothing is recorded or checked: "
+            f"{why}. Meanwhile torch's own loader serves, and nothing is recorded or checked: "
             "last_batch and audit are None",
             stacklevel=4,
         )
