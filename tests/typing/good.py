@@ -24,13 +24,15 @@ def leaves_out(failure: Failure) -> object:
     return SKIP if failure.index else 0
 
 
+def indices_of(loader: SafeDataLoader[int]) -> tuple[int, ...]:
+    return () if loader.last_batch is None else loader.last_batch.indices
+
+
 loader = SafeDataLoader(Samples(), 4, True, num_workers=2, verify="warn", on_error="skip")
 stock: DataLoader[int] = loader
 generic: SafeDataLoader[int] = SafeDataLoader(Stream(), batch_size=None, on_error=leaves_out)
 for batch in loader:
     print(batch.sum(), loader.last_batch.indices, loader.last_batch.worker_id)
-    if loader.last_batch is not None:
-        indices: tuple[int, ...] = loader.last_batch.indices
 print(loader.audit.ok)
 other = SafeDataLoader(
     Samples(),
