@@ -3,27 +3,35 @@
 ::
 
     from safeloader import SafeDataLoader    # instead of torch.utils.data.DataLoader
+
+A name is loaded when it is first used: the import itself does not wait for torch.
 """
 
+import importlib
+import importlib.util
+import typing
+
 from safeloader._version import __version__
-from safeloader.errors import (
-    CollateError,
-    DeliveryError,
-    SafeLoaderError,
-    SampleError,
-    SamplerError,
-    TransportError,
-    WorkerCrashError,
-    WorkerInitError,
-    WorkerTimeoutError,
-)
-from safeloader.loader import SafeDataLoader
-from safeloader.main.audit import EpochAudit
-from safeloader.main.provenance import BatchRecord, Provenance
-from safeloader.main.recorder import Recorder
-from safeloader.main.replay import replay
-from safeloader.wire.failure import Failure
-from safeloader.wire.policy import SKIP
+
+if typing.TYPE_CHECKING:
+    from safeloader.errors import (
+        CollateError,
+        DeliveryError,
+        SafeLoaderError,
+        SampleError,
+        SamplerError,
+        TransportError,
+        WorkerCrashError,
+        WorkerInitError,
+        WorkerTimeoutError,
+    )
+    from safeloader.loader import SafeDataLoader
+    from safeloader.main.audit import EpochAudit
+    from safeloader.main.provenance import BatchRecord, Provenance
+    from safeloader.main.recorder import Recorder
+    from safeloader.main.replay import replay
+    from safeloader.wire.failure import Failure
+    from safeloader.wire.policy import SKIP
 
 __all__ = [
     "SKIP",
@@ -45,3 +53,27 @@ __all__ = [
     "__version__",
     "replay",
 ]
+
+_HOMES = {
+    "SKIP": "wire.policy",
+    "BatchRecord": "main.provenance",
+    "EpochAudit": "main.audit",
+    "Failure": "wire.failure",
+    "Provenance": "main.provenance",
+    "Recorder": "main.recorder",
+    "SafeDataLoader": "loader",
+    "replay": "main.replay",
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in __all__:
+        home = importlib.import_module(f"safeloader.{_HOMES.get(name, 'errors')}")
+        return globals().setdefault(name, getattr(home, name))
+    if not name.startswith("__") and importlib.util.find_spec(f"safeloader.{name}"):
+        return importlib.import_module(f"safeloader.{name}")
+    raise AttributeError(f"module 'safeloader' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

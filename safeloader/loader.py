@@ -12,23 +12,42 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from safeloader import _python, torch_private
 from safeloader.errors import SafeLoaderError
-from safeloader.main import arguments
 from safeloader.main.audit import EpochAudit
-from safeloader.main.iterator import iterate
 from safeloader.main.provenance import BatchRecord, Provenance, record_of
-from safeloader.main.recorder import Recorder, watch_for_use
+from safeloader.main.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.main.replay import replay
 from safeloader.main.transport import TransportStats
+from safeloader.settings import (
+    UNASKED,
+    OnCrash,
+    OnError,
+    Settings,
+    Transport,
+    Unasked,
+    Verify,
+    is_off,
+)
 from safeloader.wire.failure import Failure
 
+_public_names_moved: list[str] = []
+try:
+    from safeloader.main.iterator import iterate
+except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off needs
+    _public_names_moved.append(str(exc))
+
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
     from safeloader.main.session import Session
 
 T_co = TypeVar("T_co", covariant=True)
@@ -102,58 +121,66 @@ class SafeDataLoader(DataLoader[T_co]):
     """
 
     # Defaults at class level: some frameworks make loaders on which __init__ never runs.
-    verify: str = "raise"
+    verify: Verify = UNASKED
     trace: bool | str | os.PathLike[str] | None = None
     recorder: Recorder | None = None
     key: Callable[[Any], Hashable] | None = None
-    on_error: str | Callable[[Failure], Any] = "raise"
+    on_error: OnError | Callable[[Failure], Any] = "raise"
     retries: int = 0
     max_skipped: int | float | None = None
-    on_crash: str = "raise"
+    on_crash: OnCrash = "raise"
     stall_after: float = 60.0
     on_failure_dump: str | os.PathLike[str] | None = None
-    transport: str = "auto"
+    transport: Transport = "auto"
     checksum: bool = False
     _session: Session | None = None
 
-    def __init__(
-        self,
-        dataset: Dataset[T_co],
-        *args: Any,
-        verify: str = "raise",
-        trace: bool | str | os.PathLike[str] | None = None,
-        recorder: Recorder | None = None,
-        key: Callable[[Any], Hashable] | None = None,
-        on_error: str | Callable[[Failure], Any] = "raise",
-        retries: int = 0,
-        max_skipped: int | float | None = None,
-        on_crash: str = "raise",
-        stall_after: float = 60.0,
-        on_failure_dump: str | os.PathLike[str] | None = None,
-        transport: str = "auto",
-        checksum: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        ours = {
-            "verify": verify,
-            "trace": trace,
-            "recorder": recorder,
-            "key": key,
-            "on_error": on_error,
-            "retries": retries,
-            "max_skipped": max_skipped,
-            "on_crash": on_crash,
-            "stall_after": stall_after,
-            "on_failure_dump": on_failure_dump,
-            "transport": transport,
-            "checksum": checksum,
-        }
-        arguments.refuse_bad(ours, dataset)
-        super().__init__(dataset, *args, **kwargs)
-        for name, value in ours.items():
-            setattr(self, name, value)
-        if recorder is None:
-            self._recorder_on_demand()
+    if TYPE_CHECKING:  # all that is taken, for type checkers and editors
+
+        def __init__(
+            self,
+            dataset: Dataset[T_co],
+            batch_size: int | None = 1,
+            shuffle: bool | None = None,
+            sampler: Sampler[Any] | Iterable[Any] | None = None,
+            batch_sampler: Sampler[Sequence[Any]] | Iterable[Sequence[Any]] | None = None,
+            num_workers: int = 0,
+            collate_fn: Callable[[list[Any]], Any] | None = None,
+            pin_memory: bool = False,
+            drop_last: bool = False,
+            timeout: float = 0,
+            worker_init_fn: Callable[[int], None] | None = None,
+            multiprocessing_context: str | BaseContext | None = None,
+            generator: torch.Generator | None = None,
+            *,
+            prefetch_factor: int | None = None,
+            persistent_workers: bool = False,
+            pin_memory_device: str = "",
+            in_order: bool = True,
+            verify: Verify = ...,
+            trace: bool | str | os.PathLike[str] | None = None,
+            recorder: Recorder | None = None,
+            key: Callable[[Any], Hashable] | None = None,
+            on_error: OnError | Callable[[Failure], Any] = "raise",
+            retries: int = 0,
+            max_skipped: int | float | None = None,
+            on_crash: OnCrash = "raise",
+            stall_after: float = 60.0,
+            on_failure_dump: str | os.PathLike[str] | None = None,
+            transport: Transport = "auto",
+            checksum: bool = False,
+        ) -> None: ...
+
+    else:  # its signature is spelled out below, as frameworks need it that read and hand on
+
+        def __init__(self, dataset: Dataset[T_co], *args: Any, **kwargs: Any) -> None:
+            settings = Settings(**{name: kwargs.pop(name) for name in _OURS if name in kwargs})
+            settings.refuse_bad(dataset)
+            super().__init__(dataset, *args, **kwargs)
+            for name in _OURS:
+                setattr(self, name, getattr(settings, name))
+            if self.recorder is None:
+                self._recorder_on_demand()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show our keywords in the signature of a subclass that hands ``**kwargs`` on.
@@ -177,17 +204,17 @@ class SafeDataLoader(DataLoader[T_co]):
                 typed.setdefault("recorder", self.recorder)
         return self.recorder
 
-    def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
-        if arguments.is_off():
+        if _unrecorded(self):
             if self._session is not None:  # its workers speak in parcels
                 self._session = self._iterator = None
             return super().__iter__()
-        return cast(Iterator[T_co], self._get_iterator())
+        return cast(Iterator[Any], self._get_iterator())
 
     def _get_iterator(self) -> Any:
         # Torch's hook for subclasses; some code asks for a fresh iterator this way.
-        return super()._get_iterator() if arguments.is_off() else iterate(self)
+        return super()._get_iterator() if _unrecorded(self) else iterate(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
@@ -205,8 +232,11 @@ class SafeDataLoader(DataLoader[T_co]):
         return replay(what, self.dataset)
 
     @property
-    def last_batch(self) -> BatchRecord | None:
-        """The record of the batch handed over last; None before the first."""
+    def last_batch(self) -> BatchRecord | Any:
+        """The record of the batch handed over last; None before the first.
+
+        (For type checkers ``| Any`` and not ``| None``: in the loop there is always one.)
+        """
         delivery = None if self.recorder is None else self.recorder.last_delivery()
         return None if delivery is None else record_of(delivery)
 
@@ -216,7 +246,7 @@ class SafeDataLoader(DataLoader[T_co]):
         return Provenance(self._recorder_on_demand())
 
     @property
-    def audit(self) -> EpochAudit | None:
+    def audit(self) -> EpochAudit | Any:
         """Drawn against delivered, of the running or last epoch; None before the first."""
         return None if self.recorder is None else self.recorder.audit()
 
@@ -224,6 +254,57 @@ class SafeDataLoader(DataLoader[T_co]):
     def transport_stats(self) -> TransportStats:
         """How the batches crossed from the workers, since the loader was made."""
         return self._recorder_on_demand().transport.stats()
+
+
+def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
+    """Whether torch's own iterator serves ``loader``: it is to, or nothing else can.
+
+    Raises:
+        SafeLoaderError: if ``verify="raise"`` was asked for and nothing can be verified here.
+    """
+    if is_off():
+        return True
+    why = _why_unrecorded(loader.num_workers > 0)
+    if not why:
+        return False
+    if loader.verify == "raise" and not isinstance(loader.verify, Unasked):
+        raise SafeLoaderError(
+            f"verify='raise' was asked for, and nothing can be verified: {why}. Leave verify out, "
+            "or set SAFELOADER=off, to have torch's own loader and no records"
+        )
+    failure_was_told()  # the notebook stays blank, and it is known why
+    _warn_once(why)
+    return True
+
+
+@functools.cache
+def _why_unrecorded(workers: bool) -> str:
+    """What stands in the way of records; nothing if nothing does."""
+    moved = torch_private.moved() + tuple(_public_names_moved)
+    if moved:
+        return (
+            f"safeloader does not know torch {torch.__version__}, which lacks {', '.join(moved)}. "
+            "Upgrade safeloader, or use a torch that this release supports (see its CHANGELOG)"
+        )
+    if workers and (missing := _python.missing()):
+        return (
+            f"safeloader cannot follow worker processes with Python {sys.version.split()[0]} on "
+            f"{sys.platform}, which lacks {', '.join(missing)}. num_workers=0 is recorded"
+        )
+    return ""
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(why: str) -> None:
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(
+            f"{why}. Meanwhile torch's own loader serves, and nothing is recorded or checked: "
+            "last_batch and audit are None",
+            stacklevel=4,
+        )
 
 
 _NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})
@@ -245,7 +326,7 @@ def _spell_out_keywords(init: Any) -> None:
     parameters = list(signature.parameters.values())
     if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
         return
-    missing = [each for each in _our_keywords() if each.name not in signature.parameters]
+    missing = [each for name, each in _OURS.items() if name not in signature.parameters]
     if missing:
         try:
             init.__signature__ = signature.replace(
@@ -255,7 +336,8 @@ def _spell_out_keywords(init: Any) -> None:
             return
 
 
-@functools.cache
-def _our_keywords() -> tuple[inspect.Parameter, ...]:
-    parameters = inspect.signature(SafeDataLoader.__init__).parameters.values()
-    return tuple(each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY)
+_OURS = {
+    name: each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for name, each in inspect.signature(Settings).parameters.items()
+}
+_spell_out_keywords(SafeDataLoader.__init__)

@@ -1,15 +1,17 @@
-"""Every private name of torch that safeloader touches, checked at import; runs in both processes.
+"""Every private name of torch that safeloader touches; runs in both processes.
 
-When a release of torch moves one of them, the import fails here with the names that are missing,
-and this is the only module to mend. Nothing here changes torch in the user's process:
+None is looked at before :func:`moved` is asked, at the first ``iter`` of a loader: with
+``SAFELOADER=off`` never. When a release of torch moves one of them, torch's own loader serves, and
+this is the only module to mend. Nothing here changes torch in the user's process:
 :func:`install_fetcher` refuses to run outside a worker.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
-import importlib
+import inspect
 import operator
 import os
 import signal
@@ -19,61 +21,98 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from safeloader import _python
+
+_LOADING = "torch.utils.data.dataloader"
+_UTILS = "torch.utils.data._utils"
+_WITH_WORKERS = "_MultiProcessingDataLoaderIter"
 _NEEDED = {
-    "torch": ("UntypedStorage._cdata", "UntypedStorage._expired"),
-    "torch._C": ("DisableTorchFunction",),
-    "torch.autograd": ("_profiler_enabled",),
-    "torch.utils.data.dataloader": (
-        "_DatasetKind.create_fetcher",
-        "_DatasetKind.Iterable",
-        "_SingleProcessDataLoaderIter._next_data",
-        "_MultiProcessingDataLoaderIter._next_data",
-        "_MultiProcessingDataLoaderIter._reset",
-        "_MultiProcessingDataLoaderIter._shutdown_workers",
-        "_MultiProcessingDataLoaderIter._try_get_data",
-        "DataLoader._get_iterator",
-        "DataLoader._index_sampler",
-        "DataLoader._auto_collation",
-    ),
-    "torch.utils.data._utils.collate": ("default_collate_fn_map", "collate_tensor_fn"),
-    "torch.utils.data._utils.fetch": ("_IterableDatasetFetcher.__init__",),
-    "torch.utils.data._utils.pin_memory": ("pin_memory",),
-    "torch.utils.data._utils.signal_handling": ("_remove_worker_pids", "_set_SIGCHLD_handler"),
-    "torch.utils.data._utils.worker": ("_worker_loop.__code__",),
+    "torch": "UntypedStorage._cdata UntypedStorage._expired",
+    "torch._C": "DisableTorchFunction",
+    "torch.autograd": "_profiler_enabled",
+    _LOADING: "_DatasetKind.create_fetcher _DatasetKind.Iterable "
+    "_SingleProcessDataLoaderIter._next_data DataLoader._get_iterator DataLoader._index_sampler "
+    f"DataLoader._auto_collation {_WITH_WORKERS}._next_data {_WITH_WORKERS}._reset "
+    f"{_WITH_WORKERS}._shutdown_workers {_WITH_WORKERS}._try_get_data",
+    f"{_UTILS}.collate": "default_collate_fn_map collate_tensor_fn",
+    f"{_UTILS}.fetch": "_IterableDatasetFetcher.__init__",
+    f"{_UTILS}.pin_memory": "pin_memory",
+    f"{_UTILS}.signal_handling": "_remove_worker_pids _set_SIGCHLD_handler",
+    f"{_UTILS}.worker": "_worker_loop.__code__",
 }
+# By class: names in its code. What an object will have cannot be seen before there is one.
+_IN_CODE = {
+    (_LOADING, "DataLoader"): "_iterator num_workers",
+    (_LOADING, "_SingleProcessDataLoaderIter"): "_dataset_fetcher _num_yielded _sampler_iter "
+    "create_fetcher _index_sampler",
+    (_LOADING, _WITH_WORKERS): "_data_queue _index_queues _index_sampler _num_yielded "
+    "_pin_memory_thread _sampler_iter _shutdown _task_info _try_put_index _worker_loop "
+    "_worker_pids_set _workers _workers_status multiprocessing_context worker_init_fn",
+    (f"{_UTILS}.fetch", "_MapDatasetFetcher"): "auto_collation collate_fn dataset drop_last",
+    (f"{_UTILS}.fetch", "_IterableDatasetFetcher"): "auto_collation collate_fn dataset_iter",
+}
+# By function: names that follow each other in its code. Our queues stand where it asks first.
+_IN_ORDER = {
+    (_LOADING, f"{_WITH_WORKERS}.__init__"): "Queue _worker_result_queue Event _workers_done_event",
+    (_LOADING, f"{_WITH_WORKERS}._try_get_data"): "_data_queue get",
+    (_LOADING, "DataLoader._get_iterator"): f"_SingleProcessDataLoaderIter {_WITH_WORKERS}",
+    (f"{_UTILS}.worker", "_worker_loop"): "init_fn init_fn create_fetcher",
+}
+_WORKER_TAKES = {"index_queue", "data_queue", "done_event", "init_fn", "worker_id"}
 
 
-def _check() -> None:
-    missing = []
-    for module_name, paths in _NEEDED.items():
-        for path in paths:
-            try:
-                found: Any = importlib.import_module(module_name)
-                for part in path.split("."):
-                    found = getattr(found, part)
-            except (ImportError, AttributeError):
-                missing.append(f"{module_name}.{path}")
-    if missing:
-        raise ImportError(
-            f"safeloader does not know torch {torch.__version__}: it has no {', '.join(missing)}. "
-            "Use a torch that this release of safeloader supports (see its CHANGELOG), upgrade "
-            "safeloader, or go back to torch.utils.data.DataLoader for now."
-        )
+@functools.cache
+def moved() -> tuple[str, ...]:
+    """What we rely on and this torch does not have, or does in another order; looked at once."""
+    missing: list[str] = []
+    for module, paths in _NEEDED.items():
+        for path in paths.split():
+            _python.find(module, path, missing)
+    for (module, path), relied_on in _IN_CODE.items():
+        cls = _python.find(module, path, missing)
+        members = [each for base in inspect.getmro(cls or int) for each in vars(base).values()]
+        used = {name for each in members for code in _codes(each) for name in code.co_names}
+        missing += [f"{module}.{path}.{name}" for name in relied_on.split() if name not in used]
+    for (module, path), first in _IN_ORDER.items():
+        order = first.split()
+        codes = _codes(_python.find(module, path, []))
+        steps = (step.argval for code in codes for step in dis.get_instructions(code))
+        # One instruction may name two variables.
+        names = (name for step in steps for name in (step if type(step) is tuple else (step,)))
+        found = [name for name in names if name in order]
+        if found[: len(order)] != order:
+            missing.append(f"{module}.{path} (first {', then '.join(order)})")
+    loop = _python.find(f"{_UTILS}.worker", "_worker_loop", [])
+    if loop is not None and (lost := _WORKER_TAKES - set(inspect.signature(loop).parameters)):
+        missing.append(f"{_UTILS}.worker._worker_loop({', '.join(sorted(lost))})")
+    return tuple(dict.fromkeys(missing))
 
 
-_check()
+def _codes(function: Any, outer: tuple[Any, ...] = ()) -> Iterator[CodeType]:
+    """The code of a function, and of those that it wraps: somebody may have put it around."""
+    function = getattr(function, "__func__", function)
+    if inspect.isfunction(function) and function not in outer:
+        yield function.__code__
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                yield from _codes(cell.cell_contents, (*outer, function))
 
-from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]  # noqa: E402
-from torch.utils.data import _utils  # noqa: E402  (after the check, which explains a failure)
-from torch.utils.data.dataloader import (  # noqa: E402
-    _DatasetKind,
-    _MultiProcessingDataLoaderIter,
-)
+
+_autograd: Any = torch.autograd
+
+
+def _utils() -> Any:
+    return torch.utils.data._utils
+
+
+def _loading() -> Any:
+    return torch.utils.data.dataloader
 
 
 def is_stream(loader: DataLoader[Any]) -> bool:
@@ -156,7 +195,7 @@ def build_iterator(view: LoaderView) -> Any:
     Torch's own watch over the workers is called off: it raises, on SIGCHLD, in whatever line the
     main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
     """
-    with _sigchld_deferred():
+    with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
         try:
             iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
         except BaseException as exc:
@@ -165,8 +204,7 @@ def build_iterator(view: LoaderView) -> Any:
         if not hasattr(iterator, "_workers"):
             return iterator
         if iterator._worker_pids_set:
-            forget: Any = _utils.signal_handling._remove_worker_pids  # type: ignore[attr-defined]
-            forget(id(iterator))
+            _utils().signal_handling._remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
     _with_workers.add(iterator)
     stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
@@ -181,7 +219,7 @@ def _take_down(raised: BaseException) -> None:
     """
     for frame, _ in traceback.walk_tb(raised.__traceback__):
         half = frame.f_locals.get("self")
-        if isinstance(half, _MultiProcessingDataLoaderIter):
+        if isinstance(half, _loading()._MultiProcessingDataLoaderIter):
             if hasattr(half, "_workers"):
                 half.__dict__.setdefault("_workers_status", [True] * len(half._workers))
                 shut_down(half)
@@ -202,7 +240,7 @@ def _sigchld_deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or _deferred:
         yield
         return
-    _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+    _utils().signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler):
         yield
@@ -244,8 +282,8 @@ def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
 
 
 def shut_down(iterator: Any) -> None:
-    """End an iterator's workers now, whatever they are at."""
-    for worker in iterator._workers:
+    """End an iterator's workers now, whatever they are at; those of another process never."""
+    for worker in () if iterator in _inherited else iterator._workers:
         worker.kill()
     iterator._shutdown_workers()
 
@@ -256,24 +294,31 @@ def next_of(iterator: Any) -> Any:
     Torch wraps each batch in a ``record_function``: 5 µs a batch, more than all of our records
     take. With a profiler running torch's own ``__next__`` is called and the mark is there.
     """
-    if _profiler_enabled() or iterator._sampler_iter is None:
+    if _autograd._profiler_enabled() or iterator._sampler_iter is None:
         return next(iterator)
     data = iterator._next_data()
     iterator._num_yielded += 1
     return data
 
 
-def undo_inherited() -> None:
-    """In a worker: see that iterators inherited by ``fork`` are not shut down from here.
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    An iterator that an exception keeps alive in the training process is copied into the workers
-    started after it. Freed there, it would set out to stop the workers of the training process,
-    wait for them and end in "can only test a child process".
+
+def _undo_inherited() -> None:
+    """In a forked process: see that iterators inherited from the parent are not shut down here.
+
+    The iterator may be in a variable, or kept alive by an exception. Freed here, it would set out
+    to stop the workers of the parent, wait for them and end in "can only test a child process".
     """
     for iterator in list(_with_workers):
         iterator._shutdown = True
+        _inherited.add(iterator)
+    _with_workers.clear()
     if _deferred:  # forked while an iterator was built
         signal.signal(signal.SIGCHLD, _deferred.pop())
+
+
+_python.at_fork(after_in_child=_undo_inherited)
 
 
 def _stop_unreachable(workers: list[Any], pid: int) -> None:
@@ -311,7 +356,7 @@ def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:
 
 def raised_by_dataset_iter(exc: BaseException) -> bool:
     """Whether ``exc`` came out of ``iter(dataset)`` while torch made its fetcher."""
-    code = _utils.fetch._IterableDatasetFetcher.__init__.__code__
+    code = _utils().fetch._IterableDatasetFetcher.__init__.__code__
     traceback = exc.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code is code:
@@ -328,25 +373,21 @@ def without_overrides() -> AbstractContextManager[object]:
 
 def pin_memory(data: Any) -> Any:
     """``data`` with every tensor in pinned memory, as torch's loader does it."""
-    pin: Any = _utils.pin_memory.pin_memory
-    return pin(data)
+    return _utils().pin_memory.pin_memory(data)
 
 
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 
-_untyped: Any = torch.UntypedStorage
-is_gone: Callable[[int], bool] = _untyped._expired
+is_gone: Callable[[int], bool] = getattr(torch.UntypedStorage, "_expired", None)  # type: ignore[assignment]  # :func:`moved` looks
 """Whether nothing refers to a storage any more, by the ``cdata`` of a weak reference to it."""
-
-
-_collated_by: dict[Any, Any] = _utils.collate.default_collate_fn_map
-_stack_tensors: Any = _utils.collate.collate_tensor_fn
 
 
 def collates_tuples_of_tensors_itself() -> bool:
     """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
-    return _collated_by.get(torch.Tensor) is _stack_tensors and tuple not in _collated_by
+    collate = _utils().collate
+    by_type = collate.default_collate_fn_map
+    return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
 
 
 def stack_tensors_with(stack: Callable[..., Any]) -> None:
@@ -356,8 +397,10 @@ def stack_tensors_with(stack: Callable[..., Any]) -> None:
     """
     if get_worker_info() is None:
         raise RuntimeError("default_collate belongs to the training process here")
-    if _collated_by.get(torch.Tensor) is _stack_tensors:
-        _collated_by[torch.Tensor] = functools.partial(stack, _stack_tensors)
+    collate = _utils().collate
+    torchs = collate.collate_tensor_fn
+    if collate.default_collate_fn_map.get(torch.Tensor) is torchs:
+        collate.default_collate_fn_map[torch.Tensor] = functools.partial(stack, torchs)
 
 
 def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
@@ -377,11 +420,12 @@ def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
             "safeloader records in worker processes only, and this torch runs the workers of this "
             "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
         )
-    stock_create: Any = _DatasetKind.create_fetcher
-    worker_loop = _utils.worker._worker_loop.__code__
+    kind = _loading()._DatasetKind
+    stock_create: Any = kind.create_fetcher
+    worker_loop = _utils().worker._worker_loop.__code__
 
     def create_fetcher(*args: Any, **kwargs: Any) -> Any:
         create = functools.partial(stock_create, *args, **kwargs)
         return make(create) if sys._getframe(1).f_code is worker_loop else create()
 
-    _DatasetKind.create_fetcher = staticmethod(create_fetcher)  # type: ignore[method-assign]
+    kind.create_fetcher = staticmethod(create_fetcher)

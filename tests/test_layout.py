@@ -15,7 +15,6 @@ import safeloader
 
 PACKAGE = Path(safeloader.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 500
 
 # With num_workers=0 the training process does the workers' work; through these two, and no others.
 MAIN_MAY_USE = {
@@ -242,12 +241,10 @@ def test_a_worker_imports_nothing_heavy_beyond_torch_and_numpy() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_each_module_says_on_one_line_what_it_is_and_is_of_readable_length(path: Path) -> None:
+def test_each_module_says_on_one_line_what_it_is(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring is not None
     first = docstring.split("\n")[0]
     assert len(first) > 10
     assert first[-1] in ".:"
-    lines = len(text.splitlines())
-    assert lines <= MOST_LINES, f"{lines} lines: this is two modules"

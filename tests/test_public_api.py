@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +74,27 @@ def test_nothing_public_stands_outside_of_all() -> None:
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public == {name for name in NAMES if not name.startswith("_")}
+
+
+def test_the_import_waits_for_no_torch_and_each_name_loads_what_it_needs() -> None:
+    program = """
+import sys
+before = set(sys.modules)
+import safeloader
+heavy = {"torch", "numpy", "psutil", "multiprocessing", "logging"} & (set(sys.modules) - before)
+assert not heavy, heavy
+assert set(safeloader.__all__) <= set(dir(safeloader))
+assert not hasattr(safeloader, "no_such_name")
+import pickle
+assert pickle.loads(pickle.dumps(safeloader.errors.SampleError)) is safeloader.SampleError
+assert "torch" not in sys.modules
+from safeloader import *
+assert {name: globals()[name] for name in safeloader.__all__}
+assert safeloader.loader.SafeDataLoader is SafeDataLoader
+assert pickle.loads(pickle.dumps(SafeDataLoader)) is SafeDataLoader
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_is_a_version() -> None:

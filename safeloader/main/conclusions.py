@@ -41,15 +41,7 @@ class Ending(NamedTuple):
     start_method: str
 
 
-_FAULTS = (
-    signal.SIGSEGV,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGABRT,
-    signal.SIGILL,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-)
+_FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGILL", "SIGSYS", "SIGTRAP")
 
 
 def _name(number: int) -> str:
@@ -138,7 +130,7 @@ def _of_signal(number: int, ending: Ending) -> str:
         )
     if number in (signal.SIGXCPU, signal.SIGXFSZ):
         return "it ran into a limit of the shell (ulimit -t, ulimit -f)"
-    if number not in _FAULTS:
+    if _name(number) not in _FAULTS:
         return (
             f"somebody sent {_name(number)}, which ends a process that has no handler for it: a "
             "batch system that warns of the end of a job, or kill. Handle it in worker_init_fn, "

@@ -249,7 +249,6 @@ class Accounts:
 class MapLedger(Accounts):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
-
     def __init__(
         self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
     ) -> None:

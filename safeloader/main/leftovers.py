@@ -6,12 +6,12 @@ import contextlib
 import glob
 import os
 import time
-import traceback
 from collections.abc import Iterable
-from multiprocessing import forkserver, popen_fork
 from typing import Any
 
 import torch.multiprocessing
+
+from safeloader._python import pipes_left
 
 _OLD_S = 0.02  # in a folder shared with other containers, a process of the same number may be alive
 
@@ -34,19 +34,6 @@ def remove(pids: Iterable[int | None]) -> None:
 
 
 def close_pipes(raised: BaseException) -> None:
-    """Close the pipes made for a worker that could then not be started.
-
-    ``multiprocessing`` leaves them open, and a program that tries again has fewer each time.
-    """
-    forks: Any = popen_fork.Popen
-    for frame, _ in traceback.walk_tb(raised.__traceback__):
-        names = frame.f_locals
-        if frame.f_code is forks._launch.__code__:
-            open_still = not hasattr(names["self"], "pid")  # else they are the worker's
-        elif frame.f_code is forkserver.ForkServer.connect_to_new_process.__code__:
-            open_still = "child_r" not in names  # else it closes them itself
-        else:
-            continue
-        for name in ("parent_r", "child_w", "child_r", "parent_w"):
-            if open_still and name in names:
-                os.close(names[name])
+    """Close the pipes made for a worker that could then not be started."""
+    for fd in pipes_left(raised):
+        os.close(fd)

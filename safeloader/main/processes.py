@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 _EXITING = 0x4  # PF_EXITING of Linux, in the ninth field of /proc/<pid>/stat
-_KILLED = 1 << (signal.SIGKILL - 1)
 
 
 def is_gone(pid: int) -> bool:
@@ -41,7 +40,7 @@ def is_dying(pid: int) -> bool:
     if int(after_name[6]) & _EXITING:
         return True
     pending = [line for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))]
-    return any(int(line.split()[1], 16) & _KILLED for line in pending)
+    return any(int(line.split()[1], 16) & 1 << (signal.SIGKILL - 1) for line in pending)
 
 
 class Signals:

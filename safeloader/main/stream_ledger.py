@@ -24,7 +24,6 @@ _SHARE = (
 class StreamLedger(Accounts):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
 
-
     def __init__(self, *, with_keys: bool, board: StreamBoard | None, workers: int) -> None:
         super().__init__(with_keys=with_keys)
         self._board = board

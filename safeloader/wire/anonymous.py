@@ -10,11 +10,11 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable
-from multiprocessing.context import assert_spawning
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
+
+from safeloader._python import DupFd, assert_spawning
 
 
 def anonymous_file(size: int, name: str = "safeloader") -> int:

@@ -16,14 +16,15 @@ import os
 import sys
 from functools import partial
 
+from safeloader._python import at_fork
+
 _ALONE = 1 << 7 | 1  # in the last byte that /proc/self/pagemap has of a page: there; not shared
 _FLAGS = 7 if sys.byteorder == "little" else 0
 _seen = bytearray()  # a byte for each
 
-if hasattr(os, "register_at_fork"):
-    # In C from end to end: a signal handler that raises cannot run in there, and be swallowed.
-    # Before, for what is lent then; once more for what another thread was given meanwhile.
-    os.register_at_fork(before=partial(_seen.append, 0), after_in_parent=partial(_seen.append, 0))
+# In C from end to end: a signal handler that raises cannot run in there, and be swallowed.
+# Before, for what is lent then; once more for what another thread was given meanwhile.
+at_fork(before=partial(_seen.append, 0), after_in_parent=partial(_seen.append, 0))
 
 
 class _Watch:

@@ -16,14 +16,14 @@ import socket
 import types
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing import connection, context
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import connection
 from time import monotonic
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from safeloader._python import ForkingPickler, as_if_spawning
 from safeloader.wire.texts import bounded_text
 from safeloader.wire.values import container_base, cut, definitions, fields, inherits, type_name
 from safeloader.wire.wording import bounded
@@ -182,18 +182,16 @@ class _Search:
         self._deepest: _Failed | None = None
 
     def culprit(self, name: str, thing: object) -> Culprit | None:
-        note, before = "", context.get_spawning_popen()
-        context.set_spawning_popen(_POPEN if self._spawning else None)
+        note = ""
         try:
-            self._look_for([(name, thing)])
+            with as_if_spawning(_POPEN if self._spawning else None):
+                self._look_for([(name, thing)])
         except KeyboardInterrupt:
             raise
         except _OutOfTime:
             note = " (the search ran out of time: it is this or a part of it)"
         except BaseException:  # a fault of ours must not hide the error that is to be explained
             pass
-        finally:
-            context.set_spawning_popen(before)
         if (found := self._deepest) is None:
             return None
         kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep

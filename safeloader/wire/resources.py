@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-if sys.platform != "win32":
+with suppress(ImportError):  # on Windows
     import resource  # not where it is used: with too many open files nothing can be imported
 
 _ROOT = Path("/")  # what holds `proc` and `sys`; another folder in tests

@@ -27,10 +27,10 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.context import assert_spawning
 from time import monotonic
 from typing import Any
 
+from safeloader._python import assert_spawning
 from safeloader.wire.leaves import Arrived, close_all
 from safeloader.wire.sealing import Sealed
 from safeloader.wire.sending import MOST_FDS, Sender
@@ -40,7 +40,7 @@ _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
 _WITH_FDS = 1 << 62  # set in the last where descriptors come with it
 _CHUNK = 1 << 18  # about what a socket holds
 _CLOSE_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_FDS_BYTES = socket.CMSG_SPACE(4 * MOST_FDS)
+_FDS_BYTES = socket.CMSG_SPACE(4 * MOST_FDS) if hasattr(socket, "CMSG_SPACE") else 0
 
 
 class ResultQueue:

@@ -16,9 +16,10 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any
+
+from safeloader._python import Finalize
 
 MOST_FDS = 200  # in one message; Linux takes 253
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
@@ -65,7 +66,7 @@ class Sender:
             )
             self._thread.start()
             if not self._abandoned:
-                self._join = util.Finalize(None, self._thread_ended, exitpriority=-5)
+                self._join = Finalize(None, self._thread_ended, exitpriority=-5)
 
     def _write(self, parts: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:
         """Write what goes now; how many bytes that were."""

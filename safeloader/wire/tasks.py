@@ -10,10 +10,9 @@ import queue
 import select
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
-from multiprocessing.context import assert_spawning
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from safeloader._python import ForkingPickler, assert_spawning
 from safeloader.wire.records import Task
 from safeloader.wire.sending import Sender
 

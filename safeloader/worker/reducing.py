@@ -18,8 +18,6 @@ import os
 import pickle
 import sys
 from bisect import bisect_right, insort
-from multiprocessing import context
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from safeloader import torch_private
+from safeloader._python import as_if_spawning, extra_reducers
 from safeloader.wire import leaves
 from safeloader.wire.leaves import CODES, Beside, Place
 from safeloader.wire.sending import MOST_FDS
@@ -156,8 +155,7 @@ class Reduction:
         """The pickle of a batch."""
         buffer = io.BytesIO()
         pickler: Any = pickle.Pickler(buffer, _PROTOCOL)
-        torchs: dict[Any, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
-        table = {**copyreg.dispatch_table, **torchs}
+        table = {**copyreg.dispatch_table, **extra_reducers}
         self._reduce_tensor = table[torch.Tensor]
         self._reduce_storage = table[torch.UntypedStorage]
         if not self.fetched:
@@ -318,12 +316,8 @@ class Reduction:
         made to look like that, for one call and this thread alone.
         """
         self.torchs = True
-        before = context.get_spawning_popen()
-        context.set_spawning_popen(self)  # type: ignore[arg-type]
-        try:
+        with as_if_spawning(self):
             return self._reduce_storage(storage)
-        finally:
-            context.set_spawning_popen(before)
 
     def duplicate_for_child(self, fd: int) -> int:
         """Take a descriptor along; its number in the message."""

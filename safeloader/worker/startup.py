@@ -60,7 +60,6 @@ class WorkerStartup:
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
-        torch_private.undo_inherited()
         assert self._results is not None
         cells = private_row() if self._flight is None else self._flight.row(worker_id)
         cells[PID] = os.getpid()

@@ -1,0 +1,96 @@
+"""Every private name of the standard library that safeloader touches; runs in both processes.
+
+Looking for them never fails, so that without workers any system will do. What workers need and this
+Python or this system lacks is named by :func:`missing`; its stand-in here is None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import operator
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler as ForkingPickler
+from typing import Any
+
+_missing: list[str] = []
+
+
+def find(module: str, path: str, missing: list[str]) -> Any:
+    """What stands at ``path`` in ``module``; None where nothing does, which ``missing`` is told."""
+    try:
+        return operator.attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        missing.append(f"{module}.{path}")
+
+
+def missing() -> tuple[str, ...]:
+    """The names that loaders with workers need and that are not there."""
+    return tuple(_missing)
+
+
+_find = functools.partial(find, missing=_missing)
+assert_spawning: Any = _find("multiprocessing.context", "assert_spawning")
+DupFd: Any = _find("multiprocessing.reduction", "DupFd")
+extra_reducers: Any = _find("multiprocessing.reduction", "ForkingPickler._extra_reducers")
+Finalize: Any = _find("multiprocessing.util", "Finalize")
+_get_popen: Any = _find("multiprocessing.context", "get_spawning_popen")
+_set_popen: Any = _find("multiprocessing.context", "set_spawning_popen")
+_launch: Any = _find("multiprocessing.popen_fork", "Popen._launch.__code__")
+_connect: Any = _find("multiprocessing.forkserver", "ForkServer.connect_to_new_process.__code__")
+_PIPES = ("parent_r", "child_w", "child_r", "parent_w")  # local variables of both
+_missing += [
+    f"{code.co_qualname}.<locals>.{name}"
+    for code in (_launch, _connect)
+    for name in _PIPES
+    if code is not None and name not in code.co_varnames
+]
+for _path in (  # public, and not everywhere
+    "os.register_at_fork",
+    "os.set_blocking",
+    "select.poll",
+    "signal.SIGCHLD",
+    "signal.SIGKILL",
+    "socket.CMSG_SPACE",
+    "socket.SCM_RIGHTS",
+):
+    _find(*_path.split("."))
+
+
+def at_fork(**hooks: Callable[[], None]) -> None:
+    """``os.register_at_fork``, where processes fork."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**hooks)
+
+
+@contextlib.contextmanager
+def as_if_spawning(popen: Any) -> Iterator[None]:
+    """Have ``multiprocessing`` believe that this thread starts a process by ``popen``.
+
+    What is pickled then gives descriptors to ``popen.duplicate_for_child`` and ``popen.DupFd``.
+    """
+    before = _get_popen()
+    _set_popen(popen)
+    try:
+        yield
+    finally:
+        _set_popen(before)
+
+
+def pipes_left(raised: BaseException) -> Iterator[int]:
+    """The pipes made for a process that could then not be started.
+
+    ``multiprocessing`` leaves them open, and a program that tries again has fewer each time.
+    """
+    for frame, _ in traceback.walk_tb(raised.__traceback__):
+        names = frame.f_locals
+        if frame.f_code is _launch:
+            open_still = not hasattr(names["self"], "pid")  # else they are the worker's
+        elif frame.f_code is _connect:
+            open_still = "child_r" not in names  # else it closes them itself
+        else:
+            continue
+        yield from (names[name] for name in _PIPES if open_still and name in names)

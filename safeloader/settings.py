@@ -1,0 +1,155 @@
+"""Our keywords, what each may be, and the switch that turns all of it off; runs in main."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.utils.data import IterableDataset
+
+from safeloader import tracing
+from safeloader.main import dump
+from safeloader.main.recorder import Recorder
+
+if TYPE_CHECKING:
+    from safeloader.wire.failure import Failure
+
+Verify = Literal["raise", "warn", "off"]
+OnError = Literal["raise", "skip", "replace"]
+OnCrash = Literal["raise", "restart"]
+Transport = Literal["auto", "torch"]
+
+
+class Unasked(str):
+    """A value that nobody asked for in so many words, though frameworks may hand it back."""
+
+    __slots__ = ()
+
+
+UNASKED: Any = Unasked("raise")  # the default of ``verify``
+
+
+def is_off() -> bool:
+    """Whether ``SAFELOADER=off`` asks for torch's own behaviour.
+
+    Raises:
+        ValueError: if the variable holds something else than off, on or nothing.
+    """
+    value = os.environ.get("SAFELOADER", "").strip().lower()
+    if value not in ("", "on", "off"):
+        raise ValueError(
+            f"the environment variable SAFELOADER must be 'off' (torch's own behaviour, nothing "
+            f"recorded), 'on' or unset; it is {value!r}"
+        )
+    return value == "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Our keywords as they stand for one epoch; see :class:`~safeloader.SafeDataLoader`."""
+
+    verify: Verify = UNASKED
+    trace: bool | str | os.PathLike[str] | None = None
+    recorder: Recorder | None = None
+    key: Callable[[Any], Hashable] | None = None
+    on_error: OnError | Callable[[Failure], Any] = "raise"
+    retries: int = 0
+    max_skipped: int | float | None = None
+    on_crash: OnCrash = "raise"
+    stall_after: float = 60.0
+    on_failure_dump: str | os.PathLike[str] | None = None
+    transport: Transport = "auto"
+    checksum: bool = False
+
+    @classmethod
+    def of(cls, loader: Any) -> Settings:
+        """What the attributes of a loader say now."""
+        return cls(**{each.name: getattr(loader, each.name) for each in fields(cls)})
+
+    def refuse_bad(self, dataset: object) -> None:
+        """Check every value, and that they go with the dataset.
+
+        Raises:
+            TypeError: for a value of another kind than is taken.
+            ValueError: for a value out of range, or a folder that cannot be written to.
+        """
+        is_off()
+        for name, (is_good, wanted) in _RULES.items():
+            value = getattr(self, name)
+            if not is_good(value):
+                error = TypeError if name in ("recorder", "key") else ValueError
+                raise error(f"{name} must be {wanted}; got {value!r}")
+        if isinstance(folder := tracing.wish(self.trace), Path):
+            tracing.check_folder(folder)
+        dump.check_folder(self.on_failure_dump)
+        if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "on_crash='restart' needs a map-style dataset: a stream cannot be asked again for "
+                "the samples that a dead worker had read. Leave on_crash='raise' for an iterable "
+                "dataset"
+            )
+
+
+def _is_a(*numbers: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, numbers) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+def _one_of(*words: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in words
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "verify": (
+        _one_of("raise", "warn", "off"),
+        "'raise' (an error when the audit fails), 'warn' or 'off'",
+    ),
+    "recorder": (
+        lambda value: value is None or isinstance(value, Recorder),
+        "a safeloader.Recorder, or None to have one made",
+    ),
+    "key": (
+        lambda value: value is None or callable(value),
+        "a callable that takes a sample and gives a hashable identity, such as "
+        "lambda sample: sample['id']",
+    ),
+    "on_error": (
+        lambda value: callable(value) or _one_of("raise", "skip", "replace")(value),
+        "'raise', 'skip' (leave the sample out of its batch), 'replace' (by another sample of the "
+        "batch) or a callable that takes a safeloader.Failure and gives a sample or "
+        "safeloader.SKIP",
+    ),
+    "retries": (
+        lambda value: _is_a(int)(value) and value >= 0,
+        "an int, 0 or more: how often a failing sample is asked for again",
+    ),
+    "max_skipped": (
+        lambda value: value is None or (value >= 0 if _is_a(int)(value) else _is_share(value)),
+        "a count (an int, 0 or more), a fraction of the samples so far (a float above 0, up to "
+        "1.0), or None for one in a hundred",
+    ),
+    "on_crash": (
+        _one_of("raise", "restart"),
+        "'raise' or 'restart' (a new pool of workers goes on with the batches that are open)",
+    ),
+    "stall_after": (
+        lambda value: _is_a(int, float)(value) and value >= 0,
+        "the seconds without a batch after which a diagnosis is logged, 0 for never",
+    ),
+    "transport": (
+        _one_of("auto", "torch"),
+        "'auto' (shared memory that is written again and again, where there is such) or 'torch' "
+        "(torch's own way)",
+    ),
+    "checksum": (
+        lambda value: isinstance(value, bool),
+        "True (the leaves of each batch are fingerprinted in the worker and compared when it is "
+        "handed over) or False",
+    ),
+}
