@@ -4,9 +4,43 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests import family
+
+HERE = Path(__file__).parent
+OF_WORKERS = ("catalogue", "frameworks", "parity", "processes")  # folders
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-process",
+        action="store_true",
+        help="leave out what is marked `workers`; other tests that start a process are skipped",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--one-process"):
+        family.start_none()
+    else:
+        family.watch()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(HERE).parts[0] in OF_WORKERS:
+            item.add_marker("workers")
+    if config.getoption("--one-process"):
+        config.hook.pytest_deselected(items=[each for each in items if _with_workers(each)])
+        items[:] = [each for each in items if not _with_workers(each)]
+
+
+def _with_workers(item: pytest.Item) -> bool:
+    return item.get_closest_marker("workers") is not None
 
 
 @pytest.fixture(autouse=True)
