@@ -155,7 +155,8 @@ def test_a_case_can_be_sent_to_a_spawned_worker(case: Case) -> None:
 def test_bars() -> None:
     assert {case.bar for case in CASES.values() if case.real_work} == {0.99}
     assert {case.bar for case in CASES.values() if not case.real_work} == {0.95}
-    assert {name for name, case in CASES.items() if case.real_work} == {"jpeg-main", "jpeg-2w"}
+    real_work = {name for name, case in CASES.items() if case.real_work}
+    assert real_work == {"jpeg-main", "jpeg-2w", "jpeg-2w-fresh"}
 
 
 def test_the_detection_batch_has_49_tensors() -> None:
