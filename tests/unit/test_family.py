@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_what_a_process_of_ours_leaves_is_ours() -> None:
 def test_what_this_process_holds_is_ours() -> None:
     before = family.shared_memory()
     lock = multiprocessing.get_context("spawn").Lock()  # whose name stays, for others to open
-    assert len(family.shared_memory() - before) == 1
+    held = set(os.listdir(family.SHARED))
+    assert len(family.shared_memory() - before) == 1, (os.getpid(), held, lock)
     strategy = torch.multiprocessing.get_sharing_strategy()
     try:
         torch.multiprocessing.set_sharing_strategy("file_system")
