@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast bench lint types clean
+.PHONY: demo test test-fast bench lint types docs mutation clean
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
@@ -20,14 +20,24 @@ $(VENV)/dev: $(VENV)/base
 	$(BIN)/python -m pip install --quiet -e '.[test,lint,bench,examples,lightning,parquet]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/base
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
+$(VENV)/mutation: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet -e '.[mutation]'
+	touch $@
+
 demo: $(VENV)/base
 	$(BIN)/python examples/train_digits.py
 
+# All tests, with coverage: about 15 minutes on two cores that have nothing else to do.
 test: $(VENV)/dev
 	$(BIN)/python -m tests.run
 
+# What needs one process and no long time: under a minute.
 test-fast: $(VENV)/dev
-	$(BIN)/python -m pytest -m 'not slow and not lightning'
+	$(BIN)/python -m pytest --one-process -m 'not slow and not lightning'
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run
@@ -39,5 +49,14 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy
 
+# The reference of the public names, from their docstrings; warnings are errors.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going --quiet -E -b html docs docs/_build/html
+
+# Mutants of the pure modules, and who survives; `[tool.mutmut]` in pyproject.toml says which.
+mutation: $(VENV)/mutation
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 clean:
-	rm -rf $(VENV) .coverage* build *.egg-info
+	rm -rf $(VENV) .coverage* build docs/_build mutants *.egg-info

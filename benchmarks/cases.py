@@ -38,6 +38,8 @@ class Case:
     build: Callable[[int], Setup]
     real_work: bool = False
     """At least 0.1 ms of work per sample: here the loader has no excuse for a measurable loss."""
+    fresh: bool = False
+    """Workers start with every epoch, torch's default: the whole epoch is timed, start and end."""
 
     @property
     def bar(self) -> float:
@@ -48,6 +50,11 @@ class Case:
 def _workers(count: int) -> dict[str, Any]:
     # Workers that persist keep the start of processes out of the epochs that are timed.
     return {"num_workers": count, "persistent_workers": True}
+
+
+def _fresh(batches: int, case: Callable[[int], Setup]) -> Setup:
+    dataset, kwargs = case(batches)
+    return dataset, kwargs | {"persistent_workers": False}
 
 
 # ------------------------------------------------------------------------------------ tensors
@@ -350,5 +357,34 @@ CASES: dict[str, Case] = {
         Case("detection-2w", "49 tensors a batch, own collate, 2 workers", 20, _detection),
         Case("no-batching-2w", "batch_size=None, 2 workers", 300, _no_batching),
         Case("stream-2w", "IterableDataset sharded by worker, 2 workers", 200, _stream),
+        Case(
+            "small-2w-fresh",
+            "48 batches of 32 x float32[8], 2 fresh workers, start and end included",
+            48,
+            _partial(_fresh, case=_partial(_small, workers=2)),
+            fresh=True,
+        ),
+        Case(
+            "medium-2w-fresh",
+            "48 batches of 64 x 3x64x64, 2 fresh workers, start and end included",
+            48,
+            _partial(_fresh, case=_partial(_medium, workers=2)),
+            fresh=True,
+        ),
+        Case(
+            "large-2w-fresh",
+            "24 batches of 64 x 3x224x224, 2 fresh workers, start and end included",
+            24,
+            _partial(_fresh, case=_partial(_large, workers=2)),
+            fresh=True,
+        ),
+        Case(
+            "jpeg-2w-fresh",
+            "24 batches of 32 JPEG files, 2 fresh workers, start and end included",
+            24,
+            _partial(_fresh, case=_partial(_jpeg, workers=2)),
+            real_work=True,
+            fresh=True,
+        ),
     )
 }

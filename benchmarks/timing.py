@@ -19,7 +19,10 @@ from benchmarks.peers import maker
 
 @dataclass(frozen=True)
 class EpochTime:
-    """One epoch, from its first batch to its end: what a loader does at the end counts as well."""
+    """One epoch, from its first batch to its end: what a loader does at the end counts as well.
+
+    With fresh workers from ``iter(loader)`` to the end, so that their start counts too.
+    """
 
     first_batch_ns: int
     """From `iter(loader)` to the first batch; told apart, so that nothing hides there either."""
@@ -32,21 +35,28 @@ class DifferentBatches(Exception):
     """Two contenders did not do the same work: their speeds cannot be compared."""
 
 
-def time_epoch(loader: Iterable[Any]) -> EpochTime:
-    """Run through one epoch with a consumer that does nothing: the hardest case for a loader."""
+def time_epoch(loader: Iterable[Any], *, whole: bool = False) -> EpochTime:
+    """Run through one epoch with a consumer that does nothing: the hardest case for a loader.
+
+    Args:
+        loader: makes the epoch.
+        whole: a batch's share is of the whole epoch, and not of what follows the first batch.
+    """
     gc.collect()
-    started_ns = time.perf_counter_ns()
+    started_ns, from_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
     batches = iter(loader)
     next(batches)
-    first_ns, first_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
-    count = 0
+    first_ns = time.perf_counter_ns()
+    from_ns, count = started_ns, 1
+    if not whole:
+        from_ns, from_cpu_ns, count = first_ns, time.process_time_ns(), 0
     for _ in batches:
         count += 1
     ended_ns, ended_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
     return EpochTime(
         first_batch_ns=first_ns - started_ns,
-        per_batch_ns=(ended_ns - first_ns) / count,
-        main_cpu_per_batch_ns=(ended_cpu_ns - first_cpu_ns) / count,
+        per_batch_ns=(ended_ns - from_ns) / count,
+        main_cpu_per_batch_ns=(ended_cpu_ns - from_cpu_ns) / count,
     )
 
 
@@ -100,10 +110,10 @@ def time_case(
         expected = expected or seen
         if seen != expected:
             raise DifferentBatches(f"{case.name}: {name} gives other batches than {names[0]}")
-        time_epoch(loaders[name])  # fills every cache at full speed
+        time_epoch(loaders[name], whole=case.fresh)  # fills every cache at full speed
     times: dict[str, list[EpochTime]] = {name: [] for name in loaders}
     if len(loaders) > 1:
         for turn in range(repeats):
             for name in loaders if turn % 2 == 0 else reversed(loaders):
-                times[name].append(time_epoch(loaders[name]))
+                times[name].append(time_epoch(loaders[name], whole=case.fresh))
     return times, left_out

@@ -379,7 +379,7 @@ def pin_memory(data: Any) -> Any:
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 
-is_gone: Callable[[int], bool] = getattr(torch.UntypedStorage, "_expired", None)  # type: ignore[assignment]  # :func:`moved` looks
+is_gone: Any = getattr(torch.UntypedStorage, "_expired", None)  # where it is not, `moved` says so
 """Whether nothing refers to a storage any more, by the ``cdata`` of a weak reference to it."""
 
 

@@ -4,9 +4,65 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+from tests import family
+
+HERE = Path(__file__).parent
+OF_WORKERS = ("catalogue", "frameworks", "parity", "processes")  # folders
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-process",
+        action="store_true",
+        help="leave out what is marked `workers`; other tests that start a process are skipped",
+    )
+    parser.addoption(
+        "--examples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hypothesis tries N times as many examples of each property",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--one-process"):
+        family.start_none()
+    else:
+        family.watch()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    times = config.getoption("--examples")
+    for item in items:
+        if times > 1 and isinstance(item, pytest.Function):
+            _try_more(item, times)
+        if item.path.relative_to(HERE).parts[0] in OF_WORKERS:
+            item.add_marker("workers")
+    if config.getoption("--one-process"):
+        config.hook.pytest_deselected(items=[each for each in items if _with_workers(each)])
+        items[:] = [each for each in items if not _with_workers(each)]
+
+
+def _try_more(item: pytest.Function, times: int) -> None:
+    """Also of what names a number itself, which a profile of hypothesis leaves alone."""
+    if item.cls is not None and hasattr(item.cls, "settings"):  # of a state machine
+        owner, name = item.cls, "settings"
+    else:
+        owner, name = item.function, "_hypothesis_internal_use_settings"
+    given = getattr(owner, name, None)
+    if given is not None:
+        setattr(owner, name, settings(given, max_examples=given.max_examples * times))
+
+
+def _with_workers(item: pytest.Item) -> bool:
+    return item.get_closest_marker("workers") is not None
 
 
 @pytest.fixture(autouse=True)

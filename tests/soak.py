@@ -23,13 +23,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from safeloader import SafeDataLoader, SafeLoaderError, WorkerCrashError
+from tests import family
 
 FAULTS = (
     "none",
@@ -80,7 +80,7 @@ def as_list(samples: list[Any]) -> list[Any]:
 
 @dataclasses.dataclass
 class Tally:
-    """What the machine holds for this process."""
+    """What the machine holds for this process; ``family.watch`` has to run before."""
 
     children: int
     descriptors: int
@@ -98,7 +98,7 @@ class Tally:
             len(me.children(recursive=True)),
             me.num_fds(),
             me.num_threads(),
-            frozenset(path.name for path in Path("/dev/shm").glob("torch_*")),
+            family.shared_memory(),
         )
 
 
@@ -241,6 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    family.watch()
     began = time.monotonic()
     held_before, held_after = soak(given.epochs, given.seed, say=True)
     print(f"{given.epochs} epochs in {time.monotonic() - began:.0f} s")

@@ -32,7 +32,20 @@ USER_FACING = sorted(
 )
 
 
-@pytest.mark.parametrize("name", MODULES)
+def _doctests(names: list[str]) -> list[doctest.DocTest]:
+    finder = doctest.DocTestFinder()
+    return [found for name in names for found in finder.find(importlib.import_module(name))]
+
+
+def _with_workers(name: str) -> bool:
+    sources = (example.source for found in _doctests([name]) for example in found.examples)
+    return any("num_workers" in source for source in sources)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.workers] * _with_workers(name)) for name in MODULES],
+)
 def test_the_examples_of_each_module_run(name: str) -> None:
     module = importlib.import_module(name)
     result = doctest.testmod(module, raise_on_error=False)
@@ -40,13 +53,8 @@ def test_the_examples_of_each_module_run(name: str) -> None:
 
 
 def test_there_are_examples_to_run() -> None:
-    attempted = sum(len(found.examples) for found in _doctests())
+    attempted = sum(len(found.examples) for found in _doctests(MODULES))
     assert attempted > 40
-
-
-def _doctests() -> list[doctest.DocTest]:
-    finder = doctest.DocTestFinder()
-    return [found for name in MODULES for found in finder.find(importlib.import_module(name))]
 
 
 @pytest.mark.parametrize("name", USER_FACING)

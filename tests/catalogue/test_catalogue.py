@@ -32,6 +32,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from safeloader import SKIP, Failure, SafeDataLoader, SafeLoaderError
+from tests import family
 from tests.catalogue import faults
 from tests.catalogue.faults import (
     BAD,
@@ -79,7 +80,7 @@ class Held:
             frozenset(child.pid for child in me.children(recursive=True)),
             frozenset(threading.enumerate()),
             me.num_fds(),
-            frozenset(name for name in os.listdir("/dev/shm") if not _anothers(name)),
+            family.shared_memory(),
         )
 
     def beyond(self, before: Held) -> dict[str, Any]:
@@ -91,25 +92,6 @@ class Held:
             "shared memory": self.shared - before.shared,
         }
         return {name: what for name, what in more.items() if what}
-
-
-def _anothers(name: str) -> bool:
-    """Whether a file in shared memory is that of a process that is none of ours."""
-    of = re.search(r"_(\d+)_", name)
-    owners = [int(of[1])] if of else [pid for pid in psutil.pids() if _maps(pid, name)]
-    for pid in owners:
-        with contextlib.suppress(psutil.Error):
-            family = psutil.Process(pid).parents()
-            if os.getpid() not in {pid, *(each.pid for each in family)}:
-                return True
-    return False
-
-
-def _maps(pid: int, name: str) -> bool:
-    try:
-        return name in Path(f"/proc/{pid}/maps").read_text()
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -641,6 +623,7 @@ import os, sys, time, signal
 from pathlib import Path
 import torch
 from safeloader import SafeDataLoader
+from tests import family
 from tests.catalogue import faults
 from tests.catalogue.faults import *
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from safeloader import SafeDataLoader, TransportError, WorkerCrashError
 from safeloader.main import budget
 from safeloader.worker import slots as worker_slots
+from tests import family
 from tests.oracle import seed_all
 from tests.telling import told
 from tests.wired import KB, MB, Child, child, descriptors, print_of
@@ -362,7 +363,7 @@ class Deadly:
 
 
 def test_a_worker_killed_while_it_writes(no_garbage_collector: None) -> None:
-    before = descriptors(), set(os.listdir("/dev/shm"))
+    before = descriptors(), family.shared_memory()
     kept = []
     loader = SafeDataLoader(Dies(80), batch_size=4, num_workers=2, collate_fn=same)
     batches = iter(loader)
@@ -377,7 +378,7 @@ def test_a_worker_killed_while_it_writes(no_garbage_collector: None) -> None:
     gc.collect()
     assert slots_mapped() == 0
     assert eventually(lambda: descriptors() == before[0])
-    assert set(os.listdir("/dev/shm")) == before[1]
+    assert family.shared_memory() == before[1]
 
 
 def test_no_batch_waits_for_the_garbage_collector(no_garbage_collector: None) -> None:

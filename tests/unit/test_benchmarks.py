@@ -9,6 +9,7 @@ import pickle
 import platform
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def test_a_case_can_be_sent_to_a_spawned_worker(case: Case) -> None:
 def test_bars() -> None:
     assert {case.bar for case in CASES.values() if case.real_work} == {0.99}
     assert {case.bar for case in CASES.values() if not case.real_work} == {0.95}
-    assert {name for name, case in CASES.items() if case.real_work} == {"jpeg-main", "jpeg-2w"}
+    real_work = {name for name, case in CASES.items() if case.real_work}
+    assert real_work == {"jpeg-main", "jpeg-2w", "jpeg-2w-fresh"}
 
 
 def test_the_detection_batch_has_49_tensors() -> None:
@@ -239,6 +241,37 @@ def test_an_epoch_counts_the_batches_after_the_first() -> None:
     assert timed.per_batch_ns > 0
 
 
+def test_a_whole_epoch_counts_the_first_batch_too() -> None:
+    class Slow:
+        """Late with its first batch alone."""
+
+        def __iter__(self) -> Any:
+            time.sleep(0.2)
+            return iter(range(10))
+
+    after_the_first, whole = time_epoch(Slow()), time_epoch(Slow(), whole=True)
+    assert after_the_first.per_batch_ns < 0.02e9 <= whole.per_batch_ns
+    assert whole.first_batch_ns >= 0.2e9
+
+
+def test_fresh_workers_are_torchs_default_and_timed_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fresh = [case for case in CASES.values() if case.fresh]
+    assert len(fresh) >= 3
+    for case in fresh:
+        _, kwargs = build(case)
+        assert case.batches >= 24
+        assert kwargs["num_workers"] == 2
+        assert not kwargs["persistent_workers"]
+    asked: list[bool] = []
+    monkeypatch.setattr(timing, "first_epoch", lambda loader: [])
+    monkeypatch.setattr(timing, "time_epoch", lambda loader, whole: asked.append(whole))
+    for name in ("small-2w-fresh", "small-2w"):
+        timing.time_case(CASES[name], ["stock", "null"], BATCHES, 1, tmp_path / name)
+    assert asked == [True] * 4 + [False] * 4
+
+
 def test_contenders_take_turns_in_an_order_that_turns_round(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -246,7 +279,7 @@ def test_contenders_take_turns_in_an_order_that_turns_round(
     for name in ("safe", "safe+trace"):  # a loader that is no more than its name
         monkeypatch.setitem(CONTENDERS, name, lambda dataset, kwargs, folder: folder.name)
     monkeypatch.setattr(timing, "first_epoch", lambda loader: [])
-    monkeypatch.setattr(timing, "time_epoch", turns.append)
+    monkeypatch.setattr(timing, "time_epoch", lambda loader, whole: turns.append(loader))
     timing.time_case(CASES["tensor-main"], ["safe", "safe+trace"], BATCHES, 3, tmp_path)
     forth = ["safe", "safe+trace"]
     assert turns == forth + forth + forth[::-1] + forth  # the first is the warm-up

@@ -12,7 +12,7 @@ import torch.multiprocessing
 from safeloader.main import leftovers
 
 SHARED = Path("/dev/shm")
-PID = 2**31 - 5  # of no process
+PID = 2**30 + os.getpid()  # of no process, and of these tests alone
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="there is no /dev/shm")
 

@@ -1,0 +1,20 @@
+"""Sphinx: the reference of the public names, from their docstrings (``make docs``)."""
+
+from __future__ import annotations
+
+from safeloader import __version__
+
+project = "safeloader"
+release = version = __version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+# What a docstring points at has to be there. Not so the types of other projects, whose references
+# are not fetched, and of our own modules below `safeloader`, which have no page.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(numpy|torch|os|collections)\..+"),
+    ("py:.*", r"Dataset|(.+\.)?T_co"),
+    ("py:.*", r"safeloader\.[a-z_]+\..+"),
+]
