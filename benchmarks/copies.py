@@ -63,13 +63,13 @@ class _Stepwise(IterableDataset[Steps]):
         self.batches = batches
 
     def __iter__(self) -> Iterator[Steps]:
-        from safeloader.main.unpacking import Unpacker
-        from safeloader.wire.anonymous import anonymous_file, mapped
-        from safeloader.wire.records import Papers
-        from safeloader.wire.results import ResultQueue
-        from safeloader.wire.slots import SlotTable
-        from safeloader.worker.packing import Packer
-        from safeloader.worker.slots import SlotPool
+        from safeloader.transport.messages import Papers
+        from safeloader.transport.packing import Packer
+        from safeloader.transport.result_queue import ResultQueue
+        from safeloader.transport.shared_memory import anonymous_file, mapped
+        from safeloader.transport.slot_reader import Unpacker
+        from safeloader.transport.slot_table import SlotTable
+        from safeloader.transport.slot_writer import SlotPool
 
         table = SlotTable(1, 1 << 32)
         packer = Packer(SlotPool(table, 0))

@@ -1,4 +1,4 @@
-"""A drop-in DataLoader for PyTorch that says which sample, where, when and by whom.
+"""A drop-in DataLoader for PyTorch: which sample, where, when and by whom. Runs in: both.
 
 ::
 
@@ -14,6 +14,7 @@ import typing
 from safeloader._version import __version__
 
 if typing.TYPE_CHECKING:
+    from safeloader.delivery.audit import EpochAudit
     from safeloader.errors import (
         CollateError,
         DeliveryError,
@@ -25,13 +26,12 @@ if typing.TYPE_CHECKING:
         WorkerInitError,
         WorkerTimeoutError,
     )
+    from safeloader.failures.failure import Failure
+    from safeloader.failures.replay import replay
     from safeloader.loader import SafeDataLoader
-    from safeloader.main.audit import EpochAudit
-    from safeloader.main.provenance import BatchRecord, Provenance
-    from safeloader.main.recorder import Recorder
-    from safeloader.main.replay import replay
-    from safeloader.wire.failure import Failure
-    from safeloader.wire.policy import SKIP
+    from safeloader.provenance.recorder import Recorder
+    from safeloader.provenance.table import BatchRecord, Provenance
+    from safeloader.worker.policy import SKIP
 
 __all__ = [
     "SKIP",

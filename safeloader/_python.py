@@ -1,4 +1,4 @@
-"""Every private name of the standard library that safeloader touches; runs in both processes.
+"""Every private name of the standard library that safeloader touches. Runs in: both.
 
 Looking for them never fails, so that without workers any system will do. What workers need and this
 Python or this system lacks is named by :func:`missing`; its stand-in here is None.

@@ -1,3 +1,3 @@
-"""The version, in a module of its own so that the build reads it without importing torch."""
+"""The version, so that the build reads it without importing torch. Runs in: both."""
 
 __version__ = "0.1.0"

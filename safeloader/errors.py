@@ -1,4 +1,4 @@
-"""The errors a training script can catch; raised in the main process, picklable everywhere.
+"""The errors a training script can catch, and how one is built. Runs in: both.
 
 ::
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from safeloader.wire.failure import Failure
+    from safeloader.failures.failure import Failure
 
 __all__ = [
     "CollateError",
@@ -72,7 +72,7 @@ class SafeLoaderError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.failure is None:
             return type(self), self.args
-        from safeloader.wire.failure import error_from
+        from safeloader.failures.failure import error_from
 
         return error_from, (self.failure,)
 

@@ -1,4 +1,4 @@
-"""``SafeDataLoader``: what the user holds; runs in main.
+"""``SafeDataLoader``: what the user holds. Runs in: main.
 
 The class adds a few keywords, each a public attribute of the same name, and overrides ``__iter__``
 and torch's hook below it, ``_get_iterator``. Everything else is torch's. Frameworks re-create
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from safeloader import _python, torch_private
+from safeloader import _python, _torch
+from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
-from safeloader.main.audit import EpochAudit
-from safeloader.main.provenance import BatchRecord, Provenance, record_of
-from safeloader.main.recorder import Recorder, failure_was_told, watch_for_use
-from safeloader.main.replay import replay
-from safeloader.main.transport import TransportStats
+from safeloader.failures.failure import Failure
+from safeloader.failures.replay import replay
+from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
+from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.settings import (
     UNASKED,
     OnCrash,
@@ -37,7 +37,7 @@ from safeloader.settings import (
     Verify,
     is_off,
 )
-from safeloader.wire.failure import Failure
+from safeloader.transport.stats import TransportStats
 
 _public_names_moved: list[str] = []
 try:
@@ -48,7 +48,7 @@ except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off need
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-    from safeloader.main.session import Session
+    from safeloader.main.worker_pool import Session
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -280,7 +280,7 @@ def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
 @functools.cache
 def _why_unrecorded(workers: bool) -> str:
     """What stands in the way of records; nothing if nothing does."""
-    moved = torch_private.moved() + tuple(_public_names_moved)
+    moved = _torch.moved() + tuple(_public_names_moved)
     if moved:
         return (
             f"safeloader does not know torch {torch.__version__}, which lacks {', '.join(moved)}. "

@@ -1,4 +1,4 @@
-"""Our keywords, what each may be, and the switch that turns all of it off; runs in main."""
+"""Our keywords, checked once and handed on instead of the loader. Runs in: main."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset
 
-from safeloader import tracing
-from safeloader.main import dump
-from safeloader.main.recorder import Recorder
+from safeloader.failures import dump
+from safeloader.provenance import trace
+from safeloader.provenance.recorder import Recorder
 
 if TYPE_CHECKING:
-    from safeloader.wire.failure import Failure
+    from safeloader.failures.failure import Failure
 
 Verify = Literal["raise", "warn", "off"]
 OnError = Literal["raise", "skip", "replace"]
@@ -82,8 +82,8 @@ class Settings:
             if not is_good(value):
                 error = TypeError if name in ("recorder", "key") else ValueError
                 raise error(f"{name} must be {wanted}; got {value!r}")
-        if isinstance(folder := tracing.wish(self.trace), Path):
-            tracing.check_folder(folder)
+        if isinstance(folder := trace.wish(self.trace), Path):
+            trace.check_folder(folder)
         dump.check_folder(self.on_failure_dump)
         if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
             raise ValueError(

@@ -18,8 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # With num_workers=0 the training process does the workers' work; through these two, and no others.
 MAIN_MAY_USE = {
-    ("safeloader.main.session", "safeloader.worker.fetching"),
-    ("safeloader.main.session", "safeloader.worker.startup"),
+    ("safeloader.main.worker_pool", "safeloader.worker.fetching"),
+    ("safeloader.main.worker_pool", "safeloader.worker.startup"),
 }
 
 # What a worker must not pay for: heavy packages, and those that belong to main or to other tools.
@@ -89,7 +89,7 @@ def test_wire_imports_no_sibling(sibling: str) -> None:
 
 
 def test_the_checks_above_see_what_they_should() -> None:
-    assert ("safeloader.main.epoch", "safeloader.wire.records") in crossings("main", "wire")
+    assert ("safeloader.main.epoch", "safeloader.transport.messages") in crossings("main", "wire")
     tree = ast.parse("def f():\n    import safeloader.main.epoch\n    from a.b import c, d\n")
     assert list(imports(tree)) == ["safeloader.main.epoch", "a.b.c", "a.b.d"]
 
@@ -172,7 +172,7 @@ def private_uses_of_torch(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in MODULES if path.name != "torch_private.py"],
+    [path for path in MODULES if path.name != "_torch.py"],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_private_names_of_torch_stand_in_one_module(path: Path) -> None:
@@ -180,7 +180,7 @@ def test_private_names_of_torch_stand_in_one_module(path: Path) -> None:
 
 
 def test_torch_private_is_where_they_are() -> None:
-    assert private_uses_of_torch(parsed(PACKAGE / "torch_private.py"))
+    assert private_uses_of_torch(parsed(PACKAGE / "_torch.py"))
 
 
 @pytest.mark.parametrize(

@@ -111,19 +111,19 @@ def case(kind: str, where: str, name: str, workers: int) -> dict[str, Any]:
     stock, _ = outcome(lambda: torch.utils.data.DataLoader(data, **arguments))
 
     import safeloader
-    from safeloader import torch_private
+    from safeloader import _torch
 
     log = io.StringIO()
     logging.getLogger("safeloader").addHandler(logging.StreamHandler(log))
     told: dict[str, Any] = {"stock": stock}
     looked: list[bool] = []
-    look = torch_private.moved
+    look = _torch.moved
 
     def counted() -> tuple[str, ...]:
         looked.append(True)
         return look()
 
-    torch_private.moved = counted  # type: ignore[assignment]  # a wrapper that counts
+    _torch.moved = counted  # type: ignore[assignment]  # a wrapper that counts
     for way, environment, given in (
         ("off", "off", {}),
         ("asked", "on", {"verify": "raise"}),

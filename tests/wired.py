@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data._utils.collate import collate_tensor_fn
 
-from safeloader.main.transport import TransportStats, TransportTally
-from safeloader.main.unpacking import Unpacker
-from safeloader.wire.indices import pack
-from safeloader.wire.leaves import Arrived
-from safeloader.wire.records import FailedBatch, Papers, Parcel
-from safeloader.wire.sealing import Sealed
-from safeloader.wire.slots import SlotTable
-from safeloader.worker.packing import Packer
-from safeloader.worker.slots import SlotPool
+from safeloader.delivery.indices import pack
+from safeloader.transport.leaves import Arrived
+from safeloader.transport.messages import FailedBatch, Papers, Parcel
+from safeloader.transport.packing import Packer
+from safeloader.transport.sealing import Sealed
+from safeloader.transport.slot_reader import Unpacker
+from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_writer import SlotPool
+from safeloader.transport.stats import TransportStats, TransportTally
 
 SLOTS = 128
 KB = 1 << 10

@@ -1,1 +1,1 @@
-"""What runs in the training process."""
+"""The engine in the training process. Runs in: main."""

@@ -1,4 +1,4 @@
-"""Numbers and notes every draw of the index sampler; runs in main, between sampler and queue.
+"""Numbers and notes every draw of the index sampler. Runs in: main.
 
 Takes what the user's sampler yields and gives torch a :class:`Task`. Nothing is drawn that torch
 did not ask for, and nothing is drawn ahead, so random-number generators move as they do under the
@@ -17,11 +17,11 @@ from typing import Any, Protocol
 from torch.utils import data
 from torch.utils.data import BatchSampler
 
-from safeloader.main.naming import length_of
-from safeloader.main.tolerance import LONGEST_RUN
-from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
-from safeloader.wire.records import SamplerFault, Task
+from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
+from safeloader.delivery.skip_budget import LONGEST_RUN
+from safeloader.failures.failure import Failure, failure_of
+from safeloader.failures.loader_log import length_of
+from safeloader.transport.messages import SamplerFault, Task
 
 
 class DrawLog(Protocol):

@@ -1,4 +1,4 @@
-"""One epoch in the main process: ledger, trace and verdict together.
+"""One epoch's accounts, and what follows from them. Runs in: main.
 
 The recording sampler reports draws to it, the iterator what arrives. It holds neither the loader
 nor the recorder, both of which may hold it.
@@ -12,18 +12,18 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.indices import Packed
+from safeloader.delivery.ledger import Ledger, Open, Trouble
+from safeloader.delivery.skip_budget import Tolerance
 from safeloader.errors import SafeLoaderError
-from safeloader.main.audit import EpochAudit
-from safeloader.main.ledger import Ledger, Open, Trouble
-from safeloader.main.naming import LoaderLog, rank
-from safeloader.main.recorder import Delivery, failure_was_told
-from safeloader.main.tolerance import Tolerance
-from safeloader.tracing import OFF, Trace
-from safeloader.wire.dataset_state import describe, differences
-from safeloader.wire.failure import Failure, error_from
-from safeloader.wire.indices import Packed
-from safeloader.wire.records import FailedBatch, Papers, asked_for
-from safeloader.wire.texts import index_text
+from safeloader.failures.failure import Failure, error_from
+from safeloader.failures.loader_log import LoaderLog, rank
+from safeloader.introspect.dataset_state import describe, differences
+from safeloader.introspect.texts import index_text
+from safeloader.provenance.recorder import Delivery, failure_was_told
+from safeloader.provenance.trace import OFF, Trace
+from safeloader.transport.messages import FailedBatch, Papers, asked_for
 
 SHOWN_SKIPPED = 12
 DUMPS_MAX = 100  # of an epoch's failures that end no batch

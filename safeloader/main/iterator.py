@@ -1,4 +1,4 @@
-"""One stock iterator, every batch checked; runs in main.
+"""Torch's iterator, with every batch checked. Runs in: main.
 
 Takes what comes out of torch's iterator (:class:`Parcel`, :class:`FailedBatch`,
 :class:`EmptyBatch`), gives batches to the training loop and raises what went wrong. It must not
@@ -17,21 +17,21 @@ from threading import get_ident
 from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from safeloader import torch_private
+from safeloader import _torch
+from safeloader.delivery.skip_budget import Tolerance
 from safeloader.errors import DeliveryError, SafeLoaderError
-from safeloader.main import dump
-from safeloader.main.checksum import changed
-from safeloader.main.diagnosis import Whereabouts
+from safeloader.failures import dump
+from safeloader.failures.failure import Failure, error_from
+from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
-from safeloader.main.inbox import TimedOut, WorkersDied
-from safeloader.main.naming import LoaderLog, length_of
-from safeloader.main.revival import Revival
-from safeloader.main.session import Session
-from safeloader.main.tolerance import Tolerance
-from safeloader.main.unpacking import WORKER_GONE
-from safeloader.tracing import trace_for
-from safeloader.wire.failure import Failure, error_from
-from safeloader.wire.records import EmptyBatch, FailedBatch, Parcel
+from safeloader.main.worker_pool import Session
+from safeloader.main.worker_restarts import Revival
+from safeloader.provenance.trace import trace_for
+from safeloader.supervision.diagnosis import Whereabouts
+from safeloader.supervision.receiver import TimedOut, WorkersDied
+from safeloader.transport.checksum import changed
+from safeloader.transport.messages import EmptyBatch, FailedBatch, Parcel
+from safeloader.transport.slot_reader import WORKER_GONE
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
@@ -50,8 +50,8 @@ class SafeIterator(Iterator[Any]):
         self._revival = Revival.for_loader(loader)
         self._epoch = self._begin(loader)
         # A stream's __next__ also warns about its length: that stays torch's.
-        stream = torch_private.is_stream(loader)
-        self._advance: Callable[[Any], Any] = next if stream else torch_private.next_of
+        stream = _torch.is_stream(loader)
+        self._advance: Callable[[Any], Any] = next if stream else _torch.next_of
         self._session = Session(loader, self._epoch) if session is None else session
         self._stock = self._session.stock
         if session is not None:
@@ -179,9 +179,9 @@ class SafeIterator(Iterator[Any]):
         failure, worker = came.failure, came.papers.worker_id
         if failure is None or worker is None or not failure.raised_any_of(WORKER_GONE):
             return False
-        process = torch_private.workers_of(self._stock)[worker]
+        process = _torch.workers_of(self._stock)[worker]
         process.join(1.0)  # its socket closes before it can be waited for
-        if process.is_alive() or torch_private.expects_end_of(weakref.ref(self._stock))(worker):
+        if process.is_alive() or _torch.expects_end_of(weakref.ref(self._stock))(worker):
             return False
         self._go_on_after(WorkersDied((worker,)))
         return True
@@ -246,12 +246,12 @@ def iterate(loader: SafeDataLoader[Any]) -> SafeIterator:
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader)
     session = loader._session
-    held = torch_private.kept_iterator(loader)
+    held = _torch.kept_iterator(loader)
     # Not there yet, let go of by a framework, or its workers died.
     if session is None or session.kept is not held or session.broken is not None:
         made = SafeIterator(loader)
         loader._session = made._session
-        torch_private.keep_iterator(loader, made._stock)
+        _torch.keep_iterator(loader, made._stock)
         return made
     live = None if session.live is None else session.live()
     if live is None:
@@ -260,5 +260,5 @@ def iterate(loader: SafeDataLoader[Any]) -> SafeIterator:
         live._restart(loader)
     if session.stock is not held:  # the workers were restarted
         session.kept = session.stock
-        torch_private.keep_iterator(loader, session.stock)
+        _torch.keep_iterator(loader, session.stock)
     return live

@@ -1,1 +1,1 @@
-"""What runs in a worker process, or in the main process with ``num_workers=0``."""
+"""The engine in a worker, and in main with ``num_workers=0``. Runs in: worker."""

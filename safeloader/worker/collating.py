@@ -1,4 +1,4 @@
-"""Runs in a worker (in main with `num_workers=0`): names the sample a collate function fell over.
+"""Names the sample that a collate function fell over. Runs in: worker.
 
 In come the samples of a batch and their dataset indices, out goes a sentence for the failure's
 report. "stack expects each tensor to be equal size" leaves the search to the reader; but a sample
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safeloader.wire.texts import bounded_text
-from safeloader.worker.surveying import Finding, Rank, Refusal, Survey
+from safeloader.introspect.sample_differences import Finding, Rank, Refusal, Survey
+from safeloader.introspect.texts import bounded_text
 
 SHOWN_MAX = 5  # groups, and indices of one group, in a sentence
 

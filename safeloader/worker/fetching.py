@@ -1,4 +1,4 @@
-"""Makes batches and their papers; runs in a worker, or in main with ``num_workers=0``.
+"""Makes batches and their manifest. Runs in: worker.
 
 Takes a :class:`Task`, gives a batch in one of these forms:
 
@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from safeloader.wire.policy import Policy
-from safeloader.wire.streams import StreamBoard
+from safeloader.transport.stream_progress import StreamBoard
+from safeloader.worker.context import Post
 from safeloader.worker.mapping import MapFetcher, UnbatchedMapFetcher
-from safeloader.worker.post import Post
+from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RecordingFetcher
 from safeloader.worker.streaming import StreamFetcher
 

@@ -1,4 +1,4 @@
-"""Which index of a batch ``__getitems__`` cannot fetch; runs where it raised.
+"""Which index of a batch ``__getitems__`` cannot fetch. Runs in: worker.
 
 Asking again runs the user's code again, so the random-number generators are put back afterwards:
 the batches that follow are what they would have been.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from time import monotonic
 from typing import Any
 
-from safeloader.wire.random_state import preserved
-from safeloader.wire.texts import index_text
+from safeloader.introspect.random_state import preserved
+from safeloader.introspect.texts import index_text
 
 _BOUND_S = 10.0
 

@@ -1,4 +1,4 @@
-"""What to do next about a failure of the user's code; runs where it happened."""
+"""What to do next about a failure of the user's code. Runs in: worker."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from safeloader.wire.shortage import shortage
-from safeloader.wire.texts import bounded_text, index_text, is_secret
-from safeloader.wire.values import exception_text, fields, plain_length
-from safeloader.worker.mending import ON_ERROR_FAULT
+from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.introspect.texts import bounded_text, index_text, is_secret
+from safeloader.introspect.values import exception_text, fields, plain_length
+from safeloader.worker.repair import ON_ERROR_FAULT
 
 KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index

@@ -1,4 +1,4 @@
-"""Batches of a map-style dataset; runs in a worker, or in main with ``num_workers=0``.
+"""Batches of a map-style dataset. Runs in: worker.
 
 Hot path. What it adds per sample is a clock reading and a cell in shared memory; the rows "small"
 and "TensorDataset" of ``benchmarks/`` guard it.
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
-from safeloader.wire.flight import COLLATE, FETCH, FETCH_AT_ONCE, PHASE, SINCE
-from safeloader.wire.indices import Packed, count, pack, pack_unbatched, unpack
-from safeloader.wire.records import FailedBatch, Papers, Task
+from safeloader.delivery.indices import Packed, count, pack, pack_unbatched, unpack
+from safeloader.supervision.flight_recorder import COLLATE, FETCH, FETCH_AT_ONCE, PHASE, SINCE
+from safeloader.transport.messages import FailedBatch, Papers, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
 from safeloader.worker.recording import DEADLY, KeyFault, Made, RecordingFetcher

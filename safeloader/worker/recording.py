@@ -1,4 +1,4 @@
-"""What all fetchers have in common; runs in a worker, or in main with ``num_workers=0``.
+"""What all fetchers have in common. Runs in: worker.
 
 The papers of a batch, its failure, its time stamps, and the form in which it leaves the process.
 """
@@ -9,10 +9,22 @@ from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.wire.dataset_state import changes, describe
-from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.fingerprint import fingerprint
-from safeloader.wire.flight import (
+from safeloader.delivery.indices import (
+    Opaque,
+    Packed,
+    identity,
+    pack_unbatched,
+    restored,
+    same,
+    unpack,
+)
+from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.dataset_state import changes, describe
+from safeloader.introspect.fingerprint import fingerprint
+from safeloader.introspect.random_state import Marks, RandomState, preserved
+from safeloader.introspect.resource_exhaustion import met_in_sharing, never_skipped
+from safeloader.introspect.texts import bounded_text
+from safeloader.supervision.flight_recorder import (
     COLLATE,
     COUNTED,
     FETCH,
@@ -23,9 +35,7 @@ from safeloader.wire.flight import (
     STAMPS,
     STAMPS_MAX,
 )
-from safeloader.wire.indices import Opaque, Packed, identity, pack_unbatched, restored, same, unpack
-from safeloader.wire.random_state import Marks, RandomState, preserved
-from safeloader.wire.records import (
+from safeloader.transport.messages import (
     EmptyBatch,
     FailedBatch,
     Papers,
@@ -34,13 +44,11 @@ from safeloader.wire.records import (
     Task,
     asked_for,
 )
-from safeloader.wire.sealing import Sealed
-from safeloader.wire.shortage import met_in_sharing, never_skipped
-from safeloader.wire.texts import bounded_text
+from safeloader.transport.sealing import Sealed
 from safeloader.worker.collating import explain
+from safeloader.worker.context import Post
 from safeloader.worker.hints import KEY_FAULT, hint_for
-from safeloader.worker.mending import Donors, Mending, Unmendable
-from safeloader.worker.post import Post
+from safeloader.worker.repair import Donors, Mending, Unmendable
 from safeloader.worker.stacking import may_stack
 from safeloader.worker.unsendable import Culprit, why_not_sent
 

@@ -1,4 +1,4 @@
-"""The injected ``worker_init_fn``; runs in a worker before torch makes its fetcher.
+"""The injected ``worker_init_fn``. Runs in: worker.
 
 Takes the worker's number, joins this process to the wiring, calls the user's own function and puts
 our fetcher in the place of torch's, in this process alone. All of it dies with the worker.
@@ -13,21 +13,29 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from safeloader import torch_private
-from safeloader.wire.dataset_state import describe
-from safeloader.wire.failure import Failure, failure_of
-from safeloader.wire.flight import IDLE, INIT, OPEN, PHASE, PID, SINCE, FlightRecorder
-from safeloader.wire.policy import Policy
-from safeloader.wire.results import ResultQueue
-from safeloader.wire.slots import SlotTable
-from safeloader.wire.streams import StreamBoard
+from safeloader import _torch
+from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.dataset_state import describe
+from safeloader.supervision.flight_recorder import (
+    IDLE,
+    INIT,
+    OPEN,
+    PHASE,
+    PID,
+    SINCE,
+    FlightRecorder,
+)
+from safeloader.supervision.monitor import Witness
+from safeloader.transport.packing import Packer
+from safeloader.transport.result_queue import ResultQueue
+from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_writer import SlotPool
+from safeloader.transport.stream_progress import StreamBoard
+from safeloader.worker.context import Post, private_row
 from safeloader.worker.fetching import fetcher_for
 from safeloader.worker.hints import hint_for
-from safeloader.worker.packing import Packer
-from safeloader.worker.post import Post, private_row
+from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RefusingFetcher
-from safeloader.worker.slots import SlotPool
-from safeloader.worker.witness import Witness
 
 
 class WorkerStartup:
@@ -111,7 +119,7 @@ class WorkerStartup:
                 cells[SINCE] = clock()
                 cells[PHASE] = IDLE
 
-        torch_private.install_fetcher(make)
+        _torch.install_fetcher(make)
 
 
 def _startup_failure(

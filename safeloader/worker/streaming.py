@@ -1,4 +1,4 @@
-"""Batches of an iterable dataset; runs in a worker, or in main with ``num_workers=0``.
+"""Batches of an iterable dataset. Runs in: worker.
 
 The index of a sample is its number in this worker's stream.
 """
@@ -9,12 +9,12 @@ import inspect
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.wire.flight import COLLATE, FETCH, ORDINAL, PHASE, SINCE
-from safeloader.wire.records import FailedBatch, Papers, Task
+from safeloader.supervision.flight_recorder import COLLATE, FETCH, ORDINAL, PHASE, SINCE
+from safeloader.transport.messages import FailedBatch, Papers, Task
 from safeloader.worker.collating import explain
-from safeloader.worker.mending import Unmendable
-from safeloader.worker.post import Post
+from safeloader.worker.context import Post
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
+from safeloader.worker.repair import Unmendable
 from safeloader.worker.unsendable import Culprit
 
 _CUT_SHORT = (

@@ -1,4 +1,4 @@
-"""Which sample keeps a batch from being sent, and what in it; runs in a worker."""
+"""Which sample keeps a batch from being sent, and what in it. Runs in: worker."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from safeloader.wire.pickling import find_culprit
-from safeloader.wire.shortage import shortage
+from safeloader.introspect.pickling import find_culprit
+from safeloader.introspect.resource_exhaustion import shortage
 
 _BOUND_S = 5.0
 

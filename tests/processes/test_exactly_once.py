@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, WeightedRandomSampler
 
 from safeloader import DeliveryError, SafeDataLoader, SampleError
-from safeloader.wire.records import Task
+from safeloader.transport.messages import Task
 from safeloader.worker.fetching import MapFetcher, StreamFetcher
 from tests import datasets, faults
 from tests.processes.test_failures import caught

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from safeloader import SafeDataLoader, TransportError, WorkerCrashError
-from safeloader.main import budget
-from safeloader.worker import slots as worker_slots
+from safeloader.transport import slot_budget
+from safeloader.transport import slot_writer as worker_slots
 from tests import family
 from tests.oracle import seed_all
 from tests.telling import told
@@ -123,7 +123,7 @@ def test_a_loop_that_keeps_every_batch(batches: int, no_garbage_collector: None)
 
 
 def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "process_bytes", lambda: 8 * MB)
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: 8 * MB)
     loader = loader_of(4 * 60)
     kept = list(loader)
     assert right(kept)
@@ -137,7 +137,7 @@ def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_batches_larger_than_the_bound_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "process_bytes", lambda: 200 * KB)
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: 200 * KB)
     loader = loader_of(12)
     assert right(list(loader))
     why = f"a batch needs more than the {100 * KB} bytes that a worker's slots may hold"
@@ -146,7 +146,7 @@ def test_batches_larger_than_the_bound_go_torchs_way(monkeypatch: pytest.MonkeyP
 
 def test_all_loaders_of_the_process_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
-    monkeypatch.setattr(budget, "process_bytes", lambda: 16 * MB)
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: 16 * MB)
     loaders = [loader_of(4 * 30, persistent_workers=True) for _ in range(4)]
     kept: list[list[Any]] = [[] for _ in loaders]
     for batches in zip(*loaders, strict=True):
@@ -163,7 +163,7 @@ def test_one_that_comes_later_gets_what_is_left_and_more_when_that_is_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gc.collect()
-    monkeypatch.setattr(budget, "process_bytes", lambda: 8 * MB)
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: 8 * MB)
     first = loader_of(4 * 40)
     kept = list(first)  # past its workers' end
     held = first.transport_stats.bytes
@@ -185,9 +185,9 @@ def test_the_ranks_of_a_machine_divide_it(
     said: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = budget.process_bytes()
+    whole = slot_budget.process_bytes()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
-    assert budget.process_bytes() == whole // ranks
+    assert slot_budget.process_bytes() == whole // ranks
 
 
 def test_a_loop_that_drops_its_batches_uses_few_slots(no_garbage_collector: None) -> None:
@@ -707,7 +707,7 @@ def test_whatever_a_loop_holds_stays_as_its_worker_made_it(
     actions: list[str], persistent: bool, bound: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "process_bytes", lambda: bound)
+        patch.setattr(slot_budget, "process_bytes", lambda: bound)
         loader: Any = SafeDataLoader(
             Printed(), batch_size=2, num_workers=2, collate_fn=one, persistent_workers=persistent
         )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from safeloader import EpochAudit, SafeDataLoader
-from safeloader.main import tally
-from safeloader.wire.indices import as_array
+from safeloader.delivery import coverage
+from safeloader.delivery.indices import as_array
 from tests import datasets, faults
 
 TROUBLES = ("missing", "duplicated", "unexpected", "failed")
@@ -174,7 +174,7 @@ def test_the_audit_is_that_of_the_newest_epoch() -> None:
 
 
 def test_counts_are_exact_where_arrays_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally, "TALLY_LIMIT", 5)
+    monkeypatch.setattr(coverage, "TALLY_LIMIT", 5)
     sampler = [*range(20), *range(10), *range(100, 119)]
     audit = audit_of(range(200), sampler=sampler, batch_size=20, drop_last=True)
     assert {name: len(getattr(audit, name)) for name in ("dropped", "repeated", "unvisited")} == {

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from safeloader.wire.dataset_state import changes, describe, differences
-from safeloader.wire.texts import bounded_text
+from safeloader.introspect.dataset_state import changes, describe, differences
+from safeloader.introspect.texts import bounded_text
 
 HERE = __name__
 harm: list[str] = []  # what was asked of hostile objects

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from safeloader.main.diagnosis import Stalls
-from safeloader.main.naming import LoaderLog
-from safeloader.wire.failure import Failure
+from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.supervision.diagnosis import Stalls
 
 AT_13 = Failure(
     phase="timeout",

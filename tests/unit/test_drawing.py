@@ -20,9 +20,9 @@ from torch.utils.data import (
 )
 
 from safeloader import Failure
+from safeloader.delivery.indices import Packed, pack, unpack
 from safeloader.main.drawing import RecordingSampler, proven_length
-from safeloader.wire.indices import Packed, pack, unpack
-from safeloader.wire.records import SamplerFault, Task
+from safeloader.transport.messages import SamplerFault, Task
 
 
 class Log:

@@ -26,7 +26,7 @@ from safeloader import (
     WorkerInitError,
 )
 from safeloader.errors import dual_type
-from safeloader.wire.failure import error_from, failure_of
+from safeloader.failures.failure import error_from, failure_of
 
 OURS = {
     "init": WorkerInitError,

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeloader.main.checksum import changed
-from safeloader.wire.fingerprint import Difference, Leaf, difference, fingerprint
-from safeloader.wire.indices import pack
-from safeloader.wire.records import Mishap, Papers
+from safeloader.delivery.indices import pack
+from safeloader.introspect.fingerprint import Difference, Leaf, difference, fingerprint
+from safeloader.transport.checksum import changed
+from safeloader.transport.messages import Mishap, Papers
 from tests.leaf_kinds import KINDS, Cached, Pair, Record, structured
 
 # Without a print: nothing of them can be read, or what they are is not what crosses.

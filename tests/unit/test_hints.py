@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from safeloader.worker.hints import hint_for
-from safeloader.worker.mending import ON_ERROR_FAULT
+from safeloader.worker.repair import ON_ERROR_FAULT
 
 LENGTH = 40
 FILES = [f"img/{number}.jpg" for number in range(LENGTH)]

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeloader.wire.indices import (
+from safeloader.delivery.indices import (
     as_array,
     count,
     identity,

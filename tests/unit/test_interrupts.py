@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from safeloader.main import inbox as inbox_module
-from safeloader.main.inbox import Inbox, WorkersDied
-from safeloader.wire.leaves import close_all
-from safeloader.wire.results import _HEADER, _WITH_FDS, ResultQueue
-from safeloader.wire.slots import FREE
+from safeloader.supervision import receiver as inbox_module
+from safeloader.supervision.receiver import Inbox, WorkersDied
+from safeloader.transport.leaves import close_all
+from safeloader.transport.result_queue import _HEADER, _WITH_FDS, ResultQueue
+from safeloader.transport.slot_table import FREE
 from tests.interrupts import at_every_moment
 from tests.unit.test_inbox import BOUND_S, Pool, dies, waits
 from tests.wired import KB, Wired, descriptors, filled
 
-RECEIVING = ("wire/results.py", "wire/leaves.py", "main/unpacking.py", "main/inbox.py")
+RECEIVING = (
+    "transport/result_queue.py",
+    "transport/leaves.py",
+    "transport/slot_reader.py",
+    "supervision/receiver.py",
+)
 
 
 BATCHES: list[Any] = [  # of every way to cross
@@ -143,7 +148,7 @@ def test_a_death_is_told_whenever_an_interrupt_comes(monkeypatch: pytest.MonkeyP
             return sign.workers
         raise AssertionError
 
-    for run in at_every_moment(told, "main/inbox.py"):
+    for run in at_every_moment(told, "supervision/receiver.py"):
         pool = Pool(waits, dies)
         try:
             inbox = pool.inbox(timeout_s=BOUND_S)
@@ -158,7 +163,7 @@ def test_descriptors_are_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fds: list[int] = []
     closed: list[int] = []
     monkeypatch.setattr(os, "close", closed.append)
-    for run in at_every_moment(lambda: close_all(fds), "wire/leaves.py"):
+    for run in at_every_moment(lambda: close_all(fds), "transport/leaves.py"):
         fds[:] = range(1000, 1010)
         closed.clear()
         run()

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeloader.main import ledger as ledger_module
-from safeloader.main.audit import EpochAudit
-from safeloader.main.ledger import MapLedger, Trouble
-from safeloader.main.stream_ledger import StreamLedger
-from safeloader.wire.indices import pack
-from safeloader.wire.records import Papers
-from safeloader.wire.streams import StreamBoard
+from safeloader.delivery import ledger as ledger_module
+from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.indices import pack
+from safeloader.delivery.ledger import MapLedger, Trouble
+from safeloader.delivery.stream_ledger import StreamLedger
+from safeloader.transport.messages import Papers
+from safeloader.transport.stream_progress import StreamBoard
 
 CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")
 
@@ -357,7 +357,7 @@ def test_failure_of_an_unknown_batch_is_not_booked() -> None:
 
 
 def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safeloader.main.tally.TALLY_LIMIT", 2)
+    monkeypatch.setattr("safeloader.delivery.coverage.TALLY_LIMIT", 2)
     audit = drawn_ledger([["a", "b", "c", "d"]]).audit(0, None)
     assert audit.notes[0].startswith("2 indices were too many or too far apart to be mapped")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing
 
-from safeloader.main import leftovers
+from safeloader.supervision import leftovers
 
 SHARED = Path("/dev/shm")
 PID = 2**30 + os.getpid()  # of no process, and of these tests alone

@@ -41,8 +41,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from safeloader.wire import pickling
-from safeloader.wire.pickling import Culprit, find_culprit, find_unloadable
+from safeloader.introspect import pickling
+from safeloader.introspect.pickling import Culprit, find_culprit, find_unloadable
 from tests import faults
 
 SECRET = "hunter2-do-not-print"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from safeloader.main.processes import is_dying, is_gone
+from safeloader.supervision.processes import is_dying, is_gone
 
 
 def test_a_process_is_alive_then_dying_then_gone() -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from safeloader import Recorder, SafeDataLoader
-from safeloader.main.provenance import record_of
-from safeloader.main.recorder import UNIX_OFFSET_NS, Delivery
-from safeloader.wire.indices import pack
-from safeloader.wire.records import Mishap, Papers
+from safeloader.delivery.indices import pack
+from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery
+from safeloader.provenance.table import record_of
+from safeloader.transport.messages import Mishap, Papers
 from tests import datasets
 
 COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")

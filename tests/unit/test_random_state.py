@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeloader.wire import random_state
-from safeloader.wire.random_state import Marks, RandomState, preserved
+from safeloader.introspect import random_state
+from safeloader.introspect.random_state import Marks, RandomState, preserved
 
 DRAWS: dict[str, Callable[[], Any]] = {
     "random": random.random,

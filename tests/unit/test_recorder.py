@@ -16,8 +16,8 @@ import pytest
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
-from safeloader.wire.records import Papers
-from safeloader.wire.values import weight
+from safeloader.introspect.values import weight
+from safeloader.transport.messages import Papers
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safeloader import SafeDataLoader, SampleError
-from safeloader.wire.dataset_state import describe
-from safeloader.wire.failure import failure_of
-from safeloader.wire.redaction import scrub, secrecy
-from safeloader.wire.texts import bounded_text
+from safeloader.failures.failure import failure_of
+from safeloader.introspect.dataset_state import describe
+from safeloader.introspect.redaction import scrub, secrecy
+from safeloader.introspect.texts import bounded_text
 
 SECRET = "hunter2"
 HIDDEN = re.split(

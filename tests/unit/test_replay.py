@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 import safeloader
 from safeloader import SKIP, Failure, SafeDataLoader, SampleError, replay
-from safeloader.wire.random_state import preserved
+from safeloader.introspect.random_state import preserved
 from tests.datasets import Stream
 from tests.oracle import rng_state, seed_all
 from tests.processes.test_failures import caught

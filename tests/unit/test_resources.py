@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeloader.wire import resources
-from safeloader.wire.resources import (
+from safeloader.introspect import resources
+from safeloader.introspect.resources import (
     CgroupMemory,
     Descriptors,
     Space,

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from safeloader.delivery.indices import pack
 from safeloader.errors import TransportError
-from safeloader.main.unpacking import WORKER_GONE, Unpacker
-from safeloader.wire.failure import error_from
-from safeloader.wire.indices import pack
-from safeloader.wire.leaves import close_all
-from safeloader.wire.records import FailedBatch, Mishap, Papers, Parcel
-from safeloader.wire.sealing import Sealed
-from safeloader.worker.packing import Packer
+from safeloader.failures.failure import error_from
+from safeloader.transport.leaves import close_all
+from safeloader.transport.messages import FailedBatch, Mishap, Papers, Parcel
+from safeloader.transport.packing import Packer
+from safeloader.transport.sealing import Sealed
+from safeloader.transport.slot_reader import WORKER_GONE, Unpacker
 from tests import wired
 from tests.oracle import plain
 

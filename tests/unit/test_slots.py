@@ -24,13 +24,11 @@ import numpy as np
 import pytest
 import torch
 
-from safeloader.main import unpacking
-from safeloader.wire import forks, leaves
-from safeloader.wire.anonymous import anonymous_file, mapped
-from safeloader.wire.leaves import Arrived, opening
-from safeloader.wire.slots import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
-from safeloader.worker import reducing
-from safeloader.worker import slots as worker_slots
+from safeloader.transport import batch_pickler, forks, leaves, slot_reader
+from safeloader.transport import slot_writer as worker_slots
+from safeloader.transport.leaves import Arrived, opening
+from safeloader.transport.shared_memory import anonymous_file, mapped
+from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from tests.wired import (
     KB,
     MB,
@@ -682,7 +680,7 @@ def test_an_interrupt_while_a_fork_is_prepared(
 
 def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
     """Main raises in each line of what tells the workers, one after the other."""
-    code = unpacking.Unpacker.settle.__code__
+    code = slot_reader.Unpacker.settle.__code__
 
     for line in range(30):
         left = line
@@ -716,7 +714,7 @@ def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
 
 def test_small_slots_are_told_of_together(wired: Wired) -> None:
     """To look for forks costs a call of the kernel."""
-    for k in range(unpacking._ENOUGH - 1):
+    for k in range(slot_reader._ENOUGH - 1):
         wired.unpacker.settle()
         wired.packer.begin()
         wired.open(wired.seal(filled(80 * KB, k)))
@@ -725,7 +723,7 @@ def test_small_slots_are_told_of_together(wired: Wired) -> None:
     wired.packer.begin()
     wired.open(wired.seal(filled(80 * KB, 9)))
     wired.unpacker.settle()
-    assert set(list(wired.cells)[: unpacking._ENOUGH]) == {FREE}
+    assert set(list(wired.cells)[: slot_reader._ENOUGH]) == {FREE}
 
 
 # ── no room, no descriptors ──────────────────────────────────────────────────────────────────────
@@ -817,7 +815,7 @@ def test_a_slot_that_main_cannot_map_is_not_used_again(
 
     before = descriptors()
     with monkeypatch.context() as patch:
-        patch.setattr(unpacking, "mapped", refused)
+        patch.setattr(slot_reader, "mapped", refused)
         with pytest.raises(NotOpened):
             wired.send(filled(MB, 1))
     assert wired.states == [GONE]
@@ -992,6 +990,6 @@ def test_a_batch_of_more_than_4_gib_arrives_without_a_slot_and_with_one() -> Non
 
 def test_bytes_of_any_number_within_a_message(wired: Wired) -> None:
     data = filled(3 * MB, 5)
-    assert reducing._bytes_at(data.data_ptr(), 3 * MB) == bytes(data.numpy())
+    assert batch_pickler._bytes_at(data.data_ptr(), 3 * MB) == bytes(data.numpy())
     with pytest.raises((MemoryError, OverflowError, ValueError)):
-        reducing._bytes_at(data.data_ptr(), 1 << 62)  # not some bytes of it
+        batch_pickler._bytes_at(data.data_ptr(), 1 << 62)  # not some bytes of it

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from safeloader.wire.slots import FREE, GONE
+from safeloader.transport.slot_table import FREE, GONE
 from tests.wired import KB, MB, Child, Wired, filled, fork_in_c, print_of
 
 sizes = st.sampled_from([16, 5 * KB, 40 * KB, 100 * KB, 200 * KB])

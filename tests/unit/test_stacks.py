@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from safeloader.main import stacks
-from safeloader.main.processes import Signals
-from safeloader.main.stacks import Frame
-from safeloader.wire.flight import PID, SIGNAL, STACK_BYTES, FlightRecorder
-from safeloader.worker.witness import Witness
+from safeloader.supervision import stacks
+from safeloader.supervision.flight_recorder import PID, SIGNAL, STACK_BYTES, FlightRecorder
+from safeloader.supervision.monitor import Witness
+from safeloader.supervision.processes import Signals
+from safeloader.supervision.stacks import Frame
 
 BOUND_S = 30
 HERE = __file__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeloader.main.transport import TransportStats
+from safeloader.transport.stats import TransportStats
 
 
 def test_the_size_is_that_of_all_slots() -> None:

@@ -1,0 +1,431 @@
+"""Every private name of torch that safeloader touches. Runs in: both.
+
+None is looked at before :func:`moved` is asked, at the first ``iter`` of a loader: with
+``SAFELOADER=off`` never. When a release of torch moves one of them, torch's own loader serves, and
+this is the only module to mend. Nothing here changes torch in the user's process:
+:func:`install_fetcher` refuses to run outside a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+import operator
+import os
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from safeloader import _python
+
+_LOADING = "torch.utils.data.dataloader"
+_UTILS = "torch.utils.data._utils"
+_WITH_WORKERS = "_MultiProcessingDataLoaderIter"
+_NEEDED = {
+    "torch": "UntypedStorage._cdata UntypedStorage._expired",
+    "torch._C": "DisableTorchFunction",
+    "torch.autograd": "_profiler_enabled",
+    _LOADING: "_DatasetKind.create_fetcher _DatasetKind.Iterable "
+    "_SingleProcessDataLoaderIter._next_data DataLoader._get_iterator DataLoader._index_sampler "
+    f"DataLoader._auto_collation {_WITH_WORKERS}._next_data {_WITH_WORKERS}._reset "
+    f"{_WITH_WORKERS}._shutdown_workers {_WITH_WORKERS}._try_get_data",
+    f"{_UTILS}.collate": "default_collate_fn_map collate_tensor_fn",
+    f"{_UTILS}.fetch": "_IterableDatasetFetcher.__init__",
+    f"{_UTILS}.pin_memory": "pin_memory",
+    f"{_UTILS}.signal_handling": "_remove_worker_pids _set_SIGCHLD_handler",
+    f"{_UTILS}.worker": "_worker_loop.__code__",
+}
+# By class: names in its code. What an object will have cannot be seen before there is one.
+_IN_CODE = {
+    (_LOADING, "DataLoader"): "_iterator num_workers",
+    (_LOADING, "_SingleProcessDataLoaderIter"): "_dataset_fetcher _num_yielded _sampler_iter "
+    "create_fetcher _index_sampler",
+    (_LOADING, _WITH_WORKERS): "_data_queue _index_queues _index_sampler _num_yielded "
+    "_pin_memory_thread _sampler_iter _shutdown _task_info _try_put_index _worker_loop "
+    "_worker_pids_set _workers _workers_status multiprocessing_context worker_init_fn",
+    (f"{_UTILS}.fetch", "_MapDatasetFetcher"): "auto_collation collate_fn dataset drop_last",
+    (f"{_UTILS}.fetch", "_IterableDatasetFetcher"): "auto_collation collate_fn dataset_iter",
+}
+# By function: names that follow each other in its code. Our queues stand where it asks first.
+_IN_ORDER = {
+    (_LOADING, f"{_WITH_WORKERS}.__init__"): "Queue _worker_result_queue Event _workers_done_event",
+    (_LOADING, f"{_WITH_WORKERS}._try_get_data"): "_data_queue get",
+    (_LOADING, "DataLoader._get_iterator"): f"_SingleProcessDataLoaderIter {_WITH_WORKERS}",
+    (f"{_UTILS}.worker", "_worker_loop"): "init_fn init_fn create_fetcher",
+}
+_WORKER_TAKES = {"index_queue", "data_queue", "done_event", "init_fn", "worker_id"}
+
+
+@functools.cache
+def moved() -> tuple[str, ...]:
+    """What we rely on and this torch does not have, or does in another order; looked at once."""
+    missing: list[str] = []
+    for module, paths in _NEEDED.items():
+        for path in paths.split():
+            _python.find(module, path, missing)
+    for (module, path), relied_on in _IN_CODE.items():
+        cls = _python.find(module, path, missing)
+        members = [each for base in inspect.getmro(cls or int) for each in vars(base).values()]
+        used = {name for each in members for code in _codes(each) for name in code.co_names}
+        missing += [f"{module}.{path}.{name}" for name in relied_on.split() if name not in used]
+    for (module, path), first in _IN_ORDER.items():
+        order = first.split()
+        codes = _codes(_python.find(module, path, []))
+        steps = (step.argval for code in codes for step in dis.get_instructions(code))
+        # One instruction may name two variables.
+        names = (name for step in steps for name in (step if type(step) is tuple else (step,)))
+        found = [name for name in names if name in order]
+        if found[: len(order)] != order:
+            missing.append(f"{module}.{path} (first {', then '.join(order)})")
+    loop = _python.find(f"{_UTILS}.worker", "_worker_loop", [])
+    if loop is not None and (lost := _WORKER_TAKES - set(inspect.signature(loop).parameters)):
+        missing.append(f"{_UTILS}.worker._worker_loop({', '.join(sorted(lost))})")
+    return tuple(dict.fromkeys(missing))
+
+
+def _codes(function: Any, outer: tuple[Any, ...] = ()) -> Iterator[CodeType]:
+    """The code of a function, and of those that it wraps: somebody may have put it around."""
+    function = getattr(function, "__func__", function)
+    if inspect.isfunction(function) and function not in outer:
+        yield function.__code__
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                yield from _codes(cell.cell_contents, (*outer, function))
+
+
+_autograd: Any = torch.autograd
+
+
+def _utils() -> Any:
+    return torch.utils.data._utils
+
+
+def _loading() -> Any:
+    return torch.utils.data.dataloader
+
+
+def is_stream(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's dataset is iterable-style."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """What torch draws from: the batch sampler, or the sampler where batching is off."""
+    return loader._index_sampler
+
+
+def batches_itself(loader: DataLoader[Any]) -> bool:
+    """Whether the loader collates samples into batches (``batch_size`` is not None)."""
+    return bool(loader._auto_collation)
+
+
+class LoaderView:
+    """What torch's iterator is built on: the loader, but for the few things of ours.
+
+    It exists while an iterator is built or reset and no longer, so that the iterator never holds
+    the loader: with persistent workers the loader holds the iterator, and a cycle would keep the
+    workers alive until the garbage collector comes by.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, wiring: Wiring | None
+    ) -> None:
+        self._loader = loader
+        self._index_sampler = sampler
+        self.worker_init_fn = worker_init_fn
+        if wiring is not None:
+            self.multiprocessing_context = _Context(loader.multiprocessing_context, wiring)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class Wiring(NamedTuple):
+    """What stands between torch's iterator and its workers instead of torch's own."""
+
+    results: Any  # in the place of the queue that all workers put their results in
+    tasks: Callable[[], Any]  # makes what stands for the queue by which a worker gets its tasks
+    ending: Any  # in the place of the event that tells them to end; None: torch's
+
+
+class _Context:
+    """A multiprocessing context whose queues and first event are ours."""
+
+    def __init__(self, base: Any, wiring: Wiring) -> None:
+        self._base = torch.multiprocessing if base is None else base
+        self._results: Any = wiring.results
+        self._tasks = wiring.tasks
+        self._ending: Any = wiring.ending
+
+    def Queue(self, *args: Any) -> Any:
+        ours, self._results = self._results, None  # torch makes it first
+        return self._tasks() if ours is None else ours
+
+    def Event(self) -> Any:
+        ours, self._ending = self._ending, None
+        return self._base.Event() if ours is None else ours
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def start_method(loader: DataLoader[Any]) -> str:
+    """How the loader's workers are started: ``"fork"``, ``"spawn"`` or ``"forkserver"``."""
+    context: Any = loader.multiprocessing_context or torch.multiprocessing
+    return str(context.get_start_method())
+
+
+_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def build_iterator(view: LoaderView) -> Any:
+    """Torch's own iterator over ``view``; starts the workers.
+
+    Torch's own watch over the workers is called off: it raises, on SIGCHLD, in whatever line the
+    main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
+    """
+    with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
+        try:
+            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+        except BaseException as exc:
+            _take_down(exc)
+            raise
+        if not hasattr(iterator, "_workers"):
+            return iterator
+        if iterator._worker_pids_set:
+            _utils().signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+    _with_workers.add(iterator)
+    stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
+    stop.atexit = False  # at exit, daemonic workers end as torch has it
+    return iterator
+
+
+def _take_down(raised: BaseException) -> None:
+    """End what torch's constructor had started before it raised.
+
+    Its own ``__del__`` falls over what a half made iterator has not got yet, and says so.
+    """
+    for frame, _ in traceback.walk_tb(raised.__traceback__):
+        half = frame.f_locals.get("self")
+        if isinstance(half, _loading()._MultiProcessingDataLoaderIter):
+            if hasattr(half, "_workers"):
+                half.__dict__.setdefault("_workers_status", [True] * len(half._workers))
+                shut_down(half)
+            half._shutdown = True
+            return
+
+
+_deferred: list[Any] = []  # the handler of SIGCHLD while an iterator is built
+
+
+@contextlib.contextmanager
+def _sigchld_deferred() -> Iterator[None]:
+    """Have the handler of SIGCHLD run after this block instead of within.
+
+    A worker that dies at once would have torch's handler raise in the middle of its constructor,
+    which leaves nothing to find out by whom and at which sample.
+    """
+    if threading.current_thread() is not threading.main_thread() or _deferred:
+        yield
+        return
+    _utils().signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler):
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: came.append((number, None)))
+    _deferred.append(handler)
+    try:
+        yield
+    finally:
+        _deferred.clear()
+        signal.signal(signal.SIGCHLD, handler)
+        if came:
+            handler(*came[-1])
+
+
+def listen_through(iterator: Any, make: Callable[[Any, Any], Any]) -> None:
+    """Have an iterator with workers wait for its batches through ``make(queue, thread)``.
+
+    ``queue`` and ``thread`` are those of the pinning thread, or None.
+    """
+    pinning = getattr(iterator, "_pin_memory_thread", None)
+    iterator._data_queue = make(iterator._data_queue if pinning else None, pinning)
+
+
+def workers_of(iterator: Any) -> list[Any]:
+    """The worker processes of an iterator, in order."""
+    return iterator._workers  # type: ignore[no-any-return]
+
+
+def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
+    """Whether torch told worker ``w`` to end (its stream is at its end), or is gone itself."""
+
+    def expected(worker: int) -> bool:
+        alive = iterator()
+        return alive is None or alive._shutdown or not alive._workers_status[worker]
+
+    return expected
+
+
+def shut_down(iterator: Any) -> None:
+    """End an iterator's workers now, whatever they are at; those of another process never."""
+    for worker in () if iterator in _inherited else iterator._workers:
+        worker.kill()
+    iterator._shutdown_workers()
+
+
+def next_of(iterator: Any) -> Any:
+    """``next(iterator)``, without the mark for the profiler while none is running.
+
+    Torch wraps each batch in a ``record_function``: 5 µs a batch, more than all of our records
+    take. With a profiler running torch's own ``__next__`` is called and the mark is there.
+    """
+    if _autograd._profiler_enabled() or iterator._sampler_iter is None:
+        return next(iterator)
+    data = iterator._next_data()
+    iterator._num_yielded += 1
+    return data
+
+
+_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _undo_inherited() -> None:
+    """In a forked process: see that iterators inherited from the parent are not shut down here.
+
+    The iterator may be in a variable, or kept alive by an exception. Freed here, it would set out
+    to stop the workers of the parent, wait for them and end in "can only test a child process".
+    """
+    for iterator in list(_with_workers):
+        iterator._shutdown = True
+        _inherited.add(iterator)
+    _with_workers.clear()
+    if _deferred:  # forked while an iterator was built
+        signal.signal(signal.SIGCHLD, _deferred.pop())
+
+
+_python.at_fork(after_in_child=_undo_inherited)
+
+
+def _stop_unreachable(workers: list[Any], pid: int) -> None:
+    """Stop the workers of an iterator that the garbage collector is about to free.
+
+    In a cycle (an exception that somebody kept) its queues are closed before torch's ``__del__``
+    runs, whose "stop" then reaches no worker: it waits five seconds for each and ends them this
+    way. Freed otherwise, the iterator has ended its workers before this is called.
+    """
+    if os.getpid() == pid:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+
+def reset_iterator(iterator: Any, view: LoaderView) -> None:
+    """Start the next epoch on an iterator with persistent workers."""
+    iterator._reset(view)
+
+
+def kept_iterator(loader: DataLoader[Any]) -> Any:
+    """The iterator that a loader with persistent workers holds, or None."""
+    return loader.__dict__.get("_iterator")
+
+
+def keep_iterator(loader: DataLoader[Any], iterator: Any) -> None:
+    """Have the loader hold ``iterator``, where torch and the frameworks look for it."""
+    loader._iterator = iterator
+
+
+def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:
+    """Put our fetcher around that of an iterator with ``num_workers=0``."""
+    iterator._dataset_fetcher = make(iterator._dataset_fetcher)
+
+
+def raised_by_dataset_iter(exc: BaseException) -> bool:
+    """Whether ``exc`` came out of ``iter(dataset)`` while torch made its fetcher."""
+    code = _utils().fetch._IterableDatasetFetcher.__init__.__code__
+    traceback = exc.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+def without_overrides() -> AbstractContextManager[object]:
+    """While entered, no ``__torch_function__`` runs in this thread, so tensor subclasses of the
+    user's are read as plain tensors."""
+    return torch._C.DisableTorchFunction()
+
+
+def pin_memory(data: Any) -> Any:
+    """``data`` with every tensor in pinned memory, as torch's loader does it."""
+    return _utils().pin_memory.pin_memory(data)
+
+
+identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
+"""The same number for the storages of two tensors that share memory; while one is referred to."""
+
+is_gone: Any = getattr(torch.UntypedStorage, "_expired", None)  # where it is not, `moved` says so
+"""Whether nothing refers to a storage any more, by the ``cdata`` of a weak reference to it."""
+
+
+def collates_tuples_of_tensors_itself() -> bool:
+    """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
+    collate = _utils().collate
+    by_type = collate.default_collate_fn_map
+    return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
+
+
+def stack_tensors_with(stack: Callable[..., Any]) -> None:
+    """In a worker process: have ``default_collate`` stack tensors by ``stack(torchs_own, batch)``.
+
+    A function that the user registered for tensors stays.
+    """
+    if get_worker_info() is None:
+        raise RuntimeError("default_collate belongs to the training process here")
+    collate = _utils().collate
+    torchs = collate.collate_tensor_fn
+    if collate.default_collate_fn_map.get(torch.Tensor) is torchs:
+        collate.default_collate_fn_map[torch.Tensor] = functools.partial(stack, torchs)
+
+
+def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
+    """In a worker process: have torch use ``make(create)`` as fetcher of the loader's dataset.
+
+    ``create()`` makes torch's own. Torch's worker loop asks for a fetcher at its start and, with
+    persistent workers, at the start of each later epoch. Loaders that the dataset may use in this
+    process ask too, perhaps over the same dataset: they keep torch's fetcher.
+
+    Raises:
+        RuntimeError: outside a worker process. Workers that are threads share torch with the
+            training loop and are not supported.
+    """
+    info = get_worker_info()
+    if info is None or getattr(info, "worker_method", "multiprocessing") != "multiprocessing":
+        raise RuntimeError(
+            "safeloader records in worker processes only, and this torch runs the workers of this "
+            "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
+        )
+    kind = _loading()._DatasetKind
+    stock_create: Any = kind.create_fetcher
+    worker_loop = _utils().worker._worker_loop.__code__
+
+    def create_fetcher(*args: Any, **kwargs: Any) -> Any:
+        create = functools.partial(stock_create, *args, **kwargs)
+        return make(create) if sys._getframe(1).f_code is worker_loop else create()
+
+    kind.create_fetcher = staticmethod(create_fetcher)

@@ -1,0 +1,171 @@
+"""What an epoch's ledger found, for a person and for a program. Runs in: main."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safeloader.introspect.texts import index_text
+
+IndexArray = npt.NDArray[Any]
+
+_CLASSES = (
+    ("missing", "drawn, but never handed over"),
+    ("duplicated", "handed over twice, or one sample under two indices"),
+    ("unexpected", "handed over, but never drawn"),
+    ("failed", "lost with a batch whose error was raised"),
+    ("dropped", "left out by drop_last"),
+    ("skipped", "left out because of an error"),
+    ("replaced", "another sample came in its place because of an error"),
+    ("late", "came when asked for again"),
+    ("repeated", "drawn more than once by the sampler"),
+    ("unvisited", "never drawn"),
+)
+_TROUBLES = ("missing", "duplicated", "unexpected", "failed")
+_SHOWN = 8
+_REASONS_SHOWN = 5
+
+
+def _none() -> IndexArray:
+    return np.empty(0, dtype=np.int64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EpochAudit:
+    """Drawn against delivered, for one epoch.
+
+    Indices are those of the dataset; in a stream they are ``(worker, ordinal)``, arrays of shape
+    (n, 2). Arrays hold the first million indices of their class; ``counts`` is exact. An index of
+    -1 is a sample that belongs to no index (``__getitems__`` gave more than it was asked for).
+
+    Attributes:
+        epoch: its number, as ``loader.recorder`` counts, from 0.
+        complete: whether everything the sampler had was handed over or accounted for. False
+            while it runs, and for an epoch that was left early.
+        drawn: number of samples drawn so far; in a stream, read by the workers as far as known.
+        delivered: number of samples drawn and handed over to the training loop. It got those that
+            stand in for ``replaced`` ones beside them.
+        missing: drawn, never handed over.
+        duplicated: handed over twice; with ``key``, also the second index of one sample.
+        unexpected: handed over, never drawn.
+        failed: in a batch whose error was raised to the user.
+        dropped: left out by ``drop_last``.
+        skipped: left out because of an error, where that was asked for (``on_error``,
+            ``on_crash``).
+        replaced: not handed over because of an error, another sample stands in its place.
+        late: came when they were asked for again (``retries``).
+        repeated: drawn more than once by the sampler (with replacement, or padding).
+        unvisited: in ``range(len(dataset))`` and never drawn.
+        counts: the exact number of indices in each class.
+        reasons: why an index was skipped, replaced or late, for the first 1000 of them.
+        donors: the index of the sample that stands in for a replaced one, for the first 1000; none
+            where an ``on_error`` callable gave it.
+        notes: other things worth knowing, such as a worker that delivered nothing.
+
+    Example:
+        >>> from safeloader import SafeDataLoader
+        >>> loader = SafeDataLoader(list(range(10)), batch_size=4, drop_last=True)
+        >>> batches = list(loader)
+        >>> print(loader.audit)
+        epoch 0: complete, ok; 10 drawn, 8 delivered
+          dropped: 2, left out by drop_last: 8, 9
+        >>> loader.audit.dropped.tolist(), loader.audit.ok
+        ([8, 9], True)
+    """
+
+    epoch: int
+    complete: bool
+    drawn: int
+    delivered: int
+    missing: IndexArray = dataclasses.field(default_factory=_none)
+    duplicated: IndexArray = dataclasses.field(default_factory=_none)
+    unexpected: IndexArray = dataclasses.field(default_factory=_none)
+    failed: IndexArray = dataclasses.field(default_factory=_none)
+    dropped: IndexArray = dataclasses.field(default_factory=_none)
+    skipped: IndexArray = dataclasses.field(default_factory=_none)
+    replaced: IndexArray = dataclasses.field(default_factory=_none)
+    late: IndexArray = dataclasses.field(default_factory=_none)
+    repeated: IndexArray = dataclasses.field(default_factory=_none)
+    unvisited: IndexArray = dataclasses.field(default_factory=_none)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    reasons: dict[Any, str] = dataclasses.field(default_factory=dict)
+    donors: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is missing, duplicated, unexpected or failed."""
+        return not any(self.counts.get(name, 0) for name in _TROUBLES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists that ``json.dumps`` takes; indices that are objects as text."""
+        out: dict[str, Any] = {
+            "epoch": self.epoch,
+            "complete": self.complete,
+            "ok": self.ok,
+            "drawn": self.drawn,
+            "delivered": self.delivered,
+            "counts": dict(self.counts),
+            "notes": list(self.notes),
+            "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
+            "donors": {_shown(index): _plain(donor) for index, donor in self.donors.items()},
+        }
+        for name, _ in _CLASSES:
+            array = getattr(self, name)
+            out[name] = (
+                array.tolist() if array.dtype != object else [_shown(item) for item in array]
+            )
+        return out
+
+    def __repr__(self) -> str:
+        """On one line, without the arrays: a notebook shows this, and they may hold a million."""
+        classes = "".join(f", {name}={n}" for name, _ in _CLASSES if (n := self.counts.get(name)))
+        return (
+            f"EpochAudit(epoch={self.epoch}, complete={self.complete}, ok={self.ok}, "
+            f"drawn={self.drawn}, delivered={self.delivered}{classes})"
+        )
+
+    def __str__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        verdict = "ok" if self.ok else "NOT OK"
+        lines = [
+            f"epoch {self.epoch}: {state}, {verdict}; "
+            f"{self.drawn} drawn, {self.delivered} delivered"
+        ]
+        if replaced := self.counts.get("replaced"):
+            lines[0] += f", {replaced} replaced"
+        for name, meaning in _CLASSES:
+            total = self.counts.get(name, 0)
+            if total:
+                shown = map(
+                    self._by if name == "replaced" else _shown, getattr(self, name)[:_SHOWN]
+                )
+                first = ", ".join(shown)
+                more = ", ..." if total > _SHOWN else ""
+                lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
+        for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
+            lines.append(f"    index {_shown(index)}: {reason}")
+        if len(self.reasons) > _REASONS_SHOWN:
+            lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def _by(self, item: Any) -> str:
+        """A replaced index with what stands in for it."""
+        index = tuple(item.tolist()) if isinstance(item, np.ndarray) else item
+        by = f" (by {_shown(self.donors[index])})" if index in self.donors else ""
+        return _shown(item) + by
+
+
+def _plain(item: Any) -> Any:
+    """For JSON: a number, a stream's pair, or text."""
+    return list(item) if type(item) is tuple else item if type(item) is int else _shown(item)
+
+
+def _shown(item: Any) -> str:
+    if isinstance(item, np.ndarray):  # a row of a stream's (worker, ordinal) pairs
+        return f"({', '.join(str(part) for part in item.tolist())})"
+    return str(item) if isinstance(item, np.integer) else index_text(item)

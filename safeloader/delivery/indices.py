@@ -1,0 +1,187 @@
+"""The identity of an index, compact enough to cross with every batch. Runs in: both.
+
+What a sampler draws may be anything: ints, strings, tuples, tensors. Drawn and delivered indices
+are compared after a trip through pickle, so an identity must survive one. A batch of ints, by far
+the most common, becomes the bytes of an int64 array: one comparison checks the whole batch.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import pickle
+import struct
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+# int64 bytes, or one identity per sample.
+Packed: TypeAlias = bytes | tuple[Hashable, ...]
+
+_ITEM_BYTES = 8
+_PLAIN = frozenset({str, bytes, float, complex, type(None)})
+
+
+class Opaque(str):
+    """Stands for an object that has no equality to be known by: its type's name."""
+
+    __slots__ = ()
+
+
+@functools.lru_cache(maxsize=64)
+def _packer(number: int) -> Callable[..., bytes]:
+    """Of int64s; twice as fast as an array, which has to guess its size."""
+    return struct.Struct(f"{number}q").pack
+
+
+def pack(indices: Iterable[Any]) -> Packed:
+    """The identities of the indices of one batch, in their order.
+
+    Example:
+        >>> pack([3, 1]) == pack((torch.tensor(3), np.int64(1)))
+        True
+        >>> pack(["a", ("b", 2)])
+        ('a', ('b', 2))
+    """
+    if isinstance(indices, bytes | bytearray):  # their raw memory is no array of int64
+        indices = list(indices)
+    try:
+        return _packer(len(indices))(*indices)  # type: ignore[arg-type]
+    except Exception:  # not ints, no length, or objects of the user's that object to being asked
+        pass
+    try:
+        return tuple(identity(index) for index in indices)
+    except Exception:  # not iterable: the dataset's fetch will say so, torch's own way
+        return (identity(indices),)
+
+
+def pack_unbatched(index: Any) -> Packed:
+    """The identities behind one index drawn with ``batch_size=None``.
+
+    A list, or an array of indices, asks the dataset for a whole batch at once: each index in it
+    counts. Anything else, a tuple too, is one index.
+
+    Example:
+        >>> [unpack(pack_unbatched(index)) for index in (5, [5, 6], (5, 6))]
+        [(5,), (5, 6), ((5, 6),)]
+    """
+    if type(index) is list or (isinstance(index, torch.Tensor | np.ndarray) and index.ndim):
+        return pack(index)
+    return pack((index,))
+
+
+def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
+    """The last of some indices, as they are now: a sampler may refill its lists.
+
+    Those that cannot be pickled are left out.
+    """
+    try:
+        last = list(indices)[-most:]
+    except Exception:  # no batch of indices: the dataset will say so
+        return
+    for index in last:
+        try:
+            kept = index if type(index) is int else pickle.dumps(index)
+        except Exception:
+            continue
+        yield kept
+
+
+def restored(snapshot: int | bytes) -> Any:
+    """The index again; None where it cannot be had."""
+    try:
+        return snapshot if type(snapshot) is int else pickle.loads(snapshot)  # type: ignore[arg-type]
+    except Exception:  # a class that cannot be imported here
+        return None
+
+
+def unpack(packed: Packed) -> tuple[Any, ...]:
+    """The identities again, one per sample; ints for a batch of ints."""
+    if type(packed) is bytes:
+        return tuple(memoryview(packed).cast("q"))
+    return packed  # type: ignore[return-value]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two identities, or packed batches of them, are equal; False where ``==`` raises."""
+    try:
+        return bool(one == other)
+    except Exception:  # an index with an __eq__ of its own
+        return False
+
+
+def count(packed: Packed) -> int:
+    """How many samples ``packed`` stands for."""
+    return len(packed) // _ITEM_BYTES if type(packed) is bytes else len(packed)
+
+
+def identity(index: Any) -> Hashable:
+    """A hashable stand-in for ``index`` that is equal before and after pickling.
+
+    An object without an equality of its own is known by its type alone: two of them in one batch
+    are then told apart by their positions only.
+    """
+    try:
+        return _identity(index)
+    except Exception:  # sparse tensors, endless lists, objects that raise: known by their place
+        return Opaque(f"<{type(index).__qualname__}>")
+
+
+def _identity(index: Any) -> Hashable:
+    kind = type(index)
+    if kind is int or kind in _PLAIN:
+        if index != index:  # NaN is not equal to itself
+            return ("nan",)
+        return index  # type: ignore[no-any-return]
+    if issubclass(kind, tuple | list):  # named tuples too: they may hold tensors
+        return tuple(identity(item) for item in index)
+    if kind is bool or issubclass(kind, (int, np.integer)):
+        return int(index)
+    if issubclass(kind, np.generic):
+        item = index.item()
+        return repr(item) if isinstance(item, np.generic) else identity(item)  # long doubles
+    if issubclass(kind, enum.Enum):
+        return (kind.__qualname__, index.name)
+    if issubclass(kind, (torch.Tensor, np.ndarray)):
+        return identity(index.tolist())
+    if kind is dict:
+        return ("dict", *((identity(key), identity(value)) for key, value in index.items()))
+    if kind is slice:
+        return ("slice", index.start, index.stop, index.step)
+    has_own_equality = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])
+    if has_own_equality and kind.__hash__ is not None:
+        try:
+            hash(index)
+        except Exception:  # a frozen dataclass that holds a list
+            return Opaque(f"<{kind.__qualname__}>")
+        return index  # type: ignore[no-any-return]
+    return Opaque(f"<{kind.__qualname__}>")
+
+
+def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """Identities as an array: int64; int64 of shape (n, 2) for streams; object for the rest.
+
+    Example:
+        >>> as_array([4, 2]).tolist(), as_array([(0, 7)]).shape, as_array(["a"]).dtype
+        ([4, 2], (1, 2), dtype('O'))
+    """
+    if not len(identities):
+        return np.empty(0, dtype=np.int64)
+    kinds = {type(item) for item in identities}
+    if kinds == {int}:
+        try:
+            return np.array(identities, dtype=np.int64)
+        except OverflowError:
+            pass
+    if kinds == {tuple} and all(
+        len(item) == 2 and type(item[0]) is int and type(item[1]) is int for item in identities
+    ):
+        try:
+            return np.array(identities, dtype=np.int64)
+        except OverflowError:
+            pass
+    out = np.empty(len(identities), dtype=object)
+    out[:] = list(identities)
+    return out

@@ -1,0 +1,463 @@
+"""Drawn against delivered, for map-style datasets. Runs in: main.
+
+Each batch is checked at the moment it is handed over, by the papers that its worker wrote. Memory
+grows with the batches in flight; over the epoch only counts, the coverage bitmap and, with ``key``,
+the first two million keys are kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.coverage import Coverage, Tally
+from safeloader.delivery.indices import Packed, count, same, unpack
+from safeloader.introspect.texts import index_text, indices_text
+from safeloader.introspect.values import weight
+from safeloader.transport.messages import Papers, asked_for, contents, sources
+
+KEYS_LIMIT = 2_000_000
+REASONS_LIMIT = 1000
+REASONS_BYTES = 1 << 20  # of indices and reasons together
+
+
+class Trouble(NamedTuple):
+    """What the check of one batch, or of the epoch's end, found."""
+
+    reason: str
+    missing: tuple[Any, ...] = ()
+    duplicated: tuple[Any, ...] = ()
+    unexpected: tuple[Any, ...] = ()
+    sound: tuple[Any, ...] = ()
+    hint: str = ""
+
+    @property
+    def culprits(self) -> tuple[Any, ...]:
+        """The indices the trouble is about."""
+        return self.missing + self.duplicated + self.unexpected
+
+
+class Open(NamedTuple):
+    """A batch that was drawn and has not come: its number in the epoch, and its indices."""
+
+    batch: int | None
+    indices: tuple[Any, ...]
+
+
+class Ledger(Protocol):
+    """One epoch's accounts."""
+
+    lock: threading.RLock  # held while the accounts change, and while another thread reads them
+    delivered_count: int
+    tallies: dict[str, Tally]
+    reasons: dict[Any, str]  # why an index was skipped, replaced or late
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn."""
+
+    def draw_failed(self, seq: int) -> None:
+        """The sampler raised in place of batch ``seq``."""
+
+    def draw_interrupted(self, lost: Packed) -> None:
+        """An interrupt was raised through the sampler; ``lost`` it had drawn meanwhile."""
+
+    def draws_ended(self, dropped: Packed) -> None:
+        """The sampler is at its end."""
+
+    def interrupted(self, papers: Papers | None) -> None:
+        """The user got an exception that is not ours; on the way was the batch of ``papers``."""
+
+    def check(self, papers: Papers) -> Trouble | None:
+        """Compare a batch that is about to be handed over; without trouble it counts as such."""
+
+    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+        """Book a batch in trouble: handed over all the same, or lost with the error raised."""
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        """A batch was lost with an error that is raised to the user."""
+
+    def note_reasons(self, papers: Papers) -> None:
+        """Keep why samples of a batch are not there."""
+
+    def lost(self, seq: int) -> None:
+        """Batch ``seq`` was lost with its worker, and the error is raised."""
+
+    def abandon(self) -> None:
+        """Nothing more will come: the workers died, and the error was raised."""
+
+    def opened(self, seq: int) -> Open | None:
+        """What is known of a batch that was drawn and has not come."""
+
+    def finish(self) -> Trouble | None:
+        """The stock iterator says that the epoch is over: is it?"""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything the sampler had is accounted for."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is, and nothing more can come; hot path."""
+
+    def notes(self, length: int | None) -> list[str]:
+        """What is worth saying beyond the classes of the audit, as it stands."""
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        """The accounts as they stand; ``length`` is that of the dataset."""
+
+
+class Accounts:
+    """What this ledger and that of streams (``stream_ledger.py``) both keep."""
+
+    def __init__(self, *, with_keys: bool) -> None:
+        self.lock = threading.RLock()  # a signal handler may ask for the audit
+        self.delivered_count = 0
+        self._handed: int | None = None  # the batch counted last as delivered
+        self._interrupts = 0  # may have lost batches that are not known to be lost
+        self.tallies = {
+            name: Tally()
+            for name in (
+                "missing",
+                "duplicated",
+                "unexpected",
+                "failed",
+                "dropped",
+                "skipped",
+                "replaced",
+                "late",
+            )
+        }
+        self.reasons: dict[Any, str] = {}
+        self._reasons_bytes = 0
+        self.donors: dict[Any, Any] = {}
+        self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
+        self._keys_past_limit = 0
+
+    def book(self, trouble: Trouble) -> None:
+        self.tallies["missing"].add(trouble.missing)
+        self.tallies["duplicated"].add(trouble.duplicated)
+        self.tallies["unexpected"].add(trouble.unexpected)
+
+    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+        self.book(trouble)
+        if handed_over:
+            extra = len(trouble.unexpected) + len(trouble.duplicated)
+            self.delivered_count += len(trouble.sound) + extra
+        else:
+            self.tallies["failed"].add(trouble.sound)
+
+    def note_reasons(self, papers: Papers) -> None:
+        asked = asked_for(papers)
+        for mishap in papers.mishaps or ():
+            index = asked[mishap.position]
+            self._reasons_bytes += weight(index) + weight(mishap.reason)
+            if len(self.reasons) < REASONS_LIMIT and self._reasons_bytes <= REASONS_BYTES:
+                self.reasons[index] = mishap.reason
+
+    def book_mishaps(self, papers: Papers) -> int:
+        """Note the samples left out, replaced or late; how many of the batch are not there."""
+        self.note_reasons(papers)
+        known = sources(papers)
+        gone = 0
+        for mishap in papers.mishaps or ():
+            index = known[mishap.position]
+            self.tallies[mishap.what].add((index,))
+            gone += mishap.what != "late"
+            if mishap.donor is not None and len(self.donors) < REASONS_LIMIT:
+                self.donors[index] = known[mishap.donor]
+        return gone
+
+    def take_back(self, papers: Papers) -> None:
+        """A batch that counts as delivered was lost after all, with an error that is raised."""
+        gone = {mishap.position for mishap in papers.mishaps or () if mishap.what != "late"}
+        left = [index for k, index in enumerate(asked_for(papers)) if k not in gone]
+        self.delivered_count -= len(left)
+        self.tallies["failed"].add(left)
+
+    def interrupted(self, papers: Papers | None) -> None:
+        """The user got an exception that is not ours: what it took with it is told."""
+        if papers is None:
+            self._interrupts += 1
+        elif papers.seq == self._handed:
+            self.take_back(papers)
+        else:
+            self.failed(papers, asked_for(papers))
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        pass  # what was read of a stream and not sent is not known
+
+    def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
+        """Samples whose key came before under another index."""
+        known = self._index_of_key
+        assert known is not None
+        again: list[Any] = []
+        sound: list[Any] = []
+        said: list[str] = []
+        for key, index in zip(keys, identities, strict=False):
+            first = known.get(key, index)
+            if first != index:
+                again.append(index)
+                said.append(
+                    f"index {index_text(index)} and index {index_text(first)} are one sample "
+                    f"(key {index_text(key, 60)})"
+                )
+                continue
+            sound.append(index)
+            if len(known) < KEYS_LIMIT:
+                known[key] = index
+            elif key not in known:
+                self._keys_past_limit += 1
+        if not again:
+            return None
+        more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
+        return Trouble("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
+
+    def notes(self, length: int | None) -> list[str]:
+        notes = []
+        if self._keys_past_limit:
+            notes.append(
+                f"the keys of the first {KEYS_LIMIT} samples were compared; "
+                f"{self._keys_past_limit} later ones only against these"
+            )
+        return notes
+
+    def as_audit(
+        self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
+    ) -> EpochAudit:
+        counts = {"repeated": 0, "unvisited": 0}
+        counts |= {name: tally.count for name, tally in self.tallies.items()}
+        counts |= more.pop("counts", {})
+        return EpochAudit(
+            epoch=epoch,
+            complete=complete,
+            drawn=drawn,
+            delivered=self.delivered_count,
+            counts=counts,
+            notes=tuple(notes),
+            reasons=dict(self.reasons),
+            donors=dict(self.donors),
+            **{name: tally.array() for name, tally in self.tallies.items()},
+            **more,
+        )
+
+
+class MapLedger(Accounts):
+    """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
+
+    def __init__(
+        self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
+    ) -> None:
+        super().__init__(with_keys=with_keys)
+        self._expected_batches = expected_batches
+        self._pending: dict[int, Packed] = {}
+        self._first_seq: int | None = None
+        self._last_seq = -1
+        self._draws_ended = False
+        self._sampler_failed = False
+        self._drawn = 0
+        self._coverage = Coverage()
+
+    def drawn(self, seq: int, indices: Packed) -> None:
+        number = count(indices)
+        with self.lock:
+            if self._first_seq is None:
+                self._first_seq = seq
+            # Interrupts come with calls: none between these, or the accounts would not add up.
+            self._pending[seq] = indices
+            self._last_seq = seq
+            self._drawn += number
+            self._coverage.add(indices, number)
+
+    def draw_failed(self, seq: int) -> None:
+        self._sampler_failed = True
+
+    def draw_interrupted(self, lost: Packed) -> None:
+        with self.lock:
+            self._sampler_failed = True
+            self._out_of_batches(lost)
+            self.tallies["failed"].add(unpack(lost))
+
+    def draws_ended(self, dropped: Packed) -> None:
+        with self.lock:
+            if not self._draws_ended:
+                self._draws_ended = True
+                self._out_of_batches(dropped)
+                self.tallies["dropped"].add(unpack(dropped))
+
+    def _out_of_batches(self, indices: Packed) -> None:
+        self._drawn += count(indices)
+        self._coverage.add(indices, count(indices))
+
+    def check(self, papers: Papers) -> Trouble | None:
+        expected = self._pending.get(papers.seq)
+        indices, samples = papers.indices, papers.samples
+        if expected is None or not same(expected, indices):
+            self._pending.pop(papers.seq, None)
+            return self._compare(expected, papers)
+        number = count(expected)
+        if papers.mishaps is not None:
+            number -= self.book_mishaps(papers)
+        elif samples != number and samples is not None:
+            del self._pending[papers.seq]
+            return _miscounted(unpack(expected), samples)
+        if self._index_of_key is not None and papers.keys is not None:
+            known = sources(papers)
+            trouble = self.same_key(papers.keys, [known[place] for place in contents(papers)])
+            if trouble is not None:
+                del self._pending[papers.seq]
+                return trouble
+        self._handed = papers.seq  # and no call from here on, see above
+        self.delivered_count += number
+        del self._pending[papers.seq]
+        return None
+
+    def _compare(self, expected: Packed | None, papers: Papers) -> Trouble:
+        came = unpack(papers.indices)
+        who = "the main process" if papers.worker_id is None else f"worker {papers.worker_id}"
+        if expected is None:
+            first = self._first_seq
+            if first is not None and first <= papers.seq <= self._last_seq:
+                reason = f"{who} sent batch {papers.seq - first} a second time"
+                return Trouble(reason, duplicated=came)
+            return Trouble(f"{who} sent a batch that this epoch never drew", unexpected=came)
+        drawn = unpack(expected)
+        left = list(drawn)
+        sound = []
+        unexpected = []
+        for index in came:
+            place = next((k for k, item in enumerate(left) if same(item, index)), None)
+            if place is None:
+                unexpected.append(index)
+            else:
+                sound.append(left.pop(place))
+        reason = f"{who} was asked for {indices_text(drawn)} and answered for {indices_text(came)}"
+        if not left and not unexpected:
+            reason += ": the same indices in another order"
+            return Trouble(reason, sound=tuple(sound))
+        return Trouble(
+            reason, missing=tuple(left), unexpected=tuple(unexpected), sound=tuple(sound)
+        )
+
+    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+        expected = self._pending.pop(papers.seq, None)
+        if expected is not None:
+            self.tallies["failed"].add(unpack(expected))
+
+    def lost(self, seq: int) -> None:
+        expected = self._pending.pop(seq, None)
+        if expected is not None:
+            self.tallies["failed"].add(unpack(expected))
+
+    def opened(self, seq: int) -> Open | None:
+        packed = self._pending.get(seq)
+        if packed is None:
+            return None
+        return Open(seq - (self._first_seq or 0), unpack(packed))
+
+    def interrupted(self, papers: Papers | None) -> None:
+        super().interrupted(papers)
+        if papers is None and self._expected_batches is not None:
+            self.abandon()
+
+    def abandon(self) -> None:
+        for seq in list(self._pending):
+            self.lost(seq)
+
+    def finish(self) -> Trouble | None:
+        if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
+            self.abandon()
+        missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
+        self._pending.clear()
+        if missing:
+            trouble = Trouble(
+                f"the epoch ended with {len(missing)} samples drawn and never handed over: "
+                f"{indices_text(missing)}",
+                missing=missing,
+            )
+            self.book(trouble)
+            return trouble
+        if not (self._draws_ended or self._sampler_failed or self._interrupts):
+            return Trouble(
+                f"the epoch ended after {self.delivered_count} samples although the sampler has "
+                "more to draw"
+            )
+        return None
+
+    @property
+    def complete(self) -> bool:
+        return self._complete(None if self._draws_ended else self._expected())
+
+    def _expected(self) -> int | None:
+        return None if self._expected_batches is None else self._expected_batches()
+
+    def _complete(self, expected: int | None) -> bool:
+        if self._pending or self._sampler_failed:
+            return False
+        batches = 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
+        return self._draws_ended or batches == expected
+
+    @property
+    def settled(self) -> bool:
+        return self._draws_ended and not self._pending
+
+    def notes(self, length: int | None) -> list[str]:
+        notes = super().notes(length)
+        if unmapped := self._coverage.unmapped:
+            notes.append(
+                f"{unmapped} indices were too many or too far apart to be mapped: others may be "
+                "repeated too, and what is unvisited is not known"
+            )
+        return notes
+
+    def audit(self, epoch: int, length: int | None) -> EpochAudit:
+        expected = self._expected()  # code of the user's, perhaps: not under the lock
+        with self.lock:
+            complete = self._complete(expected)
+            repeated, repeated_count = self._coverage.repeated(length)
+            unvisited, unvisited_count = self._coverage.unvisited(length)
+            notes = self.notes(length)
+            if ahead := sum(map(count, self._pending.values())):
+                notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
+            if self._expected_batches and expected is None and not self._draws_ended:
+                notes.append("the sampler was not asked whether it has more")
+            return self.as_audit(
+                epoch,
+                complete=complete,
+                drawn=self._drawn,
+                notes=notes,
+                repeated=repeated,
+                unvisited=unvisited,
+                counts={"repeated": repeated_count, "unvisited": unvisited_count},
+            )
+
+
+def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
+    """``__getitems__`` broke its contract: which sample belongs to which index is unknown, and the
+    first ones are taken to be in order."""
+    asked = len(drawn)
+    if samples < asked:
+        return Trouble(
+            f"__getitems__ was asked for {asked} samples and gave {samples}; the last "
+            f"{asked - samples} of {indices_text(drawn)} count as missing, though it may have left "
+            "out others",
+            missing=drawn[samples:],
+            sound=drawn[:samples],
+            hint=_ONE_EACH,
+        )
+    return Trouble(
+        f"__getitems__ was asked for {asked} samples, {indices_text(drawn)}, and gave {samples}",
+        unexpected=(-1,) * (samples - asked),
+        sound=drawn,
+        hint=_ONE_EACH,
+    )
+
+
+_ONE_EACH = (
+    "have __getitems__ give one sample for each index, in their order: "
+    "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
+)

@@ -1,0 +1,62 @@
+"""How many samples an epoch may skip before it fails. Runs in: main."""
+
+from __future__ import annotations
+
+from safeloader.transport.messages import Papers, asked_for
+
+ALWAYS_ALLOWED = 10
+DEFAULT_SHARE = 0.01
+LONGEST_RUN = 20
+
+
+class Tolerance:
+    """Counts the samples of one epoch that were left out or replaced.
+
+    Args:
+        max_skipped: a count; or a fraction of the samples so far, of which ``ALWAYS_ALLOWED`` are
+            always allowed; None: a fraction of ``DEFAULT_SHARE``.
+        runs: whether ``LONGEST_RUN`` failures in a row are too many in any case: a disk that broke
+            shows that way long before its share of a large epoch is reached.
+    """
+
+    def __init__(self, max_skipped: int | float | None, *, runs: bool) -> None:
+        self._max_skipped = max_skipped
+        self._runs = runs
+        self.skipped = 0
+        self._ways: set[str] = set()  # "skipped", "replaced"
+        self._run = 0
+        self._next_seq = 0  # the draw that goes on with the run
+
+    def _bound(self, samples: int) -> int:
+        if isinstance(self._max_skipped, int):
+            return self._max_skipped
+        share = DEFAULT_SHARE if self._max_skipped is None else self._max_skipped
+        return max(ALWAYS_ALLOWED, int(share * samples))
+
+    def exceeded(self, papers: Papers, samples: int) -> str | None:
+        """Count the mishaps of a batch; a sentence if they are too many.
+
+        ``samples`` is the number of samples so far, this batch's included.
+        """
+        gone = {each.position: each.what for each in papers.mishaps or () if each.what != "late"}
+        if not gone:
+            return None
+        if papers.seq != self._next_seq:
+            self._run = 0
+        longest = self._run
+        for position in range(len(asked_for(papers))):
+            self._run = self._run + 1 if position in gone else 0
+            longest = max(longest, self._run)
+        self._next_seq = papers.seq + 1
+        self.skipped += len(gone)
+        self._ways.update(gone.values())
+        bound = self._bound(samples)
+        if self.skipped > bound:
+            what = "max_skipped" if self._max_skipped is not None else "the default of max_skipped"
+            return (
+                f"{self.skipped} of the {samples} samples so far were "
+                f"{' or '.join(sorted(self._ways, reverse=True))}; {what} allows {bound}"
+            )
+        if self._runs and longest >= LONGEST_RUN:
+            return f"{longest} samples in a row failed ({self.skipped} of {samples} so far)"
+        return None

@@ -1,0 +1,1 @@
+"""What went wrong, as data and in words. Runs in: both."""

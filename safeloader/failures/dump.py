@@ -1,0 +1,86 @@
+"""Failures as JSON files, for those who look later. Runs in: main."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from safeloader._version import __version__
+from safeloader.failures.failure import Failure
+from safeloader.introspect.folders import create, folder_of, see_writable
+from safeloader.introspect.resources import machine_facts
+from safeloader.introspect.texts import bounded_text
+
+_LOG = logging.getLogger("safeloader")
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+
+def check_folder(folder: object) -> None:
+    """Refuse a folder that cannot be written to.
+
+    Raises:
+        TypeError: if it is no path.
+        ValueError: if nothing can be written there.
+    """
+    if folder is None:
+        return
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"on_failure_dump must be a folder to write failures into, or None; got "
+            f"{bounded_text(folder)}"
+        )
+    try:
+        see_writable(folder_of(folder))
+    except OSError as exc:
+        raise ValueError(
+            f"failures cannot be written to {str(folder)!r}: {exc}. Give on_failure_dump= a "
+            "folder that can be written to, or None"
+        ) from exc
+
+
+def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> Path | None:
+    """Write ``failure`` as a file of its own, which a line in the log names; None if that fails.
+
+    That nothing can be written is said once for a folder.
+    """
+    content: dict[str, Any] = {
+        "failure": failure.to_dict(),
+        "report": str(failure),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {
+            "safeloader": __version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+        "machine": machine_facts(),
+    }
+    part: Path | None = None
+    target = folder_of(folder)
+    try:
+        stem = f"failure-{time.strftime('%Y%m%dT%H%M%S')}"
+        fd, part = create(target, stem, ".part", also=".json")
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1))
+        path = part.replace(part.with_suffix(".json"))
+    except (OSError, ValueError, TypeError) as exc:
+        if str(target) not in _told:
+            _told.add(str(target))
+            log.warning("the failure could not be written to %s: %s", target, str(exc))
+        with contextlib.suppress(OSError):
+            if part is not None:
+                part.unlink(missing_ok=True)
+        return None
+    _told.discard(str(target))
+    log.warning("the failure is written to %s", path)
+    return path
+
+
+_told: set[str] = set()  # folders that could not be written to

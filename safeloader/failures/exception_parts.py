@@ -1,0 +1,94 @@
+"""The parts of an exception that cross to another process. Runs in: both.
+
+An exception object is not sent: constructors that want arguments, locks among the attributes, or a
+class that cannot be imported would break it on the way. Its class and each of its attributes are
+pickled apart, and what does not pickle stays behind alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import types
+from collections.abc import Iterator
+from typing import Any
+
+_ATTRIBUTE_BYTES = 64 * 1024  # a larger attribute (a batch held by the exception) stays behind
+
+
+@dataclasses.dataclass(frozen=True)
+class Remains:
+    """What is left of an exception after the crossing: its class and attributes, each pickled."""
+
+    lineage: tuple[bytes, ...]
+    attributes: tuple[tuple[str, bytes], ...]
+
+
+def remains_of(exc: BaseException) -> Remains:
+    """Take ``exc`` apart, in the process where it was raised."""
+    lineage = []
+    for cls in type(exc).__mro__:
+        try:
+            pickled = pickle.dumps(cls)
+        except Exception:  # a class made inside a function
+            continue
+        lineage.append(pickled)
+        if cls.__module__ == "builtins":
+            break
+    attributes = []
+    for name, value in attributes_of(exc):
+        try:
+            pickled = pickle.dumps(value)
+            pickle.loads(pickled)  # what dumps may still not load: found here, not in main
+        except Exception:  # a lock, a socket, an exception with a demanding constructor
+            continue
+        if len(pickled) <= _ATTRIBUTE_BYTES:
+            attributes.append((name, pickled))
+    return Remains(tuple(lineage), tuple(attributes))
+
+
+def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
+    """What the exception carries: args, fields of builtin types (errno), its own attributes."""
+    for cls in type(exc).__mro__:
+        # Of the user's classes only __slots__: a property would run code.
+        builtin = cls.__module__ == "builtins"
+        kinds = (types.MemberDescriptorType, *([types.GetSetDescriptorType] if builtin else []))
+        for name, slot in vars(cls).items():
+            is_field = isinstance(slot, kinds)
+            if is_field and _is_copied(name):
+                try:
+                    yield name, slot.__get__(exc)
+                except Exception:  # a field of an exception that was never initialised
+                    continue
+    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
+    for name in list(own):
+        if _is_copied(name):
+            yield name, own[name]
+
+
+def _is_copied(name: str) -> bool:
+    """Not the machinery (``__class__``, ``__cause__``), nor what an error of ours carries."""
+    if name == "__notes__":
+        return True
+    return not name.startswith("__") and name not in ("failure", "_text")
+
+
+def first_importable(remains: Remains | None) -> type[BaseException] | None:
+    """The exception's class, or the nearest of its bases that this process can import."""
+    for pickled in remains.lineage if remains else ():
+        try:
+            found = pickle.loads(pickled)
+        except Exception:  # not importable in this process: try what it derives from
+            continue
+        if isinstance(found, type) and issubclass(found, BaseException):
+            return found
+    return None
+
+
+def crossed(remains: Remains | None) -> Iterator[tuple[str, Any]]:
+    """The attributes that made it across."""
+    for name, pickled in remains.attributes if remains else ():
+        try:
+            yield name, pickle.loads(pickled)
+        except Exception:  # its class is not importable here
+            continue

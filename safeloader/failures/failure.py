@@ -1,0 +1,254 @@
+"""A failure, as data: made where it happened, raised in main. Runs in: both.
+
+::
+
+    failure_of(exc, ...)  ──►  Failure (pickles, JSON)  ──►  error_from(failure)
+    worker, or main            result queue, log, dump       main: SampleError(KeyError)
+
+The exception object itself does not cross, only what can be of it (``remains.py``); the error is
+put together from that without running a constructor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import traceback as traceback_module
+from typing import Any, cast
+
+from safeloader.errors import (
+    CollateError,
+    DeliveryError,
+    SafeLoaderError,
+    SampleError,
+    SamplerError,
+    TransportError,
+    WorkerCrashError,
+    WorkerInitError,
+    WorkerTimeoutError,
+    blank,
+    dual_type,
+)
+from safeloader.failures.exception_parts import (
+    Remains,
+    attributes_of,
+    crossed,
+    first_importable,
+    remains_of,
+)
+from safeloader.failures.wording import bounded, report
+from safeloader.introspect.random_state import RandomState
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.texts import bounded_text, index_text, name_of
+from safeloader.introspect.values import exception_text, type_name
+
+_ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
+    "init": WorkerInitError,
+    "sampler": SamplerError,
+    "sample": SampleError,
+    "collate": CollateError,
+    "transport": TransportError,
+    "crash": WorkerCrashError,
+    "timeout": WorkerTimeoutError,
+    "delivery": DeliveryError,
+}
+
+_MESSAGE_CHARS = 10_000
+_TRACEBACK_CHARS = 40_000
+_PART_CHARS = 1000  # one text among the indices
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Failure:
+    """What went wrong, where, and in what state; frozen, picklable, JSON through :meth:`to_dict`.
+
+    Attributes:
+        phase: what was being done: ``"init"`` (worker_init_fn), ``"sampler"``, ``"sample"``,
+            ``"collate"``, ``"transport"`` (pickling, loading, pinning), ``"crash"`` and
+            ``"timeout"`` (of a worker) or ``"delivery"`` (the ledger's check).
+        index: dataset index of the sample at fault, ``(worker, ordinal)`` in a stream; None where
+            no single sample is known to be.
+        position: position of that sample in its batch, from 0; None without an index.
+        indices: indices of the whole batch, as far as they were known where it failed.
+        batch: number of the batch in its epoch, in the order handed over, from 0; None where no
+            batch is at fault, and for an ``on_error`` callable: it is asked in the worker, and
+            batches are numbered as they are handed over.
+        epoch: number of the epoch, as ``loader.recorder`` counts them, from 0; None for an
+            ``on_error`` callable, as ``rank`` is.
+        rank: rank of this process in distributed training; None outside of it.
+        worker_id: number of the worker; None in the main process.
+        pid: process id of the process where it happened.
+        exception_type: qualified name of what was raised, ``"KeyError"``.
+        message: ``str()`` of what was raised, without what looks like a secret; see SECURITY.md.
+        traceback: the traceback in the process where it happened, as text, without secrets too.
+        dataset_state: the dataset in that process: ``class``, ``length``, ``attributes``,
+            ``changed_since_worker_start``, ``differs_from_main``.
+        hint: what to do next.
+
+    Example:
+        >>> from safeloader import SafeDataLoader, SampleError
+        >>> class Dataset:
+        ...     def __len__(self):
+        ...         return 8
+        ...     def __getitem__(self, index):
+        ...         return {0: "a", 1: "b"}[index]
+        >>> try:
+        ...     list(SafeDataLoader(Dataset(), batch_size=4))
+        ... except SampleError as error:
+        ...     failure = error.failure
+        >>> failure.exception_type, failure.index, failure.position, failure.indices
+        ('KeyError', 2, 2, (0, 1, 2, 3))
+        >>> failure.to_dict()["phase"]
+        'sample'
+    """
+
+    phase: str
+    exception_type: str
+    message: str
+    traceback: str = ""
+    index: Any = None
+    position: int | None = None
+    indices: tuple[Any, ...] = ()
+    batch: int | None = None
+    epoch: int | None = None
+    rank: int | None = None
+    worker_id: int | None = None
+    pid: int = dataclasses.field(default_factory=os.getpid)
+    dataset_state: dict[str, Any] | None = None
+    hint: str = ""
+    _where: str = dataclasses.field(default="", repr=False)
+    _remains: Remains | None = dataclasses.field(default=None, repr=False, compare=False)
+    _random: RandomState | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("message", "traceback", "hint"):  # whoever made them: they leave from here on
+            object.__setattr__(self, name, scrub(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        known = ("phase", "exception_type", "index", "batch", "epoch", "worker_id", "message")
+        return f"Failure({', '.join(f'{k}={bounded_text(getattr(self, k))}' for k in known)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
+        return {
+            field.name: value if field.type == "str" else _plain(value)
+            for field in dataclasses.fields(self)
+            if not field.name.startswith("_")
+            for value in (getattr(self, field.name),)
+        }
+
+    def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
+        """Whether what was raised is of one of these types, as far as it can be imported here."""
+        raised = first_importable(self._remains)
+        return raised is not None and issubclass(raised, types)
+
+    def __str__(self) -> str:
+        return "\n".join(report(self))
+
+
+def failure_of(
+    exc: BaseException, *, phase: str, where: str, skip_frames: int = 1, **known: Any
+) -> Failure:
+    """The failure that ``exc`` is; call it in the process where it was raised.
+
+    Args:
+        exc: what was raised, with its traceback.
+        phase: see :class:`Failure`.
+        where: as torch words it, ``"in DataLoader worker process 3"``; empty in the main process.
+        skip_frames: frames of ours at the head of the traceback, left out.
+        known: further fields of :class:`Failure`.
+    """
+    return Failure(
+        phase=phase,
+        exception_type=type_name(type(exc)),
+        message=bounded(exception_text(exc), _MESSAGE_CHARS),
+        traceback=bounded(_traceback_of(exc, skip_frames), _TRACEBACK_CHARS),
+        _where=where,
+        _remains=_inner_remains(exc) or remains_of(exc),
+        **known,
+    )
+
+
+def _inner_remains(exc: BaseException) -> Remains | None:
+    """For the error of a loader within the dataset: what is left of what the user's code raised."""
+    inner = exc.failure if isinstance(exc, SafeLoaderError) else None
+    return None if inner is None else inner._remains
+
+
+def error_from(failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
+    """The error to raise for ``failure``, of our type and of the original one.
+
+    ``exception`` is the original where it is at hand (it happened in this process); its traceback
+    then leads into the user's frames, as it would without us.
+    """
+    ours = _ERROR_OF_PHASE[failure.phase]
+    theirs = type(exception) if exception is not None else first_importable(failure._remains)
+    error: SafeLoaderError
+    if theirs is None:
+        error = ours(failure.message)
+    else:
+        attributes = dict(
+            crossed(failure._remains) if exception is None else attributes_of(exception)
+        )
+        try:
+            error = cast(
+                SafeLoaderError, blank(dual_type(ours, theirs), attributes.get("args", ()))
+            )
+        except TypeError:  # a group whose members could not cross
+            error = ours(failure.message)
+        for name, value in attributes.items():
+            try:
+                setattr(error, name, value)
+            except Exception:  # a read-only field, or a setter of the user's that objects
+                continue
+    error.failure = failure
+    error._text = str(failure)
+    if exception is None:
+        return error
+    error.__cause__, error.__context__ = exception.__cause__, exception.__context__
+    error.__suppress_context__ = exception.__suppress_context__
+    return error.with_traceback(exception.__traceback__)
+
+
+def _traceback_of(exc: BaseException, skip_frames: int) -> str:
+    traceback = exc.__traceback__
+    for _ in range(skip_frames):
+        if traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+    try:
+        said = traceback_module.TracebackException(type(exc), exc, traceback, compact=True)
+        _leave_out_ours(said)
+        return "".join(said.format())
+    except Exception:  # a __str__, __notes__ or source line that cannot be shown
+        shown = "".join(traceback_module.format_tb(traceback))
+        return f"Traceback (most recent call last):\n{shown}{type_name(type(exc))}\n"
+
+
+def _leave_out_ours(said: traceback_module.TracebackException) -> None:
+    """Drop our frames above the user's, and what a second try raised exactly as the first did."""
+    while len(said.stack) > 1 and said.stack[0].filename.startswith(_OURS):
+        del said.stack[0]
+    behind = said.__cause__ or said.__context__
+    if behind is None:
+        return
+    _leave_out_ours(behind)
+    first = said.__context__
+    if behind is first and [*first.format(chain=False)] == [*said.format(chain=False)]:
+        said.__context__ = first.__context__
+
+
+def _plain(value: Any, depth: int = 5) -> Any:
+    cls = type(value)
+    if value is None or cls is bool or (cls is int and value.bit_length() < 64):
+        return value
+    if cls is float and math.isfinite(value):
+        return value
+    if cls is str:
+        return bounded(scrub(value[:_PART_CHARS]), _PART_CHARS)
+    if cls in (tuple, list) and depth:
+        return [_plain(item, depth - 1) for item in value]
+    if cls is dict and depth:
+        return {name_of(key): _plain(item, depth - 1) for key, item in value.items()}
+    return index_text(value)

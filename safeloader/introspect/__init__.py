@@ -1,0 +1,1 @@
+"""Looks at objects and at the machine; knows no loader. Runs in: both."""

@@ -1,0 +1,62 @@
+"""Whether files can be written into a folder. Runs in: main."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+from safeloader.failures.loader_log import process_name
+
+_ATTEMPTS = 1000
+_numbers = itertools.count()
+
+
+def folder_of(folder: object) -> Path:
+    """The path that the user gave, ``~`` expanded (as it stands where there is no home)."""
+    return Path(os.path.expanduser(os.fspath(folder)))  # type: ignore[call-overload]  # checked
+
+
+def see_writable(folder: Path) -> None:
+    """See that files can be written into ``folder``, which need not exist yet.
+
+    Raises:
+        OSError: if they cannot.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file")
+    with tempfile.TemporaryFile(dir=existing):
+        pass
+
+
+def create(folder: Path, stem: str, suffix: str, also: str = "") -> tuple[int, Path]:
+    """Make a file that was not there; its descriptor for writing, and its path.
+
+    It can be read by its owner alone, as can folders that are made for it. Names are predictable
+    and the folder may be ``/tmp``: a link that somebody put there is not followed.
+
+    Args:
+        folder: made where it is missing.
+        stem: what the name begins with; host, rank, process id and a number follow.
+        suffix: what it ends with.
+        also: a suffix under which there must be no file of this name either.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        with contextlib.suppress(FileExistsError):  # another rank made it just now
+            missing.mkdir(mode=0o700)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    for number in itertools.islice(_numbers, _ATTEMPTS):
+        path = folder / f"{stem}-{process_name()}-{number}{suffix}"
+        if also and os.path.lexists(path.with_suffix(also)):
+            continue
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600), path
+    raise FileExistsError(f"{_ATTEMPTS} files of this process are in {folder} already")

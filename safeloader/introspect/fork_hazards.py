@@ -1,0 +1,363 @@
+"""Finds, before workers start, what they had better not inherit. Runs in: main.
+
+A forked worker goes on with its parent's sockets, read positions and locks, but without its
+threads; and under every start method all workers get the same copy of a random generator. None of
+it raises: rows get mixed up, samples repeat, a worker hangs. So the dataset is walked, and what is
+known by its class not to survive is told. No code of the user's is run (:mod:`values`).
+
+False alarms teach people to ignore alarms: what is not in use (closed, not connected yet, not
+held) is not told. What the user's code makes anew in the worker is: each warning can be silenced
+by the path that it begins with.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import io
+import pathlib
+import random
+import re
+import socket
+import threading
+import types
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+from time import monotonic
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from safeloader._torch import without_overrides
+from safeloader.introspect.values import container_base, cut, definitions, fields, type_name
+
+SAMPLED = 10  # elements looked at of one container
+ATTRIBUTES_MAX = 256
+KEY_MAX = 40  # characters of one name or key in a path
+TOLD_MAX = 8  # findings spelled out in one warning
+
+
+class Inherited(NamedTuple):
+    """Something that a worker had better not inherit: where it is, and what to do about it."""
+
+    path: str
+    kind: str
+    why: str
+    advice: str
+
+
+def survey(
+    thing: object,
+    name: str,
+    *,
+    start_method: str,
+    num_workers: int,
+    beside: Mapping[str, object] = types.MappingProxyType({}),
+    bound_s: float = 0.05,
+    bound_items: int = 2000,
+) -> list[Inherited]:
+    """Return what workers had better not inherit with `thing`; never raises.
+
+    Args:
+        thing: the loader's dataset.
+        name: what it is called in the paths: `"dataset"`.
+        start_method: `"fork"`, `"spawn"` or `"forkserver"`.
+        num_workers: with 0 nothing is inherited.
+        beside: by name what else goes to the workers, `collate_fn` and `worker_init_fn`. What two
+            of them hold is told once.
+        bound_s, bound_items: seconds and objects after which the rest is left out.
+
+    >>> class Noisy:
+    ...     def __init__(self):
+    ...         self.rng = np.random.default_rng(0)
+    >>> [found] = survey(Noisy(), "dataset", start_method="spawn", num_workers=2)
+    >>> found.path, found.kind
+    ('dataset.rng', 'numpy.random.Generator')
+    """
+    walk = _Walk({name: thing, **beside}, start_method == "fork", num_workers)
+    if num_workers > 0:
+        with suppress(Exception):
+            walk.run(monotonic() + bound_s, bound_items)
+    return walk.found
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
+    """Warn of each finding, once a process for each class of dataset and path.
+
+    Whether the worker makes it anew is not guessed. Each warning begins with the path, and says how
+    it is silenced by that.
+
+    Args:
+        findings: what `survey` returned.
+        dataset: the loader's; only its class is looked at.
+        stacklevel: as for `warnings.warn`; 1 is the caller of this function.
+    """
+    new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
+    for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
+        begins = f"safeloader: {path} "
+        text = f"{begins}({kind}) goes to the workers: {why}. {advice[0].upper()}{advice[1:]}."
+        if number == TOLD_MAX < len(new):
+            text += f" ... and {len(new) - TOLD_MAX} more like it."
+        silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
+        text += f" If the worker does so already: {silence}"
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
+
+
+# ---- what is known
+
+_Hazard = tuple[str, str]  # why it is one, and what to do
+
+_LAZILY = "set it up in the worker at first use, and keep None here until then"
+_CONNECTION = ("after a fork all use this one connection: replies get mixed up or lost", _LAZILY)
+_HANDLE = ("its library rules out use after a fork: reads can fail, hang or be wrong", _LAZILY)
+_FILE = (
+    "forked processes share one read position: what one reads, the others skip",
+    f"{_LAZILY}; or use os.pread or np.memmap, which share no position",
+)
+_CUDA = ("CUDA cannot be re-initialized in a forked process", "keep what is here on the CPU")
+_LOCK = ("held now: the copy in the worker will never be released", _LAZILY)
+_THREAD = ("threads do not exist in a forked process: what waits for one waits for ever", _LAZILY)
+_GENERATOR = ("all workers get a copy in the same state", "seed it per worker")  # in full below
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return {name: each for name, each in fields(value, ATTRIBUTES_MAX)[0] if type(name) is str}
+
+
+def _connected(value: Any) -> bool:
+    flags = {k: x for k, x in _attributes(value).items() if type(x) is bool or type(x) is int}
+    return not (flags.get("closed") or flags.get("_closed") or flags.get("_opened") is False)
+
+
+def _sqlite_connected(value: Any) -> bool:
+    changes = definitions(type(value), "total_changes")[-1]
+    return bool(changes.__get__(value) >= 0)  # raises if it is closed, which is a no as well
+
+
+def _owned_by_another(value: Any) -> bool:
+    text: str = type(threading.RLock()).__repr__(value)  # before 3.14 it has no `locked`
+    return text.startswith("<locked") and f" owner={threading.get_ident()} " not in text
+
+
+def _on_cuda(value: Any) -> bool:
+    hook = "__torch_dispatch__"  # a tensor with one of its own may answer by foreign code
+    if len(definitions(type(value), hook)) > len(definitions(torch.Tensor, hook)):
+        return False
+    with without_overrides():
+        return bool(definitions(torch.Tensor, "is_cuda")[0].__get__(value))
+
+
+def _runs(value: Any) -> bool:
+    live = any(value is each for each in threading.enumerate())
+    return live and value is not threading.current_thread()
+
+
+# What it is, whether it is in use, and its classes: by top package and own name, as what lies
+# between moves with releases. (`Environment` is lmdb's compiled one, which tells no module.)
+_CATALOGUE: list[tuple[_Hazard, Callable[[Any], bool], str]] = [
+    (_GENERATOR, lambda value: True, "numpy.Generator numpy.RandomState numpy.BitGenerator"),
+    (_GENERATOR, lambda value: True, "random.Random torch.Generator"),
+    (_CONNECTION, _connected, "asyncpg.Connection pymongo.MongoClient botocore.BaseClient"),
+    (_CONNECTION, _connected, "boto3.ServiceResource grpc.Channel fsspec.AsyncFileSystem"),
+    (_CONNECTION, _connected, "psycopg2.connection psycopg.BaseConnection pymysql.Connection"),
+    (_CONNECTION, _connected, "MySQLdb.connection mysql.MySQLConnectionAbstract"),
+    (_CONNECTION, _sqlite_connected, "sqlite3.Connection"),
+    (_CONNECTION, lambda value: socket.socket.fileno(value) != -1, "_socket.socket"),
+    (_HANDLE, lambda value: True, "lmdb.Environment Environment _duckdb.DuckDBPyConnection"),
+    (_HANDLE, lambda value: bool(_attributes(value)["_id"].id), "h5py.HLObject"),
+    (_FILE, lambda value: io.FileIO.readable(value), "_io.FileIO"),  # raises if it is closed
+    (_CUDA, _on_cuda, "torch.Tensor"),
+    (_LOCK, lambda value: bool(value.locked()), "_thread.lock"),
+    (_LOCK, _owned_by_another, "_thread.RLock"),
+    (_THREAD, lambda value: len(_attributes(value)["_waiters"]) > 0, "threading.Condition"),
+    (_THREAD, _runs, "threading.Thread multiprocessing.DummyProcess"),
+]
+_KNOWN = {name: row[:2] for row in _CATALOGUE for name in row[2].split()}
+
+# What lives in one of these is told in its name; with nothing live inside, it is harmless.
+_WRAPPER_NAMES = (
+    "_io.TextIOWrapper _io.BufferedReader _io.BufferedRandom gzip.GzipFile bz2.BZ2File "
+    "lzma.LZMAFile tempfile._TemporaryFileWrapper zipfile.ZipFile zipfile.ZipExtFile "
+    "tarfile.TarFile numpy.NpzFile PIL.Image threading.Condition threading.Semaphore queue.Queue "
+    "concurrent.Executor multiprocessing.Pool multiprocessing.ThreadPool sqlalchemy.Engine "
+    "sqlalchemy.Connection sqlalchemy.Session requests.Session urllib3.PoolManager httpx.Client "
+    "aiohttp.ClientSession redis.Redis redis.PubSub redis.AbstractConnection sqlite3.Cursor "
+    "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor"
+)
+_WRAPPERS = frozenset(_WRAPPER_NAMES.split())
+# Made to be inherited, as all of multiprocessing, or nothing to look into.
+_LEFT_ALONE_NAMES = (
+    "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader threading.Event "
+    "logging.Logger logging.Handler numpy.ndarray type module"
+)
+_LEFT_ALONE = frozenset(_LEFT_ALONE_NAMES.split())
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, np.ndarray)
+_PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
+
+_mro_of: Any = type.__dict__["__mro__"].__get__  # past any metaclass
+
+
+class _Verdict(NamedTuple):
+    base: Any  # the built-in container that it is
+    known: tuple[_Hazard, Callable[[Any], bool]] | None = None
+    wraps: bool = False
+    opens: bool = True  # whether to look inside
+
+
+_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see `_PLAIN_IDS`
+
+
+def _verdict_on(cls: type) -> _Verdict:
+    kept = _verdicts.get(id(cls))
+    if kept is None or kept[0]() is not cls:
+        kept = _verdicts[id(cls)] = weakref.ref(cls), _decide(cls)
+    return kept[1]
+
+
+def _decide(cls: type) -> _Verdict:
+    for name in map(type_name, _mro_of(cls)):
+        key = re.sub(r"\..*\.", ".", name)
+        wraps = key in _WRAPPERS
+        if wraps or key in _KNOWN or key in _LEFT_ALONE or key.startswith("multiprocessing."):
+            return _Verdict(None, _KNOWN.get(key), wraps, wraps)
+    return _Verdict(container_base(cls))
+
+
+# ---- the walk
+
+
+class _Item(NamedTuple):
+    value: Any
+    path: str
+    holder: type | None = None  # the class of the object whose attribute it is
+    part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
+
+
+class _Walk:
+    """Breadth first, so that everything is told by the shortest way to it."""
+
+    def __init__(self, things: dict[str, object], forks: bool, workers: int) -> None:
+        self.found: list[Inherited] = []
+        self._things, self._forks, self._workers = things, forks, workers
+        self._queue: deque[_Item] = deque()
+        # The process-wide generators, which torch seeds in each worker, are no finding.
+        of_process: Any = (random.random, np.random.rand)
+        self._seen = {
+            id(torch.default_generator),
+            *(id(getattr(x, "__self__", None)) for x in of_process),
+        }
+
+    def run(self, end: float, bound_items: int) -> None:
+        for name, thing in self._things.items():
+            self._add(_Item(thing, name))
+        name, dataset = next(iter(self._things.items()))
+        for method in _IN_WORKER:  # for their closures and globals
+            for function in definitions(type(dataset), method)[:1]:
+                self._add(_Item(function, f"{name}.{method}"))
+        for _ in range(bound_items):
+            if not self._queue or monotonic() > end:
+                return
+            with suppress(Exception):  # what another thread changes while it is read
+                self._look(self._queue.popleft())
+
+    def _add(self, item: _Item) -> None:
+        if id(type(item.value)) not in _PLAIN_IDS and id(item.value) not in self._seen:
+            self._seen.add(id(item.value))
+            self._queue.append(item)
+
+    def _look(self, item: _Item) -> None:
+        value, path, holder, part_of = item
+        base, known, wraps, opens = _verdict_on(cls := type(value))
+        if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
+            return self._tell(item, known[0])
+        if wraps and part_of is None:
+            part_of = path, _kind(cls)
+        for step, child in _parts(value, base, self._forks) if opens else ():
+            owner = cls if step[0] == "." and part_of is None else holder
+            self._add(_Item(child, path + step, owner, part_of))
+
+    def _tell(self, item: _Item, hazard: _Hazard) -> None:
+        path, kind = item.part_of or (item.path, _kind(type(item.value)))
+        if hazard is _GENERATOR:
+            if item.holder and type_name(item.holder).startswith("torch.utils.data."):
+                return  # torch seeds those of its own data pipes
+            hazard = _for_generator(path, kind, self._workers)
+        found = Inherited(path, kind, *hazard)
+        if found not in self.found:  # a wrapper may have several live parts
+            self.found.append(found)
+
+
+_IN_WORKER = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
+_PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
+_AROUND = ((functools.partial, "func"), (types.MethodType, "__func__"), (property, "fget"))
+
+
+def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
+    """What an object holds: the step in the path, and itself."""
+    cls = type(value)
+    if base is not None:
+        pairs = dict.items(value) if base is dict else enumerate(base.__iter__(value))
+        for key, child in islice(pairs, SAMPLED):
+            if id(type(child)) not in _PLAIN_IDS:
+                unordered = base is set or base is frozenset
+                yield "{...}" if unordered else f"[{_key_text(key)}]", child
+    if cls is types.MethodType or cls is types.BuiltinMethodType:
+        yield ".__self__", value.__self__
+        yield ".__func__", getattr(value, "__func__", None)
+    if cls is types.FunctionType:
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            with suppress(ValueError):  # an empty cell
+                yield f".__closure__[{name!r}]", cell.cell_contents
+        for name in _globals_of(value.__code__) if forks else ():  # a spawned worker imports anew
+            child = dict.get(value.__globals__, name)
+            verdict = _verdict_on(type(child))  # no other: most are not the dataset's
+            if verdict.known or verdict.wraps:
+                yield f".__globals__[{name!r}]", child
+        yield ".__defaults__", value.__defaults__
+        yield ".__kwdefaults__", value.__kwdefaults__
+    for name, child in fields(value, ATTRIBUTES_MAX)[0] if cls is not base else ():
+        if id(type(child)) not in _PLAIN_IDS and type(name) is str:
+            yield f".{cut(name, KEY_MAX)}", child
+
+
+def _key_text(key: Any) -> str:
+    if type(key) is str:  # which may be an address with a password in it
+        return cut(repr(re.sub("//[^/@]*@", "//...@", key[:1000])), KEY_MAX)
+    return repr(key) if type(key) is int or key is None else f"<{cut(type_name(type(key)))}>"
+
+
+def _kind(cls: type) -> str:
+    """The name that people know a class by, without the private modules it may be from."""
+    name = type_name(cls)
+    return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
+
+
+def _globals_of(code: types.CodeType) -> dict[str, None]:
+    """The globals that a function uses, and those defined in it."""
+    steps = dis.get_instructions(code)
+    names = dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
+    for inner in code.co_consts:
+        names |= _globals_of(inner) if type(inner) is types.CodeType else {}
+    return names
+
+
+def _for_generator(path: str, kind: str, workers: int) -> _Hazard:
+    why = "the worker starts each epoch from a copy in the same state: the same numbers again"
+    if workers > 1:
+        why = f"the {workers} workers get copies in the same state: all draw the same numbers"
+    seed = "get_worker_info().seed"
+    if not path.startswith("dataset.") or "__" in path or "{" in path:
+        return why, f"make it in the worker from {seed}"
+    again = f".{'manual_seed' if kind == 'torch.Generator' else 'seed'}({seed} % 2**32)"
+    if kind.startswith("numpy.random.") and not kind.endswith("RandomState"):
+        again = f" = np.random.default_rng({seed})"
+    return why, f"seed it per worker: in worker_init_fn, get_worker_info().{path}{again}"

@@ -1,0 +1,187 @@
+"""Hides secrets in every text that leaves the process. Runs in: both.
+
+Names are taken apart into words (`dbPass`, `DB_PASS`, `db-pass`), so that `tokenizer` is no `token`
+and `patience` no `pat`. Looks are the published formats of keys and tokens: the prefixes that
+GitHub, GitLab, Hugging Face, OpenAI, Slack, Stripe, AWS and Google document so that scanners can
+find them, RFC 7519 (JWT), RFC 7468 (PEM), RFC 6750 and 7617 (headers), RFC 3986 (user:password@).
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+REDACTED = "[redacted]"
+
+# ---- by name
+
+_ANYWHERE = re.compile(
+    "passw|passphrase|passcode|passkey|pswd|secret|credential|authori[sz]ation|bearer|cookie"
+    "|webhook|conn(?:ection)?str|sharedaccess|sess(?:ion)?id|mnemonic|seedphrase|kubeconfig|netrc"
+)
+_WHOLE = re.compile(
+    "pwd|pw|psw|psk|creds?|auth|dsn|jwt|jws|pats?|sas|t?otp|mfa|csrf|xsrf|sig|pem|pfx"
+)
+_OF = (
+    "access|account|admin|anthropic|api|app|auth|aws|azure|client|cohere|comet|cosmos|databricks"
+    "|datadog|db|decryption|deploy|deepseek|email|encryption|fernet|ftp|gcp|gcs|gemini|git|github"
+    "|gitlab|google|gpg|groq|hf|hmac|hook|huggingface|imap|jwt|kaggle|kms|ldap|license|mail|maps"
+    "|master|mistral|mongo|mysql|neptune|openai|openrouter|pg|pgp|pinecone|postgres|private|proxy"
+    "|pypi|rabbitmq|redis|replicate|root|rsa|sas|sendgrid|sentry|service|session|shared|sign|signing"
+    "|slack|smtp|sql|ssh|ssl|storage|stripe|subscription|sudo|symmetric|telegram|tls|twilio|user"
+    "|vault|wandb|wifi"
+)
+# One word, or two beside each other: `sshkey` and `ssh_key`.
+_COMPOUND = re.compile(
+    f"(?:{_OF})(?:keys?|pass)|(?:auth|otp|mfa|pin|recovery|security|verification)codes?"
+)
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# What goes over data is a pass too.
+_PASSES = re.compile(
+    "all|backward|band|by|eval|final|first|forward|high|last|low|multi|n|one|per|second|single|test"
+    "|third|train|two"
+)
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=-]{20,}")
+
+
+def secrecy(name: str) -> str:
+    """Say how much of what stands under a name is a secret: `"all"`, `"texts"` or nothing (`""`).
+
+    Tokens and passes are two things: a text of that name may open a door, numbers are what language
+    models read, and what a test run counts.
+
+    >>> [secrecy(name) for name in ("dbPass", "hftoken", "tokenizer", "forward_pass", "ssh-key")]
+    ['all', 'texts', '', '', 'all']
+    """
+    words = [] if "=" in name else [word.lower() for word in _WORDS.findall(name)]
+    beside = map("".join, pairwise(words))
+    if (
+        _ANYWHERE.search("".join(words))
+        or any(map(_WHOLE.fullmatch, words))
+        or any(map(_COMPOUND.fullmatch, [*words, *beside]))
+    ):
+        return "all"
+    passes = words[-1:] == ["pass"] and not any(map(_PASSES.fullmatch, words[-2:-1]))
+    return "texts" if passes or any(w.endswith(("token", "tokens")) for w in words) else ""
+
+
+def looks_random(name: str, text: str) -> bool:
+    """Say whether a text under the name of some key (`cdn_key`) is one that opens a door."""
+    words = _WORDS.findall(name.lower())
+    return words[-1:] == ["key"] and len(words) > 1 and bool(_RANDOM.fullmatch(text))
+
+
+# ---- by looks
+
+_LOOKS = re.compile(
+    r"""
+    -----BEGIN[ ][A-Z0-9 ]*PRIVATE[ ]KEY[A-Z ]*-----[\s\S]*?(?:-----END[A-Z0-9 ]*-----|\Z)
+    |(?<![A-Za-z0-9])(?:
+        eyJ[\w-]{6,}\.[\w-]+(?:\.[\w-]*){0,3}
+        |A[A-Z]{3}(?=[A-Z]*\d)[A-Z2-7]{16}(?![A-Za-z0-9])
+        |(?:gh[pousr]|hf|npm|gsk|r8|xai|dckr_pat|dop_v1|glsa|shp(?:at|ss|ca|pa)|lin_api|whsec
+            |[rsp]k_(?:live|test))_[A-Za-z0-9]{16,}
+        |github_pat_\w{16,}
+        |(?:sk|xox[a-z]|xapp|gl[a-z]{2,5}|pypi|nvapi|pplx|tvly|GOCSPX)-(?=[\w-]*\d)[\w-]{16,}
+        |AIza[\w-]{30,}|ya29\.[\w-]{10,}|SG\.[\w-]{16,}\.[\w-]{16,}|hvs\.[\w-]{20,}
+        |dapi[0-9a-f]{32}|SK[0-9a-f]{32}|\d{8,10}:AA[\w-]{30,}
+    )
+    |(?<=Bearer[ ])(?!token|auth)[^\s'"\[]{4,}|(?<=bearer[ ])(?=\S*\d)[^\s'"\[]{8,}
+    |(?<=Basic[ ])(?=[^\s'"]*[\d=+/])[A-Za-z0-9+/]{6,}={0,2}
+    # https://user:password@host, https://token@host, user:password@host
+    |(?<=://)[^\s'"/@:]{16,}(?=@)
+    |(?<=:)(?!//)(?!\d{1,5}[/?\#])[^\s'"@/,\[\]]{1,100}(?:/[^\s'"@]{0,100})?(?=@[\w.\[-])
+    |(?<=://)(?P<user>[^\s'"/@:]*:)(?!\d{1,5}(?:[/?\#,]|$))[^\s'"@\[]+\Z
+    # the hooks of Slack, Discord, Teams: who has the address may write
+    |(?<=://)(?P<hook>[\w.-]*hooks?[\w.-]*/|[^\s'"]*?/(?:web)?hooks?/)[^\s'"\[]+
+    # signed addresses
+    |(?<=[?&;])(?P<signed>(?i:sig|sign|signature|x-[a-z]+-signature|key|code|policy|hmac|hdnea)=)
+        [^\s&'"\[]+
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
+# ---- by name, in a running text: `password=x`, `'password': 'x'`, `--password x`
+
+_QUOTED = r"""[bruf]{0,2}(?:"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z))"""
+_NAME = re.compile(
+    r"""(?:b?(?P<q>\\{0,4}['"])(?P<quoted>[^'"\\\s=:]{1,80}|\w+(?:[ ]\w+){1,2})(?P=q)[\])]?
+        |(?P<line>(?i:authorization|cookie))(?=:[ ])
+        |(?P<flag>(?<![\w-])--?[A-Za-z][\w-]*)(?=[ ][^\s-])
+        |(?<![\w-])(?<![\w-]\.)(?P<bare>-{0,2}[A-Za-z_][\w.-]*)(?:\[\w*\])?
+    )(?P<sep>\s*(?::\s*[A-Za-z_][\w.\[\], |]{0,40}\s=\s|:=|=>|[=!]=|[=:])\s*
+        |(?(quoted),\s*(?:['"]?(?:val|values?|data|content)['"]?\s*[=:]\s*)?
+            (?=b?\\{0,4}['"]|[(\[{])|(?(flag)[ ]|(?!)))
+    )(?=\S)""",
+    re.VERBOSE,
+)
+_VALUE = re.compile(
+    rf"""(?P<esc>\\{{1,4}}['"])[\s\S]*?(?:(?P=esc)|\Z)|{_QUOTED}
+        |(?:(?i:bearer|basic|token|digest)[ ])?[^\s;&'"(\[{{]*""",
+    re.VERBOSE,
+)
+_BRACKETS = re.compile(rf"{_QUOTED}|[(\[{{]|[)\]}}]")
+_NUMERIC = re.compile(
+    r"(?:[^A-Za-z'\"]|\d*e[+-]?\d|None|True|False|nan|inf|tensor|array|range|d?type|device"
+    r"|torch|np|u?int\d+|b?float\d+)*"
+)
+_LINE = re.compile(r"""[^\r\n'"]*""")
+_NO_NAMES = ("Error", "Exception", "Warning", "Fault")
+_FRAME = re.compile(r'(^ *File ".*", line \d+.*\n(?:^    .*(?:\n|\Z))*)', re.MULTILINE)
+
+
+def scrub(text: str) -> str:
+    """Hide in a text what looks like a secret, and what stands beside the name of one.
+
+    Of the source lines in a traceback only literals are hidden: a variable's name is no secret.
+
+    >>> scrub("cannot reach postgresql://bob:hunter2@host/db (password=hunter2, rate=3)")
+    'cannot reach postgresql://bob:[redacted]@host/db (password=[redacted], rate=3)'
+    """
+    text = _LOOKS.sub(lambda m: (m["user"] or m["hook"] or m["signed"] or "") + REDACTED, text)
+    if "Traceback" not in text and 'File "' not in text:
+        return _scrub_pairs(text)
+    # Every second piece is a frame with its source.
+    pieces = enumerate(_FRAME.split(text))
+    return "".join(_scrub_pairs(piece, code=bool(k % 2)) for k, piece in pieces)
+
+
+def _scrub_pairs(text: str, *, code: bool = False) -> str:
+    told: list[str] = []
+    done = at = 0
+    while found := _NAME.search(text, at):
+        name = found["quoted"] or found["line"] or found["flag"] or found["bare"]
+        last = name.rpartition(".")[2]
+        at = found.start() + 1 if found["quoted"] else found.start("sep")
+        start = found.end()
+        how = "" if last.endswith(_NO_NAMES) else secrecy(last)
+        if not (how or last.lower().endswith("key")):
+            continue
+        end = _end_of_value(text, start)
+        if found["line"]:
+            end = min(
+                (k for k in (text.find(c, start) for c in "\r\n'\"") if k >= 0), default=len(text)
+            )
+        value = text[start:end]
+        shown = (
+            not (how or looks_random(last, value.strip("'\"")))
+            or (how == "texts" and _NUMERIC.fullmatch(value) is not None)
+            or (code and not ("'" in value or '"' in value or value.isdigit()))
+        )
+        if value and not shown:
+            told += text[done:start], REDACTED
+            done = at = end
+    return "".join([*told, text[done:]])
+
+
+def _end_of_value(text: str, start: int) -> int:
+    found = _VALUE.match(text, start)
+    end = start if found is None else found.end()
+    if text[end : end + 1] not in ("(", "[", "{"):
+        return start + len(text[start:end].rstrip(",)]}")) if text[start] not in "'\"" else end
+    depth = 0
+    for part in _BRACKETS.finditer(text, end):
+        depth += (part[0] in "([{") - (part[0] in ")]}")
+        if depth <= 0:
+            return part.end()
+    return len(text)

@@ -1,0 +1,361 @@
+"""Recognises the exceptions of a machine that ran out of something. Runs in: both.
+
+What ran out is seldom what the message speaks of. Too many open files are "received 0 items of
+ancdata" or "No usable temporary directory", too many shared tensors are "Cannot allocate memory", a
+full `/dev/shm` is "No space left on device" with gigabytes free on every disk. Said here is what
+ran out, with figures, and what to do. The figures are those of the process that asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from safeloader.introspect.resources import (
+    Space,
+    Use,
+    cgroup_memory,
+    cgroup_tasks,
+    descriptors,
+    human_share,
+    machine_memory,
+    may_write,
+    or_none,
+    shared_memory,
+    soft_limit,
+    space_of,
+    temporary_candidates,
+    temporary_folder,
+)
+
+_CHAIN_MAX = 16  # exceptions looked at behind one
+
+
+@or_none
+def shortage(exc: BaseException) -> str | None:
+    """Say in a few sentences what ran out, how much there is of it, and the way out.
+
+    Call it where `exc` was raised, while what it held is still held. Causes and contexts of `exc`
+    are looked at as well.
+
+    Returns:
+        None where `exc` comes of something else. Never raises.
+
+    >>> shortage(OSError(errno.EMFILE, "Too many open files")).split(":")[0]
+    'too many open files'
+    >>> shortage(FileNotFoundError(errno.ENOENT, "No such file or directory"))
+    """
+    for each in _behind(exc, contexts=True):
+        tell = _teller(each)
+        if tell is not None:
+            return tell(each)
+    return None
+
+
+@or_none
+def met_in_sharing(exc: BaseException) -> bool | None:
+    """Say whether a shortage was met in making the memory that torch sends a tensor in.
+
+    `default_collate` in a worker makes it, so what is raised there need not be about a sample.
+
+    >>> met_in_sharing(RuntimeError("write to file </torch_7_2>: No space left on device"))
+    True
+    """
+    chain = _behind(exc, contexts=True)
+    return any(_teller(e) and any(n.startswith("/torch_") for n in _names(e)) for e in chain)
+
+
+def never_skipped(exc: BaseException) -> bool:
+    """Say whether `exc` means a broken program or machine, where leaving the sample out is no help.
+
+    These are every shortage, what is no `Exception` (`KeyboardInterrupt`), an import that fails, an
+    unknown name, and a source file that does not parse. A bad sample may by itself bring about the
+    others: `RecursionError` (deeply nested JSON), `SystemError` (a broken tile in Pillow),
+    `UnboundLocalError` (a loop over an empty sample), and a `SyntaxError` that is about no `.py`
+    file (`ElementTree.ParseError` is one, and `ast.literal_eval` raises it).
+
+    A shortage counts wherever it stands in the chain: `raise ValueError("bad sample")` within
+    `except OSError` leaves it in the context. A fault of the program counts by itself or as an
+    explicit cause (`from`): in a context it may be an optional import that was done without.
+
+    >>> [never_skipped(error) for error in (MemoryError(), ImportError(), KeyError(7))]
+    [True, True, False]
+    """
+    short = any(_teller(each) for each in _behind(exc, contexts=True))
+    return short or any(map(_is_fault, _behind(exc, contexts=False)))
+
+
+def _is_fault(exc: BaseException) -> bool:
+    if isinstance(exc, SyntaxError):
+        return str(exc.filename).endswith(".py")
+    if isinstance(exc, UnboundLocalError):
+        return False
+    return isinstance(exc, ImportError | NameError) or not isinstance(exc, Exception)
+
+
+def _behind(exc: BaseException, *, contexts: bool) -> Iterator[BaseException]:
+    """Yield an exception, the members of a group, and what they were raised from."""
+    waiting, seen = [exc], set[int]()
+    while waiting and len(seen) < _CHAIN_MAX:
+        each = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        if isinstance(each, BaseExceptionGroup):
+            waiting += each.exceptions[:_CHAIN_MAX]
+        if each.__cause__ is not None:
+            waiting.append(each.__cause__)
+        elif contexts and each.__context__ is not None and not each.__suppress_context__:
+            waiting.append(each.__context__)
+
+
+# ---- which shortage it is
+
+_Teller = Callable[[BaseException], str]
+
+
+@or_none
+def _teller(exc: BaseException) -> _Teller | None:
+    """Return what puts the shortage that `exc` is into words; None where it is none."""
+    for kind, tell in _BY_TYPE.items():
+        if isinstance(exc, kind):
+            return tell
+    if isinstance(exc, OSError):
+        if exc.errno == errno.EAGAIN:  # else a socket or pipe that has nothing to read yet
+            return _tasks if _was_forking(exc) else None
+        if exc.errno in _BY_CODE:
+            return _BY_CODE[exc.errno]
+    if isinstance(exc, OSError | RuntimeError):
+        # Torch and the libraries under h5py put the system's words into a text of their own.
+        system = {re.escape(os.strerror(code)): tell for code, tell in _BY_CODE.items()}
+        text = _text(exc)
+        phrases = (_BY_PHRASE | system).items()
+        return next((tell for phrase, tell in phrases if re.search(phrase, text)), None)
+    return None
+
+
+def _text(exc: BaseException) -> str:
+    return " ".join(part for part in exc.args if type(part) is str)
+
+
+def _was_forking(exc: BaseException) -> bool:
+    """Say whether the innermost frame is one that starts a process."""
+    traceback = exc.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    starts = {"fork", "forkpty", "fork_exec", "_fork_exec", "posix_spawn"}
+    return traceback is not None and not starts.isdisjoint(traceback.tb_frame.f_code.co_names)
+
+
+# ---- files
+
+
+def _open_files(exc: BaseException) -> str:
+    found = descriptors()
+    if found is None:
+        figures, higher = "this process is at its limit", None
+    else:
+        figures = f"this process has {found} open now"
+        higher = found.hard_limit if found.hard_limit != found.soft_limit else None
+    way_out = "Raise the limit before the program starts (" + (
+        f"`ulimit -n {higher}`" if higher else "`ulimit -n`; in Docker, --ulimit nofile=65536"
+    )
+    return (
+        f"too many open files: {figures}. {way_out}), share tensors by name "
+        "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
+        "files at once: close what the dataset opens."
+    )
+
+
+def _files_of_machine(exc: BaseException) -> str:
+    figures = ""
+    with suppress(OSError, ValueError):
+        used, _, limit = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
+        figures = f": {Use(used, limit)}"
+    return (
+        f"too many open files on the whole machine{figures} (fs.file-max). Look with lsof for the "
+        "process that holds them, or raise the limit with `sysctl -w fs.file-max=...`."
+    )
+
+
+# ---- space
+
+
+def _space(exc: BaseException) -> str:
+    spaces = _spaces(exc)
+    figures = "; ".join(map(str, spaces))
+    if any(space.path.startswith("/dev/shm") for space in spaces):
+        way_out = (
+            "Give /dev/shm more (docker run --shm-size=8g; in Kubernetes, mount an emptyDir of "
+            "medium Memory there), or use fewer workers, a smaller prefetch_factor or smaller "
+            "batches"
+        )
+    else:
+        way_out = "Free some, or let it be written elsewhere (TMPDIR for temporary files)"
+    return f"no space left: {figures or 'on which file system is not known'}. {way_out}."
+
+
+def _quota(exc: BaseException) -> str:
+    figures = "; ".join(map(str, _spaces(exc)))
+    return (
+        f"disk quota exceeded: this user's share is used up ({figures}). See `quota -s`; free "
+        "some, or let it be written elsewhere."
+    )
+
+
+def _spaces(exc: BaseException) -> list[Space]:
+    """Return the file system that `exc` names; else those that may be meant: the full ones."""
+    for name in _names(exc):
+        space = shared_memory() if name.startswith("/torch_") else space_of(name)
+        if space is not None:
+            return [space]
+    usual: dict[object, Space] = {}
+    for space in (shared_memory(), temporary_folder(), space_of(os.curdir)):
+        if space is not None:
+            usual.setdefault(space[1:], space)  # two folders of one file system are told once
+    spaces = list(usual.values())
+    return [space for space in spaces if _is_full(space)] or spaces
+
+
+def _names(exc: BaseException) -> Iterator[str]:
+    """Yield the files that an exception names; the second of a copy is the one being written."""
+    for name in (getattr(exc, "filename2", None), getattr(exc, "filename", None)):
+        if isinstance(name, str | bytes):
+            yield os.fsdecode(name)
+    yield from re.findall(r"(?:file|object) <([^>]+)>", _text(exc))  # as torch words it
+
+
+def _is_full(space: Space) -> bool:
+    return space.free_inodes == 0 or space.free < max(2**20, space.total // 100)
+
+
+def _no_temporary_folder(exc: BaseException) -> str:
+    found = descriptors()
+    if found is not None and found.soft_limit is not None and found.used >= found.soft_limit:
+        return _open_files(exc)  # `tempfile` does not say why it could not write
+    reasons = []
+    for folder in dict.fromkeys(map(os.path.abspath, temporary_candidates())):
+        space = space_of(folder) if may_write(folder) else None
+        fault = "cannot be written to" if os.path.isdir(folder) else "is not there"
+        reasons.append(str(space or f"{folder} {fault}"))
+    return (
+        f"no folder for temporary files: {'; '.join(reasons)}. Set TMPDIR to a folder with space."
+    )
+
+
+def _bus_error(exc: BaseException) -> str:
+    space = shared_memory()
+    return (
+        "a worker touched shared memory that is not there"
+        + (f" ({space} now)" if space is not None else "")
+        + ": /dev/shm was full, or a file that it maps was cut short. Give /dev/shm more (docker "
+        "run --shm-size=8g), or use fewer workers or a smaller prefetch_factor."
+    )
+
+
+# ---- memory, processes and threads
+
+
+def _memory(exc: BaseException) -> str:
+    machine, group, space, maps = machine_memory(), cgroup_memory(), _address_space(), _mappings()
+    figures = [str(machine or "how much there is, is not known")]
+    room = machine is not None and machine.available > machine.total // 4
+    way_out = "Use fewer workers, a smaller prefetch_factor or smaller batches"
+    if group is not None and group.limit is not None:
+        figures.append(str(group))
+        room = room and (group.used or 0) < group.limit * 3 // 4
+    if space is not None:
+        figures.append(f"address space {human_share(*space)} taken")
+        room = False  # one request may be larger than what is left
+        way_out += ", or raise `ulimit -v`"
+    if maps is not None and maps.limit is not None and maps.used > 0.95 * maps.limit:
+        figures.append(f"memory mappings {maps} in use")
+        room = False
+        way_out = (
+            "Each shared tensor is a mapping: hold fewer batches at once, or raise the limit with "
+            f"`sysctl -w vm.max_map_count={4 * maps.limit}`"
+        )
+    if room:
+        way_out += "; or look at the sample: a corrupt one may have asked for more than there is"
+    return f"out of memory: {'; '.join(figures)}. {way_out}."
+
+
+def _gpu_memory(exc: BaseException) -> str:
+    return (
+        "out of memory on the GPU, by the figures in the error itself. Each worker that touches "
+        "the GPU takes hundreds of MiB of it for itself: in the dataset, make tensors on the CPU."
+    )
+
+
+def _tasks(exc: BaseException) -> str:
+    user, group, space = _user_tasks(), cgroup_tasks(), _address_space()
+    figures = [f"this user runs {user} (`ulimit -u`)"] if user is not None else []
+    if group is not None and group.limit is not None:
+        figures.append(f"the cgroup runs {group} (pids.max)")
+    if space is not None:  # a thread needs some for its stack
+        figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
+    return (
+        f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
+        "Use fewer workers or fewer threads in each (torch.set_num_threads(1), OMP_NUM_THREADS=1), "
+        "or raise the limit."
+    )
+
+
+@or_none
+def _address_space() -> tuple[int, int] | None:
+    """Return the bytes of address space taken, and the limit; None where there is none."""
+    limit = soft_limit("RLIMIT_AS")
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return None if limit is None else (pages * os.sysconf("SC_PAGE_SIZE"), limit)
+
+
+@or_none
+def _mappings() -> Use | None:
+    """Count the memory mappings of this process; takes some 10 ms where there are many."""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    with open("/proc/self/maps", "rb", buffering=0) as maps:
+        # In small parts: a large one would need a mapping of its own.
+        lines = sum(part.count(b"\n") for part in iter(lambda: maps.read(2**16), b""))
+    return Use(lines, limit)
+
+
+@or_none
+def _user_tasks() -> Use | None:
+    """Count the processes and threads of this user, looking at each process on the machine."""
+    import psutil  # here: heavy, and needed here alone
+
+    used = 0
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has just ended, or is not to be looked at
+            used += process.num_threads() if process.uids().real == os.getuid() else 0
+    return Use(used, soft_limit("RLIMIT_NPROC"))
+
+
+_BY_TYPE: dict[type[BaseException], _Teller] = {
+    MemoryError: _memory,
+    torch.OutOfMemoryError: _gpu_memory,
+}
+_BY_CODE: dict[int, _Teller] = {
+    errno.EMFILE: _open_files,
+    errno.ENFILE: _files_of_machine,
+    errno.ENOSPC: _space,
+    errno.EDQUOT: _quota,
+    errno.ENOMEM: _memory,
+}
+_BY_PHRASE: dict[str, _Teller] = {  # regular expressions
+    r"^\d+ requested and \d+ written": _space,  # numpy's tofile and save
+    "could not duplicate a shared memory file descriptor": _open_files,
+    "items of ancdata": _open_files,  # the kernel drops descriptors that it has no room for
+    "No usable temporary directory": _no_temporary_folder,
+    "DefaultCPUAllocator: ": _memory,
+    "CUDA error: out of memory": _gpu_memory,  # pinning memory says so
+    "can't start new thread": _tasks,
+    "killed by signal: Bus error": _bus_error,
+}

@@ -1,0 +1,207 @@
+"""Looks at a value of the user's without running the user's code. Runs in: both.
+
+Attributes are read where the interpreter keeps them (instance dict and slots), past any property,
+`__getattr__` or proxy; types are told by `type(value)`, because `isinstance` asks a lazy object for
+its `__class__` and wakes it; containers are for the caller to read by the methods of their built-in
+base class, a few elements each. What is found here, `texts` puts into words.
+"""
+
+from __future__ import annotations
+
+import collections
+import types
+from contextlib import suppress
+from itertools import islice, takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from safeloader._torch import without_overrides
+
+TEXT_MAX = 120  # characters of one text, and of one name
+
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+
+# Read through `type` itself: a metaclass may define properties of these names.
+_mro_of: Any = type.__dict__["__mro__"].__get__
+_module_of: Any = type.__dict__["__module__"].__get__
+_qualname_of: Any = type.__dict__["__qualname__"].__get__
+_namespace_of: Any = type.__dict__["__dict__"].__get__
+
+
+def type_name(cls: type) -> str:
+    """Name a class in full, without running code of its metaclass.
+
+    >>> type_name(collections.OrderedDict), type_name(int)
+    ('collections.OrderedDict', 'int')
+    """
+    module: object = None
+    with suppress(AttributeError):
+        module = _module_of(cls)
+    name = str.__str__(_qualname_of(cls))
+    if type(module) is not str or module == "builtins":
+        return name
+    # A script's classes live in __main__, which a spawned worker knows as __mp_main__.
+    return f"{'__main__' if module == '__mp_main__' else module}.{name}"
+
+
+def inherits(cls: type, *bases: type) -> bool:
+    """Say whether one of `bases` is among the ancestors of `cls`, without asking any metaclass.
+
+    >>> inherits(bool, str, int)
+    True
+    """
+    # By identity: `in` would ask the metaclass for `==`.
+    return any(each is base for each in _mro_of(cls) for base in bases)
+
+
+def definitions(cls: type, name: str) -> list[Any]:
+    """Return what a class and its ancestors define under a name, the nearest first.
+
+    >>> definitions(bool, "__len__")
+    []
+    """
+    return [space[name] for space in map(_namespace_of, _mro_of(cls)) if name in space]
+
+
+def array_facts(value: object) -> dict[str, Any] | None:
+    """Return shape, dtype, device and size of a tensor or array; None for anything else.
+
+    Nothing is read but the header, and a fact that cannot be told (the shape of a nested tensor)
+    is left out.
+
+    >>> array_facts(torch.zeros(2, 3))
+    {'shape': [2, 3], 'dtype': 'float32', 'device': 'cpu', 'size_bytes': 24}
+    """
+    cls = type(value)
+    facts: dict[str, Any] = {}
+    array: Any = np.ndarray
+    tensor: Any = torch.Tensor
+    if inherits(cls, np.ndarray):
+        dtype = array.dtype.__get__(value)
+        facts["shape"] = list(array.shape.__get__(value))
+        facts["dtype"] = cut(str(dtype)) if dtype.names is None else f"record of {len(dtype.names)}"
+        facts["size_bytes"] = int(array.nbytes.__get__(value))
+        return facts
+    if not inherits(cls, torch.Tensor):
+        return None
+    derived = takewhile(lambda each: each is not torch.Tensor, _mro_of(cls))
+    if any("__torch_dispatch__" in _namespace_of(each) for each in derived):
+        return facts  # even its shape may be an answer of foreign code
+    with without_overrides():
+        with suppress(Exception):
+            facts["shape"] = [int(size) for size in tensor.shape.__get__(value)]
+        facts["dtype"] = str(tensor.dtype.__get__(value)).removeprefix("torch.")
+        facts["device"] = str(tensor.device.__get__(value))
+        with suppress(Exception):
+            if tensor.layout.__get__(value) is torch.strided:
+                facts["size_bytes"] = tensor.numel(value) * tensor.element_size(value)
+    return facts
+
+
+def container_base(cls: type) -> Any:
+    """Return the built-in container that a class is or derives from; None where it is no container.
+
+    >>> container_base(collections.Counter)
+    <class 'dict'>
+    """
+    return next((base for base in _CONTAINERS if inherits(cls, base)), None)
+
+
+def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
+    """Return what an object's own dict and slots hold, `most` of it, and the count of it all.
+
+    >>> fields(Exception("not its args, which are kept elsewhere"), most=5)
+    ([], 0)
+    """
+    pairs: list[tuple[Any, object]] = []
+    count = 0
+    for own in definitions(type(value), "__dict__"):
+        if type(own) is types.GetSetDescriptorType:  # the interpreter's, not a property
+            held: Any = own.__get__(value)
+            if inherits(type(held), dict):
+                count = dict.__len__(held)
+                pairs = list(islice(dict.items(held), most))
+                break
+    for cls in _mro_of(type(value)):
+        for name, slot in list(_namespace_of(cls).items()):
+            if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
+                with suppress(Exception):  # an unset slot raises AttributeError
+                    held = slot.__get__(value)
+                    count += 1
+                    if len(pairs) < most:
+                        pairs.append((name, held))
+    return pairs, count
+
+
+def exception_text(exc: BaseException) -> str:
+    """Return `str(exc)`, which is the user's code: guarded here, and for the caller to bound.
+
+    >>> exception_text(KeyError("a"))
+    "'a'"
+    """
+    try:
+        text = str(exc)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as fault:  # a SystemExit in it must not end the process
+        return f"<str() of the {type_name(type(exc))} raised {type_name(type(fault))}>"
+    return str.__getitem__(text, slice(None))  # of a subclass too, whose methods are the user's
+
+
+def plain_length(value: Any) -> int | None:
+    """Return the length of a container, or of a dataset of torch's over one; run no other code.
+
+    >>> plain_length([7, 8]), plain_length(Exception())
+    (2, None)
+    """
+    cls = type(value)
+    if cls is range or cls is str:
+        return len(value)
+    if base := container_base(cls):
+        return int(base.__len__(value))
+    own: dict[str, Any] = dict(fields(value, 8)[0])
+    if cls is Subset:
+        return plain_length(own.get("indices"))
+    if cls is ConcatDataset and type(sizes := own.get("cumulative_sizes")) is list and sizes:
+        return int(sizes[-1])
+    if cls is TensorDataset and type(tensors := own.get("tensors")) is tuple and tensors:
+        return next(iter((array_facts(tensors[0]) or {}).get("shape", ())), None)
+    facts = (array_facts(value) or {}).get("shape")
+    return facts[0] if facts else None
+
+
+def weight(value: Any, depth: int = 3) -> int:
+    """Return the bytes that an object takes, about, with what it holds; runs no foreign code.
+
+    >>> weight("a" * 1000) > 1000, weight(("a" * 1000, 3)) > 1000
+    (True, True)
+    """
+    cls = type(value)
+    if inherits(cls, str):
+        return 80 + str.__len__(value) * (1 if str.isascii(value) else 4)
+    if inherits(cls, bytes):
+        return 80 + bytes.__len__(value)
+    if inherits(cls, int, float, type(None)):
+        return 40
+    base = container_base(cls)
+    if base is not None:
+        parts = dict.items(value) if base is dict else base.__iter__(value)
+        inner = (weight(part, depth - 1) for part in parts) if depth else (100,)
+        return 80 + 8 * int(base.__len__(value)) + sum(inner)
+    held, _ = fields(value, 16) if depth else ([], 0)
+    return 100 + sum(weight(part, depth - 1) for _, part in held)
+
+
+def cut(text: str, most: int = TEXT_MAX) -> str:
+    """Bound a text, and make it one that can be written as UTF-8.
+
+    >>> cut("abcdefgh", 6)
+    'abc...'
+    """
+    if len(text) > most:
+        text = text[: most - 3] + "..."
+    # A lone surrogate, as in undecodable file names, would fail where the JSON is written as UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode()[:most]

@@ -1,0 +1,1 @@
+"""What is kept of a run: recorder, table, trace. Runs in: main."""

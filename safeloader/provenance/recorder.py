@@ -1,0 +1,214 @@
+"""The notebook of what was handed over, and of the epochs. Runs in: main.
+
+Written per batch, decoded only when somebody asks. It belongs to no loader: a framework may rebuild
+the loader, the notebook goes along and the user's own loader still answers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import logging
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from safeloader.delivery.audit import EpochAudit
+from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import weight
+from safeloader.transport.messages import Papers
+from safeloader.transport.stats import TransportTally
+
+DEFAULT_MAX_BYTES = 64 * 1024 * 1024
+_RECORD_BYTES = 600  # a record without its samples, measured with sys.getsizeof; rounded up
+
+logger = logging.getLogger("safeloader")
+
+# Stamps are readings of a clock that counts from no date; this turns them into time since 1970.
+UNIX_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
+
+
+class Delivery(NamedTuple):
+    """A batch as it was handed over."""
+
+    epoch: int
+    batch: int
+    wait_ns: int
+    papers: Papers
+
+
+class Recorder:
+    """What was delivered, newest kept: the notebook behind ``loader.provenance`` and ``.audit``.
+
+    At 64 MiB, the default, it holds the newest 2.5 million samples in batches of 64 (25 bytes a
+    sample), or the newest 100,000 in batches of one. Past the bound the oldest batches are
+    forgotten, never an error and never a slow-down; the audit does not need them. Pickles and deep
+    copies are blank notebooks of the same bound.
+
+    Args:
+        max_bytes: bound on the memory of the records, in bytes.
+
+    Raises:
+        ValueError: if ``max_bytes`` is not a positive number.
+
+    Example:
+        >>> from safeloader import Recorder, SafeDataLoader
+        >>> recorder = Recorder(max_bytes=2**20)
+        >>> loader = SafeDataLoader([5, 6, 7], batch_size=2, recorder=recorder)
+        >>> for batch in loader:
+        ...     print(batch, loader.last_batch.indices)
+        tensor([5, 6]) (0, 1)
+        tensor([7]) (2,)
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0:
+            raise ValueError(
+                f"max_bytes must be a positive int, the bytes to keep records in; got "
+                f"{bounded_text(max_bytes)}"
+            )
+        self.max_bytes = max_bytes
+        # A plain tuple a batch, of its bytes and the fields of Delivery and Papers: the garbage
+        # collector leaves tuples of numbers and bytes alone, and would walk a million named ones
+        # again and again.
+        self._deliveries: dict[int, tuple[Any, ...]] = {}
+        self._held_bytes = 0
+        self._epochs = 0
+        self._audit: Callable[[], EpochAudit] | None = None
+        self._forgotten = 0
+        self.transport = TransportTally()
+        self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.max_bytes,)
+
+    def __repr__(self) -> str:
+        return (
+            f"Recorder({len(self._deliveries)} batches of {self._epochs} epochs, "
+            f"{self._held_bytes} of {self.max_bytes} bytes)"
+        )
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs were begun; each ``iter(loader)`` begins one."""
+        return self._epochs
+
+    @property
+    def forgotten(self) -> int:
+        """How many batches were forgotten to stay within ``max_bytes``."""
+        return self._forgotten
+
+    def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
+        """Number the next epoch and take the way to its audit."""
+        epoch = self._epochs
+        self._epochs += 1
+        if not self._in_use:
+            self._in_use.append(True)
+        self._audit = lambda: audit(epoch)
+        return epoch
+
+    def delivered(self, epoch: int, batch: int, wait_ns: int, papers: Papers) -> None:
+        """Note a batch as it is handed over; hot path."""
+        if papers.keys or papers.prints is not None or papers.failures:  # used, and of any size
+            papers = papers._replace(keys=None, prints=None, failures=None)
+        indices, stamps, mishaps = papers.indices, papers.stamps, papers.mishaps
+        nbytes = _RECORD_BYTES + len(stamps)
+        nbytes += len(indices) if type(indices) is bytes else weight(indices)
+        if mishaps is not None:
+            nbytes += weight(mishaps)
+        self._deliveries[epoch << _BATCH_BITS | batch] = (nbytes, epoch, batch, wait_ns, *papers)
+        self._held_bytes += nbytes
+        if self._held_bytes > self.max_bytes:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the oldest until a sixteenth is free: a dict's front is slow to find again."""
+        target = self.max_bytes - self.max_bytes // 16
+        for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
+            self._held_bytes -= self._deliveries.pop(key)[0]
+            self._forgotten += 1
+            if self._held_bytes <= target:
+                break
+
+    def deliveries(self) -> Iterator[Delivery]:
+        """The batches still held, oldest first."""
+        return map(_as_delivery, list(self._deliveries.values()))
+
+    def last_delivery(self) -> Delivery | None:
+        """The batch handed over last."""
+        last = next(reversed(self._deliveries.values()), None)
+        return None if last is None else _as_delivery(last)
+
+    def find(self, batch: int, epoch: int | None) -> Delivery | None:
+        """Batch number ``batch`` of ``epoch``, by default of the newest epoch."""
+        at = self._epochs - 1 if epoch is None else epoch
+        found = self._deliveries.get(at << _BATCH_BITS | batch) if min(at, batch) >= 0 else None
+        return None if found is None else _as_delivery(found)
+
+    def audit(self) -> EpochAudit | None:
+        """The audit of the epoch begun last, as it stands; None before the first."""
+        return None if self._audit is None else self._audit()
+
+
+_BATCH_BITS = 48  # an epoch of 280 million million batches
+
+
+def _as_delivery(record: tuple[Any, ...]) -> Delivery:
+    _, epoch, batch, wait_ns, *papers = record
+    return Delivery(epoch, batch, wait_ns, Papers(*papers))
+
+
+# ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────
+
+_watched: weakref.WeakKeyDictionary[Recorder, tuple[str, int]] = weakref.WeakKeyDictionary()
+_freed_blank: list[str] = []
+_told: deque[bool] = deque(maxlen=1)
+
+
+def watch_for_use(recorder: Recorder, made_at: str) -> None:
+    """At the end of the program, say once that a loader never began an epoch.
+
+    Frameworks that rebuild a loader as torch's own class do so in silence; the user would take the
+    empty notebook for a clean run.
+    """
+    _register()
+    pid = os.getpid()
+    in_use = recorder._in_use  # not the recorder itself: it has to be able to go
+
+    def note_if_blank() -> None:
+        if not in_use and os.getpid() == pid:
+            _freed_blank.append(made_at)
+
+    weakref.finalize(recorder, note_if_blank).atexit = False
+    _watched[recorder] = made_at, pid
+
+
+def failure_was_told() -> None:
+    """A failure was raised to the user: what came after it need not have run."""
+    _told.append(True)
+
+
+def _say_blank() -> None:
+    alive = [at for each, (at, pid) in _watched.items() if pid == os.getpid() and not each.epochs]
+    loaders = _freed_blank + alive
+    ended_in_error = bool(_told) or hasattr(sys, "last_value")
+    if not loaders or ended_in_error or os.environ.get("SAFELOADER", "").lower() == "off":
+        return
+    logger.warning(
+        "%d SafeDataLoader(s) never delivered a batch in this process, so nothing was recorded or "
+        "checked for them here: made at %s. That is as it should be where the program did not use "
+        "them. Where it did, a framework rebuilt them as torch's own DataLoader (look at "
+        "type(loader) where it hands them back), or another process used them.",
+        len(loaders),
+        ", ".join(sorted(set(loaders))[:3]),
+    )
+
+
+@functools.cache
+def _register() -> None:
+    atexit.register(_say_blank)

@@ -1,0 +1,304 @@
+"""The table of the samples delivered: a reading of the recorder. Runs in: main.
+
+Everything is decoded from the papers that the workers wrote; nothing is filled in here.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safeloader.delivery.indices import as_array, count, identity, same, unpack
+from safeloader.introspect.texts import index_text
+from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
+from safeloader.transport.messages import Papers, contents, sources
+
+_COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRecord:
+    """One batch as it was handed over.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        batch: number of the batch in its epoch, in the order handed over, from 0.
+        indices: dataset indices in the order of the batch; ``(worker, ordinal)`` in a stream.
+        worker_id: number of the worker that made it; None with ``num_workers=0``.
+        pid: process id of that worker.
+        fetch_ns: time each sample took to fetch, in ns. Samples fetched in one call
+            (``__getitems__``) carry equal shares of it.
+        collate_ns: time the collate function took, in ns.
+        wait_ns: time the training loop waited for the batch, in ns.
+        start_ns: when the first fetch began, in ns since 1970.
+
+    Example:
+        >>> from safeloader import SafeDataLoader
+        >>> loader = SafeDataLoader("abcd", batch_size=2, shuffle=False)
+        >>> for batch in loader:
+        ...     print(batch, loader.last_batch.indices, loader.last_batch.worker_id)
+        ['a', 'b'] (0, 1) None
+        ['c', 'd'] (2, 3) None
+    """
+
+    epoch: int
+    batch: int
+    indices: tuple[Any, ...]
+    worker_id: int | None
+    pid: int
+    fetch_ns: tuple[int, ...]
+    collate_ns: int
+    wait_ns: int
+    start_ns: int
+
+
+def record_of(delivery: Delivery) -> BatchRecord:
+    """The delivery, decoded."""
+    papers = delivery.papers
+    starts, fetches, collate_ns = _times(delivery)
+    return BatchRecord(
+        epoch=delivery.epoch,
+        batch=delivery.batch,
+        indices=_identities(delivery),
+        worker_id=papers.worker_id,
+        pid=papers.pid,
+        fetch_ns=tuple(fetches.tolist()),
+        collate_ns=collate_ns,
+        wait_ns=delivery.wait_ns,
+        start_ns=int(starts[0]) if starts.size else 0,
+    )
+
+
+def _identities(delivery: Delivery) -> tuple[Any, ...]:
+    known = sources(delivery.papers)
+    return tuple(known[k] for k in contents(delivery.papers)) if delivery.papers.mishaps else known
+
+
+def _size(delivery: Delivery) -> int:
+    papers = delivery.papers
+    if papers.mishaps is not None:
+        return len(contents(papers))
+    return count(papers.indices) if papers.ordinal is None else papers.samples or 0
+
+
+def _times(delivery: Delivery) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """Start (ns since 1970) and duration (ns) of each fetch, and of the collation."""
+    papers = delivery.papers
+    stamps = np.frombuffer(papers.stamps, dtype=np.int64)
+    size = _size(delivery)
+    collate_ns = int(stamps[-1] - stamps[-2])
+    if papers.mishaps is not None and not papers.fetched_at_once:
+        places = list(contents(papers))
+        return stamps[places] + UNIX_OFFSET_NS, np.diff(stamps)[places], collate_ns
+    if papers.fetched_at_once or stamps.size != size + 2:
+        starts = np.full(size, stamps[0] + UNIX_OFFSET_NS)
+        return starts, np.full(size, (stamps[1] - stamps[0]) // max(size, 1)), collate_ns
+    return stamps[:size] + UNIX_OFFSET_NS, np.diff(stamps[:-1]), collate_ns
+
+
+class Provenance:
+    """Which samples were delivered: where, when and by whom.
+
+    It reads the recorder at each call; the newest batches within the recorder's bound are there.
+
+    Example:
+        >>> from safeloader import SafeDataLoader
+        >>> loader = SafeDataLoader("abcd", batch_size=2, sampler=[3, 0, 1, 2])
+        >>> batches = list(loader)
+        >>> loader.provenance.to_numpy()["index"].tolist()
+        [3, 0, 1, 2]
+        >>> row = loader.provenance.lookup(1)[0]
+        >>> int(row["batch"]), int(row["position"])
+        (1, 0)
+        >>> loader.provenance.batch(1).indices
+        (1, 2)
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __len__(self) -> int:
+        return sum(_size(delivery) for delivery in self._recorder.deliveries())
+
+    def __repr__(self) -> str:
+        return f"Provenance({len(self)} samples, {self._recorder!r})"
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """The table as a structured array, one row a sample, oldest first.
+
+        Columns: ``epoch``, ``batch``, ``position`` (in the batch), ``index`` (int64, or object
+        where indices are not ints; in a stream the ordinal within the stream of ``worker_id``),
+        ``worker_id`` (-1 in the main process), ``pid``, ``start_ns`` (ns since 1970), ``fetch_ns``.
+        """
+        return _table(list(self._recorder.deliveries()))
+
+    def lookup(self, index: Any) -> npt.NDArray[Any]:
+        """The rows of one dataset index, or of a stream's ``(worker, ordinal)``; may be none."""
+        wanted = identity(index)
+        found = []
+        for delivery in self._recorder.deliveries():
+            rows = [k for k, item in enumerate(_identities(delivery)) if same(item, wanted)]
+            if rows:
+                found.append(_table([delivery])[rows])
+        return np.concatenate(found) if found else _table([])
+
+    def batch(self, n: int, epoch: int | None = None) -> BatchRecord:
+        """The ``n``-th batch of an epoch (from 0), by default of the newest epoch.
+
+        Frameworks often fetch a batch ahead; this is how to ask for the one being trained on.
+
+        Raises:
+            LookupError: if that batch was not delivered, or is forgotten already.
+        """
+        delivery = self._recorder.find(n, epoch)
+        if delivery is None:
+            at = "the newest epoch" if epoch is None else f"epoch {epoch}"
+            raise LookupError(
+                f"there is no record of batch {n} of {at}; the recorder holds {self._recorder!r}. "
+                "Batches and epochs count from 0; to keep more, pass "
+                "recorder=Recorder(max_bytes=...)"
+            )
+        return record_of(delivery)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to ``path``; its suffix says how.
+
+        ``.npy`` (numpy), ``.csv``, ``.jsonl`` (one JSON object a line), ``.parquet`` (needs
+        pyarrow). In ``.npy`` and ``.parquet`` a column has one type: indices that are not ints are
+        written as text, so no file needs unpickling.
+
+        Raises:
+            ValueError: for another suffix.
+            ImportError: for ``.parquet`` without pyarrow.
+            OSError: if the file cannot be written.
+        """
+        target = Path(path)
+        suffix = target.suffix.lower()
+        if suffix == ".npy":
+            with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
+                np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
+        elif suffix == ".csv":
+            with target.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(_COLUMNS)
+                writer.writerows(self._rows(str))
+        elif suffix == ".jsonl":
+            with target.open("w", encoding="utf-8") as file:
+                for row in self._rows(str, int, float, tuple):
+                    file.write(json.dumps(dict(zip(_COLUMNS, row, strict=True))))
+                    file.write("\n")
+        elif suffix == ".parquet":
+            self._save_parquet(target)
+        else:
+            raise ValueError(
+                f"provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
+                f"path; got {str(path)!r}"
+            )
+
+    def _rows(self, *kept: type) -> Iterator[tuple[Any, ...]]:
+        """The rows, with indices of other types than these as text."""
+        for delivery in self._recorder.deliveries():
+            for *before, index, worker_id, pid, start_ns, fetch_ns in _table([delivery]).tolist():
+                yield (*before, _saved(index, kept), worker_id, pid, start_ns, fetch_ns)
+
+    def _save_parquet(self, target: Path) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as exc:
+            raise ImportError(
+                "saving provenance as .parquet needs pyarrow: pip install 'safeloader[parquet]', "
+                "or save as .npy, .csv or .jsonl"
+            ) from exc
+        table = _without_objects(self.to_numpy())
+        columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}
+        pyarrow.parquet.write_table(pyarrow.table(columns), target)
+
+
+def _table(deliveries: list[Delivery]) -> npt.NDArray[Any]:
+    indices = [_index_column(delivery) for delivery in deliveries]
+    plain = all(column.dtype == np.int64 for column in indices)
+    dtype = [(name, object if name == "index" and not plain else np.int64) for name in _COLUMNS]
+    total = sum(column.size for column in indices)
+    table = np.empty(total, dtype=dtype)
+    at = 0
+    for delivery, column in zip(deliveries, indices, strict=True):
+        rows = table[at : at + column.size]
+        at += column.size
+        papers = delivery.papers
+        starts, fetches, _ = _times(delivery)
+        rows["epoch"] = delivery.epoch
+        rows["batch"] = delivery.batch
+        rows["position"] = np.arange(column.size)
+        rows["index"] = column
+        rows["worker_id"] = -1 if papers.worker_id is None else papers.worker_id
+        rows["pid"] = papers.pid
+        rows["start_ns"] = starts
+        rows["fetch_ns"] = fetches
+    return table
+
+
+def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if not table.dtype.hasobject:
+        return table
+    texts = [_saved(item, (str,)) for item in table["index"]]
+    width = max(map(len, texts), default=1)
+    dtype = [(name, f"U{width}" if name == "index" else np.int64) for name in _COLUMNS]
+    out = np.empty(table.shape, dtype=dtype)
+    for name in _COLUMNS:
+        out[name] = texts if name == "index" else table[name]
+    return out
+
+
+def _saved(index: Any, kept: tuple[type, ...]) -> Any:
+    """An index as it is written: whole where it is built of plain values, else told by its type."""
+    cls = type(index)
+    if cls is tuple and tuple in kept:
+        return [_saved(part, kept) for part in index]
+    if cls in kept:
+        return index
+    return repr(index) if _is_plain(index) else index_text(index)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether no foreign code has to say what this is."""
+    cls = type(value)
+    return (
+        all(map(_is_plain, value))
+        if cls is tuple
+        else cls in (int, float, complex, str, bytes, bool, type(None))
+    )
+
+
+def _index_column(delivery: Delivery) -> npt.NDArray[Any]:
+    papers = delivery.papers
+    if papers.mishaps is not None:
+        column = _column_of(sources(papers)) if papers.ordinal is None else _ordinals(papers)
+        return column[list(contents(papers))]
+    if papers.ordinal is not None:
+        return _ordinals(papers)
+    if type(papers.indices) is bytes:
+        return np.frombuffer(papers.indices, dtype=np.int64)
+    return _column_of(unpack(papers.indices))
+
+
+def _ordinals(papers: Papers) -> npt.NDArray[Any]:
+    first = papers.ordinal or 0
+    return np.arange(first, first + (papers.samples or 0))
+
+
+def _column_of(identities: tuple[Any, ...]) -> npt.NDArray[Any]:
+    column = as_array(identities)
+    if column.ndim == 1:
+        return column
+    pairs = np.empty(len(identities), dtype=object)  # indices that are pairs stay pairs
+    pairs[:] = list(identities)
+    return pairs

@@ -1,0 +1,356 @@
+"""Verbose tracing: log lines, or a Chrome trace-event file. Runs in: main.
+
+Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
+run fills no memory. Workers write nothing: their times come with each batch's papers. Off is a null
+object, ``OFF``; only the hot path and the audit ask whether it is on, to spare the work of telling.
+
+The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
+events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane
+``w + 1`` is worker ``w``; an arrow (flow) leads from a batch's collation to its delivery.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.indices import Packed, unpack
+from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.folders import create, folder_of, see_writable
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.texts import INDEX_MAX, bounded_text, index_text, indices_text
+from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
+from safeloader.provenance.table import record_of
+
+logger = logging.getLogger("safeloader")
+
+
+class Trace:
+    """What a trace is told. This one writes nothing: tracing is off."""
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn by the sampler."""
+
+    def delivered(self, delivery: Delivery, began_ns: int) -> None:
+        """A batch was handed over; the loop began to wait for it at ``began_ns``."""
+
+    def failed(self, failure: Failure) -> None:
+        """A failure is about to be raised."""
+
+    def audited(self, audit: EpochAudit) -> None:
+        """An epoch was closed."""
+
+    def flush(self) -> None:
+        """Have everything on disk."""
+
+
+class LogTrace(Trace):
+    """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
+
+    def __init__(self, log: LoaderLog) -> None:
+        _show_on_stderr_if_nobody_listens()
+        self._log = log
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        if indices:  # of a stream nothing is drawn: it is asked for its next samples
+            self._log.info("epoch %d: drew batch %d: %s", epoch, seq, _drawn(indices))
+
+    def delivered(self, delivery: Delivery, began_ns: int) -> None:
+        record = record_of(delivery)
+        who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
+        for position, (index, fetch_ns) in enumerate(
+            zip(record.indices, record.fetch_ns, strict=True)
+        ):
+            self._log.info(
+                "epoch %d: %s (pid %d) fetched index %s for batch %d, position %d, in %.3f ms",
+                record.epoch,
+                who,
+                record.pid,
+                index_text(index),
+                record.batch,
+                position,
+                fetch_ns / 1e6,
+            )
+        self._log.info(
+            "epoch %d: handed over batch %d from %s: %d samples, collated in %.3f ms, "
+            "the loop waited %.3f ms",
+            record.epoch,
+            record.batch,
+            who,
+            len(record.indices),
+            record.collate_ns / 1e6,
+            record.wait_ns / 1e6,
+        )
+
+    def failed(self, failure: Failure) -> None:
+        self._log.info(
+            "epoch %s: %s at index %s, batch %s (%s)",
+            failure.epoch,
+            failure.exception_type,
+            index_text(failure.index),
+            failure.batch,
+            failure.phase,
+        )
+
+    def audited(self, audit: EpochAudit) -> None:
+        self._log.info("%s", audit)
+
+
+def _show_on_stderr_if_nobody_listens() -> None:
+    """A user who sets an environment variable wants to see lines, configured logging or not."""
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+        logger.addHandler(handler)
+
+
+class _EventFile:
+    """A JSON array that grows; written in large pieces, by the process that opened it alone.
+
+    The pieces are held here and not in a buffer of Python's, which a forked child would write a
+    second time on its way out.
+    """
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._file: io.FileIO | None = io.FileIO(fd, "w")
+        self._held: list[str] = []
+        self._held_chars = 0
+        self._before_next = "[\n"
+        self._flush_at_s = time.monotonic() + _FLUSH_S
+
+    def write(self, events: list[str]) -> None:
+        if self._file is None or os.getpid() != self._pid:
+            return
+        for event in events:
+            self._held_chars += len(event)
+            self._held += (self._before_next, event)
+            self._before_next = ",\n"
+        if self._held_chars > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
+            self.flush()
+
+    def flush(self, end: str = "") -> None:
+        if self._file is None or os.getpid() != self._pid:
+            return
+        text, self._held, self._held_chars = "".join([*self._held, end]), [], 0
+        self._flush_at_s = time.monotonic() + _FLUSH_S
+        try:
+            piece = memoryview(text.encode())
+            while piece:
+                piece = piece[self._file.write(piece) :]
+        except OSError as exc:
+            file, self._file = self._file, None
+            logger.warning(
+                "the trace %s could not be written (%s) and ends here; training goes on",
+                self.path,
+                exc,
+            )
+            file.close()
+
+    def finish(self) -> None:
+        """Close the array. (Viewers take a file without the bracket too, after a crash.)"""
+        self.flush(end="\n]\n")
+        if self._file is not None:
+            self._file.close()
+
+
+_PIECE_CHARS = 1 << 16
+_FLUSH_S = 1.0  # what a killed program leaves is at most this much behind
+
+
+class FileTrace(Trace):
+    """One Chrome trace file for this loader in this process.
+
+    A fault while writing (a full disk) is logged once and ends the trace, not the training.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pid = os.getpid()
+        self._file = _EventFile(*create(folder, "safeloader", ".json"))
+        self.path = self._file.path
+        self._lanes: set[int] = set()
+        name = f"safeloader, training process {self._pid}"
+        self._emit([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
+        self._lane(0, "main process")
+        self._finish = weakref.finalize(self, self._file.finish)
+
+    def _emit(self, events: list[str]) -> None:
+        self._file.write(events)
+
+    def _event(self, **fields: Any) -> str:
+        return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
+
+    def _slice(
+        self, cat: str, name: str, tid: int, ts_us: float, dur_us: float, args: dict[str, Any]
+    ) -> str:
+        return self._event(ph="X", cat=cat, name=name, tid=tid, ts=ts_us, dur=dur_us, args=args)
+
+    def _lane(self, tid: int, name: str) -> None:
+        if tid not in self._lanes:
+            self._lanes.add(tid)
+            order = {"sort_index": tid}
+            self._emit(
+                [
+                    self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
+                    self._event(ph="M", name="thread_sort_index", tid=tid, args=order),
+                ]
+            )
+
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        args = {"epoch": epoch, "indices": _drawn(indices)}
+        self._emit(
+            [self._event(ph="i", s="t", name="draw", cat="draw", tid=0, ts=_now_us(), args=args)]
+        )
+
+    def delivered(self, delivery: Delivery, began_ns: int) -> None:
+        """Hot path when tracing: the events of a batch's samples are formatted by hand, which
+        takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
+        papers = delivery.papers
+        record = record_of(delivery)
+        tid = 0 if papers.worker_id is None else papers.worker_id + 1
+        if tid not in self._lanes:
+            self._lane(tid, f"worker {papers.worker_id}")
+        head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
+        events = []
+        begin_ns = record.start_ns
+        for index, fetch_ns in zip(record.indices, record.fetch_ns, strict=True):
+            shown = str(index) if type(index) is int else json.dumps(_named(index))[1:-1]
+            events.append(
+                f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
+            )
+            begin_ns += fetch_ns
+        stamps = np.frombuffer(papers.stamps, dtype=np.int64)
+        collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
+        end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
+        began_us = (began_ns + UNIX_OFFSET_NS) / 1000
+        wait_us = delivery.wait_ns / 1000
+        name = f"batch {delivery.batch}"
+        args = {"epoch": delivery.epoch, "batch": delivery.batch, "pid": papers.pid}
+        flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
+        # A flow's ends are tied to the slices around their times: each lies inside its slice.
+        took_us = end_us - collate_us
+        waited = args | {"samples": len(record.indices)}
+        events += [
+            self._slice("collate", "collate", tid, collate_us, took_us, args),
+            self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
+            self._slice("wait", f"wait for {name}", 0, began_us, wait_us, waited),
+            self._event(
+                ph="f", bp="e", tid=0, ts=began_us + wait_us - min(wait_us, 1.0) / 2, **flow
+            ),
+        ]
+        self._emit(events)
+
+    def failed(self, failure: Failure) -> None:
+        tid = 0 if failure.worker_id is None else failure.worker_id + 1
+        name = f"{failure.exception_type} at {index_text(failure.index)}"
+        args = {"phase": failure.phase, "message": failure.message[:1000]}
+        self._emit(
+            [self._event(ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args)]
+        )
+        self.flush()
+
+    def audited(self, audit: EpochAudit) -> None:
+        name = f"audit of epoch {audit.epoch}"
+        args = {"audit": str(audit)}
+        self._emit(
+            [self._event(ph="i", s="p", name=name, cat="audit", tid=0, ts=_now_us(), args=args)]
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _named(index: Any) -> str:
+    return scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index)
+
+
+def _drawn(indices: Packed) -> str:
+    listed = list(unpack(indices))
+    return str(listed) if type(indices) is bytes else indices_text(listed, most=_DRAWN_SHOWN)
+
+
+_DRAWN_SHOWN = 1000  # indices that are not numbers
+
+
+def _now_us() -> float:
+    return (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
+
+
+# ── which trace ──────────────────────────────────────────────────────────────────────────────────
+
+OFF = Trace()
+
+# A rebuilt loader shares the recorder of the one it was built from, and so its trace file.
+_traces: weakref.WeakKeyDictionary[Recorder, tuple[int, object, Trace]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def wish(trace: object) -> object:
+    """What ``trace=`` and ``SAFELOADER_TRACE`` ask for: False, True or a folder.
+
+    Raises:
+        TypeError: if ``trace`` is none of None, bool, str and path.
+    """
+    if trace is None:
+        value = os.environ.get("SAFELOADER_TRACE", "")
+        if value.lower() in ("", "0", "false", "no", "off"):
+            return False
+        return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
+    if isinstance(trace, bool):
+        return trace
+    if isinstance(trace, str | os.PathLike):
+        return folder_of(trace)
+    raise TypeError(
+        f"trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder for trace "
+        f"files; got {bounded_text(trace)}"
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """See that trace files can be written into ``folder``, leaving nothing behind.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    try:
+        see_writable(folder)
+    except OSError as exc:
+        raise ValueError(
+            f"trace files cannot be written to {str(folder)!r}: {exc}. Give trace= (or "
+            "SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for nothing"
+        ) from exc
+
+
+def trace_for(recorder: Recorder, trace: object, log: LoaderLog) -> Trace:
+    """The trace of a loader for the epoch that begins; a fault in making it is logged, no more."""
+    wanted = wish(trace)
+    if wanted is False:
+        return OFF
+    if wanted is True:
+        return LogTrace(log)
+    known = _traces.get(recorder)
+    if known is not None and known[0] == os.getpid() and known[1] == wanted:
+        return known[2]
+    try:
+        made: Trace = FileTrace(Path(str(wanted)))
+    except OSError as exc:
+        log.warning("no trace is written: %s", str(exc))
+        made = OFF
+    _traces[recorder] = (os.getpid(), wanted, made)
+    return made

@@ -1,0 +1,1 @@
+"""Where the workers are and what became of them, both ends. Runs in: both."""

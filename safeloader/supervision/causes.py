@@ -1,0 +1,246 @@
+"""The probable cause of a worker's death or silence. Runs in: main.
+
+Signals and exit codes say little by themselves; with the phase, the stack and the machine's own
+counters they mostly leave one explanation, and that is said first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from safeloader.introspect.resources import human_bytes, machine_memory, shared_memory
+from safeloader.introspect.texts import index_text
+from safeloader.supervision.stacks import Frame, Stack
+
+_LITTLE_SHARED = 8 << 20
+_LITTLE_SHARE = 0.05  # of the machine's memory
+
+
+class Ending(NamedTuple):
+    """How a worker ended.
+
+    Attributes:
+        exit_code: as ``multiprocessing`` has it: negative for a signal; None if unknown.
+        phase: what it was at, one of ``flight.PHASES``.
+        index: the sample it was at, where that is known.
+        stack: what it left behind.
+        oom_killed: how many processes the kernel killed for memory since the workers started.
+        grown_bytes: how much its resident memory grew.
+        start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
+    """
+
+    exit_code: int | None
+    phase: str
+    index: Any
+    stack: Stack
+    oom_killed: int
+    grown_bytes: int
+    start_method: str
+
+
+_FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGILL", "SIGSYS", "SIGTRAP")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def ended(exit_code: int | None) -> str:
+    """``"was killed by SIGKILL"``, ``"exited with code 3"``."""
+    if exit_code is None:
+        return "ended"
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    return f"was killed by {_name(-exit_code)}"
+
+
+def of_death(ending: Ending) -> str:
+    """What to make of a worker's end, in one or two sentences."""
+    code = ending.exit_code
+    if "SystemExit" in ending.stack.text:
+        return (
+            f"sys.exit() was called in the worker{_at(ending)}; the stack shows where. Raise an "
+            "exception there instead: it arrives here with its index"
+        )
+    if "KeyboardInterrupt" in ending.stack.text:
+        return "the worker was interrupted (Ctrl-C, or SIGINT sent to it alone)"
+    if code is not None and code < 0:
+        return _of_signal(-code, ending)
+    if ending.phase == "starting":
+        return (
+            "it ended before it could report anything; what it printed stands above. Under spawn "
+            "and forkserver the usual causes: a script without `if __name__ == '__main__':` around "
+            "what it runs, or a dataset class that a fresh process cannot import (defined in a "
+            "notebook or in __main__): move it into a module"
+        )
+    return (
+        f"something ended the process{_at(ending)} without an exception: os._exit(), or exit() "
+        f"called by a native library. Search the dataset and what it calls; {_again(ending.index)}"
+    )
+
+
+def _again(index: Any, options: str = "") -> str:
+    """How to have it happen again where nothing else is lost."""
+    if index is None:
+        how = f" and python{options}" if options else ""
+        return f"run the same in the main process with num_workers=0{how}"
+    python = f" (python{options})" if options else ""
+    if type(index) is tuple and [*map(type, index)] == [int, int]:  # a stream's
+        worker, ordinal = index
+        return (
+            f"iterating worker {worker}'s part of the dataset up to sample {ordinal} (from 0) in a "
+            f"fresh process{python} repeats it"
+        )
+    return f"loader.dataset[{index_text(index)}] in a fresh process{python} repeats it"
+
+
+def _at(ending: Ending) -> str:
+    return "" if ending.index is None else f" at index {index_text(ending.index)}"
+
+
+def _of_signal(number: int, ending: Ending) -> str:
+    if number == signal.SIGKILL:
+        return _of_sigkill(ending)
+    shared = shared_memory()
+    if number == signal.SIGBUS:
+        if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
+            return (
+                f"{shared.path} is full ({human_bytes(shared.free)} of "
+                f"{human_bytes(shared.total)} free), and batches cross through it: give it more "
+                "(docker run --shm-size=8g, or --ipc=host), use fewer workers or a smaller "
+                "prefetch_factor, or torch.multiprocessing.set_sharing_strategy('file_system')"
+            )
+        return (
+            f"memory behind a mapped file went away{_at(ending)}: a file that was truncated or "
+            "replaced while it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or "
+            f"network share, or {shared.path if shared else 'shared memory'} running full. Write "
+            "such files under another name and rename them when they are whole; see whether this "
+            f"one has its full size, and df -h for the disk; {_again(ending.index)}"
+        )
+    if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        return (
+            "somebody asked it to end: a batch system that stops the job, a supervisor, or kill. "
+            "Look at what sent the signal"
+        )
+    if number in (signal.SIGXCPU, signal.SIGXFSZ):
+        return "it ran into a limit of the shell (ulimit -t, ulimit -f)"
+    if _name(number) not in _FAULTS:
+        return (
+            f"somebody sent {_name(number)}, which ends a process that has no handler for it: a "
+            "batch system that warns of the end of a job, or kill. Handle it in worker_init_fn, "
+            "or have it sent to the training process alone"
+        )
+    top = ending.stack.frames[0] if ending.stack.frames else None
+    line = f", called from {top.file}:{top.line} in {top.name}" if top else ""
+    where = _at(ending)
+    reasons: dict[int, str] = {
+        signal.SIGABRT: f"a native library gave up{where} (abort(), a failed assertion, corrupted "
+        f"memory){line}",
+        signal.SIGILL: f"a native library used an instruction that this processor lacks{line}: "
+        "install a build for it",
+    }
+    reason = reasons.get(number, f"a native library is at fault{where}{line}")
+    again = _again(ending.index, " -X faulthandler")
+    return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
+
+
+def _of_sigkill(ending: Ending) -> str:
+    fewer = (
+        "use fewer workers, a smaller prefetch_factor or batch_size, or keep less in the dataset "
+        "(numpy arrays instead of lists of objects: these are copied into every worker as they "
+        "are read)"
+    )
+    if ending.oom_killed > 0:
+        return (
+            f"out of memory: since the workers started the kernel killed {ending.oom_killed} "
+            f"process(es) for memory. Give it more, or {fewer}"
+        )
+    memory = machine_memory()
+    low = memory is not None and memory.available < _LITTLE_SHARE * memory.total
+    if low or ending.grown_bytes > 1 << 30:
+        return f"probably out of memory: {fewer}. `dmesg | grep -i oom` tells for certain"
+    return (
+        "the kernel counted no out-of-memory kill here, so it was probably killed from outside: "
+        "kill -9, a batch system's or container's limit (its log tells), or a watchdog. "
+        "`dmesg | grep -i oom` rules out memory"
+    )
+
+
+def _line_in(frames: Sequence[Frame]) -> str:
+    """Where the user's code is; and what of the standard library it called, if it is in there."""
+    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame)), 0)
+    line = f"{frames[at].file}:{frames[at].line} in {frames[at].name}"
+    if not at:
+        return line
+    called = frames[at - 1]
+    return f"{line}, in {os.path.basename(called.file)}:{called.line} {called.name}"
+
+
+def _is_stdlib(frame: Frame) -> bool:
+    if frame.file.startswith("<frozen "):
+        return True
+    third_party = ("site-packages", "dist-packages")
+    return frame.file.startswith(_STDLIB) and not any(part in frame.file for part in third_party)
+
+
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
+_LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".get(")
+
+
+def of_silence(
+    stack: Stack | None,
+    status: str | None,
+    phase: str | None,
+    index: Any,
+    start_method: str,
+    *,
+    timeout: bool = True,
+) -> str:
+    """What to make of a worker that hangs, in one or two sentences."""
+    if phase is None:
+        return (
+            "no worker is at work although batches are due: look for a worker_init_fn, sampler or "
+            "library that replaces torch's worker loop"
+        )
+    if status == "stopped":
+        return "the worker is stopped (SIGSTOP, or a debugger): kill -CONT lets it go on"
+    if status == "disk-sleep":
+        return (
+            "the worker waits in the kernel for a disk or network share that does not answer: "
+            "look at the mount the sample is read from"
+        )
+    if phase == "starting":
+        return (
+            "the worker does not get through its start: importing the script and unpickling the "
+            "dataset; under spawn and forkserver this may take long for a large dataset"
+        )
+    if stack is None or not stack.frames:
+        return "give timeout= a larger value if the sample is only slow"
+    line = _line_in(stack.frames)
+    top = stack.frames[0]
+    words = f"{top.name} {top.source}".lower()
+    if any(word in words for word in _LOCKISH):
+        if start_method == "fork":
+            return (
+                f"it waits for a lock at {line}. A deadlock inherited through fork is likely: a "
+                "lock that another thread of the training process held when the worker was forked "
+                "stays locked in the worker for ever. Make the lock in the worker "
+                "(worker_init_fn), start threads after the workers, or use "
+                "multiprocessing_context='forkserver'"
+            )
+        return f"it waits for a lock, queue or thread at {line}: see who is to release it"
+    at = "" if index is None else f" for index {index_text(index)}"
+    forked = (
+        "; if that is a native library with threads of its own (OpenCV, OpenMP, BLAS), these did "
+        "not survive the fork: cv2.setNumThreads(0), or multiprocessing_context='forkserver'"
+        if start_method == "fork"
+        else ""
+    )
+    longer = "then wait longer by timeout=" if timeout else "timeout= would end this with an error"
+    return f"it is stuck, or only slow ({longer}), at {line}{at}{forked}"

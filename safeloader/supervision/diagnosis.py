@@ -1,0 +1,278 @@
+"""Workers that died or hang: what happened, where, what to do. Runs in: main.
+
+Reads what workers left in the flight recorder and what the machine says, and puts it in words. It
+is called when something has gone wrong already: it may take its time, and must not fail.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns as clock
+from typing import Any, NamedTuple
+
+from safeloader.delivery.ledger import Open
+from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
+from safeloader.introspect.texts import index_text, indices_text
+from safeloader.supervision import causes, stacks
+from safeloader.supervision.causes import Ending
+from safeloader.supervision.flight_recorder import FlightRecorder, Position
+from safeloader.supervision.processes import Signals
+
+_WORKERS_SHOWN = 32
+
+
+class Whereabouts(NamedTuple):
+    """Where a worker is, in the dataset's terms."""
+
+    worker: int
+    position: Position
+    batch: int | None
+    indices: tuple[Any, ...]
+    index: Any
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is at work, or was when it died."""
+        return self.position.phase != "idle"
+
+    @property
+    def seconds(self) -> float | None:
+        """Since when it is there; None if unknown."""
+        since = self.position.since_ns
+        return max(0.0, (clock() - since) / 1e9) if since else None
+
+    def __str__(self) -> str:
+        place = "" if self.batch is None else f" of batch {self.batch}"
+        batch = "a batch" if self.batch is None else f"batch {self.batch}"
+        at = self.position.position
+        of_batch = f" (indices {indices_text(self.indices)})" if self.indices else ""
+        words = {
+            "starting": "starting, before its set-up was done",
+            "init": "in worker_init_fn",
+            "open": "opening the dataset",
+            "idle": "idle",
+            "fetch": f"fetching index {index_text(self.index)} (position {at}{place})",
+            "fetch at once": f"in __getitems__{place}{of_batch}",
+            "collate": f"collating {batch}{of_batch}",
+            "send": f"sending {batch}{of_batch}",
+        }
+        if self.position.phase == "fetch" and self.index is None:
+            return f"fetching position {at}{place}"
+        return words[self.position.phase]
+
+
+class Diagnosis:
+    """Of one pool of workers.
+
+    Args:
+        flight: None where there is no shared memory to be had.
+        workers: their processes.
+        start_method: how they were started.
+        opened: gives what is known of a draw, by its number.
+    """
+
+    def __init__(
+        self,
+        flight: FlightRecorder | None,
+        workers: Sequence[Any],
+        start_method: str,
+        opened: Callable[[int], Open | None],
+    ) -> None:
+        self._flight = flight
+        self._workers = workers
+        self._signals = [Signals(worker) for worker in workers]
+        self._start_method = start_method
+        self._opened = opened
+        self._oom_kills = oom_kills()
+
+    def whereabouts(self, worker: int) -> Whereabouts | None:
+        """Where ``worker`` is, or was when it died; None without a flight recorder."""
+        if self._flight is None:
+            return None
+        position = self._flight.read(worker)
+        opened = None if position.seq is None else self._opened(position.seq)
+        batch = None if opened is None else opened.batch
+        indices = () if opened is None else opened.indices
+        index = None
+        at = position.position
+        if opened is not None and not indices and at is not None:  # a stream
+            index = (worker, position.ordinal + at)
+        elif at is not None and at < len(indices):
+            index = indices[at]
+        return Whereabouts(worker, position, batch, indices, index)
+
+    def crash(self, dead: Sequence[int]) -> Failure:
+        """The failure that the death of these workers is."""
+        first = min(dead, key=self._order)
+        where = self.whereabouts(first)
+        process = self._workers[first]
+        stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
+        kills = oom_kills()
+        ending = Ending(
+            exit_code=process.exitcode,
+            phase="starting" if where is None else where.position.phase,
+            index=None if where is None else where.index,
+            stack=stack,
+            oom_killed=(kills or 0) - (self._oom_kills or 0),
+            grown_bytes=_grown(where),
+            start_method=self._start_method,
+        )
+        found = []
+        if where is not None and where.position.pid:
+            found.append(f"worker {first} was {where}")
+        for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
+            also = self.whereabouts(other)
+            at = "" if also is None else f" while {also}"
+            pid = self._workers[other].pid
+            found.append(f"worker {other} (pid {pid}) {self._ended(other)} too{at}")
+        found += _memory_lines(where)
+        found += machine_lines()
+        return Failure(
+            phase="crash",
+            exception_type="WorkerCrashError",
+            message=self._torch_words(first),
+            traceback=stack.text,
+            index=None if where is None else where.index,
+            position=None if where is None or where.index is None else where.position.position,
+            indices=() if where is None else where.indices,
+            batch=None if where is None else where.batch,
+            worker_id=first,
+            pid=process.pid,
+            hint="\n".join([*found, causes.of_death(ending)]),
+        )
+
+    def _order(self, worker: int) -> tuple[bool, bool, int]:
+        """Whose death to tell first: one at work before an idle one, signals before exits."""
+        where = self.whereabouts(worker)
+        code = self._workers[worker].exitcode
+        return (where is None or not where.busy, code is None or code >= 0, worker)
+
+    def _ended(self, worker: int) -> str:
+        return causes.ended(self._workers[worker].exitcode)
+
+    def _torch_words(self, worker: int) -> str:
+        code = self._workers[worker].exitcode
+        pid = self._workers[worker].pid
+        if code is not None and code < 0:
+            words = signal.strsignal(-code) or f"signal {-code}"
+            return f"DataLoader worker (pid {pid}) is killed by signal: {words}."
+        status = "an unknown exit status" if code is None else f"exit code {code}"
+        return f"DataLoader worker (pid(s) {pid}) exited unexpectedly with {status}."
+
+    def silence(self, waited_s: float, *, timeout: bool) -> Failure:
+        """The failure, or warning, that no batch came for ``waited_s`` seconds."""
+        at = [self.whereabouts(worker) for worker in range(len(self._workers))]
+        known = [where for where in at if where is not None]
+        busy = sorted(
+            (where for where in known if where.busy),
+            key=lambda where: -(where.seconds or 0.0),
+        )
+        asked = [where.worker for where in busy]
+        told = stacks.asked(self._flight, self._signals, asked) if self._flight else {}
+        found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
+        if len(busy) > _WORKERS_SHOWN:
+            found.append(f"and {len(busy) - _WORKERS_SHOWN} more workers at work")
+        idle = len(known) - len(busy)
+        if idle:
+            found.append(f"{idle} more idle" if busy else f"all {idle} workers are idle")
+        first = busy[0] if busy else None
+        blocks = []
+        for where in busy[:_WORKERS_SHOWN]:
+            stack = told.get(where.worker)
+            if stack is not None:
+                blocks.append(f"worker {where.worker}, most recent call last:\n{stack.text}")
+        hint = causes.of_silence(
+            None if first is None else told.get(first.worker),
+            None if first is None else self._status(first.worker),
+            None if first is None else first.position.phase,
+            None if first is None else first.index,
+            self._start_method,
+            timeout=timeout,
+        )
+        message = f"DataLoader timed out after {waited_s:g} seconds"
+        if not timeout:
+            message = f"no batch came for {waited_s:.0f} seconds; the loader goes on waiting"
+        return Failure(
+            phase="timeout",
+            exception_type="WorkerTimeoutError",
+            message=message,
+            traceback="\n".join(blocks),
+            index=None if first is None else first.index,
+            position=None if first is None or first.index is None else first.position.position,
+            indices=() if first is None else first.indices,
+            batch=None if first is None else first.batch,
+            worker_id=None if first is None else first.worker,
+            pid=self._workers[first.worker if first is not None else 0].pid,
+            hint="\n".join([*found, hint]),
+        )
+
+    def _silent_line(self, where: Whereabouts) -> str:
+        seconds = where.seconds
+        since = "" if seconds is None else f" for {seconds:.1f} s"
+        pid = self._workers[where.worker].pid
+        status = self._status(where.worker)
+        state = f", process state: {status}" if status in _TELLING else ""
+        return f"worker {where.worker} (pid {pid}) is {where}{since}{state}"
+
+    def _status(self, worker: int) -> str | None:
+        try:
+            import psutil  # heavy: not for workers, which import this module too
+
+            return str(psutil.Process(self._workers[worker].pid).status())
+        except Exception:  # gone, or /proc is not to be read
+            return None
+
+
+class Stalls:
+    """Logs that no batch comes: all that is known, then a line each time while nothing changes."""
+
+    def __init__(self, diagnosis: Diagnosis, log: LoaderLog) -> None:
+        self._diagnosis = diagnosis
+        self._log = log
+        self._told: tuple[Any, ...] = ()
+        self._waited_s = 0.0
+
+    def __call__(self, waited_s: float) -> None:
+        """No batch came for ``waited_s`` seconds."""
+        try:
+            failure = self._diagnosis.silence(waited_s, timeout=False)
+        except Exception:
+            self._log.exception("no batch came for %.0f s, and looking into it failed", waited_s)
+            return
+        at = (failure.worker_id, failure.batch, failure.index, failure.traceback)
+        nothing_new = at == self._told and waited_s > self._waited_s
+        self._told, self._waited_s = at, waited_s
+        if nothing_new:
+            where = failure.hint.partition("\n")[0]
+            self._log.warning("still no batch after %.0f seconds: %s, as before", waited_s, where)
+        else:
+            self._log.warning("%s", failure)
+
+
+_TELLING = ("stopped", "disk-sleep", "tracing-stop")
+
+
+def _grown(where: Whereabouts | None) -> int:
+    if where is None:
+        return 0
+    before, after = where.position.memory_first, where.position.memory_last
+    return max(0, after[0] - before[0]) if min(before[0], after[0]) > 0 else 0
+
+
+def _memory_lines(where: Whereabouts | None) -> list[str]:
+    """The worker's memory as last sampled, and how it grew."""
+    if where is None or where.position.memory_last[0] <= 0:
+        return []
+    names = ("resident", "proportional (PSS)", "unique (USS)")
+    last = where.position.memory_last
+    parts = [
+        f"{human_bytes(value)} {name}"
+        for name, value in zip(names, last, strict=True)
+        if value >= 0
+    ]
+    grown = last[0] - where.position.memory_first[0]
+    how = f"grew by {human_bytes(grown)}" if grown > 0 else "did not grow"
+    return [f"its memory as last sampled: {', '.join(parts)}; {how} since its first batch"]

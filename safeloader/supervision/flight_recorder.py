@@ -1,0 +1,168 @@
+"""Where each worker is, in shared memory that outlives it. Runs in: both.
+
+::
+
+    worker: one cell for each change of phase, one for each sample ──► memory ──► main: read(worker)
+
+A worker that was killed, or hangs, can say nothing any more. What it was at stands here: the batch,
+the phase, and the time stamps of the samples it had fetched. The stamps that travel with a batch
+are taken in this memory to begin with, so noting the position costs nothing beyond them. Main reads
+only when something went wrong; it turns (batch, position) into a dataset index by what was drawn.
+
+The memory is one anonymous file (``memfd``; elsewhere an unlinked temporary one) that goes to
+workers under every start method. Behind the numbers lies room for the Python stacks that
+``faulthandler`` writes when a worker crashes, or when main asks a stuck one for it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import NamedTuple
+
+from safeloader.transport.shared_memory import SharedCells
+
+STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
+STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
+
+# A worker's row, in cells of int64; the stamps follow.
+PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL, ENDED = range(8)
+MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
+STAMPS = 16
+ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
+_SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
+
+PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate", "send", "exit")
+STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND, EXIT = range(len(PHASES))
+
+
+class Position(NamedTuple):
+    """Where a worker is, or was when it died.
+
+    Attributes:
+        phase: one of ``PHASES``; "starting" until our set-up ran in the worker.
+        seq: number of the draw it is at; None before the first.
+        position: how many samples of the batch were fetched: the position of the one it is at.
+            None where the dataset fetches a whole batch at once.
+        ordinal: number in its stream of the batch's first sample.
+        since_ns: when it came there, by ``time.perf_counter_ns``; 0 if it never said so.
+        pid: 0 if it never said so.
+        signal: the signal that makes it write its stack; 0 while it cannot.
+        memory_first: resident, proportional and unique set size after its start, bytes; -1 unknown.
+        memory_last: the same as last sampled.
+    """
+
+    phase: str
+    seq: int | None
+    position: int | None
+    ordinal: int
+    since_ns: int
+    pid: int
+    signal: int
+    memory_first: tuple[int, int, int]
+    memory_last: tuple[int, int, int]
+
+
+class FlightRecorder(SharedCells):
+    """One row a worker, each written by that worker alone. Pickles to workers only.
+
+    Raises:
+        OSError: where no anonymous file can be had.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        super().__init__(self._cells_bytes() + workers * STACK_BYTES)
+
+    def _cells_bytes(self) -> int:
+        cells = 8 * (_SHARED + self.workers * ROW)
+        return -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def _mapped(self) -> memoryview:
+        return memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
+
+    # in a worker ────────────────────────────────────────────────────────────────────────────────
+
+    def row(self, worker: int) -> memoryview:
+        """The cells that ``worker`` writes."""
+        at = _SHARED + worker * ROW
+        return self._cells[at : at + ROW]
+
+    def open_stacks(self, worker: int) -> int | None:
+        """A file descriptor that writes to this worker's room for stacks; None without /proc."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
+            os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
+        except OSError:
+            return None
+        return fd
+
+    @property
+    def ending(self) -> bool:
+        """Whether main wants the workers to end."""
+        return bool(self._cells[0])
+
+    # in main ────────────────────────────────────────────────────────────────────────────────────
+
+    def end(self) -> None:
+        """Have the workers end; without a lock, which a killed worker might hold."""
+        self._cells[0] = 1
+
+    def read(self, worker: int) -> Position:
+        """Where ``worker`` is."""
+        row = self.row(worker)
+        at = row[PHASE]
+        phase = PHASES[at if STARTING <= at <= EXIT else STARTING]  # a library may have run wild
+        position: int | None = None
+        since = row[SINCE]
+        if at in (FETCH, COLLATE):
+            position = max(0, row[COUNTED]) or _stamps_since(row)
+            if row[STAMPS]:
+                since = max(since, row[STAMPS + min(position, STAMPS_MAX)])
+        return Position(
+            phase=phase,
+            seq=row[SEQ] if IDLE < at <= EXIT else None,
+            position=position if phase == "fetch" else None,
+            ordinal=row[ORDINAL],
+            since_ns=since,
+            pid=row[PID],
+            signal=row[SIGNAL],
+            memory_first=(row[MEMORY], row[MEMORY + 1], row[MEMORY + 2]),
+            memory_last=(row[MEMORY + 3], row[MEMORY + 4], row[MEMORY + 5]),
+        )
+
+    def stacks(self, worker: int, *, after: int = 0) -> str:
+        """What ``faulthandler`` wrote for ``worker``, from byte ``after`` on."""
+        raw = os.pread(self._fd, STACK_BYTES - after, self._stacks_at(worker) + after)
+        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    def _stacks_at(self, worker: int) -> int:
+        return self._cells_bytes() + worker * STACK_BYTES
+
+
+class Ending:
+    """In the place of the ``Event`` by which torch tells its workers to end.
+
+    An event takes a lock to be read, and a worker killed just then would keep it: main could
+    never set the event again.
+    """
+
+    def __init__(self, flight: FlightRecorder) -> None:
+        self._flight = flight
+
+    def set(self) -> None:
+        """Have them end."""
+        self._flight.end()
+
+    def is_set(self) -> bool:
+        """Whether they are to."""
+        return self._flight.ending
+
+
+def _stamps_since(row: memoryview) -> int:
+    """How many samples of the running batch are stamped: older stamps are an earlier batch's."""
+    began = row[STAMPS]
+    count = 0
+    while count < STAMPS_MAX and row[STAMPS + 1 + count] >= began > 0:
+        count += 1
+    return count

@@ -1,0 +1,126 @@
+"""What a worker notes about itself: its stack, its memory. Runs in: worker.
+
+Runs in a worker. A crash in C code ends the process at once; ``faulthandler`` writes the Python
+stack from within the signal handler, into memory that main can still read. Main can ask for the
+stack too, of a worker that hangs, by a signal that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import mmap
+import os
+import signal
+import sys
+import traceback
+from time import perf_counter
+from time import perf_counter_ns as clock
+from typing import Any
+
+from safeloader.introspect.resources import process_memory
+from safeloader.supervision.flight_recorder import (
+    IDLE,
+    MEMORY,
+    PHASE,
+    SIGNAL,
+    SINCE,
+    FlightRecorder,
+)
+
+logger = logging.getLogger("safeloader")
+
+_RESIDENT_EVERY_S = 0.1
+_SHARED_EVERY_S = 1.0
+_MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
+
+
+class Witness:
+    """Writes to the flight recorder what is not the fetcher's business."""
+
+    def __init__(self, flight: FlightRecorder | None, worker: int, cells: memoryview) -> None:
+        self._cells = cells
+        self._stacks = None if flight is None else flight.open_stacks(worker)
+        self._sampled_at = float("-inf")
+        self._sample_shared_at = perf_counter() + _SHARED_EVERY_S
+        for k in range(6):
+            cells[MEMORY + k] = -1
+        if self._stacks is not None:
+            try:
+                cells[SIGNAL] = _write_stacks_to(self._stacks)
+            except Exception:  # a program without a usable signal, or with a handler of its own
+                logger.debug("no stacks from worker %d", worker, exc_info=True)
+
+    def over(self, fetcher: Any) -> Any:
+        """``fetcher``, with a note of what ends the process from inside a fetch."""
+        fetch = fetcher.fetch
+
+        def noted(task: Any) -> Any:
+            try:
+                return fetch(task)
+            except Exception:
+                raise
+            except BaseException:
+                self.ends()
+                raise
+
+        fetcher.fetch = noted
+        return fetcher
+
+    def sent(self) -> None:
+        """Something was sent, and the worker has nothing to do for now; hot path."""
+        cells = self._cells
+        cells[SINCE] = clock()
+        cells[PHASE] = IDLE
+        now = perf_counter()
+        if now - self._sampled_at > _RESIDENT_EVERY_S:
+            self._sample_memory(now)
+
+    def _sample_memory(self, now: float) -> None:
+        """Resident size at once and often; what it shares, which the kernel has to add up, less."""
+        cells = self._cells
+        known = [_resident_bytes(), -1, -1]
+        if now >= self._sample_shared_at:
+            memory = process_memory()
+            if memory is not None:
+                known = [-1 if value is None else value for value in memory]
+            took = perf_counter() - now
+            self._sample_shared_at = now + max(_SHARED_EVERY_S, took / _MEMORY_SHARE)
+        for k, value in enumerate(known):
+            if value >= 0:
+                cells[MEMORY + 3 + k] = value
+                if cells[MEMORY + k] < 0:
+                    cells[MEMORY + k] = value
+        self._sampled_at = now
+
+    def ends(self) -> None:
+        """Something is ending this process that is no error: leave its stack."""
+        raised = sys.exception()
+        if self._stacks is None or raised is None:
+            return
+        users = raised.__traceback__
+        while users is not None and users.tb_frame.f_globals.get("__package__") == __package__:
+            users = users.tb_next
+        frames = users or raised.__traceback__
+        text = "".join(traceback.format_exception(type(raised), raised, frames))
+        os.write(self._stacks, text.encode("utf-8", "replace"))
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process by the kernel's cheapest account; -1 if unknown."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+def _write_stacks_to(fd: int) -> int:
+    """Have faults, and one signal, write the stacks of this process; that signal."""
+    faulthandler.disable()  # one inherited from main has its handlers below torch's
+    faulthandler.enable(file=fd, all_threads=True)
+    for number in range(signal.SIGRTMAX - 1, signal.SIGRTMIN, -1):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            faulthandler.register(number, file=fd, all_threads=True)
+            return number
+    return 0

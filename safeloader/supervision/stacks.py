@@ -1,0 +1,101 @@
+"""The Python stacks of workers, asked for or left behind. Runs in: main.
+
+A worker writes its stacks in a signal handler in C (``faulthandler``), so it answers also while it
+is stuck in C code. Only workers that are stuck are asked; the training process takes no signal.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from safeloader.supervision.flight_recorder import STACK_BYTES, FlightRecorder
+from safeloader.supervision.processes import Signals
+
+_ANSWER_S = 1.0  # how long an answer is waited for
+_QUIET_S = 0.03  # without a new line, it is complete
+_DUMP_BYTES = 1 << 16  # more than one answer takes
+_FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
+_OURS = os.path.join("safeloader", "worker", "")
+_FRAMES_MAX = 40
+
+
+class Frame(NamedTuple):
+    """One line of a stack."""
+
+    file: str
+    line: int
+    name: str
+
+    @property
+    def source(self) -> str:
+        """The line's text; empty where the file cannot be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        text = f"\n    {self.source}" if self.source else ""
+        return f'  File "{self.file}", line {self.line}, in {self.name}{text}'
+
+
+class Stack(NamedTuple):
+    """A worker's main thread, newest frame first, and the text of it all."""
+
+    frames: tuple[Frame, ...]
+    text: str
+
+
+def asked(
+    flight: FlightRecorder, signals: Sequence[Signals], workers: Iterable[int]
+) -> dict[int, Stack]:
+    """The stacks of these workers as they are now; without those that do not answer."""
+    before: dict[int, int] = {}
+    for worker in workers:
+        written = len(flight.stacks(worker).encode())
+        # The number alone is believed: a broken native library may have written over the rest.
+        if written + _DUMP_BYTES < STACK_BYTES and signals[worker].send(flight.read(worker).signal):
+            before[worker] = written
+    give_up = time.monotonic() + _ANSWER_S
+    told = dict.fromkeys(before, "")
+    changed = time.monotonic()
+    while time.monotonic() < give_up:
+        time.sleep(0.005)
+        now = {worker: flight.stacks(worker, after=at) for worker, at in before.items()}
+        if now != told:
+            told, changed = now, time.monotonic()
+        elif all(told.values()) and time.monotonic() - changed > _QUIET_S:
+            break
+    return {worker: read(text) for worker, text in told.items() if text}
+
+
+def left_behind(flight: FlightRecorder, worker: int) -> Stack:
+    """What a dead worker wrote last; empty if it could not."""
+    text = flight.stacks(worker)
+    # A dump begins with "Fatal Python error"; what stands before it was asked for earlier.
+    begins = max(text.rfind("Fatal Python error"), text.rfind("Traceback (most recent call last)"))
+    return read(text[begins:]) if begins >= 0 else Stack((), "")
+
+
+def read(text: str) -> Stack:
+    """Take a dump of ``faulthandler`` apart; other text (a traceback) is kept as it is."""
+    current: list[Frame] = []
+    inside = False
+    for line in text.splitlines():
+        if "(most recent call first)" in line:
+            inside = line.startswith("Current thread") or "Thread" not in text
+            continue
+        found = _FRAME.match(line) if inside else None
+        if found is not None:
+            current.append(Frame(found["file"], int(found["line"]), found["name"]))
+    users = []
+    for frame in current:
+        if _OURS in frame.file:
+            break  # below this it is safeloader's, torch's and multiprocessing's frames
+        users.append(frame)
+    frames = tuple(users or current)[:_FRAMES_MAX]
+    if not frames:
+        return Stack((), text.strip())
+    return Stack(frames, "\n".join(map(str, reversed(frames))))

@@ -1,0 +1,1 @@
+"""How batches cross from worker to main, both ends. Runs in: both."""

@@ -1,0 +1,332 @@
+"""Pickles a batch, with the memory of its tensors put into slots. Runs in: worker.
+
+Runs in a worker. Where the pickler comes to the memory of a tensor or of an array, that is copied
+into a slot, once however many tensors share it, and a call that finds it there is written to the
+pickle. What is small crosses within the message. Everything else about a tensor (its kind,
+``requires_grad``, what its class adds) is torch's own way of pickling it.
+
+Torch's way of handing over memory remains for what is in its shared memory already, and for what
+finds no room: a descriptor for each tensor, sent beside the message.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import os
+import pickle
+import sys
+from bisect import bisect_right, insort
+from typing import Any
+
+import numpy as np
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from safeloader import _torch
+from safeloader._python import as_if_spawning, extra_reducers
+from safeloader.transport import leaves
+from safeloader.transport.leaves import CODES, Beside, Place
+from safeloader.transport.sender import MOST_FDS
+from safeloader.transport.slot_batch import SlotBatch
+from safeloader.transport.slot_table import SLOTS_A_BATCH
+
+INLINE = 4096  # bytes of a tensor or array up to which it crosses within the message
+IN_MESSAGE = 1 << 20  # the same where no slot is to be had
+_WHOLE = 1 << 20  # bytes of memory up to which all of it crosses, however little is looked at
+_PROTOCOL = 4  # of torch's queue: 5 would hand on read-only arrays
+_ALIGNED = 16  # every element size divides it
+_named = getattr(torch.Tensor, "has_names", lambda tensor: False)  # torch refuses to send these
+
+Part = tuple[int, int]  # of a storage: first byte, and the one behind the last
+Parts = dict[int, list[Part]]  # storage: in order, apart from each other
+
+
+class Overlap(Exception):
+    """Tensors look at the same bytes of a large memory: these ``parts`` have to cross whole."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.parts = parts
+
+
+class TooManyFds(Exception):
+    """More tensors go torch's way than a message may have descriptors."""
+
+
+class _Looks:
+    """The parts of one storage that tensors look at, each copied on its own.
+
+    Args:
+        parts: those that are known to be looked at by several; in order, apart from each other.
+
+    Attributes:
+        overlap: whether some of them overlap, so that these will not do.
+    """
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+        self._copied: list[Part] = []  # in order, apart from each other
+        self._numbers: dict[Part, int] = {}  # of their memory in the pickle
+        self._others: list[Part] = []  # from the first that overlaps with these
+        self.overlap = False
+
+    def at(self, part: Part) -> tuple[Part, int | None]:
+        """The part that is to cross for this one, and its number if it does so already."""
+        part = _around(self._parts, part) or part
+        known = _around(self._copied, part)
+        if known is not None:
+            return known, self._numbers[known]
+        place = bisect_right(self._copied, part)
+        before, behind = self._copied[max(0, place - 1) : place], self._copied[place : place + 1]
+        if any(low < part[1] and part[0] < high for low, high in before + behind):
+            self.overlap = True
+        if self.overlap:
+            self._others.append(part)
+        return part, None
+
+    def add(self, part: Part, number: int) -> None:
+        """It was copied."""
+        insort(self._copied, part)
+        self._numbers[part] = number
+
+    def merged(self) -> list[Part]:
+        """What to copy instead, so that every byte crosses once."""
+        merged: list[Part] = []
+        for low, high in sorted(self._copied + self._others):
+            if merged and low < merged[-1][1]:
+                low, high = merged[-1][0], max(merged.pop()[1], high)
+            merged.append((low, high))
+        return merged
+
+
+def _around(parts: list[Part], part: Part) -> Part | None:
+    """The one of these parts, in order and apart from each other, that ``part`` lies in."""
+    place = bisect_right(parts, (part[0], sys.maxsize)) - 1
+    return parts[place] if place >= 0 and part[1] <= parts[place][1] else None
+
+
+def _bytes_at(address: int, size: int) -> bytes:
+    if size <= INLINE:
+        return ctypes.string_at(address, size)
+    return bytes((ctypes.c_char * size).from_address(address))  # the other takes a C int for a size
+
+
+class Reduction:
+    """One batch on its way through the pickler, reduced to places of its memory.
+
+    It must not hold the pickler, which holds it, and every tensor of the batch: their memory would
+    wait for the garbage collector.
+
+    Args:
+        slots: the batch, as far as it lies in slots; None for torch's own way.
+        parts: what is to cross of storages of which several tensors look at the same bytes.
+        why: why torch's own way is taken.
+        fetched: whether main has to fetch descriptors from here, as torch has it.
+
+    Attributes:
+        fds: descriptors of tensors that went torch's way.
+        torchs: whether some did.
+        why: why, but for what found no room; empty where none had to.
+    """
+
+    def __init__(
+        self,
+        slots: SlotBatch | None,
+        parts: Parts,
+        why: str = "",
+        *,
+        fetched: bool = False,
+    ) -> None:
+        self._slots = slots
+        self._parts = parts
+        self.fetched = fetched
+        self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
+        self._looks: dict[int, _Looks] = {}  # at storages of which not all crosses
+        self._overlap = False
+        self._held: list[Any] = []  # so that no identity is given twice
+        self._count = 0
+        self.fds: list[int] = []
+        self.torchs = fetched
+        self.why = why
+
+    def pickled(self, payload: Any) -> bytes:
+        """The pickle of a batch."""
+        buffer = io.BytesIO()
+        pickler: Any = pickle.Pickler(buffer, _PROTOCOL)
+        table = {**copyreg.dispatch_table, **extra_reducers}
+        self._reduce_tensor = table[torch.Tensor]
+        self._reduce_storage = table[torch.UntypedStorage]
+        if not self.fetched:
+            table[torch.UntypedStorage] = self._storage
+        if self._slots is not None:
+            if self._reduce_tensor is reduce_tensor:  # not where the user registered another
+                table[torch.Tensor] = self._tensor
+            table.setdefault(np.ndarray, self._array)
+        pickler.dispatch_table = table
+        pickler.dump(payload)
+        if self._overlap:
+            raise Overlap({same: looks.merged() for same, looks in self._looks.items()})
+        return buffer.getvalue()
+
+    # leaves ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _tensor(self, tensor: torch.Tensor) -> Any:
+        """What ``copyreg`` wants to know of a tensor; hot path."""
+        code = CODES.get(tensor.dtype)
+        if (
+            code is None
+            or tensor.layout is not torch.strided
+            or not tensor.is_cpu
+            or tensor.requires_grad
+            or tensor.is_nested
+            or tensor.is_conj()
+            or tensor.is_neg()
+            or _named(tensor)
+        ):
+            return self._reduce_tensor(tensor)
+        storage = tensor.untyped_storage()
+        held = storage.nbytes()
+        size = tensor.nbytes
+        if not size or storage.is_shared():
+            return self._reduce_tensor(tensor)
+        same = _torch.identity_of(storage)
+        shape = tuple(tensor.shape)
+        # The stride along a dimension of one element is free, and is to stay as it is.
+        if (
+            held == size
+            and same not in self._brought
+            and same not in self._looks
+            and 1 not in shape
+            and tensor.is_contiguous()
+        ):
+            place = self._bring(storage, same, held)
+            if place is None:
+                return self._reduce_tensor(tensor)
+            if type(place) is bytes:
+                return leaves.tensor_inline, (place, code, shape)
+            slot, at, _ = place
+            return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
+        return self._strided(tensor, code, storage, same, held)
+
+    def _strided(
+        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int, held: int
+    ) -> Any:
+        item = tensor.itemsize
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        first = int(tensor.storage_offset())
+        last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        part = first * item, (last + 1) * item
+        start = 0
+        place: Place | None = self._brought.get(same)
+        if place is None:
+            assert self._slots is not None
+            few = held > _WHOLE and part[1] - part[0] < held // 2 and not self._slots.has(same)
+            if few or same in self._looks or same in self._parts:
+                start, place = self._look(storage, same, part)
+            else:
+                place = self._bring(storage, same, held)
+        if place is None:
+            return self._reduce_tensor(tensor)
+        return leaves.tensor_over, (place, code, shape, stride, first - start // item)
+
+    def _look(self, storage: torch.UntypedStorage, same: int, part: Part) -> tuple[int, Place]:
+        """Where a part of a storage is, and the byte of the storage that it begins with."""
+        looks = self._looks.get(same)
+        if looks is None:
+            looks = self._looks[same] = _Looks(self._parts.get(same, []))
+            self._held.append(storage)
+        part, number = looks.at(part)
+        start = part[0] // _ALIGNED * _ALIGNED
+        if number is not None:
+            return start, number
+        if looks.overlap:  # this pickle will not be sent
+            self._overlap = True
+            return start, b""
+        address, size = storage.data_ptr() + start, part[1] - start
+        # Without room it goes within the message: torch's way would take the storage as a whole.
+        place = self._copied(address, size) or _bytes_at(address, size)
+        looks.add(part, self._count)
+        self._count += 1
+        return start, place
+
+    def _storage(self, storage: torch.UntypedStorage) -> Any:
+        """The same for the storage of what is no plain tensor."""
+        held = storage.nbytes()
+        if self._slots is None or not held or storage.device.type != "cpu":
+            return self._torchs(storage)
+        if storage.is_shared():
+            self.why = self.why or "a tensor is in torch's shared memory already"
+            return self._torchs(storage)
+        same = _torch.identity_of(storage)
+        place: Place | None = self._brought.get(same)
+        if place is None and (same in self._looks or same in self._parts):
+            _, place = self._look(storage, same, (0, held))
+        elif place is None:
+            place = self._bring(storage, same, held)
+        return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
+
+    def _bring(
+        self, storage: torch.UntypedStorage, same: int, size: int
+    ) -> tuple[int, int, int] | bytes | None:
+        """The place of a whole storage that comes for the first time; None if there is no room."""
+        assert self._slots is not None
+        place: tuple[int, int, int] | bytes | None = self._slots.place_of(storage, same, size)
+        place = place or self._copied(storage.data_ptr(), size)
+        if place is not None:
+            self._brought[same] = self._count
+            self._count += 1
+            self._held.append(storage)
+        return place
+
+    def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
+        assert self._slots is not None
+        place = None if size <= INLINE else self._slots.copy(address, size)
+        # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
+        return _bytes_at(address, size) if place is None and size < IN_MESSAGE else place
+
+    def _array(self, array: np.ndarray[Any, Any]) -> Any:
+        """The same for an array; a copy each, as in any pickle."""
+        dtype = array.dtype
+        if array.nbytes <= INLINE or dtype.hasobject or not dtype.isnative:  # numpy swaps its bytes
+            return array.__reduce__()
+        assert self._slots is not None
+        found = self._slots.put(array.nbytes)
+        if found is None:
+            return array.__reduce__()
+        slot, place, at = found
+        flags, shape = array.flags, array.shape
+        order: Any = "F" if flags.f_contiguous and not flags.c_contiguous else "C"
+        if flags.forc:  # with the bytes between the fields of a record, which `copyto` leaves out
+            ctypes.memmove(slot.address + at, array.ctypes.data, array.nbytes)
+        else:
+            np.copyto(np.ndarray(shape, dtype, slot.memory, at, order=order), array)
+        return leaves.array_in_slot, (place, at, dtype, shape, order)
+
+    # torch's way ────────────────────────────────────────────────────────────────────────────────
+
+    def _torchs(self, storage: torch.UntypedStorage) -> Any:
+        """Torch's own word for a storage, its descriptor taken along.
+
+        Torch keeps the descriptor in the worker and has main fetch it from there, which a thread of
+        the worker has to answer: it cannot while the worker is stopped, or stuck in C code that
+        holds the interpreter, and it takes some 300 µs. Its reducer passes a descriptor the way
+        that suits the moment, and while a process is being started that is by number. The moment is
+        made to look like that, for one call and this thread alone.
+        """
+        self.torchs = True
+        with as_if_spawning(self):
+            return self._reduce_storage(storage)
+
+    def duplicate_for_child(self, fd: int) -> int:
+        """Take a descriptor along; its number in the message."""
+        # The slots of the batch may be new, and need descriptors as well.
+        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else SLOTS_A_BATCH):
+            raise TooManyFds
+        self.fds.append(os.dup(fd))
+        return len(self.fds) - 1
+
+    def DupFd(self, number: int) -> Beside:
+        """What stands for the descriptor in the pickle."""
+        return Beside(number)

@@ -1,0 +1,147 @@
+"""A batch into slots and a message: one copy for each byte. Runs in: worker.
+
+::
+
+    default_collate ──► stacks straight into a slot ──┐
+    any other batch ──► Reduction ──► one copy ───────┴──► Sealed: some hundred bytes
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from safeloader import _torch
+from safeloader.transport.batch_pickler import (
+    IN_MESSAGE,
+    INLINE,
+    Overlap,
+    Parts,
+    Reduction,
+    TooManyFds,
+)
+from safeloader.transport.leaves import CODES, close_all
+from safeloader.transport.messages import Papers
+from safeloader.transport.sealing import Sealed
+from safeloader.transport.slot_batch import SlotBatch
+from safeloader.transport.slot_table import Cargo
+from safeloader.transport.slot_writer import SlotPool
+
+_LARGE_PICKLE = 1 << 16
+_TRIES = 3  # the first finds what overlaps; a pickle that is another each time may take more
+
+
+class Packer:
+    """Seals batches; one for the life of a worker.
+
+    Args:
+        slots: where batches are put; None for torch's own way.
+        why: why it is torch's own way, if it was not asked for.
+    """
+
+    def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
+        self._slots = None if slots is None else SlotBatch(slots)
+        self._why = why
+        self._collating = False
+        self._thread = 0
+
+    # while a batch is made ──────────────────────────────────────────────────────────────────────
+
+    def begin(self) -> None:
+        """A batch begins; hot path."""
+        self._collating = False
+        if self._slots is not None:
+            self._slots.begin()
+
+    def collates(self) -> None:
+        """The batch is collated from now on: what is stacked goes into a slot."""
+        self._collating = True
+        self._thread = threading.get_ident()
+
+    def install(self) -> None:
+        """Have ``default_collate`` stack into slots, in this process."""
+        if self._slots is not None:
+            _torch.stack_tensors_with(self._stack)
+
+    def _stack(self, stock: Callable[..., Any], batch: Any, **kwargs: Any) -> Any:
+        """What torch's ``collate_tensor_fn`` does, in the memory that the batch is sent in."""
+        first = batch[0]
+        slots = self._slots
+        if (
+            slots is None
+            or not self._collating
+            or type(first) is not torch.Tensor
+            or first.layout is not torch.strided
+            or not first.is_cpu
+            or first.is_nested
+            or first.dtype not in CODES
+            or threading.get_ident() != self._thread
+        ):
+            return stock(batch, **kwargs)
+        shape = (len(batch), *first.shape)
+        size = first.nbytes * len(batch)
+        whole = None
+        if size > INLINE:
+            whole = slots.tensor(first.dtype, size // first.itemsize, size)
+        if whole is not None:
+            return torch.stack(batch, 0, out=whole.resize_(shape))
+        if size >= IN_MESSAGE:
+            return stock(batch, **kwargs)
+        own = torch.empty(shape, dtype=first.dtype, device="cpu")  # whatever the default is
+        return torch.stack(batch, 0, out=own)
+
+    # when it is made ────────────────────────────────────────────────────────────────────────────
+
+    def seal(self, papers: Papers, payload: Any) -> Sealed:
+        """Pickle a batch.
+
+        Raises:
+            Exception: whatever pickling raises.
+        """
+        self._collating = False
+        if self._slots is not None:
+            self._slots.seal()
+        parts: Parts = {}
+        why = "its tensors overlap, differently each time it is pickled"
+        for _ in range(_TRIES):
+            run = Reduction(self._slots, parts)
+            try:
+                return self._sealed(papers, payload, run)
+            except Overlap as found:
+                parts = found.parts
+            except TooManyFds:
+                why = "more tensors than a message may have descriptors"
+                break
+        return self._sealed(papers, payload, Reduction(None, {}, why, fetched=True))
+
+    def _sealed(self, papers: Papers, payload: Any, run: Reduction) -> Sealed:
+        slots = self._slots
+        try:
+            packed = run.pickled(payload)
+            stream = None
+            if slots is not None and len(packed) > _LARGE_PICKLE and not run.fetched:
+                stream = slots.copy(packed, len(packed))
+            sent = () if slots is None else slots.sent
+            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
+            cargo = Cargo(
+                tuple((slot.number, slot.size) for slot in sent),
+                fresh,
+                len(run.fds) + len(fresh),
+                () if slots is None else slots.pool.given_up,
+                stream,
+                run.torchs,
+                run.why or (slots is not None and slots.why) or self._why,
+            )
+            head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
+        except BaseException:
+            close_all(run.fds)
+            if slots is not None:
+                slots.abort()
+            raise
+        # From here on nothing can fail.
+        fds = run.fds if slots is None else run.fds + slots.commit()
+        return Sealed(head, packed if stream is None else b"", tuple(fds))

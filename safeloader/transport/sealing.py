@@ -1,0 +1,28 @@
+"""A batch as it crosses, pickled in the worker and loaded in main. Runs in: both.
+
+::
+
+    Parcel ── Packer.seal ──► Sealed ── the queue ──► Unpacker.opened ──► Parcel
+
+Torch leaves the pickling to a thread of its queue. What cannot be pickled is printed there and
+dropped, and main waits for ever (pytorch#142884). Papers and payload are pickled apart, so a batch
+that cannot be loaded still says which one it was.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Sealed(NamedTuple):
+    """A batch, pickled.
+
+    Attributes:
+        papers: the fields of its papers, and those of its :class:`Cargo`.
+        payload: the batch; empty where it lies in a slot.
+        fds: descriptors of shared memory, which cross beside it.
+    """
+
+    papers: bytes
+    payload: bytes
+    fds: tuple[int, ...] = ()

@@ -1,0 +1,81 @@
+"""Files without a name, for memory that processes share. Runs in: both.
+
+The kernel keeps such a file for as long as a process has it open or mapped. Nothing is left of it
+when they end, however they end, and ``/dev/shm`` (64 MB in many containers) does not count it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from safeloader._python import DupFd, assert_spawning
+
+
+def anonymous_file(size: int, name: str = "safeloader") -> int:
+    """A file descriptor of ``size`` bytes of zeros: ``memfd``, elsewhere an unlinked file.
+
+    Raises:
+        OSError: where none can be had.
+    """
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def mapped(fd: int, size: int) -> Any:
+    """The first ``size`` bytes of a file as memory, a ctypes array; unmapped when it is freed.
+
+    Holds no descriptor, which ``mmap.mmap`` would: loaders that keep many batches run out of them.
+
+    Raises:
+        RuntimeError: where it cannot be mapped.
+    """
+    file = f"/proc/self/fd/{fd}"
+    whole = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+    memory: Any = whole.numpy()
+    return (ctypes.c_ubyte * size).from_buffer(memory)
+
+
+class SharedCells:
+    """An anonymous file of which the first bytes are cells of int64. Pickles to workers only.
+
+    Raises:
+        OSError: where no anonymous file can be had.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._fd = anonymous_file(size)
+        self._cells = self._mapped()
+
+    def _mapped(self) -> memoryview:
+        """The cells. The view keeps the mapping alive: nothing is unmapped under a reader."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert_spawning(self)
+        kept = {name: value for name, value in vars(self).items() if name != "_cells"}
+        return kept | {"_fd": DupFd(self._fd)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_fd": state["_fd"].detach()})
+        self._cells = self._mapped()
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # By an argument: at the interpreter's end the module's names are gone.
+        fd = self.__dict__.get("_fd")
+        if fd is not None:
+            close(fd)

@@ -1,0 +1,206 @@
+"""The running batch of a worker, and where its bytes lie. Runs in: worker.
+
+::
+
+    SlotPool ── take ──► SlotBatch ── stacked tensors, then copies of the rest ──► commit ── lend
+       ▲                     │
+       └── nothing refers to what was stacked any more: taken again, within the same batch
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from safeloader import _torch
+from safeloader.transport.slot_table import SLOTS_A_BATCH
+from safeloader.transport.slot_writer import SMALLEST, NoRoom, Slot, SlotPool
+
+_LARGE = 1 << 20  # bytes from which on a tensor or array has a slot of its own
+_OWN_MAX = 8  # of these in a batch: each costs a descriptor when it is new
+_RECENT = 32  # batches that a shared slot is made to fit
+
+_weakly: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
+
+
+class SlotBatch:
+    """The batch that a worker makes, in slots of its pool.
+
+    What is large gets a slot of its own, so that whoever keeps the labels of each batch does not
+    keep the images as well. The rest of a batch shares a slot. A tensor that is stacked into a slot
+    keeps it in use only for as long as it exists: a slot is sent if something of the batch is there
+    when it is sealed.
+
+    Args:
+        pool: the slots of this worker.
+
+    Attributes:
+        sent: the slots that it is sent in, so far.
+        why: why a part of it is in no slot; empty if all is.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self.pool = pool
+        self.sent: list[Slot] = []
+        self._recent: deque[int] = deque([0], maxlen=_RECENT)  # bytes of batches in shared slots
+        self._clear()
+
+    def _clear(self) -> None:
+        self.why = self._why_stacking = ""
+        self._own: list[Slot] = []
+        self._shared: list[Slot] = []  # the last is being filled
+        self._roomy: list[Slot] = []
+        self._taken: set[Slot] = set()
+        # By its storage. What refers to that weakly keeps its number from being given again.
+        self._stacked: dict[int, tuple[Slot, int, Any]] = {}
+
+    def begin(self) -> None:
+        """A batch begins; hot path."""
+        if self._taken or self.why:  # it failed
+            self._clear()
+        self.pool.begin()
+
+    # while it is made ───────────────────────────────────────────────────────────────────────────
+
+    def tensor(self, dtype: torch.dtype, count: int, size: int) -> torch.Tensor | None:
+        """A flat tensor of ``size`` bytes in a slot, to stack into; None if there is no room."""
+        found = self._room(size)
+        if found is None:
+            return None
+        slot, at = found
+        made = torch.frombuffer(slot.memory, dtype=dtype, count=count, offset=at)
+        storage = made.untyped_storage()
+        weak = _weakly(storage)
+        slot.add(at, size, weak)
+        self._stacked[_torch.identity_of(storage)] = slot, at, weak
+        return made
+
+    def _room(self, size: int) -> tuple[Slot, int] | None:
+        try:
+            if size >= _LARGE:
+                self._own = [slot for slot in self._own if slot.filled()]
+                if len(self._own) < _OWN_MAX:
+                    slot = self._take(size)
+                    if slot in self._shared:  # of which all was temporary
+                        self._shared.remove(slot)
+                    self._own.append(slot)
+                    return slot, 0
+            if self._shared:
+                slot = self._shared[-1]
+                at = slot.room(size)
+                if at is not None:
+                    return slot, at
+                wanted = 2 * (size + sum(slot.filled() for slot in self._shared))
+            else:
+                wanted = max(size, *self._recent)
+            try:
+                slot = self._take(wanted)
+            except NoRoom:
+                if wanted == size:
+                    raise
+                slot = self._take(size)
+        except NoRoom as exc:
+            self.why = str(exc)
+            return None
+        self._shared.append(slot)
+        return slot, 0
+
+    def _take(self, size: int) -> Slot:
+        slot = self.pool.take(size)
+        self._taken.add(slot)
+        return slot
+
+    # when it is sealed ──────────────────────────────────────────────────────────────────────────
+
+    def seal(self) -> None:
+        """All that is stacked is stacked. A slot that temporaries made large is not sent."""
+        if self._shared:
+            most = max(self._recent)
+            if any(_roomy(slot, most) for slot in self._shared):
+                most = max(most, sum(slot.used() for slot in self._shared))
+                self._roomy = [slot for slot in self._shared if _roomy(slot, most)]
+                self._shared = [slot for slot in self._shared if slot not in self._roomy]
+        self._why_stacking = self.why
+
+    def has(self, same: int) -> bool:
+        """Whether the storage of this identity was stacked into a slot."""
+        return same in self._stacked
+
+    def place_of(
+        self, storage: torch.UntypedStorage, same: int, size: int
+    ) -> tuple[int, int, int] | None:
+        """Where a storage lies in the slots of the batch; None if it has to be copied there."""
+        found = self._stacked.get(same)
+        if found is None or storage.data_ptr() != found[0].address + found[1]:
+            return None
+        slot, at, _ = found
+        if slot in self._roomy:
+            copied = self.copy(storage.data_ptr(), size)
+            if copied is not None:
+                return copied
+        place = self._place(slot)
+        return None if place is None else (place, at, size)
+
+    def copy(self, source: int | bytes, size: int) -> tuple[int, int, int] | None:
+        """Copy from an address, or bytes, into a slot of the batch; None if there is no room."""
+        found = self.put(size)
+        if found is None:
+            return None
+        slot, place, at = found
+        ctypes.memmove(slot.address + at, source, size)
+        return place, at, size
+
+    def put(self, size: int) -> tuple[Slot, int, int] | None:
+        """Room for a copy: the slot, its place in the batch, an offset. None if there is none."""
+        found = self._room(size)
+        if found is None:
+            return None
+        slot, at = found
+        place = self._place(slot)
+        if place is None:
+            return None
+        slot.add(at, size, None)
+        return slot, place, at
+
+    def _place(self, slot: Slot) -> int | None:
+        if slot.place is None:
+            if len(self.sent) == SLOTS_A_BATCH:
+                self.why = f"a batch may lie in {SLOTS_A_BATCH} slots at most"
+                return None
+            slot.place = len(self.sent)
+            self.sent.append(slot)
+        return slot.place
+
+    def commit(self) -> list[int]:
+        """It is sent: its slots are main's. Gives the descriptors of those that are new to it."""
+        fresh, shared = [], 0
+        for slot in self.sent:
+            if slot in self._shared:
+                shared += slot.filled()
+            if slot.fd >= 0:
+                fresh.append(slot.fd)
+                slot.fd = -1
+        self._recent.append(shared)
+        self.pool.lend(self.sent)
+        self.abort()
+        if self._taken or self.why:
+            self.pool.give_up_spare(self._taken)
+            self._clear()
+        return fresh
+
+    def abort(self) -> None:
+        """It is not sent, or not this way: forget what was copied."""
+        for slot in self.sent:
+            slot.place = None
+            slot.drop_copies()
+        self.sent = []
+        self.why = self._why_stacking
+
+
+def _roomy(slot: Slot, size: int) -> bool:
+    return slot.size > 3 * size + SMALLEST

@@ -1,0 +1,117 @@
+"""What the slots of all loaders of this process may hold together. Runs in: main.
+
+A quarter of the smaller of machine and container, divided among the ranks that share the machine.
+Each worker reads in its row of the slot table what its slots may hold, and writes there what they
+do hold. Main divides anew as a pool starts, as an epoch does, and as a batch found no room. A
+worker that holds more than its share keeps it until its batches are gone: the others get less.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from typing import Any
+
+from safeloader.introspect.resources import cgroup_memory, machine_memory
+from safeloader.transport.slot_table import HOLDS, MAY_HOLD, Cargo, SlotTable
+from safeloader.transport.stats import TransportTally
+
+_SHARE = 0.25
+_UNKNOWN_MEMORY = 1 << 32
+
+
+def process_bytes() -> int:
+    """What the slots of this process may hold."""
+    memory, limits = machine_memory(), cgroup_memory()
+    sizes = [] if memory is None else [memory.total]
+    if limits is not None and limits.limit:
+        sizes.append(limits.limit)
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = int(said) if re.fullmatch("[1-9][0-9]{0,4}", said) else 1
+    return int(_SHARE * min(sizes, default=_UNKNOWN_MEMORY)) // ranks
+
+
+class PoolTally(TransportTally):
+    """What came from one pool of workers, counted for its loader and for the budget.
+
+    Args:
+        whole: the count of the loader.
+        table: the states of the workers' slots.
+    """
+
+    def __init__(self, whole: TransportTally, table: SlotTable) -> None:
+        super().__init__()
+        self._whole = whole
+        self._table = weakref.ref(table)
+        self.workers: weakref.WeakSet[Any] | None = None
+        budget.add(self)
+
+    @property
+    def bytes(self) -> int:
+        """Of slots that are mapped here."""
+        return self.stats().bytes
+
+    @property
+    def table(self) -> SlotTable | None:
+        """The table while there are workers, or while they are being started."""
+        workers = self.workers
+        ended = workers is not None and not any(worker.is_alive() for worker in workers)
+        return None if ended else self._table()
+
+    def came(self, cargo: Cargo) -> None:
+        """A batch was opened; hot path."""
+        self._whole.came(cargo)
+        if cargo.why:
+            budget.divide()
+
+    def slot_made(self, memory: Any) -> None:
+        """A slot was mapped."""
+        super().slot_made(memory)
+        self._whole.slot_made(memory)
+
+
+class SlotBudget:
+    """Divides what this process may use among the workers of all its loaders."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._pools: list[PoolTally] = []
+        self._lock = threading.Lock()
+
+    def add(self, pool: PoolTally) -> None:
+        """A pool starts."""
+        if self._pid != os.getpid():  # forked: a process of its own
+            self._begin()
+        self._total = process_bytes()
+        self._pools.append(pool)
+        self.divide()
+
+    def divide(self) -> None:
+        """Tell each worker what its slots may hold. Does not wait for another thread that does."""
+        if self._pid != os.getpid() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            left, cells = self._total, []
+            self._pools = [pool for pool in self._pools if pool.table is not None or pool.bytes]
+            for pool in self._pools:
+                table = pool.table
+                if table is None:
+                    left -= pool.bytes  # batches that are kept past their workers' end
+                else:
+                    cells += [table.share(worker) for worker in range(table.workers)]
+            cells.sort(key=lambda cell: cell[HOLDS], reverse=True)
+            for count, cell in zip(range(len(cells), 0, -1), cells, strict=True):
+                share = max(0, left // count)
+                cell[MAY_HOLD] = share
+                left -= max(share, cell[HOLDS])
+        finally:
+            self._lock.release()
+
+
+budget = SlotBudget()

@@ -1,0 +1,202 @@
+"""Opens a batch, and gives its slots back when nobody has it any more. Runs in: main.
+
+::
+
+    message ──► which slots ──► a lease of each ──► tensors and arrays over them ──► the loop
+                                   │
+                                   └── the last one of a batch goes ──► FREE: written to again
+
+A lease is the memory of a slot for the time of one batch. Everything that is made over it holds it:
+tensors, arrays, slices and views of them, in whatever order they are let go of. The slot is freed
+in the process that opened the batch alone. A child that is forked meanwhile keeps its views, so a
+slot that is lent at that moment is never written to again.
+
+No finalizer of ours is written in Python. A signal handler that raises may run in each, as it does
+at every call of a function: what it raises is swallowed there, and the rest is not done. C code
+notes that a lease is gone, and the workers are told before the next batch is waited for or opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.transport.forks import forks_noticed, notice_forks
+from safeloader.transport.leaves import Arrived, opening
+from safeloader.transport.messages import FailedBatch, Papers, Parcel, asked_for
+from safeloader.transport.shared_memory import mapped
+from safeloader.transport.slot_table import FREE, GONE, Cargo, SlotTable
+from safeloader.transport.stats import TransportTally
+
+_LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
+_ENOUGH = 2  # smaller ones are told of together: to look for forks takes some 3 µs
+WORKER_GONE = (ConnectionError, EOFError, FileNotFoundError)  # the tensors' memory went with it
+
+
+class Unpacker:
+    """Opens the batches of one pool of workers.
+
+    Args:
+        table: the states of the workers' slots; None without slots.
+        tally: where it is counted what came which way.
+    """
+
+    def __init__(self, table: SlotTable | None = None, tally: TransportTally | None = None) -> None:
+        self._table = table
+        self._tally = TransportTally() if tally is None else tally
+        self._slots: dict[tuple[int, int], _Slot] = {}
+        self._gone: deque[_Lease] = deque()  # leases that nothing refers to any more
+        self._enough = 1  # of them to tell the workers
+        self._pid = os.getpid()
+        notice_forks()
+
+    def opened(self, came: Arrived) -> Parcel | FailedBatch:
+        """The batch; a failure in its place if it cannot be loaded here. Hot path.
+
+        After an interrupt it may be called again, and goes on where it was.
+        """
+        self.settle()
+        fields, about = pickle.loads(came.papers)
+        papers = Papers(*fields)
+        cargo = Cargo(*about)
+        before = opening.now
+        try:
+            opening.now = came
+            came.brought = []
+            if cargo.slots or cargo.given_up:
+                self._lease(papers.worker_id or 0, cargo, came)
+            stream = cargo.stream
+            if stream is None:
+                payload = pickle.loads(came.payload)
+            else:
+                slot, at, size = stream
+                payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
+        except Exception as exc:
+            return FailedBatch(papers, _not_opened(exc, papers))
+        finally:
+            opening.now = before
+        self._tally.came(cargo)
+        return Parcel(papers, payload)
+
+    def _lease(self, worker: int, cargo: Cargo, came: Arrived) -> None:
+        """Lease the slots that a batch lies in; those that come for the first time are mapped.
+
+        Raises:
+            OSError: if a descriptor was lost on the way: there were too many open files here.
+            RuntimeError: if a slot cannot be mapped.
+        """
+        slots = self._slots
+        leases = came.leases
+        try:
+            if not leases:
+                for number in cargo.given_up:
+                    slots.pop((worker, number), None)
+                if cargo.fresh:
+                    self._map_fresh(worker, cargo, came.fds)
+            forks = forks_noticed()
+            self._enough = _ENOUGH
+            for place, (number, size) in enumerate(cargo.slots):
+                slot = slots[worker, number]
+                if place == len(leases):  # else an interrupt came after it
+                    leases.append(np.ndarray(size, np.uint8, slot.memory))
+                if slot.lease is None:
+                    lease = _Lease(leases[place], self._gone.append)
+                    lease.of = worker, number
+                    lease.forks = forks
+                    slot.lease = lease
+                if size >= _LARGE:
+                    self._enough = 1
+        except Exception:  # the worker must not think that they are known here
+            assert self._table is not None
+            for number, _ in cargo.slots:
+                slots.pop((worker, number), None)
+                self._table.row(worker)[number] = GONE
+            raise
+
+    def _map_fresh(self, worker: int, cargo: Cargo, fds: list[int]) -> None:
+        assert self._table is not None
+        row = self._table.row(worker)
+        if len(fds) < cargo.fds:
+            raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
+        for place, fd in zip(cargo.fresh, fds[-len(cargo.fresh) :], strict=True):
+            number, size = cargo.slots[place]
+            memory = mapped(fd, size)
+            self._slots[worker, number] = _Slot(row, memory)
+            self._tally.slot_made(memory)
+
+    def settle(self, all_of_them: bool = False) -> None:
+        """Tell the workers which slots nothing refers to any more. Hot path.
+
+        May be broken off by an exception anywhere, and goes on the next time.
+        """
+        gone = self._gone
+        if len(gone) < (1 if all_of_them else self._enough) or os.getpid() != self._pid:
+            return
+        forks = forks_noticed(look=True)
+        while gone:
+            lease = gone[0]
+            slot = self._slots.get(lease.of)
+            if slot is not None and slot.lease is lease:
+                state = FREE if lease.forks == forks else GONE
+                # At once, or the worker might be told again when it has lent the slot anew: signals
+                # are looked at after a call or a jump backwards, and there is none in here.
+                slot.lease, slot.row[lease.of[1]] = None, state
+            gone.popleft()
+
+
+class _Lease(weakref.ref[Any]):
+    """The memory of a slot for one batch, referred to weakly.
+
+    Attributes:
+        of: worker and number of the slot.
+        forks: how many were noticed when it was given.
+    """
+
+    __slots__ = ("forks", "of")
+    of: tuple[int, int]
+    forks: int
+
+
+class _Slot:
+    """A slot, seen from main.
+
+    Attributes:
+        row: the states of its worker's slots.
+        memory: where it is mapped here.
+        lease: of the batch in it; None if it was given back.
+    """
+
+    def __init__(self, row: memoryview, memory: Any) -> None:
+        self.row = row
+        self.memory = memory
+        self.lease: _Lease | None = None
+
+
+def _not_opened(exc: Exception, papers: Papers) -> Failure:
+    known = asked_for(papers)
+    found = shortage(exc)
+    if found is None:
+        found = (
+            "the batch was pickled in the worker and could not be loaded in the main process\n"
+            "pickle.loads(pickle.dumps(batch)) repeats it: make what the dataset or collate_fn "
+            "gives picklable both ways, or plain tensors, numbers, strings and containers of them"
+        )
+    return failure_of(
+        exc,
+        phase="transport",
+        where="while loading a batch in the main process",
+        index=known[0] if len(known) == 1 else None,
+        position=0 if len(known) == 1 else None,
+        indices=known,
+        worker_id=papers.worker_id,
+        pid=papers.pid,
+        hint=found,
+    )

@@ -1,0 +1,259 @@
+"""A worker's own slots: taken for a batch, lent with it, taken again. Runs in: worker."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from bisect import insort
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+
+from safeloader._torch import is_gone
+from safeloader.transport.forks import forks_noticed
+from safeloader.transport.shared_memory import anonymous_file, mapped
+from safeloader.transport.slot_table import FREE, GONE, HOLDS, LENT, MAY_HOLD, UNUSED, SlotTable
+
+_ALIGNED = 64  # a cache line
+SMALLEST = 1 << 16
+_IDLE_BATCHES = 256  # a slot that so many batches did without is given up
+_LOOK_EVERY = 8
+_SPARE = 1 << 25  # bytes of slots for temporaries alone that are kept for the next batch
+
+Piece = tuple[int, int, Any]  # first byte, the one behind, a weak reference to whose; None: a copy
+
+
+class NoRoom(Exception):
+    """No slot can take any more; says why."""
+
+
+class Slot:
+    """A slot, seen by the worker that writes it.
+
+    A tensor in it is in use for as long as its storage exists. That is longer than its memory is
+    referred to: torch can give a storage other memory, and arrays over the former keep the storage.
+
+    Attributes:
+        number: its cell in the table.
+        size: in bytes.
+        memory: where it is mapped here.
+        address: of that.
+        fd: for main to map it by; -1 once that was sent.
+        place: in the batch that is being sealed; None while it is not sent with it.
+        free_since: number of the batch at which it was found free; None while it is in use.
+    """
+
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
+        self.size = size
+        self.fd = anonymous_file(size)
+        try:
+            self.memory = mapped(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.address = ctypes.addressof(self.memory)
+        self.place: int | None = None
+        self.free_since: int | None = None
+        self._forks: int | None = None  # noticed before the first of these was there
+        self._pieces: list[Piece] = []  # in order; those that are not last may be gone already
+
+    def add(self, at: int, size: int, storage: Any) -> None:
+        """These bytes are in use: by a tensor, or until :meth:`drop_copies` by a copy."""
+        if self._forks is None:
+            self._forks = forks_noticed()
+        insort(self._pieces, (at, at + size, storage))  # no two begin with the same byte
+
+    def drop_copies(self) -> None:
+        """The batch was sent, or will not be."""
+        self._pieces = [piece for piece in self._pieces if piece[2] is not None]
+        if not self.filled():  # a fork concerns what is still referred to alone
+            self._forks = None
+
+    def filled(self) -> int:
+        """Up to which byte it is in use; 0 if nothing here refers to it."""
+        pieces = self._pieces
+        while pieces and _gone(pieces[-1]):
+            pieces.pop()
+        return pieces[-1][1] if pieces else 0
+
+    def used(self) -> int:
+        """How many bytes are in use."""
+        self._pieces = [piece for piece in self._pieces if not _gone(piece)]
+        return sum(end - at for at, end, _ in self._pieces)
+
+    def room(self, size: int) -> int | None:
+        """Where ``size`` bytes fit: at the end, else between others; None if nowhere. Hot path."""
+        at = _aligned(self.filled())
+        if at + size <= self.size:
+            return at
+        self.used()
+        at = 0
+        for start, end, _ in self._pieces:
+            if at + size <= start:
+                return at
+            at = _aligned(end)
+        return None
+
+    @property
+    def referred_to(self) -> bool:
+        """Whether something here still refers to it; for any thread."""
+        return not all(map(_gone, list(self._pieces)))
+
+    @property
+    def forked(self) -> bool:
+        """Whether a process was forked while something here referred to it, or just after."""
+        return self._forks is not None and self._forks != forks_noticed(look=True)
+
+    def close(self) -> None:
+        """Let go of the descriptor; the memory goes when nothing refers to it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class SlotPool:
+    """The slots of one worker.
+
+    Args:
+        table: the states of all slots.
+        worker: whose slots these are.
+    """
+
+    def __init__(self, table: SlotTable, worker: int) -> None:
+        self._states = np.frombuffer(table.row(worker), np.int64)
+        self._share = table.share(worker)
+        self._slots: dict[int, Slot] = {}
+        self._top = 0  # above the highest number in use
+        self._held_bytes = 0
+        self._number = 0
+        self._given_up: list[int] = []
+
+    def begin(self) -> None:
+        """A batch begins; hot path."""
+        self._number += 1
+        if self._number % _LOOK_EVERY == 0:
+            self._give_up_idle()
+
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """Slots that main has mapped and is to let go of; told with the next batch."""
+        return tuple(self._given_up)
+
+    def lend(self, slots: Iterable[Slot]) -> None:
+        """A batch is sent: its slots are main's now, and it knows those given up."""
+        for slot in slots:
+            self._states[slot.number] = LENT
+        self._states[self._given_up] = UNUSED
+        self._given_up = []
+
+    def take(self, size: int) -> Slot:
+        """A slot that nothing refers to, of ``size`` bytes at least.
+
+        Raises:
+            NoRoom: if there is none, and none can be made.
+        """
+        fitting = [slot for slot in self._free() if slot.size >= size]
+        best = min(fitting, key=attrgetter("size"), default=None)
+        # A small batch does not keep a large slot in use.
+        if best is None or best.size > 2 * size + SMALLEST:
+            try:
+                best = self._make(_rounded(size))
+            except NoRoom:
+                if best is None or best.number not in self._slots:
+                    raise
+        best.free_since = None
+        return best
+
+    def _free(self) -> list[Slot]:
+        """The slots that can be written to: nothing refers to what is in them, here or anywhere."""
+        found = []
+        for number in np.flatnonzero(self._states[: self._top] & 1).tolist():
+            slot = self._slots[number]
+            if slot.filled():
+                continue
+            if slot.forked or self._states[number] == GONE:
+                self._give_up(slot)
+            else:
+                found.append(slot)
+        return found
+
+    def _make(self, size: int) -> Slot:
+        self._hold(size)  # before it is looked how many there may be: main lowers that, then looks
+        try:
+            most = self._share[MAY_HOLD]
+            if size > most:
+                raise NoRoom(
+                    f"a batch needs more than the {most} bytes that a worker's slots may hold"
+                )
+            if self._held_bytes > most:
+                free = self._free()  # which are too small, or too large
+                if self._held_bytes - sum(slot.size for slot in free) > most:
+                    raise NoRoom(f"{most} bytes of slots hold batches that are in use")
+                for slot in free:
+                    self._give_up(slot)
+            unused = np.flatnonzero(self._states == UNUSED)
+            if not unused.size:
+                slots = len(self._states)
+                raise NoRoom(f"all {slots} slots of a worker hold batches that are in use")
+            number = int(unused[0])
+            try:
+                slot = Slot(number, size)
+            except (OSError, RuntimeError) as exc:
+                why = str(exc).splitlines()[0]
+                raise NoRoom(f"no further slot could be made: {why}") from None
+        except BaseException:
+            self._hold(-size)
+            raise
+        self._slots[number] = slot
+        self._top = max(self._top, number + 1)
+        self._states[number] = FREE
+        return slot
+
+    def _hold(self, more: int) -> None:
+        self._held_bytes += more
+        self._share[HOLDS] = self._held_bytes
+
+    def _give_up_idle(self) -> None:
+        # Counted from when it was found free: one that was kept for long is as good as any.
+        for slot in self._free():
+            if slot.free_since is None:
+                slot.free_since = self._number
+            idle = slot.free_since + _IDLE_BATCHES < self._number
+            if idle or self._held_bytes > self._share[MAY_HOLD]:
+                self._give_up(slot)
+
+    def give_up_spare(self, slots: Iterable[Slot]) -> None:
+        """Of slots that temporaries alone were in, give up what is too much to keep."""
+        spare = 0
+        for slot in sorted(slots, key=attrgetter("size")):
+            if slot.fd >= 0 and self._slots.get(slot.number) is slot and not slot.filled():
+                spare += slot.size
+                if spare > _SPARE:
+                    self._give_up(slot)
+
+    def _give_up(self, slot: Slot) -> None:
+        del self._slots[slot.number]
+        self._hold(-slot.size)
+        if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
+            self._states[slot.number] = LENT
+            self._given_up.append(slot.number)
+        else:
+            self._states[slot.number] = UNUSED
+        slot.close()
+
+
+def _gone(piece: Piece) -> bool:
+    return piece[2] is not None and is_gone(piece[2].cdata)
+
+
+def _aligned(at: int) -> int:
+    return -(-at // _ALIGNED) * _ALIGNED
+
+
+def _rounded(size: int) -> int:
+    """Up to an eighth more, so that batches of about one size fit into one another's slots."""
+    step = max(SMALLEST, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step

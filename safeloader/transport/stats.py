@@ -1,0 +1,96 @@
+"""How batches crossed from the workers, counted. Runs in: main."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import Counter
+from typing import Any
+
+from safeloader.introspect.resources import human_bytes
+from safeloader.transport.slot_table import Cargo
+
+_REASONS_MAX = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TransportStats:
+    """How the batches of a loader crossed from its workers to the training process.
+
+    Attributes:
+        slots: how many slots are mapped now: shared memory that batches are written into in turn.
+            Those of an epoch's workers go with them, but for the batches that are kept.
+        bytes: their size together. What a slot never held takes no memory.
+        batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
+            within the worker's message, as it is small; ``"torch"``, in full or in part by torch's
+            own shared memory, a file for each tensor.
+        fallbacks: why some or all of a batch was not put into a slot under ``transport="auto"``,
+            with how many batches.
+
+    Example:
+        >>> import torch
+        >>> from safeloader import SafeDataLoader
+        >>> loader = SafeDataLoader(torch.zeros(8, 5000), batch_size=4, num_workers=1)
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.transport_stats.batches
+        {'slots': 2}
+    """
+
+    slots: int = 0
+    bytes: int = 0
+    batches: dict[str, int] = dataclasses.field(default_factory=dict)
+    fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.batches:
+            return "no batch came from a worker"
+        ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
+        lines = [f"batches: {ways}; slots now: {self.slots or 'none'}"]
+        if self.slots:
+            lines[0] += f", {human_bytes(self.bytes)} in all"
+        lines += [f"not in a slot, {count}: {why}" for why, count in self.fallbacks.items()]
+        return "\n".join(lines)
+
+
+class TransportTally:
+    """The running count; written by the thread that opens batches."""
+
+    def __init__(self) -> None:
+        self._mapped: set[_Mapped] = set()
+        self._batches: Counter[str] = Counter()
+        self._fallbacks: Counter[str] = Counter()
+
+    def came(self, cargo: Cargo) -> None:
+        """A batch was opened; hot path."""
+        if cargo.torchs:
+            self._batches["torch"] += 1
+        else:
+            self._batches["slots" if cargo.slots else "message"] += 1
+        if cargo.why:
+            known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
+            self._fallbacks[cargo.why if known else "other reasons"] += 1
+
+    def slot_made(self, memory: Any) -> None:
+        """A slot was mapped; it is counted until its memory is freed."""
+        mapped = _Mapped(memory, self._mapped.discard)  # in C: see `unpacking` on finalizers
+        mapped.size = len(memory)
+        self._mapped.add(mapped)
+
+    def stats(self) -> TransportStats:
+        """The count as it stands."""
+        sizes = [mapped.size for mapped in tuple(self._mapped)]
+        return TransportStats(len(sizes), sum(sizes), dict(self._batches), dict(self._fallbacks))
+
+
+class _Mapped(weakref.ref[Any]):
+    """The memory of a slot, referred to weakly; ctypes arrays have no hash of their own."""
+
+    __slots__ = ("size",)
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+    size: int

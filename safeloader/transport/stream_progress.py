@@ -1,0 +1,53 @@
+"""How far each worker has read its stream, in shared memory. Runs in: both.
+
+An iterable dataset ends when it says so, and torch's message for that carries no numbers. Each
+worker notes here how many samples it has read, how many of the last it dropped (an incomplete
+batch under ``drop_last``) and that it came to its end; the main process compares that with what it
+was handed, which is what makes "no gap in any worker's stream" more than a belief.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+from multiprocessing.sharedctypes import RawArray
+from typing import NamedTuple
+
+_FIELDS = 3  # read, dropped, ended
+
+
+class StreamState(NamedTuple):
+    """One worker's stream: samples read, of these dropped at the end, whether it has ended."""
+
+    read: int
+    dropped: int
+    ended: bool
+
+
+class StreamBoard:
+    """One row of numbers a worker. Each row has one writer; main reads once the worker is done.
+
+    The array is anonymous shared memory that goes to workers as an argument of the process, under
+    every start method; nothing is left behind in the file system. ``shared=False`` is for
+    ``num_workers=0``.
+    """
+
+    def __init__(self, workers: int, *, shared: bool) -> None:
+        self._cells: MutableSequence[int] = (
+            RawArray("q", _FIELDS * workers) if shared else [0] * (_FIELDS * workers)
+        )
+
+    def __len__(self) -> int:
+        return len(self._cells) // _FIELDS
+
+    def write(self, worker: int, read: int, dropped: int, ended: bool) -> None:
+        """Note how far ``worker`` is; called by that worker only."""
+        at = _FIELDS * worker
+        self._cells[at] = read
+        self._cells[at + 1] = dropped
+        self._cells[at + 2] = ended
+
+    def read(self, worker: int) -> StreamState:
+        """How far ``worker`` is."""
+        at = _FIELDS * worker
+        read, dropped, ended = self._cells[at : at + _FIELDS]
+        return StreamState(read, dropped, bool(ended))

@@ -1,0 +1,58 @@
+"""Who fetches, what for, and how it is noted and sent. Runs in: worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from safeloader.supervision import flight_recorder
+from safeloader.transport.packing import Packer
+from safeloader.transport.stream_progress import StreamBoard
+from safeloader.worker.policy import Policy
+
+
+def private_row() -> memoryview:
+    """Cells for a fetcher without a flight recorder: nobody else reads them."""
+    return memoryview(bytearray(8 * flight_recorder.ROW)).cast("q")
+
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """Where a fetcher stands.
+
+    Attributes:
+        worker_id: None in the main process, where batches are not sealed.
+        board: where streams note how far they are.
+        key: the user's, which gives samples an identity.
+        start_state: the dataset as it was when the worker started.
+        policy: what to do about samples that fail.
+        cells: this worker's row of the flight recorder.
+        checksum: whether the leaves of each batch are fingerprinted before it is sent.
+        packer: what seals the batches, in a worker.
+        raised: in the main process, where the exception of a failed batch is left for the iterator.
+            The batch must not carry it: frames that its traceback leads back to hold the batch.
+        length: the dataset's as main knew it when the epoch began; None if it has none.
+    """
+
+    worker_id: int | None
+    board: StreamBoard | None = None
+    key: Callable[[Any], Any] | None = None
+    start_state: dict[str, Any] | None = None
+    policy: Policy = dataclasses.field(default_factory=Policy)
+    cells: memoryview = dataclasses.field(default_factory=private_row)
+    checksum: bool = False
+    packer: Packer = dataclasses.field(default_factory=Packer)
+    raised: list[BaseException] | None = None
+    length: int | None = None
+
+    @property
+    def where(self) -> str:
+        """The place in torch's words; empty in the main process."""
+        return "" if self.worker_id is None else f"in DataLoader worker process {self.worker_id}"
+
+    @property
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()

@@ -1,0 +1,227 @@
+"""Goes on in spite of samples that fail. Runs in: worker.
+
+Takes what failed, by position, and gives the samples that the batch is made of, with a list of what
+happened to the others. Used only by batches in which something failed, or with ``retries``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from safeloader.failures.failure import Failure
+from safeloader.failures.wording import bounded, short_type_name
+from safeloader.introspect.random_state import Marks, RandomState
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.resource_exhaustion import never_skipped
+from safeloader.introspect.values import exception_text, type_name
+from safeloader.transport.messages import Mishap
+from safeloader.worker.policy import SKIP, Policy
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+_GAP = object()
+_FAILURES_MAX = 20  # of a batch, that travel with it
+ON_ERROR_FAULT = "raised by on_error=, not by the dataset"
+NO_DONOR = (
+    "no sample of this batch came, and nothing drawn earlier in this epoch could stand in for it: "
+    "on_error='replace' raises rather than hand over a batch less"
+)
+Donors = Iterable[tuple[tuple[Any, ...], Any]]
+
+
+class Unmendable(Exception):
+    """A sample failed and must not be left out; ``position`` is None where none is known to be."""
+
+    def __init__(self, position: int | None, cause: Exception, text: str = "") -> None:
+        super().__init__(position)
+        self.position = position
+        self.cause = cause
+        self.text = text
+
+
+class Mending:
+    """One batch in the making.
+
+    Args:
+        policy: what the loader was told to do.
+        explain: makes the failure that an ``on_error`` callable is asked about.
+        donors: identities and sample of what was drawn earlier and comes, the nearest first; read
+            only where no sample of the batch came.
+        spread: how many indices the one sample stands for, which the dataset makes together.
+
+    Attributes:
+        places: the position of each sample of :meth:`batch`.
+        lent: the identities of the donor in use.
+        last_failure: of the newest sample, unless it came.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        explain: Callable[[Exception, int], Failure],
+        donors: Donors = (),
+        spread: int = 1,
+    ) -> None:
+        self._policy = policy
+        self._explain = explain
+        self._donors = iter(donors)
+        self._spread = spread
+        self._samples: list[Any] = []
+        self._stand_in: list[Any] = []  # one sample, or none
+        self._mishaps: dict[int, Mishap] = {}
+        self._failures: dict[int, Failure] = {}
+        self._first: Unmendable | None = None
+        self._marks = Marks()
+        self.places: list[int] = []
+        self.lent: tuple[Any, ...] = ()
+        self.last_failure: Exception | None = None
+
+    def have(self, samples: Sequence[Any]) -> None:
+        """Samples that came without trouble, the next in order."""
+        self._samples += samples
+
+    def fetch(
+        self, get: Callable[[], Any], failed: Exception | None = None, *, may_end: bool = False
+    ) -> None:
+        """The next sample by ``get()``, asked for again if it fails.
+
+        ``failed`` is what a first try, made elsewhere, raised. With ``may_end`` a ``StopIteration``
+        is the end of a stream and no failure. Before each further try the random
+        numbers are put back, so that a sample that comes late is the one that would have come.
+
+        Raises:
+            Unmendable: if it fails for good, and is not to be left out.
+            StopIteration: as ``get()`` raises it.
+        """
+        position = len(self._samples)
+        self.last_failure = None
+        tries = 1 if failed is not None else 0
+        while True:
+            state = self._marks.mark()
+            if failed is None:
+                tries += 1
+                try:
+                    sample = get()
+                except Exception as exc:
+                    if may_end and isinstance(exc, StopIteration):
+                        raise
+                    failed = exc
+                else:
+                    self._samples.append(sample)
+                    self.last_failure = None
+                    if tries > 1:
+                        reason = f"came at try {tries}"
+                        self._mishaps[position] = Mishap("late", position, reason)
+                    return
+            if never_skipped(failed):
+                raise Unmendable(position, failed) from None
+            if tries > self._policy.retries:
+                break
+            time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
+            RandomState(*state).set()
+            self.last_failure, failed = failed, None
+        self._samples.append(_GAP)
+        self.last_failure = failed
+        self.give_up(position, failed)
+
+    def leave_out(self, reason: str) -> None:
+        """The next sample is not to be asked for at all."""
+        position = len(self._samples)
+        self._mishaps[position] = Mishap("skipped", position, reason)
+        self._samples.append(_GAP)
+        self._first = self._first or Unmendable(position, RuntimeError(reason), NO_DONOR)
+
+    def give_up(self, position: int, failed: Exception, found: str = "") -> None:
+        """Do without the sample at ``position``; ``found`` says more than ``failed``."""
+        on_error = self._policy.on_error
+        if on_error == "raise" or never_skipped(failed):
+            raise Unmendable(position, failed, self._tried())
+        reason = scrub(bounded(found, 300)) or self._reason(failed)
+        self._samples[position] = _GAP
+        self._mishaps[position] = Mishap("skipped", position, reason)
+        self._first = self._first or Unmendable(position, failed, NO_DONOR)
+        tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
+        failure = self._explain(failed, position) if tells or callable(on_error) else None
+        if tells and failure is not None:  # what only a raised or replayed error needs stays here
+            self._failures[position] = dataclasses.replace(failure, _remains=None, _random=None)
+        if callable(on_error):
+            try:
+                answer = on_error(failure)
+            except Exception as exc:
+                raise Unmendable(position, exc, ON_ERROR_FAULT) from failed
+            if answer is not SKIP:
+                self._samples[position] = answer
+                self._mishaps[position] = Mishap("replaced", position, reason)
+
+    def _tried(self) -> str:
+        retries = self._policy.retries
+        if not retries:
+            return ""
+        return f"it failed in each of {retries + 1} tries, all under the same random numbers"
+
+    def _reason(self, failed: Exception) -> str:
+        tries = f", {self._policy.retries + 1} tries" if self._policy.retries else ""
+        said = scrub(bounded(exception_text(failed), 1000))
+        name = short_type_name(type_name(type(failed)))
+        return bounded(f"{name}: {said}" if said else name, 300) + tries
+
+    def batch(self) -> list[Any]:
+        """The samples that are there, with others in the gaps where so wished.
+
+        The next good sample of the batch is put into a gap; where there is none, one drawn earlier
+        into all.
+
+        Raises:
+            Unmendable: if there is none such either.
+        """
+        asked = range(len(self._samples))
+        self.places = there = [k for k in asked if self._samples[k] is not _GAP]
+        if self._policy.on_error == "replace" and len(there) < len(asked):
+            if not there and not self._stand_in:
+                self.lend()
+            there = there or [len(asked) * self._spread]
+            self.places = list(asked)
+            for k in asked:
+                if self._samples[k] is _GAP:
+                    self.places[k] = donor = next((each for each in there if each > k), there[0])
+                    reason = self._mishaps[k].reason
+                    self._mishaps[k] = Mishap("replaced", k, reason, donor, self.lent)
+        return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
+
+    def lend(self) -> None:
+        """Take the next donor.
+
+        Raises:
+            Unmendable: if there is none; then the first failure of the batch is told.
+        """
+        try:
+            self.lent, sample = next(self._donors)
+        except StopIteration:
+            assert self._first is not None
+            raise self._first from None
+        self._stand_in = [sample]
+
+    @property
+    def asked(self) -> int:
+        """How many samples were asked for so far."""
+        return len(self._samples)
+
+    @property
+    def mishaps(self) -> tuple[Mishap, ...] | None:
+        """What happened, by position; None for nothing."""
+        if self._spread != 1 and self._mishaps:  # made together: all of it is gone
+            (all_of_it,) = self._mishaps.values()
+            start = all_of_it.donor
+            return tuple(
+                all_of_it._replace(position=k, donor=None if start is None else start + k)
+                for k in range(self._spread)
+            )
+        return tuple(self._mishaps[k] for k in sorted(self._mishaps)) or None
+
+    @property
+    def failures(self) -> tuple[Failure, ...] | None:
+        """Those of samples left out or replaced, by position, for who is to be told of them."""
+        return tuple(self._failures[k] for k in sorted(self._failures)) or None

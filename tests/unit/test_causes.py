@@ -1,0 +1,177 @@
+"""From how a worker ended, or where it hangs, to what a person is told: a table."""
+
+from __future__ import annotations
+
+import queue
+import re
+import signal
+from typing import Any
+
+import pytest
+
+from safeloader.introspect import resources
+from safeloader.supervision import causes
+from safeloader.supervision.causes import Ending, ended, of_death, of_silence
+from safeloader.supervision.stacks import Frame, Stack
+
+NO_STACK = Stack((), "")
+AT_DECODE = Stack((Frame("/data/faces.py", 41, "decode"),), "")
+GIB = 1 << 30
+
+
+def ending(**known: Any) -> Ending:
+    defaults: dict[str, Any] = {
+        "exit_code": 1,
+        "phase": "fetch",
+        "index": 137,
+        "stack": NO_STACK,
+        "oom_killed": 0,
+        "grown_bytes": 0,
+        "start_method": "fork",
+    }
+    return Ending(**(defaults | known))
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (None, "ended"),
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
+        (-9, "was killed by SIGKILL"),
+        (-11, "was killed by SIGSEGV"),
+        (-63, "was killed by signal 63"),
+        (-99, "was killed by signal 99"),
+    ],
+)
+def test_how_it_ended(code: int | None, words: str) -> None:
+    assert ended(code) == words
+
+
+TRACEBACK = Stack((), "Traceback (most recent call last):\n  ...\nSystemExit: 1")
+INTERRUPT = Stack((), "Traceback (most recent call last):\n  ...\nKeyboardInterrupt")
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"stack": TRACEBACK}, [r"sys\.exit\(\)", "at index 137", "Raise an exception there"]),
+        ({"stack": TRACEBACK, "exit_code": 0, "index": None}, [r"sys\.exit\(\)"]),
+        ({"stack": INTERRUPT}, ["interrupted", "Ctrl-C"]),
+        (
+            {"exit_code": 3},
+            [r"os\._exit\(\)", "at index 137", r"dataset\[137\] in a fresh process rep"],
+        ),
+        ({"exit_code": 3, "index": (1, 5)}, ["worker 1's part .* up to sample 5 .* repeats"]),
+        ({"exit_code": 0, "index": None}, [r"os\._exit\(\)", "num_workers=0"]),
+        (
+            {"exit_code": 1, "phase": "starting", "index": None, "start_method": "spawn"},
+            ["before it could report", "__main__", "cannot import"],
+        ),
+        ({"exit_code": -9, "oom_killed": 2}, ["out of memory", "killed 2 process", "fewer"]),
+        ({"exit_code": -9, "grown_bytes": 2 * GIB}, ["probably out of memory", "dmesg"]),
+        ({"exit_code": -9}, ["killed from outside", "dmesg"]),
+        (
+            {"exit_code": -11, "stack": AT_DECODE},
+            ["native library is at fault at index 137", r"/data/faces\.py:41 in decode"],
+        ),
+        ({"exit_code": -11}, ["native library", r"loader\.dataset\[137\]", "faulthandler"]),
+        ({"exit_code": -11, "index": None}, ["native library", "num_workers=0"]),
+        ({"exit_code": -11, "index": "a.jpg"}, [r"loader\.dataset\['a\.jpg'\]"]),
+        ({"exit_code": -8}, ["native library is at fault at index 137"]),
+        ({"exit_code": -6}, [r"gave up at index 137 \(abort", "corrupted memory"]),
+        ({"exit_code": -4}, ["processor lacks", "build"]),
+        ({"exit_code": -15}, ["asked it to end"]),
+        ({"exit_code": -1}, ["asked it to end"]),
+        ({"exit_code": -2}, ["asked it to end"]),
+        ({"exit_code": -signal.SIGXCPU}, ["ulimit"]),
+        ({"exit_code": -signal.SIGXFSZ}, ["ulimit"]),
+    ],
+)
+def test_what_is_made_of_a_death(
+    known: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty = resources.machine_memory()
+    if plenty is not None:
+        plenty = plenty._replace(available=plenty.total)
+    monkeypatch.setattr(causes, "machine_memory", lambda: plenty)
+    said = of_death(ending(**known))
+    for word in words:
+        assert re.search(word, said), said
+
+
+def test_a_bus_error_with_and_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = resources.shared_memory()
+    assert shared is not None
+    for free, word in ((1 << 20, "--shm-size"), (shared.total, "np.memmap")):
+        found = shared._replace(free=free, total=max(shared.total, 64 << 20))
+        monkeypatch.setattr(causes, "shared_memory", lambda found=found: found)
+        said = of_death(ending(exit_code=-signal.SIGBUS))
+        assert word in said
+    assert "at index 137" in said
+    monkeypatch.setattr(causes, "shared_memory", lambda: None)
+    said = of_death(ending(exit_code=-signal.SIGBUS))
+    assert "np.memmap" in said
+    assert "rename them when they are whole" in said
+    assert "loader.dataset[137] in a fresh process repeats it" in said
+
+
+def test_little_memory_left_is_said_though_the_kernel_counted_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = resources.machine_memory()
+    assert memory is not None
+    low = memory._replace(available=memory.total // 100)
+    monkeypatch.setattr(causes, "machine_memory", lambda: low)
+    assert "probably out of memory" in of_death(ending(exit_code=-9))
+    monkeypatch.setattr(causes, "machine_memory", lambda: None)
+    assert "killed from outside" in of_death(ending(exit_code=-9))
+
+
+@pytest.mark.parametrize("number", sorted(set(signal.Signals)))
+def test_every_signal_has_something_said_of_it(number: int) -> None:
+    assert len(of_death(ending(exit_code=-number))) > 40
+
+
+def at(name: str, file: str = "/data.py") -> Stack:
+    return Stack((Frame(file, 7, name),), "")
+
+
+@pytest.mark.parametrize(
+    ("stack", "status", "phase", "method", "words"),
+    [
+        (None, None, None, "fork", ["no worker is at work", "worker_init_fn"]),
+        (at("acquire"), "stopped", "fetch", "fork", ["SIGSTOP", "kill -CONT"]),
+        (None, "disk-sleep", "fetch", "fork", ["disk or network share"]),
+        (None, "sleeping", "starting", "spawn", ["unpickling the dataset"]),
+        (None, "sleeping", "fetch", "fork", ["timeout="]),
+        (NO_STACK, None, "fetch", "spawn", ["timeout="]),
+        (at("acquire"), None, "fetch", "fork", ["lock", "inherited through fork", "forkserver"]),
+        (at("acquire"), None, "fetch", "spawn", ["lock", "who is to release it"]),
+        (at("resize"), None, "fetch", "fork", ["stuck", "index 137", "cv2.setNumThreads"]),
+        (at("resize"), None, "fetch", "forkserver", ["stuck", r"/data\.py:7 in resize"]),
+    ],
+)
+def test_what_is_made_of_a_silence(
+    stack: Stack | None, status: str | None, phase: str | None, method: str, words: list[str]
+) -> None:
+    said = of_silence(stack, status, phase, 137, method)
+    for word in words:
+        assert re.search(word, said), said
+    if method != "fork":
+        assert "inherited" not in said
+        assert "fork:" not in said
+
+
+def test_a_wait_names_the_line_that_is_the_users() -> None:
+    waiting = Frame(queue.__file__, 171, "get")
+    users = Frame("/data/faces.py", 7, "read")
+    said = of_silence(Stack((waiting, users), ""), None, "fetch", 137, "spawn")
+    assert "thread at /data/faces.py:7 in read, in queue.py:171 get: see" in said
+    alone = of_silence(Stack((waiting,), ""), None, "fetch", 137, "spawn")
+    assert f"thread at {queue.__file__}:171 in get: see" in alone
+
+
+def test_an_unknown_index_is_not_named() -> None:
+    assert "None" not in of_silence(at("resize"), None, "collate", None, "fork")
+    assert "None" not in of_death(ending(exit_code=-11, index=None))

@@ -1,0 +1,84 @@
+"""The way to a worker: what is put in comes out, in order, and nothing waits for its reader."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from safeloader.transport.messages import SamplerFault, Task
+from safeloader.transport.task_queue import TaskQueue
+
+
+def refuses(task: Task, exc: Exception) -> Task:
+    raise AssertionError(f"{task} was refused: {exc}")
+
+
+def echo(tasks: TaskQueue, answers: Any) -> None:
+    while (item := tasks.get(timeout=10)) is not None:
+        answers.put(item)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_what_is_put_comes_out_in_order(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    tasks, answers = TaskQueue(refuses), context.Queue()
+    items = [
+        (0, Task(0, [1, 2, 3])),
+        (1, Task(1, list(range(100_000)))),  # more than a pipe holds
+        (2, Task(2, "name", deadly=(1,), careful=True)),
+        (3, Task(3, [])),
+    ]
+    process = context.Process(target=echo, args=(tasks, answers), daemon=True)
+    process.start()
+    for item in items:
+        tasks.put(item)
+    tasks.put(None)
+    assert [answers.get(timeout=30) for _ in items] == items
+    process.join(30)
+    assert process.exitcode == 0
+    tasks.close()
+
+
+def test_a_tensor_may_be_an_index() -> None:
+    tasks = TaskQueue(refuses)
+    tasks.put((0, Task(0, torch.arange(3))))
+    number, task = tasks.get(timeout=5)
+    assert (number, task.seq, task.index.tolist()) == (0, 0, [0, 1, 2])
+
+
+def test_putting_never_waits_for_the_reader() -> None:
+    tasks = TaskQueue(refuses)
+    for number in range(50):
+        tasks.put((number, Task(number, list(range(10_000)))))  # some MB, and nobody reads
+    assert [tasks.get(timeout=5)[0] for _ in range(50)] == list(range(50))
+
+
+def test_nothing_there_is_told_as_by_any_queue() -> None:
+    with pytest.raises(queue.Empty):
+        TaskQueue(refuses).get(timeout=0)
+
+
+def test_what_cannot_be_pickled_is_replaced() -> None:
+    refused = []
+
+    def refuse(task: Task, exc: Exception) -> Task:
+        refused.append((task.seq, type(exc)))
+        return Task(task.seq, SamplerFault())
+
+    tasks = TaskQueue(refuse)
+    tasks.put((4, Task(7, [threading.Lock()])))
+    assert tasks.get(timeout=5) == (4, Task(7, SamplerFault()))
+    assert refused == [(7, TypeError)]
+
+
+def test_a_closed_queue_takes_what_comes_and_drops_it() -> None:
+    tasks = TaskQueue(refuses)
+    tasks.cancel_join_thread()
+    tasks.close()
+    tasks.put((0, Task(0, [1])))
+    tasks.close()
