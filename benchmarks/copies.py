@@ -63,7 +63,7 @@ class _Stepwise(IterableDataset[Steps]):
         self.batches = batches
 
     def __iter__(self) -> Iterator[Steps]:
-        from safeloader.transport.messages import Papers
+        from safeloader.transport.messages import BatchManifest
         from safeloader.transport.packing import Packer
         from safeloader.transport.result_queue import ResultQueue
         from safeloader.transport.shared_memory import anonymous_file, mapped
@@ -93,8 +93,8 @@ class _Stepwise(IterableDataset[Steps]):
             packer.collates()
             stacked = default_collate(chosen)
             clocks.append(time.perf_counter_ns())
-            papers = Papers(number, 0, os.getpid(), b"", self.size, None, b"", False, None)
-            results.put((number, packer.seal(papers, stacked)))
+            manifest = BatchManifest(number, 0, os.getpid(), b"", self.size, None, b"", False, None)
+            results.put((number, packer.seal(manifest, stacked)))
             del stacked
             clocks.append(time.perf_counter_ns())
             arrived = results.get(timeout=60)

@@ -115,21 +115,21 @@ class _Arrays:
         self.pool = dataset.pool.numpy()
         self.order = order
         self.gate = gate
-        self.asked_for = 0
+        self.expected_indices = 0
 
     def __len__(self) -> int:
         return len(self.order) * self.EPOCHS
 
     def __getitem__(self, place: int) -> np.ndarray[Any, Any]:
-        if place >= self.asked_for:
+        if place >= self.expected_indices:
             self._wait(place)
         return self.pool[self.order[place % len(self.order)] % len(self.pool)]
 
     def _wait(self, place: int) -> None:
-        asked_for = np.memmap(self.gate, np.int64, "r")
-        while place >= asked_for[0]:
+        expected_indices = np.memmap(self.gate, np.int64, "r")
+        while place >= expected_indices[0]:
             time.sleep(0.0005)
-        self.asked_for = int(asked_for[0])
+        self.expected_indices = int(expected_indices[0])
 
 
 class _Epochs:

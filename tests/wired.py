@@ -17,7 +17,7 @@ from torch.utils.data._utils.collate import collate_tensor_fn
 
 from safeloader.delivery.indices import pack
 from safeloader.transport.leaves import Arrived
-from safeloader.transport.messages import FailedBatch, Papers, Parcel
+from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel
 from safeloader.transport.packing import Packer
 from safeloader.transport.sealing import Sealed
 from safeloader.transport.slot_reader import Unpacker
@@ -30,8 +30,8 @@ KB = 1 << 10
 MB = 1 << 20
 
 
-def papers(seq: int = 0) -> Papers:
-    return Papers(seq, 0, os.getpid(), pack([seq]), 1, None, b"\0" * 24, False, None)
+def manifest(seq: int = 0) -> BatchManifest:
+    return BatchManifest(seq, 0, os.getpid(), pack([seq]), 1, None, b"\0" * 24, False, None)
 
 
 def opened_from(unpacker: Unpacker, sealed: Sealed) -> Parcel | FailedBatch:
@@ -69,7 +69,7 @@ class Wired:
 
     def seal(self, batch: Any) -> Sealed:
         self.sent += 1
-        return self.packer.seal(papers(self.sent), batch)
+        return self.packer.seal(manifest(self.sent), batch)
 
     def open(self, sealed: Sealed) -> Any:
         """The batch; what went wrong is raised."""
@@ -184,6 +184,6 @@ __all__ = [
     "descriptors",
     "filled",
     "fork_in_c",
-    "papers",
+    "manifest",
     "print_of",
 ]

@@ -1,6 +1,6 @@
 """Drawn against delivered, for map-style datasets. Runs in: main.
 
-Each batch is checked at the moment it is handed over, by the papers that its worker wrote. Memory
+Each batch is checked at the moment it is handed over, by the manifest that its worker wrote. Memory
 grows with the batches in flight; over the epoch only counts, the coverage bitmap and, with ``key``,
 the first two million keys are kept.
 """
@@ -16,7 +16,7 @@ from safeloader.delivery.coverage import Coverage, Tally
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import Papers, asked_for, contents, sources
+from safeloader.transport.messages import BatchManifest, expected_indices, source_positions, sources
 
 KEYS_LIMIT = 2_000_000
 REASONS_LIMIT = 1000
@@ -66,19 +66,19 @@ class Ledger(Protocol):
     def draws_ended(self, dropped: Packed) -> None:
         """The sampler is at its end."""
 
-    def interrupted(self, papers: Papers | None) -> None:
-        """The user got an exception that is not ours; on the way was the batch of ``papers``."""
+    def interrupted(self, manifest: BatchManifest | None) -> None:
+        """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
 
-    def check(self, papers: Papers) -> Trouble | None:
+    def check(self, manifest: BatchManifest) -> Trouble | None:
         """Compare a batch that is about to be handed over; without trouble it counts as such."""
 
-    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+    def settle(self, trouble: Trouble, manifest: BatchManifest, *, handed_over: bool) -> None:
         """Book a batch in trouble: handed over all the same, or lost with the error raised."""
 
-    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         """A batch was lost with an error that is raised to the user."""
 
-    def note_reasons(self, papers: Papers) -> None:
+    def note_reasons(self, manifest: BatchManifest) -> None:
         """Keep why samples of a batch are not there."""
 
     def lost(self, seq: int) -> None:
@@ -140,7 +140,7 @@ class Accounts:
         self.tallies["duplicated"].add(trouble.duplicated)
         self.tallies["unexpected"].add(trouble.unexpected)
 
-    def settle(self, trouble: Trouble, papers: Papers, *, handed_over: bool) -> None:
+    def settle(self, trouble: Trouble, manifest: BatchManifest, *, handed_over: bool) -> None:
         self.book(trouble)
         if handed_over:
             extra = len(trouble.unexpected) + len(trouble.duplicated)
@@ -148,44 +148,46 @@ class Accounts:
         else:
             self.tallies["failed"].add(trouble.sound)
 
-    def note_reasons(self, papers: Papers) -> None:
-        asked = asked_for(papers)
-        for mishap in papers.mishaps or ():
-            index = asked[mishap.position]
-            self._reasons_bytes += weight(index) + weight(mishap.reason)
+    def note_reasons(self, manifest: BatchManifest) -> None:
+        asked = expected_indices(manifest)
+        for incident in manifest.incidents or ():
+            index = asked[incident.position]
+            self._reasons_bytes += weight(index) + weight(incident.reason)
             if len(self.reasons) < REASONS_LIMIT and self._reasons_bytes <= REASONS_BYTES:
-                self.reasons[index] = mishap.reason
+                self.reasons[index] = incident.reason
 
-    def book_mishaps(self, papers: Papers) -> int:
+    def book_incidents(self, manifest: BatchManifest) -> int:
         """Note the samples left out, replaced or late; how many of the batch are not there."""
-        self.note_reasons(papers)
-        known = sources(papers)
+        self.note_reasons(manifest)
+        known = sources(manifest)
         gone = 0
-        for mishap in papers.mishaps or ():
-            index = known[mishap.position]
-            self.tallies[mishap.what].add((index,))
-            gone += mishap.what != "late"
-            if mishap.donor is not None and len(self.donors) < REASONS_LIMIT:
-                self.donors[index] = known[mishap.donor]
+        for incident in manifest.incidents or ():
+            index = known[incident.position]
+            self.tallies[incident.what].add((index,))
+            gone += incident.what != "late"
+            if incident.donor is not None and len(self.donors) < REASONS_LIMIT:
+                self.donors[index] = known[incident.donor]
         return gone
 
-    def take_back(self, papers: Papers) -> None:
+    def take_back(self, manifest: BatchManifest) -> None:
         """A batch that counts as delivered was lost after all, with an error that is raised."""
-        gone = {mishap.position for mishap in papers.mishaps or () if mishap.what != "late"}
-        left = [index for k, index in enumerate(asked_for(papers)) if k not in gone]
+        gone = {
+            incident.position for incident in manifest.incidents or () if incident.what != "late"
+        }
+        left = [index for k, index in enumerate(expected_indices(manifest)) if k not in gone]
         self.delivered_count -= len(left)
         self.tallies["failed"].add(left)
 
-    def interrupted(self, papers: Papers | None) -> None:
+    def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours: what it took with it is told."""
-        if papers is None:
+        if manifest is None:
             self._interrupts += 1
-        elif papers.seq == self._handed:
-            self.take_back(papers)
+        elif manifest.seq == self._handed:
+            self.take_back(manifest)
         else:
-            self.failed(papers, asked_for(papers))
+            self.failed(manifest, expected_indices(manifest))
 
-    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
+    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         raise NotImplementedError
 
     def abandon(self) -> None:
@@ -293,36 +295,38 @@ class MapLedger(Accounts):
         self._drawn += count(indices)
         self._coverage.add(indices, count(indices))
 
-    def check(self, papers: Papers) -> Trouble | None:
-        expected = self._pending.get(papers.seq)
-        indices, samples = papers.indices, papers.samples
+    def check(self, manifest: BatchManifest) -> Trouble | None:
+        expected = self._pending.get(manifest.seq)
+        indices, samples = manifest.indices, manifest.samples
         if expected is None or not same(expected, indices):
-            self._pending.pop(papers.seq, None)
-            return self._compare(expected, papers)
+            self._pending.pop(manifest.seq, None)
+            return self._compare(expected, manifest)
         number = count(expected)
-        if papers.mishaps is not None:
-            number -= self.book_mishaps(papers)
+        if manifest.incidents is not None:
+            number -= self.book_incidents(manifest)
         elif samples != number and samples is not None:
-            del self._pending[papers.seq]
+            del self._pending[manifest.seq]
             return _miscounted(unpack(expected), samples)
-        if self._index_of_key is not None and papers.keys is not None:
-            known = sources(papers)
-            trouble = self.same_key(papers.keys, [known[place] for place in contents(papers)])
+        if self._index_of_key is not None and manifest.keys is not None:
+            known = sources(manifest)
+            trouble = self.same_key(
+                manifest.keys, [known[place] for place in source_positions(manifest)]
+            )
             if trouble is not None:
-                del self._pending[papers.seq]
+                del self._pending[manifest.seq]
                 return trouble
-        self._handed = papers.seq  # and no call from here on, see above
+        self._handed = manifest.seq  # and no call from here on, see above
         self.delivered_count += number
-        del self._pending[papers.seq]
+        del self._pending[manifest.seq]
         return None
 
-    def _compare(self, expected: Packed | None, papers: Papers) -> Trouble:
-        came = unpack(papers.indices)
-        who = "the main process" if papers.worker_id is None else f"worker {papers.worker_id}"
+    def _compare(self, expected: Packed | None, manifest: BatchManifest) -> Trouble:
+        came = unpack(manifest.indices)
+        who = "the main process" if manifest.worker_id is None else f"worker {manifest.worker_id}"
         if expected is None:
             first = self._first_seq
-            if first is not None and first <= papers.seq <= self._last_seq:
-                reason = f"{who} sent batch {papers.seq - first} a second time"
+            if first is not None and first <= manifest.seq <= self._last_seq:
+                reason = f"{who} sent batch {manifest.seq - first} a second time"
                 return Trouble(reason, duplicated=came)
             return Trouble(f"{who} sent a batch that this epoch never drew", unexpected=came)
         drawn = unpack(expected)
@@ -343,8 +347,8 @@ class MapLedger(Accounts):
             reason, missing=tuple(left), unexpected=tuple(unexpected), sound=tuple(sound)
         )
 
-    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
-        expected = self._pending.pop(papers.seq, None)
+    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
+        expected = self._pending.pop(manifest.seq, None)
         if expected is not None:
             self.tallies["failed"].add(unpack(expected))
 
@@ -359,9 +363,9 @@ class MapLedger(Accounts):
             return None
         return Open(seq - (self._first_seq or 0), unpack(packed))
 
-    def interrupted(self, papers: Papers | None) -> None:
-        super().interrupted(papers)
-        if papers is None and self._expected_batches is not None:
+    def interrupted(self, manifest: BatchManifest | None) -> None:
+        super().interrupted(manifest)
+        if manifest is None and self._expected_batches is not None:
             self.abandon()
 
     def abandon(self) -> None:

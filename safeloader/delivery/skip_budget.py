@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeloader.transport.messages import Papers, asked_for
+from safeloader.transport.messages import BatchManifest, expected_indices
 
 ALWAYS_ALLOWED = 10
 DEFAULT_SHARE = 0.01
@@ -33,21 +33,23 @@ class Tolerance:
         share = DEFAULT_SHARE if self._max_skipped is None else self._max_skipped
         return max(ALWAYS_ALLOWED, int(share * samples))
 
-    def exceeded(self, papers: Papers, samples: int) -> str | None:
-        """Count the mishaps of a batch; a sentence if they are too many.
+    def exceeded(self, manifest: BatchManifest, samples: int) -> str | None:
+        """Count the incidents of a batch; a sentence if they are too many.
 
         ``samples`` is the number of samples so far, this batch's included.
         """
-        gone = {each.position: each.what for each in papers.mishaps or () if each.what != "late"}
+        gone = {
+            each.position: each.what for each in manifest.incidents or () if each.what != "late"
+        }
         if not gone:
             return None
-        if papers.seq != self._next_seq:
+        if manifest.seq != self._next_seq:
             self._run = 0
         longest = self._run
-        for position in range(len(asked_for(papers))):
+        for position in range(len(expected_indices(manifest))):
             self._run = self._run + 1 if position in gone else 0
             longest = max(longest, self._run)
-        self._next_seq = papers.seq + 1
+        self._next_seq = manifest.seq + 1
         self.skipped += len(gone)
         self._ways.update(gone.values())
         bound = self._bound(samples)

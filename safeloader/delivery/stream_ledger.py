@@ -12,7 +12,7 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Accounts, Open, Trouble
-from safeloader.transport.messages import Papers, contents
+from safeloader.transport.messages import BatchManifest, source_positions
 from safeloader.transport.stream_progress import StreamBoard
 
 _SHARE = (
@@ -45,23 +45,25 @@ class StreamLedger(Accounts):
     def draws_ended(self, dropped: Packed) -> None:
         pass  # torch draws for a stream without end
 
-    def check(self, papers: Papers) -> Trouble | None:
-        row = papers.worker_id or 0
-        first, samples = papers.ordinal or 0, papers.samples or 0
+    def check(self, manifest: BatchManifest) -> Trouble | None:
+        row = manifest.worker_id or 0
+        first, samples = manifest.ordinal or 0, manifest.samples or 0
         expected = self._next[row]
         told = first == expected or self._told_of(row, first)
         self._next[row] = max(expected, first + samples)
         if not told:
             return self._compare(row, expected, first, samples)
-        if papers.keys is not None and self._index_of_key is not None:
-            trouble = self.same_key(papers.keys, [(row, first + k) for k in contents(papers)])
+        if manifest.keys is not None and self._index_of_key is not None:
+            trouble = self.same_key(
+                manifest.keys, [(row, first + k) for k in source_positions(manifest)]
+            )
             if trouble is not None:
                 known = self._index_of_key
-                others = any(known.get(key, (row,))[0] != row for key in papers.keys)
+                others = any(known.get(key, (row,))[0] != row for key in manifest.keys)
                 return trouble._replace(hint=_SHARE if others else "")
-        if papers.mishaps is not None:
-            samples -= self.book_mishaps(papers)
-        self._handed = papers.seq
+        if manifest.incidents is not None:
+            samples -= self.book_incidents(manifest)
+        self._handed = manifest.seq
         self.delivered_count += samples
         return None
 
@@ -75,20 +77,20 @@ class StreamLedger(Accounts):
             sound=tuple((row, k) for k in range(max(expected, first), end)),
         )
 
-    def failed(self, papers: Papers, indices: Sequence[Any]) -> None:
-        if papers.ordinal is not None:
+    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
+        if manifest.ordinal is not None:
             row, first, due = (
-                papers.worker_id or 0,
-                papers.ordinal,
-                self._next[papers.worker_id or 0],
+                manifest.worker_id or 0,
+                manifest.ordinal,
+                self._next[manifest.worker_id or 0],
             )
             if not self._told_of(row, first):
                 self.tallies["missing"].add((row, k) for k in range(due, first))
-            self._next[row] = max(due, first + (papers.samples or 0))
+            self._next[row] = max(due, first + (manifest.samples or 0))
             self.tallies["failed"].add(indices)
 
-    def interrupted(self, papers: Papers | None) -> None:
-        super().interrupted(papers)
+    def interrupted(self, manifest: BatchManifest | None) -> None:
+        super().interrupted(manifest)
         if self._at_hand and self._board is not None:
             self._told_of(0, self._board.read(0).read)
 

@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
 
     path: str
     kind: str
-    prints: tuple[int, ...]
+    fingerprints: tuple[int, ...]
 
 
 class Difference(NamedTuple):
@@ -71,9 +71,9 @@ def difference(sent: tuple[Leaf, ...], batch: Any, samples: int | None) -> Diffe
         before = known.get(now.path, now)
         if before == now:
             continue
-        if before.kind != now.kind or len(before.prints) < 2:
+        if before.kind != now.kind or len(before.fingerprints) < 2:
             return Difference(now.path, None)
-        pairs = zip(before.prints, now.prints, strict=True)
+        pairs = zip(before.fingerprints, now.fingerprints, strict=True)
         return Difference(now.path, tuple(k for k, (a, b) in enumerate(pairs) if a != b))
     return None
 
@@ -114,8 +114,8 @@ class _Walk:
             for name, each in _attributes(part).items():
                 self.into(each, f"{path}.{name}", depth + 1)
 
-    def _leaf(self, path: str, kind: str, prints: tuple[int, ...]) -> None:
-        self.leaves.append(Leaf(path, kind, prints))
+    def _leaf(self, path: str, kind: str, fingerprints: tuple[int, ...]) -> None:
+        self.leaves.append(Leaf(path, kind, fingerprints))
 
     def _array(self, array: np.ndarray[Any, Any], path: str, depth: int) -> None:
         if array.dtype.names:  # field by field: what is between them need not cross
@@ -132,8 +132,8 @@ class _Walk:
         else:
             native = array.dtype.newbyteorder("=")  # as which any other arrives
             whole = np.ascontiguousarray(array, native)
-            prints = _rows(whole.ctypes.data, whole.nbytes, array.shape, self._samples)
-            self._leaf(path, f"array {native} {array.shape}", prints)
+            fingerprints = _rows(whole.ctypes.data, whole.nbytes, array.shape, self._samples)
+            self._leaf(path, f"array {native} {array.shape}", fingerprints)
 
     def _tensor(self, tensor: torch.Tensor, path: str, depth: int) -> None:
         tensor = tensor.detach()

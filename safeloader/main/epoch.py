@@ -23,7 +23,7 @@ from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import Delivery, failure_was_told
 from safeloader.provenance.trace import OFF, Trace
-from safeloader.transport.messages import FailedBatch, Papers, asked_for
+from safeloader.transport.messages import BatchManifest, FailedBatch, expected_indices
 
 SHOWN_SKIPPED = 12
 DUMPS_MAX = 100  # of an epoch's failures that end no batch
@@ -86,31 +86,31 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def arrived(self, papers: Papers, began_ns: int, wait_ns: int) -> int:
+    def arrived(self, manifest: BatchManifest, began_ns: int, wait_ns: int) -> int:
         """Check a batch that is about to be handed over; gives its number. Hot path.
 
         Raises:
             DeliveryError: if it is not what was drawn, under ``verify="raise"``.
         """
-        if papers.mishaps is not None:
-            self._count_mishaps(papers)
+        if manifest.incidents is not None:
+            self._count_incidents(manifest)
         ledger = self.ledger
         with ledger.lock:
-            trouble = ledger.check(papers)
+            trouble = ledger.check(manifest)
             if trouble is not None:
-                ledger.settle(trouble, papers, handed_over=self._verify != "raise")
+                ledger.settle(trouble, manifest, handed_over=self._verify != "raise")
         if trouble is not None:
-            self._told(trouble, papers)
+            self._told(trouble, manifest)
         number = self.batches
         self.batches = number + 1
         if self._trace is not OFF:
-            delivery = Delivery(self.number, number, wait_ns, papers)
+            delivery = Delivery(self.number, number, wait_ns, manifest)
             self._tell(self._trace.delivered, delivery, began_ns)
         if ledger.settled:  # not every training loop asks for one more than the last
             self.close()
         return number
 
-    def _told(self, trouble: Trouble, papers: Papers | None) -> None:
+    def _told(self, trouble: Trouble, manifest: BatchManifest | None) -> None:
         if self._verify == "off":
             return
         culprits = trouble.culprits
@@ -120,33 +120,33 @@ class Epoch:
             message=trouble.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + trouble.sound,
-            batch=self.batches if papers is not None else None,
+            batch=self.batches if manifest is not None else None,
             epoch=self.number,
             rank=rank(),
-            worker_id=None if papers is None else papers.worker_id,
-            pid=os.getpid() if papers is None else papers.pid,
+            worker_id=None if manifest is None else manifest.worker_id,
+            pid=os.getpid() if manifest is None else manifest.pid,
             hint=trouble.hint or _SEE_AUDIT,
         )
         if self._verify == "warn":
             warnings.warn(f"safeloader: {trouble.reason}", RuntimeWarning, stacklevel=4)
             return
-        if papers is not None:
+        if manifest is not None:
             self.batches += 1
         raise self._error(failure)
 
-    def came_empty(self, papers: Papers) -> None:
+    def came_empty(self, manifest: BatchManifest) -> None:
         """Every sample of a batch was left out: the loop does not get it.
 
         Raises:
             SampleError: if too many were.
         """
-        self._count_mishaps(papers)
+        self._count_incidents(manifest)
         with self.ledger.lock:
-            trouble = self.ledger.check(papers)
+            trouble = self.ledger.check(manifest)
             if trouble is not None:
-                self.ledger.settle(trouble, papers, handed_over=False)
+                self.ledger.settle(trouble, manifest, handed_over=False)
         if trouble is not None:
-            self._told(trouble, papers)
+            self._told(trouble, manifest)
         self.log.warning(
             "epoch %d: every sample of what would be batch %d failed: it is left out whole",
             self.number,
@@ -170,37 +170,37 @@ class Epoch:
             return
         self._dump(dataclasses.replace(failure, epoch=self.number, rank=rank()))
 
-    def _count_mishaps(self, papers: Papers) -> None:
+    def _count_incidents(self, manifest: BatchManifest) -> None:
         """Tell of samples left out, replaced or late, before the batch is booked.
 
         Raises:
             SampleError: if there were too many: the batch is lost with it.
         """
-        asked = asked_for(papers)
-        for mishap in papers.mishaps or ():
+        asked = expected_indices(manifest)
+        for incident in manifest.incidents or ():
             self.log.warning(
                 "epoch %d, batch %d: index %s %s: %s",
                 self.number,
                 self.batches,
-                index_text(asked[mishap.position]),
-                mishap.what,
-                mishap.reason,
+                index_text(asked[incident.position]),
+                incident.what,
+                incident.reason,
             )
-        for failure in papers.failures or ():
+        for failure in manifest.failures or ():
             self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
         gone = ledger.tallies["skipped"].count + ledger.tallies["replaced"].count
-        reason = self._tolerance.exceeded(papers, ledger.delivered_count + gone + len(asked))
+        reason = self._tolerance.exceeded(manifest, ledger.delivered_count + gone + len(asked))
         if reason is None:
             return
         with ledger.lock:
-            ledger.failed(papers, asked)
-            ledger.note_reasons(papers)
+            ledger.failed(manifest, asked)
+            ledger.note_reasons(manifest)
         reasons = list(ledger.reasons.items())
         listed = [f"index {index_text(index)}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:
             listed.append(f"and {len(reasons) - SHOWN_SKIPPED} more in loader.audit.reasons")
-        last = next((m for m in reversed(papers.mishaps or ()) if m.what != "late"), None)
+        last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
         failure = Failure(
             phase="sample",
             exception_type="SampleError",
@@ -211,8 +211,8 @@ class Epoch:
             batch=self.batches,
             epoch=self.number,
             rank=rank(),
-            worker_id=papers.worker_id,
-            pid=papers.pid,
+            worker_id=manifest.worker_id,
+            pid=manifest.pid,
             hint="\n".join(
                 [
                     *listed,
@@ -229,15 +229,15 @@ class Epoch:
 
         ``raised`` holds the exception where it was raised in this process; it is taken out.
         """
-        papers, failure = came
+        manifest, failure = came
         exception = raised.pop() if raised else None
         if failure is None:
-            failure, exception = self._sampler_errors.pop(papers.seq)
+            failure, exception = self._sampler_errors.pop(manifest.seq)
             with self.ledger.lock:
-                self.ledger.lost(papers.seq)  # drawn in part, or not to be sent to a worker
+                self.ledger.lost(manifest.seq)  # drawn in part, or not to be sent to a worker
         else:
             with self.ledger.lock:
-                self.ledger.failed(papers, failure.indices)
+                self.ledger.failed(manifest, failure.indices)
         failure = dataclasses.replace(
             failure,
             batch=None if failure.phase == "init" else self.batches,  # which is not to blame
@@ -248,13 +248,13 @@ class Epoch:
         self.batches += 1
         return self._error(failure, exception)
 
-    def interrupted(self, papers: Papers | None) -> None:
-        """The user got an exception that is not ours; on the way was the batch of ``papers``."""
+    def interrupted(self, manifest: BatchManifest | None) -> None:
+        """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
         failed = self.ledger.tallies["failed"]
         with self.ledger.lock:
             before = failed.count
-            self.ledger.interrupted(papers)
-        if papers is None and failed.count > before:  # it was raised in the place of a batch
+            self.ledger.interrupted(manifest)
+        if manifest is None and failed.count > before:  # it was raised in the place of a batch
             self.batches += 1
 
     def broke(self, failure: Failure, lost: tuple[int, ...] = ()) -> SafeLoaderError:

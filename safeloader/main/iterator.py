@@ -121,22 +121,22 @@ class SafeIterator(Iterator[Any]):
                         continue
                     epoch = self._epoch
                     if type(came) is Parcel:
-                        papers, payload = came
-                        if papers.prints is not None:
-                            failure = changed(papers, payload)
+                        manifest, payload = came
+                        if manifest.fingerprints is not None:
+                            failure = changed(manifest, payload)
                             if failure is not None:
-                                self._other_than_batch(FailedBatch(papers, failure))
+                                self._other_than_batch(FailedBatch(manifest, failure))
                         if self._revival is not None:
-                            self._session.sampler.answered(papers.seq)
+                            self._session.sampler.answered(manifest.seq)
                         wait_ns = clock() - began
-                        number = epoch.arrived(papers, began, wait_ns)
-                        self._recorder.delivered(epoch.number, number, wait_ns, papers)
+                        number = epoch.arrived(manifest, began, wait_ns)
+                        self._recorder.delivered(epoch.number, number, wait_ns, manifest)
                         return payload
                     self._other_than_batch(came)
             except (StopIteration, SafeLoaderError):
                 raise
             except BaseException:
-                self._epoch.interrupted(came.papers if type(came) is Parcel else None)
+                self._epoch.interrupted(came.manifest if type(came) is Parcel else None)
                 raise
 
     def _out_of_turn(self) -> RuntimeError:
@@ -158,16 +158,16 @@ class SafeIterator(Iterator[Any]):
             gone = failure is not None and failure.phase == "transport"
             if gone and self._lost_with_worker(came):
                 return
-            self._session.sampler.answered(came.papers.seq)
+            self._session.sampler.answered(came.manifest.seq)
             raise self._epoch.came_failed(came, self._session.raised)
         if type(came) is EmptyBatch:
-            self._session.sampler.answered(came.papers.seq)
-            self._epoch.came_empty(came.papers)
+            self._session.sampler.answered(came.manifest.seq)
+            self._epoch.came_empty(came.manifest)
             return
         if self._session.broken is not None:
             raise error_from(self._session.broken)
         raise DeliveryError(
-            f"a batch came without papers ({type(came).__name__}): something replaced safeloader's "
+            f"a batch came without manifest ({type(came).__name__}): something replaced safeloader's "
             "fetcher in the workers. Set SAFELOADER=off to run without records."
         )
 
@@ -176,7 +176,7 @@ class SafeIterator(Iterator[Any]):
 
         Its memory went with the worker. Then the worker's death is what is told.
         """
-        failure, worker = came.failure, came.papers.worker_id
+        failure, worker = came.failure, came.manifest.worker_id
         if failure is None or worker is None or not failure.raised_any_of(WORKER_GONE):
             return False
         process = _torch.workers_of(self._stock)[worker]

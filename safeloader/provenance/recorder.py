@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from safeloader.delivery.audit import EpochAudit
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import Papers
+from safeloader.transport.messages import BatchManifest
 from safeloader.transport.stats import TransportTally
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -39,7 +39,7 @@ class Delivery(NamedTuple):
     epoch: int
     batch: int
     wait_ns: int
-    papers: Papers
+    manifest: BatchManifest
 
 
 class Recorder:
@@ -73,7 +73,7 @@ class Recorder:
                 f"{bounded_text(max_bytes)}"
             )
         self.max_bytes = max_bytes
-        # A plain tuple a batch, of its bytes and the fields of Delivery and Papers: the garbage
+        # A plain tuple a batch, of its bytes and the fields of Delivery and Manifest: the garbage
         # collector leaves tuples of numbers and bytes alone, and would walk a million named ones
         # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
@@ -112,16 +112,18 @@ class Recorder:
         self._audit = lambda: audit(epoch)
         return epoch
 
-    def delivered(self, epoch: int, batch: int, wait_ns: int, papers: Papers) -> None:
+    def delivered(self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest) -> None:
         """Note a batch as it is handed over; hot path."""
-        if papers.keys or papers.prints is not None or papers.failures:  # used, and of any size
-            papers = papers._replace(keys=None, prints=None, failures=None)
-        indices, stamps, mishaps = papers.indices, papers.stamps, papers.mishaps
+        if (
+            manifest.keys or manifest.fingerprints is not None or manifest.failures
+        ):  # used, and of any size
+            manifest = manifest._replace(keys=None, fingerprints=None, failures=None)
+        indices, stamps, incidents = manifest.indices, manifest.stamps, manifest.incidents
         nbytes = _RECORD_BYTES + len(stamps)
         nbytes += len(indices) if type(indices) is bytes else weight(indices)
-        if mishaps is not None:
-            nbytes += weight(mishaps)
-        self._deliveries[epoch << _BATCH_BITS | batch] = (nbytes, epoch, batch, wait_ns, *papers)
+        if incidents is not None:
+            nbytes += weight(incidents)
+        self._deliveries[epoch << _BATCH_BITS | batch] = (nbytes, epoch, batch, wait_ns, *manifest)
         self._held_bytes += nbytes
         if self._held_bytes > self.max_bytes:
             self._forget()
@@ -159,8 +161,8 @@ _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
 def _as_delivery(record: tuple[Any, ...]) -> Delivery:
-    _, epoch, batch, wait_ns, *papers = record
-    return Delivery(epoch, batch, wait_ns, Papers(*papers))
+    _, epoch, batch, wait_ns, *manifest = record
+    return Delivery(epoch, batch, wait_ns, BatchManifest(*manifest))
 
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────

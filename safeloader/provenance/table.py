@@ -1,6 +1,6 @@
 """The table of the samples delivered: a reading of the recorder. Runs in: main.
 
-Everything is decoded from the papers that the workers wrote; nothing is filled in here.
+Everything is decoded from the manifest that the workers wrote; nothing is filled in here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safeloader.delivery.indices import as_array, count, identity, same, unpack
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
-from safeloader.transport.messages import Papers, contents, sources
+from safeloader.transport.messages import BatchManifest, source_positions, sources
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -62,14 +62,14 @@ class BatchRecord:
 
 def record_of(delivery: Delivery) -> BatchRecord:
     """The delivery, decoded."""
-    papers = delivery.papers
+    manifest = delivery.manifest
     starts, fetches, collate_ns = _times(delivery)
     return BatchRecord(
         epoch=delivery.epoch,
         batch=delivery.batch,
         indices=_identities(delivery),
-        worker_id=papers.worker_id,
-        pid=papers.pid,
+        worker_id=manifest.worker_id,
+        pid=manifest.pid,
         fetch_ns=tuple(fetches.tolist()),
         collate_ns=collate_ns,
         wait_ns=delivery.wait_ns,
@@ -78,27 +78,31 @@ def record_of(delivery: Delivery) -> BatchRecord:
 
 
 def _identities(delivery: Delivery) -> tuple[Any, ...]:
-    known = sources(delivery.papers)
-    return tuple(known[k] for k in contents(delivery.papers)) if delivery.papers.mishaps else known
+    known = sources(delivery.manifest)
+    return (
+        tuple(known[k] for k in source_positions(delivery.manifest))
+        if delivery.manifest.incidents
+        else known
+    )
 
 
 def _size(delivery: Delivery) -> int:
-    papers = delivery.papers
-    if papers.mishaps is not None:
-        return len(contents(papers))
-    return count(papers.indices) if papers.ordinal is None else papers.samples or 0
+    manifest = delivery.manifest
+    if manifest.incidents is not None:
+        return len(source_positions(manifest))
+    return count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0
 
 
 def _times(delivery: Delivery) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
     """Start (ns since 1970) and duration (ns) of each fetch, and of the collation."""
-    papers = delivery.papers
-    stamps = np.frombuffer(papers.stamps, dtype=np.int64)
+    manifest = delivery.manifest
+    stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
     size = _size(delivery)
     collate_ns = int(stamps[-1] - stamps[-2])
-    if papers.mishaps is not None and not papers.fetched_at_once:
-        places = list(contents(papers))
+    if manifest.incidents is not None and not manifest.fetched_at_once:
+        places = list(source_positions(manifest))
         return stamps[places] + UNIX_OFFSET_NS, np.diff(stamps)[places], collate_ns
-    if papers.fetched_at_once or stamps.size != size + 2:
+    if manifest.fetched_at_once or stamps.size != size + 2:
         starts = np.full(size, stamps[0] + UNIX_OFFSET_NS)
         return starts, np.full(size, (stamps[1] - stamps[0]) // max(size, 1)), collate_ns
     return stamps[:size] + UNIX_OFFSET_NS, np.diff(stamps[:-1]), collate_ns
@@ -233,14 +237,14 @@ def _table(deliveries: list[Delivery]) -> npt.NDArray[Any]:
     for delivery, column in zip(deliveries, indices, strict=True):
         rows = table[at : at + column.size]
         at += column.size
-        papers = delivery.papers
+        manifest = delivery.manifest
         starts, fetches, _ = _times(delivery)
         rows["epoch"] = delivery.epoch
         rows["batch"] = delivery.batch
         rows["position"] = np.arange(column.size)
         rows["index"] = column
-        rows["worker_id"] = -1 if papers.worker_id is None else papers.worker_id
-        rows["pid"] = papers.pid
+        rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
+        rows["pid"] = manifest.pid
         rows["start_ns"] = starts
         rows["fetch_ns"] = fetches
     return table
@@ -279,20 +283,20 @@ def _is_plain(value: Any) -> bool:
 
 
 def _index_column(delivery: Delivery) -> npt.NDArray[Any]:
-    papers = delivery.papers
-    if papers.mishaps is not None:
-        column = _column_of(sources(papers)) if papers.ordinal is None else _ordinals(papers)
-        return column[list(contents(papers))]
-    if papers.ordinal is not None:
-        return _ordinals(papers)
-    if type(papers.indices) is bytes:
-        return np.frombuffer(papers.indices, dtype=np.int64)
-    return _column_of(unpack(papers.indices))
+    manifest = delivery.manifest
+    if manifest.incidents is not None:
+        column = _column_of(sources(manifest)) if manifest.ordinal is None else _ordinals(manifest)
+        return column[list(source_positions(manifest))]
+    if manifest.ordinal is not None:
+        return _ordinals(manifest)
+    if type(manifest.indices) is bytes:
+        return np.frombuffer(manifest.indices, dtype=np.int64)
+    return _column_of(unpack(manifest.indices))
 
 
-def _ordinals(papers: Papers) -> npt.NDArray[Any]:
-    first = papers.ordinal or 0
-    return np.arange(first, first + (papers.samples or 0))
+def _ordinals(manifest: BatchManifest) -> npt.NDArray[Any]:
+    first = manifest.ordinal or 0
+    return np.arange(first, first + (manifest.samples or 0))
 
 
 def _column_of(identities: tuple[Any, ...]) -> npt.NDArray[Any]:

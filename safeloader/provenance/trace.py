@@ -1,7 +1,7 @@
 """Verbose tracing: log lines, or a Chrome trace-event file. Runs in: main.
 
 Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
-run fills no memory. Workers write nothing: their times come with each batch's papers. Off is a null
+run fills no memory. Workers write nothing: their times come with each batch's manifest. Off is a null
 object, ``OFF``; only the hot path and the audit ask whether it is on, to spare the work of telling.
 
 The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
@@ -219,11 +219,11 @@ class FileTrace(Trace):
     def delivered(self, delivery: Delivery, began_ns: int) -> None:
         """Hot path when tracing: the events of a batch's samples are formatted by hand, which
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
-        papers = delivery.papers
+        manifest = delivery.manifest
         record = record_of(delivery)
-        tid = 0 if papers.worker_id is None else papers.worker_id + 1
+        tid = 0 if manifest.worker_id is None else manifest.worker_id + 1
         if tid not in self._lanes:
-            self._lane(tid, f"worker {papers.worker_id}")
+            self._lane(tid, f"worker {manifest.worker_id}")
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
         events = []
         begin_ns = record.start_ns
@@ -233,13 +233,13 @@ class FileTrace(Trace):
                 f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
             )
             begin_ns += fetch_ns
-        stamps = np.frombuffer(papers.stamps, dtype=np.int64)
+        stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
         collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
         end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
         began_us = (began_ns + UNIX_OFFSET_NS) / 1000
         wait_us = delivery.wait_ns / 1000
         name = f"batch {delivery.batch}"
-        args = {"epoch": delivery.epoch, "batch": delivery.batch, "pid": papers.pid}
+        args = {"epoch": delivery.epoch, "batch": delivery.batch, "pid": manifest.pid}
         flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
         took_us = end_us - collate_us

@@ -6,7 +6,7 @@ from typing import Any
 
 from safeloader.failures.failure import Failure
 from safeloader.introspect.fingerprint import difference
-from safeloader.transport.messages import Papers, asked_for, contents, sources
+from safeloader.transport.messages import BatchManifest, expected_indices, source_positions, sources
 
 _HINT = (
     "something wrote to the batch after the worker made it\n"
@@ -17,14 +17,14 @@ _HINT = (
 )
 
 
-def changed(papers: Papers, batch: Any) -> Failure | None:
-    """The failure, if ``batch`` is not what the papers say it was."""
-    assert papers.prints is not None
-    asked = asked_for(papers)
-    found = difference(papers.prints, batch, len(asked))
+def changed(manifest: BatchManifest, batch: Any) -> Failure | None:
+    """The failure, if ``batch`` is not what the manifest say it was."""
+    assert manifest.fingerprints is not None
+    asked = expected_indices(manifest)
+    found = difference(manifest.fingerprints, batch, len(asked))
     if found is None:
         return None
-    places, known = contents(papers), sources(papers)
+    places, known = source_positions(manifest), sources(manifest)
     positions = [places[row] for row in found.rows or () if row < len(places)]
     position = positions[0] if positions else (0 if len(asked) == 1 else None)
     which = ", ".join(str(known[each]) for each in positions[:8])
@@ -41,7 +41,7 @@ def changed(papers: Papers, batch: Any) -> Failure | None:
         index=None if position is None else known[position],
         position=position,
         indices=asked,
-        worker_id=papers.worker_id,
-        pid=papers.pid,
+        worker_id=manifest.worker_id,
+        pid=manifest.pid,
         hint=_HINT,
     )

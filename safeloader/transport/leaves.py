@@ -48,18 +48,18 @@ class Arrived:
 
     Attributes:
         number: of the task.
-        papers, payload: as in :class:`~safeloader.transport.sealing.Sealed`.
+        manifest, payload: as in :class:`~safeloader.transport.sealing.Sealed`.
         fds: descriptors that came beside it.
         leases: the memory of each slot it lies in.
         brought: memory of its leaves so far, in the order of the pickle.
         made: what was made of it; None before.
     """
 
-    __slots__ = ("brought", "fds", "leases", "made", "number", "papers", "payload")
+    __slots__ = ("brought", "fds", "leases", "made", "number", "manifest", "payload")
 
-    def __init__(self, number: int, papers: Any, payload: Any, fds: Iterable[int] = ()) -> None:
+    def __init__(self, number: int, manifest: Any, payload: Any, fds: Iterable[int] = ()) -> None:
         self.number = number
-        self.papers = papers
+        self.manifest = manifest
         self.payload = payload
         self.fds = list(fds)
         self.leases: list[Any] = []

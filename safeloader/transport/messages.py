@@ -47,7 +47,7 @@ class Task(NamedTuple):
     donors: tuple[int | bytes, ...] = ()
 
 
-class Mishap(NamedTuple):
+class SampleIncident(NamedTuple):
     """A sample that did not come as it was asked for, and did not end the batch.
 
     ``what`` is ``"skipped"``, ``"replaced"`` (by the sample at position ``donor``, or by one that
@@ -63,15 +63,15 @@ class Mishap(NamedTuple):
     lent: tuple[Any, ...] = ()
 
 
-class Papers(NamedTuple):
+class BatchManifest(NamedTuple):
     """What a worker says about the batch it made; it travels with the batch.
 
     ``stamps`` are int64 bytes: the start of the first fetch, the end of each fetch (one for the
     whole batch if ``fetched_at_once``), then the end of collation. ``samples`` is the number of
     samples that the dataset gave, None where that cannot be counted. In a stream the samples are
     numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
-    empty. ``mishaps`` are those of samples left out, replaced or late; None, as a rule, for none.
-    ``prints`` are the fingerprints of its leaves, with ``checksum=True``; ``failures`` are those of
+    empty. ``incidents`` are those of samples left out, replaced or late; None, as a rule, for none.
+    ``fingerprints`` are the fingerprints of its leaves, with ``checksum=True``; ``failures`` are those of
     samples left out or replaced, with ``on_failure_dump``.
     """
 
@@ -84,40 +84,40 @@ class Papers(NamedTuple):
     stamps: bytes
     fetched_at_once: bool
     keys: tuple[Any, ...] | None
-    mishaps: tuple[Mishap, ...] | None = None
-    prints: tuple[Leaf, ...] | None = None
+    incidents: tuple[SampleIncident, ...] | None = None
+    fingerprints: tuple[Leaf, ...] | None = None
     failures: tuple[Failure, ...] | None = None
 
 
-def asked_for(papers: Papers) -> tuple[Any, ...]:
+def expected_indices(manifest: BatchManifest) -> tuple[Any, ...]:
     """The identities of the samples that the batch was to hold."""
-    if papers.ordinal is None:
-        return unpack(papers.indices)
-    row = papers.worker_id or 0
-    return tuple((row, papers.ordinal + k) for k in range(papers.samples or 0))
+    if manifest.ordinal is None:
+        return unpack(manifest.indices)
+    row = manifest.worker_id or 0
+    return tuple((row, manifest.ordinal + k) for k in range(manifest.samples or 0))
 
 
-def sources(papers: Papers) -> tuple[Any, ...]:
-    """The identities that :func:`contents` counts: those asked for, then what stands in for all."""
-    return asked_for(papers) + (papers.mishaps[0].lent if papers.mishaps else ())
+def sources(manifest: BatchManifest) -> tuple[Any, ...]:
+    """The identities that :func:`source_positions` counts: those asked for, then what stands in for all."""
+    return expected_indices(manifest) + (manifest.incidents[0].lent if manifest.incidents else ())
 
 
-def contents(papers: Papers) -> tuple[int, ...]:
+def source_positions(manifest: BatchManifest) -> tuple[int, ...]:
     """For each sample in the batch the position, among its :func:`sources`, it came from."""
-    places = list(range(len(asked_for(papers))))
+    places = list(range(len(expected_indices(manifest))))
     gone = set()
-    for mishap in papers.mishaps or ():
-        if mishap.what == "skipped":
-            gone.add(mishap.position)
-        elif mishap.what == "replaced" and mishap.donor is not None:
-            places[mishap.position] = mishap.donor
+    for incident in manifest.incidents or ():
+        if incident.what == "skipped":
+            gone.add(incident.position)
+        elif incident.what == "replaced" and incident.donor is not None:
+            places[incident.position] = incident.donor
     return tuple(place for position, place in enumerate(places) if position not in gone)
 
 
 class EmptyBatch(NamedTuple):
     """A batch of which every sample was left out: worker to main, which goes on to the next."""
 
-    papers: Papers
+    manifest: BatchManifest
 
     def pin_memory(self) -> EmptyBatch:
         """Nothing to pin."""
@@ -130,7 +130,7 @@ class FailedBatch(NamedTuple):
     ``failure`` is None for the echo of a :class:`SamplerFault`.
     """
 
-    papers: Papers
+    manifest: BatchManifest
     failure: Failure | None
 
     def pin_memory(self) -> FailedBatch:
@@ -139,30 +139,30 @@ class FailedBatch(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """A batch with its papers: worker to main."""
+    """A batch with its manifest: worker to main."""
 
-    papers: Papers
+    manifest: BatchManifest
     payload: Any
 
     def pin_memory(self) -> Parcel | FailedBatch:
         """The same with the payload in pinned memory; called by torch's pinning thread.
 
         An exception of a batch's own ``pin_memory`` becomes a failure of this batch, so that the
-        papers are not lost on the way.
+        manifest are not lost on the way.
         """
         try:
-            return Parcel(self.papers, _torch.pin_memory(self.payload))
+            return Parcel(self.manifest, _torch.pin_memory(self.payload))
         except Exception as exc:
             failure = failure_of(
                 exc,
                 phase="transport",
                 where="in pin memory thread",
-                indices=asked_for(self.papers),
-                worker_id=self.papers.worker_id,
-                pid=self.papers.pid,
+                indices=expected_indices(self.manifest),
+                worker_id=self.manifest.worker_id,
+                pid=self.manifest.pid,
                 hint=(
                     "the batch came, and could not be put into pinned memory\n"
                     "look at what it holds (a pin_memory() of its own?), or pin_memory=False"
                 ),
             )
-            return FailedBatch(self.papers, failure)
+            return FailedBatch(self.manifest, failure)

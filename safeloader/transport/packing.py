@@ -25,7 +25,7 @@ from safeloader.transport.batch_pickler import (
     TooManyFds,
 )
 from safeloader.transport.leaves import CODES, close_all
-from safeloader.transport.messages import Papers
+from safeloader.transport.messages import BatchManifest
 from safeloader.transport.sealing import Sealed
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import Cargo
@@ -96,7 +96,7 @@ class Packer:
 
     # when it is made ────────────────────────────────────────────────────────────────────────────
 
-    def seal(self, papers: Papers, payload: Any) -> Sealed:
+    def seal(self, manifest: BatchManifest, payload: Any) -> Sealed:
         """Pickle a batch.
 
         Raises:
@@ -110,15 +110,15 @@ class Packer:
         for _ in range(_TRIES):
             run = Reduction(self._slots, parts)
             try:
-                return self._sealed(papers, payload, run)
+                return self._sealed(manifest, payload, run)
             except Overlap as found:
                 parts = found.parts
             except TooManyFds:
                 why = "more tensors than a message may have descriptors"
                 break
-        return self._sealed(papers, payload, Reduction(None, {}, why, fetched=True))
+        return self._sealed(manifest, payload, Reduction(None, {}, why, fetched=True))
 
-    def _sealed(self, papers: Papers, payload: Any, run: Reduction) -> Sealed:
+    def _sealed(self, manifest: BatchManifest, payload: Any, run: Reduction) -> Sealed:
         slots = self._slots
         try:
             packed = run.pickled(payload)
@@ -136,7 +136,7 @@ class Packer:
                 run.torchs,
                 run.why or (slots is not None and slots.why) or self._why,
             )
-            head = pickle.dumps((tuple(papers), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
+            head = pickle.dumps((tuple(manifest), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
         except BaseException:
             close_all(run.fds)
             if slots is not None:

@@ -35,7 +35,7 @@ from safeloader.transport.leaves import Arrived, close_all
 from safeloader.transport.sealing import Sealed
 from safeloader.transport.sender import MOST_FDS, Sender
 
-_HEADER = struct.Struct("<qqq")  # task number, bytes of papers, bytes of payload
+_HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload
 _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
 _WITH_FDS = 1 << 62  # set in the last where descriptors come with it
 _CHUNK = 1 << 18  # about what a socket holds
@@ -117,8 +117,8 @@ class ResultQueue:
         number, data = item
         if type(data) is Sealed:
             flag = _WITH_FDS if data.fds else 0
-            head = _HEADER.pack(number, len(data.papers), len(data.payload) | flag)
-            self._sender.send([head, data.papers, data.payload], data.fds)
+            head = _HEADER.pack(number, len(data.manifest), len(data.payload) | flag)
+            self._sender.send([head, data.manifest, data.payload], data.fds)
         else:
             pickled = pickle.dumps(item)
             self._sender.send([_HEADER.pack(_PLAIN, len(pickled), 0), pickled])
@@ -180,7 +180,7 @@ class ResultQueue:
         message = self._arrived[0]
         if message.made is None:
             if message.number == _PLAIN:
-                message.made = pickle.loads(message.papers)
+                message.made = pickle.loads(message.manifest)
             else:
                 assert self._opened is not None
                 message.made = message.number, self._opened(message)
@@ -282,9 +282,9 @@ def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
     messages = []
     size, at, taken, wanted = len(data), 0, 0, _HEADER.size
     while size - at >= _HEADER.size:
-        number, papers, payload = _HEADER.unpack_from(data, at)
+        number, manifest, payload = _HEADER.unpack_from(data, at)
         has_fds, payload = payload & _WITH_FDS, payload & ~_WITH_FDS
-        middle = at + _HEADER.size + papers
+        middle = at + _HEADER.size + manifest
         end = middle + payload
         if end > size:
             wanted = end - at

@@ -5,7 +5,7 @@
     Parcel ── Packer.seal ──► Sealed ── the queue ──► Unpacker.opened ──► Parcel
 
 Torch leaves the pickling to a thread of its queue. What cannot be pickled is printed there and
-dropped, and main waits for ever (pytorch#142884). Papers and payload are pickled apart, so a batch
+dropped, and main waits for ever (pytorch#142884). Manifest and payload are pickled apart, so a batch
 that cannot be loaded still says which one it was.
 """
 
@@ -18,11 +18,11 @@ class Sealed(NamedTuple):
     """A batch, pickled.
 
     Attributes:
-        papers: the fields of its papers, and those of its :class:`Cargo`.
+        manifest: the fields of its manifest, and those of its :class:`Cargo`.
         payload: the batch; empty where it lies in a slot.
         fds: descriptors of shared memory, which cross beside it.
     """
 
-    papers: bytes
+    manifest: bytes
     payload: bytes
     fds: tuple[int, ...] = ()

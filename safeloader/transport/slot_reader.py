@@ -31,7 +31,7 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import Arrived, opening
-from safeloader.transport.messages import FailedBatch, Papers, Parcel, asked_for
+from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel, expected_indices
 from safeloader.transport.shared_memory import mapped
 from safeloader.transport.slot_table import FREE, GONE, Cargo, SlotTable
 from safeloader.transport.stats import TransportTally
@@ -64,15 +64,15 @@ class Unpacker:
         After an interrupt it may be called again, and goes on where it was.
         """
         self.settle()
-        fields, about = pickle.loads(came.papers)
-        papers = Papers(*fields)
+        fields, about = pickle.loads(came.manifest)
+        manifest = BatchManifest(*fields)
         cargo = Cargo(*about)
         before = opening.now
         try:
             opening.now = came
             came.brought = []
             if cargo.slots or cargo.given_up:
-                self._lease(papers.worker_id or 0, cargo, came)
+                self._lease(manifest.worker_id or 0, cargo, came)
             stream = cargo.stream
             if stream is None:
                 payload = pickle.loads(came.payload)
@@ -80,11 +80,11 @@ class Unpacker:
                 slot, at, size = stream
                 payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
         except Exception as exc:
-            return FailedBatch(papers, _not_opened(exc, papers))
+            return FailedBatch(manifest, _not_opened(exc, manifest))
         finally:
             opening.now = before
         self._tally.came(cargo)
-        return Parcel(papers, payload)
+        return Parcel(manifest, payload)
 
     def _lease(self, worker: int, cargo: Cargo, came: Arrived) -> None:
         """Lease the slots that a batch lies in; those that come for the first time are mapped.
@@ -180,8 +180,8 @@ class _Slot:
         self.lease: _Lease | None = None
 
 
-def _not_opened(exc: Exception, papers: Papers) -> Failure:
-    known = asked_for(papers)
+def _not_opened(exc: Exception, manifest: BatchManifest) -> Failure:
+    known = expected_indices(manifest)
     found = shortage(exc)
     if found is None:
         found = (
@@ -196,7 +196,7 @@ def _not_opened(exc: Exception, papers: Papers) -> Failure:
         index=known[0] if len(known) == 1 else None,
         position=0 if len(known) == 1 else None,
         indices=known,
-        worker_id=papers.worker_id,
-        pid=papers.pid,
+        worker_id=manifest.worker_id,
+        pid=manifest.pid,
         hint=found,
     )

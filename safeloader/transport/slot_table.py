@@ -31,7 +31,7 @@ MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the seco
 
 
 class Cargo(NamedTuple):
-    """Where a batch lies; travels with its papers.
+    """Where a batch lies; travels with its manifest.
 
     Attributes:
         slots: number and size in bytes of each slot it lies in.

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from safeloader.delivery.indices import Packed, count, pack, pack_unbatched, unpack
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, FETCH_AT_ONCE, PHASE, SINCE
-from safeloader.transport.messages import FailedBatch, Papers, Task
+from safeloader.transport.messages import BatchManifest, FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
 from safeloader.worker.recording import DEADLY, KeyFault, Made, RecordingFetcher
@@ -74,8 +74,8 @@ class MapFetcher(RecordingFetcher):
             return self._explain(exc, task.seq, phase, packed, asked, seen, at_once)
         times = stamps[: k + 2].tobytes()
         worker_id, pid = self._worker_id, self._pid
-        papers = Papers(task.seq, worker_id, pid, packed, got, None, times, at_once, keys)
-        return self._handed_over(papers, batch, fetched)
+        manifest = BatchManifest(task.seq, worker_id, pid, packed, got, None, times, at_once, keys)
+        return self._handed_over(manifest, batch, fetched)
 
     def _fetch_mended(
         self,
@@ -114,8 +114,8 @@ class MapFetcher(RecordingFetcher):
                 first = None
                 stamps[k + 1] = clock()
 
-        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> Papers:
-            return self._papers(task.seq, packed, None, stamps, **more)
+        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
+            return self._manifest(task.seq, packed, None, stamps, **more)
 
         return self._repaired(mending, ask, papers_for, stamps)
 
@@ -149,7 +149,7 @@ class MapFetcher(RecordingFetcher):
         at_once: bool,
     ) -> FailedBatch:
         known = unpack(packed)
-        papers = self._papers(seq, packed, None, b"", at_once=at_once)
+        manifest = self._manifest(seq, packed, None, b"", at_once=at_once)
         culprit = Culprit(None)
         if isinstance(exc, KeyFault):
             pass
@@ -161,7 +161,7 @@ class MapFetcher(RecordingFetcher):
             culprit = Culprit(*find_single(self._dataset, asked, exc))
         else:
             culprit = Culprit(len(samples))
-        return self._failed(exc, papers, phase, known, culprit)
+        return self._failed(exc, manifest, phase, known, culprit)
 
 
 class UnbatchedMapFetcher(RecordingFetcher):
@@ -192,11 +192,11 @@ class UnbatchedMapFetcher(RecordingFetcher):
         except Exception as exc:
             if phase == "sample" and not self._policy.raises and not isinstance(exc, KeyFault):
                 return self._fetch_mended(task, indices, bulk, exc, stamps)
-            papers = self._papers(task.seq, indices, None, b"", at_once=True)
-            return self._failed(exc, papers, phase, unpack(indices), Culprit(None if bulk else 0))
+            manifest = self._manifest(task.seq, indices, None, b"", at_once=True)
+            return self._failed(exc, manifest, phase, unpack(indices), Culprit(None if bulk else 0))
         times = stamps[:3].tobytes()
-        papers = self._papers(task.seq, indices, count(indices), times, at_once=True, keys=keys)
-        return self._handed_over(papers, batch, () if bulk else (sample,))
+        manifest = self._manifest(task.seq, indices, count(indices), times, at_once=True, keys=keys)
+        return self._handed_over(manifest, batch, () if bulk else (sample,))
 
     def _fetch_mended(
         self, task: Task, indices: Packed, bulk: bool, failed: Exception | None, stamps: Any
@@ -216,7 +216,7 @@ class UnbatchedMapFetcher(RecordingFetcher):
                 mending.fetch(functools.partial(get, task.index), failed)
             stamps[1] = clock()
 
-        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> Papers:
-            return self._papers(task.seq, indices, None, stamps, at_once=bulk, **more)
+        def papers_for(number: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
+            return self._manifest(task.seq, indices, None, stamps, at_once=bulk, **more)
 
         return self._repaired(mending, ask, papers_for, stamps, batched=False, bulk=bulk)

@@ -1,6 +1,6 @@
 """What all fetchers have in common. Runs in: worker.
 
-The papers of a batch, its failure, its time stamps, and the form in which it leaves the process.
+The manifest of a batch, its failure, its time stamps, and the form in which it leaves the process.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from safeloader.supervision.flight_recorder import (
     STAMPS_MAX,
 )
 from safeloader.transport.messages import (
+    BatchManifest,
     EmptyBatch,
     FailedBatch,
-    Papers,
     Parcel,
     SamplerFault,
     Task,
-    asked_for,
+    expected_indices,
 )
 from safeloader.transport.sealing import Sealed
 from safeloader.worker.collating import explain
@@ -73,10 +73,10 @@ class RefusingFetcher:
             if self._told:
                 raise StopIteration
         self._told = True
-        papers = Papers(
+        manifest = BatchManifest(
             task.seq, self._post.worker_id, self._post.pid, b"", None, None, b"", False, None
         )
-        return FailedBatch(papers, self._failure)
+        return FailedBatch(manifest, self._failure)
 
 
 class RecordingFetcher:
@@ -99,9 +99,9 @@ class RecordingFetcher:
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
 
     def fetch(self, task: Task) -> Made:
-        """The batch for ``task`` with its papers."""
+        """The batch for ``task`` with its manifest."""
         if type(task.index) is SamplerFault:
-            return FailedBatch(self._papers(task.seq, b"", 0, b""), None)
+            return FailedBatch(self._manifest(task.seq, b"", 0, b""), None)
         self._cells[SEQ] = task.seq
         self._random = self._mark()
         self._packer.begin()
@@ -117,7 +117,7 @@ class RecordingFetcher:
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
 
-    def _papers(
+    def _manifest(
         self,
         seq: int,
         indices: Packed,
@@ -128,30 +128,32 @@ class RecordingFetcher:
         at_once: bool = False,
         keys: tuple[Any, ...] | None = None,
         mending: Mending | None = None,
-    ) -> Papers:
-        papers = Papers(
+    ) -> BatchManifest:
+        manifest = BatchManifest(
             seq, self._worker_id, self._pid, indices, samples, ordinal, stamps, at_once, keys
         )
         if mending is None:
-            return papers
-        return papers._replace(mishaps=mending.mishaps, failures=mending.failures)
+            return manifest
+        return manifest._replace(incidents=mending.incidents, failures=mending.failures)
 
-    def _handed_over(self, papers: Papers, batch: Any, samples: Any) -> Made:
+    def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
         if not self._seals:
-            return Parcel(papers, batch)
+            return Parcel(manifest, batch)
         cells = self._cells
         cells[SINCE] = clock()
         cells[PHASE] = SEND
         try:
             if self._post.checksum:
-                papers = papers._replace(prints=fingerprint(batch, len(asked_for(papers))))
-            return self._packer.seal(papers, batch)
+                manifest = manifest._replace(
+                    fingerprints=fingerprint(batch, len(expected_indices(manifest)))
+                )
+            return self._packer.seal(manifest, batch)
         except Exception as exc:
-            known = asked_for(papers)
+            known = expected_indices(manifest)
             found = why_not_sent(exc, batch, samples, known)
             return self._failed(
-                exc, papers._replace(keys=None, prints=None), "transport", known, found
+                exc, manifest._replace(keys=None, fingerprints=None), "transport", known, found
             )
 
     def _keys(self, samples: Iterable[Any]) -> tuple[Any, ...] | None:
@@ -224,7 +226,7 @@ class RecordingFetcher:
         self,
         mending: Mending,
         ask: Callable[[], None],
-        papers_for: Callable[..., Papers],
+        papers_for: Callable[..., BatchManifest],
         stamps: Any,
         *,
         batched: bool = True,
@@ -232,7 +234,7 @@ class RecordingFetcher:
     ) -> Made:
         """The batch in spite of samples that fail: the slow way, one by one.
 
-        ``ask`` has ``mending`` fetch the samples, and ``papers_for`` makes the papers for as many
+        ``ask`` has ``mending`` fetch the samples, and ``papers_for`` makes the manifest for as many
         as were asked for. Neither knows what becomes of them.
 
         Raises:
@@ -243,7 +245,7 @@ class RecordingFetcher:
             ask()
             mending.batch()  # a donor is fetched now, unless it is collation that gives all up
             phase = "collate"
-            known = asked_for(papers_for(mending.asked))
+            known = expected_indices(papers_for(mending.asked))
             batch, samples = self._collate_mended(mending, known, stamps, batched)
             keys = None if bulk else self._keys(samples)
             end = mending.asked + bool(mending.lent) + 1
@@ -257,13 +259,13 @@ class RecordingFetcher:
             elif isinstance(exc, KeyFault):
                 phase, at = "sample", mending.places[exc.position or 0]
                 exc.position = at if at < lost else None
-            papers = papers_for(lost)
-            return self._failed(exc, papers, phase, asked_for(papers), Culprit(None))
+            manifest = papers_for(lost)
+            return self._failed(exc, manifest, phase, expected_indices(manifest), Culprit(None))
         times = bytes(stamps[: end + 1])
-        papers = papers_for(mending.asked, stamps=times, keys=keys, mending=mending)
+        manifest = papers_for(mending.asked, stamps=times, keys=keys, mending=mending)
         if not samples:
-            return EmptyBatch(papers)
-        return self._handed_over(papers, batch, () if bulk else samples)
+            return EmptyBatch(manifest)
+        return self._handed_over(manifest, batch, () if bulk else samples)
 
     def _collate_mended(
         self, mending: Mending, known: Sequence[Any], stamps: Any, batched: bool
@@ -303,7 +305,7 @@ class RecordingFetcher:
     def _failed(
         self,
         exc: BaseException,
-        papers: Papers,
+        manifest: BatchManifest,
         phase: str,
         indices: tuple[Any, ...],
         culprit: Culprit,
@@ -315,11 +317,11 @@ class RecordingFetcher:
             culprit, exc = Culprit(exc.position, exc.text or culprit.text), exc.cause
         if phase == "collate" and met_in_sharing(exc):
             phase, culprit = "transport", Culprit(None)  # no sample is to blame
-        failure = self._failure(exc, papers.seq, phase, indices, culprit)
+        failure = self._failure(exc, manifest.seq, phase, indices, culprit)
         if self._post.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
             self._post.raised.append(exc)
-        return FailedBatch(papers, failure)
+        return FailedBatch(manifest, failure)
 
     def _failure(
         self,

@@ -17,7 +17,7 @@ from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.values import exception_text, type_name
-from safeloader.transport.messages import Mishap
+from safeloader.transport.messages import SampleIncident
 from safeloader.worker.policy import SKIP, Policy
 
 _FIRST_PAUSE_S = 0.05
@@ -71,7 +71,7 @@ class Mending:
         self._spread = spread
         self._samples: list[Any] = []
         self._stand_in: list[Any] = []  # one sample, or none
-        self._mishaps: dict[int, Mishap] = {}
+        self._mishaps: dict[int, SampleIncident] = {}
         self._failures: dict[int, Failure] = {}
         self._first: Unmendable | None = None
         self._marks = Marks()
@@ -114,7 +114,7 @@ class Mending:
                     self.last_failure = None
                     if tries > 1:
                         reason = f"came at try {tries}"
-                        self._mishaps[position] = Mishap("late", position, reason)
+                        self._mishaps[position] = SampleIncident("late", position, reason)
                     return
             if never_skipped(failed):
                 raise Unmendable(position, failed) from None
@@ -130,7 +130,7 @@ class Mending:
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
         position = len(self._samples)
-        self._mishaps[position] = Mishap("skipped", position, reason)
+        self._mishaps[position] = SampleIncident("skipped", position, reason)
         self._samples.append(_GAP)
         self._first = self._first or Unmendable(position, RuntimeError(reason), NO_DONOR)
 
@@ -141,7 +141,7 @@ class Mending:
             raise Unmendable(position, failed, self._tried())
         reason = scrub(bounded(found, 300)) or self._reason(failed)
         self._samples[position] = _GAP
-        self._mishaps[position] = Mishap("skipped", position, reason)
+        self._mishaps[position] = SampleIncident("skipped", position, reason)
         self._first = self._first or Unmendable(position, failed, NO_DONOR)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
@@ -154,7 +154,7 @@ class Mending:
                 raise Unmendable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
                 self._samples[position] = answer
-                self._mishaps[position] = Mishap("replaced", position, reason)
+                self._mishaps[position] = SampleIncident("replaced", position, reason)
 
     def _tried(self) -> str:
         retries = self._policy.retries
@@ -188,7 +188,7 @@ class Mending:
                 if self._samples[k] is _GAP:
                     self.places[k] = donor = next((each for each in there if each > k), there[0])
                     reason = self._mishaps[k].reason
-                    self._mishaps[k] = Mishap("replaced", k, reason, donor, self.lent)
+                    self._mishaps[k] = SampleIncident("replaced", k, reason, donor, self.lent)
         return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
 
     def lend(self) -> None:
@@ -210,7 +210,7 @@ class Mending:
         return len(self._samples)
 
     @property
-    def mishaps(self) -> tuple[Mishap, ...] | None:
+    def incidents(self) -> tuple[SampleIncident, ...] | None:
         """What happened, by position; None for nothing."""
         if self._spread != 1 and self._mishaps:  # made together: all of it is gone
             (all_of_it,) = self._mishaps.values()

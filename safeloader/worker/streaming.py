@@ -10,7 +10,7 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, ORDINAL, PHASE, SINCE
-from safeloader.transport.messages import FailedBatch, Papers, Task
+from safeloader.transport.messages import BatchManifest, FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.context import Post
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
@@ -96,8 +96,8 @@ class StreamFetcher(RecordingFetcher):
             self._interrupted(first + len(samples))
             raise
         times = stamps[: len(samples) + 2].tobytes()
-        papers = self._papers(task.seq, b"", len(samples), times, ordinal=first, keys=keys)
-        return self._handed_over(papers, batch, samples)
+        manifest = self._manifest(task.seq, b"", len(samples), times, ordinal=first, keys=keys)
+        return self._handed_over(manifest, batch, samples)
 
     def _interrupted(self, read: int) -> None:
         """What was read so far is gone, and counts as read."""
@@ -147,9 +147,9 @@ class StreamFetcher(RecordingFetcher):
             if not whole:
                 self._book(mending.asked, wanted, ended=mending.asked < wanted)
 
-        def papers_for(asked: int, stamps: bytes = b"", **more: Any) -> Papers:
+        def papers_for(asked: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
             self._read = first + asked
-            return self._papers(task.seq, b"", asked, stamps, ordinal=first, **more)
+            return self._manifest(task.seq, b"", asked, stamps, ordinal=first, **more)
 
         try:
             return self._repaired(mending, ask, papers_for, stamps, batched=self._batched)
@@ -184,5 +184,5 @@ class StreamFetcher(RecordingFetcher):
             lost += 1  # the sample that could not be read has its number too
         indices = tuple((self._row, first + k) for k in range(lost))
         self._read = first + lost
-        papers = self._papers(seq, b"", lost, b"", ordinal=first)
-        return self._failed(exc, papers, phase, indices, culprit)
+        manifest = self._manifest(seq, b"", lost, b"", ordinal=first)
+        return self._failed(exc, manifest, phase, indices, culprit)

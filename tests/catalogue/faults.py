@@ -770,7 +770,7 @@ class Fault:
     meddle: Callable[[Scene, Any, int], None] | None = None
     epochs: int = 1
     keeps: bool = False
-    prints: str | None = None
+    fingerprints: str | None = None
 
 
 def in_sample(name: str, deed: Deed, also: type[Exception], *says: str, **more: Any) -> Fault:
@@ -1211,7 +1211,7 @@ FAULTS: list[Fault] = [
         KILLED_AT_13,
         "SystemExit: no more shards",
         r"next: sys\.exit\(\) was called",
-        prints="no more shards",
+        fingerprints="no more shards",
         modes=LIGHT,
     ),
     death(
@@ -1369,7 +1369,7 @@ FAULTS: list[Fault] = [
         index=None,
         modes=PICKLED,
         dies=False,
-        prints="ModuleNotFoundError",
+        fingerprints="ModuleNotFoundError",
     ),
     # ── hangs ──
     hang(

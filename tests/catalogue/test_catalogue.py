@@ -214,7 +214,7 @@ def test_fault_is_told(
     del loader, error
     assert_nothing_left(before)
     # The fork server was started before stderr was captured.
-    assert_quiet(capfd, None if mode == faults.FORKSERVER else fault.prints)
+    assert_quiet(capfd, None if mode == faults.FORKSERVER else fault.fingerprints)
 
 
 def assert_told(error: SafeLoaderError, fault: Fault) -> None:
@@ -245,12 +245,12 @@ def assert_nothing_left(before: Held) -> None:
     assert not more
 
 
-def assert_quiet(capfd: pytest.CaptureFixture[str], prints: str | None) -> None:
+def assert_quiet(capfd: pytest.CaptureFixture[str], fingerprints: str | None) -> None:
     printed = capfd.readouterr().err
-    if prints is None:
+    if fingerprints is None:
         assert not NOISE.search(printed), printed
     else:
-        assert re.search(prints, printed), printed
+        assert re.search(fingerprints, printed), printed
         assert not re.search("can only test a child|Exception ignored", printed), printed
 
 

@@ -21,7 +21,7 @@ from safeloader import (
     TransportError,
     WorkerInitError,
 )
-from safeloader.transport.messages import Papers, Parcel
+from safeloader.transport.messages import BatchManifest, Parcel
 from tests import datasets, faults
 
 WORKERS = [0, 2]
@@ -311,8 +311,8 @@ def test_key_that_raises_is_told_as_such(workers: int) -> None:
 @pytest.mark.parametrize("workers", WORKERS)
 def test_batch_whose_pinning_raises(workers: int) -> None:
     """Without an accelerator torch pins nothing, so the parcel's own method is called here."""
-    papers = Papers(0, None, os.getpid(), b"", 0, None, b"", False, None)
-    failed = Parcel(papers, faults.PinningFails(1)).pin_memory()
+    manifest = BatchManifest(0, None, os.getpid(), b"", 0, None, b"", False, None)
+    failed = Parcel(manifest, faults.PinningFails(1)).pin_memory()
     assert failed.failure is not None  # type: ignore[union-attr]
     assert failed.failure.phase == "transport"  # type: ignore[union-attr]
     assert failed.failure.exception_type == "BufferError"  # type: ignore[union-attr]

@@ -469,7 +469,7 @@ def test_failures_of_samples_left_out_are_written_too(
         assert failure["exception_type"] == "ValueError"
         assert "no sample" in failure["traceback"]
         assert failure["dataset_state"]["class"].endswith("Faulty")
-    assert all(delivery.papers.failures is None for delivery in loader.recorder.deliveries())
+    assert all(delivery.manifest.failures is None for delivery in loader.recorder.deliveries())
 
 
 def zeros(samples: Any) -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safeloader.delivery.indices import pack
 from safeloader.introspect.fingerprint import Difference, Leaf, difference, fingerprint
 from safeloader.transport.checksum import changed
-from safeloader.transport.messages import Mishap, Papers
+from safeloader.transport.messages import BatchManifest, SampleIncident
 from tests.leaf_kinds import KINDS, Cached, Pair, Record, structured
 
 # Without a print: nothing of them can be read, or what they are is not what crosses.
@@ -40,9 +40,9 @@ UNREAD = {
 @pytest.mark.parametrize("n", [4, 3000])
 def test_every_kind_of_leaf_has_prints(n: int) -> None:
     for name, make in KINDS.items():
-        prints = fingerprint(make(n), 4)
-        assert any(leaf.prints for leaf in prints) == (name not in UNREAD), name
-        assert pickle.loads(pickle.dumps(prints)) == prints
+        fingerprints = fingerprint(make(n), 4)
+        assert any(leaf.fingerprints for leaf in fingerprints) == (name not in UNREAD), name
+        assert pickle.loads(pickle.dumps(fingerprints)) == fingerprints
 
 
 def test_they_are_the_same_each_time() -> None:
@@ -149,14 +149,14 @@ def test_no_code_of_the_users_runs() -> None:
     assert fingerprint(talks, None) == fingerprint(torch.arange(3.0), None)
 
 
-def papers(**fields: Any) -> Papers:
-    made = Papers(0, 1, 99, pack([7, 8, 9]), 3, None, b"", False, None)
+def manifest(**fields: Any) -> BatchManifest:
+    made = BatchManifest(0, 1, 99, pack([7, 8, 9]), 3, None, b"", False, None)
     return made._replace(**fields)
 
 
 def test_the_failure_names_the_dataset_index() -> None:
     batch = {"x": torch.zeros(3, 4), "y": 1}
-    sent = papers(prints=fingerprint(batch, 3))
+    sent = manifest(fingerprints=fingerprint(batch, 3))
     assert changed(sent, batch) is None
     batch["x"][1:] = 1  # type: ignore[index]
     failure = changed(sent, batch)
@@ -171,7 +171,9 @@ def test_the_failure_names_the_dataset_index() -> None:
 
 def test_rows_are_counted_without_the_samples_left_out() -> None:
     batch = torch.zeros(2, 4)
-    skipped = papers(mishaps=(Mishap("skipped", 0, "broken"),), prints=fingerprint(batch, 3))
+    skipped = manifest(
+        incidents=(SampleIncident("skipped", 0, "broken"),), fingerprints=fingerprint(batch, 3)
+    )
     batch[1] = 1
     failure = changed(skipped, batch)
     assert failure is not None
@@ -181,7 +183,7 @@ def test_rows_are_counted_without_the_samples_left_out() -> None:
 
 def test_many_rows_are_not_all_listed() -> None:
     batch = torch.zeros(20, 2)
-    sent = papers(indices=pack(list(range(20))), prints=fingerprint(batch, 20))
+    sent = manifest(indices=pack(list(range(20))), fingerprints=fingerprint(batch, 20))
     batch += 1
     failure = changed(sent, batch)
     assert failure is not None
@@ -190,5 +192,5 @@ def test_many_rows_are_not_all_listed() -> None:
 
 def test_a_leaf_is_plain_data() -> None:
     (leaf,) = fingerprint(torch.zeros(2, 3), 2)
-    assert leaf == Leaf("batch", "tensor torch.float32 (2, 3)", leaf.prints)
-    assert leaf.prints[0] == leaf.prints[1]
+    assert leaf == Leaf("batch", "tensor torch.float32 (2, 3)", leaf.fingerprints)
+    assert leaf.fingerprints[0] == leaf.fingerprints[1]

@@ -18,34 +18,34 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import pack
 from safeloader.delivery.ledger import MapLedger, Trouble
 from safeloader.delivery.stream_ledger import StreamLedger
-from safeloader.transport.messages import Papers
+from safeloader.transport.messages import BatchManifest
 from safeloader.transport.stream_progress import StreamBoard
 
 CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")
 
 
-def papers(
+def manifest(
     seq: int,
     indices: list[Any],
     *,
     samples: int | None = -1,
     worker_id: int | None = 0,
     keys: list[Any] | None = None,
-) -> Papers:
+) -> BatchManifest:
     """What a worker that was asked for ``indices`` writes."""
     number = len(indices) if samples == -1 else samples
     noted = None if keys is None else tuple(keys)
-    return Papers(seq, worker_id, 1, pack(indices), number, None, b"", False, noted)
+    return BatchManifest(seq, worker_id, 1, pack(indices), number, None, b"", False, noted)
 
 
 def stream_papers(
     worker: int, first: int, samples: int, keys: list[Any] | None = None, seq: int = 0
-) -> Papers:
+) -> BatchManifest:
     noted = None if keys is None else tuple(keys)
-    return Papers(seq, worker, 1, b"", samples, first, b"", False, noted)
+    return BatchManifest(seq, worker, 1, b"", samples, first, b"", False, noted)
 
 
-def hand_over(ledger: Any, came: Papers, *, raised: bool = False) -> Trouble | None:
+def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Trouble | None:
     """What the training process does with a batch; ``raised`` as under ``verify="raise"``."""
     trouble: Trouble | None = ledger.check(came)
     if trouble is not None:
@@ -146,18 +146,18 @@ def test_every_corruption_is_classified_exactly(
             model.note("missing", batch)
             continue
         if harm == "failed":
-            ledger.failed(papers(seq, batch), batch)
+            ledger.failed(manifest(seq, batch), batch)
             model.note("failed", batch)
             continue
         if harm == "replaced":
             came = data.draw(st.lists(NUMBER | NAME, min_size=1, max_size=5))
-            trouble = hand_over(ledger, papers(seq, came), raised=raised)
+            trouble = hand_over(ledger, manifest(seq, came), raised=raised)
             assert (trouble is None) == (came == batch)
             model.arrived(batch, came, raised=raised and trouble is not None)
             continue
         if harm == "order changed":
             came = data.draw(st.permutations(batch))
-            trouble = hand_over(ledger, papers(seq, came), raised=raised)
+            trouble = hand_over(ledger, manifest(seq, came), raised=raised)
             assert (trouble is None) == (came == batch)
             assert trouble is None or "another order" in trouble.reason
             model.arrived(batch, came, raised=raised and trouble is not None)
@@ -165,7 +165,7 @@ def test_every_corruption_is_classified_exactly(
         if harm in ("too few", "too many"):
             more = data.draw(st.integers(1, 3)) * (-1 if harm == "too few" else 1)
             samples = max(len(batch) + more, 0)
-            trouble = hand_over(ledger, papers(seq, batch, samples=samples), raised=raised)
+            trouble = hand_over(ledger, manifest(seq, batch, samples=samples), raised=raised)
             assert trouble is not None
             assert f"gave {samples}" in trouble.reason
             model.settled(
@@ -176,15 +176,15 @@ def test_every_corruption_is_classified_exactly(
                 raised=raised,
             )
             continue
-        assert hand_over(ledger, papers(seq, batch), raised=raised) is None
+        assert hand_over(ledger, manifest(seq, batch), raised=raised) is None
         model.arrived(batch, batch, raised=False)
         if harm == "sent twice":
-            trouble = hand_over(ledger, papers(seq, batch), raised=raised)
+            trouble = hand_over(ledger, manifest(seq, batch), raised=raised)
             assert trouble is not None
             assert f"batch {at} a second time" in trouble.reason
             model.settled(Counter(), Counter(batch), Counter(), Counter(), raised=raised)
         if harm == "never drawn":
-            trouble = hand_over(ledger, papers(first_seq + unasked, batch), raised=raised)
+            trouble = hand_over(ledger, manifest(first_seq + unasked, batch), raised=raised)
             unasked += 1
             assert trouble is not None
             assert "never drew" in trouble.reason
@@ -208,7 +208,7 @@ def test_what_came_as_drawn_is_complete_and_ok(batches: list[list[Any]], first_s
     for number, batch in enumerate(batches):
         assert ledger.settled is False
         assert ledger.complete is False
-        assert ledger.check(papers(first_seq + number, batch)) is None
+        assert ledger.check(manifest(first_seq + number, batch)) is None
         assert ledger.audit(0, None).delivered == sum(map(len, batches[: number + 1]))
     assert ledger.settled
     assert ledger.complete
@@ -238,15 +238,15 @@ def test_memory_grows_with_the_batches_in_flight_only() -> None:
         ledger.drawn(seq, pack([seq]))
         assert 1 <= held(ledger) <= 4
         if seq >= 3:
-            assert ledger.check(papers(seq - 3, [seq - 3])) is None
+            assert ledger.check(manifest(seq - 3, [seq - 3])) is None
     for seq in range(997, 1_000):
-        assert ledger.check(papers(seq, [seq])) is None
+        assert ledger.check(manifest(seq, [seq])) is None
     assert held(ledger) == 0
 
 
 def test_an_epoch_left_early_is_not_complete_and_no_error() -> None:
     ledger = drawn_ledger([[0, 1], [2, 3]], ended=False)
-    assert ledger.check(papers(0, [0, 1])) is None
+    assert ledger.check(manifest(0, [0, 1])) is None
     audit = ledger.audit(0, 8)
     assert audit.ok
     assert not audit.complete
@@ -255,7 +255,7 @@ def test_an_epoch_left_early_is_not_complete_and_no_error() -> None:
 
 def test_an_end_that_the_sampler_did_not_announce_is_a_trouble() -> None:
     ledger = drawn_ledger([[0, 1]], ended=False)
-    assert ledger.check(papers(0, [0, 1])) is None
+    assert ledger.check(manifest(0, [0, 1])) is None
     trouble = ledger.finish()
     assert trouble is not None
     assert "although the sampler has more to draw" in trouble.reason
@@ -281,7 +281,7 @@ def test_reasons_show_eight_indices_at_most() -> None:
 @pytest.mark.parametrize(("worker_id", "who"), [(None, "the main process"), (3, "worker 3")])
 def test_reasons_name_the_one_who_sent_it(worker_id: int | None, who: str) -> None:
     ledger = drawn_ledger([[0, 1]])
-    trouble = ledger.check(papers(0, [0, 7], worker_id=worker_id))
+    trouble = ledger.check(manifest(0, [0, 7], worker_id=worker_id))
     assert trouble is not None
     assert trouble.reason == f"{who} was asked for [0, 1] and answered for [0, 7]"
     assert (trouble.missing, trouble.unexpected, trouble.sound) == ((1,), (7,), (0,))
@@ -289,7 +289,7 @@ def test_reasons_name_the_one_who_sent_it(worker_id: int | None, who: str) -> No
 
 def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
     ledger = drawn_ledger([[5]], first_seq=10)
-    trouble = ledger.check(papers(9, [4]))
+    trouble = ledger.check(manifest(9, [4]))
     assert trouble is not None
     assert (trouble.unexpected, trouble.duplicated) == ((4,), ())
 
@@ -297,7 +297,7 @@ def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
 def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_trouble() -> None:
     ledger = drawn_ledger([[0]], ended=False)
     ledger.draw_failed(1)
-    assert ledger.check(papers(0, [0])) is None
+    assert ledger.check(manifest(0, [0])) is None
     assert ledger.finish() is None
     assert not ledger.complete
 
@@ -308,14 +308,14 @@ def test_without_workers_the_number_of_batches_tells_the_end() -> None:
         assert not ledger.complete
         ledger.drawn(seq, pack([seq]))
         assert not ledger.complete
-        assert ledger.check(papers(seq, [seq])) is None
+        assert ledger.check(manifest(seq, [seq])) is None
     assert ledger.complete
     assert not ledger.settled
 
 
 def test_what_drop_last_dropped_is_drawn_and_listed_once() -> None:
     ledger = drawn_ledger([[0, 1]], ended=False)
-    assert ledger.check(papers(0, [0, 1])) is None
+    assert ledger.check(manifest(0, [0, 1])) is None
     ledger.draws_ended(pack([2, 1]))
     ledger.draws_ended(pack([2, 1]))
     assert ledger.finish() is None
@@ -326,7 +326,7 @@ def test_what_drop_last_dropped_is_drawn_and_listed_once() -> None:
 
 def test_samples_that_cannot_be_counted_are_taken_on_trust() -> None:
     ledger = drawn_ledger([[0, 1]])
-    assert ledger.check(papers(0, [0, 1], samples=None)) is None
+    assert ledger.check(manifest(0, [0, 1], samples=None)) is None
     assert ledger.audit(0, None).delivered == 2
 
 
@@ -338,21 +338,21 @@ class Crop(NamedTuple):
 def test_indices_that_cannot_be_compared_are_told_apart_by_their_places() -> None:
     batch = [Crop(1, torch.tensor([2, 3])), Crop(4, torch.tensor([5, 6]))]
     ledger = drawn_ledger([batch])
-    assert ledger.check(papers(0, pickle.loads(pickle.dumps(batch)))) is None
+    assert ledger.check(manifest(0, pickle.loads(pickle.dumps(batch)))) is None
     assert ledger.audit(0, None).ok
 
 
 def test_what_cannot_be_compared_and_is_one_too_few_is_a_trouble() -> None:
     batch = [Crop(1, torch.tensor([2, 3])), Crop(4, torch.tensor([5, 6]))]
     ledger = drawn_ledger([batch])
-    trouble = hand_over(ledger, papers(0, pickle.loads(pickle.dumps(batch[:1]))))
+    trouble = hand_over(ledger, manifest(0, pickle.loads(pickle.dumps(batch[:1]))))
     assert trouble is not None
     assert len(trouble.missing) - len(trouble.unexpected) == 1
 
 
 def test_failure_of_an_unknown_batch_is_not_booked() -> None:
     ledger = drawn_ledger([[0, 1]])
-    ledger.failed(papers(7, [8, 9]), [8, 9])
+    ledger.failed(manifest(7, [8, 9]), [8, 9])
     assert ledger.audit(0, None).counts["failed"] == 0
 
 
@@ -367,8 +367,8 @@ def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch
 
 def test_two_indices_with_one_key_are_one_sample() -> None:
     ledger = drawn_ledger([[0, 1], [2, 3]], with_keys=True)
-    assert hand_over(ledger, papers(0, [0, 1], keys=["a", "b"])) is None
-    trouble = hand_over(ledger, papers(1, [2, 3], keys=["a", "c"]))
+    assert hand_over(ledger, manifest(0, [0, 1], keys=["a", "b"])) is None
+    trouble = hand_over(ledger, manifest(1, [2, 3], keys=["a", "c"]))
     assert trouble is not None
     assert trouble.reason == "index 2 and index 0 are one sample (key 'a')"
     assert (trouble.duplicated, trouble.sound) == ((2,), (3,))
@@ -378,8 +378,8 @@ def test_two_indices_with_one_key_are_one_sample() -> None:
 
 def test_one_index_twice_is_no_duplicate_key() -> None:
     ledger = drawn_ledger([[0, 1], [1, 0]], with_keys=True)
-    assert ledger.check(papers(0, [0, 1], keys=["a", "b"])) is None
-    assert ledger.check(papers(1, [1, 0], keys=["b", "a"])) is None
+    assert ledger.check(manifest(0, [0, 1], keys=["a", "b"])) is None
+    assert ledger.check(manifest(1, [1, 0], keys=["b", "a"])) is None
     audit = ledger.audit(0, None)
     assert audit.ok
     assert audit.repeated.tolist() == [0, 1]
@@ -393,7 +393,7 @@ def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: in
     for seq, batch in enumerate(batches):
         keys = [index // samples_per_key for index in batch]
         again = [i for i, key in zip(batch, keys, strict=True) if first.setdefault(key, i) != i]
-        trouble = hand_over(ledger, papers(seq, batch, keys=keys))
+        trouble = hand_over(ledger, manifest(seq, batch, keys=keys))
         assert (trouble.duplicated if trouble else ()) == tuple(again)
         duplicated += again
     assert ledger.finish() is None
@@ -405,7 +405,7 @@ def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: in
 
 def test_a_batch_of_duplicates_names_three_and_counts_the_rest() -> None:
     ledger = drawn_ledger([list(range(6))], with_keys=True)
-    trouble = ledger.check(papers(0, list(range(6)), keys=["same"] * 6))
+    trouble = ledger.check(manifest(0, list(range(6)), keys=["same"] * 6))
     assert trouble is not None
     assert trouble.reason.count("are one sample") == 3
     assert trouble.reason.endswith("; and 2 more")
@@ -413,13 +413,13 @@ def test_a_batch_of_duplicates_names_three_and_counts_the_rest() -> None:
 
 def test_keys_are_not_compared_unless_asked_for() -> None:
     ledger = drawn_ledger([[0, 1]])
-    assert ledger.check(papers(0, [0, 1], keys=["a", "a"])) is None
+    assert ledger.check(manifest(0, [0, 1], keys=["a", "a"])) is None
 
 
 def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 2)
     ledger = drawn_ledger([[0, 1, 2, 3]], with_keys=True)
-    trouble = hand_over(ledger, papers(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
+    trouble = hand_over(ledger, manifest(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
     assert trouble is not None
     assert trouble.duplicated == (3,)
     (note,) = ledger.audit(0, None).notes
@@ -644,7 +644,7 @@ def test_an_interrupt_without_workers_fails_the_batch_that_was_drawn() -> None:
     ledger.interrupted(None)
     assert found(ledger.audit(0, 4)) == {"failed": Counter([0, 1])}
     ledger.drawn(1, pack([2, 3]))
-    assert ledger.check(papers(1, [2, 3])) is None
+    assert ledger.check(manifest(1, [2, 3])) is None
     ledger.draws_ended(b"")
     assert ledger.finish() is None
     audit = ledger.audit(0, 4)
@@ -655,7 +655,7 @@ def test_an_interrupt_without_workers_fails_the_batch_that_was_drawn() -> None:
 def test_an_interrupt_beside_workers_may_take_two_batches(interrupts: int, lost: int) -> None:
     ledger = drawn_ledger([[k] for k in range(6)])
     for seq in range(lost, 6):
-        assert ledger.check(papers(seq, [seq])) is None
+        assert ledger.check(manifest(seq, [seq])) is None
     for _ in range(interrupts):
         ledger.interrupted(None)
     assert ledger.finish() is None
@@ -673,11 +673,11 @@ def test_more_than_interrupts_can_take_is_missing() -> None:
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_interrupt_in_the_hand_over_takes_that_batch(counted: bool) -> None:
     ledger = drawn_ledger([[0], [1, 2], [3]])
-    assert ledger.check(papers(0, [0])) is None
+    assert ledger.check(manifest(0, [0])) is None
     if counted:
-        assert ledger.check(papers(1, [1, 2])) is None
-    ledger.interrupted(papers(1, [1, 2]))
-    assert ledger.check(papers(2, [3])) is None
+        assert ledger.check(manifest(1, [1, 2])) is None
+    ledger.interrupted(manifest(1, [1, 2]))
+    assert ledger.check(manifest(2, [3])) is None
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
     assert found(audit) == {"failed": Counter([1, 2])}
@@ -736,7 +736,7 @@ def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
 
 def test_what_a_sampler_had_drawn_when_it_was_interrupted_failed() -> None:
     ledger = drawn_ledger([[0]], ended=False)
-    assert ledger.check(papers(0, [0])) is None
+    assert ledger.check(manifest(0, [0])) is None
     ledger.draw_interrupted(pack([1, 2]))
     ledger.draws_ended(b"")
     assert ledger.finish() is None
@@ -750,7 +750,7 @@ def test_only_a_length_that_is_proven_tells_the_end(expected: int | None) -> Non
     ledger = MapLedger(with_keys=False, expected_batches=lambda: expected)
     for seq in range(2):
         ledger.drawn(seq, pack([seq]))
-        assert ledger.check(papers(seq, [seq])) is None
+        assert ledger.check(manifest(seq, [seq])) is None
     audit = ledger.audit(0, 4)
     assert audit.complete == (expected == 2)
     assert ("the sampler was not asked whether it has more" in audit.notes) == (expected is None)

@@ -1,4 +1,4 @@
-"""The table of what was delivered: decoded from the papers, looked up, written to files."""
+"""The table of what was delivered: decoded from the manifest, looked up, written to files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safeloader import Recorder, SafeDataLoader
 from safeloader.delivery.indices import pack
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery
 from safeloader.provenance.table import record_of
-from safeloader.transport.messages import Mishap, Papers
+from safeloader.transport.messages import BatchManifest, SampleIncident
 from tests import datasets
 
 COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
@@ -430,27 +430,33 @@ class SleepsLonger:
         return index
 
 
-def stamped(*mishaps: Mishap, lent: int = 0) -> Delivery:
+def stamped(*incidents: SampleIncident, lent: int = 0) -> Delivery:
     """A batch of indices 10 to 13 whose fetches took 1, 2, 3, 4 (and 5) ns; collation 100."""
     ends = [1000, 1001, 1003, 1006, 1010, 1015][: 5 + lent]
     stamps = np.array([*ends, ends[-1] + 100], dtype=np.int64).tobytes()
-    papers = Papers(0, 0, 1, pack([10, 11, 12, 13]), None, None, stamps, False, None, mishaps)
-    return Delivery(0, 0, 5, papers)
+    manifest = BatchManifest(
+        0, 0, 1, pack([10, 11, 12, 13]), None, None, stamps, False, None, incidents
+    )
+    return Delivery(0, 0, 5, manifest)
 
 
 def test_times_of_a_batch_with_skipped_samples_are_those_of_the_samples_in_it() -> None:
-    record = record_of(stamped(Mishap("skipped", 0, "why"), Mishap("skipped", 2, "why")))
+    record = record_of(
+        stamped(SampleIncident("skipped", 0, "why"), SampleIncident("skipped", 2, "why"))
+    )
     assert (record.indices, record.fetch_ns, record.collate_ns) == ((11, 13), (2, 4), 100)
     assert record.start_ns == 1001 + UNIX_OFFSET_NS
 
 
 def test_times_of_a_replaced_sample_are_its_donors() -> None:
-    record = record_of(stamped(Mishap("replaced", 1, "why", 2), Mishap("late", 3, "why")))
+    record = record_of(
+        stamped(SampleIncident("replaced", 1, "why", 2), SampleIncident("late", 3, "why"))
+    )
     assert (record.indices, record.fetch_ns) == ((10, 12, 12, 13), (1, 3, 3, 4))
 
 
 def test_times_where_one_drawn_earlier_stands_in() -> None:
-    gone = [Mishap("replaced", k, "why", 4, (7,)) for k in range(4)]
+    gone = [SampleIncident("replaced", k, "why", 4, (7,)) for k in range(4)]
     record = record_of(stamped(*gone, lent=1))
     assert (record.indices, record.fetch_ns, record.collate_ns) == ((7,) * 4, (5,) * 4, 100)
     assert record.start_ns == 1010 + UNIX_OFFSET_NS

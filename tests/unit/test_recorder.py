@@ -17,19 +17,19 @@ import pytest
 import safeloader
 from safeloader import Recorder, SafeDataLoader
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import Papers
+from safeloader.transport.messages import BatchManifest
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 
 
-def papers_from_a_worker(indices: list[Any]) -> Papers:
-    """The papers of one batch, as they come out of the queue."""
+def papers_from_a_worker(indices: list[Any]) -> BatchManifest:
+    """The manifest of one batch, as they come out of the queue."""
     loader = SafeDataLoader(_AnyIndex(), sampler=indices, batch_size=len(indices))
     for _ in loader:
         pass
     assert loader.recorder is not None
     (delivery,) = loader.recorder.deliveries()
-    return pickle.loads(pickle.dumps(delivery.papers))  # type: ignore[no-any-return]
+    return pickle.loads(pickle.dumps(delivery.manifest))  # type: ignore[no-any-return]
 
 
 class _AnyIndex:
@@ -40,8 +40,8 @@ class _AnyIndex:
         return 10**9
 
 
-def fill(recorder: Recorder, papers: Papers, batches: int) -> None:
-    pickled = pickle.dumps(papers)
+def fill(recorder: Recorder, manifest: BatchManifest, batches: int) -> None:
+    pickled = pickle.dumps(manifest)
     epoch = recorder.begin_epoch(None)  # type: ignore[arg-type]
     for batch in range(batches):
         recorder.delivered(epoch, batch, 10_000 + batch, pickle.loads(pickled))
@@ -60,13 +60,13 @@ def test_the_bound_is_within_a_factor_two_of_the_truth(size: int, named: bool) -
     indices: list[Any] = [
         f"a name as long as names are, {first + k}" if named else first + k for k in range(size)
     ]
-    papers = papers_from_a_worker(indices)
+    manifest = papers_from_a_worker(indices)
     bound = 2 * 2**20
     gc.collect()
     tracemalloc.start()
     try:
         recorder = Recorder(max_bytes=bound)
-        fill(recorder, papers, 6_000 if size == 1 else 3_000)
+        fill(recorder, manifest, 6_000 if size == 1 else 3_000)
         gc.collect()
         held = tracemalloc.get_traced_memory()[0]
     finally:
@@ -305,7 +305,7 @@ def test_skipped_samples_stay_within_the_bound_too(kind: str) -> None:
     recorder, audit = loader.recorder, loader.audit
     assert recorder is not None
     assert recorder.forgotten
-    held = [(d.papers.indices, d.papers.mishaps) for d in recorder.deliveries()]
+    held = [(d.manifest.indices, d.manifest.incidents) for d in recorder.deliveries()]
     assert len(pickle.dumps(held)) < bound
     assert audit is not None
     assert audit.counts["skipped"] == len(kinds[kind])

@@ -12,7 +12,7 @@ import torch
 
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.random_state import preserved
-from safeloader.transport.messages import Mishap, Parcel, Task
+from safeloader.transport.messages import Parcel, SampleIncident, Task
 from safeloader.worker import repair as module
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import SKIP, Policy
@@ -56,7 +56,7 @@ def test_nothing_happened() -> None:
     made = mending()
     made.have(["a"])
     made.fetch(gives("b"))
-    assert (made.batch(), made.mishaps, made.asked) == (["a", "b"], None, 2)
+    assert (made.batch(), made.incidents, made.asked) == (["a", "b"], None, 2)
 
 
 @pytest.mark.parametrize("fails", [1, 2, 5])
@@ -79,23 +79,23 @@ def test_a_late_sample_is_the_one_that_would_have_come(fails: int) -> None:
         made.fetch(flaky)
         assert made.batch() == [expected]
         assert draw() == follows
-    assert made.mishaps == (Mishap("late", 0, f"came at try {fails + 1}"),)
+    assert made.incidents == (SampleIncident("late", 0, f"came at try {fails + 1}"),)
 
 
 def test_pauses_grow_to_a_bound(pauses: list[float]) -> None:
     made = mending(retries=9)
     made.fetch(gives(*[OSError()] * 10))
     assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
-    assert made.mishaps == (Mishap("skipped", 0, "OSError, 10 tries"),)
+    assert made.incidents == (SampleIncident("skipped", 0, "OSError, 10 tries"),)
 
 
 def test_a_first_try_made_elsewhere_counts(pauses: list[float]) -> None:
     made = mending(retries=1)
     made.fetch(gives("at last"), KeyError("x"))
     assert made.batch() == ["at last"]
-    assert made.mishaps == (Mishap("late", 0, "came at try 2"),)
+    assert made.incidents == (SampleIncident("late", 0, "came at try 2"),)
     made.fetch(gives(KeyError("second")), KeyError("first"))
-    assert made.mishaps[1] == Mishap("skipped", 1, "KeyError: 'second', 2 tries")
+    assert made.incidents[1] == SampleIncident("skipped", 1, "KeyError: 'second', 2 tries")
     assert len(pauses) == 2
 
 
@@ -105,9 +105,9 @@ def test_skip() -> None:
         made.fetch(gives(answer))
     assert made.batch() == ["a", "c"]
     assert made.asked == 4
-    assert made.mishaps == (
-        Mishap("skipped", 1, "ValueError: bad"),
-        Mishap("skipped", 3, "ValueError: bad"),
+    assert made.incidents == (
+        SampleIncident("skipped", 1, "ValueError: bad"),
+        SampleIncident("skipped", 3, "ValueError: bad"),
     )
     assert made.places == [0, 2]
 
@@ -128,9 +128,9 @@ def test_replace_takes_the_next_good_sample(came: str, batch: str, donors: dict[
         made.fetch(gives(ValueError("bad") if letter == "x" else letter))
     for _ in range(2):  # asking again changes nothing
         assert "".join(made.batch()) == batch
-        mishaps = made.mishaps or ()
-        assert {m.position: m.donor for m in mishaps if m.what == "replaced"} == donors
-    assert len(mishaps) == came.count("x")
+        incidents = made.incidents or ()
+        assert {m.position: m.donor for m in incidents if m.what == "replaced"} == donors
+    assert len(incidents) == came.count("x")
 
 
 def test_a_replacement_that_breaks_the_batch_leaves_with_its_original() -> None:
@@ -141,7 +141,7 @@ def test_a_replacement_that_breaks_the_batch_leaves_with_its_original() -> None:
     assert made.places == [0, 2, 2, 3]
     made.give_up(2, TypeError("the sample is None"))
     assert made.batch() == [1, 4, 4, 4]
-    assert [(m.what, m.position, m.donor) for m in made.mishaps or ()] == [
+    assert [(m.what, m.position, m.donor) for m in made.incidents or ()] == [
         ("replaced", 1, 3),
         ("replaced", 2, 3),
     ]
@@ -162,9 +162,9 @@ def test_a_callable_decides() -> None:
         (10, "ValueError", "first"),
         (11, "ValueError", "second"),
     ]
-    assert made.mishaps == (
-        Mishap("skipped", 0, "ValueError: first"),
-        Mishap("replaced", 1, "ValueError: second"),
+    assert made.incidents == (
+        SampleIncident("skipped", 0, "ValueError: first"),
+        SampleIncident("replaced", 1, "ValueError: second"),
     )
 
 
@@ -234,7 +234,7 @@ def test_a_stop_iteration_that_leaked_is_one() -> None:
     made.fetch(gives(StopIteration(), "came"))
     made.fetch(gives(StopIteration(), StopIteration()))
     assert made.batch() == ["came"]
-    assert [mishap.what for mishap in made.mishaps or ()] == ["late", "skipped"]
+    assert [incident.what for incident in made.incidents or ()] == ["late", "skipped"]
 
 
 def test_left_out_without_being_asked_for() -> None:
@@ -246,7 +246,7 @@ def test_left_out_without_being_asked_for() -> None:
     made.leave_out("deadly")
     made.fetch(gives("b"))
     assert made.batch() == ["b"]
-    assert made.mishaps == (Mishap("skipped", 0, "deadly"),)
+    assert made.incidents == (SampleIncident("skipped", 0, "deadly"),)
 
 
 @pytest.mark.parametrize("how", ["cannot be shown", "huge message", "no message", "holds a lock"])
@@ -255,8 +255,8 @@ def test_reasons_are_short_whatever_was_raised(how: str) -> None:
     with pytest.raises(Exception) as info:  # noqa: PT011
         faults.raisers()[how]()
     made.fetch(gives(info.value))
-    (mishap,) = made.mishaps or ()
-    assert 0 < len(mishap.reason) <= 400
+    (incident,) = made.incidents or ()
+    assert 0 < len(incident.reason) <= 400
 
 
 # collation, with our fetcher around it ──────────────────────────────────────────────────────────
@@ -288,10 +288,10 @@ def test_the_odd_sample_of_a_batch_that_does_not_collate(what: Any) -> None:
     made = batch_of(odd(2, what))
     assert type(made) is Parcel
     assert made.payload[:, 0].tolist() == [0, 1, 3, 4]
-    assert [(m.what, m.position) for m in made.papers.mishaps or ()] == [("skipped", 2)]
+    assert [(m.what, m.position) for m in made.manifest.incidents or ()] == [("skipped", 2)]
     made = batch_of(odd(2, what), "replace")
     assert made.payload[:, 0].tolist() == [0, 1, 3, 3, 4]
-    assert [(m.what, m.position, m.donor) for m in made.papers.mishaps] == [("replaced", 2, 3)]
+    assert [(m.what, m.position, m.donor) for m in made.manifest.incidents] == [("replaced", 2, 3)]
     made = batch_of(odd(2, what), lambda failure: torch.full((3,), 9.0))
     assert made.payload[:, 0].tolist() == [0, 1, 9, 3, 4]
 

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safeloader.main.unpacking import Unpacker
-from safeloader.wire.records import FailedBatch, Papers, Parcel
+from safeloader.wire.records import BatchManifest, FailedBatch, Parcel
 from safeloader.wire.results import _HEADER, ResultQueue
 from safeloader.worker.packing import Packer
 
@@ -29,8 +29,8 @@ BOUND_S = 60
 seal = Packer().seal
 
 
-def papers(seq: int, worker: int = 0) -> Papers:
-    return Papers(seq, worker, os.getpid(), b"", 1, None, b"", False, None)
+def manifest(seq: int, worker: int = 0) -> BatchManifest:
+    return BatchManifest(seq, worker, os.getpid(), b"", 1, None, b"", False, None)
 
 
 def message(worker: int, number: int, size: int) -> bytes:
@@ -41,7 +41,7 @@ def says(results: ResultQueue, worker: int, sizes: list[int]) -> None:
     results.speak_as(worker, lambda: None)
     for number, size in enumerate(sizes):
         what = message(worker, number, size)
-        results.put((number, seal(papers(number, worker), what) if number % 3 else what))
+        results.put((number, seal(manifest(number, worker), what) if number % 3 else what))
 
 
 def received(results: ResultQueue, count: int) -> Iterator[tuple[int, Any]]:
@@ -73,7 +73,7 @@ def test_several_workers_each_in_order(method: str) -> None:
     came: dict[int, list[int]] = defaultdict(list)
     for number, data in received(results, workers * len(sizes)):
         what = data.payload if type(data) is Parcel else data
-        worker = data.papers.worker_id if type(data) is Parcel else None
+        worker = data.manifest.worker_id if type(data) is Parcel else None
         owners = [w for w in range(workers) if what == message(w, number, sizes[number])]
         assert owners if worker is None else worker in owners
         if worker is not None:
@@ -111,14 +111,14 @@ def test_messages_of_all_sizes(sizes: list[list[int]]) -> None:
         voices[worker].speak_as(worker, lambda: None)
         for number, size in enumerate(sizes[worker]):
             what = message(worker, number, size)
-            voices[worker].put((number, seal(papers(number, worker), what)))
+            voices[worker].put((number, seal(manifest(number, worker), what)))
 
     threads = [threading.Thread(target=say, args=(w,)) for w in range(len(sizes))]
     for thread in threads:
         thread.start()
     came: list[list[int]] = [[] for _ in sizes]
     for number, data in received(results, sum(map(len, sizes))):
-        worker = data.papers.worker_id
+        worker = data.manifest.worker_id
         assert data.payload == message(worker, number, sizes[worker][number])
         came[worker].append(number)
     for thread in threads:
@@ -133,13 +133,13 @@ def dies_in_the_middle(results: ResultQueue, worker: int, whole: int, part: int)
     results.speak_as(worker, lambda: None)
     if worker == 1:
         for number in range(whole):
-            results.put((number, seal(papers(number, 1), "whole")))
+            results.put((number, seal(manifest(number, 1), "whole")))
         torn = _HEADER.pack(99, 1000, 1000) + b"x" * 900
         fd = results._writers[0].fileno()  # type: ignore[union-attr]
         os.write(fd, torn[:part])
         os.kill(os.getpid(), signal.SIGKILL)
     for number in range(200):
-        results.put((number, seal(papers(number, worker), b"y" * 1000)))
+        results.put((number, seal(manifest(number, worker), b"y" * 1000)))
 
 
 @pytest.mark.parametrize("part", [1, _HEADER.size - 1, _HEADER.size, 900])
@@ -148,7 +148,7 @@ def test_a_torn_message_disturbs_nobody(part: int) -> None:
     processes = start("fork", dies_in_the_middle, results, [(w, 2, part) for w in range(3)])
     came: dict[int, list[int]] = defaultdict(list)
     for number, data in received(results, 402):
-        came[data.papers.worker_id].append(number)
+        came[data.manifest.worker_id].append(number)
     assert came == {0: list(range(200)), 1: [0, 1], 2: list(range(200))}
     for process in processes:
         process.join(BOUND_S)
@@ -162,7 +162,7 @@ def sends_tensors(results: ResultQueue, sizes: list[int]) -> None:
     results.speak_as(0, lambda: None)
     for number, size in enumerate(sizes):
         batch = [torch.full((3,), float(number + k)) for k in range(size)]
-        results.put((number, seal(papers(number), batch)))
+        results.put((number, seal(manifest(number), batch)))
 
 
 def test_tensors_outlive_the_worker_and_leave_no_descriptor() -> None:
@@ -222,7 +222,7 @@ def test_half_a_message_is_not_waited_for() -> None:
 def does_not_wait(results: ResultQueue, told: Any) -> None:
     results.speak_as(0, lambda: None)
     for number in range(30):
-        results.put((number, seal(papers(number), b"z" * 300_000)))
+        results.put((number, seal(manifest(number), b"z" * 300_000)))
     told.set()  # and ends: what is not sent yet is sent first
 
 
@@ -320,7 +320,7 @@ def test_a_broken_pipe_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
 def counts_what_it_sent(results: ResultQueue) -> None:
     calls: list[int] = []
     results.speak_as(0, lambda: calls.append(len(calls)))
-    results.put((0, seal(papers(0), 1)))
+    results.put((0, seal(manifest(0), 1)))
     results.put((1, 2))
     results.put((2, calls))
 
@@ -371,7 +371,7 @@ class Unloadable:
 
 def test_what_cannot_be_loaded_still_says_which_batch_it_was() -> None:
     results = ResultQueue(1, Unpacker().opened)
-    results.put((3, seal(papers(8), Unloadable())))
+    results.put((3, seal(manifest(8), Unloadable())))
     number, came = results.get(timeout=5)
-    assert (number, type(came), came.papers.seq) == (3, FailedBatch, 8)
+    assert (number, type(came), came.manifest.seq) == (3, FailedBatch, 8)
     assert came.failure.exception_type == "ValueError"

@@ -18,7 +18,7 @@ from safeloader.delivery.indices import pack
 from safeloader.errors import TransportError
 from safeloader.failures.failure import error_from
 from safeloader.transport.leaves import close_all
-from safeloader.transport.messages import FailedBatch, Mishap, Papers, Parcel
+from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel, SampleIncident
 from safeloader.transport.packing import Packer
 from safeloader.transport.sealing import Sealed
 from safeloader.transport.slot_reader import WORKER_GONE, Unpacker
@@ -29,9 +29,11 @@ seal = Packer().seal
 opened_from = partial(wired.opened_from, Unpacker())
 
 
-def papers(indices: list[int]) -> Papers:
-    mishaps = (Mishap("late", 0, "came at try 2"),)
-    return Papers(9, 1, 4321, pack(indices), len(indices), None, b"\1" * 8, False, ("k",), mishaps)
+def manifest(indices: list[int]) -> BatchManifest:
+    incidents = (SampleIncident("late", 0, "came at try 2"),)
+    return BatchManifest(
+        9, 1, 4321, pack(indices), len(indices), None, b"\1" * 8, False, ("k",), incidents
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,30 +48,30 @@ def papers(indices: list[int]) -> Papers:
     ],
 )
 def test_what_is_sealed_is_opened_as_it_was(payload: Any) -> None:
-    opened = opened_from(seal(papers([5, 6]), payload))
+    opened = opened_from(seal(manifest([5, 6]), payload))
     assert type(opened) is Parcel
-    assert opened.papers == papers([5, 6])
+    assert opened.manifest == manifest([5, 6])
     assert plain(opened.payload) == plain(payload)
 
 
 def test_arrays_that_arrive_can_be_written_to() -> None:
-    opened = opened_from(seal(papers([5]), np.arange(3)))
+    opened = opened_from(seal(manifest([5]), np.arange(3)))
     opened.payload[0] = 7  # type: ignore[union-attr]
 
 
 def test_tensors_cross_by_shared_memory() -> None:
-    sealed = seal(papers([5]), torch.zeros(100_000))
+    sealed = seal(manifest([5]), torch.zeros(100_000))
     assert len(sealed.payload) < 2000
     assert opened_from(sealed).payload.numel() == 100_000  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("count", [1, 200, 201, 300])
 def test_no_descriptor_is_left(count: int) -> None:
-    opened_from(seal(papers([5]), [torch.ones(2)] * 2))  # what is started once, is
+    opened_from(seal(manifest([5]), [torch.ones(2)] * 2))  # what is started once, is
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     batch = [torch.full((2,), float(k)) for k in range(count)]
-    opened = opened_from(seal(papers([5]), batch))
+    opened = opened_from(seal(manifest([5]), batch))
     assert [float(each[0]) for each in opened.payload] == list(range(count))  # type: ignore[union-attr]
     del opened, batch
     gc.collect()
@@ -78,7 +80,7 @@ def test_no_descriptor_is_left(count: int) -> None:
 
 def test_what_cannot_be_pickled_raises_at_once() -> None:
     with pytest.raises(TypeError, match="lock"):
-        seal(papers([5]), {"lock": threading.Lock()})
+        seal(manifest([5]), {"lock": threading.Lock()})
 
 
 class Unloadable:
@@ -95,9 +97,9 @@ def _raise(exc: type[Exception]) -> None:
 
 @pytest.mark.parametrize("exc", [ValueError, ConnectionResetError, FileNotFoundError, EOFError])
 def test_what_cannot_be_opened(exc: type[Exception]) -> None:
-    opened = opened_from(seal(papers([5, 6]), Unloadable(exc)))
+    opened = opened_from(seal(manifest([5, 6]), Unloadable(exc)))
     assert type(opened) is FailedBatch
-    assert opened.papers == papers([5, 6])
+    assert opened.manifest == manifest([5, 6])
     failure = opened.failure
     assert failure is not None
     assert (failure.phase, failure.indices, failure.index) == ("transport", (5, 6), None)
@@ -110,13 +112,13 @@ def test_what_cannot_be_opened(exc: type[Exception]) -> None:
 
 
 def test_a_batch_of_one_names_its_sample() -> None:
-    failure = opened_from(seal(papers([5]), Unloadable(ValueError))).failure  # type: ignore[union-attr]
+    failure = opened_from(seal(manifest([5]), Unloadable(ValueError))).failure  # type: ignore[union-attr]
     assert failure is not None
     assert (failure.index, failure.position) == (5, 0)
 
 
 def test_too_many_open_files_are_told_as_such() -> None:
-    sealed = seal(papers([5]), 1)._replace(payload=pickle.dumps(Unloadable24()))
+    sealed = seal(manifest([5]), 1)._replace(payload=pickle.dumps(Unloadable24()))
     failure = opened_from(sealed).failure  # type: ignore[union-attr]
     assert failure is not None
     assert "open files" in failure.hint
@@ -132,10 +134,10 @@ def _no_descriptors() -> None:
 
 
 def test_it_is_made_of_bytes() -> None:
-    sealed = seal(papers([5]), 1)
+    sealed = seal(manifest([5]), 1)
     assert pickle.loads(pickle.dumps(sealed)) == sealed
     assert type(sealed) is Sealed
-    as_read = Sealed(bytearray(sealed.papers), bytearray(sealed.payload))  # type: ignore[arg-type]
+    as_read = Sealed(bytearray(sealed.manifest), bytearray(sealed.payload))  # type: ignore[arg-type]
     assert opened_from(as_read) == opened_from(sealed)
 
 
@@ -145,7 +147,7 @@ def test_what_was_sealed_is_not_kept_for_the_garbage_collector() -> None:
     try:
         batch = torch.zeros(1000)
         gone = weakref.ref(batch)
-        close_all(list(seal(papers([1]), {"x": batch}).fds))
+        close_all(list(seal(manifest([1]), {"x": batch}).fds))
         del batch
         assert gone() is None
     finally:

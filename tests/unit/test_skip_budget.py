@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 
 from safeloader.delivery.indices import pack
 from safeloader.delivery.skip_budget import ALWAYS_ALLOWED, LONGEST_RUN, Tolerance
-from safeloader.transport.messages import Mishap, Papers
+from safeloader.transport.messages import BatchManifest, SampleIncident
 
 
-def papers(size: int, gone: dict[int, str]) -> Papers:
-    mishaps = tuple(Mishap(what, position, "why") for position, what in gone.items())
+def manifest(size: int, gone: dict[int, str]) -> BatchManifest:
+    incidents = tuple(SampleIncident(what, position, "why") for position, what in gone.items())
     packed = pack(list(range(size)))
-    return Papers(0, 0, 1, packed, None, None, b"", False, None, mishaps or None)
+    return BatchManifest(0, 0, 1, packed, None, None, b"", False, None, incidents or None)
 
 
-def skipped(size: int, *positions: int) -> Papers:
-    return papers(size, dict.fromkeys(positions, "skipped"))
+def skipped(size: int, *positions: int) -> BatchManifest:
+    return manifest(size, dict.fromkeys(positions, "skipped"))
 
 
-def exceeded(tolerance: Tolerance, batch: Papers, number: int, samples: int) -> str | None:
+def exceeded(tolerance: Tolerance, batch: BatchManifest, number: int, samples: int) -> str | None:
     return tolerance.exceeded(batch._replace(seq=number), samples)
 
 
@@ -61,7 +61,7 @@ def test_the_default_is_one_in_a_hundred_and_ten() -> None:
 
 
 def test_those_that_came_late_do_not_count() -> None:
-    late = papers(30, dict.fromkeys(range(30), "late"))
+    late = manifest(30, dict.fromkeys(range(30), "late"))
     assert exceeded(Tolerance(0, runs=True), late, 0, 30) is None
 
 
@@ -98,10 +98,10 @@ def test_with_a_callable_runs_are_the_users_affair() -> None:
 
 def test_replaced_counts_as_skipped() -> None:
     tolerance = Tolerance(1, runs=True)
-    assert exceeded(tolerance, papers(4, {2: "replaced"}), 0, 4) is None
-    said = exceeded(tolerance, papers(4, {2: "replaced"}), 1, 8)
+    assert exceeded(tolerance, manifest(4, {2: "replaced"}), 0, 4) is None
+    said = exceeded(tolerance, manifest(4, {2: "replaced"}), 1, 8)
     assert said == "2 of the 8 samples so far were replaced; max_skipped allows 1"
-    said = exceeded(tolerance, papers(4, {2: "skipped"}), 2, 12)
+    said = exceeded(tolerance, manifest(4, {2: "skipped"}), 2, 12)
     assert said == "3 of the 12 samples so far were skipped or replaced; max_skipped allows 1"
 
 
@@ -128,7 +128,7 @@ def test_against_a_naive_model(
         longest = max(map(len, "".join("x" if bad else " " for bad in so_far).split()), default=0)
         too_many = gone > bound or (runs and longest >= LONGEST_RUN)
         happened = {k: what for k, what in enumerate(batch) if what}
-        said = exceeded(tolerance, papers(len(batch), happened), number, len(so_far))
+        said = exceeded(tolerance, manifest(len(batch), happened), number, len(so_far))
         if set(happened.values()) - {"late"}:
             assert (said is not None) == too_many
         else:

@@ -198,7 +198,7 @@ def test_what_was_exported_stays_when_a_storage_is_given_other_memory(
     sent = [filled(size, 3) for size in sizes.values()]
     batch = wired.send([*sent, filled(8 * MB, 3)[: 3 * MB], filled(MB, 3)[1::2]])
     held = [EXPORTS[export](each) for each in batch]
-    prints = [print_of(each) for each in held]
+    fingerprints = [print_of(each) for each in held]
     if export == "dlpack" and name in {"set_", "data", "swapped"}:
         return  # torch frees what it has exported so, and stock unmaps it
     for each in batch:
@@ -206,9 +206,9 @@ def test_what_was_exported_stays_when_a_storage_is_given_other_memory(
     for k in range(10, 20):
         wired.send([filled(each.nbytes, k) for each in sent] + [filled(3 * MB, k)])
         bytearray(2 * KB)
-    assert [print_of(each) for each in held] == prints
+    assert [print_of(each) for each in held] == fingerprints
     del each, batch
-    assert [print_of(each) for each in held] == prints
+    assert [print_of(each) for each in held] == fingerprints
     table, unpacker = wired.cells, wired.unpacker
     del held
     unpacker.settle(all_of_them=True)

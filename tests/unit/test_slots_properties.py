@@ -119,11 +119,11 @@ class Loop(RuleBasedStateMachine):
     def next_batch(self, leaves: list[tuple[str, int]]) -> int:
         self.wired.begin()
         batch = [self.made(kind, size) for kind, size in leaves]
-        prints = [print_of(leaf) for leaf in batch]
+        fingerprints = [print_of(leaf) for leaf in batch]
         came = self.wired.open(self.wired.seal(batch))
-        for leaf, expected in zip(came[1:], prints[1:], strict=True):
+        for leaf, expected in zip(came[1:], fingerprints[1:], strict=True):
             self.hold(leaf, expected)
-        return self.hold(came[0], prints[0])
+        return self.hold(came[0], fingerprints[0])
 
     @rule(kind=kinds, size=sizes)
     def collate_keeps_its_result(self, kind: str, size: int) -> None:
