@@ -207,7 +207,7 @@ class SafeDataLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
         if _unrecorded(self):
-            if self._session is not None:  # its workers speak in parcels
+            if self._session is not None:  # its workers speak in messages of ours
                 self._session = self._iterator = None
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())

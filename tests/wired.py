@@ -17,9 +17,9 @@ from torch.utils.data._utils.collate import collate_tensor_fn
 
 from safeloader.delivery.indices import pack
 from safeloader.transport.leaves import Arrived
-from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel
+from safeloader.transport.messages import BatchManifest, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
-from safeloader.transport.sealing import Sealed
+from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
@@ -34,7 +34,7 @@ def manifest(seq: int = 0) -> BatchManifest:
     return BatchManifest(seq, 0, os.getpid(), pack([seq]), 1, None, b"\0" * 24, False, None)
 
 
-def opened_from(unpacker: Unpacker, sealed: Sealed) -> Parcel | FailedBatch:
+def opened_from(unpacker: Unpacker, sealed: BatchMessage) -> DeliveredBatch | FailedBatch:
     """As the queue in main has it opened."""
     message = Arrived(0, *sealed)
     opened = unpacker.opened(message)
@@ -67,17 +67,17 @@ class Wired:
         made: torch.Tensor = self.packer._stack(collate_tensor_fn, samples)
         return made
 
-    def seal(self, batch: Any) -> Sealed:
+    def seal(self, batch: Any) -> BatchMessage:
         self.sent += 1
         return self.packer.seal(manifest(self.sent), batch)
 
-    def open(self, sealed: Sealed) -> Any:
+    def open(self, sealed: BatchMessage) -> Any:
         """The batch; what went wrong is raised."""
         came = opened_from(self.unpacker, sealed)
         if isinstance(came, FailedBatch):
             assert came.failure is not None
             raise NotOpened(came.failure.exception_type, came.failure.message, came.failure.hint)
-        assert type(came) is Parcel
+        assert type(came) is DeliveredBatch
         return came.payload
 
     def send(self, batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """Torch's iterator, with every batch checked. Runs in: main.
 
-Takes what comes out of torch's iterator (:class:`Parcel`, :class:`FailedBatch`,
+Takes what comes out of torch's iterator (:class:`DeliveredBatch`, :class:`FailedBatch`,
 :class:`EmptyBatch`), gives batches to the training loop and raises what went wrong. It must not
 hold the loader: with persistent workers the loader holds torch's iterator, and a cycle would keep
 workers alive until the garbage collector comes by.
@@ -30,7 +30,7 @@ from safeloader.provenance.trace import trace_for
 from safeloader.supervision.diagnosis import Whereabouts
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.checksum import changed
-from safeloader.transport.messages import EmptyBatch, FailedBatch, Parcel
+from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
 from safeloader.transport.slot_reader import WORKER_GONE
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class SafeIterator(Iterator[Any]):
                         self._go_on_after(sign)
                         continue
                     epoch = self._epoch
-                    if type(came) is Parcel:
+                    if type(came) is DeliveredBatch:
                         manifest, payload = came
                         if manifest.fingerprints is not None:
                             failure = changed(manifest, payload)
@@ -136,7 +136,7 @@ class SafeIterator(Iterator[Any]):
             except (StopIteration, SafeLoaderError):
                 raise
             except BaseException:
-                self._epoch.interrupted(came.manifest if type(came) is Parcel else None)
+                self._epoch.interrupted(came.manifest if type(came) is DeliveredBatch else None)
                 raise
 
     def _out_of_turn(self) -> RuntimeError:

@@ -48,7 +48,7 @@ class Arrived:
 
     Attributes:
         number: of the task.
-        manifest, payload: as in :class:`~safeloader.transport.sealing.Sealed`.
+        manifest, payload: as in :class:`~safeloader.transport.sealing.BatchMessage`.
         fds: descriptors that came beside it.
         leases: the memory of each slot it lies in.
         brought: memory of its leaves so far, in the order of the pickle.

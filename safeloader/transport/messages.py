@@ -2,7 +2,7 @@
 
 ::
 
-    main ── Task ──► index queue ──► worker ── Parcel or FailedBatch ──► result queue ──► main
+    main ── Task ──► index queue ──► worker ── DeliveredBatch or FailedBatch ──► result queue ──► main
 
 These are tuples because they lie on the hot path: each microsecond here is paid per batch
 (``benchmarks/``, rows "small"). Times are ``time.perf_counter_ns`` of the process that took them,
@@ -138,20 +138,20 @@ class FailedBatch(NamedTuple):
         return self
 
 
-class Parcel(NamedTuple):
+class DeliveredBatch(NamedTuple):
     """A batch with its manifest: worker to main."""
 
     manifest: BatchManifest
     payload: Any
 
-    def pin_memory(self) -> Parcel | FailedBatch:
+    def pin_memory(self) -> DeliveredBatch | FailedBatch:
         """The same with the payload in pinned memory; called by torch's pinning thread.
 
         An exception of a batch's own ``pin_memory`` becomes a failure of this batch, so that the
         manifest are not lost on the way.
         """
         try:
-            return Parcel(self.manifest, _torch.pin_memory(self.payload))
+            return DeliveredBatch(self.manifest, _torch.pin_memory(self.payload))
         except Exception as exc:
             failure = failure_of(
                 exc,

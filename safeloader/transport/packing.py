@@ -26,9 +26,9 @@ from safeloader.transport.batch_pickler import (
 )
 from safeloader.transport.leaves import CODES, close_all
 from safeloader.transport.messages import BatchManifest
-from safeloader.transport.sealing import Sealed
+from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.slot_batch import SlotBatch
-from safeloader.transport.slot_table import Cargo
+from safeloader.transport.slot_table import SlotLayout
 from safeloader.transport.slot_writer import SlotPool
 
 _LARGE_PICKLE = 1 << 16
@@ -96,7 +96,7 @@ class Packer:
 
     # when it is made ────────────────────────────────────────────────────────────────────────────
 
-    def seal(self, manifest: BatchManifest, payload: Any) -> Sealed:
+    def seal(self, manifest: BatchManifest, payload: Any) -> BatchMessage:
         """Pickle a batch.
 
         Raises:
@@ -118,7 +118,7 @@ class Packer:
                 break
         return self._sealed(manifest, payload, Reduction(None, {}, why, fetched=True))
 
-    def _sealed(self, manifest: BatchManifest, payload: Any, run: Reduction) -> Sealed:
+    def _sealed(self, manifest: BatchManifest, payload: Any, run: Reduction) -> BatchMessage:
         slots = self._slots
         try:
             packed = run.pickled(payload)
@@ -127,7 +127,7 @@ class Packer:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
-            cargo = Cargo(
+            slot_layout = SlotLayout(
                 tuple((slot.number, slot.size) for slot in sent),
                 fresh,
                 len(run.fds) + len(fresh),
@@ -136,7 +136,7 @@ class Packer:
                 run.torchs,
                 run.why or (slots is not None and slots.why) or self._why,
             )
-            head = pickle.dumps((tuple(manifest), tuple(cargo)), pickle.HIGHEST_PROTOCOL)
+            head = pickle.dumps((tuple(manifest), tuple(slot_layout)), pickle.HIGHEST_PROTOCOL)
         except BaseException:
             close_all(run.fds)
             if slots is not None:
@@ -144,4 +144,4 @@ class Packer:
             raise
         # From here on nothing can fail.
         fds = run.fds if slots is None else run.fds + slots.commit()
-        return Sealed(head, packed if stream is None else b"", tuple(fds))
+        return BatchMessage(head, packed if stream is None else b"", tuple(fds))

@@ -32,7 +32,7 @@ from typing import Any
 
 from safeloader._python import assert_spawning
 from safeloader.transport.leaves import Arrived, close_all
-from safeloader.transport.sealing import Sealed
+from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.sender import MOST_FDS, Sender
 
 _HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload
@@ -115,7 +115,7 @@ class ResultQueue:
             assert mine is not None
             self._sender = Sender(mine)
         number, data = item
-        if type(data) is Sealed:
+        if type(data) is BatchMessage:
             flag = _WITH_FDS if data.fds else 0
             head = _HEADER.pack(number, len(data.manifest), len(data.payload) | flag)
             self._sender.send([head, data.manifest, data.payload], data.fds)

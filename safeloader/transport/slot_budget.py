@@ -15,7 +15,7 @@ import weakref
 from typing import Any
 
 from safeloader.introspect.resources import cgroup_memory, machine_memory
-from safeloader.transport.slot_table import HOLDS, MAY_HOLD, Cargo, SlotTable
+from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportTally
 
 _SHARE = 0.25
@@ -60,10 +60,10 @@ class PoolTally(TransportTally):
         ended = workers is not None and not any(worker.is_alive() for worker in workers)
         return None if ended else self._table()
 
-    def came(self, cargo: Cargo) -> None:
+    def came(self, slot_layout: SlotLayout) -> None:
         """A batch was opened; hot path."""
-        self._whole.came(cargo)
-        if cargo.why:
+        self._whole.came(slot_layout)
+        if slot_layout.why:
             budget.divide()
 
     def slot_made(self, memory: Any) -> None:

@@ -31,9 +31,14 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import Arrived, opening
-from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel, expected_indices
+from safeloader.transport.messages import (
+    BatchManifest,
+    DeliveredBatch,
+    FailedBatch,
+    expected_indices,
+)
 from safeloader.transport.shared_memory import mapped
-from safeloader.transport.slot_table import FREE, GONE, Cargo, SlotTable
+from safeloader.transport.slot_table import FREE, GONE, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportTally
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
@@ -58,7 +63,7 @@ class Unpacker:
         self._pid = os.getpid()
         notice_forks()
 
-    def opened(self, came: Arrived) -> Parcel | FailedBatch:
+    def opened(self, came: Arrived) -> DeliveredBatch | FailedBatch:
         """The batch; a failure in its place if it cannot be loaded here. Hot path.
 
         After an interrupt it may be called again, and goes on where it was.
@@ -66,14 +71,14 @@ class Unpacker:
         self.settle()
         fields, about = pickle.loads(came.manifest)
         manifest = BatchManifest(*fields)
-        cargo = Cargo(*about)
+        slot_layout = SlotLayout(*about)
         before = opening.now
         try:
             opening.now = came
             came.brought = []
-            if cargo.slots or cargo.given_up:
-                self._lease(manifest.worker_id or 0, cargo, came)
-            stream = cargo.stream
+            if slot_layout.slots or slot_layout.given_up:
+                self._lease(manifest.worker_id or 0, slot_layout, came)
+            stream = slot_layout.stream
             if stream is None:
                 payload = pickle.loads(came.payload)
             else:
@@ -83,10 +88,10 @@ class Unpacker:
             return FailedBatch(manifest, _not_opened(exc, manifest))
         finally:
             opening.now = before
-        self._tally.came(cargo)
-        return Parcel(manifest, payload)
+        self._tally.came(slot_layout)
+        return DeliveredBatch(manifest, payload)
 
-    def _lease(self, worker: int, cargo: Cargo, came: Arrived) -> None:
+    def _lease(self, worker: int, slot_layout: SlotLayout, came: Arrived) -> None:
         """Lease the slots that a batch lies in; those that come for the first time are mapped.
 
         Raises:
@@ -97,13 +102,13 @@ class Unpacker:
         leases = came.leases
         try:
             if not leases:
-                for number in cargo.given_up:
+                for number in slot_layout.given_up:
                     slots.pop((worker, number), None)
-                if cargo.fresh:
-                    self._map_fresh(worker, cargo, came.fds)
+                if slot_layout.fresh:
+                    self._map_fresh(worker, slot_layout, came.fds)
             forks = forks_noticed()
             self._enough = _ENOUGH
-            for place, (number, size) in enumerate(cargo.slots):
+            for place, (number, size) in enumerate(slot_layout.slots):
                 slot = slots[worker, number]
                 if place == len(leases):  # else an interrupt came after it
                     leases.append(np.ndarray(size, np.uint8, slot.memory))
@@ -116,18 +121,18 @@ class Unpacker:
                     self._enough = 1
         except Exception:  # the worker must not think that they are known here
             assert self._table is not None
-            for number, _ in cargo.slots:
+            for number, _ in slot_layout.slots:
                 slots.pop((worker, number), None)
                 self._table.row(worker)[number] = GONE
             raise
 
-    def _map_fresh(self, worker: int, cargo: Cargo, fds: list[int]) -> None:
+    def _map_fresh(self, worker: int, slot_layout: SlotLayout, fds: list[int]) -> None:
         assert self._table is not None
         row = self._table.row(worker)
-        if len(fds) < cargo.fds:
+        if len(fds) < slot_layout.fds:
             raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
-        for place, fd in zip(cargo.fresh, fds[-len(cargo.fresh) :], strict=True):
-            number, size = cargo.slots[place]
+        for place, fd in zip(slot_layout.fresh, fds[-len(slot_layout.fresh) :], strict=True):
+            number, size = slot_layout.slots[place]
             memory = mapped(fd, size)
             self._slots[worker, number] = _Slot(row, memory)
             self._tally.slot_made(memory)

@@ -30,7 +30,7 @@ UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, 
 MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
 
 
-class Cargo(NamedTuple):
+class SlotLayout(NamedTuple):
     """Where a batch lies; travels with its manifest.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from safeloader.introspect.resources import human_bytes
-from safeloader.transport.slot_table import Cargo
+from safeloader.transport.slot_table import SlotLayout
 
 _REASONS_MAX = 20
 
@@ -65,15 +65,15 @@ class TransportTally:
         self._batches: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
 
-    def came(self, cargo: Cargo) -> None:
+    def came(self, slot_layout: SlotLayout) -> None:
         """A batch was opened; hot path."""
-        if cargo.torchs:
+        if slot_layout.torchs:
             self._batches["torch"] += 1
         else:
-            self._batches["slots" if cargo.slots else "message"] += 1
-        if cargo.why:
-            known = cargo.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
-            self._fallbacks[cargo.why if known else "other reasons"] += 1
+            self._batches["slots" if slot_layout.slots else "message"] += 1
+        if slot_layout.why:
+            known = slot_layout.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
+            self._fallbacks[slot_layout.why if known else "other reasons"] += 1
 
     def slot_made(self, memory: Any) -> None:
         """A slot was mapped; it is counted until its memory is freed."""

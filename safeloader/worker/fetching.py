@@ -3,8 +3,8 @@
 Takes a :class:`Task`, gives a batch in one of these forms:
 
 ========================  ==================================================================
-:class:`Parcel`           the batch, in the main process
-:class:`Sealed`           the batch, in a worker: pickled, ready to be sent
+:class:`DeliveredBatch`           the batch, in the main process
+:class:`BatchMessage`           the batch, in a worker: pickled, ready to be sent
 :class:`EmptyBatch`       every sample of it was left out
 :class:`FailedBatch`      it could not be made
 ========================  ==================================================================

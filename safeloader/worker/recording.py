@@ -37,14 +37,14 @@ from safeloader.supervision.flight_recorder import (
 )
 from safeloader.transport.messages import (
     BatchManifest,
+    DeliveredBatch,
     EmptyBatch,
     FailedBatch,
-    Parcel,
     SamplerFault,
     Task,
     expected_indices,
 )
-from safeloader.transport.sealing import Sealed
+from safeloader.transport.sealing import BatchMessage
 from safeloader.worker.collating import explain
 from safeloader.worker.context import Post
 from safeloader.worker.hints import KEY_FAULT, hint_for
@@ -52,7 +52,7 @@ from safeloader.worker.repair import Donors, Mending, Unmendable
 from safeloader.worker.stacking import may_stack
 from safeloader.worker.unsendable import Culprit, why_not_sent
 
-Made = Parcel | Sealed | EmptyBatch | FailedBatch
+Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
 DEADLY = "its worker died at it twice"
 
@@ -139,7 +139,7 @@ class RecordingFetcher:
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
         if not self._seals:
-            return Parcel(manifest, batch)
+            return DeliveredBatch(manifest, batch)
         cells = self._cells
         cells[SINCE] = clock()
         cells[PHASE] = SEND

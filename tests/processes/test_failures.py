@@ -21,7 +21,7 @@ from safeloader import (
     TransportError,
     WorkerInitError,
 )
-from safeloader.transport.messages import BatchManifest, Parcel
+from safeloader.transport.messages import BatchManifest, DeliveredBatch
 from tests import datasets, faults
 
 WORKERS = [0, 2]
@@ -312,7 +312,7 @@ def test_key_that_raises_is_told_as_such(workers: int) -> None:
 def test_batch_whose_pinning_raises(workers: int) -> None:
     """Without an accelerator torch pins nothing, so the parcel's own method is called here."""
     manifest = BatchManifest(0, None, os.getpid(), b"", 0, None, b"", False, None)
-    failed = Parcel(manifest, faults.PinningFails(1)).pin_memory()
+    failed = DeliveredBatch(manifest, faults.PinningFails(1)).pin_memory()
     assert failed.failure is not None  # type: ignore[union-attr]
     assert failed.failure.phase == "transport"  # type: ignore[union-attr]
     assert failed.failure.exception_type == "BufferError"  # type: ignore[union-attr]

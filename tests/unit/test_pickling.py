@@ -519,7 +519,7 @@ FINE: dict[str, Callable[[], object]] = {
     "map": lambda: map(module_level, [1]),
     "logger": lambda: logging.getLogger("a"),
     "loader": lambda: DataLoader(Holding(), batch_size=2),
-    "parcels": lambda: ByArguments(1, [2]),
+    "messages of ours": lambda: ByArguments(1, [2]),
 }
 
 

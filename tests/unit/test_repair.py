@@ -12,7 +12,7 @@ import torch
 
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.random_state import preserved
-from safeloader.transport.messages import Parcel, SampleIncident, Task
+from safeloader.transport.messages import DeliveredBatch, SampleIncident, Task
 from safeloader.worker import repair as module
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import SKIP, Policy
@@ -286,7 +286,7 @@ def odd(at: int, what: Any) -> list[Any]:
 @pytest.mark.parametrize("what", [None, torch.zeros(4), {"a": 1}, "text"], ids=repr)
 def test_the_odd_sample_of_a_batch_that_does_not_collate(what: Any) -> None:
     made = batch_of(odd(2, what))
-    assert type(made) is Parcel
+    assert type(made) is DeliveredBatch
     assert made.payload[:, 0].tolist() == [0, 1, 3, 4]
     assert [(m.what, m.position) for m in made.manifest.incidents or ()] == [("skipped", 2)]
     made = batch_of(odd(2, what), "replace")
@@ -349,5 +349,5 @@ def demanding_collate(samples: list[Any]) -> Any:
 
 def test_an_odd_sample_that_makes_collation_raise_what_wants_arguments() -> None:
     made = batch_of(odd(2, None), "skip", demanding_collate)
-    assert type(made) is Parcel
+    assert type(made) is DeliveredBatch
     assert made.payload[:, 0].tolist() == [0, 1, 3, 4]

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safeloader.main.unpacking import Unpacker
-from safeloader.wire.records import BatchManifest, FailedBatch, Parcel
+from safeloader.wire.records import BatchManifest, DeliveredBatch, FailedBatch
 from safeloader.wire.results import _HEADER, ResultQueue
 from safeloader.worker.packing import Packer
 
@@ -72,8 +72,8 @@ def test_several_workers_each_in_order(method: str) -> None:
     processes = start(method, says, results, [(w, sizes) for w in range(workers)])
     came: dict[int, list[int]] = defaultdict(list)
     for number, data in received(results, workers * len(sizes)):
-        what = data.payload if type(data) is Parcel else data
-        worker = data.manifest.worker_id if type(data) is Parcel else None
+        what = data.payload if type(data) is DeliveredBatch else data
+        worker = data.manifest.worker_id if type(data) is DeliveredBatch else None
         owners = [w for w in range(workers) if what == message(w, number, sizes[number])]
         assert owners if worker is None else worker in owners
         if worker is not None:

@@ -18,9 +18,9 @@ from safeloader.delivery.indices import pack
 from safeloader.errors import TransportError
 from safeloader.failures.failure import error_from
 from safeloader.transport.leaves import close_all
-from safeloader.transport.messages import BatchManifest, FailedBatch, Parcel, SampleIncident
+from safeloader.transport.messages import BatchManifest, DeliveredBatch, FailedBatch, SampleIncident
 from safeloader.transport.packing import Packer
-from safeloader.transport.sealing import Sealed
+from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.slot_reader import WORKER_GONE, Unpacker
 from tests import wired
 from tests.oracle import plain
@@ -49,7 +49,7 @@ def manifest(indices: list[int]) -> BatchManifest:
 )
 def test_what_is_sealed_is_opened_as_it_was(payload: Any) -> None:
     opened = opened_from(seal(manifest([5, 6]), payload))
-    assert type(opened) is Parcel
+    assert type(opened) is DeliveredBatch
     assert opened.manifest == manifest([5, 6])
     assert plain(opened.payload) == plain(payload)
 
@@ -136,8 +136,8 @@ def _no_descriptors() -> None:
 def test_it_is_made_of_bytes() -> None:
     sealed = seal(manifest([5]), 1)
     assert pickle.loads(pickle.dumps(sealed)) == sealed
-    assert type(sealed) is Sealed
-    as_read = Sealed(bytearray(sealed.manifest), bytearray(sealed.payload))  # type: ignore[arg-type]
+    assert type(sealed) is BatchMessage
+    as_read = BatchMessage(bytearray(sealed.manifest), bytearray(sealed.payload))  # type: ignore[arg-type]
     assert opened_from(as_read) == opened_from(sealed)
 
 
