@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from safeloader import _torch
 from safeloader._python import as_if_spawning, extra_reducers
 from safeloader.transport import leaves
-from safeloader.transport.leaves import CODES, Beside, Place
+from safeloader.transport.leaves import CODES, Place, Placeholder
 from safeloader.transport.sender import MOST_FDS
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SLOTS_A_BATCH
@@ -55,7 +55,7 @@ class TooManyFds(Exception):
     """More tensors go torch's way than a message may have descriptors."""
 
 
-class _Looks:
+class StorageViews:
     """The parts of one storage that tensors look at, each copied on its own.
 
     Args:
@@ -113,7 +113,7 @@ def _bytes_at(address: int, size: int) -> bytes:
     return bytes((ctypes.c_char * size).from_address(address))  # the other takes a C int for a size
 
 
-class Reduction:
+class BatchPickler:
     """One batch on its way through the pickler, reduced to places of its memory.
 
     It must not hold the pickler, which holds it, and every tensor of the batch: their memory would
@@ -143,7 +143,7 @@ class Reduction:
         self._parts = parts
         self.fetched = fetched
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
-        self._looks: dict[int, _Looks] = {}  # at storages of which not all crosses
+        self._views: dict[int, StorageViews] = {}  # at storages of which not all crosses
         self._overlap = False
         self._held: list[Any] = []  # so that no identity is given twice
         self._count = 0
@@ -167,7 +167,7 @@ class Reduction:
         pickler.dispatch_table = table
         pickler.dump(payload)
         if self._overlap:
-            raise Overlap({same: looks.merged() for same, looks in self._looks.items()})
+            raise Overlap({same: views.merged() for same, views in self._views.items()})
         return buffer.getvalue()
 
     # leaves ─────────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +197,7 @@ class Reduction:
         if (
             held == size
             and same not in self._brought
-            and same not in self._looks
+            and same not in self._views
             and 1 not in shape
             and tensor.is_contiguous()
         ):
@@ -223,31 +223,31 @@ class Reduction:
         if place is None:
             assert self._slots is not None
             few = held > _WHOLE and part[1] - part[0] < held // 2 and not self._slots.has(same)
-            if few or same in self._looks or same in self._parts:
-                start, place = self._look(storage, same, part)
+            if few or same in self._views or same in self._parts:
+                start, place = self._view(storage, same, part)
             else:
                 place = self._bring(storage, same, held)
         if place is None:
             return self._reduce_tensor(tensor)
         return leaves.tensor_over, (place, code, shape, stride, first - start // item)
 
-    def _look(self, storage: torch.UntypedStorage, same: int, part: Part) -> tuple[int, Place]:
+    def _view(self, storage: torch.UntypedStorage, same: int, part: Part) -> tuple[int, Place]:
         """Where a part of a storage is, and the byte of the storage that it begins with."""
-        looks = self._looks.get(same)
-        if looks is None:
-            looks = self._looks[same] = _Looks(self._parts.get(same, []))
+        views = self._views.get(same)
+        if views is None:
+            views = self._views[same] = StorageViews(self._parts.get(same, []))
             self._held.append(storage)
-        part, number = looks.at(part)
+        part, number = views.at(part)
         start = part[0] // _ALIGNED * _ALIGNED
         if number is not None:
             return start, number
-        if looks.overlap:  # this pickle will not be sent
+        if views.overlap:  # this pickle will not be sent
             self._overlap = True
             return start, b""
         address, size = storage.data_ptr() + start, part[1] - start
         # Without room it goes within the message: torch's way would take the storage as a whole.
         place = self._copied(address, size) or _bytes_at(address, size)
-        looks.add(part, self._count)
+        views.add(part, self._count)
         self._count += 1
         return start, place
 
@@ -261,8 +261,8 @@ class Reduction:
             return self._torchs(storage)
         same = _torch.identity_of(storage)
         place: Place | None = self._brought.get(same)
-        if place is None and (same in self._looks or same in self._parts):
-            _, place = self._look(storage, same, (0, held))
+        if place is None and (same in self._views or same in self._parts):
+            _, place = self._view(storage, same, (0, held))
         elif place is None:
             place = self._bring(storage, same, held)
         return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
@@ -327,6 +327,6 @@ class Reduction:
         self.fds.append(os.dup(fd))
         return len(self.fds) - 1
 
-    def DupFd(self, number: int) -> Beside:
+    def DupFd(self, number: int) -> Placeholder:
         """What stands for the descriptor in the pickle."""
-        return Beside(number)
+        return Placeholder(number)

@@ -142,7 +142,7 @@ def array_in_slot(
     return np.ndarray(shape, dtype, memory.numpy(), order=order)
 
 
-class Beside:
+class Placeholder:
     """Stands for a descriptor that crosses beside the message; what torch wants of a ``DupFd``."""
 
     def __init__(self, number: int) -> None:

@@ -3,7 +3,7 @@
 ::
 
     default_collate ──► stacks straight into a slot ──┐
-    any other batch ──► Reduction ──► one copy ───────┴──► Sealed: some hundred bytes
+    any other batch ──► BatchPickler ──► one copy ───────┴──► Sealed: some hundred bytes
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safeloader import _torch
 from safeloader.transport.batch_pickler import (
     IN_MESSAGE,
     INLINE,
+    BatchPickler,
     Overlap,
     Parts,
-    Reduction,
     TooManyFds,
 )
 from safeloader.transport.leaves import CODES, close_all
@@ -108,7 +108,7 @@ class Packer:
         parts: Parts = {}
         why = "its tensors overlap, differently each time it is pickled"
         for _ in range(_TRIES):
-            run = Reduction(self._slots, parts)
+            run = BatchPickler(self._slots, parts)
             try:
                 return self._sealed(manifest, payload, run)
             except Overlap as found:
@@ -116,9 +116,9 @@ class Packer:
             except TooManyFds:
                 why = "more tensors than a message may have descriptors"
                 break
-        return self._sealed(manifest, payload, Reduction(None, {}, why, fetched=True))
+        return self._sealed(manifest, payload, BatchPickler(None, {}, why, fetched=True))
 
-    def _sealed(self, manifest: BatchManifest, payload: Any, run: Reduction) -> BatchMessage:
+    def _sealed(self, manifest: BatchManifest, payload: Any, run: BatchPickler) -> BatchMessage:
         slots = self._slots
         try:
             packed = run.pickled(payload)
