@@ -13,7 +13,7 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Accounts, Open, Trouble
 from safeloader.transport.messages import BatchManifest, source_positions
-from safeloader.transport.stream_progress import StreamBoard
+from safeloader.transport.stream_progress import StreamProgress
 
 _SHARE = (
     "two workers read the same part of the stream: have __iter__ share it out by "
@@ -24,9 +24,9 @@ _SHARE = (
 class StreamLedger(Accounts):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
 
-    def __init__(self, *, with_keys: bool, board: StreamBoard | None, workers: int) -> None:
+    def __init__(self, *, with_keys: bool, progress: StreamProgress | None, workers: int) -> None:
         super().__init__(with_keys=with_keys)
-        self._board = board
+        self._progress = progress
         self._at_hand = workers == 0
         self._next = [0] * max(workers, 1)
         self._finished = False
@@ -91,8 +91,8 @@ class StreamLedger(Accounts):
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
-        if self._at_hand and self._board is not None:
-            self._told_of(0, self._board.read(0).read)
+        if self._at_hand and self._progress is not None:
+            self._told_of(0, self._progress.read(0).read)
 
     def _told_of(self, row: int, came: int) -> bool:
         """Whether the samples due before ``came`` went with an interrupt, which the user got."""
@@ -111,14 +111,14 @@ class StreamLedger(Accounts):
         return Open(None, ())
 
     def finish(self) -> Trouble | None:
-        if self._finished or self._board is None or self._sampler_failed:
+        if self._finished or self._progress is None or self._sampler_failed:
             self._finished = not self._sampler_failed
             return None
         self._finished = True
         missing: list[Any] = []
         said = []
         for row, reached in enumerate(self._next):
-            state = self._board.read(row)
+            state = self._progress.read(row)
             self._drawn_count += max(state.read, reached)
             if not state.ended:
                 said.append(f"worker {row} never came to the end of its stream")
@@ -142,10 +142,10 @@ class StreamLedger(Accounts):
 
     def _at_end(self) -> bool:
         """Whether the workers, who read ahead, are at their ends, and all that they read came."""
-        board = None if self._at_hand else self._board
-        if board is None:
+        progress = None if self._at_hand else self._progress
+        if progress is None:
             return False
-        states = map(board.read, range(len(self._next)))
+        states = map(progress.read, range(len(self._next)))
         return all(
             each.ended and each.read == n for each, n in zip(states, self._next, strict=True)
         )
@@ -163,7 +163,7 @@ class StreamLedger(Accounts):
             notes += [
                 f"worker {row} delivered nothing: its share of the data is empty"
                 for row, reached in enumerate(self._next)
-                if not reached and not (self._board and self._board.read(row).read)
+                if not reached and not (self._progress and self._progress.read(row).read)
             ]
         read = self._read()
         if length is not None and length != read:
@@ -174,7 +174,9 @@ class StreamLedger(Accounts):
         return notes
 
     def _read(self) -> int:
-        return self._drawn_count if self._finished and self._board is not None else sum(self._next)
+        return (
+            self._drawn_count if self._finished and self._progress is not None else sum(self._next)
+        )
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         with self.lock:

@@ -42,7 +42,7 @@ from safeloader.transport.result_queue import ResultQueue
 from safeloader.transport.slot_budget import PoolTally, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
-from safeloader.transport.stream_progress import StreamBoard
+from safeloader.transport.stream_progress import StreamProgress
 from safeloader.transport.task_queue import TaskQueue
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import Policy
@@ -87,7 +87,7 @@ class Session:
             lends=loader.on_error == "replace",
         )
         _warn_of_ranks(loader, self._log)
-        self._board = _board_for(loader, self._log)
+        self._progress = _progress_for(loader, self._log)
         self._policy = Policy(
             loader.on_error, loader.retries, tells=loader.on_failure_dump is not None
         )
@@ -115,7 +115,7 @@ class Session:
             stock,
             lambda fetcher: fetcher_in_main(
                 fetcher,
-                board=self._board,
+                progress=self._progress,
                 key=loader.key,
                 policy=self._policy,
                 raised=self.raised,
@@ -144,7 +144,7 @@ class Session:
                 loader.worker_init_fn,
                 key=loader.key,
                 policy=self._policy,
-                board=self._board,
+                progress=self._progress,
                 results=results,
                 flight=flight,
                 slots=table,
@@ -210,7 +210,7 @@ class Session:
         with_keys = loader.key is not None
         if _torch.is_stream(loader):
             workers = loader.num_workers
-            epoch.open(StreamLedger(with_keys=with_keys, board=self._board, workers=workers))
+            epoch.open(StreamLedger(with_keys=with_keys, progress=self._progress, workers=workers))
         else:
             # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
             # workers only its length tells: asking the sampler would move its generator.
@@ -259,12 +259,12 @@ def blueprint_of(loader: SafeDataLoader[Any]) -> SafeDataLoader[Any]:
     return copy
 
 
-def _board_for(loader: SafeDataLoader[Any], log: LoaderLog) -> StreamBoard | None:
+def _progress_for(loader: SafeDataLoader[Any], log: LoaderLog) -> StreamProgress | None:
     """Shared memory for the streams' lengths; without it (none to be had) they go unchecked."""
     if not _torch.is_stream(loader):
         return None
     try:
-        return StreamBoard(max(loader.num_workers, 1), shared=loader.num_workers > 0)
+        return StreamProgress(max(loader.num_workers, 1), shared=loader.num_workers > 0)
     except OSError as exc:
         log.warning("the ends of the streams cannot be checked: no shared memory (%s)", str(exc))
         return None

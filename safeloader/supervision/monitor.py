@@ -35,7 +35,7 @@ _SHARED_EVERY_S = 1.0
 _MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
 
 
-class Witness:
+class WorkerMonitor:
     """Writes to the flight recorder what is not the fetcher's business."""
 
     def __init__(self, flight: FlightRecorder | None, worker: int, cells: memoryview) -> None:

@@ -23,7 +23,7 @@ class StreamState(NamedTuple):
     ended: bool
 
 
-class StreamBoard:
+class StreamProgress:
     """One row of numbers a worker. Each row has one writer; main reads once the worker is done.
 
     The array is anonymous shared memory that goes to workers as an argument of the process, under

@@ -9,7 +9,7 @@ from typing import Any
 
 from safeloader.supervision import flight_recorder
 from safeloader.transport.packing import Packer
-from safeloader.transport.stream_progress import StreamBoard
+from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.policy import Policy
 
 
@@ -19,7 +19,7 @@ def private_row() -> memoryview:
 
 
 @dataclasses.dataclass(frozen=True)
-class Post:
+class FetchContext:
     """Where a fetcher stands.
 
     Attributes:
@@ -37,7 +37,7 @@ class Post:
     """
 
     worker_id: int | None
-    board: StreamBoard | None = None
+    progress: StreamProgress | None = None
     key: Callable[[Any], Any] | None = None
     start_state: dict[str, Any] | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)

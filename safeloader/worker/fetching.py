@@ -21,30 +21,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from safeloader.transport.stream_progress import StreamBoard
-from safeloader.worker.context import Post
+from safeloader.transport.stream_progress import StreamProgress
+from safeloader.worker.context import FetchContext
 from safeloader.worker.mapping import MapFetcher, UnbatchedMapFetcher
 from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RecordingFetcher
 from safeloader.worker.streaming import StreamFetcher
 
 
-def fetcher_for(stock: Any, post: Post) -> RecordingFetcher:
+def fetcher_for(stock: Any, context: FetchContext) -> RecordingFetcher:
     """Our fetcher around torch's ``stock``."""
     if hasattr(stock, "dataset_iter"):
-        return StreamFetcher(stock, post)
-    return (MapFetcher if stock.auto_collation else UnbatchedMapFetcher)(stock, post)
+        return StreamFetcher(stock, context)
+    return (MapFetcher if stock.auto_collation else UnbatchedMapFetcher)(stock, context)
 
 
 def fetcher_in_main(
     stock: Any,
     *,
-    board: StreamBoard | None,
+    progress: StreamProgress | None,
     key: Callable[[Any], Any] | None,
     policy: Policy,
     raised: list[BaseException],
     length: int | None = None,
 ) -> RecordingFetcher:
-    """The fetcher of a loader without workers; for the arguments see :class:`Post`."""
-    post = Post(None, board=board, key=key, policy=policy, raised=raised, length=length)
-    return fetcher_for(stock, post)
+    """The fetcher of a loader without workers; for the arguments see :class:`FetchContext`."""
+    context = FetchContext(
+        None, progress=progress, key=key, policy=policy, raised=raised, length=length
+    )
+    return fetcher_for(stock, context)

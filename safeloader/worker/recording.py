@@ -46,7 +46,7 @@ from safeloader.transport.messages import (
 )
 from safeloader.transport.sealing import BatchMessage
 from safeloader.worker.collating import explain
-from safeloader.worker.context import Post
+from safeloader.worker.context import FetchContext
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.repair import Donors, Mending, Unmendable
 from safeloader.worker.stacking import may_stack
@@ -60,21 +60,21 @@ DEADLY = "its worker died at it twice"
 class RefusingFetcher:
     """Answers every task with the failure that kept the worker from starting."""
 
-    def __init__(self, failure: Failure, post: Post) -> None:
+    def __init__(self, failure: Failure, context: FetchContext) -> None:
         self._failure = failure
-        self._post = post
+        self._context = context
         self._told = False
 
     def fetch(self, task: Task) -> FailedBatch:
         """The failure; for a stream once, then its end, as there are no batches to lose."""
-        board = self._post.board
-        if board is not None:
-            board.write(self._post.worker_id or 0, 0, 0, True)
+        progress = self._context.progress
+        if progress is not None:
+            progress.write(self._context.worker_id or 0, 0, 0, True)
             if self._told:
                 raise StopIteration
         self._told = True
         manifest = BatchManifest(
-            task.seq, self._post.worker_id, self._post.pid, b"", None, None, b"", False, None
+            task.seq, self._context.worker_id, self._context.pid, b"", None, None, b"", False, None
         )
         return FailedBatch(manifest, self._failure)
 
@@ -82,19 +82,19 @@ class RefusingFetcher:
 class RecordingFetcher:
     """Torch's fetcher with a notebook: same calls on the same objects in the same order."""
 
-    def __init__(self, stock: Any, post: Post) -> None:
-        self._post = post
+    def __init__(self, stock: Any, context: FetchContext) -> None:
+        self._context = context
         self._dataset = stock.dataset
         self._collate_fn = stock.collate_fn
-        self._pid = post.pid
-        self._worker_id = post.worker_id
-        self._key = post.key
-        self._policy = post.policy
-        self._cells = post.cells
-        self._shared_stamps = post.cells[STAMPS:]
-        self._stacks = may_stack(stock.collate_fn) and post.worker_id is None
-        self._packer = post.packer
-        self._seals = post.worker_id is not None
+        self._pid = context.pid
+        self._worker_id = context.worker_id
+        self._key = context.key
+        self._policy = context.policy
+        self._cells = context.cells
+        self._shared_stamps = context.cells[STAMPS:]
+        self._stacks = may_stack(stock.collate_fn) and context.worker_id is None
+        self._packer = context.packer
+        self._seals = context.worker_id is not None
         self._mark = Marks().mark
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
 
@@ -144,7 +144,7 @@ class RecordingFetcher:
         cells[SINCE] = clock()
         cells[PHASE] = SEND
         try:
-            if self._post.checksum:
+            if self._context.checksum:
                 manifest = manifest._replace(
                     fingerprints=fingerprint(batch, len(expected_indices(manifest)))
                 )
@@ -318,9 +318,9 @@ class RecordingFetcher:
         if phase == "collate" and met_in_sharing(exc):
             phase, culprit = "transport", Culprit(None)  # no sample is to blame
         failure = self._failure(exc, manifest.seq, phase, indices, culprit)
-        if self._post.raised is not None and exc.__traceback__ is not None:
+        if self._context.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
-            self._post.raised.append(exc)
+            self._context.raised.append(exc)
         return FailedBatch(manifest, failure)
 
     def _failure(
@@ -331,15 +331,15 @@ class RecordingFetcher:
         indices: tuple[Any, ...],
         culprit: Culprit,
     ) -> Failure:
-        state = describe(self._dataset, length=self._post.length)
-        if self._post.start_state is not None:
-            state["changed_since_worker_start"] = changes(self._post.start_state, state)
+        state = describe(self._dataset, length=self._context.length)
+        if self._context.start_state is not None:
+            state["changed_since_worker_start"] = changes(self._context.start_state, state)
         position = culprit.position
         index = None if position is None else indices[position]
         return failure_of(
             exc,
             phase=phase,
-            where=self._post.where,
+            where=self._context.where,
             skip_frames=1,
             index=index,
             position=position,
@@ -347,7 +347,7 @@ class RecordingFetcher:
             worker_id=self._worker_id,
             pid=self._pid,
             dataset_state=state,
-            hint=hint_for(exc, phase, index, culprit.text, self._dataset, self._post.length),
+            hint=hint_for(exc, phase, index, culprit.text, self._dataset, self._context.length),
             _random=None if self._random is None else RandomState(*self._random),
         )
 

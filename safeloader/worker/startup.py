@@ -25,13 +25,13 @@ from safeloader.supervision.flight_recorder import (
     SINCE,
     FlightRecorder,
 )
-from safeloader.supervision.monitor import Witness
+from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.packing import Packer
 from safeloader.transport.result_queue import ResultQueue
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
-from safeloader.transport.stream_progress import StreamBoard
-from safeloader.worker.context import Post, private_row
+from safeloader.transport.stream_progress import StreamProgress
+from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.fetching import fetcher_for
 from safeloader.worker.hints import hint_for
 from safeloader.worker.policy import Policy
@@ -47,7 +47,7 @@ class WorkerStartup:
         *,
         key: Callable[[Any], Any] | None,
         policy: Policy,
-        board: StreamBoard | None,
+        progress: StreamProgress | None,
         results: ResultQueue | None,
         flight: FlightRecorder | None,
         slots: SlotTable | None = None,
@@ -58,7 +58,7 @@ class WorkerStartup:
         self._user_init_fn = user_init_fn
         self._key = key
         self._policy = policy
-        self._board = board
+        self._progress = progress
         self._results = results
         self._flight = flight
         self._slots = slots
@@ -73,8 +73,8 @@ class WorkerStartup:
         cells[PID] = os.getpid()
         cells[SINCE] = clock()
         cells[PHASE] = INIT
-        witness = Witness(self._flight, worker_id, cells)
-        self._results.speak_as(worker_id, witness.sent)
+        monitor = WorkerMonitor(self._flight, worker_id, cells)
+        self._results.speak_as(worker_id, monitor.sent)
         refused: Failure | None = None
         info = get_worker_info()
         dataset = None if info is None else info.dataset
@@ -84,15 +84,15 @@ class WorkerStartup:
             except Exception as exc:
                 refused = _startup_failure(exc, "init", worker_id, dataset, self._length)
             except BaseException:  # sys.exit(), an interrupt: the process ends
-                witness.ends()
+                monitor.ends()
                 raise
         # Taken after the user's function: what it opened is the state that the work starts from.
         slots = None if self._slots is None else SlotPool(self._slots, worker_id)
         packer = Packer(slots, self._no_slots)
         packer.install()
-        post = Post(
+        context = FetchContext(
             worker_id,
-            board=self._board,
+            progress=self._progress,
             key=self._key,
             start_state=describe(dataset, ask=False, length=self._length),
             policy=self._policy,
@@ -104,16 +104,16 @@ class WorkerStartup:
 
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
-                return RefusingFetcher(refused, post)
+                return RefusingFetcher(refused, context)
             cells[SINCE] = clock()
             cells[PHASE] = OPEN
             try:
-                return witness.over(fetcher_for(create(), post))
+                return monitor.over(fetcher_for(create(), context))
             except Exception as exc:  # iter(dataset) raised
                 failure = _startup_failure(exc, "sample", worker_id, dataset, self._length)
-                return RefusingFetcher(failure, post)
+                return RefusingFetcher(failure, context)
             except BaseException:
-                witness.ends()
+                monitor.ends()
                 raise
             finally:
                 cells[SINCE] = clock()

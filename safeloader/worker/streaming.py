@@ -12,7 +12,7 @@ from typing import Any
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, ORDINAL, PHASE, SINCE
 from safeloader.transport.messages import BatchManifest, FailedBatch, Task
 from safeloader.worker.collating import explain
-from safeloader.worker.context import Post
+from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
 from safeloader.worker.repair import Unmendable
 from safeloader.worker.unsendable import Culprit
@@ -34,12 +34,12 @@ def _decides_itself(iterator: Any) -> bool:
 class StreamFetcher(RecordingFetcher):
     """Samples of an iterable dataset."""
 
-    def __init__(self, stock: Any, post: Post) -> None:
-        super().__init__(stock, post)
+    def __init__(self, stock: Any, context: FetchContext) -> None:
+        super().__init__(stock, context)
         self._iterator = stock.dataset_iter
         self._batched = stock.auto_collation
         self._drop_last = stock.drop_last
-        self._row = post.worker_id or 0
+        self._row = context.worker_id or 0
         self._read = 0
         self._ended = False
         self._last_failed: Exception | None = None  # of the newest sample, if it was left out
@@ -47,8 +47,8 @@ class StreamFetcher(RecordingFetcher):
         self._note(0, ended=False)
 
     def _note(self, dropped: int, *, ended: bool) -> None:
-        if self._post.board is not None:
-            self._post.board.write(self._row, self._read, dropped, ended)
+        if self._context.progress is not None:
+            self._context.progress.write(self._row, self._read, dropped, ended)
 
     def _fetch(self, task: Task) -> Made:
         if self._ended:

@@ -33,7 +33,7 @@ from safeloader.supervision.flight_recorder import (
     FlightRecorder,
 )
 from safeloader.transport.messages import Task
-from safeloader.worker.context import Post
+from safeloader.worker.context import FetchContext
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.mapping import MapFetcher
 
@@ -176,7 +176,7 @@ class _Stock:
 
 def fetcher(dataset: Peeks) -> MapFetcher:
     recorder = dataset.recorder = FlightRecorder(1)
-    return MapFetcher(_Stock(dataset), Post(0, cells=recorder.row(0)))
+    return MapFetcher(_Stock(dataset), FetchContext(0, cells=recorder.row(0)))
 
 
 @pytest.mark.parametrize("size", [1, 30, STAMPS_MAX - 1, STAMPS_MAX, STAMPS_MAX + 1, 9000])
@@ -209,9 +209,9 @@ def test_a_fetcher_without_a_recorder_writes_to_cells_of_its_own() -> None:
     dataset = Peeks(0, 4)
     made = fetcher_in_main(
         _Stock(dataset),
-        board=None,
+        progress=None,
         key=None,
-        policy=Post(None).policy,
+        policy=FetchContext(None).policy,
         raised=[],
     ).fetch(Task(0, [0, 1]))
     assert made[1] == [0, 1]  # type: ignore[index]

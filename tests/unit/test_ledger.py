@@ -19,7 +19,7 @@ from safeloader.delivery.indices import pack
 from safeloader.delivery.ledger import MapLedger, Trouble
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.transport.messages import BatchManifest
-from safeloader.transport.stream_progress import StreamBoard
+from safeloader.transport.stream_progress import StreamProgress
 
 CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")
 
@@ -429,9 +429,11 @@ def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def stream_ledger(workers: int = 1, *, with_keys: bool = False) -> tuple[StreamLedger, StreamBoard]:
-    board = StreamBoard(workers, shared=False)
-    return StreamLedger(with_keys=with_keys, board=board, workers=workers), board
+def stream_ledger(
+    workers: int = 1, *, with_keys: bool = False
+) -> tuple[StreamLedger, StreamProgress]:
+    progress = StreamProgress(workers, shared=False)
+    return StreamLedger(with_keys=with_keys, progress=progress, workers=workers), progress
 
 
 @given(
@@ -442,11 +444,11 @@ def stream_ledger(workers: int = 1, *, with_keys: bool = False) -> tuple[StreamL
 def test_streams_without_a_gap_are_ok(
     sizes: list[list[int]], dropped: list[int], seed: int
 ) -> None:
-    ledger, board = stream_ledger(len(sizes))
+    ledger, progress = stream_ledger(len(sizes))
     waiting = []
     for worker, own in enumerate(sizes):
         read = sum(own) + dropped[worker]
-        board.write(worker, read, dropped[worker], True)
+        progress.write(worker, read, dropped[worker], True)
         waiting += [worker] * len(own)
     random.Random(seed).shuffle(waiting)
     at = [0] * len(sizes)
@@ -478,7 +480,7 @@ def test_gaps_and_repeats_against_plain_sets(
     data: st.DataObject, spans: list[tuple[int, int]]
 ) -> None:
     """Batches of one worker at any place of its stream: what was passed over is missing."""
-    ledger, board = stream_ledger()
+    ledger, progress = stream_ledger()
     delivered: Counter[tuple[int, int]] = Counter()
     missing: Counter[tuple[int, int]] = Counter()
     duplicated: Counter[tuple[int, int]] = Counter()
@@ -492,7 +494,7 @@ def test_gaps_and_repeats_against_plain_sets(
         delivered.update(came)
         due = max(due, first + samples)
     left = data.draw(st.integers(0, 3))
-    board.write(0, due + left, 0, True)
+    progress.write(0, due + left, 0, True)
     trouble = ledger.finish()
     assert (trouble is None) == (left == 0)
     missing.update((0, k) for k in range(due, due + left))
@@ -519,9 +521,9 @@ def test_a_stream_in_trouble_says_what_was_due() -> None:
 
 
 def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
-    ledger, board = stream_ledger(2)
-    board.write(0, 3, 0, True)
-    board.write(1, 4, 0, False)
+    ledger, progress = stream_ledger(2)
+    progress.write(0, 3, 0, True)
+    progress.write(1, 4, 0, False)
     assert ledger.check(stream_papers(0, 0, 3)) is None
     assert ledger.check(stream_papers(1, 0, 2)) is None
     trouble = ledger.finish()
@@ -531,8 +533,8 @@ def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
 
 
 def test_a_stream_whose_last_samples_never_came() -> None:
-    ledger, board = stream_ledger()
-    board.write(0, 7, 1, True)
+    ledger, progress = stream_ledger()
+    progress.write(0, 7, 1, True)
     assert ledger.check(stream_papers(0, 0, 4)) is None
     trouble = ledger.finish()
     assert trouble is not None
@@ -545,11 +547,11 @@ def test_a_stream_whose_last_samples_never_came() -> None:
 
 
 def test_failed_samples_of_a_stream_are_no_gap() -> None:
-    ledger, board = stream_ledger()
+    ledger, progress = stream_ledger()
     assert ledger.check(stream_papers(0, 0, 2)) is None
     ledger.failed(stream_papers(0, 2, 2), [(0, 2), (0, 3)])
     assert ledger.check(stream_papers(0, 4, 2)) is None
-    board.write(0, 6, 0, True)
+    progress.write(0, 6, 0, True)
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
     assert found(audit) == {"failed": Counter([(0, 2), (0, 3)])}
@@ -557,15 +559,15 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
 
 
 def test_keys_find_two_workers_that_read_one_stream() -> None:
-    ledger, board = stream_ledger(2, with_keys=True)
+    ledger, progress = stream_ledger(2, with_keys=True)
     assert hand_over(ledger, stream_papers(0, 0, 2, ["a", "b"])) is None
     trouble = hand_over(ledger, stream_papers(1, 0, 2, ["a", "b"]))
     assert trouble is not None
     assert trouble.duplicated == ((1, 0), (1, 1))
     assert "index (1, 0) and index (0, 0) are one sample" in trouble.reason
     assert "get_worker_info()" in trouble.hint
-    board.write(0, 2, 0, True)
-    board.write(1, 2, 0, True)
+    progress.write(0, 2, 0, True)
+    progress.write(1, 2, 0, True)
     assert ledger.finish() is None
     assert ledger.audit(0, None).delivered == 4
 
@@ -578,9 +580,9 @@ def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
 
 
 def test_notes_of_streams_that_do_not_add_up() -> None:
-    ledger, board = stream_ledger(3)
+    ledger, progress = stream_ledger(3)
     for worker, samples in enumerate((5, 5, 0)):
-        board.write(worker, samples, 0, True)
+        progress.write(worker, samples, 0, True)
         if samples:
             assert ledger.check(stream_papers(worker, 0, samples)) is None
     assert ledger.finish() is None
@@ -593,9 +595,9 @@ def test_notes_of_streams_that_do_not_add_up() -> None:
 
 
 def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
-    ledger, board = stream_ledger(2)
+    ledger, progress = stream_ledger(2)
     for worker in range(2):
-        board.write(worker, 5, 0, True)
+        progress.write(worker, 5, 0, True)
         assert ledger.check(stream_papers(worker, 0, 5)) is None
     assert ledger.finish() is None
     (note,) = ledger.audit(0, 5).notes
@@ -603,7 +605,7 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
 
 
 def test_without_a_board_the_ends_go_unchecked() -> None:
-    ledger = StreamLedger(with_keys=False, board=None, workers=2)
+    ledger = StreamLedger(with_keys=False, progress=None, workers=2)
     assert ledger.check(stream_papers(0, 0, 3)) is None
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
@@ -611,26 +613,26 @@ def test_without_a_board_the_ends_go_unchecked() -> None:
 
 
 def test_a_length_proves_nothing_about_a_stream() -> None:
-    board = StreamBoard(1, shared=False)
-    ledger = StreamLedger(with_keys=False, board=board, workers=0)
+    progress = StreamProgress(1, shared=False)
+    ledger = StreamLedger(with_keys=False, progress=progress, workers=0)
     assert ledger.check(stream_papers(0, 0, 4)) is None
     audit = ledger.audit(0, 4)
     assert not audit.complete
     assert audit.notes == ("the stream was not asked whether it has more",)
-    board.write(0, 4, 0, True)
+    progress.write(0, 4, 0, True)
     assert ledger.finish() is None
     assert (ledger.audit(0, 4).complete, ledger.audit(0, 4).notes) == (True, ())
 
 
 def test_workers_at_their_ends_prove_it() -> None:
-    ledger, board = stream_ledger(2)
+    ledger, progress = stream_ledger(2)
     assert ledger.check(stream_papers(0, 0, 4)) is None
     assert ledger.check(stream_papers(1, 0, 3)) is None
-    board.write(0, 4, 0, True)
+    progress.write(0, 4, 0, True)
     assert not ledger.audit(0, 7).complete
-    board.write(1, 4, 0, True)
+    progress.write(1, 4, 0, True)
     assert not ledger.audit(0, 7).complete
-    board.write(1, 3, 0, True)
+    progress.write(1, 3, 0, True)
     assert ledger.audit(0, None).complete
     assert not ledger.settled
 
@@ -686,10 +688,10 @@ def test_an_interrupt_in_the_hand_over_takes_that_batch(counted: bool) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_interrupt_of_a_stream_fails_what_was_read(workers: int) -> None:
-    board = StreamBoard(1, shared=False)
-    ledger = StreamLedger(with_keys=False, board=board, workers=workers)
+    progress = StreamProgress(1, shared=False)
+    ledger = StreamLedger(with_keys=False, progress=progress, workers=workers)
     assert ledger.check(stream_papers(0, 0, 2)) is None
-    board.write(0, 5, 0, False)
+    progress.write(0, 5, 0, False)
     ledger.interrupted(None)
     at_once = found(ledger.audit(0, None))
     assert at_once == ({} if workers else {"failed": Counter([(0, 2), (0, 3), (0, 4)])})
@@ -700,12 +702,12 @@ def test_an_interrupt_of_a_stream_fails_what_was_read(workers: int) -> None:
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_interrupt_in_the_hand_over_of_a_stream(counted: bool) -> None:
-    ledger, board = stream_ledger()
+    ledger, progress = stream_ledger()
     came = stream_papers(0, 0, 2, seq=7)
     if counted:
         assert ledger.check(came) is None
     ledger.interrupted(came)
-    board.write(0, 2, 0, True)
+    progress.write(0, 2, 0, True)
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
     assert found(audit) == {"failed": Counter([(0, 0), (0, 1)])}
@@ -726,10 +728,10 @@ def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) ->
 
 
 def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
-    ledger, board = stream_ledger()
+    ledger, progress = stream_ledger()
     assert ledger.check(stream_papers(0, 0, 2)) is None
     ledger.interrupted(None)
-    board.write(0, 4, 0, True)
+    progress.write(0, 4, 0, True)
     assert ledger.finish() is None
     assert found(ledger.audit(0, None)) == {"failed": Counter([(0, 2), (0, 3)])}
 

@@ -274,7 +274,7 @@ def batch_of(
     samples: list[Any], on_error: Any = "skip", collate_fn: Any = torch.utils.data.default_collate
 ) -> Any:
     fetcher = fetcher_in_main(
-        Stock(samples, collate_fn), board=None, key=None, policy=Policy(on_error, 0), raised=[]
+        Stock(samples, collate_fn), progress=None, key=None, policy=Policy(on_error, 0), raised=[]
     )
     return fetcher.fetch(Task(0, list(range(len(samples)))))
 

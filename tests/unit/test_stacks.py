@@ -16,7 +16,7 @@ import pytest
 
 from safeloader.supervision import stacks
 from safeloader.supervision.flight_recorder import PID, SIGNAL, STACK_BYTES, FlightRecorder
-from safeloader.supervision.monitor import Witness
+from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.supervision.processes import Signals
 from safeloader.supervision.stacks import Frame
 
@@ -100,7 +100,7 @@ def test_what_faulthandler_writes_here(tmp_path: Any) -> None:
 def works(recorder: FlightRecorder, number: int, ready: Any, deed: Callable[[Any], None]) -> None:
     row = recorder.row(number)
     row[3] = os.getpid()
-    Witness(recorder, number, row)
+    WorkerMonitor(recorder, number, row)
     deed(ready)
 
 

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeloader import SafeDataLoader
-from safeloader.transport.stream_progress import StreamBoard, StreamState
+from safeloader.transport.stream_progress import StreamProgress, StreamState
 from tests import datasets
 
 
-def write_from_a_worker(board: StreamBoard, worker: int) -> None:
-    board.write(worker, 10 + worker, worker, True)
+def write_from_a_worker(progress: StreamProgress, worker: int) -> None:
+    progress.write(worker, 10 + worker, worker, True)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -31,40 +31,40 @@ def write_from_a_worker(board: StreamBoard, worker: int) -> None:
 def test_the_board_holds_what_each_worker_wrote_last(
     shared: bool, writes: list[tuple[int, int, int, bool]]
 ) -> None:
-    board = StreamBoard(4, shared=shared)
+    progress = StreamProgress(4, shared=shared)
     expected = {worker: StreamState(0, 0, False) for worker in range(4)}
     for worker, read, dropped, ended in writes:
-        board.write(worker, read, dropped, ended)
+        progress.write(worker, read, dropped, ended)
         expected[worker] = StreamState(read, dropped, ended)
-    assert {worker: board.read(worker) for worker in range(4)} == expected
+    assert {worker: progress.read(worker) for worker in range(4)} == expected
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_row_for_every_worker(shared: bool, workers: int) -> None:
-    board = StreamBoard(workers, shared=shared)
-    assert len(board) == workers
-    assert type(board.read(0).ended) is bool
+    progress = StreamProgress(workers, shared=shared)
+    assert len(progress) == workers
+    assert type(progress.read(0).ended) is bool
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_main_reads_what_workers_wrote_under_every_start_method(method: str) -> None:
     context: Any = multiprocessing.get_context(method)
-    board = StreamBoard(2, shared=True)
-    workers = [context.Process(target=write_from_a_worker, args=(board, n)) for n in range(2)]
+    progress = StreamProgress(2, shared=True)
+    workers = [context.Process(target=write_from_a_worker, args=(progress, n)) for n in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    assert [board.read(n) for n in range(2)] == [(10, 0, True), (11, 1, True)]
+    assert [progress.read(n) for n in range(2)] == [(10, 0, True), (11, 1, True)]
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
 def test_no_file_stands_in_shared_memory_meanwhile_or_afterwards() -> None:
     mine = f"pym-{os.getpid()}-"
-    board = StreamBoard(64, shared=True)
-    board.write(63, 1, 0, True)
+    progress = StreamProgress(64, shared=True)
+    progress.write(63, 1, 0, True)
     assert [path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(mine)] == []
 
 
