@@ -9,7 +9,7 @@ DEFAULT_SHARE = 0.01
 LONGEST_RUN = 20
 
 
-class Tolerance:
+class SkipBudget:
     """Counts the samples of one epoch that were left out or replaced.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Ledger, Open, Trouble
-from safeloader.delivery.skip_budget import Tolerance
+from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure, error_from
 from safeloader.failures.loader_log import LoaderLog, rank
@@ -40,7 +40,7 @@ class Epoch:
         trace: Trace,
         verify: str,
         dataset: Any,
-        tolerance: Tolerance | None = None,
+        skip_budget: SkipBudget | None = None,
         dump: Callable[[Failure], Any] | None = None,
         log: LoaderLog | None = None,
     ) -> None:
@@ -49,7 +49,7 @@ class Epoch:
         self.batches = 0  # handed over or raised: the number of the next one
         self._trace = trace
         self._verify = verify
-        self._tolerance = tolerance or Tolerance(None, runs=False)
+        self._skip_budget = skip_budget or SkipBudget(None, runs=False)
         self._dump = dump
         self._survived = 0
         self._dataset: Any = dataset
@@ -190,7 +190,7 @@ class Epoch:
             self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
         gone = ledger.tallies["skipped"].count + ledger.tallies["replaced"].count
-        reason = self._tolerance.exceeded(manifest, ledger.delivered_count + gone + len(asked))
+        reason = self._skip_budget.exceeded(manifest, ledger.delivered_count + gone + len(asked))
         if reason is None:
             return
         with ledger.lock:

@@ -18,7 +18,7 @@ from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from safeloader import _torch
-from safeloader.delivery.skip_budget import Tolerance
+from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import DeliveryError, SafeLoaderError
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure, error_from
@@ -64,7 +64,7 @@ class SafeIterator(Iterator[Any]):
             trace_for(self._recorder, loader.trace, log),
             loader.verify,
             loader.dataset,
-            Tolerance(loader.max_skipped, runs=not callable(loader.on_error)),
+            SkipBudget(loader.max_skipped, runs=not callable(loader.on_error)),
             None
             if loader.on_failure_dump is None
             else functools.partial(dump.write, folder=loader.on_failure_dump, log=log),

@@ -13,7 +13,7 @@ No exception of the user's code leaves here, so the stock iterator carries failu
 each arrives where its batch would have. Only the end of a stream is a ``StopIteration``.
 
 The kinds of dataset have a module each (:mod:`mapping`, :mod:`streaming`) over what they share
-(:mod:`recording`); samples that fail and are not to end their batch go to :mod:`mending`.
+(:mod:`recording`); samples that fail and are not to end their batch go to :mod:`repair`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class MapFetcher(RecordingFetcher):
         asked = list(indices) if at_once else indices
         stamps = self._stamps_for(count(packed))
         if self._policy.retries or task.careful:
-            return self._fetch_mended(task, packed, asked, at_once, [], None, stamps)
+            return self._fetch_repaired(task, packed, asked, at_once, [], None, stamps)
         samples: Any = []
         fetched: list[Any] = []
         keys = None
@@ -69,15 +69,15 @@ class MapFetcher(RecordingFetcher):
             stamps[k + 1] = now()
         except Exception as exc:
             seen = samples if phase == "sample" else fetched
-            if self._mends(exc, seen):
-                return self._fetch_mended(task, packed, asked, at_once, seen, exc, stamps)
+            if self._repairs(exc, seen):
+                return self._fetch_repaired(task, packed, asked, at_once, seen, exc, stamps)
             return self._explain(exc, task.seq, phase, packed, asked, seen, at_once)
         times = stamps[: k + 2].tobytes()
         worker_id, pid = self._worker_id, self._pid
         manifest = BatchManifest(task.seq, worker_id, pid, packed, got, None, times, at_once, keys)
         return self._handed_over(manifest, batch, fetched)
 
-    def _fetch_mended(
+    def _fetch_repaired(
         self,
         task: Task,
         packed: Packed,
@@ -94,7 +94,7 @@ class MapFetcher(RecordingFetcher):
         known = unpack(packed)
         asked = list(asked)
         get = functools.partial(self._one, at_once=at_once)
-        mending = self._mending(task.seq, known, self._donors(task, known, get))
+        repair = self._repair(task.seq, known, self._donors(task, known, get))
         whole = isinstance(samples, list) and len(samples) == len(asked)
         came = samples if whole or not at_once else []  # else each fails for itself, or comes
 
@@ -103,21 +103,21 @@ class MapFetcher(RecordingFetcher):
                 stamps[0] = clock()
                 for k in range(len(came)):
                     stamps[k + 1] = stamps[0]
-            mending.have(came)
+            repair.have(came)
             first = None if at_once else failed
             for k in range(len(came), len(asked)):
                 self._cells[PHASE] = FETCH
                 if k in task.deadly:
-                    mending.leave_out(DEADLY)
+                    repair.leave_out(DEADLY)
                 else:
-                    mending.fetch(functools.partial(get, asked[k]), first)
+                    repair.fetch(functools.partial(get, asked[k]), first)
                 first = None
                 stamps[k + 1] = clock()
 
         def papers_for(number: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
             return self._manifest(task.seq, packed, None, stamps, **more)
 
-        return self._repaired(mending, ask, papers_for, stamps)
+        return self._repaired(repair, ask, papers_for, stamps)
 
     def _one(self, index: Any, at_once: bool) -> Any:
         if not at_once:
@@ -178,7 +178,7 @@ class UnbatchedMapFetcher(RecordingFetcher):
         cells[PHASE] = FETCH_AT_ONCE if bulk else FETCH
         cells[SINCE] = stamps[0] = clock()
         if self._policy.retries or task.careful:
-            return self._fetch_mended(task, indices, bulk, None, stamps)
+            return self._fetch_repaired(task, indices, bulk, None, stamps)
         phase = "sample"
         try:
             sample = self._dataset[task.index]
@@ -191,14 +191,14 @@ class UnbatchedMapFetcher(RecordingFetcher):
             stamps[2] = clock()
         except Exception as exc:
             if phase == "sample" and not self._policy.raises and not isinstance(exc, KeyFault):
-                return self._fetch_mended(task, indices, bulk, exc, stamps)
+                return self._fetch_repaired(task, indices, bulk, exc, stamps)
             manifest = self._manifest(task.seq, indices, None, b"", at_once=True)
             return self._failed(exc, manifest, phase, unpack(indices), Culprit(None if bulk else 0))
         times = stamps[:3].tobytes()
         manifest = self._manifest(task.seq, indices, count(indices), times, at_once=True, keys=keys)
         return self._handed_over(manifest, batch, () if bulk else (sample,))
 
-    def _fetch_mended(
+    def _fetch_repaired(
         self, task: Task, indices: Packed, bulk: bool, failed: Exception | None, stamps: Any
     ) -> Made:
         known = unpack(indices)
@@ -207,16 +207,16 @@ class UnbatchedMapFetcher(RecordingFetcher):
             return self._dataset[index]
 
         donors = self._donors(task, known, get, batched=False)
-        mending = self._mending(task.seq, known, donors, len(known))
+        repair = self._repair(task.seq, known, donors, len(known))
 
         def ask() -> None:
             if any(k < len(known) for k in task.deadly):
-                mending.leave_out(DEADLY)
+                repair.leave_out(DEADLY)
             else:
-                mending.fetch(functools.partial(get, task.index), failed)
+                repair.fetch(functools.partial(get, task.index), failed)
             stamps[1] = clock()
 
         def papers_for(number: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
             return self._manifest(task.seq, indices, None, stamps, at_once=bulk, **more)
 
-        return self._repaired(mending, ask, papers_for, stamps, batched=False, bulk=bulk)
+        return self._repaired(repair, ask, papers_for, stamps, batched=False, bulk=bulk)

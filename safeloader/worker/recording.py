@@ -48,7 +48,7 @@ from safeloader.transport.sealing import BatchMessage
 from safeloader.worker.collating import explain
 from safeloader.worker.context import FetchContext
 from safeloader.worker.hints import KEY_FAULT, hint_for
-from safeloader.worker.repair import Donors, Mending, Unmendable
+from safeloader.worker.repair import BatchRepair, Donors, Unrepairable
 from safeloader.worker.stacking import may_stack
 from safeloader.worker.unsendable import Culprit, why_not_sent
 
@@ -127,14 +127,14 @@ class RecordingFetcher:
         ordinal: int | None = None,
         at_once: bool = False,
         keys: tuple[Any, ...] | None = None,
-        mending: Mending | None = None,
+        repair: BatchRepair | None = None,
     ) -> BatchManifest:
         manifest = BatchManifest(
             seq, self._worker_id, self._pid, indices, samples, ordinal, stamps, at_once, keys
         )
-        if mending is None:
+        if repair is None:
             return manifest
-        return manifest._replace(incidents=mending.incidents, failures=mending.failures)
+        return manifest._replace(incidents=repair.incidents, failures=repair.failures)
 
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
@@ -177,21 +177,21 @@ class RecordingFetcher:
             keys.append(known_as)
         return tuple(keys)
 
-    def _mends(self, exc: Exception, samples: Sequence[Any]) -> bool:
+    def _repairs(self, exc: Exception, samples: Sequence[Any]) -> bool:
         """Whether to go on in spite of ``exc``; a ``key`` that raises is no fault of the sample."""
         if isinstance(exc, KeyFault):
             return not self._policy.raises and samples[exc.position or 0] is None
         return not self._policy.raises
 
-    def _mending(
+    def _repair(
         self, seq: int, indices: tuple[Any, ...], donors: Donors = (), spread: int = 1
-    ) -> Mending:
+    ) -> BatchRepair:
         """Help for a batch in which samples fail."""
 
         def explained(exc: Exception, position: int) -> Failure:
             return self._failure(exc, seq, "sample", indices, Culprit(position))
 
-        return Mending(self._policy, explained, donors, spread)
+        return BatchRepair(self._policy, explained, donors, spread)
 
     def _donors(
         self, task: Task, known: tuple[Any, ...], get: Callable[[Any], Any], *, batched: bool = True
@@ -218,13 +218,15 @@ class RecordingFetcher:
             except Exception as exc:
                 if never_skipped(exc):
                     shown = bounded_text(names[0])
-                    raise Unmendable(None, exc, f"at index {shown}, to stand in for them") from None
+                    raise Unrepairable(
+                        None, exc, f"at index {shown}, to stand in for them"
+                    ) from None
                 continue
             yield names, sample
 
     def _repaired(
         self,
-        mending: Mending,
+        repair: BatchRepair,
         ask: Callable[[], None],
         papers_for: Callable[..., BatchManifest],
         stamps: Any,
@@ -234,7 +236,7 @@ class RecordingFetcher:
     ) -> Made:
         """The batch in spite of samples that fail: the slow way, one by one.
 
-        ``ask`` has ``mending`` fetch the samples, and ``papers_for`` makes the manifest for as many
+        ``ask`` has ``repair`` fetch the samples, and ``papers_for`` makes the manifest for as many
         as were asked for. Neither knows what becomes of them.
 
         Raises:
@@ -243,32 +245,32 @@ class RecordingFetcher:
         phase = "sample"
         try:
             ask()
-            mending.batch()  # a donor is fetched now, unless it is collation that gives all up
+            repair.batch()  # a donor is fetched now, unless it is collation that gives all up
             phase = "collate"
-            known = expected_indices(papers_for(mending.asked))
-            batch, samples = self._collate_mended(mending, known, stamps, batched)
+            known = expected_indices(papers_for(repair.asked))
+            batch, samples = self._collate_repaired(repair, known, stamps, batched)
             keys = None if bulk else self._keys(samples)
-            end = mending.asked + bool(mending.lent) + 1
+            end = repair.asked + bool(repair.lent) + 1
             stamps[end] = clock()
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
-            lost = mending.asked
-            if isinstance(exc, Unmendable) and exc.position is not None:
+            lost = repair.asked
+            if isinstance(exc, Unrepairable) and exc.position is not None:
                 lost = max(lost, exc.position + 1)
             elif isinstance(exc, KeyFault):
-                phase, at = "sample", mending.places[exc.position or 0]
+                phase, at = "sample", repair.places[exc.position or 0]
                 exc.position = at if at < lost else None
             manifest = papers_for(lost)
             return self._failed(exc, manifest, phase, expected_indices(manifest), Culprit(None))
         times = bytes(stamps[: end + 1])
-        manifest = papers_for(mending.asked, stamps=times, keys=keys, mending=mending)
+        manifest = papers_for(repair.asked, stamps=times, keys=keys, repair=repair)
         if not samples:
             return EmptyBatch(manifest)
         return self._handed_over(manifest, batch, () if bulk else samples)
 
-    def _collate_mended(
-        self, mending: Mending, known: Sequence[Any], stamps: Any, batched: bool
+    def _collate_repaired(
+        self, repair: BatchRepair, known: Sequence[Any], stamps: Any, batched: bool
     ) -> tuple[Any, list[Any]]:
         """Collate what there is, leaving out samples that are clearly not like the others.
 
@@ -276,30 +278,30 @@ class RecordingFetcher:
             Unmendable: with what the collate function raised, where no sample is clearly to blame.
         """
         given_up: set[int] = set()
-        while samples := mending.batch():
-            if mending.lent:
-                stamps[mending.asked + 1] = clock()
+        while samples := repair.batch():
+            if repair.lent:
+                stamps[repair.asked + 1] = clock()
             self._cells[PHASE] = COLLATE
             self._packer.collates()
             try:
                 return self._collate_fn(list(samples) if batched else samples[0]), samples
             except Exception as exc:
-                if mending.lent and not never_skipped(exc):
-                    mending.lend()
+                if repair.lent and not never_skipped(exc):
+                    repair.lend()
                     continue
-                places = [] if mending.lent or not batched else mending.places
+                places = [] if repair.lent or not batched else repair.places
                 found = explain(samples, [known[k] for k in places]) if places else None
                 at = None if found is None or found.position is None else places[found.position]
                 odd = [k for k in range(len(places)) if samples[k] is None]
                 positions = sorted({places[k] for k in odd or (found.odd if found else ())})
                 # A replacement that is no better is given up once.
                 if self._policy.raises or not positions or given_up & set(positions):
-                    single = 0 if len(known) == 1 and not mending.lent else None
+                    single = 0 if len(known) == 1 and not repair.lent else None
                     text = found.text if found else ""
-                    raise Unmendable(single if at is None else at, exc, text) from None
+                    raise Unrepairable(single if at is None else at, exc, text) from None
                 given_up |= set(positions)
                 for position in positions:
-                    mending.give_up(position, exc, found.text if found else "it is None")
+                    repair.give_up(position, exc, found.text if found else "it is None")
         return None, []
 
     def _failed(
@@ -313,7 +315,7 @@ class RecordingFetcher:
         """The failure of a batch."""
         if isinstance(exc, KeyFault):
             culprit, exc = Culprit(exc.position, KEY_FAULT), exc.cause
-        elif isinstance(exc, Unmendable):
+        elif isinstance(exc, Unrepairable):
             culprit, exc = Culprit(exc.position, exc.text or culprit.text), exc.cause
         if phase == "collate" and met_in_sharing(exc):
             phase, culprit = "transport", Culprit(None)  # no sample is to blame

@@ -32,7 +32,7 @@ NO_DONOR = (
 Donors = Iterable[tuple[tuple[Any, ...], Any]]
 
 
-class Unmendable(Exception):
+class Unrepairable(Exception):
     """A sample failed and must not be left out; ``position`` is None where none is known to be."""
 
     def __init__(self, position: int | None, cause: Exception, text: str = "") -> None:
@@ -42,7 +42,7 @@ class Unmendable(Exception):
         self.text = text
 
 
-class Mending:
+class BatchRepair:
     """One batch in the making.
 
     Args:
@@ -73,7 +73,7 @@ class Mending:
         self._stand_in: list[Any] = []  # one sample, or none
         self._mishaps: dict[int, SampleIncident] = {}
         self._failures: dict[int, Failure] = {}
-        self._first: Unmendable | None = None
+        self._first: Unrepairable | None = None
         self._marks = Marks()
         self.places: list[int] = []
         self.lent: tuple[Any, ...] = ()
@@ -117,7 +117,7 @@ class Mending:
                         self._mishaps[position] = SampleIncident("late", position, reason)
                     return
             if never_skipped(failed):
-                raise Unmendable(position, failed) from None
+                raise Unrepairable(position, failed) from None
             if tries > self._policy.retries:
                 break
             time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
@@ -132,17 +132,17 @@ class Mending:
         position = len(self._samples)
         self._mishaps[position] = SampleIncident("skipped", position, reason)
         self._samples.append(_GAP)
-        self._first = self._first or Unmendable(position, RuntimeError(reason), NO_DONOR)
+        self._first = self._first or Unrepairable(position, RuntimeError(reason), NO_DONOR)
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
         on_error = self._policy.on_error
         if on_error == "raise" or never_skipped(failed):
-            raise Unmendable(position, failed, self._tried())
+            raise Unrepairable(position, failed, self._tried())
         reason = scrub(bounded(found, 300)) or self._reason(failed)
         self._samples[position] = _GAP
         self._mishaps[position] = SampleIncident("skipped", position, reason)
-        self._first = self._first or Unmendable(position, failed, NO_DONOR)
+        self._first = self._first or Unrepairable(position, failed, NO_DONOR)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
         if tells and failure is not None:  # what only a raised or replayed error needs stays here
@@ -151,7 +151,7 @@ class Mending:
             try:
                 answer = on_error(failure)
             except Exception as exc:
-                raise Unmendable(position, exc, ON_ERROR_FAULT) from failed
+                raise Unrepairable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
                 self._samples[position] = answer
                 self._mishaps[position] = SampleIncident("replaced", position, reason)

@@ -14,7 +14,7 @@ from safeloader.transport.messages import BatchManifest, FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
-from safeloader.worker.repair import Unmendable
+from safeloader.worker.repair import Unrepairable
 from safeloader.worker.unsendable import Culprit
 
 _CUT_SHORT = (
@@ -62,7 +62,7 @@ class StreamFetcher(RecordingFetcher):
         cells[SINCE] = stamps[0] = clock()
         samples: list[Any] = []
         if self._policy.retries:
-            return self._fetch_mended(task, first, wanted, samples, None, stamps)
+            return self._fetch_repaired(task, first, wanted, samples, None, stamps)
         phase = "sample"
         k = 0
         try:
@@ -88,9 +88,9 @@ class StreamFetcher(RecordingFetcher):
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
-            if self._mends(exc, samples) and not isinstance(exc, Unmendable):
+            if self._repairs(exc, samples) and not isinstance(exc, Unrepairable):
                 whole = phase == "collate" or isinstance(exc, KeyFault)
-                return self._fetch_mended(task, first, wanted, samples, exc, stamps, whole=whole)
+                return self._fetch_repaired(task, first, wanted, samples, exc, stamps, whole=whole)
             return self._explain(exc, task.seq, phase, first, samples)
         except BaseException:
             self._interrupted(first + len(samples))
@@ -113,7 +113,7 @@ class StreamFetcher(RecordingFetcher):
         if not came or dropped:
             raise StopIteration
 
-    def _fetch_mended(
+    def _fetch_repaired(
         self,
         task: Task,
         first: int,
@@ -125,45 +125,45 @@ class StreamFetcher(RecordingFetcher):
         whole: bool = False,
     ) -> Made:
         """The batch in spite of samples that fail, and of a collate function that objects."""
-        mending = self._mending(task.seq, tuple((self._row, first + k) for k in range(wanted)))
-        mending.have(samples)
+        repair = self._repair(task.seq, tuple((self._row, first + k) for k in range(wanted)))
+        repair.have(samples)
 
         def ask() -> None:
             begun = failed
             for k in range(wanted if whole else len(samples), wanted):
                 before = self._last_failed
                 try:
-                    mending.fetch(lambda: next(self._iterator), begun, may_end=True)
+                    repair.fetch(lambda: next(self._iterator), begun, may_end=True)
                 except StopIteration:
-                    here = begun or mending.last_failure
+                    here = begun or repair.last_failure
                     cause = here or before
                     if cause is not None and not self._decides:
                         at = k if here is not None else max(k - 1, 0)  # else the one before
                         raise self._cut_short(at, cause) from None
                     self._ended = self._batched
                     break
-                begun, self._last_failed = None, mending.last_failure
+                begun, self._last_failed = None, repair.last_failure
                 stamps[k + 1] = clock()
             if not whole:
-                self._book(mending.asked, wanted, ended=mending.asked < wanted)
+                self._book(repair.asked, wanted, ended=repair.asked < wanted)
 
         def papers_for(asked: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
             self._read = first + asked
             return self._manifest(task.seq, b"", asked, stamps, ordinal=first, **more)
 
         try:
-            return self._repaired(mending, ask, papers_for, stamps, batched=self._batched)
+            return self._repaired(repair, ask, papers_for, stamps, batched=self._batched)
         except StopIteration:
             raise
         except BaseException:
-            self._interrupted(first + mending.asked)
+            self._interrupted(first + repair.asked)
             raise
 
-    def _cut_short(self, position: int, cause: Exception) -> Unmendable:
+    def _cut_short(self, position: int, cause: Exception) -> Unrepairable:
         """The stream ended right after a sample that failed: what was behind it is lost."""
         self._ended = True
         self._note(0, ended=True)
-        return Unmendable(position, cause, _CUT_SHORT)
+        return Unrepairable(position, cause, _CUT_SHORT)
 
     def _explain(
         self, exc: Exception, seq: int, phase: str, first: int, samples: list[Any]
@@ -177,7 +177,7 @@ class StreamFetcher(RecordingFetcher):
                 culprit = Culprit(found.position, found.text)
             elif lost == 1:
                 culprit = Culprit(0)
-        elif isinstance(exc, Unmendable):
+        elif isinstance(exc, Unrepairable):
             lost = max(lost, 1)
         elif not isinstance(exc, KeyFault):
             culprit = Culprit(lost)

@@ -16,7 +16,7 @@ from safeloader.transport.messages import DeliveredBatch, SampleIncident, Task
 from safeloader.worker import repair as module
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import SKIP, Policy
-from safeloader.worker.repair import Mending, Unmendable
+from safeloader.worker.repair import BatchRepair, Unrepairable
 from tests import faults
 
 
@@ -28,11 +28,11 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return taken
 
 
-def mending(on_error: Any = "skip", retries: int = 0) -> Mending:
+def repair(on_error: Any = "skip", retries: int = 0) -> BatchRepair:
     def explain(exc: Exception, position: int) -> Failure:
         return failure_of(exc, phase="sample", where="", index=10 + position, position=position)
 
-    return Mending(Policy(on_error, retries), explain)
+    return BatchRepair(Policy(on_error, retries), explain)
 
 
 def gives(*answers: Any) -> Callable[[], Any]:
@@ -53,7 +53,7 @@ def draw() -> tuple[Any, ...]:
 
 
 def test_nothing_happened() -> None:
-    made = mending()
+    made = repair()
     made.have(["a"])
     made.fetch(gives("b"))
     assert (made.batch(), made.incidents, made.asked) == (["a", "b"], None, 2)
@@ -74,7 +74,7 @@ def test_a_late_sample_is_the_one_that_would_have_come(fails: int) -> None:
             raise OSError("flaky")
         return drawn
 
-    made = mending(retries=5)
+    made = repair(retries=5)
     with preserved():
         made.fetch(flaky)
         assert made.batch() == [expected]
@@ -83,14 +83,14 @@ def test_a_late_sample_is_the_one_that_would_have_come(fails: int) -> None:
 
 
 def test_pauses_grow_to_a_bound(pauses: list[float]) -> None:
-    made = mending(retries=9)
+    made = repair(retries=9)
     made.fetch(gives(*[OSError()] * 10))
     assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     assert made.incidents == (SampleIncident("skipped", 0, "OSError, 10 tries"),)
 
 
 def test_a_first_try_made_elsewhere_counts(pauses: list[float]) -> None:
-    made = mending(retries=1)
+    made = repair(retries=1)
     made.fetch(gives("at last"), KeyError("x"))
     assert made.batch() == ["at last"]
     assert made.incidents == (SampleIncident("late", 0, "came at try 2"),)
@@ -100,7 +100,7 @@ def test_a_first_try_made_elsewhere_counts(pauses: list[float]) -> None:
 
 
 def test_skip() -> None:
-    made = mending("skip")
+    made = repair("skip")
     for answer in ("a", ValueError("bad"), "c", ValueError("bad")):
         made.fetch(gives(answer))
     assert made.batch() == ["a", "c"]
@@ -123,7 +123,7 @@ def test_skip() -> None:
     ],
 )
 def test_replace_takes_the_next_good_sample(came: str, batch: str, donors: dict[int, int]) -> None:
-    made = mending("replace")
+    made = repair("replace")
     for letter in came:
         made.fetch(gives(ValueError("bad") if letter == "x" else letter))
     for _ in range(2):  # asking again changes nothing
@@ -134,7 +134,7 @@ def test_replace_takes_the_next_good_sample(came: str, batch: str, donors: dict[
 
 
 def test_a_replacement_that_breaks_the_batch_leaves_with_its_original() -> None:
-    made = mending("replace")
+    made = repair("replace")
     for answer in (1, ValueError("bad"), None, 4):
         made.fetch(gives(answer))
     assert made.batch() == [1, None, None, 4]
@@ -154,7 +154,7 @@ def test_a_callable_decides() -> None:
         asked.append(failure)
         return SKIP if failure.index == 10 else -1
 
-    made = mending(on_error)
+    made = repair(on_error)
     for answer in (ValueError("first"), ValueError("second"), "c"):
         made.fetch(gives(answer))
     assert made.batch() == [-1, "c"]
@@ -172,16 +172,16 @@ def test_a_callable_that_raises_ends_the_batch() -> None:
     def on_error(failure: Failure) -> Any:
         raise ZeroDivisionError
 
-    with pytest.raises(Unmendable) as info:
-        mending(on_error).fetch(gives(ValueError("bad")))
+    with pytest.raises(Unrepairable) as info:
+        repair(on_error).fetch(gives(ValueError("bad")))
     assert type(info.value.cause) is ZeroDivisionError
     assert (info.value.position, info.value.text) == (0, "raised by on_error=, not by the dataset")
 
 
 def test_raise_with_retries_ends_the_batch() -> None:
-    made = mending("raise", retries=2)
+    made = repair("raise", retries=2)
     made.have([1])
-    with pytest.raises(Unmendable) as info:
+    with pytest.raises(Unrepairable) as info:
         made.fetch(gives(OSError("a"), OSError("b"), OSError("c")))
     assert (info.value.position, str(info.value.cause)) == (1, "c")
 
@@ -209,8 +209,8 @@ NEVER = [
 def test_what_means_a_broken_program_is_never_skipped(
     exc: Exception, how: Any, pauses: list[float]
 ) -> None:
-    made = mending(how, retries=3)
-    with pytest.raises(Unmendable) as info:
+    made = repair(how, retries=3)
+    with pytest.raises(Unrepairable) as info:
         made.fetch(gives(exc))
     assert info.value.cause is exc
     assert pauses == []  # nor asked for again
@@ -219,18 +219,18 @@ def test_what_means_a_broken_program_is_never_skipped(
 def test_what_is_no_exception_passes() -> None:
     for interrupt in (KeyboardInterrupt(), SystemExit(3)):
         with pytest.raises(type(interrupt)):
-            mending().fetch(gives(interrupt))
+            repair().fetch(gives(interrupt))
 
 
 def test_the_end_of_a_stream_is_no_failure() -> None:
-    made = mending(retries=3)
+    made = repair(retries=3)
     with pytest.raises(StopIteration):
         made.fetch(gives(StopIteration()), may_end=True)
     assert made.asked == 0
 
 
 def test_a_stop_iteration_that_leaked_is_one() -> None:
-    made = mending(retries=1)
+    made = repair(retries=1)
     made.fetch(gives(StopIteration(), "came"))
     made.fetch(gives(StopIteration(), StopIteration()))
     assert made.batch() == ["came"]
@@ -238,11 +238,11 @@ def test_a_stop_iteration_that_leaked_is_one() -> None:
 
 
 def test_left_out_without_being_asked_for() -> None:
-    made = mending("replace")
+    made = repair("replace")
     made.leave_out("deadly")
     made.fetch(gives("b"))
     assert made.batch() == ["b", "b"]
-    made = mending("raise")
+    made = repair("raise")
     made.leave_out("deadly")
     made.fetch(gives("b"))
     assert made.batch() == ["b"]
@@ -251,7 +251,7 @@ def test_left_out_without_being_asked_for() -> None:
 
 @pytest.mark.parametrize("how", ["cannot be shown", "huge message", "no message", "holds a lock"])
 def test_reasons_are_short_whatever_was_raised(how: str) -> None:
-    made = mending()
+    made = repair()
     with pytest.raises(Exception) as info:  # noqa: PT011
         faults.raisers()[how]()
     made.fetch(gives(info.value))
