@@ -27,7 +27,7 @@ class StreamLedger(Accounts):
     def __init__(self, *, with_keys: bool, progress: StreamProgress | None, workers: int) -> None:
         super().__init__(with_keys=with_keys)
         self._progress = progress
-        self._at_hand = workers == 0
+        self._in_main = workers == 0
         self._next = [0] * max(workers, 1)
         self._finished = False
         self._sampler_failed = False
@@ -91,7 +91,7 @@ class StreamLedger(Accounts):
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
-        if self._at_hand and self._progress is not None:
+        if self._in_main and self._progress is not None:
             self._told_of(0, self._progress.read(0).read)
 
     def _told_of(self, row: int, came: int) -> bool:
@@ -142,7 +142,7 @@ class StreamLedger(Accounts):
 
     def _at_end(self) -> bool:
         """Whether the workers, who read ahead, are at their ends, and all that they read came."""
-        progress = None if self._at_hand else self._progress
+        progress = None if self._in_main else self._progress
         if progress is None:
             return False
         states = map(progress.read, range(len(self._next)))
@@ -182,6 +182,6 @@ class StreamLedger(Accounts):
         with self.lock:
             complete = self.complete
             notes = self.notes(length)
-            if not complete and self._at_hand and not self._sampler_failed:
+            if not complete and self._in_main and not self._sampler_failed:
                 notes.append("the stream was not asked whether it has more")
             return self.as_audit(epoch, complete=complete, drawn=self._read(), notes=notes)

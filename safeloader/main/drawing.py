@@ -48,7 +48,7 @@ class RecordingSampler:
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
-    yet. With ``at_hand`` the samples are fetched in this process, and need not be identified again.
+    yet. With ``in_main`` the samples are fetched in this process, and need not be identified again.
     With ``lends`` each task has with it what was drawn last before it.
     """
 
@@ -59,7 +59,7 @@ class RecordingSampler:
         batched: bool,
         stream: bool,
         keep_open: bool = False,
-        at_hand: bool = False,
+        in_main: bool = False,
         lends: bool = False,
     ) -> None:
         self._sampler = sampler
@@ -67,7 +67,7 @@ class RecordingSampler:
         self._stream = stream
         self._numbers = itertools.count()
         self.log: DrawLog | None = None
-        self._at_hand = at_hand
+        self._in_main = in_main
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
         self._lends = lends and not stream
@@ -115,7 +115,7 @@ class RecordingSampler:
         if self._open is not None:
             self._open.pop(seq, None)
 
-    def change(self, seq: int, *, deadly: int | None) -> tuple[Any, ...]:
+    def change(self, seq: int, *, excluded: int | None) -> tuple[Any, ...]:
         """Have an open task leave out a position, or be fetched one by one to find it (None).
 
         Gives the identities of what is left out. It stands in for no other sample either.
@@ -124,25 +124,28 @@ class RecordingSampler:
             return ()
         task = self._open[seq]
         asked = unpack(pack(task.index) if self.batched else pack_unbatched(task.index))
-        more = () if deadly is None or deadly >= len(asked) else (deadly,)
-        self._open[seq] = task._replace(deadly=task.deadly + more, careful=True)
-        if deadly is None or deadly >= len(asked) + len(task.donors):
+        more = () if excluded is None or excluded >= len(asked) else (excluded,)
+        self._open[seq] = task._replace(excluded=task.excluded + more, one_by_one=True)
+        if excluded is None or excluded >= len(asked) + len(task.donors):
             return ()
         if not more:  # at a donor
-            killer = [task.donors[deadly - len(asked)]]
+            killer = [task.donors[excluded - len(asked)]]
         elif self.batched:
-            killer, asked = [*snapshots([list(task.index)[deadly]])], asked[deadly : deadly + 1]
+            killer, asked = (
+                [*snapshots([list(task.index)[excluded]])],
+                asked[excluded : excluded + 1],
+            )
         else:
             killer = [*snapshots([task.index])]
         self._killers.update(killer)
         return asked if more else (restored(killer[0]),)
 
-    def again(self) -> _Again:
+    def again(self) -> ResumedDraws:
         """The sampler for a new pool: the open tasks in their order, then the rest."""
         still = self._open or {}
         # Not when they were found: of two workers that died, the other's position would move.
         still.update({seq: self._without_killers(task) for seq, task in still.items()})
-        return _Again(self, list(still.values()), self._rest)
+        return ResumedDraws(self, list(still.values()), self._rest)
 
     def _begin(self) -> Iterator[Task]:
         assert self.log is not None
@@ -182,7 +185,7 @@ class RecordingSampler:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         note = log.drawn
         numbers = self._numbers
-        batched, stream, at_hand = self.batched, self._stream, self._at_hand
+        batched, stream, in_main = self.batched, self._stream, self._in_main
         while True:
             fault = None
             try:
@@ -217,7 +220,7 @@ class RecordingSampler:
                     index = list(index)  # reading a one-shot iterator here would use it up
                 packed = pack(index)
             note(seq, packed)
-            yield Task(seq, index, (), False, packed) if at_hand else Task(seq, index)
+            yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -228,7 +231,7 @@ class RecordingSampler:
         return getattr(self._sampler, name)
 
 
-class _Again:
+class ResumedDraws:
     """A recording sampler that another pool of workers goes on with."""
 
     def __init__(self, whole: RecordingSampler, tasks: list[Task], rest: Iterator[Task]) -> None:

@@ -83,7 +83,7 @@ class Session:
             batched=_torch.batches_itself(loader),
             stream=_torch.is_stream(loader),
             keep_open=loader.on_crash == "restart" and loader.num_workers > 0,
-            at_hand=loader.num_workers == 0,
+            in_main=loader.num_workers == 0,
             lends=loader.on_error == "replace",
         )
         _warn_of_ranks(loader, self._log)

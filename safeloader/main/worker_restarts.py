@@ -64,7 +64,7 @@ class Revival:
             place = (where.position.seq, 0 if at_once else where.position.position)
             died_at.add(place)
             again = place in self._last and place[1] is not None
-            left_out.append(sampler.change(place[0], deadly=place[1] if again else None))
+            left_out.append(sampler.change(place[0], excluded=place[1] if again else None))
         self._last = died_at
         self._restarts += 1
         self._log.warning(

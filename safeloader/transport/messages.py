@@ -31,8 +31,8 @@ class Task(NamedTuple):
     """One draw of the index sampler: main to worker.
 
     ``index`` is what the sampler drew, untouched: a list of indices, or one index where automatic
-    batching is off. ``deadly`` are the positions of samples that killed their workers, and are to
-    be left out; ``careful`` says that a worker died at this batch, so that the samples are asked
+    batching is off. ``excluded`` are the positions of samples that killed their workers, and are to
+    be left out; ``one_by_one`` says that a worker died at this batch, so that the samples are asked
     for one at a time. ``packed`` are its identities where they need not cross to another process.
     ``donors`` are what was drawn before it in this epoch, the newest first: one of them stands in
     where the whole batch fails (``on_error="replace"``). They are snapshots
@@ -41,8 +41,8 @@ class Task(NamedTuple):
 
     seq: int
     index: Any
-    deadly: tuple[int, ...] = ()
-    careful: bool = False
+    excluded: tuple[int, ...] = ()
+    one_by_one: bool = False
     packed: Packed | None = None
     donors: tuple[int | bytes, ...] = ()
 

@@ -17,7 +17,7 @@ from safeloader.supervision.flight_recorder import COLLATE, FETCH, FETCH_AT_ONCE
 from safeloader.transport.messages import BatchManifest, FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
-from safeloader.worker.recording import DEADLY, KeyFault, Made, RecordingFetcher
+from safeloader.worker.recording import EXCLUDED, KeyFault, Made, RecordingFetcher
 from safeloader.worker.stacking import stacked
 from safeloader.worker.unsendable import Culprit
 
@@ -35,7 +35,7 @@ class MapFetcher(RecordingFetcher):
         packed = task.packed if task.packed is not None else pack(indices)
         asked = list(indices) if at_once else indices
         stamps = self._stamps_for(count(packed))
-        if self._policy.retries or task.careful:
+        if self._policy.retries or task.one_by_one:
             return self._fetch_repaired(task, packed, asked, at_once, [], None, stamps)
         samples: Any = []
         fetched: list[Any] = []
@@ -107,8 +107,8 @@ class MapFetcher(RecordingFetcher):
             first = None if at_once else failed
             for k in range(len(came), len(asked)):
                 self._cells[PHASE] = FETCH
-                if k in task.deadly:
-                    repair.leave_out(DEADLY)
+                if k in task.excluded:
+                    repair.leave_out(EXCLUDED)
                 else:
                     repair.fetch(functools.partial(get, asked[k]), first)
                 first = None
@@ -177,7 +177,7 @@ class UnbatchedMapFetcher(RecordingFetcher):
         cells, stamps = self._cells, self._stamps_for(1)
         cells[PHASE] = FETCH_AT_ONCE if bulk else FETCH
         cells[SINCE] = stamps[0] = clock()
-        if self._policy.retries or task.careful:
+        if self._policy.retries or task.one_by_one:
             return self._fetch_repaired(task, indices, bulk, None, stamps)
         phase = "sample"
         try:
@@ -210,8 +210,8 @@ class UnbatchedMapFetcher(RecordingFetcher):
         repair = self._repair(task.seq, known, donors, len(known))
 
         def ask() -> None:
-            if any(k < len(known) for k in task.deadly):
-                repair.leave_out(DEADLY)
+            if any(k < len(known) for k in task.excluded):
+                repair.leave_out(EXCLUDED)
             else:
                 repair.fetch(functools.partial(get, task.index), failed)
             stamps[1] = clock()

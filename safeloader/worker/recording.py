@@ -54,7 +54,7 @@ from safeloader.worker.unsendable import Culprit, why_not_sent
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
-DEADLY = "its worker died at it twice"
+EXCLUDED = "its worker died at it twice"
 
 
 class RefusingFetcher:
@@ -206,7 +206,7 @@ class RecordingFetcher:
             names = (identity(index),) if batched else unpack(pack_unbatched(index))
             if not batched and len(names) > len(known):
                 index, names = index[: len(known)], names[: len(known)]
-            if position in task.deadly or any(same(names, each) for each in tried):
+            if position in task.excluded or any(same(names, each) for each in tried):
                 continue
             if not batched and len(names) < len(known):
                 continue

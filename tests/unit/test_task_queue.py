@@ -30,7 +30,7 @@ def test_what_is_put_comes_out_in_order(method: str) -> None:
     items = [
         (0, Task(0, [1, 2, 3])),
         (1, Task(1, list(range(100_000)))),  # more than a pipe holds
-        (2, Task(2, "name", deadly=(1,), careful=True)),
+        (2, Task(2, "name", excluded=(1,), one_by_one=True)),
         (3, Task(3, [])),
     ]
     process = context.Process(target=echo, args=(tasks, answers), daemon=True)
