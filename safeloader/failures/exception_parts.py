@@ -17,14 +17,14 @@ _ATTRIBUTE_BYTES = 64 * 1024  # a larger attribute (a batch held by the exceptio
 
 
 @dataclasses.dataclass(frozen=True)
-class Remains:
+class ExceptionParts:
     """What is left of an exception after the crossing: its class and attributes, each pickled."""
 
     lineage: tuple[bytes, ...]
     attributes: tuple[tuple[str, bytes], ...]
 
 
-def remains_of(exc: BaseException) -> Remains:
+def exception_parts_of(exc: BaseException) -> ExceptionParts:
     """Take ``exc`` apart, in the process where it was raised."""
     lineage = []
     for cls in type(exc).__mro__:
@@ -44,7 +44,7 @@ def remains_of(exc: BaseException) -> Remains:
             continue
         if len(pickled) <= _ATTRIBUTE_BYTES:
             attributes.append((name, pickled))
-    return Remains(tuple(lineage), tuple(attributes))
+    return ExceptionParts(tuple(lineage), tuple(attributes))
 
 
 def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
@@ -73,9 +73,9 @@ def _is_copied(name: str) -> bool:
     return not name.startswith("__") and name not in ("failure", "_text")
 
 
-def first_importable(remains: Remains | None) -> type[BaseException] | None:
+def first_importable(exception_parts: ExceptionParts | None) -> type[BaseException] | None:
     """The exception's class, or the nearest of its bases that this process can import."""
-    for pickled in remains.lineage if remains else ():
+    for pickled in exception_parts.lineage if exception_parts else ():
         try:
             found = pickle.loads(pickled)
         except Exception:  # not importable in this process: try what it derives from
@@ -85,9 +85,9 @@ def first_importable(remains: Remains | None) -> type[BaseException] | None:
     return None
 
 
-def crossed(remains: Remains | None) -> Iterator[tuple[str, Any]]:
+def crossed(exception_parts: ExceptionParts | None) -> Iterator[tuple[str, Any]]:
     """The attributes that made it across."""
-    for name, pickled in remains.attributes if remains else ():
+    for name, pickled in exception_parts.attributes if exception_parts else ():
         try:
             yield name, pickle.loads(pickled)
         except Exception:  # its class is not importable here

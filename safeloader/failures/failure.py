@@ -5,7 +5,7 @@
     failure_of(exc, ...)  ──►  Failure (pickles, JSON)  ──►  error_from(failure)
     worker, or main            result queue, log, dump       main: SampleError(KeyError)
 
-The exception object itself does not cross, only what can be of it (``remains.py``); the error is
+The exception object itself does not cross, only what can be of it (``exception_parts.py``); the error is
 put together from that without running a constructor.
 """
 
@@ -31,11 +31,11 @@ from safeloader.errors import (
     dual_type,
 )
 from safeloader.failures.exception_parts import (
-    Remains,
+    ExceptionParts,
     attributes_of,
     crossed,
+    exception_parts_of,
     first_importable,
-    remains_of,
 )
 from safeloader.failures.wording import bounded, report
 from safeloader.introspect.random_state import RandomState
@@ -119,7 +119,9 @@ class Failure:
     dataset_state: dict[str, Any] | None = None
     hint: str = ""
     _where: str = dataclasses.field(default="", repr=False)
-    _remains: Remains | None = dataclasses.field(default=None, repr=False, compare=False)
+    _exception_parts: ExceptionParts | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
     _random: RandomState | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,7 @@ class Failure:
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
         """Whether what was raised is of one of these types, as far as it can be imported here."""
-        raised = first_importable(self._remains)
+        raised = first_importable(self._exception_parts)
         return raised is not None and issubclass(raised, types)
 
     def __str__(self) -> str:
@@ -166,15 +168,15 @@ def failure_of(
         message=bounded(exception_text(exc), _MESSAGE_CHARS),
         traceback=bounded(_traceback_of(exc, skip_frames), _TRACEBACK_CHARS),
         _where=where,
-        _remains=_inner_remains(exc) or remains_of(exc),
+        _exception_parts=_inner_parts(exc) or exception_parts_of(exc),
         **known,
     )
 
 
-def _inner_remains(exc: BaseException) -> Remains | None:
+def _inner_parts(exc: BaseException) -> ExceptionParts | None:
     """For the error of a loader within the dataset: what is left of what the user's code raised."""
     inner = exc.failure if isinstance(exc, SafeLoaderError) else None
-    return None if inner is None else inner._remains
+    return None if inner is None else inner._exception_parts
 
 
 def error_from(failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
@@ -184,13 +186,15 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     then leads into the user's frames, as it would without us.
     """
     ours = _ERROR_OF_PHASE[failure.phase]
-    theirs = type(exception) if exception is not None else first_importable(failure._remains)
+    theirs = (
+        type(exception) if exception is not None else first_importable(failure._exception_parts)
+    )
     error: SafeLoaderError
     if theirs is None:
         error = ours(failure.message)
     else:
         attributes = dict(
-            crossed(failure._remains) if exception is None else attributes_of(exception)
+            crossed(failure._exception_parts) if exception is None else attributes_of(exception)
         )
         try:
             error = cast(

@@ -27,7 +27,7 @@ from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import Session
 from safeloader.main.worker_restarts import Revival
 from safeloader.provenance.trace import trace_for
-from safeloader.supervision.diagnosis import Whereabouts
+from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.checksum import changed
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
@@ -194,7 +194,7 @@ class SafeIterator(Iterator[Any]):
             raise self._epoch.broke(diagnosis.silence(waited_s, timeout=True)) from None
         session = self._session
         failure = session.diagnosis.crash(sign.workers)
-        culprits = [session.diagnosis.whereabouts(worker) for worker in sign.workers]
+        culprits = [session.diagnosis.location(worker) for worker in sign.workers]
         if self._revival is not None and self._revival.worth(failure, culprits, session.sampler):
             self._epoch.survived(failure)
             self._revival.revive(session)
@@ -205,7 +205,7 @@ class SafeIterator(Iterator[Any]):
         # Not by way of a variable: the error's frames would hold the error, and both this iterator.
         raise self._ended_by(failure, culprits) from None
 
-    def _ended_by(self, failure: Failure, at: list[Whereabouts | None]) -> SafeLoaderError:
+    def _ended_by(self, failure: Failure, at: list[WorkerLocation | None]) -> SafeLoaderError:
         lost = [where.position.seq for where in at if where is not None]
         error = self._epoch.broke(failure, tuple(seq for seq in lost if seq is not None))
         self._epoch.close()

@@ -11,7 +11,7 @@ from safeloader.failures.wording import bounded
 from safeloader.introspect.texts import index_text
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.worker_pool import Session, blueprint_of
-from safeloader.supervision.diagnosis import Whereabouts
+from safeloader.supervision.diagnosis import WorkerLocation
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
@@ -42,7 +42,7 @@ class Revival:
         return cls(blueprint_of(loader))
 
     def worth(
-        self, failure: Failure, at: Sequence[Whereabouts | None], sampler: RecordingSampler
+        self, failure: Failure, at: Sequence[WorkerLocation | None], sampler: RecordingSampler
     ) -> bool:
         """Whether to try again; the tasks at which workers died are marked for it."""
         if self._restarts >= MOST_RESTARTS:

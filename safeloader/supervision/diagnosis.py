@@ -24,7 +24,7 @@ from safeloader.supervision.processes import Signals
 _WORKERS_SHOWN = 32
 
 
-class Whereabouts(NamedTuple):
+class WorkerLocation(NamedTuple):
     """Where a worker is, in the dataset's terms."""
 
     worker: int
@@ -88,7 +88,7 @@ class Diagnosis:
         self._opened = opened
         self._oom_kills = oom_kills()
 
-    def whereabouts(self, worker: int) -> Whereabouts | None:
+    def location(self, worker: int) -> WorkerLocation | None:
         """Where ``worker`` is, or was when it died; None without a flight recorder."""
         if self._flight is None:
             return None
@@ -102,12 +102,12 @@ class Diagnosis:
             index = (worker, position.ordinal + at)
         elif at is not None and at < len(indices):
             index = indices[at]
-        return Whereabouts(worker, position, batch, indices, index)
+        return WorkerLocation(worker, position, batch, indices, index)
 
     def crash(self, dead: Sequence[int]) -> Failure:
         """The failure that the death of these workers is."""
         first = min(dead, key=self._order)
-        where = self.whereabouts(first)
+        where = self.location(first)
         process = self._workers[first]
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
         kills = oom_kills()
@@ -124,7 +124,7 @@ class Diagnosis:
         if where is not None and where.position.pid:
             found.append(f"worker {first} was {where}")
         for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
-            also = self.whereabouts(other)
+            also = self.location(other)
             at = "" if also is None else f" while {also}"
             pid = self._workers[other].pid
             found.append(f"worker {other} (pid {pid}) {self._ended(other)} too{at}")
@@ -146,7 +146,7 @@ class Diagnosis:
 
     def _order(self, worker: int) -> tuple[bool, bool, int]:
         """Whose death to tell first: one at work before an idle one, signals before exits."""
-        where = self.whereabouts(worker)
+        where = self.location(worker)
         code = self._workers[worker].exitcode
         return (where is None or not where.busy, code is None or code >= 0, worker)
 
@@ -164,7 +164,7 @@ class Diagnosis:
 
     def silence(self, waited_s: float, *, timeout: bool) -> Failure:
         """The failure, or warning, that no batch came for ``waited_s`` seconds."""
-        at = [self.whereabouts(worker) for worker in range(len(self._workers))]
+        at = [self.location(worker) for worker in range(len(self._workers))]
         known = [where for where in at if where is not None]
         busy = sorted(
             (where for where in known if where.busy),
@@ -209,7 +209,7 @@ class Diagnosis:
             hint="\n".join([*found, hint]),
         )
 
-    def _silent_line(self, where: Whereabouts) -> str:
+    def _silent_line(self, where: WorkerLocation) -> str:
         seconds = where.seconds
         since = "" if seconds is None else f" for {seconds:.1f} s"
         pid = self._workers[where.worker].pid
@@ -255,14 +255,14 @@ class Stalls:
 _TELLING = ("stopped", "disk-sleep", "tracing-stop")
 
 
-def _grown(where: Whereabouts | None) -> int:
+def _grown(where: WorkerLocation | None) -> int:
     if where is None:
         return 0
     before, after = where.position.memory_first, where.position.memory_last
     return max(0, after[0] - before[0]) if min(before[0], after[0]) > 0 else 0
 
 
-def _memory_lines(where: Whereabouts | None) -> list[str]:
+def _memory_lines(where: WorkerLocation | None) -> list[str]:
     """The worker's memory as last sampled, and how it grew."""
     if where is None or where.position.memory_last[0] <= 0:
         return []
