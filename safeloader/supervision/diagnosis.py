@@ -18,7 +18,7 @@ from safeloader.introspect.resources import human_bytes, machine_lines, oom_kill
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import causes, stacks
 from safeloader.supervision.causes import Ending
-from safeloader.supervision.flight_recorder import FlightRecorder, Position
+from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
 _WORKERS_SHOWN = 32
@@ -28,7 +28,7 @@ class WorkerLocation(NamedTuple):
     """Where a worker is, in the dataset's terms."""
 
     worker: int
-    position: Position
+    position: FlightRow
     batch: int | None
     indices: tuple[Any, ...]
     index: Any

@@ -36,7 +36,7 @@ PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate
 STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND, EXIT = range(len(PHASES))
 
 
-class Position(NamedTuple):
+class FlightRow(NamedTuple):
     """Where a worker is, or was when it died.
 
     Attributes:
@@ -108,7 +108,7 @@ class FlightRecorder(SharedCells):
         """Have the workers end; without a lock, which a killed worker might hold."""
         self._cells[0] = 1
 
-    def read(self, worker: int) -> Position:
+    def read(self, worker: int) -> FlightRow:
         """Where ``worker`` is."""
         row = self.row(worker)
         at = row[PHASE]
@@ -119,7 +119,7 @@ class FlightRecorder(SharedCells):
             position = max(0, row[COUNTED]) or _stamps_since(row)
             if row[STAMPS]:
                 since = max(since, row[STAMPS + min(position, STAMPS_MAX)])
-        return Position(
+        return FlightRow(
             phase=phase,
             seq=row[SEQ] if IDLE < at <= EXIT else None,
             position=position if phase == "fetch" else None,
