@@ -1,6 +1,6 @@
 """Which indices came, and how many: bounded sets for the ledger. Runs in: main.
 
-A :class:`Tally` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
+A :class:`IndexSet` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
 which indices were drawn, and which more than once, in at most 64 MiB and a million objects.
 """
 
@@ -27,7 +27,7 @@ _BIT = (1 << np.arange(8)).astype(np.uint8)
 Numbers = npt.NDArray[np.int64]
 
 
-class Tally:
+class IndexSet:
     """Identities of one kind: the first million, and the exact count."""
 
     def __init__(self) -> None:

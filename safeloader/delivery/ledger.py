@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.coverage import Coverage, Tally
+from safeloader.delivery.coverage import Coverage, IndexSet
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.introspect.values import weight
@@ -23,7 +23,7 @@ REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
 
 
-class Trouble(NamedTuple):
+class Discrepancy(NamedTuple):
     """What the check of one batch, or of the epoch's end, found."""
 
     reason: str
@@ -39,7 +39,7 @@ class Trouble(NamedTuple):
         return self.missing + self.duplicated + self.unexpected
 
 
-class Open(NamedTuple):
+class PendingBatch(NamedTuple):
     """A batch that was drawn and has not come: its number in the epoch, and its indices."""
 
     batch: int | None
@@ -51,7 +51,7 @@ class Ledger(Protocol):
 
     lock: threading.RLock  # held while the accounts change, and while another thread reads them
     delivered_count: int
-    tallies: dict[str, Tally]
+    by_class: dict[str, IndexSet]
     reasons: dict[Any, str]  # why an index was skipped, replaced or late
 
     def drawn(self, seq: int, indices: Packed) -> None:
@@ -69,10 +69,12 @@ class Ledger(Protocol):
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
 
-    def check(self, manifest: BatchManifest) -> Trouble | None:
+    def check(self, manifest: BatchManifest) -> Discrepancy | None:
         """Compare a batch that is about to be handed over; without trouble it counts as such."""
 
-    def settle(self, trouble: Trouble, manifest: BatchManifest, *, handed_over: bool) -> None:
+    def settle(
+        self, discrepancy: Discrepancy, manifest: BatchManifest, *, handed_over: bool
+    ) -> None:
         """Book a batch in trouble: handed over all the same, or lost with the error raised."""
 
     def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
@@ -87,10 +89,10 @@ class Ledger(Protocol):
     def abandon(self) -> None:
         """Nothing more will come: the workers died, and the error was raised."""
 
-    def opened(self, seq: int) -> Open | None:
+    def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""
 
-    def finish(self) -> Trouble | None:
+    def finish(self) -> Discrepancy | None:
         """The stock iterator says that the epoch is over: is it?"""
 
     @property
@@ -116,8 +118,8 @@ class Accounts:
         self.delivered_count = 0
         self._handed: int | None = None  # the batch counted last as delivered
         self._interrupts = 0  # may have lost batches that are not known to be lost
-        self.tallies = {
-            name: Tally()
+        self.by_class = {
+            name: IndexSet()
             for name in (
                 "missing",
                 "duplicated",
@@ -135,18 +137,20 @@ class Accounts:
         self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
         self._keys_past_limit = 0
 
-    def book(self, trouble: Trouble) -> None:
-        self.tallies["missing"].add(trouble.missing)
-        self.tallies["duplicated"].add(trouble.duplicated)
-        self.tallies["unexpected"].add(trouble.unexpected)
+    def book(self, discrepancy: Discrepancy) -> None:
+        self.by_class["missing"].add(discrepancy.missing)
+        self.by_class["duplicated"].add(discrepancy.duplicated)
+        self.by_class["unexpected"].add(discrepancy.unexpected)
 
-    def settle(self, trouble: Trouble, manifest: BatchManifest, *, handed_over: bool) -> None:
-        self.book(trouble)
+    def settle(
+        self, discrepancy: Discrepancy, manifest: BatchManifest, *, handed_over: bool
+    ) -> None:
+        self.book(discrepancy)
         if handed_over:
-            extra = len(trouble.unexpected) + len(trouble.duplicated)
-            self.delivered_count += len(trouble.sound) + extra
+            extra = len(discrepancy.unexpected) + len(discrepancy.duplicated)
+            self.delivered_count += len(discrepancy.sound) + extra
         else:
-            self.tallies["failed"].add(trouble.sound)
+            self.by_class["failed"].add(discrepancy.sound)
 
     def note_reasons(self, manifest: BatchManifest) -> None:
         asked = expected_indices(manifest)
@@ -163,7 +167,7 @@ class Accounts:
         gone = 0
         for incident in manifest.incidents or ():
             index = known[incident.position]
-            self.tallies[incident.what].add((index,))
+            self.by_class[incident.what].add((index,))
             gone += incident.what != "late"
             if incident.donor is not None and len(self.donors) < REASONS_LIMIT:
                 self.donors[index] = known[incident.donor]
@@ -176,7 +180,7 @@ class Accounts:
         }
         left = [index for k, index in enumerate(expected_indices(manifest)) if k not in gone]
         self.delivered_count -= len(left)
-        self.tallies["failed"].add(left)
+        self.by_class["failed"].add(left)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours: what it took with it is told."""
@@ -193,7 +197,7 @@ class Accounts:
     def abandon(self) -> None:
         pass  # what was read of a stream and not sent is not known
 
-    def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Trouble | None:
+    def same_key(self, keys: Iterable[Any], identities: Sequence[Any]) -> Discrepancy | None:
         """Samples whose key came before under another index."""
         known = self._index_of_key
         assert known is not None
@@ -217,7 +221,7 @@ class Accounts:
         if not again:
             return None
         more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
-        return Trouble("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
+        return Discrepancy("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
 
     def notes(self, length: int | None) -> list[str]:
         notes = []
@@ -232,7 +236,7 @@ class Accounts:
         self, epoch: int, *, complete: bool, drawn: int, notes: list[str], **more: Any
     ) -> EpochAudit:
         counts = {"repeated": 0, "unvisited": 0}
-        counts |= {name: tally.count for name, tally in self.tallies.items()}
+        counts |= {name: index_set.count for name, index_set in self.by_class.items()}
         counts |= more.pop("counts", {})
         return EpochAudit(
             epoch=epoch,
@@ -243,7 +247,7 @@ class Accounts:
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
-            **{name: tally.array() for name, tally in self.tallies.items()},
+            **{name: index_set.array() for name, index_set in self.by_class.items()},
             **more,
         )
 
@@ -282,20 +286,20 @@ class MapLedger(Accounts):
         with self.lock:
             self._sampler_failed = True
             self._out_of_batches(lost)
-            self.tallies["failed"].add(unpack(lost))
+            self.by_class["failed"].add(unpack(lost))
 
     def draws_ended(self, dropped: Packed) -> None:
         with self.lock:
             if not self._draws_ended:
                 self._draws_ended = True
                 self._out_of_batches(dropped)
-                self.tallies["dropped"].add(unpack(dropped))
+                self.by_class["dropped"].add(unpack(dropped))
 
     def _out_of_batches(self, indices: Packed) -> None:
         self._drawn += count(indices)
         self._coverage.add(indices, count(indices))
 
-    def check(self, manifest: BatchManifest) -> Trouble | None:
+    def check(self, manifest: BatchManifest) -> Discrepancy | None:
         expected = self._pending.get(manifest.seq)
         indices, samples = manifest.indices, manifest.samples
         if expected is None or not same(expected, indices):
@@ -309,26 +313,26 @@ class MapLedger(Accounts):
             return _miscounted(unpack(expected), samples)
         if self._index_of_key is not None and manifest.keys is not None:
             known = sources(manifest)
-            trouble = self.same_key(
+            discrepancy = self.same_key(
                 manifest.keys, [known[place] for place in source_positions(manifest)]
             )
-            if trouble is not None:
+            if discrepancy is not None:
                 del self._pending[manifest.seq]
-                return trouble
+                return discrepancy
         self._handed = manifest.seq  # and no call from here on, see above
         self.delivered_count += number
         del self._pending[manifest.seq]
         return None
 
-    def _compare(self, expected: Packed | None, manifest: BatchManifest) -> Trouble:
+    def _compare(self, expected: Packed | None, manifest: BatchManifest) -> Discrepancy:
         came = unpack(manifest.indices)
         who = "the main process" if manifest.worker_id is None else f"worker {manifest.worker_id}"
         if expected is None:
             first = self._first_seq
             if first is not None and first <= manifest.seq <= self._last_seq:
                 reason = f"{who} sent batch {manifest.seq - first} a second time"
-                return Trouble(reason, duplicated=came)
-            return Trouble(f"{who} sent a batch that this epoch never drew", unexpected=came)
+                return Discrepancy(reason, duplicated=came)
+            return Discrepancy(f"{who} sent a batch that this epoch never drew", unexpected=came)
         drawn = unpack(expected)
         left = list(drawn)
         sound = []
@@ -342,26 +346,26 @@ class MapLedger(Accounts):
         reason = f"{who} was asked for {indices_text(drawn)} and answered for {indices_text(came)}"
         if not left and not unexpected:
             reason += ": the same indices in another order"
-            return Trouble(reason, sound=tuple(sound))
-        return Trouble(
+            return Discrepancy(reason, sound=tuple(sound))
+        return Discrepancy(
             reason, missing=tuple(left), unexpected=tuple(unexpected), sound=tuple(sound)
         )
 
     def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         expected = self._pending.pop(manifest.seq, None)
         if expected is not None:
-            self.tallies["failed"].add(unpack(expected))
+            self.by_class["failed"].add(unpack(expected))
 
     def lost(self, seq: int) -> None:
         expected = self._pending.pop(seq, None)
         if expected is not None:
-            self.tallies["failed"].add(unpack(expected))
+            self.by_class["failed"].add(unpack(expected))
 
-    def opened(self, seq: int) -> Open | None:
+    def opened(self, seq: int) -> PendingBatch | None:
         packed = self._pending.get(seq)
         if packed is None:
             return None
-        return Open(seq - (self._first_seq or 0), unpack(packed))
+        return PendingBatch(seq - (self._first_seq or 0), unpack(packed))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
@@ -372,21 +376,21 @@ class MapLedger(Accounts):
         for seq in list(self._pending):
             self.lost(seq)
 
-    def finish(self) -> Trouble | None:
+    def finish(self) -> Discrepancy | None:
         if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
             self.abandon()
         missing = tuple(index for packed in self._pending.values() for index in unpack(packed))
         self._pending.clear()
         if missing:
-            trouble = Trouble(
+            discrepancy = Discrepancy(
                 f"the epoch ended with {len(missing)} samples drawn and never handed over: "
                 f"{indices_text(missing)}",
                 missing=missing,
             )
-            self.book(trouble)
-            return trouble
+            self.book(discrepancy)
+            return discrepancy
         if not (self._draws_ended or self._sampler_failed or self._interrupts):
-            return Trouble(
+            return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"
             )
@@ -440,12 +444,12 @@ class MapLedger(Accounts):
             )
 
 
-def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
+def _miscounted(drawn: tuple[Any, ...], samples: int) -> Discrepancy:
     """``__getitems__`` broke its contract: which sample belongs to which index is unknown, and the
     first ones are taken to be in order."""
     asked = len(drawn)
     if samples < asked:
-        return Trouble(
+        return Discrepancy(
             f"__getitems__ was asked for {asked} samples and gave {samples}; the last "
             f"{asked - samples} of {indices_text(drawn)} count as missing, though it may have left "
             "out others",
@@ -453,7 +457,7 @@ def _miscounted(drawn: tuple[Any, ...], samples: int) -> Trouble:
             sound=drawn[:samples],
             hint=_ONE_EACH,
         )
-    return Trouble(
+    return Discrepancy(
         f"__getitems__ was asked for {asked} samples, {indices_text(drawn)}, and gave {samples}",
         unexpected=(-1,) * (samples - asked),
         sound=drawn,

@@ -11,7 +11,7 @@ from typing import Any
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
-from safeloader.delivery.ledger import Accounts, Open, Trouble
+from safeloader.delivery.ledger import Accounts, Discrepancy, PendingBatch
 from safeloader.transport.messages import BatchManifest, source_positions
 from safeloader.transport.stream_progress import StreamProgress
 
@@ -45,7 +45,7 @@ class StreamLedger(Accounts):
     def draws_ended(self, dropped: Packed) -> None:
         pass  # torch draws for a stream without end
 
-    def check(self, manifest: BatchManifest) -> Trouble | None:
+    def check(self, manifest: BatchManifest) -> Discrepancy | None:
         row = manifest.worker_id or 0
         first, samples = manifest.ordinal or 0, manifest.samples or 0
         expected = self._next[row]
@@ -54,22 +54,22 @@ class StreamLedger(Accounts):
         if not told:
             return self._compare(row, expected, first, samples)
         if manifest.keys is not None and self._index_of_key is not None:
-            trouble = self.same_key(
+            discrepancy = self.same_key(
                 manifest.keys, [(row, first + k) for k in source_positions(manifest)]
             )
-            if trouble is not None:
+            if discrepancy is not None:
                 known = self._index_of_key
                 others = any(known.get(key, (row,))[0] != row for key in manifest.keys)
-                return trouble._replace(hint=_SHARE if others else "")
+                return discrepancy._replace(hint=_SHARE if others else "")
         if manifest.incidents is not None:
             samples -= self.book_incidents(manifest)
         self._handed = manifest.seq
         self.delivered_count += samples
         return None
 
-    def _compare(self, row: int, expected: int, first: int, samples: int) -> Trouble:
+    def _compare(self, row: int, expected: int, first: int, samples: int) -> Discrepancy:
         end = first + samples
-        return Trouble(
+        return Discrepancy(
             f"worker {row} sent samples {first} to {end - 1} of its stream where number {expected} "
             "was due",
             missing=tuple((row, k) for k in range(expected, first)),
@@ -85,9 +85,9 @@ class StreamLedger(Accounts):
                 self._next[manifest.worker_id or 0],
             )
             if not self._told_of(row, first):
-                self.tallies["missing"].add((row, k) for k in range(due, first))
+                self.by_class["missing"].add((row, k) for k in range(due, first))
             self._next[row] = max(due, first + (manifest.samples or 0))
-            self.tallies["failed"].add(indices)
+            self.by_class["failed"].add(indices)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
@@ -99,7 +99,7 @@ class StreamLedger(Accounts):
         due = self._next[row]
         if not self._interrupts or came <= due:
             return False
-        self.tallies["failed"].add((row, k) for k in range(due, came))
+        self.by_class["failed"].add((row, k) for k in range(due, came))
         self._interrupts -= 1
         self._next[row] = came
         return True
@@ -107,10 +107,10 @@ class StreamLedger(Accounts):
     def lost(self, seq: int) -> None:
         pass  # a stream's batches are not known by their draws
 
-    def opened(self, seq: int) -> Open | None:
-        return Open(None, ())
+    def opened(self, seq: int) -> PendingBatch | None:
+        return PendingBatch(None, ())
 
-    def finish(self) -> Trouble | None:
+    def finish(self) -> Discrepancy | None:
         if self._finished or self._progress is None or self._sampler_failed:
             self._finished = not self._sampler_failed
             return None
@@ -124,7 +124,7 @@ class StreamLedger(Accounts):
                 said.append(f"worker {row} never came to the end of its stream")
                 continue
             kept = state.read - state.dropped
-            self.tallies["dropped"].add((row, k) for k in range(kept, state.read))
+            self.by_class["dropped"].add((row, k) for k in range(kept, state.read))
             if reached < kept and not self._told_of(row, kept):
                 said.append(
                     f"worker {row} read {kept} samples and the last {kept - reached} never came"
@@ -132,9 +132,9 @@ class StreamLedger(Accounts):
                 missing += [(row, k) for k in range(reached, kept)]
         if not said:
             return None
-        trouble = Trouble("; ".join(said), missing=tuple(missing))
-        self.book(trouble)
-        return trouble
+        discrepancy = Discrepancy("; ".join(said), missing=tuple(missing))
+        self.book(discrepancy)
+        return discrepancy
 
     @property
     def complete(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
-from safeloader.delivery.ledger import Ledger, Open, Trouble
+from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure, error_from
@@ -96,11 +96,11 @@ class Epoch:
             self._count_incidents(manifest)
         ledger = self.ledger
         with ledger.lock:
-            trouble = ledger.check(manifest)
-            if trouble is not None:
-                ledger.settle(trouble, manifest, handed_over=self._verify != "raise")
-        if trouble is not None:
-            self._told(trouble, manifest)
+            discrepancy = ledger.check(manifest)
+            if discrepancy is not None:
+                ledger.settle(discrepancy, manifest, handed_over=self._verify != "raise")
+        if discrepancy is not None:
+            self._told(discrepancy, manifest)
         number = self.batches
         self.batches = number + 1
         if self._trace is not OFF:
@@ -110,25 +110,25 @@ class Epoch:
             self.close()
         return number
 
-    def _told(self, trouble: Trouble, manifest: BatchManifest | None) -> None:
+    def _told(self, discrepancy: Discrepancy, manifest: BatchManifest | None) -> None:
         if self._verify == "off":
             return
-        culprits = trouble.culprits
+        culprits = discrepancy.culprits
         failure = Failure(
             phase="delivery",
             exception_type="DeliveryError",
-            message=trouble.reason,
+            message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
-            indices=culprits + trouble.sound,
+            indices=culprits + discrepancy.sound,
             batch=self.batches if manifest is not None else None,
             epoch=self.number,
             rank=rank(),
             worker_id=None if manifest is None else manifest.worker_id,
             pid=os.getpid() if manifest is None else manifest.pid,
-            hint=trouble.hint or _SEE_AUDIT,
+            hint=discrepancy.hint or _SEE_AUDIT,
         )
         if self._verify == "warn":
-            warnings.warn(f"safeloader: {trouble.reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"safeloader: {discrepancy.reason}", RuntimeWarning, stacklevel=4)
             return
         if manifest is not None:
             self.batches += 1
@@ -142,11 +142,11 @@ class Epoch:
         """
         self._count_incidents(manifest)
         with self.ledger.lock:
-            trouble = self.ledger.check(manifest)
-            if trouble is not None:
-                self.ledger.settle(trouble, manifest, handed_over=False)
-        if trouble is not None:
-            self._told(trouble, manifest)
+            discrepancy = self.ledger.check(manifest)
+            if discrepancy is not None:
+                self.ledger.settle(discrepancy, manifest, handed_over=False)
+        if discrepancy is not None:
+            self._told(discrepancy, manifest)
         self.log.warning(
             "epoch %d: every sample of what would be batch %d failed: it is left out whole",
             self.number,
@@ -189,7 +189,7 @@ class Epoch:
         for failure in manifest.failures or ():
             self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
-        gone = ledger.tallies["skipped"].count + ledger.tallies["replaced"].count
+        gone = ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
         reason = self._skip_budget.exceeded(manifest, ledger.delivered_count + gone + len(asked))
         if reason is None:
             return
@@ -250,7 +250,7 @@ class Epoch:
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
-        failed = self.ledger.tallies["failed"]
+        failed = self.ledger.by_class["failed"]
         with self.ledger.lock:
             before = failed.count
             self.ledger.interrupted(manifest)
@@ -270,7 +270,7 @@ class Epoch:
         failure = dataclasses.replace(failure, epoch=self.number, rank=rank(), dataset_state=state)
         return self._error(failure)
 
-    def opened(self, seq: int) -> Open | None:
+    def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""
         return self.ledger.opened(seq)
 
@@ -300,12 +300,12 @@ class Epoch:
             return
         self._ended = True
         with self.ledger.lock:
-            trouble = None if broken else self.ledger.finish()
+            discrepancy = None if broken else self.ledger.finish()
             if broken:
                 self.ledger.abandon()
         self.close()
-        if trouble is not None:
-            self._told(trouble, None)
+        if discrepancy is not None:
+            self._told(discrepancy, None)
 
     def close(self) -> None:
         """No more will come; said once. Nothing is raised: an early ``break`` is no error."""

@@ -22,7 +22,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from safeloader import _torch
-from safeloader.delivery.ledger import MapLedger, Open
+from safeloader.delivery.ledger import MapLedger, PendingBatch
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure, error_from, failure_of
@@ -134,10 +134,10 @@ class Session:
         results: ResultQueue | None = None
         try:
             table, no_slots = _slot_table(loader)
-            tally = loader._recorder_on_demand().transport
+            index_set = loader._recorder_on_demand().transport
             if table is not None:
-                tally = PoolTally(tally, table)
-            unpacker = Unpacker(table, tally)
+                index_set = PoolTally(index_set, table)
+            unpacker = Unpacker(table, index_set)
             results = ResultQueue(loader.num_workers, unpacker.opened, unpacker.settle)
             flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
@@ -170,11 +170,11 @@ class Session:
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()
-        if isinstance(tally, PoolTally):
-            tally.workers = weakref.WeakSet(_torch.workers_of(stock))
+        if isinstance(index_set, PoolTally):
+            index_set.workers = weakref.WeakSet(_torch.workers_of(stock))
         log = self.sampler
 
-        def opened(seq: int) -> Open | None:
+        def opened(seq: int) -> PendingBatch | None:
             return log.log.opened(seq) if isinstance(log.log, Epoch) else None
 
         self.diagnosis = Diagnosis(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter_ns as clock
 from typing import Any, NamedTuple
 
-from safeloader.delivery.ledger import Open
+from safeloader.delivery.ledger import PendingBatch
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
@@ -79,7 +79,7 @@ class Diagnosis:
         flight: FlightRecorder | None,
         workers: Sequence[Any],
         start_method: str,
-        opened: Callable[[int], Open | None],
+        opened: Callable[[int], PendingBatch | None],
     ) -> None:
         self._flight = flight
         self._workers = workers

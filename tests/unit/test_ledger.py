@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safeloader.delivery import ledger as ledger_module
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import pack
-from safeloader.delivery.ledger import MapLedger, Trouble
+from safeloader.delivery.ledger import Discrepancy, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.transport.messages import BatchManifest
 from safeloader.transport.stream_progress import StreamProgress
@@ -45,12 +45,12 @@ def stream_papers(
     return BatchManifest(seq, worker, 1, b"", samples, first, b"", False, noted)
 
 
-def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Trouble | None:
+def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Discrepancy | None:
     """What the training process does with a batch; ``raised`` as under ``verify="raise"``."""
-    trouble: Trouble | None = ledger.check(came)
-    if trouble is not None:
-        ledger.settle(trouble, came, handed_over=not raised)
-    return trouble
+    discrepancy: Discrepancy | None = ledger.check(came)
+    if discrepancy is not None:
+        ledger.settle(discrepancy, came, handed_over=not raised)
+    return discrepancy
 
 
 def drawn_ledger(
@@ -151,23 +151,23 @@ def test_every_corruption_is_classified_exactly(
             continue
         if harm == "replaced":
             came = data.draw(st.lists(NUMBER | NAME, min_size=1, max_size=5))
-            trouble = hand_over(ledger, manifest(seq, came), raised=raised)
-            assert (trouble is None) == (came == batch)
-            model.arrived(batch, came, raised=raised and trouble is not None)
+            discrepancy = hand_over(ledger, manifest(seq, came), raised=raised)
+            assert (discrepancy is None) == (came == batch)
+            model.arrived(batch, came, raised=raised and discrepancy is not None)
             continue
         if harm == "order changed":
             came = data.draw(st.permutations(batch))
-            trouble = hand_over(ledger, manifest(seq, came), raised=raised)
-            assert (trouble is None) == (came == batch)
-            assert trouble is None or "another order" in trouble.reason
-            model.arrived(batch, came, raised=raised and trouble is not None)
+            discrepancy = hand_over(ledger, manifest(seq, came), raised=raised)
+            assert (discrepancy is None) == (came == batch)
+            assert discrepancy is None or "another order" in discrepancy.reason
+            model.arrived(batch, came, raised=raised and discrepancy is not None)
             continue
         if harm in ("too few", "too many"):
             more = data.draw(st.integers(1, 3)) * (-1 if harm == "too few" else 1)
             samples = max(len(batch) + more, 0)
-            trouble = hand_over(ledger, manifest(seq, batch, samples=samples), raised=raised)
-            assert trouble is not None
-            assert f"gave {samples}" in trouble.reason
+            discrepancy = hand_over(ledger, manifest(seq, batch, samples=samples), raised=raised)
+            assert discrepancy is not None
+            assert f"gave {samples}" in discrepancy.reason
             model.settled(
                 Counter(batch[samples:]),
                 Counter(),
@@ -179,19 +179,19 @@ def test_every_corruption_is_classified_exactly(
         assert hand_over(ledger, manifest(seq, batch), raised=raised) is None
         model.arrived(batch, batch, raised=False)
         if harm == "sent twice":
-            trouble = hand_over(ledger, manifest(seq, batch), raised=raised)
-            assert trouble is not None
-            assert f"batch {at} a second time" in trouble.reason
+            discrepancy = hand_over(ledger, manifest(seq, batch), raised=raised)
+            assert discrepancy is not None
+            assert f"batch {at} a second time" in discrepancy.reason
             model.settled(Counter(), Counter(batch), Counter(), Counter(), raised=raised)
         if harm == "never drawn":
-            trouble = hand_over(ledger, manifest(first_seq + unasked, batch), raised=raised)
+            discrepancy = hand_over(ledger, manifest(first_seq + unasked, batch), raised=raised)
             unasked += 1
-            assert trouble is not None
-            assert "never drew" in trouble.reason
+            assert discrepancy is not None
+            assert "never drew" in discrepancy.reason
             model.settled(Counter(), Counter(), Counter(batch), Counter(), raised=raised)
     lost = model.classes["missing"].copy()
-    trouble = ledger.finish()
-    assert trouble is None or set(trouble.missing) <= set(lost)
+    discrepancy = ledger.finish()
+    assert discrepancy is None or set(discrepancy.missing) <= set(lost)
     audit = ledger.audit(3, None)
     assert found(audit) == {name: count for name, count in model.classes.items() if count}
     assert audit.drawn == sum(map(len, batches))
@@ -230,7 +230,7 @@ def test_memory_grows_with_the_batches_in_flight_only() -> None:
         return sum(
             len(value)
             for value in vars(ledger).values()
-            if isinstance(value, dict | list | set) and value is not ledger.tallies
+            if isinstance(value, dict | list | set) and value is not ledger.by_class
         )
 
     ledger = MapLedger(with_keys=False, expected_batches=None)
@@ -256,42 +256,42 @@ def test_an_epoch_left_early_is_not_complete_and_no_error() -> None:
 def test_an_end_that_the_sampler_did_not_announce_is_a_trouble() -> None:
     ledger = drawn_ledger([[0, 1]], ended=False)
     assert ledger.check(manifest(0, [0, 1])) is None
-    trouble = ledger.finish()
-    assert trouble is not None
-    assert "although the sampler has more to draw" in trouble.reason
-    assert trouble.culprits == ()
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert "although the sampler has more to draw" in discrepancy.reason
+    assert discrepancy.culprits == ()
 
 
 def test_lost_batches_are_told_at_the_end_and_once() -> None:
     ledger = drawn_ledger([[0, 1], ["x", 3]])
-    trouble = ledger.finish()
-    assert trouble is not None
-    assert trouble.missing == trouble.culprits == (0, 1, "x", 3)
-    assert "4 samples drawn and never handed over: [0, 1, 'x', 3]" in trouble.reason
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert discrepancy.missing == discrepancy.culprits == (0, 1, "x", 3)
+    assert "4 samples drawn and never handed over: [0, 1, 'x', 3]" in discrepancy.reason
     assert ledger.finish() is None
     assert ledger.audit(0, None).counts["missing"] == 4
 
 
 def test_reasons_show_eight_indices_at_most() -> None:
-    trouble = drawn_ledger([list(range(9))]).finish()
-    assert trouble is not None
-    assert trouble.reason.endswith("[0, 1, 2, 3, 4, 5, 6, 7, ...]")
+    discrepancy = drawn_ledger([list(range(9))]).finish()
+    assert discrepancy is not None
+    assert discrepancy.reason.endswith("[0, 1, 2, 3, 4, 5, 6, 7, ...]")
 
 
 @pytest.mark.parametrize(("worker_id", "who"), [(None, "the main process"), (3, "worker 3")])
 def test_reasons_name_the_one_who_sent_it(worker_id: int | None, who: str) -> None:
     ledger = drawn_ledger([[0, 1]])
-    trouble = ledger.check(manifest(0, [0, 7], worker_id=worker_id))
-    assert trouble is not None
-    assert trouble.reason == f"{who} was asked for [0, 1] and answered for [0, 7]"
-    assert (trouble.missing, trouble.unexpected, trouble.sound) == ((1,), (7,), (0,))
+    discrepancy = ledger.check(manifest(0, [0, 7], worker_id=worker_id))
+    assert discrepancy is not None
+    assert discrepancy.reason == f"{who} was asked for [0, 1] and answered for [0, 7]"
+    assert (discrepancy.missing, discrepancy.unexpected, discrepancy.sound) == ((1,), (7,), (0,))
 
 
 def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
     ledger = drawn_ledger([[5]], first_seq=10)
-    trouble = ledger.check(manifest(9, [4]))
-    assert trouble is not None
-    assert (trouble.unexpected, trouble.duplicated) == ((4,), ())
+    discrepancy = ledger.check(manifest(9, [4]))
+    assert discrepancy is not None
+    assert (discrepancy.unexpected, discrepancy.duplicated) == ((4,), ())
 
 
 def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_trouble() -> None:
@@ -345,9 +345,9 @@ def test_indices_that_cannot_be_compared_are_told_apart_by_their_places() -> Non
 def test_what_cannot_be_compared_and_is_one_too_few_is_a_trouble() -> None:
     batch = [Crop(1, torch.tensor([2, 3])), Crop(4, torch.tensor([5, 6]))]
     ledger = drawn_ledger([batch])
-    trouble = hand_over(ledger, manifest(0, pickle.loads(pickle.dumps(batch[:1]))))
-    assert trouble is not None
-    assert len(trouble.missing) - len(trouble.unexpected) == 1
+    discrepancy = hand_over(ledger, manifest(0, pickle.loads(pickle.dumps(batch[:1]))))
+    assert discrepancy is not None
+    assert len(discrepancy.missing) - len(discrepancy.unexpected) == 1
 
 
 def test_failure_of_an_unknown_batch_is_not_booked() -> None:
@@ -368,10 +368,10 @@ def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch
 def test_two_indices_with_one_key_are_one_sample() -> None:
     ledger = drawn_ledger([[0, 1], [2, 3]], with_keys=True)
     assert hand_over(ledger, manifest(0, [0, 1], keys=["a", "b"])) is None
-    trouble = hand_over(ledger, manifest(1, [2, 3], keys=["a", "c"]))
-    assert trouble is not None
-    assert trouble.reason == "index 2 and index 0 are one sample (key 'a')"
-    assert (trouble.duplicated, trouble.sound) == ((2,), (3,))
+    discrepancy = hand_over(ledger, manifest(1, [2, 3], keys=["a", "c"]))
+    assert discrepancy is not None
+    assert discrepancy.reason == "index 2 and index 0 are one sample (key 'a')"
+    assert (discrepancy.duplicated, discrepancy.sound) == ((2,), (3,))
     audit = ledger.audit(0, None)
     assert (audit.duplicated.tolist(), audit.delivered, audit.ok) == ([2], 4, False)
 
@@ -393,8 +393,8 @@ def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: in
     for seq, batch in enumerate(batches):
         keys = [index // samples_per_key for index in batch]
         again = [i for i, key in zip(batch, keys, strict=True) if first.setdefault(key, i) != i]
-        trouble = hand_over(ledger, manifest(seq, batch, keys=keys))
-        assert (trouble.duplicated if trouble else ()) == tuple(again)
+        discrepancy = hand_over(ledger, manifest(seq, batch, keys=keys))
+        assert (discrepancy.duplicated if discrepancy else ()) == tuple(again)
         duplicated += again
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
@@ -405,10 +405,10 @@ def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: in
 
 def test_a_batch_of_duplicates_names_three_and_counts_the_rest() -> None:
     ledger = drawn_ledger([list(range(6))], with_keys=True)
-    trouble = ledger.check(manifest(0, list(range(6)), keys=["same"] * 6))
-    assert trouble is not None
-    assert trouble.reason.count("are one sample") == 3
-    assert trouble.reason.endswith("; and 2 more")
+    discrepancy = ledger.check(manifest(0, list(range(6)), keys=["same"] * 6))
+    assert discrepancy is not None
+    assert discrepancy.reason.count("are one sample") == 3
+    assert discrepancy.reason.endswith("; and 2 more")
 
 
 def test_keys_are_not_compared_unless_asked_for() -> None:
@@ -419,9 +419,9 @@ def test_keys_are_not_compared_unless_asked_for() -> None:
 def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 2)
     ledger = drawn_ledger([[0, 1, 2, 3]], with_keys=True)
-    trouble = hand_over(ledger, manifest(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
-    assert trouble is not None
-    assert trouble.duplicated == (3,)
+    discrepancy = hand_over(ledger, manifest(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
+    assert discrepancy is not None
+    assert discrepancy.duplicated == (3,)
     (note,) = ledger.audit(0, None).notes
     assert note.startswith("the keys of the first 2 samples were compared; 1 later")
 
@@ -486,8 +486,8 @@ def test_gaps_and_repeats_against_plain_sets(
     duplicated: Counter[tuple[int, int]] = Counter()
     due = 0
     for first, samples in spans:
-        trouble = hand_over(ledger, stream_papers(0, first, samples))
-        assert (trouble is None) == (first == due)
+        discrepancy = hand_over(ledger, stream_papers(0, first, samples))
+        assert (discrepancy is None) == (first == due)
         came = [(0, k) for k in range(first, first + samples)]
         missing.update((0, k) for k in range(due, first))
         duplicated.update(pair for pair in came if pair[1] < due)
@@ -495,8 +495,8 @@ def test_gaps_and_repeats_against_plain_sets(
         due = max(due, first + samples)
     left = data.draw(st.integers(0, 3))
     progress.write(0, due + left, 0, True)
-    trouble = ledger.finish()
-    assert (trouble is None) == (left == 0)
+    discrepancy = ledger.finish()
+    assert (discrepancy is None) == (left == 0)
     missing.update((0, k) for k in range(due, due + left))
     audit = ledger.audit(0, None)
     expected = {"missing": missing, "duplicated": duplicated}
@@ -513,11 +513,11 @@ def test_counts_name_every_class_of_a_stream_too() -> None:
 def test_a_stream_in_trouble_says_what_was_due() -> None:
     ledger, _ = stream_ledger(2)
     assert ledger.check(stream_papers(1, 0, 3)) is None
-    trouble = ledger.check(stream_papers(1, 5, 2))
-    assert trouble is not None
-    assert trouble.reason == "worker 1 sent samples 5 to 6 of its stream where number 3 was due"
-    assert trouble.missing == ((1, 3), (1, 4))
-    assert trouble.sound == ((1, 5), (1, 6))
+    discrepancy = ledger.check(stream_papers(1, 5, 2))
+    assert discrepancy is not None
+    assert discrepancy.reason == "worker 1 sent samples 5 to 6 of its stream where number 3 was due"
+    assert discrepancy.missing == ((1, 3), (1, 4))
+    assert discrepancy.sound == ((1, 5), (1, 6))
 
 
 def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
@@ -526,9 +526,9 @@ def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
     progress.write(1, 4, 0, False)
     assert ledger.check(stream_papers(0, 0, 3)) is None
     assert ledger.check(stream_papers(1, 0, 2)) is None
-    trouble = ledger.finish()
-    assert trouble is not None
-    assert trouble.reason == "worker 1 never came to the end of its stream"
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert discrepancy.reason == "worker 1 never came to the end of its stream"
     assert ledger.finish() is None
 
 
@@ -536,10 +536,10 @@ def test_a_stream_whose_last_samples_never_came() -> None:
     ledger, progress = stream_ledger()
     progress.write(0, 7, 1, True)
     assert ledger.check(stream_papers(0, 0, 4)) is None
-    trouble = ledger.finish()
-    assert trouble is not None
-    assert trouble.reason == "worker 0 read 6 samples and the last 2 never came"
-    assert trouble.missing == ((0, 4), (0, 5))
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert discrepancy.reason == "worker 0 read 6 samples and the last 2 never came"
+    assert discrepancy.missing == ((0, 4), (0, 5))
     audit = ledger.audit(0, None)
     assert audit.missing.tolist() == [[0, 4], [0, 5]]
     assert audit.dropped.tolist() == [[0, 6]]
@@ -561,11 +561,11 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
 def test_keys_find_two_workers_that_read_one_stream() -> None:
     ledger, progress = stream_ledger(2, with_keys=True)
     assert hand_over(ledger, stream_papers(0, 0, 2, ["a", "b"])) is None
-    trouble = hand_over(ledger, stream_papers(1, 0, 2, ["a", "b"]))
-    assert trouble is not None
-    assert trouble.duplicated == ((1, 0), (1, 1))
-    assert "index (1, 0) and index (0, 0) are one sample" in trouble.reason
-    assert "get_worker_info()" in trouble.hint
+    discrepancy = hand_over(ledger, stream_papers(1, 0, 2, ["a", "b"]))
+    assert discrepancy is not None
+    assert discrepancy.duplicated == ((1, 0), (1, 1))
+    assert "index (1, 0) and index (0, 0) are one sample" in discrepancy.reason
+    assert "get_worker_info()" in discrepancy.hint
     progress.write(0, 2, 0, True)
     progress.write(1, 2, 0, True)
     assert ledger.finish() is None
@@ -574,9 +574,9 @@ def test_keys_find_two_workers_that_read_one_stream() -> None:
 
 def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
     ledger, _ = stream_ledger(2, with_keys=True)
-    trouble = hand_over(ledger, stream_papers(0, 0, 2, ["a", "a"]))
-    assert trouble is not None
-    assert trouble.hint == ""
+    discrepancy = hand_over(ledger, stream_papers(0, 0, 2, ["a", "a"]))
+    assert discrepancy is not None
+    assert discrepancy.hint == ""
 
 
 def test_notes_of_streams_that_do_not_add_up() -> None:
@@ -667,9 +667,9 @@ def test_an_interrupt_beside_workers_may_take_two_batches(interrupts: int, lost:
 def test_more_than_interrupts_can_take_is_missing() -> None:
     ledger = drawn_ledger([[0], [1], [2]])
     ledger.interrupted(None)
-    trouble = ledger.finish()
-    assert trouble is not None
-    assert trouble.missing == (0, 1, 2)
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert discrepancy.missing == (0, 1, 2)
 
 
 @pytest.mark.parametrize("counted", [True, False])
