@@ -139,19 +139,19 @@ class LoaderView:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, wiring: Wiring | None
+        self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, channels: Channels | None
     ) -> None:
         self._loader = loader
         self._index_sampler = sampler
         self.worker_init_fn = worker_init_fn
-        if wiring is not None:
-            self.multiprocessing_context = _Context(loader.multiprocessing_context, wiring)
+        if channels is not None:
+            self.multiprocessing_context = _Context(loader.multiprocessing_context, channels)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
 
-class Wiring(NamedTuple):
+class Channels(NamedTuple):
     """What stands between torch's iterator and its workers instead of torch's own."""
 
     results: Any  # in the place of the queue that all workers put their results in
@@ -162,11 +162,11 @@ class Wiring(NamedTuple):
 class _Context:
     """A multiprocessing context whose queues and first event are ours."""
 
-    def __init__(self, base: Any, wiring: Wiring) -> None:
+    def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
-        self._results: Any = wiring.results
-        self._tasks = wiring.tasks
-        self._ending: Any = wiring.ending
+        self._results: Any = channels.results
+        self._tasks = channels.tasks
+        self._ending: Any = channels.ending
 
     def Queue(self, *args: Any) -> Any:
         ours, self._results = self._results, None  # torch makes it first

@@ -48,7 +48,7 @@ except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off need
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-    from safeloader.main.worker_pool import Session
+    from safeloader.main.worker_pool import WorkerPool
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -133,7 +133,7 @@ class SafeDataLoader(DataLoader[T_co]):
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
-    _session: Session | None = None
+    _pool: WorkerPool | None = None
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
 
@@ -207,8 +207,8 @@ class SafeDataLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
         if _unrecorded(self):
-            if self._session is not None:  # its workers speak in messages of ours
-                self._session = self._iterator = None
+            if self._pool is not None:  # its workers speak in messages of ours
+                self._pool = self._iterator = None
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())
 

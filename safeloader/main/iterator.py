@@ -24,8 +24,8 @@ from safeloader.failures import dump
 from safeloader.failures.failure import Failure, error_from
 from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
-from safeloader.main.worker_pool import Session
-from safeloader.main.worker_restarts import Revival
+from safeloader.main.worker_pool import WorkerPool
+from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.trace import trace_for
 from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
@@ -43,20 +43,20 @@ class SafeIterator(Iterator[Any]):
     Attributes of torch's iterator (``_workers``, ``_index_queues``, ...) answer here too.
     """
 
-    def __init__(self, loader: SafeDataLoader[Any], session: Session | None = None) -> None:
+    def __init__(self, loader: SafeDataLoader[Any], session: WorkerPool | None = None) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
         self._recorder = loader._recorder_on_demand()
-        self._revival = Revival.for_loader(loader)
+        self._restarts = WorkerRestarts.for_loader(loader)
         self._epoch = self._begin(loader)
         # A stream's __next__ also warns about its length: that stays torch's.
         stream = _torch.is_stream(loader)
         self._advance: Callable[[Any], Any] = next if stream else _torch.next_of
-        self._session = Session(loader, self._epoch) if session is None else session
-        self._stock = self._session.stock
+        self._pool = WorkerPool(loader, self._epoch) if session is None else session
+        self._stock = self._pool.stock
         if session is not None:
             self._begin_on_pool(loader)
-        self._session.live = weakref.ref(self)
+        self._pool.live = weakref.ref(self)
 
     def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
         log = LoaderLog(loader.dataset, length_of(loader.dataset))
@@ -76,10 +76,10 @@ class SafeIterator(Iterator[Any]):
     def _begin_on_pool(self, loader: SafeDataLoader[Any]) -> None:
         """Begin an epoch on workers that are there already, or should be."""
         try:
-            self._session.restart(loader, self._epoch)
+            self._pool.restart(loader, self._epoch)
         except WorkersDied as sign:
             self._go_on_after(sign)
-        self._stock = self._session.stock
+        self._stock = self._pool.stock
 
     def _restart(self, loader: SafeDataLoader[Any]) -> None:
         if self._turn.locked():
@@ -89,7 +89,7 @@ class SafeIterator(Iterator[Any]):
             self._epoch.close()
             self._epoch.release()
             self._recorder = loader._recorder_on_demand()
-            self._revival = Revival.for_loader(loader)
+            self._restarts = WorkerRestarts.for_loader(loader)
             self._epoch = self._begin(loader)
             self._begin_on_pool(loader)
 
@@ -114,7 +114,7 @@ class SafeIterator(Iterator[Any]):
                     try:
                         came = self._advance(self._stock)
                     except StopIteration:
-                        self._epoch.ended(broken=self._session.broken is not None)
+                        self._epoch.ended(broken=self._pool.broken is not None)
                         raise
                     except (WorkersDied, TimedOut) as sign:
                         self._go_on_after(sign)
@@ -126,8 +126,8 @@ class SafeIterator(Iterator[Any]):
                             failure = changed(manifest, payload)
                             if failure is not None:
                                 self._other_than_batch(FailedBatch(manifest, failure))
-                        if self._revival is not None:
-                            self._session.sampler.answered(manifest.seq)
+                        if self._restarts is not None:
+                            self._pool.sampler.answered(manifest.seq)
                         wait_ns = clock() - began
                         number = epoch.arrived(manifest, began, wait_ns)
                         self._recorder.delivered(epoch.number, number, wait_ns, manifest)
@@ -158,14 +158,14 @@ class SafeIterator(Iterator[Any]):
             gone = failure is not None and failure.phase == "transport"
             if gone and self._lost_with_worker(came):
                 return
-            self._session.sampler.answered(came.manifest.seq)
-            raise self._epoch.came_failed(came, self._session.raised)
+            self._pool.sampler.answered(came.manifest.seq)
+            raise self._epoch.came_failed(came, self._pool.raised)
         if type(came) is EmptyBatch:
-            self._session.sampler.answered(came.manifest.seq)
+            self._pool.sampler.answered(came.manifest.seq)
             self._epoch.came_empty(came.manifest)
             return
-        if self._session.broken is not None:
-            raise error_from(self._session.broken)
+        if self._pool.broken is not None:
+            raise error_from(self._pool.broken)
         raise DeliveryError(
             f"a batch came without manifest ({type(came).__name__}): something replaced safeloader's "
             "fetcher in the workers. Set SAFELOADER=off to run without records."
@@ -189,15 +189,17 @@ class SafeIterator(Iterator[Any]):
     def _go_on_after(self, sign: WorkersDied | TimedOut) -> None:
         """Start a new pool, or raise what happened to the workers."""
         if isinstance(sign, TimedOut):
-            diagnosis, waited_s = self._session.diagnosis, self._session.timeout_s
-            self._session.timed_out = True
+            diagnosis, waited_s = self._pool.diagnosis, self._pool.timeout_s
+            self._pool.timed_out = True
             raise self._epoch.broke(diagnosis.silence(waited_s, timeout=True)) from None
-        session = self._session
+        session = self._pool
         failure = session.diagnosis.crash(sign.workers)
         culprits = [session.diagnosis.location(worker) for worker in sign.workers]
-        if self._revival is not None and self._revival.worth(failure, culprits, session.sampler):
+        if self._restarts is not None and self._restarts.should_restart(
+            failure, culprits, session.sampler
+        ):
             self._epoch.survived(failure)
-            self._revival.revive(session)
+            self._restarts.revive(session)
             self._stock = session.stock
             return
         session.broken = failure
@@ -232,7 +234,7 @@ class SafeIterator(Iterator[Any]):
                 epoch.close()
                 epoch.release()
                 if "_session" in self.__dict__:
-                    self._session.let_go()
+                    self._pool.let_go()
             except Exception:  # at interpreter exit anything may be gone already
                 return
 
@@ -245,12 +247,12 @@ def iterate(loader: SafeDataLoader[Any]) -> SafeIterator:
     """
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader)
-    session = loader._session
+    session = loader._pool
     held = _torch.kept_iterator(loader)
     # Not there yet, let go of by a framework, or its workers died.
     if session is None or session.kept is not held or session.broken is not None:
         made = SafeIterator(loader)
-        loader._session = made._session
+        loader._pool = made._pool
         _torch.keep_iterator(loader, made._stock)
         return made
     live = None if session.live is None else session.live()

@@ -37,7 +37,7 @@ from safeloader.provenance.recorder import failure_was_told
 from safeloader.supervision import leftovers
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import Ending, FlightRecorder
-from safeloader.supervision.receiver import Inbox, PinnedInbox
+from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.result_queue import ResultQueue
 from safeloader.transport.slot_budget import PoolTally, budget
 from safeloader.transport.slot_reader import Unpacker
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("safeloader")
 
 
-class Session:
+class WorkerPool:
     """Torch's iterator, with the parts of ours that are built into it.
 
     Attributes:
@@ -154,8 +154,10 @@ class Session:
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ending = None if flight is None else Ending(flight)
-            wiring = _torch.Wiring(results, tasks, ending)
-            self._view = functools.partial(_torch.LoaderView, worker_init_fn=startup, wiring=wiring)
+            channels = _torch.Channels(results, tasks, ending)
+            self._view = functools.partial(
+                _torch.LoaderView, worker_init_fn=startup, channels=channels
+            )
             stock = _torch.build_iterator(self._view(loader, sampler))
         except Exception as exc:
             failure_was_told()
@@ -188,7 +190,9 @@ class Session:
         ended = _torch.expects_end_of(weakref.ref(stock))
         stalled = Stalls(self.diagnosis, self._log)
 
-        def inbox(pinned: queue.Queue[Any] | None, thread: threading.Thread | None) -> Inbox:
+        def inbox(
+            pinned: queue.Queue[Any] | None, thread: threading.Thread | None
+        ) -> ResultReceiver:
             common: tuple[Any, ...] = (
                 results,
                 workers,
@@ -198,8 +202,8 @@ class Session:
                 stalled,
             )
             if pinned is None or thread is None:
-                return Inbox(*common)
-            return PinnedInbox(pinned, thread, *common)
+                return ResultReceiver(*common)
+            return PinnedResultReceiver(pinned, thread, *common)
 
         _torch.listen_through(stock, inbox)
 

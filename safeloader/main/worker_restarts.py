@@ -10,7 +10,7 @@ from safeloader.failures.loader_log import LoaderLog
 from safeloader.failures.wording import bounded
 from safeloader.introspect.texts import index_text
 from safeloader.main.drawing import RecordingSampler
-from safeloader.main.worker_pool import Session, blueprint_of
+from safeloader.main.worker_pool import WorkerPool, blueprint_of
 from safeloader.supervision.diagnosis import WorkerLocation
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ MOST_RESTARTS = 10  # in an epoch
 _BEFORE_ANY_TASK = ("starting", "init", "open")
 
 
-class Revival:
+class WorkerRestarts:
     """Decides whether to go on after workers died, and does.
 
     A sample at which a worker dies twice in a row is left out of its batch. The pool that died is
@@ -35,13 +35,13 @@ class Revival:
         self._last: set[tuple[int, int | None]] = set()
 
     @classmethod
-    def for_loader(cls, loader: SafeDataLoader[Any]) -> Revival | None:
+    def for_loader(cls, loader: SafeDataLoader[Any]) -> WorkerRestarts | None:
         """One for an epoch of ``loader``; None if it is not to be restarted."""
         if loader.on_crash != "restart" or not loader.num_workers:
             return None
         return cls(blueprint_of(loader))
 
-    def worth(
+    def should_restart(
         self, failure: Failure, at: Sequence[WorkerLocation | None], sampler: RecordingSampler
     ) -> bool:
         """Whether to try again; the tasks at which workers died are marked for it."""
@@ -79,6 +79,6 @@ class Revival:
             self._log.warning("index %s killed its worker twice and is left out", index)
         return True
 
-    def revive(self, session: Session) -> None:
+    def revive(self, session: WorkerPool) -> None:
         """Start the new pool."""
         session.revive(self._blueprint)

@@ -49,7 +49,7 @@ class Worker(Protocol):
         """Wait for its end."""
 
 
-class Inbox:
+class ResultReceiver:
     """Waits for messages of workers.
 
     Args:
@@ -163,7 +163,7 @@ class Inbox:
         return not worker.is_alive() or (worker.pid is not None and is_gone(worker.pid))
 
 
-class PinnedInbox(Inbox):
+class PinnedResultReceiver(ResultReceiver):
     """The same behind torch's pinning thread, which reads the workers' pipes and fills a queue."""
 
     def __init__(

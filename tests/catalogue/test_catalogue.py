@@ -795,10 +795,10 @@ def test_program_ends_quietly(program: Program, tmp_path: Path) -> None:
             running.wait(30)
             if program.signals is not None:
                 assert time.monotonic() - began < 5
-            gone = wait_until(lambda: not _session(running.pid), bound_s=10)
-            left = _session(running.pid)
+            gone = wait_until(lambda: not _pool(running.pid), bound_s=10)
+            left = _pool(running.pid)
         finally:
-            for process in _session(running.pid):
+            for process in _pool(running.pid):
                 process.kill()
         printed = running.stderr.read()
     assert running.returncode == program.code, printed
@@ -863,7 +863,7 @@ def test_shared_memory_that_is_full_is_told() -> None:
     assert re.search("next: .*/dev/shm.*--shm-size", done.stdout), done
 
 
-def _session(of: int) -> list[psutil.Process]:
+def _pool(of: int) -> list[psutil.Process]:
     """The living processes of a session; the resource tracker and the fork server among them."""
     found = []
     for process in psutil.process_iter():

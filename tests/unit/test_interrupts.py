@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from safeloader.supervision import receiver as inbox_module
-from safeloader.supervision.receiver import Inbox, WorkersDied
+from safeloader.supervision.receiver import ResultReceiver, WorkersDied
 from safeloader.transport.leaves import close_all
 from safeloader.transport.result_queue import _HEADER, _WITH_FDS, ResultQueue
 from safeloader.transport.slot_table import FREE
@@ -71,7 +71,7 @@ def test_every_message_comes_once_and_no_descriptor_stays() -> None:
         wired = Wired()
         results = ResultQueue(0, wired.unpacker.opened)
         sent[:] = put_batches(wired, results)
-        inbox = Inbox(results, [], lambda worker: False, 5, 0, print)
+        inbox = ResultReceiver(results, [], lambda worker: False, 5, 0, print)
         run()
         assert [number for number, _ in came] == list(range(len(sent)))
         for (_, made), batch in zip(came, sent, strict=True):
@@ -139,7 +139,7 @@ def test_descriptors_of_a_torn_message_go_with_its_worker() -> None:
 def test_a_death_is_told_whenever_an_interrupt_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox_module, "_TOGETHER_S", 0)
     monkeypatch.setattr(inbox_module, "_LOOK_S", 0.05)
-    inbox: Inbox
+    inbox: ResultReceiver
 
     def told() -> tuple[int, ...]:
         try:

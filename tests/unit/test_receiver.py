@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 
 from safeloader.supervision import receiver as module
-from safeloader.supervision.receiver import Inbox, PinnedInbox, TimedOut, WorkersDied
+from safeloader.supervision.receiver import (
+    PinnedResultReceiver,
+    ResultReceiver,
+    TimedOut,
+    WorkersDied,
+)
 from safeloader.transport.result_queue import ResultQueue
 from safeloader.transport.slot_reader import Unpacker
 
@@ -47,7 +52,7 @@ class Pool:
 
     def inbox(
         self, *, pinned: bool = False, timeout_s: float = 0, stall_after_s: float = 0
-    ) -> Inbox:
+    ) -> ResultReceiver:
         common = (
             self.results,
             self.workers,
@@ -57,12 +62,12 @@ class Pool:
             self.stalls.append,
         )
         if not pinned:
-            return Inbox(*common)
+            return ResultReceiver(*common)
         self.over = threading.Event()
         out: queue.Queue[Any] = queue.Queue()
         self.thread = threading.Thread(target=self._carry, args=(out,))
         self.thread.start()
-        return PinnedInbox(out, self.thread, *common)
+        return PinnedResultReceiver(out, self.thread, *common)
 
     def _carry(self, out: queue.Queue[Any]) -> None:
         while not self.over.is_set():
@@ -132,7 +137,7 @@ def leaves_a_child(results: ResultQueue) -> None:
 both = pytest.mark.parametrize("pinned", [False, True])
 
 
-def got(inbox: Inbox) -> tuple[Any, float]:
+def got(inbox: ResultReceiver) -> tuple[Any, float]:
     began = time.monotonic()
     try:
         return inbox.get(), time.monotonic() - began
