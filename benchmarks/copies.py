@@ -63,7 +63,7 @@ class _Stepwise(IterableDataset[Steps]):
         self.batches = batches
 
     def __iter__(self) -> Iterator[Steps]:
-        from safeloader.transport.messages import BatchManifest
+        from safeloader.delivery.manifest import BatchManifest
         from safeloader.transport.packing import Packer
         from safeloader.transport.result_queue import ResultQueue
         from safeloader.transport.shared_memory import anonymous_file, mapped

@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from safeloader.failures.exception_parts import attributes_of, crossed, first_importable
+
 if TYPE_CHECKING:
     from safeloader.failures.failure import Failure
 
@@ -72,8 +74,6 @@ class SafeLoaderError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         if self.failure is None:
             return type(self), self.args
-        from safeloader.failures.failure import error_from
-
         return error_from, (self.failure,)
 
 
@@ -167,3 +167,52 @@ def blank(cls: type[BaseException], group: tuple[Any, ...] = ()) -> BaseExceptio
             except TypeError:  # MemoryError's own is for classes derived from it first
                 continue
     raise TypeError(f"{cls!r} is no exception type")
+
+
+_ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
+    "init": WorkerInitError,
+    "sampler": SamplerError,
+    "sample": SampleError,
+    "collate": CollateError,
+    "transport": TransportError,
+    "crash": WorkerCrashError,
+    "timeout": WorkerTimeoutError,
+    "delivery": DeliveryError,
+}
+
+
+def error_from(failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
+    """The error to raise for ``failure``, of our type and of the original one.
+
+    ``exception`` is the original where it is at hand (it happened in this process); its traceback
+    then leads into the user's frames, as it would without us.
+    """
+    ours = _ERROR_OF_PHASE[failure.phase]
+    theirs = (
+        type(exception) if exception is not None else first_importable(failure._exception_parts)
+    )
+    error: SafeLoaderError
+    if theirs is None:
+        error = ours(failure.message)
+    else:
+        attributes = dict(
+            crossed(failure._exception_parts) if exception is None else attributes_of(exception)
+        )
+        try:
+            error = cast(
+                SafeLoaderError, blank(dual_type(ours, theirs), attributes.get("args", ()))
+            )
+        except TypeError:  # a group whose members could not cross
+            error = ours(failure.message)
+        for name, value in attributes.items():
+            try:
+                setattr(error, name, value)
+            except Exception:  # a read-only field, or a setter of the user's that objects
+                continue
+    error.failure = failure
+    error._text = str(failure)
+    if exception is None:
+        return error
+    error.__cause__, error.__context__ = exception.__cause__, exception.__context__
+    error.__suppress_context__ = exception.__suppress_context__
+    return error.with_traceback(exception.__traceback__)

@@ -16,10 +16,10 @@ import torch
 from torch.utils.data._utils.collate import collate_tensor_fn
 
 from safeloader.delivery.indices import pack
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.transport.leaves import Arrived
-from safeloader.transport.messages import BatchManifest, DeliveredBatch, FailedBatch
+from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
-from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool

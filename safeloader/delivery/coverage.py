@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.delivery.indices import Opaque, Packed, as_array, unpack
+from safeloader.delivery.indices import Packed, as_array, unpack
+from safeloader.introspect.values import Opaque
 
 TALLY_LIMIT = 1_000_000
 _FLUSH = 32_768  # indices gathered before the pages are touched: 25 to 150 ns each, not 20 µs

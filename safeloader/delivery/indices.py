@@ -18,16 +18,12 @@ import numpy as np
 import torch
 
 # int64 bytes, or one identity per sample.
+from safeloader.introspect.values import Opaque
+
 Packed: TypeAlias = bytes | tuple[Hashable, ...]
 
 _ITEM_BYTES = 8
 _PLAIN = frozenset({str, bytes, float, complex, type(None)})
-
-
-class Opaque(str):
-    """Stands for an object that has no equality to be known by: its type's name."""
-
-    __slots__ = ()
 
 
 @functools.lru_cache(maxsize=64)

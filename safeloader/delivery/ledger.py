@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.coverage import Coverage, IndexSet
 from safeloader.delivery.indices import Packed, count, same, unpack
+from safeloader.delivery.manifest import BatchManifest, expected_indices, source_positions, sources
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import BatchManifest, expected_indices, source_positions, sources
 
 KEYS_LIMIT = 2_000_000
 REASONS_LIMIT = 1000

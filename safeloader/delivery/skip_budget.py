@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeloader.transport.messages import BatchManifest, expected_indices
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 
 ALWAYS_ALLOWED = 10
 DEFAULT_SHARE = 0.01

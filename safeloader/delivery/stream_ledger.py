@@ -12,7 +12,7 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Accounts, Discrepancy, PendingBatch
-from safeloader.transport.messages import BatchManifest, source_positions
+from safeloader.delivery.manifest import BatchManifest, source_positions
 from safeloader.transport.stream_progress import StreamProgress
 
 _SHARE = (

@@ -5,8 +5,8 @@
     failure_of(exc, ...)  ──►  Failure (pickles, JSON)  ──►  error_from(failure)
     worker, or main            result queue, log, dump       main: SampleError(KeyError)
 
-The exception object itself does not cross, only what can be of it (``exception_parts.py``); the error is
-put together from that without running a constructor.
+The exception object itself does not cross. Its parts do (:mod:`exception_parts`), and the error is
+put together from them without running a constructor.
 """
 
 from __future__ import annotations
@@ -15,44 +15,18 @@ import dataclasses
 import math
 import os
 import traceback as traceback_module
-from typing import Any, cast
+from typing import Any
 
-from safeloader.errors import (
-    CollateError,
-    DeliveryError,
-    SafeLoaderError,
-    SampleError,
-    SamplerError,
-    TransportError,
-    WorkerCrashError,
-    WorkerInitError,
-    WorkerTimeoutError,
-    blank,
-    dual_type,
-)
 from safeloader.failures.exception_parts import (
     ExceptionParts,
-    attributes_of,
-    crossed,
     exception_parts_of,
     first_importable,
 )
-from safeloader.failures.wording import bounded, report
+from safeloader.failures.wording import report
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import bounded_text, index_text, name_of
-from safeloader.introspect.values import exception_text, type_name
-
-_ERROR_OF_PHASE: dict[str, type[SafeLoaderError]] = {
-    "init": WorkerInitError,
-    "sampler": SamplerError,
-    "sample": SampleError,
-    "collate": CollateError,
-    "transport": TransportError,
-    "crash": WorkerCrashError,
-    "timeout": WorkerTimeoutError,
-    "delivery": DeliveryError,
-}
+from safeloader.introspect.values import bounded, exception_text, type_name
 
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 40_000
@@ -175,45 +149,8 @@ def failure_of(
 
 def _inner_parts(exc: BaseException) -> ExceptionParts | None:
     """For the error of a loader within the dataset: what is left of what the user's code raised."""
-    inner = exc.failure if isinstance(exc, SafeLoaderError) else None
-    return None if inner is None else inner._exception_parts
-
-
-def error_from(failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
-    """The error to raise for ``failure``, of our type and of the original one.
-
-    ``exception`` is the original where it is at hand (it happened in this process); its traceback
-    then leads into the user's frames, as it would without us.
-    """
-    ours = _ERROR_OF_PHASE[failure.phase]
-    theirs = (
-        type(exception) if exception is not None else first_importable(failure._exception_parts)
-    )
-    error: SafeLoaderError
-    if theirs is None:
-        error = ours(failure.message)
-    else:
-        attributes = dict(
-            crossed(failure._exception_parts) if exception is None else attributes_of(exception)
-        )
-        try:
-            error = cast(
-                SafeLoaderError, blank(dual_type(ours, theirs), attributes.get("args", ()))
-            )
-        except TypeError:  # a group whose members could not cross
-            error = ours(failure.message)
-        for name, value in attributes.items():
-            try:
-                setattr(error, name, value)
-            except Exception:  # a read-only field, or a setter of the user's that objects
-                continue
-    error.failure = failure
-    error._text = str(failure)
-    if exception is None:
-        return error
-    error.__cause__, error.__context__ = exception.__cause__, exception.__context__
-    error.__suppress_context__ = exception.__suppress_context__
-    return error.with_traceback(exception.__traceback__)
+    inner = vars(exc).get("failure")
+    return inner._exception_parts if isinstance(inner, Failure) else None
 
 
 def _traceback_of(exc: BaseException, skip_frames: int) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch.distributed
 
-from safeloader.failures.wording import short_type_name
 from safeloader.introspect.random_state import preserved
-from safeloader.introspect.values import plain_length, type_name
+from safeloader.introspect.values import plain_length, short_type_name, type_name
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from safeloader.introspect.texts import index_text, indices_text
+from safeloader.introspect.values import bounded, short_type_name
 
 if TYPE_CHECKING:
     from safeloader.failures.failure import Failure
@@ -114,16 +115,3 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
             yield f"    {words}: {name} {bounded(str(what), 160)}"
     for note in (state.get("notes") or [])[:3]:
         yield f"    note: {bounded(str(note), 160)}"
-
-
-def short_type_name(exception_type: str) -> str:
-    """The last part of a qualified type name, as torch puts it in its messages."""
-    return exception_type.rsplit(".", 1)[-1]
-
-
-def bounded(text: str, limit: int) -> str:
-    """``text``, its middle left out where it is longer than ``limit`` characters."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
-from safeloader.failures.wording import bounded
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import (
+    bounded,
     container_base,
     cut,
     definitions,
@@ -55,7 +55,7 @@ _OPAQUE = {"asyncio", "concurrent", "gzip", "io", "logging", "multiprocessing", 
 _OPAQUE |= {"subprocess", "tarfile", "tempfile", "threading", "weakref", "zipfile"}
 
 
-class Culprit(NamedTuple):
+class UnpicklablePart(NamedTuple):
     """The part of an object that cannot be pickled, or that cannot be unpickled."""
 
     path: str  # a Python expression, but for what is reached by none (an item of a set)
@@ -67,9 +67,9 @@ class Culprit(NamedTuple):
         return f"{self.path}: {self.kind}"
 
 
-def find_culprit(
+def find_unpicklable(
     thing: object, name: str, *, spawning: bool = True, bound_s: float = 5.0
-) -> Culprit | None:
+) -> UnpicklablePart | None:
     """Find the part of an object that keeps it from being pickled. Never raises.
 
     Args:
@@ -87,7 +87,9 @@ def find_culprit(
     return _Search(bound_s, spawning, loading=False).culprit(name, thing)
 
 
-def find_unloadable(pickled_by: object, name: str, *, bound_s: float = 5.0) -> Culprit | None:
+def find_unloadable(
+    pickled_by: object, name: str, *, bound_s: float = 5.0
+) -> UnpicklablePart | None:
     """Find the part of an object that can be pickled but not unpickled. Never raises.
 
     It is tried on copies in this process: constructors and `__setstate__` run. What cannot be
@@ -188,7 +190,7 @@ class _Search:
         self._known: dict[int, Any] = {}  # by id: what was looked into, which is kept alive here
         self._deepest: _Failed | None = None
 
-    def culprit(self, name: str, thing: object) -> Culprit | None:
+    def culprit(self, name: str, thing: object) -> UnpicklablePart | None:
         note = ""
         try:
             with as_if_spawning(_POPEN if self._spawning else None):
@@ -204,7 +206,7 @@ class _Search:
         kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
         reason = cut(found.reason, REASON_MAX - len(note)) + note
         advice = _advice(found, self._spawning, self._loading)
-        return Culprit(bounded(found.path, PATH_MAX), kind, reason, advice)
+        return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, advice)
 
     def _look_for(self, parts: _Parts) -> None:
         """Find the first of `parts` that fails, and go on inside it."""

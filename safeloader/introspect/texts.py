@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from safeloader._torch import without_overrides
-from safeloader.delivery.indices import Opaque
 from safeloader.introspect.redaction import REDACTED, looks_random, scrub, secrecy
 from safeloader.introspect.values import (
     TEXT_MAX,
+    Opaque,
     array_facts,
     container_base,
     cut,

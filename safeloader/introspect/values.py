@@ -31,6 +31,12 @@ _qualname_of: Any = type.__dict__["__qualname__"].__get__
 _namespace_of: Any = type.__dict__["__dict__"].__get__
 
 
+class Opaque(str):
+    """Stands for an object that has no equality to be known by: its type's name."""
+
+    __slots__ = ()
+
+
 def type_name(cls: type) -> str:
     """Name a class in full, without running code of its metaclass.
 
@@ -205,3 +211,16 @@ def cut(text: str, most: int = TEXT_MAX) -> str:
         text = text[: most - 3] + "..."
     # A lone surrogate, as in undecodable file names, would fail where the JSON is written as UTF-8.
     return text.encode("utf-8", "backslashreplace").decode()[:most]
+
+
+def short_type_name(exception_type: str) -> str:
+    """The last part of a qualified type name, as torch puts it in its messages."""
+    return exception_type.rsplit(".", 1)[-1]
+
+
+def bounded(text: str, limit: int) -> str:
+    """``text``, its middle left out where it is longer than ``limit`` characters."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"

@@ -15,15 +15,16 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
-from safeloader.errors import SafeLoaderError
-from safeloader.failures.failure import Failure, error_from
+from safeloader.errors import SafeLoaderError, error_from
+from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, rank
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import Delivery, failure_was_told
 from safeloader.provenance.trace import OFF, Trace
-from safeloader.transport.messages import BatchManifest, FailedBatch, expected_indices
+from safeloader.transport.messages import FailedBatch
 
 SHOWN_SKIPPED = 12
 DUMPS_MAX = 100  # of an epoch's failures that end no batch

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from safeloader import _torch
 from safeloader.delivery.skip_budget import SkipBudget
-from safeloader.errors import DeliveryError, SafeLoaderError
+from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures import dump
-from safeloader.failures.failure import Failure, error_from
+from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
@@ -167,8 +167,8 @@ class SafeIterator(Iterator[Any]):
         if self._pool.broken is not None:
             raise error_from(self._pool.broken)
         raise DeliveryError(
-            f"a batch came without manifest ({type(came).__name__}): something replaced safeloader's "
-            "fetcher in the workers. Set SAFELOADER=off to run without records."
+            f"a batch came without a manifest ({type(came).__name__}): something replaced "
+            "safeloader's fetcher in the workers. Set SAFELOADER=off to run without records."
         )
 
     def _lost_with_worker(self, came: FailedBatch) -> bool:

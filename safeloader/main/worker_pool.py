@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 from safeloader import _torch
 from safeloader.delivery.ledger import MapLedger, PendingBatch
 from safeloader.delivery.stream_ledger import StreamLedger
+from safeloader.errors import error_from
 from safeloader.failures import dump
-from safeloader.failures.failure import Failure, error_from, failure_of
+from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, rank
 from safeloader.introspect.fork_hazards import survey, warn_once
-from safeloader.introspect.pickling import find_culprit
+from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.main.drawing import RecordingSampler, proven_length
@@ -36,7 +37,7 @@ from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.supervision import leftovers
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
-from safeloader.supervision.flight_recorder import Ending, FlightRecorder
+from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.result_queue import ResultQueue
 from safeloader.transport.slot_budget import PoolTally, budget
@@ -153,7 +154,7 @@ class WorkerPool:
                 length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
-            ending = None if flight is None else Ending(flight)
+            ending = None if flight is None else EndSignal(flight)
             channels = _torch.Channels(results, tasks, ending)
             self._view = functools.partial(
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
@@ -344,7 +345,7 @@ def _why_not_started(loader: SafeDataLoader[Any], exc: Exception) -> Failure | N
         "on_error": loader.on_error,
     }
     for name, thing in sent.items():
-        culprit = find_culprit(thing, name)
+        culprit = find_unpicklable(thing, name)
         if culprit is not None:
             method = _torch.start_method(loader)
             hint = (

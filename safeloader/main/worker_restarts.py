@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.failures.wording import bounded
 from safeloader.introspect.texts import index_text
+from safeloader.introspect.values import bounded
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.worker_pool import WorkerPool, blueprint_of
 from safeloader.supervision.diagnosis import WorkerLocation

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import BatchManifest
 from safeloader.transport.stats import TransportTally
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024

@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from safeloader.delivery.indices import as_array, count, identity, same, unpack
+from safeloader.delivery.manifest import BatchManifest, source_positions, sources
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
-from safeloader.transport.messages import BatchManifest, source_positions, sources
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 

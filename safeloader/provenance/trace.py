@@ -1,8 +1,8 @@
 """Verbose tracing: log lines, or a Chrome trace-event file. Runs in: main.
 
 Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
-run fills no memory. Workers write nothing: their times come with each batch's manifest. Off is a null
-object, ``OFF``; only the hot path and the audit ask whether it is on, to spare the work of telling.
+run fills no memory. Workers write nothing: their times come with the manifest of each batch. Off is
+a null object, ``OFF``; only the hot path and the audit ask whether it is on.
 
 The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
 events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane

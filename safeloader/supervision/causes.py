@@ -19,7 +19,7 @@ _LITTLE_SHARED = 8 << 20
 _LITTLE_SHARE = 0.05  # of the machine's memory
 
 
-class Ending(NamedTuple):
+class WorkerEnd(NamedTuple):
     """How a worker ended.
 
     Attributes:
@@ -60,19 +60,19 @@ def ended(exit_code: int | None) -> str:
     return f"was killed by {_name(-exit_code)}"
 
 
-def of_death(ending: Ending) -> str:
+def of_death(end: WorkerEnd) -> str:
     """What to make of a worker's end, in one or two sentences."""
-    code = ending.exit_code
-    if "SystemExit" in ending.stack.text:
+    code = end.exit_code
+    if "SystemExit" in end.stack.text:
         return (
-            f"sys.exit() was called in the worker{_at(ending)}; the stack shows where. Raise an "
+            f"sys.exit() was called in the worker{_at(end)}; the stack shows where. Raise an "
             "exception there instead: it arrives here with its index"
         )
-    if "KeyboardInterrupt" in ending.stack.text:
+    if "KeyboardInterrupt" in end.stack.text:
         return "the worker was interrupted (Ctrl-C, or SIGINT sent to it alone)"
     if code is not None and code < 0:
-        return _of_signal(-code, ending)
-    if ending.phase == "starting":
+        return _of_signal(-code, end)
+    if end.phase == "starting":
         return (
             "it ended before it could report anything; what it printed stands above. Under spawn "
             "and forkserver the usual causes: a script without `if __name__ == '__main__':` around "
@@ -80,8 +80,8 @@ def of_death(ending: Ending) -> str:
             "notebook or in __main__): move it into a module"
         )
     return (
-        f"something ended the process{_at(ending)} without an exception: os._exit(), or exit() "
-        f"called by a native library. Search the dataset and what it calls; {_again(ending.index)}"
+        f"something ended the process{_at(end)} without an exception: os._exit(), or exit() "
+        f"called by a native library. Search the dataset and what it calls; {_again(end.index)}"
     )
 
 
@@ -100,13 +100,13 @@ def _again(index: Any, options: str = "") -> str:
     return f"loader.dataset[{index_text(index)}] in a fresh process{python} repeats it"
 
 
-def _at(ending: Ending) -> str:
-    return "" if ending.index is None else f" at index {index_text(ending.index)}"
+def _at(end: WorkerEnd) -> str:
+    return "" if end.index is None else f" at index {index_text(end.index)}"
 
 
-def _of_signal(number: int, ending: Ending) -> str:
+def _of_signal(number: int, end: WorkerEnd) -> str:
     if number == signal.SIGKILL:
-        return _of_sigkill(ending)
+        return _of_sigkill(end)
     shared = shared_memory()
     if number == signal.SIGBUS:
         if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
@@ -117,11 +117,11 @@ def _of_signal(number: int, ending: Ending) -> str:
                 "prefetch_factor, or torch.multiprocessing.set_sharing_strategy('file_system')"
             )
         return (
-            f"memory behind a mapped file went away{_at(ending)}: a file that was truncated or "
+            f"memory behind a mapped file went away{_at(end)}: a file that was truncated or "
             "replaced while it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or "
             f"network share, or {shared.path if shared else 'shared memory'} running full. Write "
             "such files under another name and rename them when they are whole; see whether this "
-            f"one has its full size, and df -h for the disk; {_again(ending.index)}"
+            f"one has its full size, and df -h for the disk; {_again(end.index)}"
         )
     if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         return (
@@ -136,9 +136,9 @@ def _of_signal(number: int, ending: Ending) -> str:
             "batch system that warns of the end of a job, or kill. Handle it in worker_init_fn, "
             "or have it sent to the training process alone"
         )
-    top = ending.stack.frames[0] if ending.stack.frames else None
+    top = end.stack.frames[0] if end.stack.frames else None
     line = f", called from {top.file}:{top.line} in {top.name}" if top else ""
-    where = _at(ending)
+    where = _at(end)
     reasons: dict[int, str] = {
         signal.SIGABRT: f"a native library gave up{where} (abort(), a failed assertion, corrupted "
         f"memory){line}",
@@ -146,24 +146,24 @@ def _of_signal(number: int, ending: Ending) -> str:
         "install a build for it",
     }
     reason = reasons.get(number, f"a native library is at fault{where}{line}")
-    again = _again(ending.index, " -X faulthandler")
+    again = _again(end.index, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
 
 
-def _of_sigkill(ending: Ending) -> str:
+def _of_sigkill(end: WorkerEnd) -> str:
     fewer = (
         "use fewer workers, a smaller prefetch_factor or batch_size, or keep less in the dataset "
         "(numpy arrays instead of lists of objects: these are copied into every worker as they "
         "are read)"
     )
-    if ending.oom_killed > 0:
+    if end.oom_killed > 0:
         return (
-            f"out of memory: since the workers started the kernel killed {ending.oom_killed} "
+            f"out of memory: since the workers started the kernel killed {end.oom_killed} "
             f"process(es) for memory. Give it more, or {fewer}"
         )
     memory = machine_memory()
     low = memory is not None and memory.available < _LITTLE_SHARE * memory.total
-    if low or ending.grown_bytes > 1 << 30:
+    if low or end.grown_bytes > 1 << 30:
         return f"probably out of memory: {fewer}. `dmesg | grep -i oom` tells for certain"
     return (
         "the kernel counted no out-of-memory kill here, so it was probably killed from outside: "

@@ -17,7 +17,7 @@ from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import causes, stacks
-from safeloader.supervision.causes import Ending
+from safeloader.supervision.causes import WorkerEnd
 from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
@@ -111,7 +111,7 @@ class Diagnosis:
         process = self._workers[first]
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
         kills = oom_kills()
-        ending = Ending(
+        end = WorkerEnd(
             exit_code=process.exitcode,
             phase="starting" if where is None else where.position.phase,
             index=None if where is None else where.index,
@@ -141,7 +141,7 @@ class Diagnosis:
             batch=None if where is None else where.batch,
             worker_id=first,
             pid=process.pid,
-            hint="\n".join([*found, causes.of_death(ending)]),
+            hint="\n".join([*found, causes.of_death(end)]),
         )
 
     def _order(self, worker: int) -> tuple[bool, bool, int]:

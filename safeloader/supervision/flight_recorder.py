@@ -140,7 +140,7 @@ class FlightRecorder(SharedCells):
         return self._cells_bytes() + worker * STACK_BYTES
 
 
-class Ending:
+class EndSignal:
     """In the place of the ``Event`` by which torch tells its workers to end.
 
     An event takes a lock to be read, and a worker killed just then would keep it: main could

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from safeloader.delivery.manifest import BatchManifest, expected_indices, source_positions, sources
 from safeloader.failures.failure import Failure
 from safeloader.introspect.fingerprint import difference
-from safeloader.transport.messages import BatchManifest, expected_indices, source_positions, sources
 
 _HINT = (
     "something wrote to the batch after the worker made it\n"

@@ -48,14 +48,14 @@ class Arrived:
 
     Attributes:
         number: of the task.
-        manifest, payload: as in :class:`~safeloader.transport.sealing.BatchMessage`.
+        manifest, payload: as in :class:`~safeloader.transport.messages.BatchMessage`.
         fds: descriptors that came beside it.
         leases: the memory of each slot it lies in.
         brought: memory of its leaves so far, in the order of the pickle.
         made: what was made of it; None before.
     """
 
-    __slots__ = ("brought", "fds", "leases", "made", "number", "manifest", "payload")
+    __slots__ = ("brought", "fds", "leases", "made", "manifest", "number", "payload")
 
     def __init__(self, number: int, manifest: Any, payload: Any, fds: Iterable[int] = ()) -> None:
         self.number = number

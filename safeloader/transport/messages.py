@@ -2,11 +2,16 @@
 
 ::
 
-    main ── Task ──► index queue ──► worker ── DeliveredBatch or FailedBatch ──► result queue ──► main
+    main ── Task ──► worker ── DeliveredBatch, EmptyBatch or FailedBatch ──► main
 
 These are tuples because they lie on the hot path: each microsecond here is paid per batch
 (``benchmarks/``, rows "small"). Times are ``time.perf_counter_ns`` of the process that took them,
 one clock for all processes of a machine.
+
+A batch is pickled in the worker and loaded in main, where errors can be told. Torch leaves the
+pickling to a thread of its queue: what cannot be pickled is printed there and dropped, and main
+waits for ever (pytorch#142884). Manifest and payload are pickled apart, so a batch that cannot be
+loaded still says which one it was.
 """
 
 from __future__ import annotations
@@ -14,9 +19,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from safeloader import _torch
-from safeloader.delivery.indices import Packed, unpack
+from safeloader.delivery.indices import Packed
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
-from safeloader.introspect.fingerprint import Leaf
 
 
 class SamplerFault(NamedTuple):
@@ -45,73 +50,6 @@ class Task(NamedTuple):
     one_by_one: bool = False
     packed: Packed | None = None
     donors: tuple[int | bytes, ...] = ()
-
-
-class SampleIncident(NamedTuple):
-    """A sample that did not come as it was asked for, and did not end the batch.
-
-    ``what`` is ``"skipped"``, ``"replaced"`` (by the sample at position ``donor``, or by one that
-    the user's ``on_error`` gave: None) or ``"late"`` (it came when asked for again). Where no
-    sample of the batch came, ``lent`` are the identities of what was drawn earlier and stands in
-    for it; their positions follow the batch's own.
-    """
-
-    what: str
-    position: int
-    reason: str
-    donor: int | None = None
-    lent: tuple[Any, ...] = ()
-
-
-class BatchManifest(NamedTuple):
-    """What a worker says about the batch it made; it travels with the batch.
-
-    ``stamps`` are int64 bytes: the start of the first fetch, the end of each fetch (one for the
-    whole batch if ``fetched_at_once``), then the end of collation. ``samples`` is the number of
-    samples that the dataset gave, None where that cannot be counted. In a stream the samples are
-    numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
-    empty. ``incidents`` are those of samples left out, replaced or late; None, as a rule, for none.
-    ``fingerprints`` are the fingerprints of its leaves, with ``checksum=True``; ``failures`` are those of
-    samples left out or replaced, with ``on_failure_dump``.
-    """
-
-    seq: int
-    worker_id: int | None
-    pid: int
-    indices: Packed
-    samples: int | None
-    ordinal: int | None
-    stamps: bytes
-    fetched_at_once: bool
-    keys: tuple[Any, ...] | None
-    incidents: tuple[SampleIncident, ...] | None = None
-    fingerprints: tuple[Leaf, ...] | None = None
-    failures: tuple[Failure, ...] | None = None
-
-
-def expected_indices(manifest: BatchManifest) -> tuple[Any, ...]:
-    """The identities of the samples that the batch was to hold."""
-    if manifest.ordinal is None:
-        return unpack(manifest.indices)
-    row = manifest.worker_id or 0
-    return tuple((row, manifest.ordinal + k) for k in range(manifest.samples or 0))
-
-
-def sources(manifest: BatchManifest) -> tuple[Any, ...]:
-    """The identities that :func:`source_positions` counts: those asked for, then what stands in for all."""
-    return expected_indices(manifest) + (manifest.incidents[0].lent if manifest.incidents else ())
-
-
-def source_positions(manifest: BatchManifest) -> tuple[int, ...]:
-    """For each sample in the batch the position, among its :func:`sources`, it came from."""
-    places = list(range(len(expected_indices(manifest))))
-    gone = set()
-    for incident in manifest.incidents or ():
-        if incident.what == "skipped":
-            gone.add(incident.position)
-        elif incident.what == "replaced" and incident.donor is not None:
-            places[incident.position] = incident.donor
-    return tuple(place for position, place in enumerate(places) if position not in gone)
 
 
 class EmptyBatch(NamedTuple):
@@ -148,7 +86,7 @@ class DeliveredBatch(NamedTuple):
         """The same with the payload in pinned memory; called by torch's pinning thread.
 
         An exception of a batch's own ``pin_memory`` becomes a failure of this batch, so that the
-        manifest are not lost on the way.
+        manifest is not lost on the way.
         """
         try:
             return DeliveredBatch(self.manifest, _torch.pin_memory(self.payload))
@@ -166,3 +104,17 @@ class DeliveredBatch(NamedTuple):
                 ),
             )
             return FailedBatch(self.manifest, failure)
+
+
+class BatchMessage(NamedTuple):
+    """A batch, pickled.
+
+    Attributes:
+        manifest: the fields of its manifest, and those of its :class:`SlotLayout`.
+        payload: the batch; empty where it lies in a slot.
+        fds: descriptors of shared memory, which cross beside it.
+    """
+
+    manifest: bytes
+    payload: bytes
+    fds: tuple[int, ...] = ()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from safeloader import _torch
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.transport.batch_pickler import (
     IN_MESSAGE,
     INLINE,
@@ -25,8 +26,7 @@ from safeloader.transport.batch_pickler import (
     TooManyFds,
 )
 from safeloader.transport.leaves import CODES, close_all
-from safeloader.transport.messages import BatchManifest
-from safeloader.transport.sealing import BatchMessage
+from safeloader.transport.messages import BatchMessage
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SlotLayout
 from safeloader.transport.slot_writer import SlotPool

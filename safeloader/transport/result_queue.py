@@ -32,7 +32,7 @@ from typing import Any
 
 from safeloader._python import assert_spawning
 from safeloader.transport.leaves import Arrived, close_all
-from safeloader.transport.sealing import BatchMessage
+from safeloader.transport.messages import BatchMessage
 from safeloader.transport.sender import MOST_FDS, Sender
 
 _HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload

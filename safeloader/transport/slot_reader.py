@@ -27,16 +27,12 @@ from typing import Any
 
 import numpy as np
 
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import Arrived, opening
-from safeloader.transport.messages import (
-    BatchManifest,
-    DeliveredBatch,
-    FailedBatch,
-    expected_indices,
-)
+from safeloader.transport.messages import DeliveredBatch, FailedBatch
 from safeloader.transport.shared_memory import mapped
 from safeloader.transport.slot_table import FREE, GONE, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportTally

@@ -13,13 +13,14 @@ from typing import Any
 from torch.utils.data import default_collate
 
 from safeloader.delivery.indices import Packed, count, pack, pack_unbatched, unpack
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, FETCH_AT_ONCE, PHASE, SINCE
-from safeloader.transport.messages import BatchManifest, FailedBatch, Task
+from safeloader.transport.messages import FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.finding import find_single
 from safeloader.worker.recording import EXCLUDED, KeyFault, Made, RecordingFetcher
 from safeloader.worker.stacking import stacked
-from safeloader.worker.unsendable import Culprit
+from safeloader.worker.unsendable import FaultySample
 
 
 class MapFetcher(RecordingFetcher):
@@ -150,17 +151,17 @@ class MapFetcher(RecordingFetcher):
     ) -> FailedBatch:
         known = unpack(packed)
         manifest = self._manifest(seq, packed, None, b"", at_once=at_once)
-        culprit = Culprit(None)
+        culprit = FaultySample(None)
         if isinstance(exc, KeyFault):
             pass
         elif phase == "collate":
             found = explain(samples, known) if isinstance(samples, list | tuple) else None
             if found is not None:
-                culprit = Culprit(found.position, found.text)
+                culprit = FaultySample(found.position, found.text)
         elif at_once:
-            culprit = Culprit(*find_single(self._dataset, asked, exc))
+            culprit = FaultySample(*find_single(self._dataset, asked, exc))
         else:
-            culprit = Culprit(len(samples))
+            culprit = FaultySample(len(samples))
         return self._failed(exc, manifest, phase, known, culprit)
 
 
@@ -193,7 +194,9 @@ class UnbatchedMapFetcher(RecordingFetcher):
             if phase == "sample" and not self._policy.raises and not isinstance(exc, KeyFault):
                 return self._fetch_repaired(task, indices, bulk, exc, stamps)
             manifest = self._manifest(task.seq, indices, None, b"", at_once=True)
-            return self._failed(exc, manifest, phase, unpack(indices), Culprit(None if bulk else 0))
+            return self._failed(
+                exc, manifest, phase, unpack(indices), FaultySample(None if bulk else 0)
+            )
         times = stamps[:3].tobytes()
         manifest = self._manifest(task.seq, indices, count(indices), times, at_once=True, keys=keys)
         return self._handed_over(manifest, batch, () if bulk else (sample,))

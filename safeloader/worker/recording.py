@@ -9,21 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.delivery.indices import (
-    Opaque,
-    Packed,
-    identity,
-    pack_unbatched,
-    restored,
-    same,
-    unpack,
-)
+from safeloader.delivery.indices import Packed, identity, pack_unbatched, restored, same, unpack
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.random_state import Marks, RandomState, preserved
 from safeloader.introspect.resource_exhaustion import met_in_sharing, never_skipped
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import Opaque
 from safeloader.supervision.flight_recorder import (
     COLLATE,
     COUNTED,
@@ -36,21 +30,19 @@ from safeloader.supervision.flight_recorder import (
     STAMPS_MAX,
 )
 from safeloader.transport.messages import (
-    BatchManifest,
+    BatchMessage,
     DeliveredBatch,
     EmptyBatch,
     FailedBatch,
     SamplerFault,
     Task,
-    expected_indices,
 )
-from safeloader.transport.sealing import BatchMessage
 from safeloader.worker.collating import explain
 from safeloader.worker.context import FetchContext
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable
 from safeloader.worker.stacking import may_stack
-from safeloader.worker.unsendable import Culprit, why_not_sent
+from safeloader.worker.unsendable import FaultySample, why_not_sent
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
@@ -189,7 +181,7 @@ class RecordingFetcher:
         """Help for a batch in which samples fail."""
 
         def explained(exc: Exception, position: int) -> Failure:
-            return self._failure(exc, seq, "sample", indices, Culprit(position))
+            return self._failure(exc, seq, "sample", indices, FaultySample(position))
 
         return BatchRepair(self._policy, explained, donors, spread)
 
@@ -262,7 +254,9 @@ class RecordingFetcher:
                 phase, at = "sample", repair.places[exc.position or 0]
                 exc.position = at if at < lost else None
             manifest = papers_for(lost)
-            return self._failed(exc, manifest, phase, expected_indices(manifest), Culprit(None))
+            return self._failed(
+                exc, manifest, phase, expected_indices(manifest), FaultySample(None)
+            )
         times = bytes(stamps[: end + 1])
         manifest = papers_for(repair.asked, stamps=times, keys=keys, repair=repair)
         if not samples:
@@ -310,15 +304,15 @@ class RecordingFetcher:
         manifest: BatchManifest,
         phase: str,
         indices: tuple[Any, ...],
-        culprit: Culprit,
+        culprit: FaultySample,
     ) -> FailedBatch:
         """The failure of a batch."""
         if isinstance(exc, KeyFault):
-            culprit, exc = Culprit(exc.position, KEY_FAULT), exc.cause
+            culprit, exc = FaultySample(exc.position, KEY_FAULT), exc.cause
         elif isinstance(exc, Unrepairable):
-            culprit, exc = Culprit(exc.position, exc.text or culprit.text), exc.cause
+            culprit, exc = FaultySample(exc.position, exc.text or culprit.text), exc.cause
         if phase == "collate" and met_in_sharing(exc):
-            phase, culprit = "transport", Culprit(None)  # no sample is to blame
+            phase, culprit = "transport", FaultySample(None)  # no sample is to blame
         failure = self._failure(exc, manifest.seq, phase, indices, culprit)
         if self._context.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
@@ -331,7 +325,7 @@ class RecordingFetcher:
         seq: int,
         phase: str,
         indices: tuple[Any, ...],
-        culprit: Culprit,
+        culprit: FaultySample,
     ) -> Failure:
         state = describe(self._dataset, length=self._context.length)
         if self._context.start_state is not None:

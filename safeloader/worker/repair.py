@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from safeloader.delivery.manifest import SampleIncident
 from safeloader.failures.failure import Failure
-from safeloader.failures.wording import bounded, short_type_name
 from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
-from safeloader.introspect.values import exception_text, type_name
-from safeloader.transport.messages import SampleIncident
+from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 from safeloader.worker.policy import SKIP, Policy
 
 _FIRST_PAUSE_S = 0.05

@@ -9,13 +9,14 @@ import inspect
 from time import perf_counter_ns as clock
 from typing import Any
 
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, ORDINAL, PHASE, SINCE
-from safeloader.transport.messages import BatchManifest, FailedBatch, Task
+from safeloader.transport.messages import FailedBatch, Task
 from safeloader.worker.collating import explain
 from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
 from safeloader.worker.repair import Unrepairable
-from safeloader.worker.unsendable import Culprit
+from safeloader.worker.unsendable import FaultySample
 
 _CUT_SHORT = (
     "the stream ended right after a sample that failed. A generator is at its end once it raised, "
@@ -169,18 +170,18 @@ class StreamFetcher(RecordingFetcher):
         self, exc: Exception, seq: int, phase: str, first: int, samples: list[Any]
     ) -> FailedBatch:
         lost = len(samples)
-        culprit = Culprit(None)
+        culprit = FaultySample(None)
         if phase == "collate":
             indices = tuple((self._row, first + k) for k in range(lost))
             found = explain(samples, indices) if self._batched else None
             if found is not None:
-                culprit = Culprit(found.position, found.text)
+                culprit = FaultySample(found.position, found.text)
             elif lost == 1:
-                culprit = Culprit(0)
+                culprit = FaultySample(0)
         elif isinstance(exc, Unrepairable):
             lost = max(lost, 1)
         elif not isinstance(exc, KeyFault):
-            culprit = Culprit(lost)
+            culprit = FaultySample(lost)
             lost += 1  # the sample that could not be read has its number too
         indices = tuple((self._row, first + k) for k in range(lost))
         self._read = first + lost

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from safeloader.introspect.pickling import find_culprit
+from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
 
 _BOUND_S = 5.0
 
 
-class Culprit(NamedTuple):
+class FaultySample(NamedTuple):
     """The position in its batch of the sample at fault, and what was found out about it."""
 
     position: int | None
@@ -23,7 +23,7 @@ class Culprit(NamedTuple):
 
 def why_not_sent(
     exc: Exception, batch: Any, samples: Sequence[Any], indices: Sequence[Any]
-) -> Culprit:
+) -> FaultySample:
     """What of ``batch`` cannot be pickled, looked for in its samples first.
 
     Args:
@@ -34,10 +34,10 @@ def why_not_sent(
     """
     short = shortage(exc)
     if short is not None:
-        return Culprit(None, short)
+        return FaultySample(None, short)
     folder = tempfile.tempdir
     if isinstance(exc, FileNotFoundError) and folder and not os.path.isdir(folder):
-        return Culprit(
+        return FaultySample(
             None,
             f"the temporary folder {folder} is gone, and torch needs it to hand tensors over\n"
             "make it again, or set TMPDIR to a folder that stays",
@@ -48,11 +48,11 @@ def why_not_sent(
             left = give_up - monotonic()
             if left <= 0:
                 break
-            found = find_culprit(sample, "sample", spawning=False, bound_s=left)
+            found = find_unpicklable(sample, "sample", spawning=False, bound_s=left)
             if found is not None:
-                return Culprit(position, f"it cannot be pickled: {found}\n{found.advice}")
+                return FaultySample(position, f"it cannot be pickled: {found}\n{found.advice}")
     left = max(give_up - monotonic(), 1.0)
-    found = find_culprit(batch, "batch", spawning=False, bound_s=left)
+    found = find_unpicklable(batch, "batch", spawning=False, bound_s=left)
     if found is None:
-        return Culprit(None, "")
-    return Culprit(None, f"it cannot be pickled: {found}\n{found.advice}")
+        return FaultySample(None, "")
+    return FaultySample(None, f"it cannot be pickled: {found}\n{found.advice}")

@@ -21,7 +21,8 @@ from safeloader import (
     TransportError,
     WorkerInitError,
 )
-from safeloader.transport.messages import BatchManifest, DeliveredBatch
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.transport.messages import DeliveredBatch
 from tests import datasets, faults
 
 WORKERS = [0, 2]
@@ -316,7 +317,7 @@ def test_batch_whose_pinning_raises(workers: int) -> None:
     assert failed.failure is not None  # type: ignore[union-attr]
     assert failed.failure.phase == "transport"  # type: ignore[union-attr]
     assert failed.failure.exception_type == "BufferError"  # type: ignore[union-attr]
-    from safeloader.failures.failure import error_from
+    from safeloader.errors import error_from
 
     error = error_from(failed.failure)  # type: ignore[union-attr,arg-type]
     assert isinstance(error, TransportError)

@@ -11,7 +11,7 @@ import pytest
 
 from safeloader.introspect import resources
 from safeloader.supervision import causes
-from safeloader.supervision.causes import Ending, ended, of_death, of_silence
+from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.stacks import Frame, Stack
 
 NO_STACK = Stack((), "")
@@ -19,7 +19,7 @@ AT_DECODE = Stack((Frame("/data/faces.py", 41, "decode"),), "")
 GIB = 1 << 30
 
 
-def ending(**known: Any) -> Ending:
+def end(**known: Any) -> WorkerEnd:
     defaults: dict[str, Any] = {
         "exit_code": 1,
         "phase": "fetch",
@@ -29,7 +29,7 @@ def ending(**known: Any) -> Ending:
         "grown_bytes": 0,
         "start_method": "fork",
     }
-    return Ending(**(defaults | known))
+    return WorkerEnd(**(defaults | known))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_is_made_of_a_death(
     if plenty is not None:
         plenty = plenty._replace(available=plenty.total)
     monkeypatch.setattr(causes, "machine_memory", lambda: plenty)
-    said = of_death(ending(**known))
+    said = of_death(end(**known))
     for word in words:
         assert re.search(word, said), said
 
@@ -106,11 +106,11 @@ def test_a_bus_error_with_and_without_shared_memory(monkeypatch: pytest.MonkeyPa
     for free, word in ((1 << 20, "--shm-size"), (shared.total, "np.memmap")):
         found = shared._replace(free=free, total=max(shared.total, 64 << 20))
         monkeypatch.setattr(causes, "shared_memory", lambda found=found: found)
-        said = of_death(ending(exit_code=-signal.SIGBUS))
+        said = of_death(end(exit_code=-signal.SIGBUS))
         assert word in said
     assert "at index 137" in said
     monkeypatch.setattr(causes, "shared_memory", lambda: None)
-    said = of_death(ending(exit_code=-signal.SIGBUS))
+    said = of_death(end(exit_code=-signal.SIGBUS))
     assert "np.memmap" in said
     assert "rename them when they are whole" in said
     assert "loader.dataset[137] in a fresh process repeats it" in said
@@ -123,14 +123,14 @@ def test_little_memory_left_is_said_though_the_kernel_counted_nothing(
     assert memory is not None
     low = memory._replace(available=memory.total // 100)
     monkeypatch.setattr(causes, "machine_memory", lambda: low)
-    assert "probably out of memory" in of_death(ending(exit_code=-9))
+    assert "probably out of memory" in of_death(end(exit_code=-9))
     monkeypatch.setattr(causes, "machine_memory", lambda: None)
-    assert "killed from outside" in of_death(ending(exit_code=-9))
+    assert "killed from outside" in of_death(end(exit_code=-9))
 
 
 @pytest.mark.parametrize("number", sorted(set(signal.Signals)))
 def test_every_signal_has_something_said_of_it(number: int) -> None:
-    assert len(of_death(ending(exit_code=-number))) > 40
+    assert len(of_death(end(exit_code=-number))) > 40
 
 
 def at(name: str, file: str = "/data.py") -> Stack:
@@ -174,4 +174,4 @@ def test_a_wait_names_the_line_that_is_the_users() -> None:
 
 def test_an_unknown_index_is_not_named() -> None:
     assert "None" not in of_silence(at("resize"), None, "collate", None, "fork")
-    assert "None" not in of_death(ending(exit_code=-11, index=None))
+    assert "None" not in of_death(end(exit_code=-11, index=None))

@@ -25,8 +25,8 @@ from safeloader import (
     TransportError,
     WorkerInitError,
 )
-from safeloader.errors import dual_type
-from safeloader.failures.failure import error_from, failure_of
+from safeloader.errors import dual_type, error_from
+from safeloader.failures.failure import failure_of
 
 OURS = {
     "init": WorkerInitError,

@@ -29,7 +29,7 @@ from safeloader.supervision.flight_recorder import (
     STACK_BYTES,
     STAMPS,
     STAMPS_MAX,
-    Ending,
+    EndSignal,
     FlightRecorder,
 )
 from safeloader.transport.messages import Task
@@ -79,7 +79,7 @@ def test_what_a_worker_wrote_outlives_it(method: str) -> None:
 
 
 def waits_for_the_end(recorder: FlightRecorder, ready: Any) -> None:
-    ending = Ending(recorder)
+    ending = EndSignal(recorder)
     assert not ending.is_set()
     ready.set()
     while not ending.is_set():
@@ -89,7 +89,7 @@ def waits_for_the_end(recorder: FlightRecorder, ready: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_word_to_end_needs_no_lock(method: str) -> None:
     recorder = FlightRecorder(1)
-    ending = Ending(recorder)
+    ending = EndSignal(recorder)
     context = multiprocessing.get_context(method)
     ready = context.Event()
     process = context.Process(target=waits_for_the_end, args=(recorder, ready))

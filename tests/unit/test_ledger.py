@@ -17,8 +17,8 @@ from safeloader.delivery import ledger as ledger_module
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import pack
 from safeloader.delivery.ledger import Discrepancy, MapLedger
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.delivery.stream_ledger import StreamLedger
-from safeloader.transport.messages import BatchManifest
 from safeloader.transport.stream_progress import StreamProgress
 
 CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")

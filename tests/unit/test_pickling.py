@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 from safeloader.introspect import pickling
-from safeloader.introspect.pickling import Culprit, find_culprit, find_unloadable
+from safeloader.introspect.pickling import UnpicklablePart, find_unloadable, find_unpicklable
 from tests import faults
 
 SECRET = "hunter2-do-not-print"
@@ -172,14 +172,14 @@ async def a_coroutine() -> None: ...
 
 def located(thing: object, name: str = "dataset", **keywords: Any) -> str:
     """The path; the outcome is checked against what multiprocessing says of the whole."""
-    found = find_culprit(thing, name, **keywords)
+    found = find_unpicklable(thing, name, **keywords)
     assert found is not None
     with pytest.raises(BaseException):  # noqa: B017, PT011
         ForkingPickler.dumps(thing)
     return checked(found).path
 
 
-def checked(found: Culprit) -> Culprit:
+def checked(found: UnpicklablePart) -> UnpicklablePart:
     for text in found:
         assert type(text) is str
         assert text
@@ -194,8 +194,8 @@ def checked(found: Culprit) -> Culprit:
     return found
 
 
-def culprit_of(thing: object, name: str = "dataset", **keywords: Any) -> Culprit:
-    found = find_culprit(thing, name, **keywords)
+def culprit_of(thing: object, name: str = "dataset", **keywords: Any) -> UnpicklablePart:
+    found = find_unpicklable(thing, name, **keywords)
     assert found is not None
     return checked(found)
 
@@ -533,8 +533,8 @@ def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("spawning", [True, False])
 def test_what_can_be_pickled_has_no_culprit(name: str, spawning: bool) -> None:
     thing = FINE[name]()
-    assert find_culprit(thing, "it", spawning=spawning) is None
-    assert find_culprit(Holding(it=[thing, thing]), "it", spawning=spawning) is None
+    assert find_unpicklable(thing, "it", spawning=spawning) is None
+    assert find_unpicklable(Holding(it=[thing, thing]), "it", spawning=spawning) is None
     ForkingPickler.dumps(thing)
 
 
@@ -564,13 +564,13 @@ values = st.recursive(
 @pytest.mark.filterwarnings("ignore:Local function is not supported by pickle")  # without dill
 def test_data_pipes() -> None:
     pipe = IterableWrapper([1, 2]).map(module_level).batch(2)
-    assert find_culprit(pipe, "dataset") is None
+    assert find_unpicklable(pipe, "dataset") is None
     assert located(IterableWrapper([1, 2]).map(lambda x: x).batch(2)) == "dataset.datapipe.fn"
 
 
 def test_a_loader_inside_a_dataset() -> None:
     loader = DataLoader(Holding(), num_workers=1, persistent_workers=True)
-    assert find_culprit(Holding(loader=loader), "dataset") is None
+    assert find_unpicklable(Holding(loader=loader), "dataset") is None
     iterator = iter(loader)
     found = culprit_of(Holding(loader=loader))
     assert found.path == "dataset.loader._iterator"
@@ -580,7 +580,7 @@ def test_a_loader_inside_a_dataset() -> None:
 
 @given(values)
 def test_any_plain_structure_has_no_culprit(thing: Any) -> None:
-    assert find_culprit(thing, "it") is None
+    assert find_unpicklable(thing, "it") is None
     assert find_unloadable(thing, "it") is None
 
 
@@ -657,14 +657,14 @@ def test_the_thread_is_left_as_it_was() -> None:
             seen.append(context.get_spawning_popen())
             raise ValueError
 
-    assert find_culprit(Looks(), "it") is not None
+    assert find_unpicklable(Looks(), "it") is not None
     assert seen[0] is not None
     assert context.get_spawning_popen() is None
     marker: Any = object()
     context.set_spawning_popen(marker)
     try:
         seen.clear()
-        assert find_culprit(Looks(), "it", spawning=False) is not None
+        assert find_unpicklable(Looks(), "it", spawning=False) is not None
         assert {*seen} == {None}
         assert context.get_spawning_popen() is marker
     finally:
@@ -708,7 +708,7 @@ SHARED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", SHARED)
 def test_what_multiprocessing_shares_is_fine_where_a_process_is_started(name: str) -> None:
     shared = SHARED[name](SPAWN)
-    assert find_culprit(Holding(shared=shared), "dataset") is None
+    assert find_unpicklable(Holding(shared=shared), "dataset") is None
     found = culprit_of({"shared": shared}, "sample", spawning=False)
     assert found.path == "sample['shared']"
     assert "through inheritance" in found.reason
@@ -726,15 +726,15 @@ def test_what_was_made_for_fork_cannot_be_given_to_a_spawned_process(name: str) 
 
 def test_raw_shared_memory() -> None:
     raw = multiprocessing.RawArray("i", 3)
-    assert find_culprit([raw, multiprocessing.RawValue("d")], "dataset") is None
+    assert find_unpicklable([raw, multiprocessing.RawValue("d")], "dataset") is None
     assert culprit_of([1, raw], "sample", spawning=False).path == "sample[1]"
 
 
 def test_what_can_go_through_a_queue_too() -> None:
     memory = shared_memory.SharedMemory(create=True, size=10)
     try:
-        assert find_culprit([memory, multiprocessing.Pipe()], "it") is None
-        assert find_culprit([memory, multiprocessing.Pipe()], "it", spawning=False) is None
+        assert find_unpicklable([memory, multiprocessing.Pipe()], "it") is None
+        assert find_unpicklable([memory, multiprocessing.Pipe()], "it", spawning=False) is None
     finally:
         memory.close()
         memory.unlink()
@@ -762,8 +762,8 @@ def test_reducers_that_the_user_registered(monkeypatch: pytest.MonkeyPatch) -> N
         type(LOCK),
         lambda _: (threading.Lock, ()),
     )
-    assert find_culprit([LOCK], "it") is None
-    assert find_culprit(Holding(it=LOCK, other=a_generator()), "it").path == "it.other"  # type: ignore[union-attr]
+    assert find_unpicklable([LOCK], "it") is None
+    assert find_unpicklable(Holding(it=LOCK, other=a_generator()), "it").path == "it.other"  # type: ignore[union-attr]
 
 
 # ── cycles, depth, and objects that do harm ──────────────────────────────────────────────────────
@@ -772,12 +772,12 @@ def test_reducers_that_the_user_registered(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_refers_back_to_its_owner_is_not_blamed_for_it() -> None:
     dataset = Holding()
     dataset.cache = Holding(owner=dataset, items=[dataset])  # type: ignore[attr-defined]
-    assert find_culprit(dataset, "dataset") is None
+    assert find_unpicklable(dataset, "dataset") is None
     dataset.lock = LOCK  # type: ignore[attr-defined]
     assert located(dataset) == "dataset.lock"
     endless: list[Any] = []
     endless += [endless, (endless,), {"self": endless}]
-    assert find_culprit(endless, "it") is None
+    assert find_unpicklable(endless, "it") is None
     endless.append(LOCK)
     assert located(endless) == "dataset[3]"
 
@@ -821,7 +821,7 @@ def test_what_is_nested_too_deeply_is_told_where_it_begins(make: Any, length: in
 def test_at_the_edge_of_too_deep(length: int) -> None:
     """As with the pickler itself, which has a few calls fewer on its stack."""
     for make in (Node, lambda x: [x]):
-        found = find_culprit(Holding(root=chain_of(make, length)), "dataset")
+        found = find_unpicklable(Holding(root=chain_of(make, length)), "dataset")
         assert found is None or str(checked(found)).startswith("dataset.root: ")
 
 
@@ -984,7 +984,7 @@ def test_nothing_breaks_the_search(name: str, spawning: bool) -> None:
 
 def test_only_the_keyboard_interrupts() -> None:
     with pytest.raises(KeyboardInterrupt):
-        find_culprit([RaisesInGetstate(KeyboardInterrupt())], "it")
+        find_unpicklable([RaisesInGetstate(KeyboardInterrupt())], "it")
     with pytest.raises(KeyboardInterrupt):
         find_unloadable([RaisesInGetstate(KeyboardInterrupt())], "it")
     with pytest.raises(KeyboardInterrupt):
@@ -995,7 +995,7 @@ def test_a_fault_of_the_search_hides_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pickling, "_children", None)
     assert culprit_of([LOCK]).path == "dataset"
     monkeypatch.setattr(pickling, "_told", None)
-    assert find_culprit([LOCK], "dataset") is None
+    assert find_unpicklable([LOCK], "dataset") is None
 
 
 def test_it_lets_go_of_what_it_looked_at() -> None:
@@ -1004,7 +1004,7 @@ def test_it_lets_go_of_what_it_looked_at() -> None:
 
     local = Local()
     gone = weakref.ref(local)
-    assert find_culprit([local, LOCK], "it") is not None
+    assert find_unpicklable([local, LOCK], "it") is not None
     del local
     assert gone() is None
 
@@ -1044,9 +1044,9 @@ class Slow:
 
 
 def test_out_of_time_before_anything_is_known(clock: Clock) -> None:
-    assert find_culprit([Slow(), Slow(), LOCK], "it", bound_s=1) is None
-    assert find_culprit([LOCK], "it", bound_s=0) is None
-    assert find_culprit([LOCK], "it", bound_s=-1) is None
+    assert find_unpicklable([Slow(), Slow(), LOCK], "it", bound_s=1) is None
+    assert find_unpicklable([LOCK], "it", bound_s=0) is None
+    assert find_unpicklable([LOCK], "it", bound_s=-1) is None
 
 
 def test_what_fails_at_once_is_found_behind_what_takes_long(clock: Clock) -> None:
@@ -1080,7 +1080,7 @@ class Late:
 
 
 def test_a_large_list_that_can_be_pickled_ends_in_time(clock: Clock) -> None:
-    assert find_culprit([Slow() for _ in range(10_000)], "it", bound_s=5) is None
+    assert find_unpicklable([Slow() for _ in range(10_000)], "it", bound_s=5) is None
     assert clock.now < 7
     assert find_unloadable([Slow() for _ in range(10_000)], "it", bound_s=5) is None
 
@@ -1089,7 +1089,7 @@ def test_time_is_looked_at_in_what_has_no_objects(monkeypatch: pytest.MonkeyPatc
     """Numbers and texts run through C alone; what is written is noticed."""
     ticks = itertools.count()
     monkeypatch.setattr(pickling, "monotonic", lambda: next(ticks) * 0.1)
-    assert find_culprit([list(range(2_000_000))], "it", bound_s=5) is None
+    assert find_unpicklable([list(range(2_000_000))], "it", bound_s=5) is None
     assert next(ticks) < 200
 
 
@@ -1159,7 +1159,7 @@ def test_what_cannot_be_loaded_is_found(name: str) -> None:
     assert found.reason.startswith(reason)
     assert "__reduce__" in found.advice
     if "lock" not in name:
-        assert find_culprit(make(), "sample") is None
+        assert find_unpicklable(make(), "sample") is None
 
 
 def test_what_refers_back_meets_an_empty_owner_and_changes_no_live_one() -> None:

@@ -17,9 +17,9 @@ import torch
 
 from safeloader import Recorder, SafeDataLoader
 from safeloader.delivery.indices import pack
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery
 from safeloader.provenance.table import record_of
-from safeloader.transport.messages import BatchManifest, SampleIncident
 from tests import datasets
 
 COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")

@@ -16,8 +16,8 @@ import pytest
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.introspect.values import weight
-from safeloader.transport.messages import BatchManifest
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 

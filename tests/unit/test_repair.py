@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from safeloader.delivery.manifest import SampleIncident
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.random_state import preserved
-from safeloader.transport.messages import DeliveredBatch, SampleIncident, Task
+from safeloader.transport.messages import DeliveredBatch, Task
 from safeloader.worker import repair as module
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import SKIP, Policy

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from safeloader.delivery.indices import pack
-from safeloader.errors import TransportError
-from safeloader.failures.failure import error_from
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
+from safeloader.errors import TransportError, error_from
 from safeloader.transport.leaves import close_all
-from safeloader.transport.messages import BatchManifest, DeliveredBatch, FailedBatch, SampleIncident
+from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
-from safeloader.transport.sealing import BatchMessage
 from safeloader.transport.slot_reader import WORKER_GONE, Unpacker
 from tests import wired
 from tests.oracle import plain

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeloader.delivery.indices import pack
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.delivery.skip_budget import ALWAYS_ALLOWED, LONGEST_RUN, SkipBudget
-from safeloader.transport.messages import BatchManifest, SampleIncident
 
 
 def manifest(size: int, gone: dict[int, str]) -> BatchManifest:
