@@ -15,7 +15,7 @@ import torch
 
 from safeloader._version import __version__
 from safeloader.failures.failure import Failure
-from safeloader.introspect.folders import create, folder_of, see_writable
+from safeloader.introspect.files import create, folder_of, see_writable
 from safeloader.introspect.resources import machine_facts
 from safeloader.introspect.texts import bounded_text
 

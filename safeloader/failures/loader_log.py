@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
-import re
 from collections.abc import MutableMapping
 from typing import Any
-
-import torch.distributed
 
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.values import plain_length, short_type_name, type_name
@@ -50,18 +45,3 @@ def length_of(sized: Any) -> int | None:
             return len(sized)
     except Exception:  # no __len__, or one that raises: what is said does without
         return None
-
-
-def rank() -> int | None:
-    """Rank of this process where a process group runs; None otherwise."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return None
-
-
-def process_name() -> str:
-    """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
-    known = rank()
-    told = os.environ.get("RANK", "") if known is None else str(known)
-    host = re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
-    return f"{host}-rank{told if told.isdecimal() else 0}-{os.getpid()}"

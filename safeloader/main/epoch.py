@@ -19,8 +19,9 @@ from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, rank
+from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.dataset_state import describe, differences
+from safeloader.introspect.files import rank
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import Delivery, failure_was_told
 from safeloader.provenance.trace import OFF, Trace

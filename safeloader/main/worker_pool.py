@@ -27,7 +27,8 @@ from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.errors import error_from
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure, failure_of
-from safeloader.failures.loader_log import LoaderLog, rank
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.files import rank
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved

@@ -27,7 +27,7 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed, unpack
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.folders import create, folder_of, see_writable
+from safeloader.introspect.files import create, folder_of, see_writable
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import INDEX_MAX, bounded_text, index_text, indices_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder

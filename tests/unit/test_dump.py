@@ -21,7 +21,7 @@ import torch
 
 from safeloader import Failure, SafeDataLoader, SafeLoaderError, SampleError
 from safeloader.failures import dump
-from safeloader.failures.loader_log import process_name
+from safeloader.introspect.files import process_name
 from safeloader.provenance.trace import FileTrace
 from tests import faults
 from tests.processes.test_failures import caught
@@ -248,7 +248,7 @@ def test_two_processes_of_one_name_share_a_folder(tmp_path: Path) -> None:
     """In two containers the pid is the same, and often the host's name as well."""
     program = """
 import os, sys
-from safeloader.introspect import folders
+from safeloader.introspect import files as folders
 folders.process_name = lambda: "host-rank0-7"
 for _ in range(3):
     fd, path = folders.create(__import__("pathlib").Path(sys.argv[1]), "safeloader", ".json")

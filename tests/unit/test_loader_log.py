@@ -9,7 +9,8 @@ import weakref
 
 import pytest
 
-from safeloader.failures.loader_log import LoaderLog, length_of, process_name
+from safeloader.failures.loader_log import LoaderLog, length_of
+from safeloader.introspect.files import process_name
 
 
 class Images:

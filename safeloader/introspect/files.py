@@ -1,14 +1,16 @@
-"""Whether files can be written into a folder. Runs in: main."""
+"""Files that we write: private, never over another, named by their process. Runs in: main."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import platform
+import re
 import tempfile
 from pathlib import Path
 
-from safeloader.failures.loader_log import process_name
+import torch.distributed
 
 _ATTEMPTS = 1000
 _numbers = itertools.count()
@@ -60,3 +62,18 @@ def create(folder: Path, stem: str, suffix: str, also: str = "") -> tuple[int, P
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600), path
     raise FileExistsError(f"{_ATTEMPTS} files of this process are in {folder} already")
+
+
+def rank() -> int | None:
+    """Rank of this process where a process group runs; None otherwise."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return None
+
+
+def process_name() -> str:
+    """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
+    known = rank()
+    told = os.environ.get("RANK", "") if known is None else str(known)
+    host = re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
+    return f"{host}-rank{told if told.isdecimal() else 0}-{os.getpid()}"
