@@ -25,6 +25,7 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.replay import replay
+from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.settings import (
@@ -41,14 +42,12 @@ from safeloader.transport.stats import TransportStats
 
 _public_names_moved: list[str] = []
 try:
-    from safeloader.main.iterator import iterate
+    from safeloader.main.iterator import Side, iterate
 except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off needs
     _public_names_moved.append(str(exc))
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
-
-    from safeloader.main.worker_pool import WorkerPool
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -133,7 +132,7 @@ class SafeDataLoader(DataLoader[T_co]):
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
-    _pool: WorkerPool | None = None
+    _side: Side | None = None  # with persistent workers alone: it holds their pool
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
 
@@ -176,6 +175,11 @@ class SafeDataLoader(DataLoader[T_co]):
         def __init__(self, dataset: Dataset[T_co], *args: Any, **kwargs: Any) -> None:
             settings = Settings(**{name: kwargs.pop(name) for name in _OURS if name in kwargs})
             settings.refuse_bad(dataset)
+            if not isinstance(settings.recorder, Recorder | None):
+                raise TypeError(
+                    "recorder must be a safeloader.Recorder, or None to have one made; got "
+                    f"{bounded_text(settings.recorder)}"
+                )
             super().__init__(dataset, *args, **kwargs)
             for name in _OURS:
                 setattr(self, name, getattr(settings, name))
@@ -207,19 +211,26 @@ class SafeDataLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
         if _unrecorded(self):
-            if self._pool is not None:  # its workers speak in messages of ours
-                self._pool = self._iterator = None
+            if self._side is not None:  # its workers speak in messages of ours
+                self._side = self._iterator = None
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())
 
     def _get_iterator(self) -> Any:
         # Torch's hook for subclasses; some code asks for a fresh iterator this way.
-        return super()._get_iterator() if _unrecorded(self) else iterate(self)
+        if _unrecorded(self):
+            return super()._get_iterator()
+        pool = None if self._side is None else self._side.pool
+        side = Side(Settings.of(self), self._recorder_on_demand(), pool)
+        iterator = iterate(self, side)
+        if side.pool is not pool:
+            self._side = side
+        return iterator
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
         state = self.__dict__.copy()
-        state.pop("_session", None)
+        state.pop("_side", None)
         if "_iterator" in state:
             state["_iterator"] = None
         return state

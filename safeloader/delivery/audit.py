@@ -64,6 +64,8 @@ class EpochAudit:
         donors: the index of the sample that stands in for a replaced one, for the first 1000; none
             where an ``on_error`` callable gave it.
         notes: other things worth knowing, such as a worker that delivered nothing.
+        unchecked_since: the batch from which on nothing was checked, because of a fault of
+            safeloader's own, which the log tells; None as a rule. Such an epoch is never complete.
 
     Example:
         >>> from safeloader import SafeDataLoader
@@ -94,10 +96,16 @@ class EpochAudit:
     notes: tuple[str, ...] = ()
     reasons: dict[Any, str] = dataclasses.field(default_factory=dict)
     donors: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    unchecked_since: int | None = None
 
     @property
-    def ok(self) -> bool:
-        """Whether nothing is missing, duplicated, unexpected or failed."""
+    def ok(self) -> bool | None:
+        """Whether nothing is missing, duplicated, unexpected or failed.
+
+        None where that is not known: see ``unchecked_since``.
+        """
+        if self.unchecked_since is not None:
+            return None
         return not any(self.counts.get(name, 0) for name in _TROUBLES)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +120,7 @@ class EpochAudit:
             "notes": list(self.notes),
             "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
             "donors": {_shown(index): _plain(donor) for index, donor in self.donors.items()},
+            "unchecked_since": self.unchecked_since,
         }
         for name, _ in _CLASSES:
             array = getattr(self, name)
@@ -131,6 +140,8 @@ class EpochAudit:
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete"
         verdict = "ok" if self.ok else "NOT OK"
+        if self.unchecked_since is not None:
+            verdict = f"not checked since batch {self.unchecked_since}"
         lines = [
             f"epoch {self.epoch}: {state}, {verdict}; "
             f"{self.drawn} drawn, {self.delivered} delivered"

@@ -238,6 +238,7 @@ class Accounts:
         counts = {"repeated": 0, "unvisited": 0}
         counts |= {name: index_set.count for name, index_set in self.by_class.items()}
         counts |= more.pop("counts", {})
+        more |= {name: index_set.array() for name, index_set in self.by_class.items()}
         return EpochAudit(
             epoch=epoch,
             complete=complete,
@@ -247,7 +248,6 @@ class Accounts:
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
-            **{name: index_set.array() for name, index_set in self.by_class.items()},
             **more,
         )
 

@@ -15,35 +15,11 @@ import torch
 
 from safeloader._version import __version__
 from safeloader.failures.failure import Failure
-from safeloader.introspect.files import create, folder_of, see_writable
+from safeloader.introspect.files import create, folder_of
 from safeloader.introspect.resources import machine_facts
-from safeloader.introspect.texts import bounded_text
 
 _LOG = logging.getLogger("safeloader")
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
-
-
-def check_folder(folder: object) -> None:
-    """Refuse a folder that cannot be written to.
-
-    Raises:
-        TypeError: if it is no path.
-        ValueError: if nothing can be written there.
-    """
-    if folder is None:
-        return
-    if not isinstance(folder, str | os.PathLike):
-        raise TypeError(
-            f"on_failure_dump must be a folder to write failures into, or None; got "
-            f"{bounded_text(folder)}"
-        )
-    try:
-        see_writable(folder_of(folder))
-    except OSError as exc:
-        raise ValueError(
-            f"failures cannot be written to {str(folder)!r}: {exc}. Give on_failure_dump= a "
-            "folder that can be written to, or None"
-        ) from exc
 
 
 def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> Path | None:

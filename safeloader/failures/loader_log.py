@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+import traceback
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -13,7 +16,8 @@ from safeloader.introspect.values import plain_length, short_type_name, type_nam
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     """The package's logger; each line begins with ``SafeDataLoader over ImageFolder (50000): ``.
 
-    A program has several loaders, for training and validation at least.
+    A program has several loaders, for training and validation at least. A handler of the user's
+    that raises ends these lines, and not the training.
 
     Attributes:
         length: of the dataset, as far as known.
@@ -26,12 +30,51 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         kind = short_type_name(type_name(type(dataset)))
         size = "" if self.length is None else f" ({self.length})"
         self.loader_name = f"SafeDataLoader over {kind}{size}"
+        self._broken = False
+
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """As :class:`logging.LoggerAdapter` has it, but that nothing is raised."""
+        if self._broken:
+            return
+        try:
+            super().log(level, msg, *args, **kwargs)
+        except Exception as exc:
+            if raised_by_signal(exc):
+                raise
+            self._broken = True
+            if sys.stderr is not None:  # as logging itself tells of a handler that raises
+                print(
+                    f"{self.loader_name}: a logging handler raised, and this epoch has no more "
+                    f"lines in the log\n{text_of(exc)}",
+                    file=sys.stderr,
+                )
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter` has it."""
         return f"{self.loader_name.replace('%', '%%')}: {msg}", kwargs
+
+    def own_fault(self, part: str, exc: BaseException) -> None:
+        """A part of ours failed, and is off for the rest of the epoch."""
+        self.error(
+            "%s failed and is off for the rest of this epoch; training goes on. This is a fault of "
+            "safeloader's own, please report it:\n%s",
+            part,
+            text_of(exc),
+        )
+
+
+def text_of(exc: BaseException) -> str:
+    """The traceback as text: a handler that keeps records would keep its frames, and the data."""
+    return "".join(traceback.format_exception(exc)).rstrip()
+
+
+def raised_by_signal(exc: BaseException) -> bool:
+    """Whether a signal handler raised it, a time limit of the user's perhaps: no fault of ours."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(each, "__code__", None) for each in handlers}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(exc.__traceback__))
 
 
 def length_of(sized: Any) -> int | None:

@@ -11,13 +11,14 @@ import copy
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from torch.utils import data
 from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
+from safeloader.delivery.ledger import PendingBatch
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
@@ -27,8 +28,13 @@ from safeloader.transport.messages import SamplerFault, Task
 class DrawLog(Protocol):
     """Who is told of the draws: the running epoch."""
 
-    def drawn(self, seq: int, indices: Packed) -> None:
-        """Batch ``seq`` was drawn."""
+    drawn: Callable[[int, Packed], None]  # batch number, identities; looked up for each draw
+
+    def at_fault(self, part: str, exc: Exception) -> None:
+        """Noting a draw raised: a fault of ours, for which no draw is lost."""
+
+    def opened(self, seq: int) -> PendingBatch | None:
+        """What is known of a batch that was drawn and has not come."""
 
     def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         """The sampler raised where batch ``seq`` would have been."""
@@ -94,8 +100,12 @@ class RecordingSampler:
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
         """The task with what was drawn last before it: as much as may fail in a row."""
         if type(task.index) is not SamplerFault:
-            task = self._without_killers(task._replace(donors=tuple(drawn)))
-            drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
+            try:
+                task = self._without_killers(task._replace(donors=tuple(drawn)))
+                drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
+            except Exception as exc:
+                assert self.log is not None
+                self.log.at_fault("the list of earlier draws", exc)
         return task
 
     def _without_killers(self, task: Task) -> Task:
@@ -183,7 +193,6 @@ class RecordingSampler:
         self, inner: Iterator[Any], tail: list[Any], log: DrawLog, ended: list[bool]
     ) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
-        note = log.drawn
         numbers = self._numbers
         batched, stream, in_main = self.batched, self._stream, self._in_main
         while True:
@@ -209,17 +218,14 @@ class RecordingSampler:
                 yield from fault
                 continue  # a generator is at its end now; other iterators may go on
             seq = next(numbers)
-            if stream:
-                note(seq, b"")
-                yield Task(seq, index)
-                continue
-            if not batched:
-                packed = pack_unbatched(index)
-            else:
-                if type(index) is not list and isinstance(index, Iterator):
-                    index = list(index)  # reading a one-shot iterator here would use it up
-                packed = pack(index)
-            note(seq, packed)
+            packed: Packed | None = None
+            if batched and type(index) is not list and isinstance(index, Iterator):
+                index = list(index)  # reading a one-shot iterator here would use it up
+            try:
+                packed = b"" if stream else pack(index) if batched else pack_unbatched(index)
+                log.drawn(seq, packed)
+            except Exception as exc:
+                log.at_fault("the ledger", exc)
             yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
 
     def __len__(self) -> int:

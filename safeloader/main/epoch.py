@@ -1,16 +1,19 @@
 """One epoch's accounts, and what follows from them. Runs in: main.
 
-The recording sampler reports draws to it, the iterator what arrives. It holds neither the loader
-nor the recorder, both of which may hold it.
+The recording sampler reports draws to it, the iterator what arrives. A fault in the accounts
+themselves ends them and not the training: it is logged, batches go on as torch's own loader gives
+them, and the audit says since when nothing was checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
@@ -19,101 +22,149 @@ from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, length_of, raised_by_signal
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
 from safeloader.introspect.texts import index_text
-from safeloader.provenance.recorder import Delivery, failure_was_told
-from safeloader.provenance.trace import OFF, Trace
+from safeloader.provenance.events import Dumps, Events, LogLines
+from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.trace import trace_for
+from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
 
 SHOWN_SKIPPED = 12
-DUMPS_MAX = 100  # of an epoch's failures that end no batch
 _SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
+
+_T = TypeVar("_T")
 
 
 class Epoch:
-    """The accounts of one pass over the loader, and what follows from them."""
+    """The accounts of one pass over the loader, and what follows from them.
+
+    Attributes:
+        number: as the recorder counts.
+        batches: handed over or raised: the number of the next one.
+        check: the ledger's, bound for the hot path.
+        drawn: called with each draw; the ledger's own where no sink listens. Hot path too.
+        draws_over: whether the sampler is at its end.
+        unchecked_since: the batch at which a part of the accounts failed.
+    """
 
     ledger: Ledger
+    lock: threading.RLock  # the ledger's
+    check: Callable[[BatchManifest], Discrepancy | None]
+    drawn: Callable[[int, Packed], None]
 
-    def __init__(
-        self,
-        trace: Trace,
-        verify: str,
-        dataset: Any,
-        skip_budget: SkipBudget | None = None,
-        dump: Callable[[Failure], Any] | None = None,
-        log: LoaderLog | None = None,
-    ) -> None:
-        self.log = LoaderLog(dataset) if log is None else log
-        self.number = 0
-        self.batches = 0  # handed over or raised: the number of the next one
-        self._trace = trace
-        self._verify = verify
-        self._skip_budget = skip_budget or SkipBudget(None, runs=False)
-        self._dump = dump
-        self._survived = 0
+    def __init__(self, dataset: Any, settings: Settings, recorder: Recorder) -> None:
+        self.log = log = LoaderLog(dataset, length_of(dataset))
+        self.number = self.batches = 0
+        self.draws_over = False
+        self.unchecked_since: int | None = None
+        self._off: set[str] = set()  # parts that failed
+        self._uncounted = 0  # samples that came since the ledger failed
+        self.verify = settings.verify
+        self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
         self._pid = os.getpid()
+        sinks: list[object] = [recorder, LogLines(log)]
+        sinks.append(trace_for(recorder, settings.trace_target, log))
+        if settings.on_failure_dump is not None:
+            sinks.append(Dumps(settings.on_failure_dump, log))
+        self.events = Events(log, sinks)
+        try:
+            self.number = recorder.begin_epoch(self.audit)
+        except Exception as exc:
+            self.at_fault("the recorder", exc)
+
+    def open(self, ledger: Ledger) -> None:
+        """Begin the accounts."""
+        self.ledger = ledger
+        self.lock, self.check = ledger.lock, ledger.check
+        self.drawn = self._drawn_and_told if self.events.drawn else ledger.drawn
+
+    # faults of our own ──────────────────────────────────────────────────────────────────────────
+
+    def at_fault(self, part: str, exc: Exception) -> None:
+        """A part of the accounts failed: it goes off, and the log says so once."""
+        if raised_by_signal(exc):  # the user's, which only struck here
+            raise exc
+        if part in self._off:
+            return
+        self._off.add(part)
+        if self.unchecked_since is None:
+            self.unchecked_since = self.batches
+        if part == "the ledger":
+            self.check = self._count
+            if not self.events.drawn:
+                self.drawn = lambda seq, indices: None
+        self.log.own_fault(part, exc)
+
+    def sink_failed(self, told: Callable[..., None], exc: Exception) -> None:
+        """A sink raised as it was told of the batch handed over."""
+        self.events.take_off(told, exc)
+        if isinstance(getattr(told, "__self__", None), Recorder) and self.unchecked_since is None:
+            self.unchecked_since = self.batches - 1
+
+    def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
+        """Read or change the ledger; None once it has failed."""
+        if "the ledger" not in self._off:
+            try:
+                with self.lock:
+                    return change(self.ledger)
+            except Exception as exc:
+                self.at_fault("the ledger", exc)
+        return None
+
+    def _count(self, manifest: BatchManifest) -> None:
+        """In the place of the ledger's check: ``max_skipped`` has to know how many came."""
+        self._uncounted += len(expected_indices(manifest))
 
     # draws ──────────────────────────────────────────────────────────────────────────────────────
 
-    def open(self, ledger: Ledger) -> None:
-        """Begin the accounts. Untraced draws go to the ledger without a detour: hot path."""
-        self.ledger = ledger
-        if self._trace is OFF:
-            self.drawn = ledger.drawn  # type: ignore[method-assign]
-
-    def drawn(self, seq: int, indices: Packed) -> None:
-        """Batch ``seq`` was drawn."""
-        self.ledger.drawn(seq, indices)
-        self._tell(self._trace.drawn, self.number, seq, indices)
+    def _drawn_and_told(self, seq: int, indices: Packed) -> None:
+        self._book(lambda ledger: ledger.drawn(seq, indices))
+        self.events.tell("drawn", self.number, seq, indices)
 
     def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
         self._sampler_errors[seq] = failure, exc
-        self.ledger.draw_failed(seq)
+        self._book(lambda ledger: ledger.draw_failed(seq))
 
     def draw_interrupted(self, lost: Packed) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
-        self.ledger.draw_interrupted(lost)
+        self._book(lambda ledger: ledger.draw_interrupted(lost))
 
     def draws_ended(self, dropped: Packed) -> None:
         """The sampler is at its end."""
-        self.ledger.draws_ended(dropped)
+        self._book(lambda ledger: ledger.draws_ended(dropped))
+        self.draws_over = True
+
+    def opened(self, seq: int) -> PendingBatch | None:
+        """What is known of a batch that was drawn and has not come."""
+        return self._book(lambda ledger: ledger.opened(seq))
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def arrived(self, manifest: BatchManifest, began_ns: int, wait_ns: int) -> int:
-        """Check a batch that is about to be handed over; gives its number. Hot path.
+    def settle(self, discrepancy: Discrepancy, manifest: BatchManifest) -> None:
+        """Book a batch in trouble, which the user gets all the same or not."""
+        self.ledger.settle(discrepancy, manifest, handed_over=self.verify != "raise")
+
+    def tell_discrepancy(
+        self, discrepancy: Discrepancy, manifest: BatchManifest | None, stacklevel: int = 4
+    ) -> None:
+        """Raise or warn, as the user asked for: what came is not what was drawn.
 
         Raises:
-            DeliveryError: if it is not what was drawn, under ``verify="raise"``.
+            DeliveryError: under ``verify="raise"``.
         """
-        if manifest.incidents is not None:
-            self._count_incidents(manifest)
-        ledger = self.ledger
-        with ledger.lock:
-            discrepancy = ledger.check(manifest)
-            if discrepancy is not None:
-                ledger.settle(discrepancy, manifest, handed_over=self._verify != "raise")
-        if discrepancy is not None:
-            self._told(discrepancy, manifest)
-        number = self.batches
-        self.batches = number + 1
-        if self._trace is not OFF:
-            delivery = Delivery(self.number, number, wait_ns, manifest)
-            self._tell(self._trace.delivered, delivery, began_ns)
-        if ledger.settled:  # not every training loop asks for one more than the last
-            self.close()
-        return number
-
-    def _told(self, discrepancy: Discrepancy, manifest: BatchManifest | None) -> None:
-        if self._verify == "off":
+        if self.verify == "off":
+            return
+        if self.verify == "warn":
+            said = f"safeloader: {discrepancy.reason}"
+            warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
             return
         culprits = discrepancy.culprits
         failure = Failure(
@@ -129,9 +180,6 @@ class Epoch:
             pid=os.getpid() if manifest is None else manifest.pid,
             hint=discrepancy.hint or _SEE_AUDIT,
         )
-        if self._verify == "warn":
-            warnings.warn(f"safeloader: {discrepancy.reason}", RuntimeWarning, stacklevel=4)
-            return
         if manifest is not None:
             self.batches += 1
         raise self._error(failure)
@@ -142,66 +190,51 @@ class Epoch:
         Raises:
             SampleError: if too many were.
         """
-        self._count_incidents(manifest)
-        with self.ledger.lock:
-            discrepancy = self.ledger.check(manifest)
+        self.count_incidents(manifest)
+
+        def check(ledger: Ledger) -> Discrepancy | None:
+            discrepancy = self.check(manifest)
             if discrepancy is not None:
-                self.ledger.settle(discrepancy, manifest, handed_over=False)
-        if discrepancy is not None:
-            self._told(discrepancy, manifest)
+                ledger.settle(discrepancy, manifest, handed_over=False)
+            return discrepancy
+
+        if discrepancy := self._book(check):
+            self.tell_discrepancy(discrepancy, manifest)
         self.log.warning(
             "epoch %d: every sample of what would be batch %d failed: it is left out whole",
             self.number,
             self.batches,
         )
-        if self.ledger.settled:
-            self.close()
+        self.close_if_settled()
 
-    def survived(self, failure: Failure) -> None:
-        """Write down a failure that ends no batch, if that is wished; a bounded number of them."""
-        if self._dump is None or self._survived > DUMPS_MAX:
-            return
-        self._survived += 1
-        if self._survived > DUMPS_MAX:
-            self.log.warning(
-                "epoch %d: %d failures of samples left out or replaced are written; no more of "
-                "them in this epoch",
-                self.number,
-                DUMPS_MAX,
-            )
-            return
-        self._dump(dataclasses.replace(failure, epoch=self.number, rank=rank()))
-
-    def _count_incidents(self, manifest: BatchManifest) -> None:
+    def count_incidents(self, manifest: BatchManifest) -> None:
         """Tell of samples left out, replaced or late, before the batch is booked.
 
         Raises:
             SampleError: if there were too many: the batch is lost with it.
         """
-        asked = expected_indices(manifest)
-        for incident in manifest.incidents or ():
-            self.log.warning(
-                "epoch %d, batch %d: index %s %s: %s",
-                self.number,
-                self.batches,
-                index_text(asked[incident.position]),
-                incident.what,
-                incident.reason,
-            )
-        for failure in manifest.failures or ():
-            self.survived(dataclasses.replace(failure, batch=self.batches))
-        ledger = self.ledger
-        gone = ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
-        reason = self._skip_budget.exceeded(manifest, ledger.delivered_count + gone + len(asked))
+        try:
+            reason = self._too_many(manifest)
+        except Exception as exc:
+            self.at_fault("the count of skipped samples", exc)
+            return
         if reason is None:
             return
-        with ledger.lock:
+        asked = expected_indices(manifest)
+
+        def lost(ledger: Ledger) -> None:
             ledger.failed(manifest, asked)
             ledger.note_reasons(manifest)
-        reasons = list(ledger.reasons.items())
+
+        self._book(lost)
+        reasons = list(self.ledger.reasons.items())
         listed = [f"index {index_text(index)}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
         if len(reasons) > SHOWN_SKIPPED:
             listed.append(f"and {len(reasons) - SHOWN_SKIPPED} more in loader.audit.reasons")
+        listed.append(
+            "look at what these samples have in common (a disk, a shard, a file format); "
+            "max_skipped= allows more: a count, or a fraction of the samples"
+        )
         last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
         failure = Failure(
             phase="sample",
@@ -215,16 +248,23 @@ class Epoch:
             rank=rank(),
             worker_id=manifest.worker_id,
             pid=manifest.pid,
-            hint="\n".join(
-                [
-                    *listed,
-                    "look at what these samples have in common (a disk, a shard, a file format); "
-                    "max_skipped= allows more: a count, or a fraction of the samples",
-                ]
-            ),
+            hint="\n".join(listed),
         )
         self.batches += 1
         raise self._error(failure)
+
+    def _too_many(self, manifest: BatchManifest) -> str | None:
+        """Tell of the incidents of a batch, and count them; a sentence if they are too many."""
+        asked = expected_indices(manifest)
+        incidents = [(asked[each.position], each) for each in manifest.incidents or ()]
+        failures = [self._placed(each) for each in manifest.failures or ()]
+        self.events.tell("skipped", self.number, self.batches, incidents, failures)
+        if "the count of skipped samples" in self._off:
+            return None
+        ledger = self.ledger
+        so_far = ledger.delivered_count + self._uncounted + len(asked)
+        so_far += ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
+        return self._skip_budget.exceeded(manifest, so_far)
 
     def came_failed(self, came: FailedBatch, raised: list[BaseException]) -> SafeLoaderError:
         """The error for a batch that could not be made.
@@ -233,62 +273,60 @@ class Epoch:
         """
         manifest, failure = came
         exception = raised.pop() if raised else None
-        if failure is None:
+        if failure is None:  # drawn in part, or not to be sent to a worker
             failure, exception = self._sampler_errors.pop(manifest.seq)
-            with self.ledger.lock:
-                self.ledger.lost(manifest.seq)  # drawn in part, or not to be sent to a worker
+            self._book(lambda ledger: ledger.lost(manifest.seq))
         else:
-            with self.ledger.lock:
-                self.ledger.failed(manifest, failure.indices)
-        failure = dataclasses.replace(
-            failure,
-            batch=None if failure.phase == "init" else self.batches,  # which is not to blame
-            epoch=self.number,
-            rank=rank(),
-            dataset_state=self._with_differences(failure),
-        )
+            indices = failure.indices
+            self._book(lambda ledger: ledger.failed(manifest, indices))
+        failure = self._placed(failure)
+        if failure.phase == "init":  # the batch is not to blame
+            failure = dataclasses.replace(failure, batch=None)
+        state = failure.dataset_state
+        if state is not None and failure.worker_id is not None and self._dataset is not None:
+            with contextlib.suppress(Exception):  # the error is told all the same
+                state = state | {"differs_from_main": differences(state, describe(self._dataset))}
+                failure = dataclasses.replace(failure, dataset_state=state)
         self.batches += 1
         return self._error(failure, exception)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
-        failed = self.ledger.by_class["failed"]
-        with self.ledger.lock:
+
+        def book(ledger: Ledger) -> bool:
+            failed = ledger.by_class["failed"]
             before = failed.count
-            self.ledger.interrupted(manifest)
-        if manifest is None and failed.count > before:  # it was raised in the place of a batch
+            ledger.interrupted(manifest)
+            return failed.count > before
+
+        if self._book(book) and manifest is None:  # it was raised in the place of a batch
             self.batches += 1
 
-    def broke(self, failure: Failure, lost: tuple[int, ...] = ()) -> SafeLoaderError:
+    def restarted(self, failure: Failure, said: Sequence[str]) -> None:
+        """New workers are about to take over from those that died."""
+        failure = dataclasses.replace(failure, epoch=self.number, rank=rank())
+        self.events.tell("restarted", failure, said)
+
+    def broke(self, failure: Failure, lost: Sequence[int] = ()) -> SafeLoaderError:
         """The error for workers that died or hang; the batches ``lost`` with them will not come."""
-        with self.ledger.lock:
-            for seq in lost:
-                self.ledger.lost(seq)
-        dataset, length = self._dataset, self.log.length
-        state = None if dataset is None else describe(dataset, length=length)
-        if state is not None:
+        for seq in lost:
+            self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
+        state = None
+        if self._dataset is not None:
+            state = describe(self._dataset, length=self.log.length)
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
         failure = dataclasses.replace(failure, epoch=self.number, rank=rank(), dataset_state=state)
         return self._error(failure)
 
-    def opened(self, seq: int) -> PendingBatch | None:
-        """What is known of a batch that was drawn and has not come."""
-        return self.ledger.opened(seq)
+    def _placed(self, failure: Failure) -> Failure:
+        return dataclasses.replace(failure, batch=self.batches, epoch=self.number, rank=rank())
 
     def _error(self, failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
         """The error to raise for ``failure``, which is told wherever it is to be told."""
-        self._tell(self._trace.failed, failure)
-        if self._dump is not None:
-            self._dump(failure)
+        self.events.tell("failed", failure)
         failure_was_told()
         return error_from(failure, exception)
-
-    def _with_differences(self, failure: Failure) -> dict[str, Any] | None:
-        state = failure.dataset_state
-        if state is None or failure.worker_id is None or self._dataset is None:
-            return state
-        return state | {"differs_from_main": differences(state, describe(self._dataset))}
 
     # the end ────────────────────────────────────────────────────────────────────────────────────
 
@@ -301,38 +339,44 @@ class Epoch:
         if self._ended:
             return
         self._ended = True
-        with self.ledger.lock:
-            discrepancy = None if broken else self.ledger.finish()
-            if broken:
-                self.ledger.abandon()
+        discrepancy = None
+        if broken:
+            self._book(lambda ledger: ledger.abandon())
+        else:
+            discrepancy = self._book(lambda ledger: ledger.finish())
         self.close()
         if discrepancy is not None:
-            self._told(discrepancy, None)
+            self.tell_discrepancy(discrepancy, None)
+
+    def close_if_settled(self) -> None:
+        """Close where nothing more can come: not every training loop asks again after the last."""
+        if self.draws_over and self._book(lambda ledger: ledger.settled):
+            self.close()
 
     def close(self) -> None:
         """No more will come; said once. Nothing is raised: an early ``break`` is no error."""
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
-        with self.ledger.lock:
-            notes = self.ledger.notes(self.log.length)
-        for note in notes:
-            self.log.warning("epoch %d: %s", self.number, note)
-        if self._trace is not OFF:  # an audit takes some hundred µs: made when somebody reads it
-            self._tell(lambda: self._trace.audited(self.audit(self.number)))
+        notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
+        self.events.tell("closed", self.number, notes)
+        if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
+            self.events.tell("audited", self.audit(self.number))
 
     def release(self) -> None:
-        """Let go of the dataset: the notebook outlives the iterator, the data need not."""
+        """Let go of the dataset and of the sinks: the recorder, which holds the way to the audit,
+        outlives the iterator, and they would keep each other alive."""
         self._dataset = None
-
-    def _tell(self, said: Callable[..., None], *about: Any) -> None:
-        """A fault in tracing ends the tracing and not the training."""
-        try:
-            said(*about)
-        except Exception:
-            self.log.exception("tracing failed and is off for the rest of this epoch")
-            self._trace = OFF
+        self.events = Events(self.log, ())
 
     def audit(self, number: int) -> EpochAudit:
-        """The accounts as they stand."""
-        return self.ledger.audit(number, self.log.length)
+        """The accounts as they stand; may be asked for from another thread."""
+        try:
+            audit = self.ledger.audit(number, self.log.length)
+        except Exception as exc:
+            self.at_fault("the audit", exc)
+            audit = EpochAudit(epoch=number, complete=False, drawn=0, delivered=0)
+        since = self.unchecked_since
+        if since is None:
+            return audit
+        return dataclasses.replace(audit, complete=False, unchecked_since=since)

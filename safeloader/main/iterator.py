@@ -8,33 +8,45 @@ workers alive until the garbage collector comes by.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import perf_counter_ns as clock
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+
+from torch.utils.data import DataLoader
 
 from safeloader import _torch
-from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
-from safeloader.failures import dump
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
-from safeloader.provenance.trace import trace_for
+from safeloader.provenance.recorder import Recorder
+from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.checksum import changed
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
 from safeloader.transport.slot_reader import WORKER_GONE
 
-if TYPE_CHECKING:
-    from safeloader.loader import SafeDataLoader
+
+@dataclasses.dataclass(slots=True)
+class Side:
+    """What we put beside a loader of torch's; it need not live on that loader.
+
+    Attributes:
+        settings: our keywords, for the epoch that begins.
+        recorder: the notebook.
+        pool: the workers that stay from epoch to epoch; None before there are any.
+    """
+
+    settings: Settings
+    recorder: Recorder
+    pool: WorkerPool | None = None
 
 
 class SafeIterator(Iterator[Any]):
@@ -43,55 +55,39 @@ class SafeIterator(Iterator[Any]):
     Attributes of torch's iterator (``_workers``, ``_index_queues``, ...) answer here too.
     """
 
-    def __init__(self, loader: SafeDataLoader[Any], session: WorkerPool | None = None) -> None:
+    def __init__(self, loader: DataLoader[Any], side: Side, pool: WorkerPool | None = None) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
-        self._recorder = loader._recorder_on_demand()
-        self._restarts = WorkerRestarts.for_loader(loader)
-        self._epoch = self._begin(loader)
+        self._begin(loader, side, pool)
         # A stream's __next__ also warns about its length: that stays torch's.
-        stream = _torch.is_stream(loader)
-        self._advance: Callable[[Any], Any] = next if stream else _torch.next_of
-        self._pool = WorkerPool(loader, self._epoch) if session is None else session
-        self._stock = self._pool.stock
-        if session is not None:
-            self._begin_on_pool(loader)
+        self._advance: Callable[[Any], Any] = next if self._pool.stream else _torch.next_of
         self._pool.live = weakref.ref(self)
 
-    def _begin(self, loader: SafeDataLoader[Any]) -> Epoch:
-        log = LoaderLog(loader.dataset, length_of(loader.dataset))
-        epoch = Epoch(
-            trace_for(self._recorder, loader.trace, log),
-            loader.verify,
-            loader.dataset,
-            SkipBudget(loader.max_skipped, runs=not callable(loader.on_error)),
-            None
-            if loader.on_failure_dump is None
-            else functools.partial(dump.write, folder=loader.on_failure_dump, log=log),
-            log,
-        )
-        epoch.number = self._recorder.begin_epoch(epoch.audit)
-        return epoch
-
-    def _begin_on_pool(self, loader: SafeDataLoader[Any]) -> None:
-        """Begin an epoch on workers that are there already, or should be."""
+    def _begin(self, loader: DataLoader[Any], side: Side, pool: WorkerPool | None) -> None:
+        """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
+        settings = side.settings
+        self._epoch = epoch = Epoch(loader.dataset, settings, side.recorder)
+        new = pool is None
+        if pool is None:
+            pool = WorkerPool(loader, settings, epoch, side.recorder.transport)
+        self._pool = pool
+        restarts = settings.on_crash == "restart" and pool.workers
+        self._restarts = WorkerRestarts(loader, epoch.log) if restarts else None
         try:
-            self._pool.restart(loader, self._epoch)
+            if not new:
+                pool.next_epoch(loader, settings, epoch)
         except WorkersDied as sign:
             self._go_on_after(sign)
-        self._stock = self._pool.stock
+        self._stock = pool.stock
 
-    def _restart(self, loader: SafeDataLoader[Any]) -> None:
+    def _restart(self, loader: DataLoader[Any], side: Side) -> None:
         if self._turn.locked():
             raise self._out_of_turn()
         with self._turn:
             self._whose = get_ident()
             self._epoch.close()
             self._epoch.release()
-            self._recorder = loader._recorder_on_demand()
-            self._restarts = WorkerRestarts.for_loader(loader)
-            self._epoch = self._begin(loader)
-            self._begin_on_pool(loader)
+            self._begin(loader, side, self._pool)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -119,20 +115,40 @@ class SafeIterator(Iterator[Any]):
                     except (WorkersDied, TimedOut) as sign:
                         self._go_on_after(sign)
                         continue
+                    if type(came) is not DeliveredBatch:
+                        self._other_than_batch(came)
+                        continue
                     epoch = self._epoch
-                    if type(came) is DeliveredBatch:
-                        manifest, payload = came
-                        if manifest.fingerprints is not None:
-                            failure = changed(manifest, payload)
-                            if failure is not None:
-                                self._other_than_batch(FailedBatch(manifest, failure))
-                        if self._restarts is not None:
-                            self._pool.sampler.answered(manifest.seq)
-                        wait_ns = clock() - began
-                        number = epoch.arrived(manifest, began, wait_ns)
-                        self._recorder.delivered(epoch.number, number, wait_ns, manifest)
-                        return payload
-                    self._other_than_batch(came)
+                    manifest, payload = came
+                    if manifest.fingerprints is not None:
+                        failure = changed(manifest, payload)
+                        if failure is not None:
+                            self._other_than_batch(FailedBatch(manifest, failure))
+                    if self._restarts is not None:
+                        self._pool.sampler.answered(manifest.seq)
+                    wait_ns = clock() - began
+                    if manifest.incidents is not None:
+                        epoch.count_incidents(manifest)
+                    discrepancy = None
+                    try:
+                        with epoch.lock:
+                            discrepancy = epoch.check(manifest)
+                            if discrepancy is not None:
+                                epoch.settle(discrepancy, manifest)
+                    except Exception as exc:
+                        epoch.at_fault("the ledger", exc)
+                    if discrepancy is not None:
+                        epoch.tell_discrepancy(discrepancy, manifest, stacklevel=3)
+                    number = epoch.batches
+                    epoch.batches = number + 1
+                    for told in epoch.events.delivered:
+                        try:
+                            told(epoch.number, number, wait_ns, manifest, began)
+                        except Exception as exc:
+                            epoch.sink_failed(told, exc)
+                    if epoch.draws_over:
+                        epoch.close_if_settled()
+                    return payload
             except (StopIteration, SafeLoaderError):
                 raise
             except BaseException:
@@ -152,24 +168,21 @@ class SafeIterator(Iterator[Any]):
         )
 
     def _other_than_batch(self, came: Any) -> None:
-        """What torch's iterator gave is no batch: an error is raised, or it is left out."""
-        if type(came) is FailedBatch:
-            failure = came.failure
-            gone = failure is not None and failure.phase == "transport"
-            if gone and self._lost_with_worker(came):
-                return
-            self._pool.sampler.answered(came.manifest.seq)
-            raise self._epoch.came_failed(came, self._pool.raised)
+        """What torch's iterator gave is no batch: raise its error, or leave it out."""
         if type(came) is EmptyBatch:
             self._pool.sampler.answered(came.manifest.seq)
             self._epoch.came_empty(came.manifest)
-            return
-        if self._pool.broken is not None:
+        elif type(came) is FailedBatch:
+            if not self._lost_with_worker(came):
+                self._pool.sampler.answered(came.manifest.seq)
+                raise self._epoch.came_failed(came, self._pool.raised)
+        elif self._pool.broken is not None:
             raise error_from(self._pool.broken)
-        raise DeliveryError(
-            f"a batch came without a manifest ({type(came).__name__}): something replaced "
-            "safeloader's fetcher in the workers. Set SAFELOADER=off to run without records."
-        )
+        else:
+            raise DeliveryError(
+                f"a batch came without a manifest ({type(came).__name__}): something replaced "
+                "safeloader's fetcher in the workers. Set SAFELOADER=off to run without records."
+            )
 
     def _lost_with_worker(self, came: FailedBatch) -> bool:
         """Whether a batch could not be loaded because its worker died after sending it.
@@ -177,7 +190,9 @@ class SafeIterator(Iterator[Any]):
         Its memory went with the worker. Then the worker's death is what is told.
         """
         failure, worker = came.failure, came.manifest.worker_id
-        if failure is None or worker is None or not failure.raised_any_of(WORKER_GONE):
+        if failure is None or failure.phase != "transport" or worker is None:
+            return False
+        if not failure.raised_any_of(WORKER_GONE):
             return False
         process = _torch.workers_of(self._stock)[worker]
         process.join(1.0)  # its socket closes before it can be waited for
@@ -188,28 +203,27 @@ class SafeIterator(Iterator[Any]):
 
     def _go_on_after(self, sign: WorkersDied | TimedOut) -> None:
         """Start a new pool, or raise what happened to the workers."""
+        pool, epoch = self._pool, self._epoch
         if isinstance(sign, TimedOut):
-            diagnosis, waited_s = self._pool.diagnosis, self._pool.timeout_s
-            self._pool.timed_out = True
-            raise self._epoch.broke(diagnosis.silence(waited_s, timeout=True)) from None
-        session = self._pool
-        failure = session.diagnosis.crash(sign.workers)
-        culprits = [session.diagnosis.location(worker) for worker in sign.workers]
-        if self._restarts is not None and self._restarts.should_restart(
-            failure, culprits, session.sampler
+            pool.timed_out = True
+            raise epoch.broke(pool.diagnosis.silence(pool.timeout_s, timeout=True)) from None
+        failure = pool.diagnosis.crash(sign.workers)
+        at = [pool.diagnosis.location(worker) for worker in sign.workers]
+        restarts = self._restarts
+        if restarts is not None and restarts.should_restart(
+            failure, at, pool.sampler, epoch.restarted
         ):
-            self._epoch.survived(failure)
-            self._restarts.revive(session)
-            self._stock = session.stock
+            pool.replace_workers(restarts.blueprint)
+            self._stock = pool.stock
             return
-        session.broken = failure
-        session.end()
+        pool.broken = failure
+        pool.end()
         # Not by way of a variable: the error's frames would hold the error, and both this iterator.
-        raise self._ended_by(failure, culprits) from None
+        raise self._ended_by(failure, at) from None
 
     def _ended_by(self, failure: Failure, at: list[WorkerLocation | None]) -> SafeLoaderError:
         lost = [where.position.seq for where in at if where is not None]
-        error = self._epoch.broke(failure, tuple(seq for seq in lost if seq is not None))
+        error = self._epoch.broke(failure, [seq for seq in lost if seq is not None])
         self._epoch.close()
         return error
 
@@ -233,34 +247,33 @@ class SafeIterator(Iterator[Any]):
             try:
                 epoch.close()
                 epoch.release()
-                if "_session" in self.__dict__:
+                if "_pool" in self.__dict__:
                     self._pool.let_go()
             except Exception:  # at interpreter exit anything may be gone already
                 return
 
 
-def iterate(loader: SafeDataLoader[Any]) -> SafeIterator:
+def iterate(loader: DataLoader[Any], side: Side) -> SafeIterator:
     """The iterator for the loader's next epoch, as torch's ``DataLoader.__iter__`` chooses it.
 
     With persistent workers there is one torch iterator in the loader's life. While the checked
     iterator of an earlier epoch is alive, it is that one again, as it would be under torch.
     """
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader)
-    session = loader._pool
-    held = _torch.kept_iterator(loader)
+        return SafeIterator(loader, side)
+    pool, held = side.pool, _torch.kept_iterator(loader)
     # Not there yet, let go of by a framework, or its workers died.
-    if session is None or session.kept is not held or session.broken is not None:
-        made = SafeIterator(loader)
-        loader._pool = made._pool
-        _torch.keep_iterator(loader, made._stock)
-        return made
-    live = None if session.live is None else session.live()
-    if live is None:
-        live = SafeIterator(loader, session)
+    if pool is None or pool.kept is not held or pool.broken is not None:
+        live = SafeIterator(loader, side)
+        side.pool = pool = live._pool
     else:
-        live._restart(loader)
-    if session.stock is not held:  # the workers were restarted
-        session.kept = session.stock
-        _torch.keep_iterator(loader, session.stock)
+        alive = None if pool.live is None else pool.live()
+        if alive is None:
+            alive = SafeIterator(loader, side, pool)
+        else:
+            alive._restart(loader, side)
+        live = alive
+    if pool.stock is not held:  # new, or the workers were replaced
+        pool.kept = pool.stock
+        _torch.keep_iterator(loader, pool.stock)
     return live

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
 
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import bounded
 from safeloader.main.drawing import RecordingSampler
-from safeloader.main.worker_pool import WorkerPool, blueprint_of
 from safeloader.supervision.diagnosis import WorkerLocation
-
-if TYPE_CHECKING:
-    from safeloader.loader import SafeDataLoader
 
 MOST_RESTARTS = 10  # in an epoch
 _BEFORE_ANY_TASK = ("starting", "init", "open")
 
 
 class WorkerRestarts:
-    """Decides whether to go on after workers died, and does.
+    """Decides, in one epoch, whether new workers take over from those that died.
 
     A sample at which a worker dies twice in a row is left out of its batch. The pool that died is
     replaced whole: batches that were finished and not handed over are made again.
+
+    Attributes:
+        blueprint: a copy of the loader that a new pool can be built from, and that holds no pool.
     """
 
-    def __init__(self, blueprint: SafeDataLoader[Any]) -> None:
-        self._blueprint = blueprint
-        self._log = LoaderLog(blueprint.dataset)
+    def __init__(self, loader: DataLoader[Any], log: LoaderLog) -> None:
+        self.blueprint: DataLoader[Any] = object.__new__(type(loader))
+        kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_side")}
+        self.blueprint.__dict__.update(kept)
+        self._log = log
         self._restarts = 0
         self._before_any_task = 0
         self._last: set[tuple[int, int | None]] = set()
 
-    @classmethod
-    def for_loader(cls, loader: SafeDataLoader[Any]) -> WorkerRestarts | None:
-        """One for an epoch of ``loader``; None if it is not to be restarted."""
-        if loader.on_crash != "restart" or not loader.num_workers:
-            return None
-        return cls(blueprint_of(loader))
-
     def should_restart(
-        self, failure: Failure, at: Sequence[WorkerLocation | None], sampler: RecordingSampler
+        self,
+        failure: Failure,
+        at: Sequence[WorkerLocation | None],
+        sampler: RecordingSampler,
+        tell: Callable[[Failure, Sequence[str]], None],
     ) -> bool:
-        """Whether to try again; the tasks at which workers died are marked for it."""
+        """Whether to try again; then the tasks at which workers died are marked, and it is told."""
         if self._restarts >= MOST_RESTARTS:
             self._log.error(
                 "the workers died %d times in this epoch: giving up", self._restarts + 1
@@ -67,18 +67,13 @@ class WorkerRestarts:
             left_out.append(sampler.change(place[0], excluded=place[1] if again else None))
         self._last = died_at
         self._restarts += 1
-        self._log.warning(
-            "%s Restarting the workers (%d of at most %d times in an epoch). %s",
-            failure.message,
-            self._restarts,
-            MOST_RESTARTS,
-            bounded(failure.hint.partition("\n")[0], 300),
-        )
+        hint = bounded(failure.hint.partition("\n")[0], 300)
+        said = [
+            f"{failure.message} Restarting the workers ({self._restarts} of at most "
+            f"{MOST_RESTARTS} times in an epoch). {hint}"
+        ]
         for names in filter(None, left_out):
             index = index_text(names if len(names) > 1 else names[0])
-            self._log.warning("index %s killed its worker twice and is left out", index)
+            said.append(f"index {index} killed its worker twice and is left out")
+        tell(failure, said)
         return True
-
-    def revive(self, session: WorkerPool) -> None:
-        """Start the new pool."""
-        session.revive(self._blueprint)

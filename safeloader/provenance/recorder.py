@@ -112,11 +112,12 @@ class Recorder:
         self._audit = lambda: audit(epoch)
         return epoch
 
-    def delivered(self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest) -> None:
+    def delivered(
+        self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int = 0
+    ) -> None:
         """Note a batch as it is handed over; hot path."""
-        if (
-            manifest.keys or manifest.fingerprints is not None or manifest.failures
-        ):  # used, and of any size
+        if manifest.keys or manifest.fingerprints is not None or manifest.failures:
+            # They were used already, and may be of any size.
             manifest = manifest._replace(keys=None, fingerprints=None, failures=None)
         indices, stamps, incidents = manifest.indices, manifest.stamps, manifest.incidents
         nbytes = _RECORD_BYTES + len(stamps)

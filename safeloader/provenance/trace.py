@@ -1,8 +1,7 @@
 """Verbose tracing: log lines, or a Chrome trace-event file. Runs in: main.
 
-Takes draws, deliveries, failures and audits as they happen and writes them out at once, so a long
-run fills no memory. Workers write nothing: their times come with the manifest of each batch. Off is
-a null object, ``OFF``; only the hot path and the audit ask whether it is on.
+Both are sinks of :mod:`~safeloader.provenance.events` and write at once, so a long run fills no
+memory. Workers write nothing: their times come with the manifest of each batch.
 
 The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
 events, ``ts`` and ``dur`` in µs. Lane (``tid``) 0 is the main process with its waits, lane
@@ -25,37 +24,19 @@ import numpy as np
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed, unpack
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.files import create, folder_of, see_writable
+from safeloader.introspect.files import create
 from safeloader.introspect.redaction import scrub
-from safeloader.introspect.texts import INDEX_MAX, bounded_text, index_text, indices_text
+from safeloader.introspect.texts import INDEX_MAX, index_text, indices_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 from safeloader.provenance.table import record_of
 
 logger = logging.getLogger("safeloader")
 
 
-class Trace:
-    """What a trace is told. This one writes nothing: tracing is off."""
-
-    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
-        """Batch ``seq`` was drawn by the sampler."""
-
-    def delivered(self, delivery: Delivery, began_ns: int) -> None:
-        """A batch was handed over; the loop began to wait for it at ``began_ns``."""
-
-    def failed(self, failure: Failure) -> None:
-        """A failure is about to be raised."""
-
-    def audited(self, audit: EpochAudit) -> None:
-        """An epoch was closed."""
-
-    def flush(self) -> None:
-        """Have everything on disk."""
-
-
-class LogTrace(Trace):
+class LogTrace:
     """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
 
     def __init__(self, log: LoaderLog) -> None:
@@ -63,11 +44,15 @@ class LogTrace(Trace):
         self._log = log
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        """What the sampler drew."""
         if indices:  # of a stream nothing is drawn: it is asked for its next samples
             self._log.info("epoch %d: drew batch %d: %s", epoch, seq, _drawn(indices))
 
-    def delivered(self, delivery: Delivery, began_ns: int) -> None:
-        record = record_of(delivery)
+    def delivered(
+        self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int
+    ) -> None:
+        """A line for each sample and one for the batch."""
+        record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
         for position, (index, fetch_ns) in enumerate(
             zip(record.indices, record.fetch_ns, strict=True)
@@ -94,6 +79,7 @@ class LogTrace(Trace):
         )
 
     def failed(self, failure: Failure) -> None:
+        """What failed, and at which index."""
         self._log.info(
             "epoch %s: %s at index %s, batch %s (%s)",
             failure.epoch,
@@ -104,6 +90,7 @@ class LogTrace(Trace):
         )
 
     def audited(self, audit: EpochAudit) -> None:
+        """The epoch's audit."""
         self._log.info("%s", audit)
 
 
@@ -172,7 +159,7 @@ _PIECE_CHARS = 1 << 16
 _FLUSH_S = 1.0  # what a killed program leaves is at most this much behind
 
 
-class FileTrace(Trace):
+class FileTrace:
     """One Chrome trace file for this loader in this process.
 
     A fault while writing (a full disk) is logged once and ends the trace, not the training.
@@ -184,12 +171,9 @@ class FileTrace(Trace):
         self.path = self._file.path
         self._lanes: set[int] = set()
         name = f"safeloader, training process {self._pid}"
-        self._emit([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
+        self._file.write([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
         self._lane(0, "main process")
         self._finish = weakref.finalize(self, self._file.finish)
-
-    def _emit(self, events: list[str]) -> None:
-        self._file.write(events)
 
     def _event(self, **fields: Any) -> str:
         return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
@@ -203,24 +187,32 @@ class FileTrace(Trace):
         if tid not in self._lanes:
             self._lanes.add(tid)
             order = {"sort_index": tid}
-            self._emit(
+            self._file.write(
                 [
                     self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
                     self._event(ph="M", name="thread_sort_index", tid=tid, args=order),
                 ]
             )
 
-    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
-        args = {"epoch": epoch, "indices": _drawn(indices)}
-        self._emit(
-            [self._event(ph="i", s="t", name="draw", cat="draw", tid=0, ts=_now_us(), args=args)]
+    def _instant(self, cat: str, name: str, tid: int, s: str, args: dict[str, Any]) -> None:
+        """A moment, marked in its lane (``s="t"``), process (``"p"``) or everywhere (``"g"``)."""
+        now_us = (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
+        self._file.write(
+            [self._event(ph="i", s=s, name=name, cat=cat, tid=tid, ts=now_us, args=args)]
         )
+        if s != "t":  # what is rare is on disk at once
+            self._file.flush()
 
-    def delivered(self, delivery: Delivery, began_ns: int) -> None:
+    def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
+        """What the sampler drew."""
+        self._instant("draw", "draw", 0, "t", {"epoch": epoch, "indices": _drawn(indices)})
+
+    def delivered(
+        self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int
+    ) -> None:
         """Hot path when tracing: the events of a batch's samples are formatted by hand, which
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
-        manifest = delivery.manifest
-        record = record_of(delivery)
+        record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         tid = 0 if manifest.worker_id is None else manifest.worker_id + 1
         if tid not in self._lanes:
             self._lane(tid, f"worker {manifest.worker_id}")
@@ -237,10 +229,10 @@ class FileTrace(Trace):
         collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
         end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
         began_us = (began_ns + UNIX_OFFSET_NS) / 1000
-        wait_us = delivery.wait_ns / 1000
-        name = f"batch {delivery.batch}"
-        args = {"epoch": delivery.epoch, "batch": delivery.batch, "pid": manifest.pid}
-        flow = {"cat": "batch", "name": name, "id": f"{delivery.epoch}.{delivery.batch}"}
+        wait_us = wait_ns / 1000
+        name = f"batch {batch}"
+        args = {"epoch": epoch, "batch": batch, "pid": manifest.pid}
+        flow = {"cat": "batch", "name": name, "id": f"{epoch}.{batch}"}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
         took_us = end_us - collate_us
         waited = args | {"samples": len(record.indices)}
@@ -252,27 +244,18 @@ class FileTrace(Trace):
                 ph="f", bp="e", tid=0, ts=began_us + wait_us - min(wait_us, 1.0) / 2, **flow
             ),
         ]
-        self._emit(events)
+        self._file.write(events)
 
     def failed(self, failure: Failure) -> None:
+        """An error, in the lane of its worker."""
         tid = 0 if failure.worker_id is None else failure.worker_id + 1
         name = f"{failure.exception_type} at {index_text(failure.index)}"
         args = {"phase": failure.phase, "message": failure.message[:1000]}
-        self._emit(
-            [self._event(ph="i", s="g", name=name, cat="failure", tid=tid, ts=_now_us(), args=args)]
-        )
-        self.flush()
+        self._instant("failure", name, tid, "g", args)
 
     def audited(self, audit: EpochAudit) -> None:
-        name = f"audit of epoch {audit.epoch}"
-        args = {"audit": str(audit)}
-        self._emit(
-            [self._event(ph="i", s="p", name=name, cat="audit", tid=0, ts=_now_us(), args=args)]
-        )
-        self.flush()
-
-    def flush(self) -> None:
-        self._file.flush()
+        """The epoch's audit, as text."""
+        self._instant("audit", f"audit of epoch {audit.epoch}", 0, "p", {"audit": str(audit)})
 
 
 def _named(index: Any) -> str:
@@ -287,70 +270,27 @@ def _drawn(indices: Packed) -> str:
 _DRAWN_SHOWN = 1000  # indices that are not numbers
 
 
-def _now_us() -> float:
-    return (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
-
-
 # ── which trace ──────────────────────────────────────────────────────────────────────────────────
 
-OFF = Trace()
+Trace = LogTrace | FileTrace
 
 # A rebuilt loader shares the recorder of the one it was built from, and so its trace file.
-_traces: weakref.WeakKeyDictionary[Recorder, tuple[int, object, Trace]] = (
+_traces: weakref.WeakKeyDictionary[Recorder, tuple[int, Path, Trace | None]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def wish(trace: object) -> object:
-    """What ``trace=`` and ``SAFELOADER_TRACE`` ask for: False, True or a folder.
-
-    Raises:
-        TypeError: if ``trace`` is none of None, bool, str and path.
-    """
-    if trace is None:
-        value = os.environ.get("SAFELOADER_TRACE", "")
-        if value.lower() in ("", "0", "false", "no", "off"):
-            return False
-        return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
-    if isinstance(trace, bool):
-        return trace
-    if isinstance(trace, str | os.PathLike):
-        return folder_of(trace)
-    raise TypeError(
-        f"trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder for trace "
-        f"files; got {bounded_text(trace)}"
-    )
-
-
-def check_folder(folder: Path) -> None:
-    """See that trace files can be written into ``folder``, leaving nothing behind.
-
-    Raises:
-        ValueError: if they cannot.
-    """
-    try:
-        see_writable(folder)
-    except OSError as exc:
-        raise ValueError(
-            f"trace files cannot be written to {str(folder)!r}: {exc}. Give trace= (or "
-            "SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for nothing"
-        ) from exc
-
-
-def trace_for(recorder: Recorder, trace: object, log: LoaderLog) -> Trace:
-    """The trace of a loader for the epoch that begins; a fault in making it is logged, no more."""
-    wanted = wish(trace)
-    if wanted is False:
-        return OFF
-    if wanted is True:
-        return LogTrace(log)
+def trace_for(recorder: Recorder, target: bool | Path, log: LoaderLog) -> Trace | None:
+    """The trace of a loader for the epoch that begins; None if none is wanted, or can be made."""
+    if isinstance(target, bool):
+        return LogTrace(log) if target else None
     known = _traces.get(recorder)
-    if known is not None and known[0] == os.getpid() and known[1] == wanted:
+    if known is not None and known[:2] == (os.getpid(), target):
         return known[2]
+    made: Trace | None = None
     try:
-        made: Trace = FileTrace(Path(str(wanted)))
+        made = FileTrace(target)
     except OSError as exc:
         log.warning("no trace is written: %s", str(exc))
-        made = OFF
-    _traces[recorder] = (os.getpid(), wanted, made)
+    _traces[recorder] = (os.getpid(), target, made)
     return made

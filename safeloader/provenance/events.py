@@ -1,0 +1,145 @@
+"""What happens in an epoch, and who is told. Runs in: main.
+
+A *sink* is any object with methods named like events; the recorder, a trace, the dumps and the log
+lines are sinks. Each is called directly. One that raises is told once in the log and taken off, and
+training goes on.
+
+========================================================  ==========================================
+``drawn(epoch, seq, indices)``                            the sampler drew a batch
+``delivered(epoch, batch, wait_ns, manifest, began_ns)``  a batch is handed over; hot path
+``skipped(epoch, batch, incidents, failures)``            samples were left out, replaced or late
+``failed(failure)``                                       an error is about to be raised
+``restarted(failure, said)``                              new workers take over from dead ones
+``closed(epoch, notes)``                                  nothing more comes in this epoch
+``audited(audit)``                                        the audit of the epoch closed
+========================================================  ==========================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from safeloader.delivery.manifest import SampleIncident
+from safeloader.failures import dump
+from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog, raised_by_signal
+from safeloader.introspect.texts import index_text
+
+DUMPS_MAX = 100  # of an epoch's failures that end no batch
+
+Sinks = tuple[Callable[..., None], ...]
+
+
+class Events:
+    """One epoch's stream of events: for each the methods to call, and none where nobody listens."""
+
+    drawn: Sinks
+    delivered: Sinks
+    skipped: Sinks
+    failed: Sinks
+    restarted: Sinks
+    closed: Sinks
+    audited: Sinks
+
+    def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
+        self._log = log
+        listening = list(sinks)
+        for event in _EVENTS:
+            told = (getattr(sink, event, None) for sink in listening)
+            setattr(self, event, tuple(filter(None, told)))
+
+    def tell(self, event: str, *about: Any) -> None:
+        """Tell every sink of an event; the hot path does so itself."""
+        for told in getattr(self, event):
+            try:
+                told(*about)
+            except Exception as exc:
+                self.take_off(told, exc)
+
+    def take_off(self, told: Callable[..., None], exc: Exception) -> None:
+        """Tell a sink nothing more, whose method raised."""
+        if raised_by_signal(exc):
+            raise exc
+        sink = getattr(told, "__self__", told)
+        for event in _EVENTS:
+            left = (
+                each for each in getattr(self, event) if getattr(each, "__self__", each) is not sink
+            )
+            setattr(self, event, tuple(left))
+        self._log.own_fault(type(sink).__name__, exc)
+
+
+_EVENTS = tuple(Events.__annotations__)
+
+
+class LogLines:
+    """The sink that warns in the log."""
+
+    def __init__(self, log: LoaderLog) -> None:
+        self._log = log
+
+    def skipped(
+        self,
+        epoch: int,
+        batch: int,
+        incidents: Sequence[tuple[Any, SampleIncident]],
+        failures: Sequence[Failure],
+    ) -> None:
+        """A line for each sample."""
+        for index, incident in incidents:
+            self._log.warning(
+                "epoch %d, batch %d: index %s %s: %s",
+                epoch,
+                batch,
+                index_text(index),
+                incident.what,
+                incident.reason,
+            )
+
+    def restarted(self, failure: Failure, said: Sequence[str]) -> None:
+        """What happened, and what is done about it."""
+        for line in said:
+            self._log.warning("%s", line)
+
+    def closed(self, epoch: int, notes: Sequence[str]) -> None:
+        """What is worth knowing beyond the audit's classes."""
+        for note in notes:
+            self._log.warning("epoch %d: %s", epoch, note)
+
+
+class Dumps:
+    """The sink that writes failures as files; of those that end no batch a bounded number."""
+
+    def __init__(self, folder: str | os.PathLike[str], log: LoaderLog) -> None:
+        self._folder = folder
+        self._log = log
+        self._survived = 0
+
+    def failed(self, failure: Failure) -> None:
+        """A failure that is raised is always written."""
+        dump.write(failure, self._folder, self._log)
+
+    def skipped(
+        self, epoch: int, batch: int, incidents: Sequence[Any], failures: Sequence[Failure]
+    ) -> None:
+        """The failures of samples left out or replaced."""
+        for failure in failures:
+            self._survived_by_batch(failure)
+
+    def restarted(self, failure: Failure, said: Sequence[str]) -> None:
+        """The death of workers that are replaced."""
+        self._survived_by_batch(failure)
+
+    def _survived_by_batch(self, failure: Failure) -> None:
+        self._survived += 1
+        if self._survived <= DUMPS_MAX:
+            self.failed(failure)
+        elif self._survived == DUMPS_MAX + 1:
+            self._log.warning(
+                "epoch %s: %d failures of samples left out or replaced are written; no more of "
+                "them in this epoch",
+                failure.epoch,
+                DUMPS_MAX,
+            )
