@@ -29,9 +29,8 @@ from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.trace import trace_for
 from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
-from safeloader.transport.checksum import changed
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
-from safeloader.transport.slot_reader import WORKER_GONE
+from safeloader.transport.slot_reader import WORKER_GONE, changed
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader

@@ -40,12 +40,11 @@ from safeloader.supervision import leftovers
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
-from safeloader.transport.result_queue import ResultQueue
-from safeloader.transport.slot_budget import PoolTally, budget
+from safeloader.transport.channel import ResultQueue, TaskQueue
+from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.stream_progress import StreamProgress
-from safeloader.transport.task_queue import TaskQueue
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup
@@ -136,10 +135,10 @@ class WorkerPool:
         results: ResultQueue | None = None
         try:
             table, no_slots = _slot_table(loader)
-            index_set = loader._recorder_on_demand().transport
+            counts = loader._recorder_on_demand().transport
             if table is not None:
-                index_set = PoolTally(index_set, table)
-            unpacker = Unpacker(table, index_set)
+                counts = PoolCounts(counts, table)
+            unpacker = Unpacker(table, counts)
             results = ResultQueue(loader.num_workers, unpacker.opened, unpacker.settle)
             flight = _flight_recorder(loader.num_workers, self._log)
             startup = WorkerStartup(
@@ -174,8 +173,8 @@ class WorkerPool:
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()
-        if isinstance(index_set, PoolTally):
-            index_set.workers = weakref.WeakSet(_torch.workers_of(stock))
+        if isinstance(counts, PoolCounts):
+            counts.workers = weakref.WeakSet(_torch.workers_of(stock))
         log = self.sampler
 
         def opened(seq: int) -> PendingBatch | None:
