@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-_AFTER = ("CALL", "PRECALL", "RESUME", "JUMP_BACKWARD", "FOR_ITER", "BINARY_", "STORE_SUBSCR")
+_AFTER = ("CALL", "RESUME", "JUMP_BACKWARD", "FOR_ITER", "BINARY_", "STORE_SUBSCR")
+# Not behind PRECALL, of Python 3.11: the call is still to come.
 _FINALIZERS = ("__del__", "given_back")  # what is raised there is printed, and goes nowhere
 _NEVER = ("JUMP_BACKWARD_NO_INTERRUPT",)
 

@@ -17,13 +17,13 @@ from torch.utils.data._utils.collate import collate_tensor_fn
 
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.transport.leaves import Arrived
+from safeloader.transport.channel import Arrived
 from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
-from safeloader.transport.stats import TransportStats, TransportTally
+from safeloader.transport.stats import TransportCounts, TransportStats
 
 SLOTS = 128
 KB = 1 << 10
@@ -36,7 +36,8 @@ def manifest(seq: int = 0) -> BatchManifest:
 
 def opened_from(unpacker: Unpacker, sealed: BatchMessage) -> DeliveredBatch | FailedBatch:
     """As the queue in main has it opened."""
-    message = Arrived(0, *sealed)
+    message = Arrived(0, *sealed[:2])
+    message.fds = list(sealed.fds)
     opened = unpacker.opened(message)
     message.let_go()
     return opened
@@ -52,8 +53,8 @@ class Wired:
         self.packer = Packer(self.pool)
         assert self.packer._slots is not None
         self.batch = self.packer._slots
-        self.tally = TransportTally()
-        self.unpacker = Unpacker(self.table, self.tally)
+        self.counts = TransportCounts()
+        self.unpacker = Unpacker(self.table, self.counts)
         self.sent = 0
 
     def begin(self) -> None:
@@ -97,7 +98,7 @@ class Wired:
 
     @property
     def stats(self) -> TransportStats:
-        return self.tally.stats()
+        return self.counts.stats()
 
 
 class NotOpened(Exception):

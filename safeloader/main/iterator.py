@@ -29,9 +29,8 @@ from safeloader.provenance.recorder import Recorder
 from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
-from safeloader.transport.checksum import changed
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
-from safeloader.transport.slot_reader import WORKER_GONE
+from safeloader.transport.slot_reader import WORKER_GONE, changed
 
 
 @dataclasses.dataclass(slots=True)

@@ -43,13 +43,12 @@ from safeloader.supervision import leftovers
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
-from safeloader.transport.result_queue import ResultQueue
-from safeloader.transport.slot_budget import PoolTally, budget
+from safeloader.transport.channel import ResultQueue, TaskQueue
+from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
-from safeloader.transport.stats import TransportTally
+from safeloader.transport.stats import TransportCounts
 from safeloader.transport.stream_progress import StreamProgress
-from safeloader.transport.task_queue import TaskQueue
 from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup
@@ -74,7 +73,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], settings: Settings, epoch: Epoch, transport: TransportTally
+        self, loader: DataLoader[Any], settings: Settings, epoch: Epoch, transport: TransportCounts
     ) -> None:
         self.workers = loader.num_workers
         self.stream = _torch.is_stream(loader)
@@ -151,8 +150,8 @@ class WorkerPool:
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()
-            tally = self._transport if table is None else PoolTally(self._transport, table)
-            unpacker = Unpacker(table, tally)
+            counts = self._transport if table is None else PoolCounts(self._transport, table)
+            unpacker = Unpacker(table, counts)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             flight = self._flight_recorder()
             startup = WorkerStartup(
@@ -187,8 +186,8 @@ class WorkerPool:
             # Without its frames, which lead into torch's half made iterator.
             raise error_from(failure, exc.with_traceback(None)) from None
         results.all_started()
-        if isinstance(tally, PoolTally):
-            tally.workers = weakref.WeakSet(_torch.workers_of(stock))
+        if isinstance(counts, PoolCounts):
+            counts.workers = weakref.WeakSet(_torch.workers_of(stock))
         draws = self.sampler
         self.diagnosis = Diagnosis(
             flight,

@@ -22,7 +22,7 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
-from safeloader.transport.stats import TransportTally
+from safeloader.transport.stats import TransportCounts
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
 _RECORD_BYTES = 600  # a record without its samples, measured with sys.getsizeof; rounded up
@@ -81,7 +81,7 @@ class Recorder:
         self._epochs = 0
         self._audit: Callable[[], EpochAudit] | None = None
         self._forgotten = 0
-        self.transport = TransportTally()
+        self.transport = TransportCounts()
         self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -10,12 +10,12 @@ import queue
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Any, Protocol
 
 from safeloader.supervision.processes import is_dying, is_gone
-from safeloader.transport.result_queue import ResultQueue
+from safeloader.transport.channel import ResultQueue
 
 _LOOK_S = 1.0  # between two looks at the workers, for a death that no sentinel tells
 _PINNED_LOOK_S = 0.1  # between two looks at the sentinels: a queue of threads cannot be polled
@@ -80,19 +80,21 @@ class ResultReceiver:
         self._watched = {worker.sentinel: number for number, worker in enumerate(workers)}
         self._gone: set[int] = set()
         self._gone_since = 0.0
+        self._at_hand: Collection[Any] = results.arrived
         self._watch()
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """The next message; torch's ``timeout`` is not used, the loader's is.
+    def get(self, timeout: float | None = None) -> Any:
+        """The next message; torch's ``timeout`` is not used, the loader's is. Hot path.
 
         Raises:
             WorkersDied: if none is at hand, and a worker ended that was not told to.
             TimedOut: if none came in time.
         """
+        if self._at_hand:
+            return self._results.take()
         began = monotonic()
         warn_s = self._stall_after_s
-        waited = 0.0
-        looked_s = 0.0
+        waited = looked_s = 0.0
         while True:
             due = max(0.0, min(_LOOK_S, warn_s - waited, self._timeout_s - waited))
             try:
@@ -114,16 +116,15 @@ class ResultReceiver:
 
     def _watch(self) -> None:
         for sentinel in self._watched:
-            self._results.also(sentinel)
+            self._results.poll.register(sentinel, select.POLLIN)
 
     def _receive(self, seconds: float) -> Any:
         """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
-        if not self._results.has_arrived:
-            if self._left_behind():  # found dead together with a message
-                raise queue.Empty
-            for sentinel in self._results.wait(seconds):
-                self._results.no_longer(sentinel)
-                self._ended_now(sentinel)
+        if self._left_behind():  # found dead together with a message
+            raise queue.Empty
+        for sentinel in self._results.wait(seconds):
+            self._results.poll.unregister(sentinel)
+            self._ended_now(sentinel)
         return self._results.take()
 
     def _ended_now(self, sentinel: int) -> None:
@@ -173,6 +174,7 @@ class PinnedResultReceiver(ResultReceiver):
         self._thread = thread
         self._sentinels = select.poll()
         super().__init__(*args, **kwargs)
+        self._at_hand = ()  # the thread takes them
 
     def _watch(self) -> None:
         for sentinel in self._watched:

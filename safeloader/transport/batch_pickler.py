@@ -27,8 +27,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from safeloader import _torch
 from safeloader._python import as_if_spawning, extra_reducers
 from safeloader.transport import leaves
+from safeloader.transport.channel import MOST_FDS
 from safeloader.transport.leaves import CODES, Place, Placeholder
-from safeloader.transport.sender import MOST_FDS
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SLOTS_A_BATCH
 

@@ -12,9 +12,6 @@ import errno
 import math
 import os
 import threading
-from collections import deque
-from collections.abc import Iterable
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -40,40 +37,6 @@ DTYPES = _dtypes()
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # shorter in a pickle than their names
 
 
-class Arrived:
-    """A message that came whole, until its batch is handed over; in main.
-
-    A signal handler may raise between any two steps of opening it. So what a step takes belongs to
-    the message until all are done, and each of them can be done again.
-
-    Attributes:
-        number: of the task.
-        manifest, payload: as in :class:`~safeloader.transport.messages.BatchMessage`.
-        fds: descriptors that came beside it.
-        leases: the memory of each slot it lies in.
-        brought: memory of its leaves so far, in the order of the pickle.
-        made: what was made of it; None before.
-    """
-
-    __slots__ = ("brought", "fds", "leases", "made", "manifest", "number", "payload")
-
-    def __init__(self, number: int, manifest: Any, payload: Any, fds: Iterable[int] = ()) -> None:
-        self.number = number
-        self.manifest = manifest
-        self.payload = payload
-        self.fds = list(fds)
-        self.leases: list[Any] = []
-        self.brought: list[Any] = []
-        self.made: Any = None
-
-    def let_go(self) -> None:
-        """Only what was made of it is wanted from now on."""
-        close_all(self.fds)
-        # An exception on its way may hold frames, and they this message.
-        self.leases.clear()
-        self.brought.clear()
-
-
 class _Opening(threading.local):
     """The message that this thread is opening, if any; loading one may load others."""
 
@@ -97,14 +60,19 @@ def _over(buffer: Any, dtype: torch.dtype, count: int = -1, offset: int = 0) -> 
 
 def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor of ``count`` elements with memory of its own in a slot; hot path."""
-    made = _over(opening.now.leases[slot], DTYPES[code], count, at)
-    opening.now.brought.append(made)
+    message = opening.now
+    buffer = message.leases[slot]
+    made = torch.frombuffer(buffer, dtype=DTYPES[code], count=count, offset=at)
+    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]  # as `_over` has it
+    message.brought.append(made)
     return made.resize_(shape)  # not a view, which could not be detached in place
 
 
 def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
     """A contiguous tensor that came within the message; hot path."""
-    made = _over(bytearray(data), DTYPES[code])
+    buffer = bytearray(data)
+    made = torch.frombuffer(buffer, dtype=DTYPES[code])
+    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
     opening.now.brought.append(made)
     return made.resize_(shape)
 
@@ -157,12 +125,3 @@ class Placeholder:
         fd: int = fds[-1]
         del fds[-1]
         return fd
-
-
-def close_all(fds: list[int]) -> None:
-    """Close descriptors that nobody wants any more, and forget them.
-
-    In C from taking one to closing it: a signal handler that raises can make it stop between two
-    of them, but not have one leak, or closed twice.
-    """
-    deque(map(os.close, map(fds.pop, repeat(-1, len(fds)))), 0)

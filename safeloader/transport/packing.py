@@ -25,7 +25,8 @@ from safeloader.transport.batch_pickler import (
     Parts,
     TooManyFds,
 )
-from safeloader.transport.leaves import CODES, close_all
+from safeloader.transport.channel import close_all
+from safeloader.transport.leaves import CODES
 from safeloader.transport.messages import BatchMessage
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SlotLayout
@@ -127,16 +128,14 @@ class Packer:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
-            slot_layout = SlotLayout(
-                tuple((slot.number, slot.size) for slot in sent),
-                fresh,
-                len(run.fds) + len(fresh),
-                () if slots is None else slots.pool.given_up,
-                stream,
-                run.torchs,
-                run.why or (slots is not None and slots.why) or self._why,
-            )
-            head = pickle.dumps((tuple(manifest), tuple(slot_layout)), pickle.HIGHEST_PROTOCOL)
+            given_up = () if slots is None else slots.pool.given_up
+            why = run.why or (slots is not None and slots.why) or self._why
+            about = None
+            if sent or given_up or why or run.torchs:
+                known = tuple((slot.number, slot.size) for slot in sent)
+                fds = len(run.fds) + len(fresh)
+                about = tuple(SlotLayout(known, fresh, fds, given_up, stream, run.torchs, why))
+            head = pickle.dumps((tuple(manifest), about), pickle.HIGHEST_PROTOCOL)
         except BaseException:
             close_all(run.fds)
             if slots is not None:

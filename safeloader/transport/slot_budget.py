@@ -15,8 +15,8 @@ import weakref
 from typing import Any
 
 from safeloader.introspect.resources import cgroup_memory, machine_memory
-from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotLayout, SlotTable
-from safeloader.transport.stats import TransportTally
+from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotTable
+from safeloader.transport.stats import TransportCounts
 
 _SHARE = 0.25
 _UNKNOWN_MEMORY = 1 << 32
@@ -33,17 +33,18 @@ def process_bytes() -> int:
     return int(_SHARE * min(sizes, default=_UNKNOWN_MEMORY)) // ranks
 
 
-class PoolTally(TransportTally):
+class PoolCounts(TransportCounts):
     """What came from one pool of workers, counted for its loader and for the budget.
 
     Args:
-        whole: the count of the loader.
+        whole: the counts of the loader.
         table: the states of the workers' slots.
     """
 
-    def __init__(self, whole: TransportTally, table: SlotTable) -> None:
+    def __init__(self, whole: TransportCounts, table: SlotTable) -> None:
         super().__init__()
         self._whole = whole
+        self.batches = whole.batches
         self._table = weakref.ref(table)
         self.workers: weakref.WeakSet[Any] | None = None
         budget.add(self)
@@ -60,11 +61,10 @@ class PoolTally(TransportTally):
         ended = workers is not None and not any(worker.is_alive() for worker in workers)
         return None if ended else self._table()
 
-    def came(self, slot_layout: SlotLayout) -> None:
-        """A batch was opened; hot path."""
-        self._whole.came(slot_layout)
-        if slot_layout.why:
-            budget.divide()
+    def fell_back(self, why: str) -> None:
+        """Some or all of a batch was not in a slot: one of the others may have room to spare."""
+        self._whole.fell_back(why)
+        budget.divide()
 
     def slot_made(self, memory: Any) -> None:
         """A slot was mapped."""
@@ -81,10 +81,10 @@ class SlotBudget:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._pools: list[PoolTally] = []
+        self._pools: list[PoolCounts] = []
         self._lock = threading.Lock()
 
-    def add(self, pool: PoolTally) -> None:
+    def add(self, pool: PoolCounts) -> None:
         """A pool starts."""
         if self._pid != os.getpid():  # forked: a process of its own
             self._begin()

@@ -27,19 +27,34 @@ from typing import Any
 
 import numpy as np
 
-from safeloader.delivery.manifest import BatchManifest, expected_indices
+from safeloader.delivery.manifest import BatchManifest, expected_indices, source_positions, sources
 from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.fingerprint import difference
 from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.transport.channel import Arrived
 from safeloader.transport.forks import forks_noticed, notice_forks
-from safeloader.transport.leaves import Arrived, opening
+from safeloader.transport.leaves import opening
 from safeloader.transport.messages import DeliveredBatch, FailedBatch
 from safeloader.transport.shared_memory import mapped
 from safeloader.transport.slot_table import FREE, GONE, SlotLayout, SlotTable
-from safeloader.transport.stats import TransportTally
+from safeloader.transport.stats import TransportCounts
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
 _ENOUGH = 2  # smaller ones are told of together: to look for forks takes some 3 µs
+_ALL_IN_MESSAGE = SlotLayout()
 WORKER_GONE = (ConnectionError, EOFError, FileNotFoundError)  # the tensors' memory went with it
+_NOT_OPENED = (
+    "the batch was pickled in the worker and could not be loaded in the main process\n"
+    "pickle.loads(pickle.dumps(batch)) repeats it: make what the dataset or collate_fn "
+    "gives picklable both ways, or plain tensors, numbers, strings and containers of them"
+)
+_CHANGED = (
+    "something wrote to the batch after the worker made it\n"
+    "a dataset or collate_fn that goes on writing to a tensor it gave away (a buffer used again) "
+    "does that: give away a copy; so does a pin_memory() that changes what it pins. Torch itself "
+    "drops the mark of a conjugate or negative view: give away x.resolve_conj(). Otherwise "
+    "suspect the machine's memory, or the way across: transport= gives the choice of two"
+)
 
 
 class Unpacker:
@@ -47,12 +62,14 @@ class Unpacker:
 
     Args:
         table: the states of the workers' slots; None without slots.
-        tally: where it is counted what came which way.
+        counts: where it is counted what came which way.
     """
 
-    def __init__(self, table: SlotTable | None = None, tally: TransportTally | None = None) -> None:
+    def __init__(
+        self, table: SlotTable | None = None, counts: TransportCounts | None = None
+    ) -> None:
         self._table = table
-        self._tally = TransportTally() if tally is None else tally
+        self._counts = TransportCounts() if counts is None else counts
         self._slots: dict[tuple[int, int], _Slot] = {}
         self._gone: deque[_Lease] = deque()  # leases that nothing refers to any more
         self._enough = 1  # of them to tell the workers
@@ -64,27 +81,30 @@ class Unpacker:
 
         After an interrupt it may be called again, and goes on where it was.
         """
-        self.settle()
+        if len(self._gone) >= self._enough:
+            self.settle()
         fields, about = pickle.loads(came.manifest)
-        manifest = BatchManifest(*fields)
-        slot_layout = SlotLayout(*about)
+        manifest = tuple.__new__(BatchManifest, fields)  # a third of what its own takes
+        slot_layout = _ALL_IN_MESSAGE if about is None else SlotLayout(*about)
         before = opening.now
         try:
             opening.now = came
             came.brought = []
             if slot_layout.slots or slot_layout.given_up:
                 self._lease(manifest.worker_id or 0, slot_layout, came)
-            stream = slot_layout.stream
-            if stream is None:
+            if slot_layout.stream is None:
                 payload = pickle.loads(came.payload)
             else:
-                slot, at, size = stream
+                slot, at, size = slot_layout.stream
                 payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
         except Exception as exc:
             return FailedBatch(manifest, _not_opened(exc, manifest))
         finally:
             opening.now = before
-        self._tally.came(slot_layout)
+        way = "torch" if slot_layout.torchs else "slots" if slot_layout.slots else "message"
+        self._counts.batches[way] += 1
+        if slot_layout.why:
+            self._counts.fell_back(slot_layout.why)
         return DeliveredBatch(manifest, payload)
 
     def _lease(self, worker: int, slot_layout: SlotLayout, came: Arrived) -> None:
@@ -95,7 +115,7 @@ class Unpacker:
             RuntimeError: if a slot cannot be mapped.
         """
         slots = self._slots
-        leases = came.leases
+        leases = came.leases = came.leases or []
         try:
             if not leases:
                 for number in slot_layout.given_up:
@@ -131,7 +151,7 @@ class Unpacker:
             number, size = slot_layout.slots[place]
             memory = mapped(fd, size)
             self._slots[worker, number] = _Slot(row, memory)
-            self._tally.slot_made(memory)
+            self._counts.slot_made(memory)
 
     def settle(self, all_of_them: bool = False) -> None:
         """Tell the workers which slots nothing refers to any more. Hot path.
@@ -183,13 +203,6 @@ class _Slot:
 
 def _not_opened(exc: Exception, manifest: BatchManifest) -> Failure:
     known = expected_indices(manifest)
-    found = shortage(exc)
-    if found is None:
-        found = (
-            "the batch was pickled in the worker and could not be loaded in the main process\n"
-            "pickle.loads(pickle.dumps(batch)) repeats it: make what the dataset or collate_fn "
-            "gives picklable both ways, or plain tensors, numbers, strings and containers of them"
-        )
     return failure_of(
         exc,
         phase="transport",
@@ -199,5 +212,33 @@ def _not_opened(exc: Exception, manifest: BatchManifest) -> Failure:
         indices=known,
         worker_id=manifest.worker_id,
         pid=manifest.pid,
-        hint=found,
+        hint=shortage(exc) or _NOT_OPENED,
+    )
+
+
+def changed(manifest: BatchManifest, batch: Any) -> Failure | None:
+    """The failure, if ``batch`` does not match the fingerprints that its worker took."""
+    assert manifest.fingerprints is not None
+    asked = expected_indices(manifest)
+    found = difference(manifest.fingerprints, batch, len(asked))
+    if found is None:
+        return None
+    places, known = source_positions(manifest), sources(manifest)
+    positions = [places[row] for row in found.rows or () if row < len(places)]
+    position = positions[0] if positions else (0 if len(asked) == 1 else None)
+    where = ""
+    if positions:
+        more = f" and {len(positions) - 8} more" if len(positions) > 8 else ""
+        samples = "sample of dataset index" if len(positions) == 1 else "samples of dataset indices"
+        where = f", in the {samples} {', '.join(str(known[at]) for at in positions[:8])}{more}"
+    return Failure(
+        phase="transport",
+        exception_type="TransportError",
+        message=f"{found.path} is not what the worker sent{where}",
+        index=None if position is None else known[position],
+        position=position,
+        indices=asked,
+        worker_id=manifest.worker_id,
+        pid=manifest.pid,
+        hint=_CHANGED,
     )

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any
 
 from safeloader.introspect.resources import human_bytes
-from safeloader.transport.slot_table import SlotLayout
 
 _REASONS_MAX = 20
 
@@ -57,34 +56,33 @@ class TransportStats:
         return "\n".join(lines)
 
 
-class TransportTally:
-    """The running count; written by the thread that opens batches."""
+class TransportCounts:
+    """The running counts; written by the thread that opens batches.
+
+    Attributes:
+        batches: how many came by each way.
+    """
 
     def __init__(self) -> None:
-        self._mapped: set[_Mapped] = set()
-        self._batches: Counter[str] = Counter()
+        self.batches: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
+        self._mapped: set[_Mapped] = set()
 
-    def came(self, slot_layout: SlotLayout) -> None:
-        """A batch was opened; hot path."""
-        if slot_layout.torchs:
-            self._batches["torch"] += 1
-        else:
-            self._batches["slots" if slot_layout.slots else "message"] += 1
-        if slot_layout.why:
-            known = slot_layout.why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
-            self._fallbacks[slot_layout.why if known else "other reasons"] += 1
+    def fell_back(self, why: str) -> None:
+        """Some or all of a batch was not in a slot."""
+        known = why in self._fallbacks or len(self._fallbacks) < _REASONS_MAX
+        self._fallbacks[why if known else "other reasons"] += 1
 
     def slot_made(self, memory: Any) -> None:
         """A slot was mapped; it is counted until its memory is freed."""
-        mapped = _Mapped(memory, self._mapped.discard)  # in C: see `unpacking` on finalizers
+        mapped = _Mapped(memory, self._mapped.discard)  # in C: see `slot_reader` on finalizers
         mapped.size = len(memory)
         self._mapped.add(mapped)
 
     def stats(self) -> TransportStats:
-        """The count as it stands."""
+        """The counts as they stand."""
         sizes = [mapped.size for mapped in tuple(self._mapped)]
-        return TransportStats(len(sizes), sum(sizes), dict(self._batches), dict(self._fallbacks))
+        return TransportStats(len(sizes), sum(sizes), dict(self.batches), dict(self._fallbacks))
 
 
 class _Mapped(weakref.ref[Any]):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.fingerprint import Difference, Leaf, difference, fingerprint
-from safeloader.transport.checksum import changed
+from safeloader.transport.slot_reader import changed
 from tests.leaf_kinds import KINDS, Cached, Pair, Record, structured
 
 # Without a print: nothing of them can be read, or what they are is not what crosses.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import queue
 import socket
 from typing import Any
 
@@ -13,15 +14,14 @@ import torch
 
 from safeloader.supervision import receiver as inbox_module
 from safeloader.supervision.receiver import ResultReceiver, WorkersDied
-from safeloader.transport.leaves import close_all
-from safeloader.transport.result_queue import _HEADER, _WITH_FDS, ResultQueue
+from safeloader.transport.channel import _HEADER, _WITH_FDS, ResultQueue, TaskQueue, close_all
 from safeloader.transport.slot_table import FREE
 from tests.interrupts import at_every_moment
-from tests.unit.test_inbox import BOUND_S, Pool, dies, waits
+from tests.unit.test_receiver import BOUND_S, Pool, dies, waits
 from tests.wired import KB, Wired, descriptors, filled
 
 RECEIVING = (
-    "transport/result_queue.py",
+    "transport/channel.py",
     "transport/leaves.py",
     "transport/slot_reader.py",
     "supervision/receiver.py",
@@ -159,11 +159,40 @@ def test_a_death_is_told_whenever_an_interrupt_comes(monkeypatch: pytest.MonkeyP
             pool.end()
 
 
+@pytest.mark.parametrize("size", [10, 300_000], ids=["at once", "in parts"])
+def test_a_task_that_an_interrupt_stopped_comes_whole_or_not_at_all(size: int) -> None:
+    """Torn, it would be the beginning of the next one."""
+    tasks = TaskQueue(lambda task, exc: task)
+    called = False
+
+    def put() -> None:
+        nonlocal called
+        if not called:
+            called = True  # once: who was interrupted does not put it again
+            tasks.put((0, bytes(size)))
+
+    moments = 0
+    for run in at_every_moment(put, "transport/channel.py"):
+        moments += 1
+        called = False
+        run()
+        tasks.put((1, "next"))
+        came = [tasks.get(timeout=5)]
+        if came[0][0] == 0:
+            came.append(tasks.get(timeout=5))
+        assert came[-1] == (1, "next")
+        assert came[:-1] in ([], [(0, bytes(size))])
+        with pytest.raises(queue.Empty):
+            tasks.get(timeout=0)
+    assert moments > 10
+    tasks.close()
+
+
 def test_descriptors_are_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fds: list[int] = []
     closed: list[int] = []
     monkeypatch.setattr(os, "close", closed.append)
-    for run in at_every_moment(lambda: close_all(fds), "transport/leaves.py"):
+    for run in at_every_moment(lambda: close_all(fds), "transport/channel.py"):
         fds[:] = range(1000, 1010)
         closed.clear()
         run()

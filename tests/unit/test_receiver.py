@@ -21,7 +21,7 @@ from safeloader.supervision.receiver import (
     TimedOut,
     WorkersDied,
 )
-from safeloader.transport.result_queue import ResultQueue
+from safeloader.transport.channel import ResultQueue
 from safeloader.transport.slot_reader import Unpacker
 
 BOUND_S = 30
@@ -339,7 +339,7 @@ def test_a_death_is_told_also_while_others_are_busy(pools: Any, pinned: bool) ->
     inbox = pool.inbox(pinned=pinned)
     pool.go.set()
     pool.workers[1].join(BOUND_S)
-    while not (inbox._pinned.qsize() if pinned else inbox._results._poll.poll(1000)):  # type: ignore[attr-defined]
+    while not (inbox._pinned.qsize() if pinned else inbox._results.poll.poll(1000)):  # type: ignore[attr-defined]
         time.sleep(0.01)  # main is busy until there is a message
     gave_up = time.monotonic() + 2
     sign = None

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import select
 import signal
 import threading
 import time
@@ -18,10 +19,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safeloader.main.unpacking import Unpacker
-from safeloader.wire.records import BatchManifest, DeliveredBatch, FailedBatch
-from safeloader.wire.results import _HEADER, ResultQueue
-from safeloader.worker.packing import Packer
+
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.transport.channel import _HEADER, ResultQueue
+from safeloader.transport.messages import DeliveredBatch, FailedBatch
+from safeloader.transport.packing import Packer
+from safeloader.transport.slot_reader import Unpacker
 
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 BOUND_S = 60
@@ -124,7 +127,7 @@ def test_messages_of_all_sizes(sizes: list[list[int]]) -> None:
     for thread in threads:
         thread.join(BOUND_S)
     assert came == [list(range(len(each))) for each in sizes]
-    assert not results.has_arrived
+    assert not results.arrived
     for each in (*voices, results):
         each.close()
 
@@ -191,9 +194,9 @@ def test_what_came_and_was_not_taken_leaves_no_descriptor() -> None:
     results = ResultQueue(1, Unpacker().opened)
     (process,) = start("fork", sends_tensors, results, [([40, 40],)])
     give_up = time.monotonic() + BOUND_S
-    while not results.has_arrived and time.monotonic() < give_up:
+    while not results.arrived and time.monotonic() < give_up:
         results.wait(1)
-    assert results.has_arrived
+    assert results.arrived
     results.close()
     process.join(BOUND_S)
     process.close()
@@ -210,12 +213,12 @@ def test_half_a_message_is_not_waited_for() -> None:
         began = time.monotonic()
         assert results.wait(5) == []
         assert time.monotonic() - began < 1
-        assert not results.has_arrived
+        assert not results.arrived
         with pytest.raises(queue.Empty):
             results.take()
     os.write(writer.fileno(), whole[-1:])
     results.wait(5)
-    assert results.has_arrived
+    assert results.arrived
     results.close()
 
 
@@ -260,7 +263,7 @@ def test_a_worker_told_not_to_wait_ends_with_its_pipe_full(before: bool) -> None
     if before:
         assert results.get(timeout=5) == (0, b"small")
     results.wait(0.05)  # the rest is half a message at most
-    assert not results.has_arrived
+    assert not results.arrived
     results.close()
 
 
@@ -283,7 +286,7 @@ def test_a_worker_killed_while_its_pipe_is_full() -> None:
     give_up = time.monotonic() + BOUND_S
     while results._rows.keys() - {results._readers[-1].fileno()} and time.monotonic() < give_up:
         results.wait(1)
-    while results.has_arrived:
+    while results.arrived:
         came.append(results.take()[0])
     assert came == list(range(len(came)))
     assert len(came) < 5
@@ -335,9 +338,9 @@ def test_sent_is_called_after_each_message() -> None:
 
 def test_nothing_there_is_told_as_by_any_queue() -> None:
     results = ResultQueue(1, Unpacker().opened)
-    for block, timeout in ((False, None), (True, 0), (True, 0.01)):
+    for timeout in (0, 0.01):
         with pytest.raises(queue.Empty):
-            results.get(block, timeout)
+            results.get(timeout)
 
 
 def test_closed_twice_and_without_a_descriptor_left() -> None:
@@ -354,11 +357,11 @@ def test_closed_twice_and_without_a_descriptor_left() -> None:
 def test_other_descriptors_wake_it_up() -> None:
     results = ResultQueue(1, Unpacker().opened)
     reader, writer = os.pipe()
-    results.also(reader)
+    results.poll.register(reader, select.POLLIN)
     assert results.wait(0) == []
     os.write(writer, b"x")
     assert results.wait(5) == [reader]
-    results.no_longer(reader)
+    results.poll.unregister(reader)
     assert results.wait(0) == []
     os.close(reader)
     os.close(writer)

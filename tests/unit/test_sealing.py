@@ -17,7 +17,7 @@ import torch
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.errors import TransportError, error_from
-from safeloader.transport.leaves import close_all
+from safeloader.transport.channel import close_all
 from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import WORKER_GONE, Unpacker

@@ -26,7 +26,8 @@ import torch
 
 from safeloader.transport import batch_pickler, forks, leaves, slot_reader
 from safeloader.transport import slot_writer as worker_slots
-from safeloader.transport.leaves import Arrived, opening
+from safeloader.transport.channel import Arrived
+from safeloader.transport.leaves import opening
 from safeloader.transport.shared_memory import anonymous_file, mapped
 from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from tests.wired import (
@@ -220,18 +221,18 @@ def test_it_stays_when_the_workers_are_gone(kept: bool) -> None:
     """The slot is mapped for as long as a storage that was made over it exists."""
     wired = Wired()
     batch = wired.send([filled(MB, 3), filled(MB, 4).numpy()])
-    tally = wired.tally
+    counts = wired.counts
     held = [batch[0].numpy(), batch[1]]
     del wired
     batch[0].share_memory_()
     torch.from_numpy(batch[1]).share_memory_()
     if not kept:
         del batch
-    assert tally.stats().slots == 2
+    assert counts.stats().slots == 2
     assert [int(each[5]) for each in held] == [3, 4]
     held.clear()
     batch = None
-    assert tally.stats().slots == 0
+    assert counts.stats().slots == 0
 
 
 def test_offsets_beyond_four_gibibytes(wired: Wired) -> None:
@@ -239,7 +240,8 @@ def test_offsets_beyond_four_gibibytes(wired: Wired) -> None:
     memory = mapped(fd := anonymous_file(size), size)  # sparse: a page or two are there
     os.close(fd)
     before, opening.now = opening.now, Arrived(0, b"", b"")
-    opening.now.leases.append(np.ndarray(size, np.uint8, memory))
+    opening.now.leases = [np.ndarray(size, np.uint8, memory)]
+    opening.now.brought = []
     code = leaves.CODES[torch.uint8]
     tensor = leaves.tensor_in_slot(0, at, 100, code, (10, 10))
     array = leaves.array_in_slot(0, at, np.dtype(np.int16), (5, 10), "C")
@@ -365,15 +367,15 @@ def test_nothing_is_left_when_both_ends_are_gone(no_garbage_collector: None) -> 
     Wired().send(filled(MB, 1))  # what is imported once, is
     before = descriptors()
     wired = Wired()
-    tally, kept = wired.tally, wired.send(filled(MB, 1))
+    counts, kept = wired.counts, wired.send(filled(MB, 1))
     wired.send(filled(MB, 2))
     gone = weakref.ref(wired.pool), weakref.ref(wired.unpacker)
     del wired
     assert [each() for each in gone] == [None, None]
-    assert tally.stats().slots == 1  # the one that is kept
+    assert counts.stats().slots == 1  # the one that is kept
     assert kept.eq(1).all()
     del kept
-    assert tally.stats().slots == tally.stats().bytes == 0
+    assert counts.stats().slots == counts.stats().bytes == 0
     assert descriptors() == before
     with open("/proc/self/maps") as maps:
         assert "memfd:safeloader" not in maps.read()
@@ -650,12 +652,12 @@ def test_an_interrupt_while_a_batch_is_freed(
 
 def test_an_interrupt_while_a_slot_is_unmapped(nothing_ignored: None) -> None:
     wired = Wired()
-    held, tally = [wired.send(filled(MB, 1))], wired.tally
+    held, counts = [wired.send(filled(MB, 1))], wired.counts
     del wired
-    assert tally.stats().slots == 1
+    assert counts.stats().slots == 1
     with pytest.raises(KeyboardInterrupt):
         without_a_line_between(_thread.interrupt_main, held.clear)
-    assert tally.stats().slots == 0
+    assert counts.stats().slots == 0
 
 
 def test_an_interrupt_while_a_fork_is_prepared(

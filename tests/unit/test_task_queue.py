@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from safeloader.transport.channel import TaskQueue
 from safeloader.transport.messages import SamplerFault, Task
-from safeloader.transport.task_queue import TaskQueue
 
 
 def refuses(task: Task, exc: Exception) -> Task:
