@@ -15,7 +15,7 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
-from safeloader.delivery.manifest import BatchManifest, expected_indices
+from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
@@ -178,7 +178,8 @@ class Epoch:
         Raises:
             SampleError: if there were too many: the batch is lost with it.
         """
-        asked = expected_indices(manifest)
+        contents = BatchContents.of(manifest)
+        asked = contents.expected
         for incident in manifest.incidents or ():
             self.log.warning(
                 "epoch %d, batch %d: index %s %s: %s",
@@ -192,7 +193,8 @@ class Epoch:
             self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
         gone = ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
-        reason = self._skip_budget.exceeded(manifest, ledger.delivered_count + gone + len(asked))
+        samples = ledger.delivered_count + gone + len(asked)
+        reason = self._skip_budget.exceeded(manifest.seq, contents, samples)
         if reason is None:
             return
         with ledger.lock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safeloader.delivery.manifest import BatchManifest, expected_indices, source_positions, sources
+from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.introspect.fingerprint import difference
 
@@ -18,13 +18,12 @@ _HINT = (
 
 
 def changed(manifest: BatchManifest, batch: Any) -> Failure | None:
-    """The failure, if ``batch`` is not what the manifest say it was."""
+    """The failure, if ``batch`` is not what its manifest says it was."""
     assert manifest.fingerprints is not None
-    asked = expected_indices(manifest)
+    asked, known, places, _ = BatchContents.of(manifest)
     found = difference(manifest.fingerprints, batch, len(asked))
     if found is None:
         return None
-    places, known = source_positions(manifest), sources(manifest)
     positions = [places[row] for row in found.rows or () if row < len(places)]
     position = positions[0] if positions else (0 if len(asked) == 1 else None)
     which = ", ".join(str(known[each]) for each in positions[:8])
