@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from safeloader.delivery.audit import EpochAudit, IndexArray
+from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.coverage import Coverage, IndexSet
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
@@ -22,6 +22,7 @@ KEYS_LIMIT = 2_000_000
 KEYS_BYTES = 1 << 28  # of keys and their indices together
 REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
+_NOTED = ("missing", "duplicated", "unexpected", "failed", "dropped", "skipped", "replaced", "late")
 _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
@@ -69,7 +70,7 @@ class Ledger:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
         self.settled = False
-        self.by_class = {name: IndexSet() for name in _CLASSES}
+        self.by_class = {name: IndexSet() for name in _NOTED}
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
         self._reasons_bytes = 0
@@ -99,28 +100,21 @@ class Ledger:
 
         A batch without a discrepancy counts as delivered.
         """
-        raise NotImplementedError
 
     def settle(
         self, discrepancy: Discrepancy, manifest: BatchManifest, *, handed_over: bool
     ) -> None:
         """Book a batch with a discrepancy: handed over all the same, or lost with the error."""
-        self.book(discrepancy)
+        for name in ("missing", "duplicated", "unexpected"):
+            self.by_class[name].add(getattr(discrepancy, name))
         if handed_over:
             extra = len(discrepancy.unexpected) + len(discrepancy.duplicated)
             self.delivered_count += len(discrepancy.sound) + extra
         else:
             self.by_class["failed"].add(discrepancy.sound)
 
-    def book(self, discrepancy: Discrepancy) -> None:
-        """Note the indices that are not as they should be."""
-        self.by_class["missing"].add(discrepancy.missing)
-        self.by_class["duplicated"].add(discrepancy.duplicated)
-        self.by_class["unexpected"].add(discrepancy.unexpected)
-
     def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         """A batch was lost with an error that is raised to the user."""
-        raise NotImplementedError
 
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised.
@@ -170,17 +164,12 @@ class Ledger:
         known = self._index_of_key
         if known is None or manifest.keys is None:
             return None
-        again: list[Any] = []
+        again: list[tuple[Any, Any, Any]] = []
         sound: list[Any] = []
-        said: list[str] = []
         for key, index in zip(manifest.keys, BatchContents.of(manifest).indices, strict=False):
             first = known.get(key, index)
             if first != index:
-                again.append(index)
-                said.append(
-                    f"index {index_text(index)} and index {index_text(first)} are one sample "
-                    f"(key {index_text(key, 60)})"
-                )
+                again.append((index, first, key))
                 continue
             sound.append(index)
             if key in known:
@@ -192,8 +181,14 @@ class Ledger:
                 self._keys_past_limit += 1
         if not again:
             return None
-        more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
-        return Discrepancy("; ".join(said[:3]) + more, duplicated=tuple(again), sound=tuple(sound))
+        said = [
+            f"index {index_text(index)} and index {index_text(first)} are one sample "
+            f"(key {index_text(key, 60)})"
+            for index, first, key in again[:3]
+        ]
+        said += [f"and {len(again) - 3} more"] if len(again) > 3 else []
+        duplicated = tuple(index for index, _, _ in again)
+        return Discrepancy("; ".join(said), duplicated=duplicated, sound=tuple(sound))
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come: of a stream's nothing."""
@@ -201,7 +196,6 @@ class Ledger:
 
     def finish(self) -> Discrepancy | None:
         """The stock iterator says that the epoch is over: is it?"""
-        raise NotImplementedError
 
     def notes(self, length: int | None) -> list[str]:
         """What is worth saying beyond the classes of the audit, as it stands."""
@@ -216,40 +210,18 @@ class Ledger:
         """The accounts as they stand; ``length`` is that of the dataset."""
         raise NotImplementedError
 
-    def as_audit(
-        self,
-        epoch: int,
-        *,
-        complete: bool,
-        drawn: int,
-        notes: list[str],
-        **more: tuple[IndexArray, int],
-    ) -> EpochAudit:
-        """The audit; ``more`` are classes with their indices and how many there are."""
-        found = {name: (noted.array(), noted.count) for name, noted in self.by_class.items()} | more
+    def as_audit(self, notes: list[str], **facts: Any) -> EpochAudit:
+        """The audit, of what is kept here and of ``facts``; these hold for more ``counts`` too."""
+        counts = {"repeated": 0, "unvisited": 0} | facts.pop("counts", {})
+        facts |= {name: noted.array() for name, noted in self.by_class.items()}
         return EpochAudit(
-            epoch=epoch,
-            complete=complete,
-            drawn=drawn,
             delivered=self.delivered_count,
-            counts={"repeated": 0, "unvisited": 0} | {name: n for name, (_, n) in found.items()},
+            counts=counts | {name: noted.count for name, noted in self.by_class.items()},
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
-            **{name: indices for name, (indices, _) in found.items()},
+            **facts,
         )
-
-
-_CLASSES = (
-    "missing",
-    "duplicated",
-    "unexpected",
-    "failed",
-    "dropped",
-    "skipped",
-    "replaced",
-    "late",
-)
 
 
 class MapLedger(Ledger):
@@ -342,7 +314,7 @@ class MapLedger(Ledger):
             return Discrepancy(f"{who} sent a batch that this epoch never drew", unexpected=came)
         drawn = unpack(expected)
         left = list(drawn)
-        sound = []
+        sound: list[Any] = []
         unexpected = []
         for index in came:
             place = next((k for k, item in enumerate(left) if same(item, index)), None)
@@ -353,9 +325,7 @@ class MapLedger(Ledger):
         reason = f"{who} was asked for {indices_text(drawn)} and answered for {indices_text(came)}"
         if not left and not unexpected:
             reason += ": the same indices in another order"
-        return Discrepancy(
-            reason, missing=tuple(left), unexpected=tuple(unexpected), sound=tuple(sound)
-        )
+        return Discrepancy(reason, tuple(left), (), tuple(unexpected), tuple(sound))
 
     def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         self.lost(manifest.seq)
@@ -365,9 +335,8 @@ class MapLedger(Ledger):
 
     def opened(self, seq: int) -> PendingBatch | None:
         packed = self._pending.get(seq)
-        if packed is None:
-            return None
-        return PendingBatch(seq - (self._first_seq or 0), unpack(packed))
+        first = self._first_seq or 0
+        return None if packed is None else PendingBatch(seq - first, unpack(packed))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
@@ -381,17 +350,16 @@ class MapLedger(Ledger):
     def finish(self) -> Discrepancy | None:
         if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
             self.abandon()
-        missing = tuple(
-            index for seq in list(self._pending) for index in unpack(self._taken(seq) or ())
-        )
+        missing: list[Any] = []
+        for seq in list(self._pending):
+            missing += unpack(self._taken(seq) or ())
         if missing:
-            discrepancy = Discrepancy(
+            reason = (
                 f"the epoch ended with {len(missing)} samples drawn and never handed over: "
-                f"{indices_text(missing)}",
-                missing=missing,
+                f"{indices_text(missing)}"
             )
-            self.book(discrepancy)
-            return discrepancy
+            self.by_class["missing"].add(missing)
+            return Discrepancy(reason, tuple(missing))
         if not (self._draws_ended or self._sampler_failed or self._interrupts):
             return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
@@ -419,13 +387,16 @@ class MapLedger(Ledger):
                 notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
             if self._expected_batches and expected is None and not self._draws_ended:
                 notes.append("the sampler was not asked whether it has more")
+            repeated, repeated_count = self._coverage.repeated(length)
+            unvisited, unvisited_count = self._coverage.unvisited(length)
             return self.as_audit(
-                epoch,
+                notes,
+                epoch=epoch,
                 complete=ended and not (self._pending or self._sampler_failed),
                 drawn=self._drawn,
-                notes=notes,
-                repeated=self._coverage.repeated(length),
-                unvisited=self._coverage.unvisited(length),
+                repeated=repeated,
+                unvisited=unvisited,
+                counts={"repeated": repeated_count, "unvisited": unvisited_count},
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeloader.delivery.manifest import BatchContents
+from safeloader.delivery.manifest import BatchContents, BatchManifest
 
 ALWAYS_ALLOWED = 10
 DEFAULT_SHARE = 0.01
@@ -27,12 +27,13 @@ class SkipBudget:
         self._run = 0
         self._next_seq = 0  # the draw that goes on with the run
 
-    def exceeded(self, seq: int, contents: BatchContents, samples: int) -> str | None:
-        """Count the samples gone from batch ``seq``; a sentence if they are too many.
+    def exceeded(self, manifest: BatchManifest, samples: int) -> str | None:
+        """Count the samples gone from a batch; a sentence if they are too many.
 
         ``samples`` is the number of samples so far, this batch's included.
         """
-        gone = contents.gone
+        contents = BatchContents.of(manifest)
+        gone, seq = contents.gone, manifest.seq
         if not gone:
             return None
         if seq != self._next_seq:

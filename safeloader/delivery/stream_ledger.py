@@ -113,9 +113,8 @@ class StreamLedger(Ledger):
                 missing += [(row, k) for k in range(reached, kept)]
         if not said:
             return None
-        discrepancy = Discrepancy("; ".join(said), missing=tuple(missing))
-        self.book(discrepancy)
-        return discrepancy
+        self.by_class["missing"].add(missing)
+        return Discrepancy("; ".join(said), tuple(missing))
 
     def _at_ends(self) -> bool:
         """Whether the workers, who read ahead, are at their ends, and all that they read came."""
@@ -154,4 +153,4 @@ class StreamLedger(Ledger):
             notes = self.notes(length)
             if not complete and self._in_main and not self._sampler_failed:
                 notes.append("the stream was not asked whether it has more")
-            return self.as_audit(epoch, complete=complete, drawn=self._drawn(), notes=notes)
+            return self.as_audit(notes, epoch=epoch, complete=complete, drawn=self._drawn())

@@ -15,7 +15,7 @@ from typing import Any
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
-from safeloader.delivery.manifest import BatchContents, BatchManifest
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
@@ -178,8 +178,7 @@ class Epoch:
         Raises:
             SampleError: if there were too many: the batch is lost with it.
         """
-        contents = BatchContents.of(manifest)
-        asked = contents.expected
+        asked = expected_indices(manifest)
         for incident in manifest.incidents or ():
             self.log.warning(
                 "epoch %d, batch %d: index %s %s: %s",
@@ -193,8 +192,7 @@ class Epoch:
             self.survived(dataclasses.replace(failure, batch=self.batches))
         ledger = self.ledger
         gone = ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
-        samples = ledger.delivered_count + gone + len(asked)
-        reason = self._skip_budget.exceeded(manifest.seq, contents, samples)
+        reason = self._skip_budget.exceeded(manifest, ledger.delivered_count + gone + len(asked))
         if reason is None:
             return
         with ledger.lock:
