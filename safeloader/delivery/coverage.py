@@ -1,6 +1,6 @@
 """Which indices came, and how many: bounded sets for the ledger. Runs in: main.
 
-A :class:`IndexSet` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
+An :class:`IndexSet` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
 which indices were drawn, and which more than once, in at most 64 MiB and a million objects.
 """
 
@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.delivery.indices import Packed, as_array, unpack
+from safeloader.delivery.indices import Packed, as_array, count
 from safeloader.introspect.values import Opaque
 
 TALLY_LIMIT = 1_000_000
-_FLUSH = 32_768  # indices gathered before the pages are touched: 25 to 150 ns each, not 20 µs
+_FLUSH = 32_768  # indices gathered before the pages are touched: 20 to 50 ns each, not 200 µs
 _SHIFT = 12
 _PAGE_BITS = 1 << _SHIFT
+_PAGE_BYTES = _PAGE_BITS >> 3
 _PAGES_LIMIT = 1 << 16  # of 512 bytes: 268 million indices without a gap; half as many drawn twice
+_NEAR = 1 << 15
 _INT64 = range(-(1 << 63), 1 << 63)
-_NEGATIVE, _POSITIVE, _EVERY = range(-(1 << 51), 0), range(1 << 51), range(-(1 << 51), 1 << 51)
+_NEGATIVE, _POSITIVE = range(-(1 << 51), 0), range(1 << 51)
+_NO_PAGE = -(1 << 63)
 _BIT = (1 << np.arange(8)).astype(np.uint8)
 
 Numbers = npt.NDArray[np.int64]
@@ -53,25 +56,30 @@ class _Pages:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.left_out = 0  # draws that were not noted, for want of a page
-        self._row: dict[int, int] = {}
-        self._bits = np.zeros((0, _PAGE_BITS >> 3), dtype=np.uint8)
+        self.row: dict[int, int] = {}  # of each page that is held
+        self._bits = np.zeros((0, _PAGE_BYTES), dtype=np.uint8)
+        # Of each page the row, where its last bits say: what numpy finds without asking the dict.
+        self._near = np.full(_NEAR, _NO_PAGE)
+        self._near_row = np.zeros(_NEAR, dtype=np.int32)
 
     def add(self, numbers: Numbers) -> Numbers:
-        """Take in ``numbers``, which are sorted; gives those that were there, or come twice."""
+        """Take in ``numbers``; gives those that were there before, or come twice."""
         at, bit = self._places(numbers, grow=True)
         there = at >= 0
         if not there.all():
             self.left_out += int(numbers.size - there.sum())
             numbers, at, bit = numbers[there], at[there], bit[there]
         flat = self._bits.reshape(-1)
-        again = (flat[at] & bit) != 0
-        again[1:] |= numbers[1:] == numbers[:-1]
-        np.bitwise_or.at(flat, at, bit)
-        repeated: Numbers = numbers[again]
-        return repeated
+        before = numbers[(flat[at] & bit) != 0]
+        # Of numbers in one byte the last one wins here; neighbours in their order are kept apart.
+        for k in range(8):
+            flat[at[k::8]] |= bit[k::8]
+        lost = np.flatnonzero((flat[at] & bit) == 0)
+        np.bitwise_or.at(flat, at[lost], bit[lost])
+        return np.concatenate([before, *_twice(numbers)])
 
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
-        """Which of ``numbers``, which are sorted, are in the set."""
+        """Which of ``numbers`` are in the set."""
         at, bit = self._places(numbers)
         found = at >= 0
         found[found] = (self._bits.reshape(-1)[at[found]] & bit[found]) != 0
@@ -82,34 +90,66 @@ class _Pages:
     ) -> tuple[Numbers, npt.NDArray[np.uint8]]:
         """Byte (negative where the page is not held) and bit of each number."""
         pages = numbers >> _SHIFT
-        ends = np.append(np.flatnonzero(pages[1:] != pages[:-1]) + 1, pages.size)
-        row, wanted = self._row, pages[ends - 1].tolist() if pages.size else []
+        slot = pages & (_NEAR - 1)
+        rows = self._near_row[slot]
+        far = np.flatnonzero(self._near[slot] != pages)
+        if far.size:
+            rows[far] = self._rows(pages[far], grow=grow)
+        return rows * _PAGE_BYTES + ((numbers >> 3) & (_PAGE_BYTES - 1)), _BIT[numbers & 7]
+
+    def _rows(self, pages: Numbers, *, grow: bool) -> npt.NDArray[np.int32]:
+        """The row of each page, -1 where it is not held."""
+        runs = np.append(np.flatnonzero(pages[1:] != pages[:-1]), pages.size - 1)
+        wanted, row = np.unique(pages[runs]), self.row
         if grow:
-            for page in wanted:
+            for page in wanted.tolist():
                 if page not in row and len(row) < self._limit:
                     row[page] = len(row)
             if len(row) > len(self._bits):
                 size = max(len(row), min(2 * len(self._bits), self._limit))
                 # In place where the allocator can: then no second copy is there while it grows.
-                self._bits.resize((size, _PAGE_BITS >> 3), refcheck=False)
-        rows = np.array([row.get(page, -1) for page in wanted], dtype=np.int64)
-        rows = np.repeat(rows << (_SHIFT - 3), np.diff(ends, prepend=0))
-        return rows + ((numbers >> 3) & (_PAGE_BITS >> 3) - 1), _BIT[numbers & 7]
+                self._bits.resize((size, _PAGE_BYTES), refcheck=False)
+        rows = np.array([row.get(page, -1) for page in wanted.tolist()], dtype=np.int32)
+        held = rows >= 0
+        slot = wanted[held] & (_NEAR - 1)
+        self._near[slot], self._near_row[slot] = wanted[held], rows[held]
+        return rows[np.searchsorted(wanted, pages)]
 
     def page(self, number: int) -> npt.NDArray[np.bool_]:
         """The bits of page ``number``."""
-        if number not in self._row:
+        if number not in self.row:
             return np.zeros(_PAGE_BITS, dtype=bool)
-        return np.unpackbits(self._bits[self._row[number]], bitorder="little").view(bool)
+        return np.unpackbits(self._bits[self.row[number]], bitorder="little").view(bool)
 
     def held(self, numbers: range) -> list[int]:
         """The pages held, of ``numbers``, in their order."""
-        return sorted(page for page in self._row if page in numbers)
+        return sorted(page for page in self.row if page in numbers)
 
     def pieces(self, numbers: range) -> Iterator[Numbers]:
         """What is in the set, in its order, a page at a time."""
         for page in self.held(numbers):
             yield np.flatnonzero(self.page(page)) + (page << _SHIFT)
+
+
+def _twice(numbers: Numbers) -> tuple[Numbers, ...]:
+    """Values that occur more than once; sorts only the few that a small hash cannot clear.
+
+    Each value has a slot, in which every occurrence writes where it stands; the last one stays. All
+    earlier ones of the same value are repeats. What is left shared its slot with another value.
+    """
+    if (numbers[1:] > numbers[:-1]).all():
+        return ()
+    order = np.arange(numbers.size, dtype=np.int32)
+    slots = 2 << numbers.size.bit_length()
+    slot = numbers & (slots - 1)
+    last = np.empty(slots, dtype=np.int32)
+    last[slot] = order
+    stayed = last[slot]
+    others = np.flatnonzero(stayed != order)
+    values = numbers[others]
+    repeats = numbers[stayed[others]] == values
+    rest = np.sort(values[~repeats])
+    return values[repeats], rest[1:][rest[1:] == rest[:-1]]
 
 
 class Coverage:
@@ -118,51 +158,49 @@ class Coverage:
     Where the length of the dataset is known, a negative index counts as a visit of the one that it
     stands for, and is shown as it was drawn.
 
+    Attributes:
+        waiting: batches drawn that are not in the pages yet.
+        room: how many indices may still wait.
+
     Example:
         >>> from safeloader.delivery.indices import pack
         >>> coverage = Coverage()
-        >>> coverage.add(pack([0, 2, 2, -1]), 4)
+        >>> coverage.add(pack([0, 2, 2, -1]))
         >>> coverage.repeated(5), coverage.unvisited(5)
         ((array([2]), 1), (array([1, 3]), 2))
     """
 
     def __init__(self) -> None:
-        self._pending: list[Packed] = []
-        self._pending_count = 0
+        self.waiting: list[Packed] = []
+        self.room = _FLUSH
         self._seen = _Pages(_PAGES_LIMIT)
         self._twice = _Pages(_PAGES_LIMIT >> 1)
         self._other_seen: set[Any] = set()
         self._other_twice: dict[Any, None] = {}
         self._others_left_out = 0
 
-    def add(self, indices: Packed, number: int) -> None:
-        """Note a drawn batch of ``number`` indices; hot path, so it only gathers."""
-        self._pending.append(indices)
-        self._pending_count += number
-        if self._pending_count > _FLUSH:
-            self._flush()
+    def add(self, indices: Packed) -> None:
+        """Note drawn indices. (On the hot path the ledger does this itself.)"""
+        self.room -= count(indices)
+        self.waiting.append(indices)
+        if self.room < 0:
+            self.flush()
 
-    def _flush(self) -> None:
-        pending, number = self._pending, self._pending_count
-        self._pending, self._pending_count = [], 0
+    def flush(self) -> None:
+        """Take in what is waiting."""
+        waiting, number = self.waiting, _FLUSH - self.room
+        self.waiting, self.room = [], _FLUSH
         try:
-            self._map(pending)
+            numbers = b"".join(item for item in waiting if type(item) is bytes)
+            mixed = [each for item in waiting if type(item) is not bytes for each in item]
+            fits = [type(each) is int and each in _INT64 for each in mixed]
+            numbers += np.array([*compress(mixed, fits)], dtype=np.int64).tobytes()
+            self._note_others(each for each, fit in zip(mixed, fits, strict=True) if not fit)
+            if numbers:
+                self._twice.add(self._seen.add(np.frombuffer(numbers, dtype=np.int64)))
         except BaseException:  # an interrupt: how far it came is not known
             self._seen.left_out += number
             raise
-
-    def _map(self, pending: list[Packed]) -> None:
-        numbers = b"".join(item for item in pending if type(item) is bytes)
-        mixed = [each for item in pending if type(item) is not bytes for each in unpack(item)]
-        if mixed:
-            fits = [type(each) is int and each in _INT64 for each in mixed]
-            numbers += np.array(list(compress(mixed, fits)), dtype=np.int64).tobytes()
-            self._note_others(each for each, fit in zip(mixed, fits, strict=True) if not fit)
-        if numbers:
-            in_order = np.frombuffer(numbers, dtype=np.int64)
-            if (in_order[1:] < in_order[:-1]).any():
-                in_order = np.sort(in_order)
-            self._twice.add(self._seen.add(in_order))
 
     def _note_others(self, identities: Iterable[Any]) -> None:
         for item in identities:
@@ -182,12 +220,12 @@ class Coverage:
     @property
     def unmapped(self) -> int:
         """How many draws were not noted: the indices were too many, or too far apart."""
-        self._flush()
+        self.flush()
         return self._others_left_out + self._seen.left_out + self._twice.left_out
 
     def repeated(self, length: int | None) -> tuple[npt.NDArray[Any], int]:
         """Indices drawn more than once: the first million in their order, and how many."""
-        self._flush()
+        self.flush()
         numbers, number = _listed(self._repeated(length))
         if self._other_twice:
             numbers = as_array([*numbers.tolist(), *self._other_twice])
@@ -207,8 +245,8 @@ class Coverage:
         None where that is not known: without a length, where indices are names rather than numbers,
         and where some were not noted.
         """
-        self._flush()
-        names_only = self._other_seen and not self._seen.held(_EVERY)
+        self.flush()
+        names_only = self._other_seen and not self._seen.row
         if length is None or names_only or self._seen.left_out:
             return np.empty(0, dtype=np.int64), 0
         negative = _Pages(_PAGES_LIMIT)

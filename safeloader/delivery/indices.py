@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-# int64 bytes, or one identity per sample.
 from safeloader.introspect.values import Opaque
 
+# int64 bytes, or one identity per sample.
 Packed: TypeAlias = bytes | tuple[Hashable, ...]
 
 _ITEM_BYTES = 8
@@ -166,13 +166,9 @@ def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:
     if not len(identities):
         return np.empty(0, dtype=np.int64)
     kinds = {type(item) for item in identities}
-    if kinds == {int}:
-        try:
-            return np.array(identities, dtype=np.int64)
-        except OverflowError:
-            pass
-    if kinds == {tuple} and all(
-        len(item) == 2 and type(item[0]) is int and type(item[1]) is int for item in identities
+    if kinds == {int} or (
+        kinds == {tuple}
+        and all(len(item) == 2 and type(item[0]) is type(item[1]) is int for item in identities)
     ):
         try:
             return np.array(identities, dtype=np.int64)

@@ -63,18 +63,52 @@ def expected_indices(manifest: BatchManifest) -> tuple[Any, ...]:
     return tuple((row, manifest.ordinal + k) for k in range(manifest.samples or 0))
 
 
-def sources(manifest: BatchManifest) -> tuple[Any, ...]:
-    """The identities that :func:`source_positions` counts: those expected, then what stands in."""
-    return expected_indices(manifest) + (manifest.incidents[0].lent if manifest.incidents else ())
+class BatchContents(NamedTuple):
+    """What is in a batch, by its manifest. Decoded where somebody asks: off the hot path.
 
+    Attributes:
+        expected: the identities of the samples that the batch was to hold.
+        sources: these, then the identities of what was drawn earlier and stands in for them.
+        positions: for each sample in the batch the position, among ``sources``, it came from.
+        gone: the incident of each expected position whose own sample is not in the batch.
 
-def source_positions(manifest: BatchManifest) -> tuple[int, ...]:
-    """For each sample in the batch the position, among its :func:`sources`, it came from."""
-    places = list(range(len(expected_indices(manifest))))
-    gone = set()
-    for incident in manifest.incidents or ():
-        if incident.what == "skipped":
-            gone.add(incident.position)
-        elif incident.what == "replaced" and incident.donor is not None:
-            places[incident.position] = incident.donor
-    return tuple(place for position, place in enumerate(places) if position not in gone)
+    Example:
+        >>> skipped, late = SampleIncident("skipped", 0, "why"), SampleIncident("late", 1, "why")
+        >>> manifest = BatchManifest(
+        ...     0, 0, 1, ("a", "b", "c"), 3, None, b"", False, None, incidents=(skipped, late)
+        ... )
+        >>> BatchContents.of(manifest).indices
+        ('b', 'c')
+    """
+
+    expected: tuple[Any, ...]
+    sources: tuple[Any, ...]
+    positions: tuple[int, ...]
+    gone: dict[int, SampleIncident]
+
+    @classmethod
+    def of(cls, manifest: BatchManifest) -> BatchContents:
+        """Decode a manifest."""
+        expected, incidents = expected_indices(manifest), manifest.incidents or ()
+        gone = {each.position: each for each in incidents if each.what != "late"}
+        donors = {k: k if each.donor is None else each.donor for k, each in gone.items()}
+        return cls(
+            expected,
+            expected + (incidents[0].lent if incidents else ()),
+            tuple(
+                donors.get(k, k)
+                for k in range(len(expected))
+                if k not in gone or gone[k].what == "replaced"
+            ),
+            gone,
+        )
+
+    @property
+    def indices(self) -> tuple[Any, ...]:
+        """The identity of each sample in the batch; of a donor its own."""
+        return tuple(self.sources[k] for k in self.positions) if self.gone else self.expected
+
+    @property
+    def kept(self) -> list[Any]:
+        """The identities of the expected samples that are in the batch as themselves."""
+        return [index for k, index in enumerate(self.expected) if k not in self.gone]

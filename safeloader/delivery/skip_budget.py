@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeloader.delivery.manifest import BatchManifest, expected_indices
+from safeloader.delivery.manifest import BatchContents, BatchManifest
 
 ALWAYS_ALLOWED = 10
 DEFAULT_SHARE = 0.01
@@ -27,32 +27,28 @@ class SkipBudget:
         self._run = 0
         self._next_seq = 0  # the draw that goes on with the run
 
-    def _bound(self, samples: int) -> int:
-        if isinstance(self._max_skipped, int):
-            return self._max_skipped
-        share = DEFAULT_SHARE if self._max_skipped is None else self._max_skipped
-        return max(ALWAYS_ALLOWED, int(share * samples))
-
     def exceeded(self, manifest: BatchManifest, samples: int) -> str | None:
-        """Count the incidents of a batch; a sentence if they are too many.
+        """Count the samples gone from a batch; a sentence if they are too many.
 
         ``samples`` is the number of samples so far, this batch's included.
         """
-        gone = {
-            each.position: each.what for each in manifest.incidents or () if each.what != "late"
-        }
+        contents = BatchContents.of(manifest)
+        gone, seq = contents.gone, manifest.seq
         if not gone:
             return None
-        if manifest.seq != self._next_seq:
+        if seq != self._next_seq:
             self._run = 0
         longest = self._run
-        for position in range(len(expected_indices(manifest))):
+        for position in range(len(contents.expected)):
             self._run = self._run + 1 if position in gone else 0
             longest = max(longest, self._run)
-        self._next_seq = manifest.seq + 1
+        self._next_seq = seq + 1
         self.skipped += len(gone)
-        self._ways.update(gone.values())
-        bound = self._bound(samples)
+        self._ways.update(each.what for each in gone.values())
+        bound = self._max_skipped
+        if not isinstance(bound, int):
+            share = DEFAULT_SHARE if bound is None else bound
+            bound = max(ALWAYS_ALLOWED, int(share * samples))
         if self.skipped > bound:
             what = "max_skipped" if self._max_skipped is not None else "the default of max_skipped"
             return (

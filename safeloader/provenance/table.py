@@ -9,17 +9,19 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.delivery.indices import as_array, count, identity, same, unpack
-from safeloader.delivery.manifest import BatchManifest, source_positions, sources
+from safeloader.delivery.indices import as_array, count, identity, same
+from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
@@ -63,11 +65,11 @@ class BatchRecord:
 def record_of(delivery: Delivery) -> BatchRecord:
     """The delivery, decoded."""
     manifest = delivery.manifest
-    starts, fetches, collate_ns = _times(delivery)
+    starts, fetches, collate_ns = _times(manifest, _places(manifest))
     return BatchRecord(
         epoch=delivery.epoch,
         batch=delivery.batch,
-        indices=_identities(delivery),
+        indices=BatchContents.of(manifest).indices,
         worker_id=manifest.worker_id,
         pid=manifest.pid,
         fetch_ns=tuple(fetches.tolist()),
@@ -77,35 +79,22 @@ def record_of(delivery: Delivery) -> BatchRecord:
     )
 
 
-def _identities(delivery: Delivery) -> tuple[Any, ...]:
-    known = sources(delivery.manifest)
-    return (
-        tuple(known[k] for k in source_positions(delivery.manifest))
-        if delivery.manifest.incidents
-        else known
-    )
-
-
-def _size(delivery: Delivery) -> int:
-    manifest = delivery.manifest
+def _places(manifest: BatchManifest) -> Sequence[int]:
+    """For each sample in the batch the position it came from."""
     if manifest.incidents is not None:
-        return len(source_positions(manifest))
-    return count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0
+        return BatchContents.of(manifest).positions
+    return range(count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0)
 
 
-def _times(delivery: Delivery) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+def _times(manifest: BatchManifest, places: Sequence[int]) -> tuple[Numbers, Numbers, int]:
     """Start (ns since 1970) and duration (ns) of each fetch, and of the collation."""
-    manifest = delivery.manifest
     stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
-    size = _size(delivery)
-    collate_ns = int(stamps[-1] - stamps[-2])
-    if manifest.incidents is not None and not manifest.fetched_at_once:
-        places = list(source_positions(manifest))
-        return stamps[places] + UNIX_OFFSET_NS, np.diff(stamps)[places], collate_ns
-    if manifest.fetched_at_once or stamps.size != size + 2:
-        starts = np.full(size, stamps[0] + UNIX_OFFSET_NS)
-        return starts, np.full(size, (stamps[1] - stamps[0]) // max(size, 1)), collate_ns
-    return stamps[:size] + UNIX_OFFSET_NS, np.diff(stamps[:-1]), collate_ns
+    size, collate_ns = len(places), int(stamps[-1] - stamps[-2])
+    if manifest.fetched_at_once or (manifest.incidents is None and stamps.size != size + 2):
+        share = (stamps[1] - stamps[0]) // max(size, 1)
+        return np.full(size, stamps[0] + UNIX_OFFSET_NS), np.full(size, share), collate_ns
+    at = np.array(places, dtype=np.int64)
+    return stamps[at] + UNIX_OFFSET_NS, np.diff(stamps)[at], collate_ns
 
 
 class Provenance:
@@ -130,7 +119,7 @@ class Provenance:
         self._recorder = recorder
 
     def __len__(self) -> int:
-        return sum(_size(delivery) for delivery in self._recorder.deliveries())
+        return sum(len(_places(delivery.manifest)) for delivery in self._recorder.deliveries())
 
     def __repr__(self) -> str:
         return f"Provenance({len(self)} samples, {self._recorder!r})"
@@ -149,7 +138,8 @@ class Provenance:
         wanted = identity(index)
         found = []
         for delivery in self._recorder.deliveries():
-            rows = [k for k, item in enumerate(_identities(delivery)) if same(item, wanted)]
+            indices = BatchContents.of(delivery.manifest).indices
+            rows = [k for k, item in enumerate(indices) if same(item, wanted)]
             if rows:
                 found.append(_table([delivery])[rows])
         return np.concatenate(found) if found else _table([])
@@ -189,21 +179,18 @@ class Provenance:
         if suffix == ".npy":
             with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
                 np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
-        elif suffix == ".csv":
-            with target.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(_COLUMNS)
-                writer.writerows(self._rows(str))
-        elif suffix == ".jsonl":
-            with target.open("w", encoding="utf-8") as file:
-                for row in self._rows(str, int, float, tuple):
-                    file.write(json.dumps(dict(zip(_COLUMNS, row, strict=True))))
-                    file.write("\n")
         elif suffix == ".parquet":
             self._save_parquet(target)
+        elif suffix == ".csv":
+            with target.open("w", newline="", encoding="utf-8") as text:
+                csv.writer(text).writerows([_COLUMNS, *self._rows(str)])
+        elif suffix == ".jsonl":
+            with target.open("w", encoding="utf-8") as text:
+                for row in self._rows(str, int, float, tuple):
+                    text.write(json.dumps(dict(zip(_COLUMNS, row, strict=True))) + "\n")
         else:
             raise ValueError(
-                f"provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
+                "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
                 f"path; got {str(path)!r}"
             )
 
@@ -228,25 +215,24 @@ class Provenance:
 
 
 def _table(deliveries: list[Delivery]) -> npt.NDArray[Any]:
-    indices = [_index_column(delivery) for delivery in deliveries]
+    places = [_places(delivery.manifest) for delivery in deliveries]
+    indices = [
+        _index_column(delivery.manifest, at)
+        for delivery, at in zip(deliveries, places, strict=True)
+    ]
     plain = all(column.dtype == np.int64 for column in indices)
     dtype = [(name, object if name == "index" and not plain else np.int64) for name in _COLUMNS]
-    total = sum(column.size for column in indices)
-    table = np.empty(total, dtype=dtype)
-    at = 0
-    for delivery, column in zip(deliveries, indices, strict=True):
-        rows = table[at : at + column.size]
-        at += column.size
+    table = np.empty(sum(column.size for column in indices), dtype=dtype)
+    end = 0
+    for delivery, at, column in zip(deliveries, places, indices, strict=True):
+        start, end = end, end + column.size
         manifest = delivery.manifest
-        starts, fetches, _ = _times(delivery)
-        rows["epoch"] = delivery.epoch
-        rows["batch"] = delivery.batch
-        rows["position"] = np.arange(column.size)
-        rows["index"] = column
+        rows = table[start:end]
+        rows["epoch"], rows["batch"] = delivery.epoch, delivery.batch
+        rows["position"], rows["index"] = np.arange(column.size), column
         rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
         rows["pid"] = manifest.pid
-        rows["start_ns"] = starts
-        rows["fetch_ns"] = fetches
+        rows["start_ns"], rows["fetch_ns"], _ = _times(manifest, at)
     return table
 
 
@@ -282,24 +268,12 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _index_column(delivery: Delivery) -> npt.NDArray[Any]:
-    manifest = delivery.manifest
-    if manifest.incidents is not None:
-        column = _column_of(sources(manifest)) if manifest.ordinal is None else _ordinals(manifest)
-        return column[list(source_positions(manifest))]
+def _index_column(manifest: BatchManifest, places: Sequence[int]) -> npt.NDArray[Any]:
     if manifest.ordinal is not None:
-        return _ordinals(manifest)
-    if type(manifest.indices) is bytes:
+        return manifest.ordinal + np.array(places, dtype=np.int64)
+    if manifest.incidents is None and type(manifest.indices) is bytes:  # as a rule, and faster
         return np.frombuffer(manifest.indices, dtype=np.int64)
-    return _column_of(unpack(manifest.indices))
-
-
-def _ordinals(manifest: BatchManifest) -> npt.NDArray[Any]:
-    first = manifest.ordinal or 0
-    return np.arange(first, first + (manifest.samples or 0))
-
-
-def _column_of(identities: tuple[Any, ...]) -> npt.NDArray[Any]:
+    identities = BatchContents.of(manifest).indices
     column = as_array(identities)
     if column.ndim == 1:
         return column

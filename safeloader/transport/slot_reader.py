@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from safeloader.delivery.manifest import BatchManifest, expected_indices, source_positions, sources
+from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.fingerprint import difference
 from safeloader.introspect.resource_exhaustion import shortage
@@ -219,11 +219,10 @@ def _not_opened(exc: Exception, manifest: BatchManifest) -> Failure:
 def changed(manifest: BatchManifest, batch: Any) -> Failure | None:
     """The failure, if ``batch`` does not match the fingerprints that its worker took."""
     assert manifest.fingerprints is not None
-    asked = expected_indices(manifest)
+    asked, known, places, _ = BatchContents.of(manifest)
     found = difference(manifest.fingerprints, batch, len(asked))
     if found is None:
         return None
-    places, known = source_positions(manifest), sources(manifest)
     positions = [places[row] for row in found.rows or () if row < len(places)]
     position = positions[0] if positions else (0 if len(asked) == 1 else None)
     where = ""

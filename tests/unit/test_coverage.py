@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safeloader.delivery import coverage as coverage_module
-from safeloader.delivery.coverage import Coverage, Tally
-from safeloader.delivery.indices import Packed, count, pack
+from safeloader.delivery.coverage import Coverage, IndexSet
+from safeloader.delivery.indices import pack
 
 LENGTHS = st.integers(0, 70)
 NUMBERS = st.one_of(
@@ -28,14 +28,10 @@ def batches_of(indices: st.SearchStrategy[Any]) -> st.SearchStrategy[list[list[A
     return st.lists(st.lists(indices, max_size=9), max_size=8)
 
 
-def note(coverage: Coverage, indices: Packed) -> None:
-    coverage.add(indices, count(indices))
-
-
 def covered(batches: list[list[Any]]) -> Coverage:
     coverage = Coverage()
     for batch in batches:
-        note(coverage, pack(batch))
+        coverage.add(pack(batch))
     return coverage
 
 
@@ -78,7 +74,7 @@ def test_asking_in_between_changes_nothing(
     coverage = covered(before)
     check_against_sets(coverage, before, length)
     for batch in after:
-        note(coverage, pack(batch))
+        coverage.add(pack(batch))
     check_against_sets(coverage, before + after, length)
     check_against_sets(coverage, before + after, length)
 
@@ -188,7 +184,7 @@ def test_many_indices_in_one_piece(seed: int, spread: int) -> None:
     indices = np.random.default_rng(seed).integers(0, spread, 40_000)
     coverage = Coverage()
     for part in np.array_split(indices, 7):
-        note(coverage, part.astype(np.int64).tobytes())
+        coverage.add(part.astype(np.int64).tobytes())
     values, times = np.unique(indices, return_counts=True)
     assert coverage.repeated(None)[0].tolist() == values[times > 1].tolist()
     assert coverage.unvisited(spread)[1] == spread - values.size
@@ -200,8 +196,8 @@ def test_a_hundred_million_indices_need_less_than_64_megabytes() -> None:
     try:
         coverage = Coverage()
         for start in range(0, length, length // 4):
-            note(coverage, np.arange(start, start + length // 4, step, dtype=np.int64).tobytes())
-        note(coverage, np.array([length - 1, 0], dtype=np.int64).tobytes())
+            coverage.add(np.arange(start, start + length // 4, step, dtype=np.int64).tobytes())
+        coverage.add(np.array([length - 1, 0], dtype=np.int64).tobytes())
         assert coverage.repeated(None)[0].tolist() == [0]
         held, peak = tracemalloc.get_traced_memory()
     finally:
@@ -217,8 +213,8 @@ def test_sixty_thousand_indices_far_apart_need_less_than_64_megabytes() -> None:
     try:
         coverage = Coverage()
         for part in np.array_split(indices, 30):
-            note(coverage, part.tobytes())
-        note(coverage, indices[:100].tobytes())
+            coverage.add(part.tobytes())
+        coverage.add(indices[:100].tobytes())
         values, times = np.unique([*indices, *indices[:100]], return_counts=True)
         assert coverage.repeated(2**31)[0].tolist() == values[times > 1].tolist()
         assert coverage.unvisited(2**31)[1] == 2**31 - values.size
@@ -235,7 +231,7 @@ def test_whatever_is_drawn_the_map_stays_within_64_megabytes() -> None:
         coverage = Coverage()
         for start in range(0, 100_000, 10_000):
             numbers = np.arange(start, start + 10_000, dtype=np.int64) << 40 >> 20
-            note(coverage, numbers.tobytes() * 2)
+            coverage.add(numbers.tobytes() * 2)
         unmapped = coverage.unmapped
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -263,10 +259,10 @@ def test_a_flush_that_is_interrupted_leaves_nothing_said_that_is_not_known(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(coverage._Pages, "add", interrupted)
+        patched.setattr(coverage_module._Pages, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             coverage.repeated(None)
-    note(coverage, pack([2, 2]))
+    coverage.add(pack([2, 2]))
     assert coverage.repeated(4)[0].tolist() == [2]
     assert coverage.unvisited(4)[1] == 0
     assert coverage.unmapped == 3
@@ -276,13 +272,13 @@ def test_a_length_without_end_is_not_walked_through() -> None:
     coverage = covered([[2, 2**40]])
     numbers, number = coverage.unvisited(2**62)
     assert number == 2**62 - 2
-    assert numbers.size == coverage.TALLY_LIMIT
+    assert numbers.size == coverage_module.TALLY_LIMIT
     assert numbers[:3].tolist() == [0, 1, 3]
 
 
-def test_a_tally_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage_module, "TALLY_LIMIT", 3)
-    noted = Tally()
+    noted = IndexSet()
     assert (noted.count, noted.array().tolist()) == (0, [])
     noted.add(range(2))
     noted.add(iter([7, 8, 9]))
@@ -290,8 +286,8 @@ def test_a_tally_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch)
 
 
 @given(st.lists(st.lists(st.integers(-9, 9))))
-def test_a_tally_keeps_order_and_repetition(pieces: list[list[int]]) -> None:
-    noted = Tally()
+def test_a_set_keeps_order_and_repetition(pieces: list[list[int]]) -> None:
+    noted = IndexSet()
     for piece in pieces:
         noted.add(piece)
     everything = [number for piece in pieces for number in piece]

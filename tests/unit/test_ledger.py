@@ -38,7 +38,7 @@ def manifest(
     return BatchManifest(seq, worker_id, 1, pack(indices), number, None, b"", False, noted)
 
 
-def stream_papers(
+def stream_manifest(
     worker: int, first: int, samples: int, keys: list[Any] | None = None, seq: int = 0
 ) -> BatchManifest:
     noted = None if keys is None else tuple(keys)
@@ -207,11 +207,11 @@ def test_what_came_as_drawn_is_complete_and_ok(batches: list[list[Any]], first_s
     ledger = drawn_ledger(batches, first_seq=first_seq)
     for number, batch in enumerate(batches):
         assert ledger.settled is False
-        assert ledger.complete is False
+        assert ledger.audit(0, None).complete is False
         assert ledger.check(manifest(first_seq + number, batch)) is None
         assert ledger.audit(0, None).delivered == sum(map(len, batches[: number + 1]))
     assert ledger.settled
-    assert ledger.complete
+    assert ledger.audit(0, None).complete
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
     assert audit.ok
@@ -299,17 +299,17 @@ def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_troub
     ledger.draw_failed(1)
     assert ledger.check(manifest(0, [0])) is None
     assert ledger.finish() is None
-    assert not ledger.complete
+    assert not ledger.audit(0, None).complete
 
 
 def test_without_workers_the_number_of_batches_tells_the_end() -> None:
     ledger = MapLedger(with_keys=False, expected_batches=lambda: 2)
     for seq in range(2):
-        assert not ledger.complete
+        assert not ledger.audit(0, None).complete
         ledger.drawn(seq, pack([seq]))
-        assert not ledger.complete
+        assert not ledger.audit(0, None).complete
         assert ledger.check(manifest(seq, [seq])) is None
-    assert ledger.complete
+    assert ledger.audit(0, None).complete
     assert not ledger.settled
 
 
@@ -455,14 +455,14 @@ def test_streams_without_a_gap_are_ok(
     batch = [0] * len(sizes)
     for worker in waiting:
         samples = sizes[worker][batch[worker]]
-        assert ledger.check(stream_papers(worker, at[worker], samples)) is None
+        assert ledger.check(stream_manifest(worker, at[worker], samples)) is None
         batch[worker] += 1
         at[worker] += samples
-    assert ledger.complete == (
+    assert ledger.audit(0, None).complete == (
         not any(dropped[: len(sizes)])
     )  # what was dropped is told at the end
     assert ledger.finish() is None
-    assert ledger.complete
+    assert ledger.audit(0, None).complete
     audit = ledger.audit(0, None)
     expected = Counter(
         (worker, k)
@@ -486,7 +486,7 @@ def test_gaps_and_repeats_against_plain_sets(
     duplicated: Counter[tuple[int, int]] = Counter()
     due = 0
     for first, samples in spans:
-        discrepancy = hand_over(ledger, stream_papers(0, first, samples))
+        discrepancy = hand_over(ledger, stream_manifest(0, first, samples))
         assert (discrepancy is None) == (first == due)
         came = [(0, k) for k in range(first, first + samples)]
         missing.update((0, k) for k in range(due, first))
@@ -512,8 +512,8 @@ def test_counts_name_every_class_of_a_stream_too() -> None:
 
 def test_a_stream_in_trouble_says_what_was_due() -> None:
     ledger, _ = stream_ledger(2)
-    assert ledger.check(stream_papers(1, 0, 3)) is None
-    discrepancy = ledger.check(stream_papers(1, 5, 2))
+    assert ledger.check(stream_manifest(1, 0, 3)) is None
+    discrepancy = ledger.check(stream_manifest(1, 5, 2))
     assert discrepancy is not None
     assert discrepancy.reason == "worker 1 sent samples 5 to 6 of its stream where number 3 was due"
     assert discrepancy.missing == ((1, 3), (1, 4))
@@ -524,8 +524,8 @@ def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
     ledger, progress = stream_ledger(2)
     progress.write(0, 3, 0, True)
     progress.write(1, 4, 0, False)
-    assert ledger.check(stream_papers(0, 0, 3)) is None
-    assert ledger.check(stream_papers(1, 0, 2)) is None
+    assert ledger.check(stream_manifest(0, 0, 3)) is None
+    assert ledger.check(stream_manifest(1, 0, 2)) is None
     discrepancy = ledger.finish()
     assert discrepancy is not None
     assert discrepancy.reason == "worker 1 never came to the end of its stream"
@@ -535,7 +535,7 @@ def test_a_worker_that_never_came_to_its_end_is_a_trouble() -> None:
 def test_a_stream_whose_last_samples_never_came() -> None:
     ledger, progress = stream_ledger()
     progress.write(0, 7, 1, True)
-    assert ledger.check(stream_papers(0, 0, 4)) is None
+    assert ledger.check(stream_manifest(0, 0, 4)) is None
     discrepancy = ledger.finish()
     assert discrepancy is not None
     assert discrepancy.reason == "worker 0 read 6 samples and the last 2 never came"
@@ -548,9 +548,9 @@ def test_a_stream_whose_last_samples_never_came() -> None:
 
 def test_failed_samples_of_a_stream_are_no_gap() -> None:
     ledger, progress = stream_ledger()
-    assert ledger.check(stream_papers(0, 0, 2)) is None
-    ledger.failed(stream_papers(0, 2, 2), [(0, 2), (0, 3)])
-    assert ledger.check(stream_papers(0, 4, 2)) is None
+    assert ledger.check(stream_manifest(0, 0, 2)) is None
+    ledger.failed(stream_manifest(0, 2, 2), [(0, 2), (0, 3)])
+    assert ledger.check(stream_manifest(0, 4, 2)) is None
     progress.write(0, 6, 0, True)
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
@@ -560,8 +560,8 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
 
 def test_keys_find_two_workers_that_read_one_stream() -> None:
     ledger, progress = stream_ledger(2, with_keys=True)
-    assert hand_over(ledger, stream_papers(0, 0, 2, ["a", "b"])) is None
-    discrepancy = hand_over(ledger, stream_papers(1, 0, 2, ["a", "b"]))
+    assert hand_over(ledger, stream_manifest(0, 0, 2, ["a", "b"])) is None
+    discrepancy = hand_over(ledger, stream_manifest(1, 0, 2, ["a", "b"]))
     assert discrepancy is not None
     assert discrepancy.duplicated == ((1, 0), (1, 1))
     assert "index (1, 0) and index (0, 0) are one sample" in discrepancy.reason
@@ -574,7 +574,7 @@ def test_keys_find_two_workers_that_read_one_stream() -> None:
 
 def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
     ledger, _ = stream_ledger(2, with_keys=True)
-    discrepancy = hand_over(ledger, stream_papers(0, 0, 2, ["a", "a"]))
+    discrepancy = hand_over(ledger, stream_manifest(0, 0, 2, ["a", "a"]))
     assert discrepancy is not None
     assert discrepancy.hint == ""
 
@@ -584,7 +584,7 @@ def test_notes_of_streams_that_do_not_add_up() -> None:
     for worker, samples in enumerate((5, 5, 0)):
         progress.write(worker, samples, 0, True)
         if samples:
-            assert ledger.check(stream_papers(worker, 0, samples)) is None
+            assert ledger.check(stream_manifest(worker, 0, samples)) is None
     assert ledger.finish() is None
     audit = ledger.audit(0, 5)
     assert audit.notes == (
@@ -598,7 +598,7 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
     ledger, progress = stream_ledger(2)
     for worker in range(2):
         progress.write(worker, 5, 0, True)
-        assert ledger.check(stream_papers(worker, 0, 5)) is None
+        assert ledger.check(stream_manifest(worker, 0, 5)) is None
     assert ledger.finish() is None
     (note,) = ledger.audit(0, 5).notes
     assert note.endswith("each worker read the whole stream (share it by get_worker_info())")
@@ -606,7 +606,7 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
 
 def test_without_a_board_the_ends_go_unchecked() -> None:
     ledger = StreamLedger(with_keys=False, progress=None, workers=2)
-    assert ledger.check(stream_papers(0, 0, 3)) is None
+    assert ledger.check(stream_manifest(0, 0, 3)) is None
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
     assert (audit.drawn, audit.delivered, audit.complete) == (3, 3, True)
@@ -615,7 +615,7 @@ def test_without_a_board_the_ends_go_unchecked() -> None:
 def test_a_length_proves_nothing_about_a_stream() -> None:
     progress = StreamProgress(1, shared=False)
     ledger = StreamLedger(with_keys=False, progress=progress, workers=0)
-    assert ledger.check(stream_papers(0, 0, 4)) is None
+    assert ledger.check(stream_manifest(0, 0, 4)) is None
     audit = ledger.audit(0, 4)
     assert not audit.complete
     assert audit.notes == ("the stream was not asked whether it has more",)
@@ -626,8 +626,8 @@ def test_a_length_proves_nothing_about_a_stream() -> None:
 
 def test_workers_at_their_ends_prove_it() -> None:
     ledger, progress = stream_ledger(2)
-    assert ledger.check(stream_papers(0, 0, 4)) is None
-    assert ledger.check(stream_papers(1, 0, 3)) is None
+    assert ledger.check(stream_manifest(0, 0, 4)) is None
+    assert ledger.check(stream_manifest(1, 0, 3)) is None
     progress.write(0, 4, 0, True)
     assert not ledger.audit(0, 7).complete
     progress.write(1, 4, 0, True)
@@ -690,20 +690,20 @@ def test_an_interrupt_in_the_hand_over_takes_that_batch(counted: bool) -> None:
 def test_an_interrupt_of_a_stream_fails_what_was_read(workers: int) -> None:
     progress = StreamProgress(1, shared=False)
     ledger = StreamLedger(with_keys=False, progress=progress, workers=workers)
-    assert ledger.check(stream_papers(0, 0, 2)) is None
+    assert ledger.check(stream_manifest(0, 0, 2)) is None
     progress.write(0, 5, 0, False)
     ledger.interrupted(None)
     at_once = found(ledger.audit(0, None))
     assert at_once == ({} if workers else {"failed": Counter([(0, 2), (0, 3), (0, 4)])})
-    assert ledger.check(stream_papers(0, 5, 2)) is None
-    assert ledger.check(stream_papers(0, 8, 1)) is not None  # one interrupt, one gap
+    assert ledger.check(stream_manifest(0, 5, 2)) is None
+    assert ledger.check(stream_manifest(0, 8, 1)) is not None  # one interrupt, one gap
     assert found(ledger.audit(0, None)) == {"failed": Counter([(0, 2), (0, 3), (0, 4)])}
 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_an_interrupt_in_the_hand_over_of_a_stream(counted: bool) -> None:
     ledger, progress = stream_ledger()
-    came = stream_papers(0, 0, 2, seq=7)
+    came = stream_manifest(0, 0, 2, seq=7)
     if counted:
         assert ledger.check(came) is None
     ledger.interrupted(came)
@@ -719,7 +719,7 @@ def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) ->
     ledger, _ = stream_ledger()
     for _ in range(interrupts):
         ledger.interrupted(None)
-    ledger.failed(stream_papers(0, 2, 1), [(0, 2)])
+    ledger.failed(stream_manifest(0, 2, 1), [(0, 2)])
     of_gap = Counter([(0, 0), (0, 1)])
     if interrupts:
         assert found(ledger.audit(0, None)) == {"failed": of_gap + Counter([(0, 2)])}
@@ -729,7 +729,7 @@ def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) ->
 
 def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
     ledger, progress = stream_ledger()
-    assert ledger.check(stream_papers(0, 0, 2)) is None
+    assert ledger.check(stream_manifest(0, 0, 2)) is None
     ledger.interrupted(None)
     progress.write(0, 4, 0, True)
     assert ledger.finish() is None
