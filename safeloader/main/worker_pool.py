@@ -46,9 +46,9 @@ from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.transport.task_queue import TaskQueue
-from safeloader.worker.fetching import fetcher_in_main
+from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
-from safeloader.worker.startup import WorkerStartup
+from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 if TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
@@ -113,17 +113,15 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", epoch=epoch.number, hint=hint)
             raise error_from(failure, exc) from None
-        _torch.replace_fetcher(
-            stock,
-            lambda fetcher: fetcher_in_main(
-                fetcher,
-                progress=self._progress,
-                key=loader.key,
-                policy=self._policy,
-                raised=self.raised,
-                length=self._log.length,
-            ),
+        context = FetchContext(
+            None,
+            progress=self._progress,
+            key=loader.key,
+            policy=self._policy,
+            raised=self.raised,
+            length=self._log.length,
         )
+        _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
         return stock
 
     def _pool(self, loader: SafeDataLoader[Any], sampler: Any) -> Any:
