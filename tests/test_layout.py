@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # With num_workers=0 the training process does the workers' work; through these two, and no others.
 MAIN_MAY_USE = {
-    ("safeloader.main.worker_pool", "safeloader.worker.fetching"),
+    ("safeloader.main.worker_pool", "safeloader.worker.context"),
     ("safeloader.main.worker_pool", "safeloader.worker.startup"),
 }
 

@@ -46,10 +46,10 @@ class BatchManifest(NamedTuple):
     pid: int
     indices: Packed
     samples: int | None
-    ordinal: int | None
-    stamps: bytes
-    fetched_at_once: bool
-    keys: tuple[Any, ...] | None
+    ordinal: int | None = None
+    stamps: bytes = b""
+    fetched_at_once: bool = False
+    keys: tuple[Any, ...] | None = None
     incidents: tuple[SampleIncident, ...] | None = None
     fingerprints: tuple[Leaf, ...] | None = None
     failures: tuple[Failure, ...] | None = None

@@ -60,10 +60,16 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
                     yield name, slot.__get__(exc)
                 except Exception:  # a field of an exception that was never initialised
                     continue
-    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
+    own = own_attributes(exc)
     for name in list(own):
         if _is_copied(name):
             yield name, own[name]
+
+
+def own_attributes(exc: BaseException) -> dict[str, Any]:
+    """The exception's own dict, past any ``__getattribute__`` of the user's."""
+    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
+    return own
 
 
 def _is_copied(name: str) -> bool:

@@ -49,9 +49,9 @@ from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.stats import TransportCounts
 from safeloader.transport.stream_progress import StreamProgress
-from safeloader.worker.fetching import fetcher_in_main
+from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
-from safeloader.worker.startup import WorkerStartup
+from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 logger = logging.getLogger("safeloader")
 
@@ -126,17 +126,15 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", epoch=epoch.number, hint=hint)
             raise error_from(failure, exc) from None
-        _torch.replace_fetcher(
-            stock,
-            lambda fetcher: fetcher_in_main(
-                fetcher,
-                progress=self._progress,
-                key=self._settings.key,
-                policy=self._policy,
-                raised=self.raised,
-                length=self._log.length,
-            ),
+        context = FetchContext(
+            None,
+            progress=self._progress,
+            key=self._settings.key,
+            policy=self._policy,
+            raised=self.raised,
+            length=self._log.length,
         )
+        _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
         return stock
 
     def _start(self, loader: DataLoader[Any], sampler: RecordingSampler | ResumedDraws) -> Any:

@@ -1,6 +1,6 @@
 """What a worker notes about itself: its stack, its memory. Runs in: worker.
 
-Runs in a worker. A crash in C code ends the process at once; ``faulthandler`` writes the Python
+A crash in C code ends the process at once; ``faulthandler`` writes the Python
 stack from within the signal handler, into memory that main can still read. Main can ask for the
 stack too, of a worker that hangs, by a signal that nobody else uses.
 """
@@ -12,13 +12,14 @@ import logging
 import mmap
 import os
 import signal
-import sys
 import traceback
 from time import perf_counter
 from time import perf_counter_ns as clock
 from typing import Any
 
+from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resources import process_memory
+from safeloader.introspect.values import exception_text
 from safeloader.supervision.flight_recorder import (
     IDLE,
     MEMORY,
@@ -30,6 +31,7 @@ from safeloader.supervision.flight_recorder import (
 
 logger = logging.getLogger("safeloader")
 
+_OURS = (__package__, "safeloader.worker")  # whose frames stand above the user's
 _RESIDENT_EVERY_S = 0.1
 _SHARED_EVERY_S = 1.0
 _MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
@@ -48,21 +50,16 @@ class WorkerMonitor:
         if self._stacks is not None:
             try:
                 cells[SIGNAL] = _write_stacks_to(self._stacks)
-            except Exception:  # a program without a usable signal, or with a handler of its own
-                logger.debug("no stacks from worker %d", worker, exc_info=True)
+            except Exception as exc:  # no usable signal, or a program with a handler of its own
+                logger.debug("no stacks from worker %d: %s", worker, scrub(exception_text(exc)))
 
     def over(self, fetcher: Any) -> Any:
         """``fetcher``, with a note of what ends the process from inside a fetch."""
         fetch = fetcher.fetch
 
         def noted(task: Any) -> Any:
-            try:
+            with self:
                 return fetch(task)
-            except Exception:
-                raise
-            except BaseException:
-                self.ends()
-                raise
 
         fetcher.fetch = noted
         return fetcher
@@ -93,16 +90,17 @@ class WorkerMonitor:
                     cells[MEMORY + k] = value
         self._sampled_at = now
 
-    def ends(self) -> None:
-        """Something is ending this process that is no error: leave its stack."""
-        raised = sys.exception()
-        if self._stacks is None or raised is None:
+    def __enter__(self) -> None:
+        """Watch what is done here: it may end this process."""
+
+    def __exit__(self, _: object, raised: BaseException | None, frames: Any) -> None:
+        """Leave the stack of what ends this process and is no error: an exit, an interrupt."""
+        if self._stacks is None or raised is None or isinstance(raised, Exception):
             return
-        users = raised.__traceback__
-        while users is not None and users.tb_frame.f_globals.get("__package__") == __package__:
+        users = frames
+        while users is not None and users.tb_frame.f_globals.get("__package__") in _OURS:
             users = users.tb_next
-        frames = users or raised.__traceback__
-        text = "".join(traceback.format_exception(type(raised), raised, frames))
+        text = "".join(traceback.format_exception(type(raised), raised, users or frames))
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 

@@ -9,7 +9,7 @@ differences only the gravest are told, in the order of `Rank`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from safeloader.introspect.sample_differences import Finding, Rank, Refusal, Survey
 from safeloader.introspect.texts import bounded_text
@@ -31,22 +31,21 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which sample is not built like the others of its batch.
+class FaultySample(NamedTuple):
+    """The sample that is at fault in its batch, and what was found out about it.
 
     Attributes:
-        position: position in the batch of the odd sample; None unless there is exactly one.
+        position: its position in the batch; None unless there is exactly one.
         text: one or a few sentences for a person.
         odd: positions of the samples that differ from a clear majority; empty where there is none.
     """
 
-    position: int | None
-    text: str
+    position: int | None = None
+    text: str = ""
     odd: tuple[int, ...] = ()
 
 
-def explain(samples: Sequence[object], indices: Sequence[object]) -> Explanation | None:
+def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySample | None:
     """Find what keeps the samples of a batch from being collated, and which sample is to blame.
 
     Args:
@@ -68,13 +67,13 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> Explanation
         return None  # an explanation that fails must not hide the error it is to explain
 
 
-def _verdict(survey: Survey, indices: Sequence[object]) -> Explanation | None:
+def _verdict(survey: Survey, indices: Sequence[object]) -> FaultySample | None:
     # Where there is a majority comes first within a rank; the sort keeps the order of the walk.
     found = sorted(survey.findings, key=lambda finding: (finding.rank, finding.usual is None))
     grave = [finding for finding in found if finding.rank < Rank.TYPE]
     refused = [_refusal(refusal, survey.total) for refusal in survey.refusals[:1]]
     if not grave and refused:
-        return Explanation(None, refused[0])
+        return FaultySample(None, refused[0])
     if not found:
         return None
     # Samples that all differ, as sentences of any length do, are what a collate function that pads
@@ -107,7 +106,7 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> Explanation | None:
     single = len(blamed) == 1 and len(odd) == 1 and not all_differ
     sentences += [_sentence(finding, indices, survey.total) for finding in all_differ[:1]]
     few = odd if top < Rank.TYPE and 2 * len(odd) < survey.total else []
-    return Explanation(odd[0] if single else None, ". ".join(sentences), tuple(few))
+    return FaultySample(odd[0] if single else None, ". ".join(sentences), tuple(few))
 
 
 def _sentence(finding: Finding, indices: Sequence[object], total: int) -> str:

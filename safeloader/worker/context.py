@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +22,14 @@ class FetchContext:
     """Where a fetcher stands.
 
     Attributes:
-        worker_id: None in the main process, where batches are not sealed.
-        board: where streams note how far they are.
+        worker_id: None in the main process, where batches are not pickled.
+        progress: where streams note how far they are.
         key: the user's, which gives samples an identity.
         start_state: the dataset as it was when the worker started.
         policy: what to do about samples that fail.
         cells: this worker's row of the flight recorder.
         checksum: whether the leaves of each batch are fingerprinted before it is sent.
-        packer: what seals the batches, in a worker.
+        packer: what pickles the batches, in a worker.
         raised: in the main process, where the exception of a failed batch is left for the iterator.
             The batch must not carry it: frames that its traceback leads back to hold the batch.
         length: the dataset's as main knew it when the epoch began; None if it has none.
@@ -51,8 +50,3 @@ class FetchContext:
     def where(self) -> str:
         """The place in torch's words; empty in the main process."""
         return "" if self.worker_id is None else f"in DataLoader worker process {self.worker_id}"
-
-    @property
-    def pid(self) -> int:
-        """This process."""
-        return os.getpid()

@@ -1,27 +1,43 @@
-"""What all fetchers have in common. Runs in: worker.
+"""Makes a batch and its manifest: what all fetchers have in common. Runs in: worker.
 
-The manifest of a batch, its failure, its time stamps, and the form in which it leaves the process.
+A fetcher takes a :class:`Task` and gives a batch in one of these forms:
+
+=======================  =======================================================
+:class:`DeliveredBatch`  the batch, in the main process
+:class:`BatchMessage`    the batch, in a worker: pickled, ready to be sent
+:class:`EmptyBatch`      every sample of it was left out
+:class:`FailedBatch`     it could not be made
+=======================  =======================================================
+
+No exception of the user's code leaves here, so the stock iterator carries failures like data and
+each arrives where its batch would have. Only the end of a stream is a ``StopIteration``.
+
+Each kind of dataset has a module (:mod:`mapping`, :mod:`streaming`); :mod:`repair` takes the
+samples that fail and are not to end their batch.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.delivery.indices import Packed, identity, pack_unbatched, restored, same, unpack
+from safeloader.delivery.indices import identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.fingerprint import fingerprint
-from safeloader.introspect.random_state import Marks, RandomState, preserved
-from safeloader.introspect.resource_exhaustion import met_in_sharing, never_skipped
-from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.pickling import find_unpicklable
+from safeloader.introspect.random_state import Marks, RandomState
+from safeloader.introspect.resource_exhaustion import met_in_sharing, never_skipped, shortage
 from safeloader.introspect.values import Opaque
 from safeloader.supervision.flight_recorder import (
     COLLATE,
     COUNTED,
-    FETCH,
     PHASE,
     SEND,
     SEQ,
@@ -37,38 +53,15 @@ from safeloader.transport.messages import (
     SamplerFault,
     Task,
 )
-from safeloader.worker.collating import explain
+from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.context import FetchContext
 from safeloader.worker.hints import KEY_FAULT, hint_for
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable
-from safeloader.worker.stacking import may_stack
-from safeloader.worker.unsendable import FaultySample, why_not_sent
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
-EXCLUDED = "its worker died at it twice"
-
-
-class RefusingFetcher:
-    """Answers every task with the failure that kept the worker from starting."""
-
-    def __init__(self, failure: Failure, context: FetchContext) -> None:
-        self._failure = failure
-        self._context = context
-        self._told = False
-
-    def fetch(self, task: Task) -> FailedBatch:
-        """The failure; for a stream once, then its end, as there are no batches to lose."""
-        progress = self._context.progress
-        if progress is not None:
-            progress.write(self._context.worker_id or 0, 0, 0, True)
-            if self._told:
-                raise StopIteration
-        self._told = True
-        manifest = BatchManifest(
-            task.seq, self._context.worker_id, self._context.pid, b"", None, None, b"", False, None
-        )
-        return FailedBatch(manifest, self._failure)
+_UNKNOWN = FaultySample()
+_PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 
 
 class RecordingFetcher:
@@ -78,22 +71,23 @@ class RecordingFetcher:
         self._context = context
         self._dataset = stock.dataset
         self._collate_fn = stock.collate_fn
-        self._pid = context.pid
+        self._batched = stock.auto_collation  # whether that function is given a list of samples
+        self._pid = os.getpid()
         self._worker_id = context.worker_id
         self._key = context.key
         self._policy = context.policy
         self._cells = context.cells
         self._shared_stamps = context.cells[STAMPS:]
-        self._stacks = may_stack(stock.collate_fn) and context.worker_id is None
         self._packer = context.packer
         self._seals = context.worker_id is not None
+        self._manifest = functools.partial(BatchManifest, worker_id=self._worker_id, pid=self._pid)
         self._mark = Marks().mark
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest."""
         if type(task.index) is SamplerFault:
-            return FailedBatch(self._manifest(task.seq, b"", 0, b""), None)
+            return FailedBatch(self._manifest(seq=task.seq, indices=b"", samples=0), None)
         self._cells[SEQ] = task.seq
         self._random = self._mark()
         self._packer.begin()
@@ -109,25 +103,6 @@ class RecordingFetcher:
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
 
-    def _manifest(
-        self,
-        seq: int,
-        indices: Packed,
-        samples: int | None,
-        stamps: bytes,
-        *,
-        ordinal: int | None = None,
-        at_once: bool = False,
-        keys: tuple[Any, ...] | None = None,
-        repair: BatchRepair | None = None,
-    ) -> BatchManifest:
-        manifest = BatchManifest(
-            seq, self._worker_id, self._pid, indices, samples, ordinal, stamps, at_once, keys
-        )
-        if repair is None:
-            return manifest
-        return manifest._replace(incidents=repair.incidents, failures=repair.failures)
-
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
         if not self._seals:
@@ -142,11 +117,9 @@ class RecordingFetcher:
                 )
             return self._packer.seal(manifest, batch)
         except Exception as exc:
-            known = expected_indices(manifest)
-            found = why_not_sent(exc, batch, samples, known)
-            return self._failed(
-                exc, manifest._replace(keys=None, fingerprints=None), "transport", known, found
-            )
+            manifest = manifest._replace(keys=None, fingerprints=None)
+            faulty = why_not_sent(exc, batch, samples, expected_indices(manifest))
+            return self._failed(exc, manifest, "transport", faulty)
 
     def _keys(self, samples: Iterable[Any]) -> tuple[Any, ...] | None:
         """The identities that the user's ``key`` gives the samples; before collation."""
@@ -176,100 +149,73 @@ class RecordingFetcher:
         return not self._policy.raises
 
     def _repair(
-        self, seq: int, indices: tuple[Any, ...], donors: Donors = (), spread: int = 1
+        self, indices: tuple[Any, ...], donors: Donors = (), spread: int = 1
     ) -> BatchRepair:
         """Help for a batch in which samples fail."""
 
         def explained(exc: Exception, position: int) -> Failure:
-            return self._failure(exc, seq, "sample", indices, FaultySample(position))
+            return self._failure(exc, "sample", indices, FaultySample(position))
 
         return BatchRepair(self._policy, explained, donors, spread)
-
-    def _donors(
-        self, task: Task, known: tuple[Any, ...], get: Callable[[Any], Any], *, batched: bool = True
-    ) -> Donors:
-        """What was drawn earlier and comes, the nearest first; the generators stay where they are.
-
-        Not ``batched``, an index may ask for many samples: as many are taken as are to be replaced.
-        """
-        tried = [(each,) for each in known] if batched else [known]
-        cells = self._cells
-        for position, index in enumerate(map(restored, task.donors), len(known)):
-            names = (identity(index),) if batched else unpack(pack_unbatched(index))
-            if not batched and len(names) > len(known):
-                index, names = index[: len(known)], names[: len(known)]
-            if position in task.excluded or any(same(names, each) for each in tried):
-                continue
-            if not batched and len(names) < len(known):
-                continue
-            tried.append(names)
-            cells[PHASE], cells[COUNTED], cells[SINCE] = FETCH, position, clock()
-            try:
-                with preserved():
-                    sample = get(index)
-            except Exception as exc:
-                if never_skipped(exc):
-                    shown = bounded_text(names[0])
-                    raise Unrepairable(
-                        None, exc, f"at index {shown}, to stand in for them"
-                    ) from None
-                continue
-            yield names, sample
 
     def _repaired(
         self,
         repair: BatchRepair,
         ask: Callable[[], None],
-        papers_for: Callable[..., BatchManifest],
+        blank: BatchManifest,
         stamps: Any,
-        *,
-        batched: bool = True,
-        bulk: bool = False,
     ) -> Made:
         """The batch in spite of samples that fail: the slow way, one by one.
 
-        ``ask`` has ``repair`` fetch the samples, and ``papers_for`` makes the manifest for as many
-        as were asked for. Neither knows what becomes of them.
+        ``ask`` has ``repair`` fetch the samples, and does not know what becomes of them. ``blank``
+        is the manifest, without what became of them.
 
         Raises:
             StopIteration: as ``ask()`` does: the end of a stream.
         """
+
+        def manifest_for(asked: int) -> BatchManifest:
+            return blank if blank.ordinal is None else blank._replace(samples=asked)
+
         phase = "sample"
+        together = repair.spread != 1  # one sample stands for many indices
         try:
             ask()
             repair.batch()  # a donor is fetched now, unless it is collation that gives all up
             phase = "collate"
-            known = expected_indices(papers_for(repair.asked))
-            batch, samples = self._collate_repaired(repair, known, stamps, batched)
-            keys = None if bulk else self._keys(samples)
+            known = expected_indices(manifest_for(repair.asked))
+            batch, samples = self._collate_repaired(repair, known, stamps)
+            keys = None if together else self._keys(samples)
             end = repair.asked + bool(repair.lent) + 1
             stamps[end] = clock()
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
             lost = repair.asked
-            if isinstance(exc, Unrepairable) and exc.position is not None:
-                lost = max(lost, exc.position + 1)
-            elif isinstance(exc, KeyFault):
+            if isinstance(exc, KeyFault):
                 phase, at = "sample", repair.places[exc.position or 0]
                 exc.position = at if at < lost else None
-            manifest = papers_for(lost)
-            return self._failed(
-                exc, manifest, phase, expected_indices(manifest), FaultySample(None)
-            )
-        times = bytes(stamps[: end + 1])
-        manifest = papers_for(repair.asked, stamps=times, keys=keys, repair=repair)
+            elif isinstance(exc, Unrepairable) and exc.position is not None:
+                lost = max(lost, exc.position + 1)
+            return self._failed(exc, manifest_for(lost), phase)
+        manifest = manifest_for(repair.asked)._replace(
+            stamps=bytes(stamps[: end + 1]),
+            keys=keys,
+            incidents=repair.incidents,
+            failures=repair.failures,
+        )
         if not samples:
             return EmptyBatch(manifest)
-        return self._handed_over(manifest, batch, () if bulk else samples)
+        return self._handed_over(manifest, batch, () if together else samples)
 
     def _collate_repaired(
-        self, repair: BatchRepair, known: Sequence[Any], stamps: Any, batched: bool
+        self, repair: BatchRepair, known: Sequence[Any], stamps: Any
     ) -> tuple[Any, list[Any]]:
         """Collate what there is, leaving out samples that are clearly not like the others.
 
         Raises:
-            Unmendable: with what the collate function raised, where no sample is clearly to blame.
+            Unrepairable: with what the collate function raised, where no sample is clearly to
+                blame.
         """
         given_up: set[int] = set()
         while samples := repair.batch():
@@ -278,12 +224,12 @@ class RecordingFetcher:
             self._cells[PHASE] = COLLATE
             self._packer.collates()
             try:
-                return self._collate_fn(list(samples) if batched else samples[0]), samples
+                return self._collate_fn(list(samples) if self._batched else samples[0]), samples
             except Exception as exc:
                 if repair.lent and not never_skipped(exc):
                     repair.lend()
                     continue
-                places = [] if repair.lent or not batched else repair.places
+                places = [] if repair.lent or not self._batched else repair.places
                 found = explain(samples, [known[k] for k in places]) if places else None
                 at = None if found is None or found.position is None else places[found.position]
                 odd = [k for k in range(len(places)) if samples[k] is None]
@@ -300,61 +246,103 @@ class RecordingFetcher:
 
     def _failed(
         self,
-        exc: BaseException,
+        exc: Exception,
         manifest: BatchManifest,
         phase: str,
-        indices: tuple[Any, ...],
-        culprit: FaultySample,
+        faulty: FaultySample = _UNKNOWN,
+        samples: Any = None,
     ) -> FailedBatch:
-        """The failure of a batch."""
-        if isinstance(exc, KeyFault):
-            culprit, exc = FaultySample(exc.position, KEY_FAULT), exc.cause
-        elif isinstance(exc, Unrepairable):
-            culprit, exc = FaultySample(exc.position, exc.text or culprit.text), exc.cause
+        """The failure of a batch; ``samples`` are those that could not be collated, if many."""
+        indices = expected_indices(manifest)
+        if isinstance(exc, Unrepairable):
+            faulty, exc = FaultySample(exc.position, exc.text or faulty.text), exc.cause
+        elif phase == "collate" and isinstance(samples, list | tuple):
+            faulty = explain(samples, indices) or faulty
         if phase == "collate" and met_in_sharing(exc):
-            phase, culprit = "transport", FaultySample(None)  # no sample is to blame
-        failure = self._failure(exc, manifest.seq, phase, indices, culprit)
+            phase, faulty = "transport", FaultySample()  # no sample is to blame
+        failure = self._failure(exc, phase, indices, faulty)
         if self._context.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
             self._context.raised.append(exc)
         return FailedBatch(manifest, failure)
 
     def _failure(
-        self,
-        exc: BaseException,
-        seq: int,
-        phase: str,
-        indices: tuple[Any, ...],
-        culprit: FaultySample,
+        self, exc: Exception, phase: str, indices: tuple[Any, ...], faulty: FaultySample
     ) -> Failure:
-        state = describe(self._dataset, length=self._context.length)
-        if self._context.start_state is not None:
-            state["changed_since_worker_start"] = changes(self._context.start_state, state)
-        position = culprit.position
+        context, position = self._context, faulty.position
         index = None if position is None else indices[position]
-        return failure_of(
+        return failure_in(
+            context,
             exc,
-            phase=phase,
-            where=self._context.where,
-            skip_frames=1,
+            phase,
+            self._dataset,
             index=index,
             position=position,
             indices=indices,
-            worker_id=self._worker_id,
-            pid=self._pid,
-            dataset_state=state,
-            hint=hint_for(exc, phase, index, culprit.text, self._dataset, self._context.length),
+            hint=hint_for(exc, phase, index, faulty.text, self._dataset, context.length),
             _random=None if self._random is None else RandomState(*self._random),
         )
 
 
-class KeyFault(Exception):
+def failure_in(
+    context: FetchContext, exc: Exception, phase: str, dataset: Any, **known: Any
+) -> Failure:
+    """The failure that ``exc`` is, in this process, with the dataset as it is now."""
+    state = describe(dataset, length=context.length)
+    if context.start_state is not None:
+        state["changed_since_worker_start"] = changes(context.start_state, state)
+    return failure_of(
+        exc,
+        phase=phase,
+        where=context.where,
+        worker_id=context.worker_id,
+        dataset_state=state,
+        **known,
+    )
+
+
+def why_not_sent(
+    exc: Exception, batch: Any, samples: Sequence[Any], indices: Sequence[Any]
+) -> FaultySample:
+    """What of ``batch`` cannot be pickled, looked for in its samples first.
+
+    Args:
+        exc: what pickling raised.
+        batch: what the collate function made.
+        samples: what it was made of, where that is known one by one.
+        indices: the dataset index of each.
+    """
+    short = shortage(exc)
+    if short is not None:
+        return FaultySample(text=short)
+    folder = tempfile.tempdir
+    if isinstance(exc, FileNotFoundError) and folder and not os.path.isdir(folder):
+        return FaultySample(
+            text=f"the temporary folder {folder} is gone, and torch needs it to hand tensors over\n"
+            "make it again, or set TMPDIR to a folder that stays",
+        )
+    give_up = monotonic() + _PICKLED_AGAIN_S
+    parts: list[tuple[int | None, Any]] = []
+    if isinstance(samples, list | tuple) and len(samples) == len(indices):
+        parts += enumerate(samples)
+    for position, part in [*parts, (None, batch)]:
+        left = give_up - monotonic()
+        if position is None:
+            left = max(left, 1.0)  # the batch is always looked at
+        elif left <= 0:
+            continue
+        name = "batch" if position is None else "sample"
+        found = find_unpicklable(part, name, spawning=False, bound_s=left)
+        if found is not None:
+            return FaultySample(position, f"it cannot be pickled: {found}\n{found.advice}")
+    return FaultySample()
+
+
+class KeyFault(Unrepairable):
     """The user's ``key`` raised on the sample at ``position``."""
 
     def __init__(self, position: int, cause: Exception) -> None:
-        super().__init__(position)
-        self.position: int | None = position
-        self.cause = cause
+        super().__init__(position, cause, KEY_FAULT)
 
 
 class _CountedStamps:

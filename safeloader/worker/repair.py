@@ -67,10 +67,10 @@ class BatchRepair:
         self._policy = policy
         self._explain = explain
         self._donors = iter(donors)
-        self._spread = spread
+        self.spread = spread
         self._samples: list[Any] = []
         self._stand_in: list[Any] = []  # one sample, or none
-        self._mishaps: dict[int, SampleIncident] = {}
+        self._incidents: dict[int, SampleIncident] = {}
         self._failures: dict[int, Failure] = {}
         self._first: Unrepairable | None = None
         self._marks = Marks()
@@ -92,30 +92,30 @@ class BatchRepair:
         numbers are put back, so that a sample that comes late is the one that would have come.
 
         Raises:
-            Unmendable: if it fails for good, and is not to be left out.
+            Unrepairable: if it fails for good, and is not to be left out.
             StopIteration: as ``get()`` raises it.
         """
         position = len(self._samples)
         self.last_failure = None
-        tries = 1 if failed is not None else 0
+        tries = 0
         while True:
             state = self._marks.mark()
+            tries += 1
             if failed is None:
-                tries += 1
                 try:
-                    sample = get()
+                    self._samples.append(get())
                 except Exception as exc:
                     if may_end and isinstance(exc, StopIteration):
                         raise
                     failed = exc
                 else:
-                    self._samples.append(sample)
                     self.last_failure = None
                     if tries > 1:
                         reason = f"came at try {tries}"
-                        self._mishaps[position] = SampleIncident("late", position, reason)
+                        self._incidents[position] = SampleIncident("late", position, reason)
                     return
             if never_skipped(failed):
+                self._samples.append(_GAP)
                 raise Unrepairable(position, failed) from None
             if tries > self._policy.retries:
                 break
@@ -129,7 +129,7 @@ class BatchRepair:
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
         position = len(self._samples)
-        self._mishaps[position] = SampleIncident("skipped", position, reason)
+        self._incidents[position] = SampleIncident("skipped", position, reason)
         self._samples.append(_GAP)
         self._first = self._first or Unrepairable(position, RuntimeError(reason), NO_DONOR)
 
@@ -140,7 +140,7 @@ class BatchRepair:
             raise Unrepairable(position, failed, self._tried())
         reason = scrub(bounded(found, 300)) or self._reason(failed)
         self._samples[position] = _GAP
-        self._mishaps[position] = SampleIncident("skipped", position, reason)
+        self._incidents[position] = SampleIncident("skipped", position, reason)
         self._first = self._first or Unrepairable(position, failed, NO_DONOR)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
@@ -155,7 +155,7 @@ class BatchRepair:
                 raise Unrepairable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
                 self._samples[position] = answer
-                self._mishaps[position] = SampleIncident("replaced", position, reason)
+                self._incidents[position] = SampleIncident("replaced", position, reason)
 
     def _tried(self) -> str:
         retries = self._policy.retries
@@ -176,27 +176,27 @@ class BatchRepair:
         into all.
 
         Raises:
-            Unmendable: if there is none such either.
+            Unrepairable: if there is none such either.
         """
         asked = range(len(self._samples))
         self.places = there = [k for k in asked if self._samples[k] is not _GAP]
         if self._policy.on_error == "replace" and len(there) < len(asked):
             if not there and not self._stand_in:
                 self.lend()
-            there = there or [len(asked) * self._spread]
+            there = there or [len(asked) * self.spread]
             self.places = list(asked)
             for k in asked:
                 if self._samples[k] is _GAP:
                     self.places[k] = donor = next((each for each in there if each > k), there[0])
-                    reason = self._mishaps[k].reason
-                    self._mishaps[k] = SampleIncident("replaced", k, reason, donor, self.lent)
+                    reason = self._incidents[k].reason
+                    self._incidents[k] = SampleIncident("replaced", k, reason, donor, self.lent)
         return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
 
     def lend(self) -> None:
         """Take the next donor.
 
         Raises:
-            Unmendable: if there is none; then the first failure of the batch is told.
+            Unrepairable: if there is none; then the first failure of the batch is told.
         """
         try:
             self.lent, sample = next(self._donors)
@@ -213,14 +213,14 @@ class BatchRepair:
     @property
     def incidents(self) -> tuple[SampleIncident, ...] | None:
         """What happened, by position; None for nothing."""
-        if self._spread != 1 and self._mishaps:  # made together: all of it is gone
-            (all_of_it,) = self._mishaps.values()
+        if self.spread != 1 and self._incidents:  # made together: all of it is gone
+            (all_of_it,) = self._incidents.values()
             start = all_of_it.donor
             return tuple(
                 all_of_it._replace(position=k, donor=None if start is None else start + k)
-                for k in range(self._spread)
+                for k in range(self.spread)
             )
-        return tuple(self._mishaps[k] for k in sorted(self._mishaps)) or None
+        return tuple(self._incidents[k] for k in sorted(self._incidents)) or None
 
     @property
     def failures(self) -> tuple[Failure, ...] | None:

@@ -1,11 +1,12 @@
 """The injected ``worker_init_fn``. Runs in: worker.
 
-Takes the worker's number, joins this process to the wiring, calls the user's own function and puts
-our fetcher in the place of torch's, in this process alone. All of it dies with the worker.
+Takes the worker's number, connects this process to its channels, calls the user's own function and
+puts our fetcher in the place of torch's, in this process alone. All of it dies with the worker.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from time import perf_counter_ns as clock
@@ -14,7 +15,8 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from safeloader import _torch
-from safeloader.failures.failure import Failure, failure_of
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.failures.failure import Failure
 from safeloader.introspect.dataset_state import describe
 from safeloader.supervision.flight_recorder import (
     IDLE,
@@ -27,94 +29,88 @@ from safeloader.supervision.flight_recorder import (
 )
 from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue
+from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext, private_row
-from safeloader.worker.fetching import fetcher_for
 from safeloader.worker.hints import hint_for
+from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.policy import Policy
-from safeloader.worker.recording import RefusingFetcher
+from safeloader.worker.recording import RecordingFetcher, failure_in
+from safeloader.worker.streaming import StreamFetcher
 
 
+def fetcher_for(stock: Any, context: FetchContext) -> RecordingFetcher:
+    """Our fetcher around torch's ``stock``; for a loader without workers in the main process."""
+    return (StreamFetcher if hasattr(stock, "dataset_iter") else MapFetcher)(stock, context)
+
+
+@dataclasses.dataclass(frozen=True)
 class WorkerStartup:
     """A callable that pickles with the process arguments under every start method."""
 
-    def __init__(
-        self,
-        user_init_fn: Callable[[int], None] | None,
-        *,
-        key: Callable[[Any], Any] | None,
-        policy: Policy,
-        progress: StreamProgress | None,
-        results: ResultQueue | None,
-        flight: FlightRecorder | None,
-        slots: SlotTable | None = None,
-        no_slots: str = "",
-        checksum: bool = False,
-        length: int | None = None,
-    ) -> None:
-        self._user_init_fn = user_init_fn
-        self._key = key
-        self._policy = policy
-        self._progress = progress
-        self._results = results
-        self._flight = flight
-        self._slots = slots
-        self._no_slots = no_slots
-        self._checksum = checksum
-        self._length = length
+    user_init_fn: Callable[[int], None] | None
+    _: dataclasses.KW_ONLY
+    key: Callable[[Any], Any] | None
+    policy: Policy
+    progress: StreamProgress | None
+    results: ResultQueue
+    flight: FlightRecorder | None
+    slots: SlotTable | None = None
+    no_slots: str = ""
+    checksum: bool = False
+    length: int | None = None
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
-        assert self._results is not None
-        cells = private_row() if self._flight is None else self._flight.row(worker_id)
+        cells = private_row() if self.flight is None else self.flight.row(worker_id)
         cells[PID] = os.getpid()
         cells[SINCE] = clock()
         cells[PHASE] = INIT
-        monitor = WorkerMonitor(self._flight, worker_id, cells)
-        self._results.speak_as(worker_id, monitor.sent)
-        refused: Failure | None = None
-        info = get_worker_info()
-        dataset = None if info is None else info.dataset
-        if self._user_init_fn is not None:
-            try:
-                self._user_init_fn(worker_id)
-            except Exception as exc:
-                refused = _startup_failure(exc, "init", worker_id, dataset, self._length)
-            except BaseException:  # sys.exit(), an interrupt: the process ends
-                monitor.ends()
-                raise
-        # Taken after the user's function: what it opened is the state that the work starts from.
-        slots = None if self._slots is None else SlotPool(self._slots, worker_id)
-        packer = Packer(slots, self._no_slots)
-        packer.install()
+        monitor = WorkerMonitor(self.flight, worker_id, cells)
+        self.results.speak_as(worker_id, monitor.sent)
         context = FetchContext(
             worker_id,
-            progress=self._progress,
-            key=self._key,
-            start_state=describe(dataset, ask=False, length=self._length),
-            policy=self._policy,
+            progress=self.progress,
+            key=self.key,
+            policy=self.policy,
             cells=cells,
-            checksum=self._checksum,
-            packer=packer,
-            length=self._length,
+            checksum=self.checksum,
+            length=self.length,
         )
+        info = get_worker_info()
+        dataset = None if info is None else info.dataset
+
+        def refusing(exc: Exception, phase: str, found: str = "") -> RefusingFetcher:
+            hint = hint_for(exc, phase, None, found)
+            return RefusingFetcher(failure_in(context, exc, phase, dataset, hint=hint), context)
+
+        refused: RefusingFetcher | None = None
+        if self.user_init_fn is not None:
+            try:
+                with monitor:  # sys.exit(), an interrupt: the process ends
+                    self.user_init_fn(worker_id)
+            except Exception as exc:
+                refused = refusing(exc, "init")
+        # Taken after the user's function: what it opened is the state that the work starts from.
+        slots = None if self.slots is None else SlotPool(self.slots, worker_id)
+        packer = Packer(slots, self.no_slots)
+        packer.install()
+        start_state = describe(dataset, ask=False, length=self.length)
+        context = dataclasses.replace(context, packer=packer, start_state=start_state)
 
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
-                return RefusingFetcher(refused, context)
+                return refused
             cells[SINCE] = clock()
             cells[PHASE] = OPEN
             try:
-                return monitor.over(fetcher_for(create(), context))
-            except Exception as exc:  # iter(dataset) raised
-                failure = _startup_failure(exc, "sample", worker_id, dataset, self._length)
-                return RefusingFetcher(failure, context)
-            except BaseException:
-                monitor.ends()
-                raise
+                with monitor:
+                    return monitor.over(fetcher_for(create(), context))
+            except Exception as exc:
+                return refusing(exc, "sample", "iter(dataset) raised, before any sample")
             finally:
                 cells[SINCE] = clock()
                 cells[PHASE] = IDLE
@@ -122,16 +118,22 @@ class WorkerStartup:
         _torch.install_fetcher(make)
 
 
-def _startup_failure(
-    exc: Exception, phase: str, worker_id: int, dataset: Any, length: int | None
-) -> Failure:
-    found = "iter(dataset) raised, before any sample" if phase == "sample" else ""
-    return failure_of(
-        exc,
-        phase=phase,
-        where=f"in DataLoader worker process {worker_id}",
-        worker_id=worker_id,
-        pid=os.getpid(),
-        dataset_state=describe(dataset, length=length),
-        hint=hint_for(exc, phase, None, found),
-    )
+class RefusingFetcher:
+    """Answers every task with the failure that kept the worker from starting."""
+
+    def __init__(self, failure: Failure, context: FetchContext) -> None:
+        self._failure = failure
+        self._context = context
+        self._told = False
+
+    def fetch(self, task: Task) -> FailedBatch:
+        """The failure; for a stream once, then its end, as there are no batches to lose."""
+        worker_id, progress = self._context.worker_id, self._context.progress
+        if progress is not None:
+            progress.write(worker_id or 0, 0, 0, True)
+            if self._told:
+                raise StopIteration
+        self._told = True
+        return FailedBatch(
+            BatchManifest(task.seq, worker_id, os.getpid(), b"", None), self._failure
+        )

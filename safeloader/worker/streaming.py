@@ -11,12 +11,11 @@ from typing import Any
 
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.supervision.flight_recorder import COLLATE, FETCH, ORDINAL, PHASE, SINCE
-from safeloader.transport.messages import FailedBatch, Task
-from safeloader.worker.collating import explain
+from safeloader.transport.messages import Task
+from safeloader.worker.collating import FaultySample
 from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
 from safeloader.worker.repair import Unrepairable
-from safeloader.worker.unsendable import FaultySample
 
 _CUT_SHORT = (
     "the stream ended right after a sample that failed. A generator is at its end once it raised, "
@@ -38,7 +37,6 @@ class StreamFetcher(RecordingFetcher):
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
         self._iterator = stock.dataset_iter
-        self._batched = stock.auto_collation
         self._drop_last = stock.drop_last
         self._row = context.worker_id or 0
         self._read = 0
@@ -89,15 +87,28 @@ class StreamFetcher(RecordingFetcher):
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
-            if self._repairs(exc, samples) and not isinstance(exc, Unrepairable):
-                whole = phase == "collate" or isinstance(exc, KeyFault)
-                return self._fetch_repaired(task, first, wanted, samples, exc, stamps, whole=whole)
-            return self._explain(exc, task.seq, phase, first, samples)
+            all_came = phase == "collate" or isinstance(exc, KeyFault)
+            if self._repairs(exc, samples) and (all_came or not isinstance(exc, Unrepairable)):
+                failed = None if all_came else exc
+                return self._fetch_repaired(task, first, wanted, samples, failed, stamps)
+            lost, faulty = len(samples), FaultySample()
+            if phase == "collate":
+                faulty = FaultySample(0 if lost == 1 else None)
+            elif isinstance(exc, Unrepairable):
+                lost = max(lost, 1)
+            else:
+                faulty = FaultySample(lost)
+                lost += 1  # the sample that could not be read has its number too
+            self._read = first + lost
+            manifest = self._manifest(seq=task.seq, indices=b"", samples=lost, ordinal=first)
+            return self._failed(exc, manifest, phase, faulty, samples if self._batched else None)
         except BaseException:
             self._interrupted(first + len(samples))
             raise
-        times = stamps[: len(samples) + 2].tobytes()
-        manifest = self._manifest(task.seq, b"", len(samples), times, ordinal=first, keys=keys)
+        came, times = len(samples), stamps[: len(samples) + 2].tobytes()
+        manifest = BatchManifest(
+            task.seq, self._worker_id, self._pid, b"", came, first, times, False, keys
+        )
         return self._handed_over(manifest, batch, samples)
 
     def _interrupted(self, read: int) -> None:
@@ -122,12 +133,14 @@ class StreamFetcher(RecordingFetcher):
         samples: list[Any],
         failed: Exception | None,
         stamps: Any,
-        *,
-        whole: bool = False,
     ) -> Made:
-        """The batch in spite of samples that fail, and of a collate function that objects."""
-        repair = self._repair(task.seq, tuple((self._row, first + k) for k in range(wanted)))
+        """The batch in spite of samples that fail, and of a collate function that objects.
+
+        ``samples`` came before ``failed`` was raised; without it they are the whole batch.
+        """
+        repair = self._repair(tuple((self._row, first + k) for k in range(wanted)))
         repair.have(samples)
+        whole = failed is None and bool(samples)
 
         def ask() -> None:
             begun = failed
@@ -148,42 +161,19 @@ class StreamFetcher(RecordingFetcher):
             if not whole:
                 self._book(repair.asked, wanted, ended=repair.asked < wanted)
 
-        def papers_for(asked: int, stamps: bytes = b"", **more: Any) -> BatchManifest:
-            self._read = first + asked
-            return self._manifest(task.seq, b"", asked, stamps, ordinal=first, **more)
-
+        blank = self._manifest(seq=task.seq, indices=b"", samples=0, ordinal=first)
         try:
-            return self._repaired(repair, ask, papers_for, stamps, batched=self._batched)
+            return self._repaired(repair, ask, blank, stamps)
         except StopIteration:
             raise
         except BaseException:
             self._interrupted(first + repair.asked)
             raise
+        finally:
+            self._read = max(self._read, first + repair.asked)
 
     def _cut_short(self, position: int, cause: Exception) -> Unrepairable:
         """The stream ended right after a sample that failed: what was behind it is lost."""
         self._ended = True
         self._note(0, ended=True)
         return Unrepairable(position, cause, _CUT_SHORT)
-
-    def _explain(
-        self, exc: Exception, seq: int, phase: str, first: int, samples: list[Any]
-    ) -> FailedBatch:
-        lost = len(samples)
-        culprit = FaultySample(None)
-        if phase == "collate":
-            indices = tuple((self._row, first + k) for k in range(lost))
-            found = explain(samples, indices) if self._batched else None
-            if found is not None:
-                culprit = FaultySample(found.position, found.text)
-            elif lost == 1:
-                culprit = FaultySample(0)
-        elif isinstance(exc, Unrepairable):
-            lost = max(lost, 1)
-        elif not isinstance(exc, KeyFault):
-            culprit = FaultySample(lost)
-            lost += 1  # the sample that could not be read has its number too
-        indices = tuple((self._row, first + k) for k in range(lost))
-        self._read = first + lost
-        manifest = self._manifest(seq, b"", lost, b"", ordinal=first)
-        return self._failed(exc, manifest, phase, indices, culprit)

@@ -13,7 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Weight
 
 from safeloader import DeliveryError, SafeDataLoader, SampleError
 from safeloader.transport.messages import Task
-from safeloader.worker.fetching import MapFetcher, StreamFetcher
+from safeloader.worker.mapping import MapFetcher
+from safeloader.worker.streaming import StreamFetcher
 from tests import datasets, faults
 from tests.processes.test_failures import caught
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from safeloader.worker.collating import Explanation, explain
+from safeloader.worker.collating import FaultySample, explain
 
 INDICES = [100 + position for position in range(16)]
 
@@ -25,7 +25,7 @@ def batch(usual: Callable[[], Any], odd: Any, at: int = 9) -> list[Any]:
     return samples
 
 
-def told(samples: list[Any], indices: list[Any] = INDICES) -> Explanation:
+def told(samples: list[Any], indices: list[Any] = INDICES) -> FaultySample:
     explanation = explain(samples, indices)
     assert explanation is not None
     return explanation
@@ -149,7 +149,7 @@ def test_of_two_that_differ_none_is_the_odd_one() -> None:
         "dataset index 9 (position 1) has shape [4] at ['x']"
     )
     keys = told([{"a": 1, "b": 2}, {"a": 1, "c": 2}], [7, 9])
-    assert keys == Explanation(
+    assert keys == FaultySample(
         None, "dataset index 7 (position 0) has key 'b', dataset index 9 (position 1) has key 'c'"
     )
     fewer = told([{"a": 1, "b": 2}, {"a": 1}], [7, 9])
@@ -223,7 +223,7 @@ def test_what_default_collate_cannot_take_is_named(leaf: Any, named: str) -> Non
     with pytest.raises((TypeError, RuntimeError)):
         default_collate([{"image": leaf}] * 4)
     explanation = told([{"image": leaf} for _ in range(4)])
-    assert explanation == Explanation(
+    assert explanation == FaultySample(
         None,
         f"every sample holds {named} at ['image']: "
         "default_collate takes tensors, numpy arrays, numbers, strings, dicts and lists",

@@ -34,8 +34,8 @@ from safeloader.supervision.flight_recorder import (
 )
 from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
-from safeloader.worker.fetching import fetcher_in_main
 from safeloader.worker.mapping import MapFetcher
+from safeloader.worker.startup import fetcher_for
 
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 
@@ -185,7 +185,7 @@ def test_position_in_batches_of_any_size(size: int) -> None:
         dataset = Peeks(at, size)
         made = fetcher(dataset).fetch(Task(3, list(range(size))))
         assert dataset.seen[:3] == ("fetch", 3, at)
-        assert type(made).__name__ == "Sealed"
+        assert type(made).__name__ == "BatchMessage"
 
 
 def test_position_after_batches_of_other_sizes() -> None:
@@ -207,13 +207,7 @@ def test_position_after_a_large_batch_that_failed() -> None:
 
 def test_a_fetcher_without_a_recorder_writes_to_cells_of_its_own() -> None:
     dataset = Peeks(0, 4)
-    made = fetcher_in_main(
-        _Stock(dataset),
-        progress=None,
-        key=None,
-        policy=FetchContext(None).policy,
-        raised=[],
-    ).fetch(Task(0, [0, 1]))
+    made = fetcher_for(_Stock(dataset), FetchContext(None)).fetch(Task(0, [0, 1]))
     assert made[1] == [0, 1]  # type: ignore[index]
 
 

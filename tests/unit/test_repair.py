@@ -15,9 +15,10 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.random_state import preserved
 from safeloader.transport.messages import DeliveredBatch, Task
 from safeloader.worker import repair as module
-from safeloader.worker.fetching import fetcher_in_main
+from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import SKIP, Policy
 from safeloader.worker.repair import BatchRepair, Unrepairable
+from safeloader.worker.startup import fetcher_for
 from tests import faults
 
 
@@ -274,9 +275,8 @@ class Stock:
 def batch_of(
     samples: list[Any], on_error: Any = "skip", collate_fn: Any = torch.utils.data.default_collate
 ) -> Any:
-    fetcher = fetcher_in_main(
-        Stock(samples, collate_fn), progress=None, key=None, policy=Policy(on_error, 0), raised=[]
-    )
+    context = FetchContext(None, policy=Policy(on_error, 0), raised=[])
+    fetcher = fetcher_for(Stock(samples, collate_fn), context)
     return fetcher.fetch(Task(0, list(range(len(samples)))))
 
 

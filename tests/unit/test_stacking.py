@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from safeloader import CollateError, SafeDataLoader
-from safeloader.worker.stacking import may_stack, stacked
+from safeloader.worker.mapping import may_stack, stacked
 from tests.oracle import plain
 
 Pair = namedtuple("Pair", "x y")
