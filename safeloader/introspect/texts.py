@@ -78,7 +78,7 @@ def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False
 
 def plain_text(text: str) -> str:
     """Return a text of any origin as one that may leave: bounded, writable, without secrets."""
-    return cut(scrub(str.__getitem__(text, slice(0, _LOOKED_AT))))
+    return cut(scrub(str.__getitem__(text, slice(0, LOOKED_AT))))
 
 
 def name_of(key: Any) -> str:
@@ -254,7 +254,7 @@ def _integer(value: Any) -> str:
 def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     def text(value: Any) -> str:
         count = base.__len__(value)
-        shown = base.__getitem__(value, slice(0, _LOOKED_AT))
+        shown = base.__getitem__(value, slice(0, LOOKED_AT))
         said = shown if base is str else shown.decode("latin-1")
         clean = scrub(said)  # before it is cut: half a secret is not known for one
         if clean != said:
@@ -265,7 +265,7 @@ def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     return text
 
 
-_LOOKED_AT = 1024  # characters of a text that are looked through for secrets
+LOOKED_AT = 1024  # characters of a text that are looked through for secrets
 _BRACKETS: dict[Any, tuple[str, str]] = {
     dict: ("{", "}"),
     list: ("[", "]"),

@@ -25,7 +25,7 @@ TEXT_MAX = 120  # characters of one text, and of one name
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 
 # Read through `type` itself: a metaclass may define properties of these names.
-_mro_of: Any = type.__dict__["__mro__"].__get__
+mro_of: Any = type.__dict__["__mro__"].__get__
 _module_of: Any = type.__dict__["__module__"].__get__
 _qualname_of: Any = type.__dict__["__qualname__"].__get__
 _namespace_of: Any = type.__dict__["__dict__"].__get__
@@ -60,7 +60,7 @@ def inherits(cls: type, *bases: type) -> bool:
     True
     """
     # By identity: `in` would ask the metaclass for `==`.
-    return any(each is base for each in _mro_of(cls) for base in bases)
+    return any(each is base for each in mro_of(cls) for base in bases)
 
 
 def definitions(cls: type, name: str) -> list[Any]:
@@ -69,7 +69,7 @@ def definitions(cls: type, name: str) -> list[Any]:
     >>> definitions(bool, "__len__")
     []
     """
-    return [space[name] for space in map(_namespace_of, _mro_of(cls)) if name in space]
+    return [space[name] for space in map(_namespace_of, mro_of(cls)) if name in space]
 
 
 def array_facts(value: object) -> dict[str, Any] | None:
@@ -93,7 +93,7 @@ def array_facts(value: object) -> dict[str, Any] | None:
         return facts
     if not inherits(cls, torch.Tensor):
         return None
-    derived = takewhile(lambda each: each is not torch.Tensor, _mro_of(cls))
+    derived = takewhile(lambda each: each is not torch.Tensor, mro_of(cls))
     if any("__torch_dispatch__" in _namespace_of(each) for each in derived):
         return facts  # even its shape may be an answer of foreign code
     with without_overrides():
@@ -131,7 +131,7 @@ def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
                 count = dict.__len__(held)
                 pairs = list(islice(dict.items(held), most))
                 break
-    for cls in _mro_of(type(value)):
+    for cls in mro_of(type(value)):
         for name, slot in list(_namespace_of(cls).items()):
             if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
                 with suppress(Exception):  # an unset slot raises AttributeError
