@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import MutableMapping
 from typing import Any
 
 from safeloader.introspect.random_state import preserved
-from safeloader.introspect.values import plain_length, short_type_name, type_name
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
+
+_TRACEBACK_CHARS = 40_000
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
@@ -32,6 +36,10 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter` has it."""
         return f"{self.loader_name.replace('%', '%%')}: {msg}", kwargs
+
+    def exception(self, msg: object, *args: object, **_: Any) -> None:
+        """A fault of ours, its traceback below it, without what looks like a secret."""
+        self.error(f"{msg}\n%s", *args, bounded(scrub(traceback.format_exc()), _TRACEBACK_CHARS))
 
 
 def length_of(sized: Any) -> int | None:
