@@ -238,7 +238,7 @@ def _told(exc: BaseException) -> tuple[str, str, bool]:
 
 def _parts(path: str, value: Any) -> _Parts:
     """What the pickler goes on to from ``value``, in its order."""
-    with suppress(Exception):  # a reducer that raises: then `value` itself is at fault
+    with suppress(Exception):  # a reducer that raises: then ``value`` itself is at fault
         for step, part in _children(value, type(value)):
             yield path + step, part
 
@@ -294,7 +294,7 @@ def _names(value: Any, cls: type) -> dict[int, str]:
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
-    simple = cls is types.SimpleNamespace  # keeps its dict where `fields` does not look
+    simple = cls is types.SimpleNamespace  # keeps its dict where ``fields`` does not look
     attributes = vars(value).items() if simple else fields(value, most=10_000)[0]
     return names | {id(each): f".{cut(str(name))}" for name, each in attributes}
 

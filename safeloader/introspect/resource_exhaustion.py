@@ -223,7 +223,7 @@ def _is_full(space: Space) -> bool:
 def _no_temporary_folder(exc: BaseException) -> str:
     found = resources.descriptors()
     if found and found.soft_limit is not None and found.used >= found.soft_limit:
-        return _open_files(exc)  # `tempfile` does not say why it could not write
+        return _open_files(exc)  # ``tempfile`` does not say why it could not write
     reasons = []
     for folder in dict.fromkeys(map(os.path.abspath, resources.temporary_candidates())):
         space = resources.space_of(folder) if resources.may_write(folder) else None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 with suppress(ImportError):  # on Windows
     import resource  # not where it is used: with too many open files nothing can be imported
 
-_ROOT = Path("/")  # what holds `proc` and `sys`; another folder in tests
+_ROOT = Path("/")  # what holds ``proc`` and ``sys``; another folder in tests
 _NO_LIMIT = 2**62  # where there is no limit, cgroup v1 writes the largest number of whole pages
 
 _P = ParamSpec("_P")
@@ -267,7 +267,7 @@ def _limited(limit: int) -> int | None:
 # ---- cgroups of both versions
 
 
-# By version: the files of limit and use, the cache in `memory.stat` that the kernel can drop, and
+# By version: the files of limit and use, the cache in ``memory.stat`` that the kernel can drop, and
 # the file of kills.
 _MEMORY = {
     1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "oom_control"),
