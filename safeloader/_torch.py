@@ -376,6 +376,20 @@ def pin_memory(data: Any) -> Any:
     return _utils().pin_memory.pin_memory(data)
 
 
+_SPARSE_PARTS = {
+    torch.sparse_coo: "_indices _values",
+    torch.sparse_csr: "crow_indices col_indices values",
+    torch.sparse_bsr: "crow_indices col_indices values",
+    torch.sparse_csc: "ccol_indices row_indices values",
+    torch.sparse_bsc: "ccol_indices row_indices values",
+}
+
+
+def parts_of_sparse(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that a sparse one is made of, coalesced or not; none of a dense one."""
+    return [getattr(tensor, name)() for name in _SPARSE_PARTS.get(tensor.layout, "").split()]
+
+
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 

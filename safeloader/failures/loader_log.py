@@ -10,7 +10,10 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from safeloader.introspect.random_state import preserved
-from safeloader.introspect.values import plain_length, short_type_name, type_name
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
+
+_TRACEBACK_CHARS = 40_000
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
@@ -66,8 +69,11 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
 
 
 def text_of(exc: BaseException) -> str:
-    """The traceback as text: a handler that keeps records would keep its frames, and the data."""
-    return "".join(traceback.format_exception(exc)).rstrip()
+    """The traceback as text, without what looks like a secret.
+
+    A handler that keeps records would keep the exception's frames, and the data in them.
+    """
+    return bounded(scrub("".join(traceback.format_exception(exc)).rstrip()), _TRACEBACK_CHARS)
 
 
 def raised_by_signal(exc: BaseException) -> bool:

@@ -137,16 +137,8 @@ class _Walk:
 
     def _tensor(self, tensor: torch.Tensor, path: str, depth: int) -> None:
         tensor = tensor.detach()
-        other: Any = tensor
-        if tensor.is_nested:
-            self.into(list(tensor.unbind()), path, depth + 1)
-        elif tensor.layout is torch.sparse_coo:
-            self.into([other._indices(), other._values()], path, depth + 1)
-        elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-            parts = [other.crow_indices(), other.col_indices(), other.values()]
-            self.into(parts, path, depth + 1)
-        elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-            parts = [other.ccol_indices(), other.row_indices(), other.values()]
+        parts = list(tensor.unbind()) if tensor.is_nested else _torch.parts_of_sparse(tensor)
+        if parts:
             self.into(parts, path, depth + 1)
         # Torch loses the quantizer of a quantized tensor on the way; to read what came would crash.
         elif tensor.layout is torch.strided and tensor.is_cpu and not tensor.is_quantized:
@@ -156,14 +148,11 @@ class _Walk:
             self._leaf(path, kind, rows)
 
 
-_OWN_WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
-
-
 def _pickles_its_own_way(cls: type) -> bool:
     """Whether what arrives of an object may be other than what was sent."""
     if cls is SimpleNamespace:  # whose own way is to send its attributes
         return False
-    for name in _OWN_WAYS:
+    for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"):
         way = getattr(cls, name, None)
         plain = way is getattr(object, name, None)
         if not plain and getattr(way, "__module__", "") != "dataclasses":  # as with slots=True

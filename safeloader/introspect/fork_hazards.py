@@ -2,18 +2,17 @@
 
 A forked worker goes on with its parent's sockets, read positions and locks, but without its
 threads; and under every start method all workers get the same copy of a random generator. None of
-it raises: rows get mixed up, samples repeat, a worker hangs. So the dataset is walked, and what is
-known by its class not to survive is told. No code of the user's is run (:mod:`values`).
+it raises: rows get mixed up, samples repeat, a worker hangs. So the survey walks the dataset and
+tells what, by its class, does not survive. It runs no code of the user's (:mod:`values`).
 
 False alarms teach people to ignore alarms: what is not in use (closed, not connected yet, not
-held) is not told. What the user's code makes anew in the worker is: each warning can be silenced
-by the path that it begins with.
+held) is not told. The survey cannot know what the user's code makes anew in the worker: each
+warning can be silenced by the path that it begins with.
 """
 
 from __future__ import annotations
 
 import dis
-import functools
 import io
 import pathlib
 import random
@@ -26,7 +25,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from itertools import islice
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -34,7 +32,15 @@ import numpy as np
 import torch
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.values import container_base, cut, definitions, fields, type_name
+from safeloader.introspect.values import (
+    container_base,
+    cut,
+    definitions,
+    elements,
+    fields,
+    mro_of,
+    type_name,
+)
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
@@ -61,15 +67,15 @@ def survey(
     bound_s: float = 0.05,
     bound_items: int = 2000,
 ) -> list[Inherited]:
-    """Return what workers had better not inherit with `thing`; never raises.
+    """Return what workers had better not inherit with ``thing``; never raises.
 
     Args:
         thing: the loader's dataset.
-        name: what it is called in the paths: `"dataset"`.
-        start_method: `"fork"`, `"spawn"` or `"forkserver"`.
+        name: what it is called in the paths: ``"dataset"``.
+        start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
         num_workers: with 0 nothing is inherited.
-        beside: by name what else goes to the workers, `collate_fn` and `worker_init_fn`. What two
-            of them hold is told once.
+        beside: by name what else goes to the workers, ``collate_fn`` and ``worker_init_fn``. What
+            two of them hold is told once.
         bound_s, bound_items: seconds and objects after which the rest is left out.
 
     >>> class Noisy:
@@ -81,7 +87,7 @@ def survey(
     """
     walk = _Walk({name: thing, **beside}, start_method == "fork", num_workers)
     if num_workers > 0:
-        with suppress(Exception):
+        with suppress(Exception):  # a fault of ours must not keep the workers from starting
             walk.run(monotonic() + bound_s, bound_items)
     return walk.found
 
@@ -92,13 +98,13 @@ _said: set[tuple[str, str]] = set()
 def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
     """Warn of each finding, once a process for each class of dataset and path.
 
-    Whether the worker makes it anew is not guessed. Each warning begins with the path, and says how
-    it is silenced by that.
+    It does not guess whether the worker makes it anew: each warning begins with the path, and says
+    how to silence it by that.
 
     Args:
-        findings: what `survey` returned.
+        findings: what ``survey`` returned.
         dataset: the loader's; only its class is looked at.
-        stacklevel: as for `warnings.warn`; 1 is the caller of this function.
+        stacklevel: as for ``warnings.warn``; 1 is the caller of this function.
     """
     new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
     for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
@@ -144,7 +150,7 @@ def _sqlite_connected(value: Any) -> bool:
 
 
 def _owned_by_another(value: Any) -> bool:
-    text: str = type(threading.RLock()).__repr__(value)  # before 3.14 it has no `locked`
+    text: str = type(threading.RLock()).__repr__(value)  # before 3.14 it has no ``locked``
     return text.startswith("<locked") and f" owner={threading.get_ident()} " not in text
 
 
@@ -162,7 +168,7 @@ def _runs(value: Any) -> bool:
 
 
 # What it is, whether it is in use, and its classes: by top package and own name, as what lies
-# between moves with releases. (`Environment` is lmdb's compiled one, which tells no module.)
+# between moves with releases. (``Environment`` is lmdb's compiled one, which tells no module.)
 _CATALOGUE: list[tuple[_Hazard, Callable[[Any], bool], str]] = [
     (_GENERATOR, lambda value: True, "numpy.Generator numpy.RandomState numpy.BitGenerator"),
     (_GENERATOR, lambda value: True, "random.Random torch.Generator"),
@@ -183,27 +189,22 @@ _CATALOGUE: list[tuple[_Hazard, Callable[[Any], bool], str]] = [
 ]
 _KNOWN = {name: row[:2] for row in _CATALOGUE for name in row[2].split()}
 
-# What lives in one of these is told in its name; with nothing live inside, it is harmless.
-_WRAPPER_NAMES = (
-    "_io.TextIOWrapper _io.BufferedReader _io.BufferedRandom gzip.GzipFile bz2.BZ2File "
+_ROLES = {
+    # What lives in one of these is told in its name; with nothing live inside, it is harmless.
+    "wrapper": "_io.TextIOWrapper _io.BufferedReader _io.BufferedRandom gzip.GzipFile bz2.BZ2File "
     "lzma.LZMAFile tempfile._TemporaryFileWrapper zipfile.ZipFile zipfile.ZipExtFile "
     "tarfile.TarFile numpy.NpzFile PIL.Image threading.Condition threading.Semaphore queue.Queue "
     "concurrent.Executor multiprocessing.Pool multiprocessing.ThreadPool sqlalchemy.Engine "
     "sqlalchemy.Connection sqlalchemy.Session requests.Session urllib3.PoolManager httpx.Client "
     "aiohttp.ClientSession redis.Redis redis.PubSub redis.AbstractConnection sqlite3.Cursor "
-    "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor"
-)
-_WRAPPERS = frozenset(_WRAPPER_NAMES.split())
-# Made to be inherited, as all of multiprocessing, or nothing to look into.
-_LEFT_ALONE_NAMES = (
-    "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader threading.Event "
-    "logging.Logger logging.Handler numpy.ndarray type module"
-)
-_LEFT_ALONE = frozenset(_LEFT_ALONE_NAMES.split())
+    "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor",
+    # Made to be inherited, as all of multiprocessing, or nothing to look into.
+    "left alone": "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader "
+    "threading.Event logging.Logger logging.Handler numpy.ndarray type module",
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, np.ndarray)
 _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
-
-_mro_of: Any = type.__dict__["__mro__"].__get__  # past any metaclass
 
 
 class _Verdict(NamedTuple):
@@ -213,7 +214,7 @@ class _Verdict(NamedTuple):
     opens: bool = True  # whether to look inside
 
 
-_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see `_PLAIN_IDS`
+_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see ``_PLAIN_IDS``
 
 
 def _verdict_on(cls: type) -> _Verdict:
@@ -224,11 +225,11 @@ def _verdict_on(cls: type) -> _Verdict:
 
 
 def _decide(cls: type) -> _Verdict:
-    for name in map(type_name, _mro_of(cls)):
+    for name in map(type_name, mro_of(cls)):
         key = re.sub(r"\..*\.", ".", name)
-        wraps = key in _WRAPPERS
-        if wraps or key in _KNOWN or key in _LEFT_ALONE or key.startswith("multiprocessing."):
-            return _Verdict(None, _KNOWN.get(key), wraps, wraps)
+        role = _ROLE_OF.get(key)
+        if role or key in _KNOWN or key.startswith("multiprocessing."):
+            return _Verdict(None, _KNOWN.get(key), role == "wrapper", role == "wrapper")
     return _Verdict(container_base(cls))
 
 
@@ -250,23 +251,20 @@ class _Walk:
         self._things, self._forks, self._workers = things, forks, workers
         self._queue: deque[_Item] = deque()
         # The process-wide generators, which torch seeds in each worker, are no finding.
-        of_process: Any = (random.random, np.random.rand)
-        self._seen = {
-            id(torch.default_generator),
-            *(id(getattr(x, "__self__", None)) for x in of_process),
-        }
+        own = (getattr(draw, "__self__", None) for draw in (random.random, np.random.rand))
+        self._seen = {id(each) for each in (torch.default_generator, *own)}
 
     def run(self, end: float, bound_items: int) -> None:
         for name, thing in self._things.items():
             self._add(_Item(thing, name))
         name, dataset = next(iter(self._things.items()))
-        for method in _IN_WORKER:  # for their closures and globals
-            for function in definitions(type(dataset), method)[:1]:
+        for method in ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__"):
+            for function in definitions(type(dataset), method)[:1]:  # for its closure and globals
                 self._add(_Item(function, f"{name}.{method}"))
         for _ in range(bound_items):
             if not self._queue or monotonic() > end:
                 return
-            with suppress(Exception):  # what another thread changes while it is read
+            with suppress(Exception):  # another thread may change what is read here
                 self._look(self._queue.popleft())
 
     def _add(self, item: _Item) -> None:
@@ -296,20 +294,17 @@ class _Walk:
             self.found.append(found)
 
 
-_IN_WORKER = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
 _PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
-_AROUND = ((functools.partial, "func"), (types.MethodType, "__func__"), (property, "fget"))
 
 
 def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     """What an object holds: the step in the path, and itself."""
     cls = type(value)
     if base is not None:
-        pairs = dict.items(value) if base is dict else enumerate(base.__iter__(value))
-        for key, child in islice(pairs, SAMPLED):
-            if id(type(child)) not in _PLAIN_IDS:
-                unordered = base is set or base is frozenset
-                yield "{...}" if unordered else f"[{_key_text(key)}]", child
+        pairs = elements(value, base, SAMPLED)
+        for key, child in pairs if base is dict else enumerate(pairs):
+            step = "{...}" if base in (set, frozenset) else f"[{_key_text(key)}]"
+            yield step, child
     if cls is types.MethodType or cls is types.BuiltinMethodType:
         yield ".__self__", value.__self__
         yield ".__func__", getattr(value, "__func__", None)
@@ -324,9 +319,8 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
                 yield f".__globals__[{name!r}]", child
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
-    for name, child in fields(value, ATTRIBUTES_MAX)[0] if cls is not base else ():
-        if id(type(child)) not in _PLAIN_IDS and type(name) is str:
-            yield f".{cut(name, KEY_MAX)}", child
+    for name, child in _attributes(value).items() if cls is not base else ():
+        yield f".{cut(name, KEY_MAX)}", child
 
 
 def _key_text(key: Any) -> str:

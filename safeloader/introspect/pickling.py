@@ -3,13 +3,12 @@
 "cannot pickle '_thread.lock' object" does not say where the lock is. Here the object is pickled
 again, part by part, into nothing; what fails is looked into until none of its parts does. The
 object is left as it is (no tensor moves to shared memory, no file descriptor is duplicated), but
-its `__getstate__` and `__reduce__` run, as they do whenever it is pickled. No value is shown.
+its ``__getstate__`` and ``__reduce__`` run, as they do whenever it is pickled. No value is shown.
 """
 
 from __future__ import annotations
 
 import array
-import copyreg
 import io
 import pickle
 import socket
@@ -24,21 +23,24 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
-from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.redaction import scrub
+from safeloader.introspect.texts import LOOKED_AT, bounded_text
 from safeloader.introspect.values import (
     bounded,
     container_base,
     cut,
     definitions,
+    exception_text,
     fields,
     inherits,
+    mro_of,
+    short_type_name,
     type_name,
 )
 
 REASON_MAX = 200  # characters
 PATH_MAX = 350  # characters
 KEY_MAX = 40  # characters of one key of a dict
-LOADED_BYTES_MAX = 64 * 2**20  # what is larger is not loaded as a whole, only part by part
 DEEP = 50  # levels, one in the other, that all fail for their depth
 SHARE = 0.02  # of the time for one part: where it takes longer the next may fail at once
 
@@ -50,15 +52,15 @@ _BUILT_IN = frozenset({dict, list, tuple, set, frozenset})
 _SENT = frozenset({bytearray, array.array, socket.socket, connection.Connection, torch.cuda.Event})
 # Has multiprocessing believe that this thread starts a process; duplicates no descriptor for it.
 _POPEN: Any = types.SimpleNamespace(duplicate_for_child=int, DupFd=int)
-# What these modules make is a culprit as it is: the lock inside a thread is not the user's.
+# What these modules make is told as it is: the lock inside a thread is not the user's.
 _OPAQUE = {"asyncio", "concurrent", "gzip", "io", "logging", "multiprocessing", "queue", "socket"}
 _OPAQUE |= {"subprocess", "tarfile", "tempfile", "threading", "weakref", "zipfile"}
 
 
 class UnpicklablePart(NamedTuple):
-    """The part of an object that cannot be pickled, or that cannot be unpickled."""
+    """The part of an object that cannot be pickled."""
 
-    path: str  # a Python expression, but for what is reached by none (an item of a set)
+    path: str  # a Python expression, but for what none reaches (an item of a set)
     kind: str  # its type, mostly
     reason: str  # what the pickler said
     advice: str
@@ -79,26 +81,27 @@ def find_unpicklable(
         bound_s: seconds to search. A call of the user's code, or into C, is waited for.
 
     Returns:
-        The deepest part found to fail in that time; None where `thing` can be pickled.
+        The deepest part found to fail in that time; None where ``thing`` can be pickled.
 
     >>> print(find_unpicklable({"rate": 1, "scale": [len, lambda x: 2 * x]}, "dataset.settings"))
     dataset.settings['scale'][1]: a lambda
     """
-    return _Search(bound_s, spawning, loading=False).culprit(name, thing)
-
-
-def find_unloadable(
-    pickled_by: object, name: str, *, bound_s: float = 5.0
-) -> UnpicklablePart | None:
-    """Find the part of an object that can be pickled but not unpickled. Never raises.
-
-    It is tried on copies in this process: constructors and `__setstate__` run. What cannot be
-    pickled is passed over, and what takes more than 64 MiB is tried part by part only.
-
-    >>> find_unloadable({"error": ValueError("bad row")}, "sample") is None
-    True
-    """
-    return _Search(bound_s, spawning=False, loading=True).culprit(name, pickled_by)
+    search = _Search(bound_s)
+    note = ""
+    try:
+        with as_if_spawning(_POPEN if spawning else None):
+            search.look_for([(name, thing)])
+    except KeyboardInterrupt:
+        raise
+    except _OutOfTime:
+        note = " (the search ran out of time: it is this or a part of it)"
+    except BaseException:  # a fault of ours must not hide the error that is to be explained
+        pass
+    if (found := search.deepest) is None:
+        return None
+    kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
+    reason = cut(found.reason, REASON_MAX - len(note)) + note
+    return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, _advice(found, spawning))
 
 
 # ---- one trial
@@ -108,56 +111,44 @@ class _OutOfTime(Exception):
     """The search has to end."""
 
 
-class _CannotTell(Exception):
-    """Whether this part fails; its own parts may tell."""
+class _TooSlow(Exception):
+    """Nobody knows whether this part fails; its own parts may tell sooner."""
 
 
-class _Sink(io.BytesIO):
-    """The file to pickle into: minds the time and, where nothing is to be loaded, keeps nothing."""
+class _Sink:
+    """The file to pickle into: keeps nothing, and minds the time."""
 
-    def __init__(self, bound_s: float, keeps: bool) -> None:
-        super().__init__()
-        self._keeps = keeps
+    def __init__(self, bound_s: float) -> None:
         self._share = bound_s * SHARE
         self._end = monotonic() + bound_s
 
     def begin(self) -> None:
-        self.seek(0)
         self._limit = min(monotonic() + self._share, self._end)
         self.check()
 
-    def check(self, more_bytes: int = 0) -> None:
+    def check(self) -> None:
         now = monotonic()
-        if now >= self._end:
-            raise _OutOfTime
-        if now >= self._limit or self.tell() + more_bytes >= LOADED_BYTES_MAX:
-            raise _CannotTell
+        if now >= self._limit:
+            raise _OutOfTime if now >= self._end else _TooSlow
 
     def write(self, data: Any) -> int:
-        self.check(len(data) if self._keeps else 0)
-        return super().write(data) if self._keeps else len(data)
+        self.check()
+        return len(data)
 
 
 class _Pickler(ForkingPickler):
     """Pickles as multiprocessing does, but for what the search knows and what is sent anyway."""
 
-    def __init__(self, sink: _Sink, known: dict[int, Any], to_load: bool) -> None:
+    def __init__(self, sink: Any, known: dict[int, Any]) -> None:
         super().__init__(sink)
-        self._sink, self._known, self._to_load = sink, known, to_load
-        if to_load:  # then tensors are copied, and what is tied to a process cannot be pickled
-            self.dispatch_table = copyreg.dispatch_table
+        self._sink, self._known = sink, known
 
     def persistent_id(self, value: Any) -> int | None:  # hot: runs for every object
         cls = type(value)
         if cls in _ATOMS:
             return None
         self._sink.check()
-        if self._to_load and inherits(cls, np.ndarray, torch.Tensor, torch.UntypedStorage):
-            # Torch pickles a storage by itself, but does not load it.
-            self._sink.check(LOADED_BYTES_MAX if cls is torch.UntypedStorage else value.nbytes)
-        elif not self._to_load and _is_sent(cls, value):
-            return id(value)
-        return id(value) if id(value) in self._known else None
+        return id(value) if id(value) in self._known or _is_sent(cls, value) else None
 
 
 def _is_sent(cls: type, value: Any) -> bool:
@@ -183,111 +174,71 @@ class _Failed(NamedTuple):
 
 
 class _Search:
-    def __init__(self, bound_s: float, spawning: bool, loading: bool) -> None:
-        self._spawning, self._loading = spawning, loading
-        self._sink = _Sink(bound_s, keeps=loading)
+    def __init__(self, bound_s: float) -> None:
+        self.deepest: _Failed | None = None
+        self._sink = _Sink(bound_s)
         self._pickler: _Pickler | None = None
         self._known: dict[int, Any] = {}  # by id: what was looked into, which is kept alive here
-        self._deepest: _Failed | None = None
 
-    def culprit(self, name: str, thing: object) -> UnpicklablePart | None:
-        note = ""
-        try:
-            with as_if_spawning(_POPEN if self._spawning else None):
-                self._look_for([(name, thing)])
-        except KeyboardInterrupt:
-            raise
-        except _OutOfTime:
-            note = " (the search ran out of time: it is this or a part of it)"
-        except BaseException:  # a fault of ours must not hide the error that is to be explained
-            pass
-        if (found := self._deepest) is None:
-            return None
-        kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
-        reason = cut(found.reason, REASON_MAX - len(note)) + note
-        advice = _advice(found, self._spawning, self._loading)
-        return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, advice)
-
-    def _look_for(self, parts: _Parts) -> None:
-        """Find the first of `parts` that fails, and go on inside it."""
+    def look_for(self, parts: _Parts) -> None:
+        """Find the first of ``parts`` that fails, and go on inside it."""
         chain: list[_Failed] = []  # the last ones, where all of them fail for their depth
-        untold: list[tuple[str, Any]] = []
-        while len(chain) < DEEP and (failed := self._first_failing(parts, untold)):
-            self._deepest = failed._replace(too_deep=False)
+        slow: list[tuple[str, Any]] = []
+        while len(chain) < DEEP and (failed := self._first_failing(parts, slow)):
+            self.deepest = failed._replace(too_deep=False)
             chain = [*chain, failed] if failed.too_deep else []
             parts = _parts(failed.path, failed.value)
         if chain and (len(chain) == DEEP or not chain[-1].hook):
             # It begins with the first of the kinds that follow each other at its end.
             kinds = [type(each.value) for each in chain[len(chain) // 2 :]]
-            self._deepest = next(each for each in chain if type(each.value) in kinds)
+            self.deepest = next(each for each in chain if type(each.value) in kinds)
             return
-        before = self._deepest
-        while untold and self._deepest is before:
-            path, part = untold.pop(0)
+        before = self.deepest
+        while slow and self.deepest is before:
+            path, part = slow.pop(0)
             self._known[id(part)] = part
-            self._look_for(_parts(path, part))
+            self.look_for(_parts(path, part))
 
-    def _first_failing(self, parts: _Parts, untold: list[tuple[str, Any]]) -> _Failed | None:
-        untold.clear()
+    def _first_failing(self, parts: _Parts, slow: list[tuple[str, Any]]) -> _Failed | None:
+        slow.clear()
         for path, part in parts:
             self._sink.begin()
             try:
-                if type(part) not in _ATOMS and id(part) not in self._known:
-                    self._try(part)
+                if type(part) in _ATOMS or id(part) in self._known:
+                    continue
+                # While nothing fails one pickler goes on: what it has pickled it knows.
+                pickler = self._pickler or _Pickler(self._sink, self._known)
+                self._pickler = None
+                pickler.dump(part)
+                self._pickler = pickler
             except (KeyboardInterrupt, _OutOfTime):
                 raise
-            except _CannotTell:
-                untold.append((path, part))
-            except BaseException as exc:
+            except _TooSlow:
+                slow.append((path, part))
+            except BaseException as exc:  # whatever the user's code raises, SystemExit too
                 self._known[id(part)] = part
                 return _Failed(path, part, *_told(exc))
         return None
 
-    def _try(self, part: object) -> None:
-        # While nothing fails one pickler goes on: what it has pickled it does not pickle again.
-        pickler = self._pickler or _Pickler(self._sink, self._known, self._loading)
-        self._pickler = None
-        if not self._loading:
-            pickler.dump(part)
-            self._pickler = pickler
-            return
-        try:
-            pickler.dump(part)
-        except (KeyboardInterrupt, _OutOfTime):
-            raise
-        except BaseException:
-            raise _CannotTell from None
-        self._sink.seek(0)
-        unpickler: Any = pickle.Unpickler(self._sink)
-        unpickler.persistent_load = self._stand_in
-        unpickler.load()
-
-    def _stand_in(self, key: int) -> Any:
-        """Make an empty one: what a part that refers back to its owner meets in a real load."""
-        cls: Any = type(self._known[key])
-        with suppress(Exception):
-            return cls.__new__(cls)
-        return None
-
 
 def _told(exc: BaseException) -> tuple[str, str, bool]:
-    """The hook, the reason and the depth of a `_Failed`."""
-    reason, hook, traceback = type_name(type(exc)).rpartition(".")[2], "", exc.__traceback__
-    with suppress(Exception):
-        reason += f": {exc}" if str(exc) else ""
+    """The hook, the reason and the depth of a :class:`_Failed`."""
+    hook, traceback = "", exc.__traceback__
     while traceback is not None and not hook:
         name = traceback.tb_frame.f_code.co_name
         hook = name if name.startswith("__") else ""
         traceback = traceback.tb_next
-    return hook, f"its {hook} raised " * bool(hook) + reason, isinstance(exc, RecursionError)
+    text = scrub(exception_text(exc)[:LOOKED_AT])
+    reason = f"its {hook} raised " * bool(hook) + short_type_name(type_name(type(exc)))
+    return hook, reason + f": {text}" * bool(text), isinstance(exc, RecursionError)
 
 
 # ---- the parts of an object
 
 
 def _parts(path: str, value: Any) -> _Parts:
-    """What the pickler goes on to from `value`, in its order."""
-    with suppress(Exception):  # a reducer that raises: then `value` itself is the culprit
+    """What the pickler goes on to from ``value``, in its order."""
+    with suppress(Exception):  # a reducer that raises: then ``value`` itself is at fault
         for step, part in _children(value, type(value)):
             yield path + step, part
 
@@ -324,7 +275,7 @@ def _contents(value: Any, base: Any) -> _Parts:
 
 
 def _spread(names: dict[int, str], step: str, part: Any, levels: int = 3) -> _Parts:
-    """`part` under the name that its owner has for it; without one, what is in it."""
+    """``part`` under the name that its owner has for it; without one, what is in it."""
     if id(part) in names or type(part) not in _BUILT_IN or not levels:
         yield names.get(id(part), step), part
     else:
@@ -333,7 +284,7 @@ def _spread(names: dict[int, str], step: str, part: Any, levels: int = 3) -> _Pa
 
 
 def _names(value: Any, cls: type) -> dict[int, str]:
-    """How what `value` holds is reached from it, by id."""
+    """How what ``value`` holds is reached from it, by id."""
     names = {id(cls): ""}
     if base := container_base(cls):
         names |= {id(each): step for step, each in _contents(value, base)}
@@ -343,7 +294,7 @@ def _names(value: Any, cls: type) -> dict[int, str]:
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
-    simple = cls is types.SimpleNamespace  # keeps its dict where `fields` does not look
+    simple = cls is types.SimpleNamespace  # keeps its dict where ``fields`` does not look
     attributes = vars(value).items() if simple else fields(value, most=10_000)[0]
     return names | {id(each): f".{cut(str(name))}" for name, each in attributes}
 
@@ -364,12 +315,8 @@ _OPEN_LAZILY = (
 )
 
 
-def _advice(failed: _Failed, spawning: bool, loading: bool) -> str:
+def _advice(failed: _Failed, spawning: bool) -> str:
     cls = type(failed.value)
-    if loading:
-        if inherits(cls, BaseException):
-            return "Give it a __reduce__ that returns its class and what its __init__ takes."
-        return "Mend how it is restored: by __setstate__, by __reduce__, or by its constructor."
     if failed.too_deep:
         return "Keep its parts in one flat list, referring to each other by their places in it."
     if known := [advice for bases, advice in _ADVICE if inherits(cls, *bases)]:
@@ -402,6 +349,6 @@ def _kind(value: Any) -> str:
 
 
 def _opaque_base(cls: type) -> str:
-    """The class by which instances of `cls` are not looked into; "" where they are."""
-    bases = map(type_name, type.__dict__["__mro__"].__get__(cls))
+    """The class by which instances of ``cls`` are not looked into; "" where they are."""
+    bases = map(type_name, mro_of(cls))
     return next((base for base in bases if base.partition(".")[0] in _OPAQUE), "")

@@ -1,9 +1,10 @@
 """Hides secrets in every text that leaves the process. Runs in: both.
 
-Names are taken apart into words (`dbPass`, `DB_PASS`, `db-pass`), so that `tokenizer` is no `token`
-and `patience` no `pat`. Looks are the published formats of keys and tokens: the prefixes that
-GitHub, GitLab, Hugging Face, OpenAI, Slack, Stripe, AWS and Google document so that scanners can
-find them, RFC 7519 (JWT), RFC 7468 (PEM), RFC 6750 and 7617 (headers), RFC 3986 (user:password@).
+Names are taken apart into words (``dbPass``, ``DB_PASS``, ``db-pass``), so that ``tokenizer`` is no
+``token`` and ``patience`` no ``pat``. Looks are the published formats of keys and tokens: the
+prefixes that GitHub, GitLab, Hugging Face, OpenAI, Slack, Stripe, AWS and Google document so that
+scanners can find them, RFC 7519 (JWT), RFC 7468 (PEM), RFC 6750 and 7617 (headers), RFC 3986
+(user:password@).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _OF = (
     "|slack|smtp|sql|ssh|ssl|storage|stripe|subscription|sudo|symmetric|telegram|tls|twilio|user"
     "|vault|wandb|wifi"
 )
-# One word, or two beside each other: `sshkey` and `ssh_key`.
+# One word, or two beside each other: ``sshkey`` and ``ssh_key``.
 _COMPOUND = re.compile(
     f"(?:{_OF})(?:keys?|pass)|(?:auth|otp|mfa|pin|recovery|security|verification)codes?"
 )
@@ -45,7 +46,7 @@ _RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=-]{20,}")
 
 
 def secrecy(name: str) -> str:
-    """Say how much of what stands under a name is a secret: `"all"`, `"texts"` or nothing (`""`).
+    """Say how much under a name is a secret: ``"all"``, ``"texts"``, or ``""`` (nothing).
 
     Tokens and passes are two things: a text of that name may open a door, numbers are what language
     models read, and what a test run counts.
@@ -66,7 +67,7 @@ def secrecy(name: str) -> str:
 
 
 def looks_random(name: str, text: str) -> bool:
-    """Say whether a text under the name of some key (`cdn_key`) is one that opens a door."""
+    """Say whether a text under the name of some key (``cdn_key``) is one that opens a door."""
     words = _WORDS.findall(name.lower())
     return words[-1:] == ["key"] and len(words) > 1 and bool(_RANDOM.fullmatch(text))
 
@@ -101,7 +102,7 @@ _LOOKS = re.compile(
     re.VERBOSE | re.MULTILINE,
 )
 
-# ---- by name, in a running text: `password=x`, `'password': 'x'`, `--password x`
+# ---- by name, in a running text: ``password=x``, ``'password': 'x'``, ``--password x``
 
 _QUOTED = r"""[bruf]{0,2}(?:"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z))"""
 _NAME = re.compile(
@@ -125,7 +126,8 @@ _NUMERIC = re.compile(
     r"(?:[^A-Za-z'\"]|\d*e[+-]?\d|None|True|False|nan|inf|tensor|array|range|d?type|device"
     r"|torch|np|u?int\d+|b?float\d+)*"
 )
-_LINE = re.compile(r"""[^\r\n'"]*""")
+_LINE = re.compile(r"""[^
+'"]*""")
 _NO_NAMES = ("Error", "Exception", "Warning", "Fault")
 _FRAME = re.compile(r'(^ *File ".*", line \d+.*\n(?:^    .*(?:\n|\Z))*)', re.MULTILINE)
 
@@ -159,9 +161,7 @@ def _scrub_pairs(text: str, *, code: bool = False) -> str:
             continue
         end = _end_of_value(text, start)
         if found["line"]:
-            end = min(
-                (k for k in (text.find(c, start) for c in "\r\n'\"") if k >= 0), default=len(text)
-            )
+            end = _LINE.match(text, start).end()  # type: ignore[union-attr]  # of any length
         value = text[start:end]
         shown = (
             not (how or looks_random(last, value.strip("'\"")))

@@ -2,7 +2,7 @@
 
 What ran out is seldom what the message speaks of. Too many open files are "received 0 items of
 ancdata" or "No usable temporary directory", too many shared tensors are "Cannot allocate memory", a
-full `/dev/shm` is "No space left on device" with gigabytes free on every disk. Said here is what
+full ``/dev/shm`` is "No space left on device" with gigabytes free on every disk. Here stands what
 ran out, with figures, and what to do. The figures are those of the process that asks.
 """
 
@@ -17,22 +17,8 @@ from pathlib import Path
 
 import torch
 
-from safeloader.introspect.resources import (
-    Space,
-    Use,
-    cgroup_memory,
-    cgroup_tasks,
-    descriptors,
-    human_share,
-    machine_memory,
-    may_write,
-    or_none,
-    shared_memory,
-    soft_limit,
-    space_of,
-    temporary_candidates,
-    temporary_folder,
-)
+from safeloader.introspect import resources
+from safeloader.introspect.resources import Space, Use, human_share, or_none
 
 _CHAIN_MAX = 16  # exceptions looked at behind one
 
@@ -41,19 +27,18 @@ _CHAIN_MAX = 16  # exceptions looked at behind one
 def shortage(exc: BaseException) -> str | None:
     """Say in a few sentences what ran out, how much there is of it, and the way out.
 
-    Call it where `exc` was raised, while what it held is still held. Causes and contexts of `exc`
-    are looked at as well.
+    Call it where ``exc`` was raised, while what it held is still held. It looks at the causes and
+    contexts of ``exc`` as well.
 
     Returns:
-        None where `exc` comes of something else. Never raises.
+        None where ``exc`` comes of something else. Never raises.
 
     >>> shortage(OSError(errno.EMFILE, "Too many open files")).split(":")[0]
     'too many open files'
     >>> shortage(FileNotFoundError(errno.ENOENT, "No such file or directory"))
     """
     for each in _behind(exc, contexts=True):
-        tell = _teller(each)
-        if tell is not None:
+        if tell := _teller(each):
             return tell(each)
     return None
 
@@ -62,7 +47,7 @@ def shortage(exc: BaseException) -> str | None:
 def met_in_sharing(exc: BaseException) -> bool | None:
     """Say whether a shortage was met in making the memory that torch sends a tensor in.
 
-    `default_collate` in a worker makes it, so what is raised there need not be about a sample.
+    ``default_collate`` in a worker makes it, so what it raises need not be about a sample.
 
     >>> met_in_sharing(RuntimeError("write to file </torch_7_2>: No space left on device"))
     True
@@ -72,17 +57,17 @@ def met_in_sharing(exc: BaseException) -> bool | None:
 
 
 def never_skipped(exc: BaseException) -> bool:
-    """Say whether `exc` means a broken program or machine, where leaving the sample out is no help.
+    """Say whether ``exc`` means a broken program or machine: leaving the sample out does not help.
 
-    These are every shortage, what is no `Exception` (`KeyboardInterrupt`), an import that fails, an
-    unknown name, and a source file that does not parse. A bad sample may by itself bring about the
-    others: `RecursionError` (deeply nested JSON), `SystemError` (a broken tile in Pillow),
-    `UnboundLocalError` (a loop over an empty sample), and a `SyntaxError` that is about no `.py`
-    file (`ElementTree.ParseError` is one, and `ast.literal_eval` raises it).
+    These are every shortage, what is no ``Exception`` (``KeyboardInterrupt``), an import that
+    fails, an unknown name, and a source file that does not parse. A bad sample may by itself bring
+    about the others: ``RecursionError`` (deeply nested JSON), ``SystemError`` (a broken tile in
+    Pillow), ``UnboundLocalError`` (a loop over an empty sample), and a ``SyntaxError`` that is
+    about no ``.py`` file (``ElementTree.ParseError`` is one, and ``ast.literal_eval`` raises it).
 
-    A shortage counts wherever it stands in the chain: `raise ValueError("bad sample")` within
-    `except OSError` leaves it in the context. A fault of the program counts by itself or as an
-    explicit cause (`from`): in a context it may be an optional import that was done without.
+    A shortage counts wherever it stands in the chain: ``raise ValueError("bad sample")`` within
+    ``except OSError`` leaves it in the context. A fault of the program counts by itself or as an
+    explicit cause (``from``): in a context it may be an optional import that was not needed.
 
     >>> [never_skipped(error) for error in (MemoryError(), ImportError(), KeyError(7))]
     [True, True, False]
@@ -123,22 +108,23 @@ _Teller = Callable[[BaseException], str]
 
 @or_none
 def _teller(exc: BaseException) -> _Teller | None:
-    """Return what puts the shortage that `exc` is into words; None where it is none."""
+    """Return what puts the shortage that ``exc`` is into words; None where it is none."""
     for kind, tell in _BY_TYPE.items():
         if isinstance(exc, kind):
             return tell
-    if isinstance(exc, OSError):
-        if exc.errno == errno.EAGAIN:  # else a socket or pipe that has nothing to read yet
-            return _tasks if _was_forking(exc) else None
-        if exc.errno in _BY_CODE:
-            return _BY_CODE[exc.errno]
-    if isinstance(exc, OSError | RuntimeError):
-        # Torch and the libraries under h5py put the system's words into a text of their own.
-        system = {re.escape(os.strerror(code)): tell for code, tell in _BY_CODE.items()}
-        text = _text(exc)
-        phrases = (_BY_PHRASE | system).items()
-        return next((tell for phrase, tell in phrases if re.search(phrase, text)), None)
-    return None
+    if not isinstance(exc, OSError | RuntimeError):
+        return None
+    code = exc.errno if isinstance(exc, OSError) else None
+    if code == errno.EAGAIN:  # else a socket or pipe that has nothing to read yet
+        return _tasks if _was_forking(exc) else None
+    if code in _BY_CODE:
+        return _BY_CODE[code]
+    # Torch and the libraries under h5py put the system's words into a text of their own.
+    system = {re.escape(os.strerror(code)): tell for code, tell in _BY_CODE.items()}
+    text = _text(exc)
+    return next(
+        (tell for said, tell in (_BY_PHRASE | system).items() if re.search(said, text)), None
+    )
 
 
 def _text(exc: BaseException) -> str:
@@ -158,17 +144,14 @@ def _was_forking(exc: BaseException) -> bool:
 
 
 def _open_files(exc: BaseException) -> str:
-    found = descriptors()
-    if found is None:
-        figures, higher = "this process is at its limit", None
-    else:
-        figures = f"this process has {found} open now"
-        higher = found.hard_limit if found.hard_limit != found.soft_limit else None
-    way_out = "Raise the limit before the program starts (" + (
-        f"`ulimit -n {higher}`" if higher else "`ulimit -n`; in Docker, --ulimit nofile=65536"
-    )
+    found = resources.descriptors()
+    figures = f"has {found} open now" if found else "is at its limit"
+    higher = "`ulimit -n`; in Docker, --ulimit nofile=65536"
+    if found and found.hard_limit not in (None, found.soft_limit):
+        higher = f"`ulimit -n {found.hard_limit}`"
     return (
-        f"too many open files: {figures}. {way_out}), share tensors by name "
+        f"too many open files: this process {figures}. Raise the limit before the program starts "
+        f"({higher}), share tensors by name "
         "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
         "files at once: close what the dataset opens."
     )
@@ -190,16 +173,15 @@ def _files_of_machine(exc: BaseException) -> str:
 
 def _space(exc: BaseException) -> str:
     spaces = _spaces(exc)
-    figures = "; ".join(map(str, spaces))
+    way_out = "Free some, or let it be written elsewhere (TMPDIR for temporary files)"
     if any(space.path.startswith("/dev/shm") for space in spaces):
         way_out = (
             "Give /dev/shm more (docker run --shm-size=8g; in Kubernetes, mount an emptyDir of "
             "medium Memory there), or use fewer workers, a smaller prefetch_factor or smaller "
             "batches"
         )
-    else:
-        way_out = "Free some, or let it be written elsewhere (TMPDIR for temporary files)"
-    return f"no space left: {figures or 'on which file system is not known'}. {way_out}."
+    figures = "; ".join(map(str, spaces)) or "on which file system is not known"
+    return f"no space left: {figures}. {way_out}."
 
 
 def _quota(exc: BaseException) -> str:
@@ -211,17 +193,19 @@ def _quota(exc: BaseException) -> str:
 
 
 def _spaces(exc: BaseException) -> list[Space]:
-    """Return the file system that `exc` names; else those that may be meant: the full ones."""
-    for name in _names(exc):
-        space = shared_memory() if name.startswith("/torch_") else space_of(name)
-        if space is not None:
-            return [space]
+    """Return the file system that ``exc`` names; else those that may be meant: the full ones."""
+    named = (
+        resources.shared_memory() if name.startswith("/torch_") else resources.space_of(name)
+        for name in _names(exc)
+    )
+    if found := next(filter(None, named), None):
+        return [found]
     usual: dict[object, Space] = {}
-    for space in (shared_memory(), temporary_folder(), space_of(os.curdir)):
-        if space is not None:
-            usual.setdefault(space[1:], space)  # two folders of one file system are told once
+    asked = resources.shared_memory(), resources.temporary_folder(), resources.space_of(os.curdir)
+    for space in filter(None, asked):
+        usual.setdefault(space[1:], space)  # two folders of one file system are told once
     spaces = list(usual.values())
-    return [space for space in spaces if _is_full(space)] or spaces
+    return [each for each in spaces if _is_full(each)] or spaces
 
 
 def _names(exc: BaseException) -> Iterator[str]:
@@ -237,12 +221,12 @@ def _is_full(space: Space) -> bool:
 
 
 def _no_temporary_folder(exc: BaseException) -> str:
-    found = descriptors()
-    if found is not None and found.soft_limit is not None and found.used >= found.soft_limit:
-        return _open_files(exc)  # `tempfile` does not say why it could not write
+    found = resources.descriptors()
+    if found and found.soft_limit is not None and found.used >= found.soft_limit:
+        return _open_files(exc)  # ``tempfile`` does not say why it could not write
     reasons = []
-    for folder in dict.fromkeys(map(os.path.abspath, temporary_candidates())):
-        space = space_of(folder) if may_write(folder) else None
+    for folder in dict.fromkeys(map(os.path.abspath, resources.temporary_candidates())):
+        space = resources.space_of(folder) if resources.may_write(folder) else None
         fault = "cannot be written to" if os.path.isdir(folder) else "is not there"
         reasons.append(str(space or f"{folder} {fault}"))
     return (
@@ -251,12 +235,12 @@ def _no_temporary_folder(exc: BaseException) -> str:
 
 
 def _bus_error(exc: BaseException) -> str:
-    space = shared_memory()
+    space = resources.shared_memory()
+    figures = f" ({space} now)" if space else ""
     return (
-        "a worker touched shared memory that is not there"
-        + (f" ({space} now)" if space is not None else "")
-        + ": /dev/shm was full, or a file that it maps was cut short. Give /dev/shm more (docker "
-        "run --shm-size=8g), or use fewer workers or a smaller prefetch_factor."
+        f"a worker touched shared memory that is not there{figures}: /dev/shm was full, or a file "
+        "that it maps was cut short. Give /dev/shm more (docker run --shm-size=8g), or use fewer "
+        "workers or a smaller prefetch_factor."
     )
 
 
@@ -264,18 +248,19 @@ def _bus_error(exc: BaseException) -> str:
 
 
 def _memory(exc: BaseException) -> str:
-    machine, group, space, maps = machine_memory(), cgroup_memory(), _address_space(), _mappings()
+    machine, group = resources.machine_memory(), resources.cgroup_memory()
+    space, maps = _address_space(), _mappings()
     figures = [str(machine or "how much there is, is not known")]
     room = machine is not None and machine.available > machine.total // 4
     way_out = "Use fewer workers, a smaller prefetch_factor or smaller batches"
-    if group is not None and group.limit is not None:
+    if group and group.limit is not None:
         figures.append(str(group))
         room = room and (group.used or 0) < group.limit * 3 // 4
-    if space is not None:
+    if space:
         figures.append(f"address space {human_share(*space)} taken")
         room = False  # one request may be larger than what is left
         way_out += ", or raise `ulimit -v`"
-    if maps is not None and maps.limit is not None and maps.used > 0.95 * maps.limit:
+    if maps and maps.limit is not None and maps.used > 0.95 * maps.limit:
         figures.append(f"memory mappings {maps} in use")
         room = False
         way_out = (
@@ -295,11 +280,11 @@ def _gpu_memory(exc: BaseException) -> str:
 
 
 def _tasks(exc: BaseException) -> str:
-    user, group, space = _user_tasks(), cgroup_tasks(), _address_space()
-    figures = [f"this user runs {user} (`ulimit -u`)"] if user is not None else []
-    if group is not None and group.limit is not None:
+    user, group, space = _user_tasks(), resources.cgroup_tasks(), _address_space()
+    figures = [f"this user runs {user} (`ulimit -u`)"] if user else []
+    if group and group.limit is not None:
         figures.append(f"the cgroup runs {group} (pids.max)")
-    if space is not None:  # a thread needs some for its stack
+    if space:  # a thread needs some for its stack
         figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
     return (
         f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
@@ -311,7 +296,7 @@ def _tasks(exc: BaseException) -> str:
 @or_none
 def _address_space() -> tuple[int, int] | None:
     """Return the bytes of address space taken, and the limit; None where there is none."""
-    limit = soft_limit("RLIMIT_AS")
+    limit = resources.soft_limit("RLIMIT_AS")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return None if limit is None else (pages * os.sysconf("SC_PAGE_SIZE"), limit)
 
@@ -335,7 +320,7 @@ def _user_tasks() -> Use | None:
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has just ended, or is not to be looked at
             used += process.num_threads() if process.uids().real == os.getuid() else 0
-    return Use(used, soft_limit("RLIMIT_NPROC"))
+    return Use(used, resources.soft_limit("RLIMIT_NPROC"))
 
 
 _BY_TYPE: dict[type[BaseException], _Teller] = {

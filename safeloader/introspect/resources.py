@@ -1,9 +1,9 @@
 """What this process and this machine have left. Runs in: both.
 
-Every function answers None for what cannot be known here, and none raises: it is mostly asked when
-something has gone wrong already. psutil answers what it can, but for what a worker asks while all
-is well, or what is asked when no file can be opened any more. As text, each fact reads as a line
-for a person does.
+Every function answers None for what cannot be known here, and none raises: callers mostly ask when
+something has gone wrong already. psutil answers what it can. Read here are cgroups, which it does
+not know, what a worker asks while all is well, and what is asked when no file can be opened any
+more. ``str()`` of a fact is a line for a person.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 with suppress(ImportError):  # on Windows
     import resource  # not where it is used: with too many open files nothing can be imported
 
-_ROOT = Path("/")  # what holds `proc` and `sys`; another folder in tests
+_ROOT = Path("/")  # what holds ``proc`` and ``sys``; another folder in tests
 _NO_LIMIT = 2**62  # where there is no limit, cgroup v1 writes the largest number of whole pages
 
 _P = ParamSpec("_P")
@@ -31,8 +32,9 @@ _T = TypeVar("_T")
 class ProcessMemory(NamedTuple):
     """Memory of one process in bytes.
 
-    `rss` counts shared pages in full, `pss` by its share of them, and `uss` not at all: it is what
-    would be free if the process ended. Forked workers share most of their `rss` with main.
+    ``rss`` counts shared pages in full, ``pss`` by the process's share of them, and ``uss`` not at
+    all: that much would be free if the process ended. Forked workers share most of their ``rss``
+    with main.
     """
 
     rss: int
@@ -41,7 +43,7 @@ class ProcessMemory(NamedTuple):
 
 
 class MachineMemory(NamedTuple):
-    """Memory of the machine in bytes; `available` is what can be had without swapping."""
+    """Memory of the machine in bytes; ``available`` is what can be had without swapping."""
 
     total: int
     available: int
@@ -55,7 +57,7 @@ class MachineMemory(NamedTuple):
 class CgroupMemory(NamedTuple):
     """Memory of this process's cgroup (its container) in bytes, and the processes killed for it.
 
-    `used` leaves out the file cache that the kernel can drop at once: reading a dataset fills any
+    ``used`` leaves out the file cache that the kernel can drop at once: reading a dataset fills any
     limit with it.
     """
 
@@ -74,7 +76,7 @@ class CgroupMemory(NamedTuple):
 
 
 class Space(NamedTuple):
-    """Space of a file system in bytes; `free_inodes` (files that may still be made) if limited."""
+    """Space of a file system in bytes; ``free_inodes``: files it has room for, if limited."""
 
     path: str
     total: int
@@ -109,7 +111,10 @@ class Use(NamedTuple):
 
 
 def or_none(fact: Callable[_P, _T | None]) -> Callable[_P, _T | None]:
-    """Make a function answer None where it would raise: what reads a fact, breaks nothing."""
+    """Make a function answer None where it would raise: to read a fact must break nothing.
+
+    It is asked beside an error that is to be told, and the files of a system hold what they like.
+    """
 
     @functools.wraps(fact)
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
@@ -198,13 +203,13 @@ def space_of(path: str) -> Space | None:
 
 
 def shared_memory() -> Space | None:
-    """Return the space of `/dev/shm`, where torch puts the tensors that processes share."""
+    """Return the space of ``/dev/shm``, where torch puts the tensors that processes share."""
     return space_of("/dev/shm") if os.path.isdir("/dev/shm") else None
 
 
 @or_none
 def temporary_folder() -> Space | None:
-    """Return the folder that `tempfile` uses or would choose now; no file is made to find out."""
+    """Return the folder that :mod:`tempfile` uses or would choose now, without making a file."""
     if tempfile.tempdir is not None:
         return space_of(os.fsdecode(tempfile.tempdir))
     for folder in temporary_candidates():
@@ -215,7 +220,7 @@ def temporary_folder() -> Space | None:
 
 
 def temporary_candidates() -> list[str]:
-    """Name the folders that `tempfile` tries, in its order."""
+    """Name the folders that :mod:`tempfile` tries, in its order."""
     named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
     return [*filter(None, named), "/tmp", "/var/tmp", "/usr/tmp", os.curdir]
 
@@ -233,14 +238,11 @@ def descriptors() -> Descriptors | None:
     """Return the open files of this process and the limits on them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        used = len(os.listdir("/proc/self/fd")) - 1  # less the one that lists them
+        used = len(os.listdir("/dev/fd")) - 1  # less the one that lists them
     except OSError as error:
-        if error.errno == errno.EMFILE:
-            used = soft  # not one more can be opened to count them, nor to import psutil
-        else:
-            import psutil
-
-            used = psutil.Process().num_fds()
+        if error.errno != errno.EMFILE:
+            raise
+        used = soft  # not one more can be opened to count them, nor to import psutil
     return Descriptors(used, _limited(soft), _limited(hard))
 
 
@@ -254,7 +256,7 @@ def cgroup_tasks(root: Path = _ROOT) -> Use | None:
 
 @or_none
 def soft_limit(kind: str) -> int | None:
-    """Return a limit of this process by its name in `resource`; None where there is none."""
+    """Return a limit of this process by its name in :mod:`resource`; None where there is none."""
     return _limited(resource.getrlimit(getattr(resource, kind))[0])
 
 
@@ -265,7 +267,7 @@ def _limited(limit: int) -> int | None:
 # ---- cgroups of both versions
 
 
-# By version: the files of limit and use, in `memory.stat` the cache that the kernel can drop, and
+# By version: the files of limit and use, the cache in ``memory.stat`` that the kernel can drop, and
 # the file of kills.
 _MEMORY = {
     1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "oom_control"),
@@ -309,7 +311,7 @@ def _least_room(
 def _kills(root: Path) -> int | None:
     version, groups = _groups(root, "memory")
     for group in groups:  # the nearest count is that of the processes in this cgroup
-        with suppress(OSError, KeyError):  # the root of v2 has none, nor has Linux before 4.13
+        with suppress(OSError, KeyError):  # the root of v2 has none, Linux before 4.13 neither
             return _fields(group / f"memory.{_MEMORY[version][-1]}")["oom_kill"]
     return None
 
@@ -323,13 +325,11 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Read lines such as `MemFree:  12 kB`: by name, the first number."""
-    lines = (line.split() for line in path.read_text(errors="replace").splitlines())
-    return {
-        words[0].rstrip(":"): int(words[1])
-        for words in lines
-        if len(words) > 1 and words[1].isdigit()
-    }
+    """Read lines such as ``MemFree:  12 kB``: by name, the first number."""
+    found = re.findall(
+        r"^(\S+?):?[ \t]+(\d+)(?!\S)", path.read_text(errors="replace"), re.MULTILINE
+    )
+    return {name: int(number) for name, number in found}
 
 
 # ---- all of it
@@ -337,22 +337,16 @@ def _fields(path: Path) -> dict[str, int]:
 
 def machine_facts() -> dict[str, Any]:
     """Return all that is cheap to know as a dict for JSON; None for what is not known."""
-    facts: dict[str, Any] = {
-        "machine_memory": machine_memory(),
-        "cgroup_memory": cgroup_memory(),
-        "process_memory": process_memory(),
-        "shared_memory": shared_memory(),
-        "temporary_folder": temporary_folder(),
-        "descriptors": descriptors(),
-        "cgroup_tasks": cgroup_tasks(),
-    }
-    told = {name: None if fact is None else fact._asdict() for name, fact in facts.items()}
+    asked: list[Any] = [machine_memory, cgroup_memory, process_memory, shared_memory]
+    asked += [temporary_folder, descriptors, cgroup_tasks]
+    facts = {ask.__name__: ask() for ask in asked}
+    told = {name: fact and fact._asdict() for name, fact in facts.items()}
     return {**told, "oom_kills": oom_kills()}
 
 
 def machine_lines() -> list[str]:
     """Return what matters most as a few lines for a person; what is not known is left out."""
-    memory = [str(fact) for fact in (machine_memory(), cgroup_memory()) if fact]
+    memory = map(str, filter(None, (machine_memory(), cgroup_memory())))
     told = {
         "memory": "; ".join(filter(None, memory)),
         "shared memory": shared_memory(),

@@ -1,7 +1,7 @@
 """Tells a value as a short text, and runs no code of the user's. Runs in: both.
 
 A text is bounded in length, depth and work, and says the same in every process that holds the same
-value. What stands under the name of a secret (`api_key`) is not shown, at any depth.
+value. What stands under the name of a secret (``api_key``) is not shown, at any depth.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pathlib
 import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from safeloader.introspect.values import (
     container_base,
     cut,
     definitions,
+    elements,
     fields,
     inherits,
     type_name,
@@ -36,7 +37,7 @@ from safeloader.introspect.values import (
 LEAF_MAX = 48  # characters of one string inside a longer text
 INDEX_MAX = 200  # characters of an index
 ITEMS_MAX = 5  # elements of one container shown in a text
-ENTRIES_MAX = 20  # elements of one container that is told as a container (`told_by_dataset`)
+ENTRIES_MAX = 20  # elements of one container that is told as a container (``told_by_dataset``)
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
 DEPTH = 2
 _LABELS = ("name", "key", "header", "field", "var", "variable", "option")
@@ -45,7 +46,7 @@ _NUMBERS = (int, float, complex, np.number, np.bool_, range, torch.Tensor)
 
 
 def bounded_text(value: object) -> str:
-    """Return a text of at most 120 characters for any object, `repr`-like, running no foreign code.
+    """Return a text like ``repr`` of 120 characters at most for any object; run no foreign code.
 
     >>> bounded_text([1.5, "a", {"token": "hf_123"}, None, True, 6, 7])
     "[1.5, 'a', {'token': [redacted]}, None, True, ... 2 more]"
@@ -59,10 +60,11 @@ def index_text(index: object, most: int = INDEX_MAX) -> str:
     >>> index_text(7), index_text("a/b.png"), index_text((0, 68))
     ('7', "'a/b.png'", '(0, 68)')
     """
-    if type(index) is Opaque:
+    cls = type(index)
+    if cls is Opaque:
         return cut(str.__str__(index), most)
-    base = next((each for each in (str, bytes) if type(index) is each), None)
-    return cut(_text(index, DEPTH) if base is None else _string(base, most - 20)(index), most)
+    told = _string(cls, most - 20)(index) if cls is str or cls is bytes else _text(index, DEPTH)
+    return cut(told, most)
 
 
 def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False) -> str:
@@ -71,14 +73,15 @@ def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False
     >>> indices_text(range(20), most=3), indices_text(range(20), most=3, counted=True)
     ('[0, 1, 2, ...]', '[0, 1, 2, ... 20 in all]')
     """
-    rest = f"... {len(indices)} in all" if counted else "..."
-    more = [rest] if len(indices) > most else []
-    return f"[{', '.join([*map(index_text, indices[:most]), *more])}]"
+    shown = [*map(index_text, indices[:most])]
+    if len(indices) > most:
+        shown.append(f"... {len(indices)} in all" if counted else "...")
+    return f"[{', '.join(shown)}]"
 
 
 def plain_text(text: str) -> str:
     """Return a text of any origin as one that may leave: bounded, writable, without secrets."""
-    return cut(scrub(str.__getitem__(text, slice(0, _LOOKED_AT))))
+    return cut(scrub(str.__getitem__(text, slice(0, LOOKED_AT))))
 
 
 def name_of(key: Any) -> str:
@@ -91,7 +94,7 @@ def name_of(key: Any) -> str:
 
 
 def is_secret(name: str, value: object) -> bool:
-    """Say whether a value is not to be shown, going by its name; see `redaction.secrecy`.
+    """Say whether a value is not to be shown, going by its name; see ``redaction.secrecy``.
 
     >>> is_secret("hf_token", "hf_123"), is_secret("pad_token_id", 0), is_secret("password", 0)
     (True, False, True)
@@ -141,7 +144,7 @@ def _spoken(name: Any) -> str:
 def _is_numeric(value: Any, depth: int) -> bool:
     """Say whether all that could be shown of a value is numbers; where in doubt it is not."""
     cls = type(value)
-    if cls is int or cls is float or value is None or inherits(cls, *_NUMBERS):  # most first
+    if cls is int or cls is float or value is None or inherits(cls, *_NUMBERS):  # the usual first
         return True
     if inherits(cls, np.ndarray):
         kind: str = np.ndarray.dtype.__get__(value).kind
@@ -149,11 +152,9 @@ def _is_numeric(value: Any, depth: int) -> bool:
     base = container_base(cls)
     if base is None or (depth == 0 and base.__len__(value)):
         return False
-    parts = islice((dict.items if base is dict else base.__iter__)(value), ENTRIES_MAX)
-    return all(
-        _is_numeric(each, depth - 1)
-        for each in (chain.from_iterable(parts) if base is dict else parts)
-    )
+    parts = elements(value, base, ENTRIES_MAX)
+    flat = chain.from_iterable(parts) if base is dict else parts
+    return all(_is_numeric(each, depth - 1) for each in flat)
 
 
 def _text(value: Any, depth: int) -> str:
@@ -182,7 +183,7 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
     cls, count = type(value), base.__len__(value)
     if depth == 0 and count:
         return f"{type_name(cls)} of {count}"
-    shown = list(islice((dict.items if base is dict else base.__iter__)(value), ITEMS_MAX))
+    shown = elements(value, base, ITEMS_MAX)
     if base is dict:
         hidden = concealed(*zip(*shown, strict=True)) if shown else []
         parts = [
@@ -254,7 +255,7 @@ def _integer(value: Any) -> str:
 def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     def text(value: Any) -> str:
         count = base.__len__(value)
-        shown = base.__getitem__(value, slice(0, _LOOKED_AT))
+        shown = base.__getitem__(value, slice(0, LOOKED_AT))
         said = shown if base is str else shown.decode("latin-1")
         clean = scrub(said)  # before it is cut: half a secret is not known for one
         if clean != said:
@@ -265,7 +266,7 @@ def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     return text
 
 
-_LOOKED_AT = 1024  # characters of a text that are looked through for secrets
+LOOKED_AT = 1024  # characters of a text that are looked through for secrets
 _BRACKETS: dict[Any, tuple[str, str]] = {
     dict: ("{", "}"),
     list: ("[", "]"),
@@ -282,7 +283,7 @@ _SCALARS: dict[Any, Callable[[Any], str]] = {
     bytes: _string(bytes),
     bytearray: _string(bytearray),
 }
-# By id, because a metaclass may define `__hash__` and `__eq__`. None of these is ever freed.
+# By id, because a metaclass may define ``__hash__`` and ``__eq__``. None of these is ever freed.
 _EXACT: dict[int, Callable[[Any], str]] = {
     **{
         id(cls): repr

@@ -1,9 +1,9 @@
 """Looks at a value of the user's without running the user's code. Runs in: both.
 
 Attributes are read where the interpreter keeps them (instance dict and slots), past any property,
-`__getattr__` or proxy; types are told by `type(value)`, because `isinstance` asks a lazy object for
-its `__class__` and wakes it; containers are for the caller to read by the methods of their built-in
-base class, a few elements each. What is found here, `texts` puts into words.
+``__getattr__`` or proxy. A type is ``type(value)``, because ``isinstance`` asks a lazy object for
+its ``__class__`` and wakes it. Containers are read by the methods of their built-in base class, a
+few elements each. :mod:`~safeloader.introspect.texts` puts into words what is found here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TEXT_MAX = 120  # characters of one text, and of one name
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 
-# Read through `type` itself: a metaclass may define properties of these names.
-_mro_of: Any = type.__dict__["__mro__"].__get__
+# Read through ``type`` itself: a metaclass may define properties of these names.
+mro_of: Any = type.__dict__["__mro__"].__get__
 _module_of: Any = type.__dict__["__module__"].__get__
 _qualname_of: Any = type.__dict__["__qualname__"].__get__
 _namespace_of: Any = type.__dict__["__dict__"].__get__
@@ -54,13 +54,13 @@ def type_name(cls: type) -> str:
 
 
 def inherits(cls: type, *bases: type) -> bool:
-    """Say whether one of `bases` is among the ancestors of `cls`, without asking any metaclass.
+    """Say whether one of ``bases`` is among the ancestors of ``cls``, without asking any metaclass.
 
     >>> inherits(bool, str, int)
     True
     """
-    # By identity: `in` would ask the metaclass for `==`.
-    return any(each is base for each in _mro_of(cls) for base in bases)
+    # By identity: ``in`` would ask the metaclass for ``==``.
+    return any(each is base for each in mro_of(cls) for base in bases)
 
 
 def definitions(cls: type, name: str) -> list[Any]:
@@ -69,14 +69,13 @@ def definitions(cls: type, name: str) -> list[Any]:
     >>> definitions(bool, "__len__")
     []
     """
-    return [space[name] for space in map(_namespace_of, _mro_of(cls)) if name in space]
+    return [space[name] for space in map(_namespace_of, mro_of(cls)) if name in space]
 
 
 def array_facts(value: object) -> dict[str, Any] | None:
     """Return shape, dtype, device and size of a tensor or array; None for anything else.
 
-    Nothing is read but the header, and a fact that cannot be told (the shape of a nested tensor)
-    is left out.
+    It reads nothing but the header, and leaves out what has no answer (a nested tensor's shape).
 
     >>> array_facts(torch.zeros(2, 3))
     {'shape': [2, 3], 'dtype': 'float32', 'device': 'cpu', 'size_bytes': 24}
@@ -87,21 +86,22 @@ def array_facts(value: object) -> dict[str, Any] | None:
     tensor: Any = torch.Tensor
     if inherits(cls, np.ndarray):
         dtype = array.dtype.__get__(value)
-        facts["shape"] = list(array.shape.__get__(value))
-        facts["dtype"] = cut(str(dtype)) if dtype.names is None else f"record of {len(dtype.names)}"
-        facts["size_bytes"] = int(array.nbytes.__get__(value))
-        return facts
+        return {
+            "shape": list(array.shape.__get__(value)),
+            "dtype": f"record of {len(dtype.names)}" if dtype.names else cut(str(dtype)),
+            "size_bytes": int(array.nbytes.__get__(value)),
+        }
     if not inherits(cls, torch.Tensor):
         return None
-    derived = takewhile(lambda each: each is not torch.Tensor, _mro_of(cls))
+    derived = takewhile(lambda each: each is not torch.Tensor, mro_of(cls))
     if any("__torch_dispatch__" in _namespace_of(each) for each in derived):
         return facts  # even its shape may be an answer of foreign code
     with without_overrides():
-        with suppress(Exception):
+        with suppress(Exception):  # a nested tensor has none
             facts["shape"] = [int(size) for size in tensor.shape.__get__(value)]
         facts["dtype"] = str(tensor.dtype.__get__(value)).removeprefix("torch.")
         facts["device"] = str(tensor.device.__get__(value))
-        with suppress(Exception):
+        with suppress(Exception):  # nor have others a size
             if tensor.layout.__get__(value) is torch.strided:
                 facts["size_bytes"] = tensor.numel(value) * tensor.element_size(value)
     return facts
@@ -116,8 +116,17 @@ def container_base(cls: type) -> Any:
     return next((base for base in _CONTAINERS if inherits(cls, base)), None)
 
 
+def elements(value: Any, base: Any, most: int) -> list[Any]:
+    """Return the first elements of a container, those of a dict in pairs, as ``base`` has them.
+
+    >>> elements({"a": 1, "b": 2}, dict, most=1), elements("ab", str, most=5)
+    ([('a', 1)], ['a', 'b'])
+    """
+    return list(islice((dict.items if base is dict else base.__iter__)(value), most))
+
+
 def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
-    """Return what an object's own dict and slots hold, `most` of it, and the count of it all.
+    """Return what an object's own dict and slots hold, ``most`` of it, and the count of it all.
 
     >>> fields(Exception("not its args, which are kept elsewhere"), most=5)
     ([], 0)
@@ -131,7 +140,7 @@ def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
                 count = dict.__len__(held)
                 pairs = list(islice(dict.items(held), most))
                 break
-    for cls in _mro_of(type(value)):
+    for cls in mro_of(type(value)):
         for name, slot in list(_namespace_of(cls).items()):
             if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
                 with suppress(Exception):  # an unset slot raises AttributeError
@@ -143,7 +152,7 @@ def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
 
 
 def exception_text(exc: BaseException) -> str:
-    """Return `str(exc)`, which is the user's code: guarded here, and for the caller to bound.
+    """Return ``str(exc)``, which is the user's code: guarded here, and for the caller to bound.
 
     >>> exception_text(KeyError("a"))
     "'a'"
@@ -192,8 +201,7 @@ def weight(value: Any, depth: int = 3) -> int:
         return 80 + bytes.__len__(value)
     if inherits(cls, int, float, type(None)):
         return 40
-    base = container_base(cls)
-    if base is not None:
+    if base := container_base(cls):
         parts = dict.items(value) if base is dict else base.__iter__(value)
         inner = (weight(part, depth - 1) for part in parts) if depth else (100,)
         return 80 + 8 * int(base.__len__(value)) + sum(inner)

@@ -39,9 +39,9 @@ from safeloader.main.drawing import RecordingSampler, ResumedDraws, proven_lengt
 from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
-from safeloader.supervision import leftovers
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
+from safeloader.supervision.processes import close_pipes, remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.slot_budget import PoolCounts, budget
@@ -174,7 +174,7 @@ class WorkerPool:
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
-            leftovers.close_pipes(exc)
+            close_pipes(exc)
             if results is not None:  # whoever keeps the error may keep the frames as well
                 results.close()
             if failure is None:
@@ -307,7 +307,7 @@ class WorkerPool:
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""
         _torch.shut_down(self.stock)
-        leftovers.remove(worker.pid for worker in _torch.workers_of(self.stock))
+        remove_files_of(worker.pid for worker in _torch.workers_of(self.stock))
 
     def let_go(self) -> None:
         """Called when nobody waits for a batch any more.

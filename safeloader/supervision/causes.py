@@ -23,13 +23,12 @@ class WorkerEnd(NamedTuple):
     """How a worker ended.
 
     Attributes:
-        exit_code: as ``multiprocessing`` has it: negative for a signal; None if unknown.
-        phase: what it was at, one of ``flight.PHASES``.
+        exit_code: as :mod:`multiprocessing` has it: negative for a signal; None if unknown.
+        phase: what it was doing, one of ``flight_recorder.PHASES``.
         index: the sample it was at, where that is known.
         stack: what it left behind.
         oom_killed: how many processes the kernel killed for memory since the workers started.
         grown_bytes: how much its resident memory grew.
-        start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
     """
 
     exit_code: int | None
@@ -38,10 +37,6 @@ class WorkerEnd(NamedTuple):
     stack: Stack
     oom_killed: int
     grown_bytes: int
-    start_method: str
-
-
-_FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGILL", "SIGSYS", "SIGTRAP")
 
 
 def _name(number: int) -> str:
@@ -61,17 +56,17 @@ def ended(exit_code: int | None) -> str:
 
 
 def of_death(end: WorkerEnd) -> str:
-    """What to make of a worker's end, in one or two sentences."""
-    code = end.exit_code
+    """The probable cause of a worker's end, and what to do, in one or two sentences."""
+    at = "" if end.index is None else f" at index {index_text(end.index)}"
     if "SystemExit" in end.stack.text:
         return (
-            f"sys.exit() was called in the worker{_at(end)}; the stack shows where. Raise an "
-            "exception there instead: it arrives here with its index"
+            f"sys.exit() was called in the worker{at}; the stack shows where. Raise an exception "
+            "there instead: it arrives here with its index"
         )
     if "KeyboardInterrupt" in end.stack.text:
         return "the worker was interrupted (Ctrl-C, or SIGINT sent to it alone)"
-    if code is not None and code < 0:
-        return _of_signal(-code, end)
+    if end.exit_code is not None and end.exit_code < 0:
+        return _of_signal(_name(-end.exit_code), end, at)
     if end.phase == "starting":
         return (
             "it ended before it could report anything; what it printed stands above. Under spawn "
@@ -80,8 +75,8 @@ def of_death(end: WorkerEnd) -> str:
             "notebook or in __main__): move it into a module"
         )
     return (
-        f"something ended the process{_at(end)} without an exception: os._exit(), or exit() "
-        f"called by a native library. Search the dataset and what it calls; {_again(end.index)}"
+        f"something ended the process{at} without an exception: os._exit(), or exit() called by a "
+        f"native library. Search the dataset and what it calls; {_again(end.index)}"
     )
 
 
@@ -92,62 +87,66 @@ def _again(index: Any, options: str = "") -> str:
         return f"run the same in the main process with num_workers=0{how}"
     python = f" (python{options})" if options else ""
     if type(index) is tuple and [*map(type, index)] == [int, int]:  # a stream's
-        worker, ordinal = index
         return (
-            f"iterating worker {worker}'s part of the dataset up to sample {ordinal} (from 0) in a "
-            f"fresh process{python} repeats it"
+            f"iterating worker {index[0]}'s part of the dataset up to sample {index[1]} (from 0) "
+            f"in a fresh process{python} repeats it"
         )
     return f"loader.dataset[{index_text(index)}] in a fresh process{python} repeats it"
 
 
-def _at(end: WorkerEnd) -> str:
-    return "" if end.index is None else f" at index {index_text(end.index)}"
+# What a signal says by itself, `{at}` an index, `{line}` of the user's.
+_ASKED = (
+    "somebody asked it to end: a batch system that stops the job, a supervisor, or kill. Look at "
+    "what sent the signal"
+)
+_LIMIT = "it ran into a limit of the shell (ulimit -t, ulimit -f)"
+_SENT = dict.fromkeys(("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT"), _ASKED)
+_SENT |= dict.fromkeys(("SIGXCPU", "SIGXFSZ"), _LIMIT)
+_FAULTS = dict.fromkeys(
+    ("SIGSEGV", "SIGFPE", "SIGSYS", "SIGTRAP"), "a native library is at fault{at}{line}"
+) | {
+    "SIGABRT": "a native library gave up{at} (abort(), a failed assertion, corrupted memory){line}",
+    "SIGILL": "a native library used an instruction that this processor lacks{line}: install a "
+    "build for it",
+}
 
 
-def _of_signal(number: int, end: WorkerEnd) -> str:
-    if number == signal.SIGKILL:
+def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
+    if name == "SIGKILL":
         return _of_sigkill(end)
-    shared = shared_memory()
-    if number == signal.SIGBUS:
-        if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
-            return (
-                f"{shared.path} is full ({human_bytes(shared.free)} of "
-                f"{human_bytes(shared.total)} free), and batches cross through it: give it more "
-                "(docker run --shm-size=8g, or --ipc=host), use fewer workers or a smaller "
-                "prefetch_factor, or torch.multiprocessing.set_sharing_strategy('file_system')"
-            )
+    if name == "SIGBUS":
+        return _of_sigbus(end, at)
+    if name in _SENT:
+        return _SENT[name]
+    if name not in _FAULTS:
         return (
-            f"memory behind a mapped file went away{_at(end)}: a file that was truncated or "
-            "replaced while it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or "
-            f"network share, or {shared.path if shared else 'shared memory'} running full. Write "
-            "such files under another name and rename them when they are whole; see whether this "
-            f"one has its full size, and df -h for the disk; {_again(end.index)}"
+            f"somebody sent {name}, which ends a process that has no handler for it: a batch "
+            "system that warns of the end of a job, or kill. Handle it in worker_init_fn, or have "
+            "it sent to the training process alone"
         )
-    if number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
-        return (
-            "somebody asked it to end: a batch system that stops the job, a supervisor, or kill. "
-            "Look at what sent the signal"
-        )
-    if number in (signal.SIGXCPU, signal.SIGXFSZ):
-        return "it ran into a limit of the shell (ulimit -t, ulimit -f)"
-    if _name(number) not in _FAULTS:
-        return (
-            f"somebody sent {_name(number)}, which ends a process that has no handler for it: a "
-            "batch system that warns of the end of a job, or kill. Handle it in worker_init_fn, "
-            "or have it sent to the training process alone"
-        )
-    top = end.stack.frames[0] if end.stack.frames else None
+    top = next(iter(end.stack.frames), None)
     line = f", called from {top.file}:{top.line} in {top.name}" if top else ""
-    where = _at(end)
-    reasons: dict[int, str] = {
-        signal.SIGABRT: f"a native library gave up{where} (abort(), a failed assertion, corrupted "
-        f"memory){line}",
-        signal.SIGILL: f"a native library used an instruction that this processor lacks{line}: "
-        "install a build for it",
-    }
-    reason = reasons.get(number, f"a native library is at fault{where}{line}")
+    reason = _FAULTS[name].format(at=at, line=line)
     again = _again(end.index, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
+
+
+def _of_sigbus(end: WorkerEnd, at: str) -> str:
+    shared = shared_memory()
+    if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
+        return (
+            f"{shared.path} is full ({human_bytes(shared.free)} of {human_bytes(shared.total)} "
+            "free), and batches cross through it: give it more (docker run --shm-size=8g, or "
+            "--ipc=host), use fewer workers or a smaller prefetch_factor, or "
+            "torch.multiprocessing.set_sharing_strategy('file_system')"
+        )
+    return (
+        f"memory behind a mapped file went away{at}: a file that was truncated or replaced while "
+        "it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or network share, or "
+        f"{shared.path if shared else 'shared memory'} running full. Write such files under "
+        "another name and rename them when they are whole; see whether this one has its full "
+        f"size, and df -h for the disk; {_again(end.index)}"
+    )
 
 
 def _of_sigkill(end: WorkerEnd) -> str:
@@ -162,7 +161,7 @@ def _of_sigkill(end: WorkerEnd) -> str:
             f"process(es) for memory. Give it more, or {fewer}"
         )
     memory = machine_memory()
-    low = memory is not None and memory.available < _LITTLE_SHARE * memory.total
+    low = memory and memory.available < _LITTLE_SHARE * memory.total
     if low or end.grown_bytes > 1 << 30:
         return f"probably out of memory: {fewer}. `dmesg | grep -i oom` tells for certain"
     return (
@@ -174,7 +173,7 @@ def _of_sigkill(end: WorkerEnd) -> str:
 
 def _line_in(frames: Sequence[Frame]) -> str:
     """Where the user's code is; and what of the standard library it called, if it is in there."""
-    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame)), 0)
+    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame.file)), 0)
     line = f"{frames[at].file}:{frames[at].line} in {frames[at].name}"
     if not at:
         return line
@@ -182,15 +181,21 @@ def _line_in(frames: Sequence[Frame]) -> str:
     return f"{line}, in {os.path.basename(called.file)}:{called.line} {called.name}"
 
 
-def _is_stdlib(frame: Frame) -> bool:
-    if frame.file.startswith("<frozen "):
-        return True
-    third_party = ("site-packages", "dist-packages")
-    return frame.file.startswith(_STDLIB) and not any(part in frame.file for part in third_party)
+def _is_stdlib(file: str) -> bool:
+    third_party = "site-packages" in file or "dist-packages" in file
+    return file.startswith("<frozen ") or (file.startswith(_STDLIB) and not third_party)
 
 
 _STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 _LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".get(")
+# By the state of the process, or by the phase.
+_HELD_UP = {
+    "stopped": "the worker is stopped (SIGSTOP, or a debugger): kill -CONT lets it go on",
+    "disk-sleep": "the worker waits in the kernel for a disk or network share that does not "
+    "answer: look at the mount the sample is read from",
+    "starting": "the worker does not get through its start: importing the script and unpickling "
+    "the dataset; under spawn and forkserver this may take long for a large dataset",
+}
 
 
 def of_silence(
@@ -202,45 +207,32 @@ def of_silence(
     *,
     timeout: bool = True,
 ) -> str:
-    """What to make of a worker that hangs, in one or two sentences."""
+    """The probable cause of a worker's silence, and what to do, in one or two sentences."""
     if phase is None:
         return (
             "no worker is at work although batches are due: look for a worker_init_fn, sampler or "
             "library that replaces torch's worker loop"
         )
-    if status == "stopped":
-        return "the worker is stopped (SIGSTOP, or a debugger): kill -CONT lets it go on"
-    if status == "disk-sleep":
-        return (
-            "the worker waits in the kernel for a disk or network share that does not answer: "
-            "look at the mount the sample is read from"
-        )
-    if phase == "starting":
-        return (
-            "the worker does not get through its start: importing the script and unpickling the "
-            "dataset; under spawn and forkserver this may take long for a large dataset"
-        )
+    if held_up := _HELD_UP.get(status or "") or _HELD_UP.get(phase):
+        return held_up
     if stack is None or not stack.frames:
         return "give timeout= a larger value if the sample is only slow"
     line = _line_in(stack.frames)
     top = stack.frames[0]
-    words = f"{top.name} {top.source}".lower()
-    if any(word in words for word in _LOCKISH):
-        if start_method == "fork":
-            return (
-                f"it waits for a lock at {line}. A deadlock inherited through fork is likely: a "
-                "lock that another thread of the training process held when the worker was forked "
-                "stays locked in the worker for ever. Make the lock in the worker "
-                "(worker_init_fn), start threads after the workers, or use "
-                "multiprocessing_context='forkserver'"
-            )
+    waits = any(word in f"{top.name} {top.source}".lower() for word in _LOCKISH)
+    if waits and start_method == "fork":
+        return (
+            f"it waits for a lock at {line}. A deadlock inherited through fork is likely: a lock "
+            "that another thread of the training process held when the worker was forked stays "
+            "locked in the worker for ever. Make the lock in the worker (worker_init_fn), start "
+            "threads after the workers, or use multiprocessing_context='forkserver'"
+        )
+    if waits:
         return f"it waits for a lock, queue or thread at {line}: see who is to release it"
     at = "" if index is None else f" for index {index_text(index)}"
     forked = (
         "; if that is a native library with threads of its own (OpenCV, OpenMP, BLAS), these did "
         "not survive the fork: cv2.setNumThreads(0), or multiprocessing_context='forkserver'"
-        if start_method == "fork"
-        else ""
-    )
+    ) * (start_method == "fork")
     longer = "then wait longer by timeout=" if timeout else "timeout= would end this with an error"
     return f"it is stuck, or only slow ({longer}), at {line}{at}{forked}"

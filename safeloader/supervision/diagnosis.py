@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from safeloader.delivery.ledger import PendingBatch
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, text_of
 from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import causes, stacks
-from safeloader.supervision.causes import WorkerEnd
+from safeloader.supervision.causes import WorkerEnd, of_death, of_silence
 from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
@@ -110,15 +110,13 @@ class Diagnosis:
         where = self.location(first)
         process = self._workers[first]
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
-        kills = oom_kills()
         end = WorkerEnd(
             exit_code=process.exitcode,
             phase="starting" if where is None else where.position.phase,
             index=None if where is None else where.index,
             stack=stack,
-            oom_killed=(kills or 0) - (self._oom_kills or 0),
+            oom_killed=(oom_kills() or 0) - (self._oom_kills or 0),
             grown_bytes=_grown(where),
-            start_method=self._start_method,
         )
         found = []
         if where is not None and where.position.pid:
@@ -126,22 +124,17 @@ class Diagnosis:
         for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
             also = self.location(other)
             at = "" if also is None else f" while {also}"
-            pid = self._workers[other].pid
-            found.append(f"worker {other} (pid {pid}) {self._ended(other)} too{at}")
-        found += _memory_lines(where)
-        found += machine_lines()
+            died = self._workers[other]
+            how = causes.ended(died.exitcode)
+            found.append(f"worker {other} (pid {died.pid}) {how} too{at}")
         return Failure(
             phase="crash",
             exception_type="WorkerCrashError",
-            message=self._torch_words(first),
+            message=_torch_words(process),
             traceback=stack.text,
-            index=None if where is None else where.index,
-            position=None if where is None or where.index is None else where.position.position,
-            indices=() if where is None else where.indices,
-            batch=None if where is None else where.batch,
-            worker_id=first,
+            hint="\n".join([*found, *_memory_lines(where), *machine_lines(), of_death(end)]),
             pid=process.pid,
-            hint="\n".join([*found, causes.of_death(end)]),
+            **{"worker_id": first, **_place_of(where)},
         )
 
     def _order(self, worker: int) -> tuple[bool, bool, int]:
@@ -149,18 +142,6 @@ class Diagnosis:
         where = self.location(worker)
         code = self._workers[worker].exitcode
         return (where is None or not where.busy, code is None or code >= 0, worker)
-
-    def _ended(self, worker: int) -> str:
-        return causes.ended(self._workers[worker].exitcode)
-
-    def _torch_words(self, worker: int) -> str:
-        code = self._workers[worker].exitcode
-        pid = self._workers[worker].pid
-        if code is not None and code < 0:
-            words = signal.strsignal(-code) or f"signal {-code}"
-            return f"DataLoader worker (pid {pid}) is killed by signal: {words}."
-        status = "an unknown exit status" if code is None else f"exit code {code}"
-        return f"DataLoader worker (pid(s) {pid}) exited unexpectedly with {status}."
 
     def silence(self, waited_s: float, *, timeout: bool) -> Failure:
         """The failure, or warning, that no batch came for ``waited_s`` seconds."""
@@ -175,23 +156,19 @@ class Diagnosis:
         found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
         if len(busy) > _WORKERS_SHOWN:
             found.append(f"and {len(busy) - _WORKERS_SHOWN} more workers at work")
-        idle = len(known) - len(busy)
-        if idle:
+        if idle := len(known) - len(busy):
             found.append(f"{idle} more idle" if busy else f"all {idle} workers are idle")
-        first = busy[0] if busy else None
-        blocks = []
-        for where in busy[:_WORKERS_SHOWN]:
-            stack = told.get(where.worker)
-            if stack is not None:
-                blocks.append(f"worker {where.worker}, most recent call last:\n{stack.text}")
-        hint = causes.of_silence(
-            None if first is None else told.get(first.worker),
-            None if first is None else self._status(first.worker),
-            None if first is None else first.position.phase,
-            None if first is None else first.index,
-            self._start_method,
-            timeout=timeout,
-        )
+        blocks = [
+            f"worker {where.worker}, most recent call last:\n{told[where.worker].text}"
+            for where in busy[:_WORKERS_SHOWN]
+            if where.worker in told
+        ]
+        first: WorkerLocation | None = None
+        stuck: tuple[stacks.Stack | None, str | None, str | None, Any] = (None, None, None, None)
+        if busy:
+            first = busy[0]
+            of_first = told.get(first.worker), self._status(first.worker)
+            stuck = (*of_first, first.position.phase, first.index)
         message = f"DataLoader timed out after {waited_s:g} seconds"
         if not timeout:
             message = f"no batch came for {waited_s:.0f} seconds; the loader goes on waiting"
@@ -200,13 +177,9 @@ class Diagnosis:
             exception_type="WorkerTimeoutError",
             message=message,
             traceback="\n".join(blocks),
-            index=None if first is None else first.index,
-            position=None if first is None or first.index is None else first.position.position,
-            indices=() if first is None else first.indices,
-            batch=None if first is None else first.batch,
-            worker_id=None if first is None else first.worker,
-            pid=self._workers[first.worker if first is not None else 0].pid,
-            hint="\n".join([*found, hint]),
+            hint="\n".join([*found, of_silence(*stuck, self._start_method, timeout=timeout)]),
+            pid=self._workers[first.worker if first else 0].pid,
+            **_place_of(first),
         )
 
     def _silent_line(self, where: WorkerLocation) -> str:
@@ -219,15 +192,15 @@ class Diagnosis:
 
     def _status(self, worker: int) -> str | None:
         try:
-            import psutil  # heavy: not for workers, which import this module too
+            import psutil  # heavy, and needed here alone
 
             return str(psutil.Process(self._workers[worker].pid).status())
-        except Exception:  # gone, or /proc is not to be read
+        except Exception:  # it has gone, or /proc is not to be read
             return None
 
 
 class Stalls:
-    """Logs that no batch comes: all that is known, then a line each time while nothing changes."""
+    """Logs that no batch comes: first all that is known, then a line while nothing changes."""
 
     def __init__(self, diagnosis: Diagnosis, log: LoaderLog) -> None:
         self._diagnosis = diagnosis
@@ -239,8 +212,10 @@ class Stalls:
         """No batch came for ``waited_s`` seconds."""
         try:
             failure = self._diagnosis.silence(waited_s, timeout=False)
-        except Exception:
-            self._log.exception("no batch came for %.0f s, and looking into it failed", waited_s)
+        except Exception as exc:
+            self._log.error(
+                "no batch came for %.0f s, and looking into it failed\n%s", waited_s, text_of(exc)
+            )
             return
         at = (failure.worker_id, failure.batch, failure.index, failure.traceback)
         nothing_new = at == self._told and waited_s > self._waited_s
@@ -253,6 +228,29 @@ class Stalls:
 
 
 _TELLING = ("stopped", "disk-sleep", "tracing-stop")
+
+
+def _place_of(where: WorkerLocation | None) -> dict[str, Any]:
+    """The fields of a :class:`Failure` that say where it happened."""
+    if where is None:
+        return {}
+    return {
+        "index": where.index,
+        "position": None if where.index is None else where.position.position,
+        "indices": where.indices,
+        "batch": where.batch,
+        "worker_id": where.worker,
+    }
+
+
+def _torch_words(process: Any) -> str:
+    """How torch's own loader tells a worker's end."""
+    code, pid = process.exitcode, process.pid
+    if code is not None and code < 0:
+        words = signal.strsignal(-code) or f"signal {-code}"
+        return f"DataLoader worker (pid {pid}) is killed by signal: {words}."
+    status = "an unknown exit status" if code is None else f"exit code {code}"
+    return f"DataLoader worker (pid(s) {pid}) exited unexpectedly with {status}."
 
 
 def _grown(where: WorkerLocation | None) -> int:

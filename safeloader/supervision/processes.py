@@ -1,21 +1,30 @@
-"""Whether a process has ended, beyond what ``multiprocessing`` says. Runs in: main."""
+"""Processes of workers: have they ended, signals to them, what they leave. Runs in: main."""
 
 from __future__ import annotations
 
+import glob
 import os
+import select
 import signal
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing
+
+from safeloader._python import pipes_left
+
+_OLD_S = 0.02  # in a folder shared with other containers, a process of the same number may be alive
 _EXITING = 0x4  # PF_EXITING of Linux, in the ninth field of /proc/<pid>/stat
 
 
 def is_gone(pid: int) -> bool:
     """Whether there is no such process.
 
-    Where the program ignores SIGCHLD the kernel forgets a child at once, and ``is_alive()``, which
-    then has nobody to wait for, says that it lives.
+    Where the program ignores SIGCHLD the kernel forgets a child at once. ``is_alive()`` then has
+    nobody to wait for, and says that it lives.
     """
     try:
         os.kill(pid, 0)
@@ -27,9 +36,9 @@ def is_gone(pid: int) -> bool:
 
 
 def is_dying(pid: int) -> bool:
-    """Whether it was killed, or is exiting, and not done with it; False where nothing tells.
+    """Whether a process was killed, or is exiting, and still there; False where nothing tells.
 
-    The kernel may take a while to free the memory of one, or to let another run into its SIGKILL.
+    The kernel may need a while to free its memory, or to let it run into its SIGKILL.
     """
     try:
         # The second field, the name, may hold anything; what follows its bracket does not.
@@ -52,12 +61,13 @@ class Signals:
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
-        self._pidfd = -1
+        self._pidfd: Any = None
         with suppress(AttributeError, OSError):  # not on this system, or too many open files
-            self._pidfd = os.pidfd_open(worker.pid)
+            # An epoll object closes its descriptor in C, where no signal handler can raise.
+            self._pidfd = select.epoll.fromfd(os.pidfd_open(worker.pid))
 
     def send(self, number: int) -> bool:
-        """Send a real-time signal, if the worker lives and has a handler for it; whether it went.
+        """Send a real-time signal, if the worker lives and handles it; return whether it was sent.
 
         Without a handler the signal would end the worker, and ``number`` comes from the worker.
         """
@@ -67,8 +77,8 @@ class Signals:
             handled = int(status.split()[0], 16) >> (number - 1) & 1
             if not (signal.SIGRTMIN <= number <= signal.SIGRTMAX and handled):
                 return False
-            if self._pidfd >= 0:
-                signal.pidfd_send_signal(self._pidfd, number)
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd.fileno(), number)
             elif self._worker.is_alive():  # a child that nobody waited for keeps its number
                 os.kill(pid, number)
             else:
@@ -77,7 +87,24 @@ class Signals:
             return False
         return True
 
-    def __del__(self, close: Any = os.close) -> None:
-        # By an argument: at the interpreter's end the module's names are gone.
-        if self._pidfd >= 0:
-            close(self._pidfd)
+
+def remove_files_of(pids: Iterable[int | None]) -> None:
+    """Remove the files in ``/dev/shm`` of these processes, which must have ended.
+
+    Torch makes a file there for each tensor it shares and takes its name away at once. A worker
+    killed between the two leaves the file, and its memory, until the machine is started again.
+    """
+    strategy: Any = torch.multiprocessing.get_sharing_strategy
+    if strategy() != "file_descriptor":
+        return  # its files keep their names, and may be in use
+    for path in [path for pid in pids for path in glob.glob(f"/dev/shm/torch_{pid}_*")]:
+        with suppress(OSError):
+            if time.time() - os.stat(path).st_ctime < _OLD_S:
+                time.sleep(_OLD_S)  # a living process has taken the name away by then
+            os.unlink(path)
+
+
+def close_pipes(raised: BaseException) -> None:
+    """Close the pipes made for a worker that could then not be started."""
+    for fd in pipes_left(raised):
+        os.close(fd)

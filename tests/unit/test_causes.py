@@ -27,7 +27,6 @@ def end(**known: Any) -> WorkerEnd:
         "stack": NO_STACK,
         "oom_killed": 0,
         "grown_bytes": 0,
-        "start_method": "fork",
     }
     return WorkerEnd(**(defaults | known))
 
@@ -65,7 +64,7 @@ INTERRUPT = Stack((), "Traceback (most recent call last):\n  ...\nKeyboardInterr
         ({"exit_code": 3, "index": (1, 5)}, ["worker 1's part .* up to sample 5 .* repeats"]),
         ({"exit_code": 0, "index": None}, [r"os\._exit\(\)", "num_workers=0"]),
         (
-            {"exit_code": 1, "phase": "starting", "index": None, "start_method": "spawn"},
+            {"exit_code": 1, "phase": "starting", "index": None},
             ["before it could report", "__main__", "cannot import"],
         ),
         ({"exit_code": -9, "oom_killed": 2}, ["out of memory", "killed 2 process", "fewer"]),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from safeloader.delivery import coverage as coverage_module
 from safeloader.delivery.coverage import Coverage, IndexSet
-from safeloader.delivery.indices import Packed, count, pack
+from safeloader.delivery.indices import pack
 
 LENGTHS = st.integers(0, 70)
 NUMBERS = st.one_of(

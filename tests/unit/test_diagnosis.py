@@ -30,7 +30,7 @@ class Silent:
 
     def silence(self, waited_s: float, *, timeout: bool) -> Failure:
         if self.found is None:
-            raise OSError("no /proc")
+            raise OSError("no /proc at postgresql://bob:hunter2@host")
         return self.found
 
 
@@ -65,4 +65,6 @@ def test_what_has_changed_is_told(changed: Any, caplog: pytest.LogCaptureFixture
 
 
 def test_a_diagnosis_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    assert said_of(caplog, (60, None)) == ["no batch came for 60 s, and looking into it failed"]
+    [told] = said_of(caplog, (60, None))
+    assert told.startswith("no batch came for 60 s, and looking into it failed\nTraceback")
+    assert told.endswith("OSError: no /proc at postgresql://bob:[redacted]@host\n")

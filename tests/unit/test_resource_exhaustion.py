@@ -32,6 +32,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from safeloader.introspect import resource_exhaustion as module
+from safeloader.introspect import resources
 from safeloader.introspect.resource_exhaustion import never_skipped, shortage
 from safeloader.introspect.resources import CgroupMemory, MachineMemory, Space, Use
 from tests.unit.test_resources import fill_descriptors, in_a_child, limited
@@ -248,7 +249,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     if probe.returncode:
         pytest.skip("this machine does not let its users mount file systems of their own")
     program = (
-        "import pathlib, pickle, sys; from tests.unit import test_shortage as tests;"
+        "import pathlib, pickle, sys; from tests.unit import test_resource_exhaustion as tests;"
         "told = tests.tell_of_full_file_systems(pathlib.Path(sys.argv[1]));"
         "sys.stdout.buffer.write(pickle.dumps({name: tuple(each) for name, each in told.items()}))"
     )
@@ -315,9 +316,9 @@ def test_a_file_that_is_named_by_a_number_is_not_looked_for() -> None:
 
 
 def test_full_file_systems_are_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "shared_memory", lambda: Space("/dev/shm", 64 * MIB, 0, 7))
-    monkeypatch.setattr(module, "temporary_folder", lambda: Space("/tmp", GIB, 9 * MIB, 7))
-    monkeypatch.setattr(module, "space_of", lambda path: Space("/data", GIB, GIB // 2, 7))
+    monkeypatch.setattr(resources, "shared_memory", lambda: Space("/dev/shm", 64 * MIB, 0, 7))
+    monkeypatch.setattr(resources, "temporary_folder", lambda: Space("/tmp", GIB, 9 * MIB, 7))
+    monkeypatch.setattr(resources, "space_of", lambda path: Space("/data", GIB, GIB // 2, 7))
     error = OSError(errno.ENOSPC, "No space left on device")
     figures = str(shortage(error)).split(". ")[0]
     assert figures == "no space left: /dev/shm 0 of 64 MiB free; /tmp 9 MiB of 1 GiB free"
@@ -398,8 +399,10 @@ def test_too_many_mappings_are_told_from_too_little_memory() -> None:
 
 
 def test_the_limit_of_the_container_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "machine_memory", lambda: MachineMemory(64 * GIB, 32 * GIB, 0, 0))
-    monkeypatch.setattr(module, "cgroup_memory", lambda: CgroupMemory(8 * GIB, 7 * GIB, 1))
+    monkeypatch.setattr(
+        resources, "machine_memory", lambda: MachineMemory(64 * GIB, 32 * GIB, 0, 0)
+    )
+    monkeypatch.setattr(resources, "cgroup_memory", lambda: CgroupMemory(8 * GIB, 7 * GIB, 1))
     monkeypatch.setattr(module, "_address_space", lambda: None)
     assert shortage(MemoryError()) == (
         "out of memory: 32 of 64 GiB available; cgroup limit 8 GiB, 7 GiB used, 1 process killed "
@@ -410,8 +413,10 @@ def test_the_limit_of_the_container_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_where_there_is_room_the_sample_may_have_asked_for_too_much(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "machine_memory", lambda: MachineMemory(64 * GIB, 32 * GIB, 0, 0))
-    monkeypatch.setattr(module, "cgroup_memory", lambda: None)
+    monkeypatch.setattr(
+        resources, "machine_memory", lambda: MachineMemory(64 * GIB, 32 * GIB, 0, 0)
+    )
+    monkeypatch.setattr(resources, "cgroup_memory", lambda: None)
     words = str(shortage(told_error(lambda: torch.empty(10**17))))
     assert words.endswith(
         "or look at the sample: a corrupt one may have asked for more than there is."
@@ -477,7 +482,7 @@ def test_no_more_processes(provoke: Callable[[], object], text: str) -> None:
 
 
 def test_the_limit_of_the_container_on_processes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cgroup_tasks", lambda: Use(100, 100))
+    monkeypatch.setattr(resources, "cgroup_tasks", lambda: Use(100, 100))
     words = str(shortage(RuntimeError("can't start new thread")))
     assert "the cgroup runs 100 of 100 (pids.max)" in words
 
@@ -584,10 +589,10 @@ def test_a_fault_in_the_figures_is_no_fault_of_the_caller(monkeypatch: pytest.Mo
     def broken() -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(module, "descriptors", broken)
+    monkeypatch.setattr(resources, "descriptors", broken)
     assert shortage(TOO_MANY) is None
     assert never_skipped(TOO_MANY)
-    monkeypatch.setattr(module, "descriptors", lambda: None)
+    monkeypatch.setattr(resources, "descriptors", lambda: None)
     assert str(shortage(TOO_MANY)).startswith("too many open files: this process is at its limit")
 
 
