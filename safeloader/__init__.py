@@ -55,14 +55,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SKIP": "wire.policy",
-    "BatchRecord": "main.provenance",
-    "EpochAudit": "main.audit",
-    "Failure": "wire.failure",
-    "Provenance": "main.provenance",
-    "Recorder": "main.recorder",
+    "SKIP": "worker.policy",
+    "BatchRecord": "provenance.table",
+    "EpochAudit": "delivery.audit",
+    "Failure": "failures.failure",
+    "Provenance": "provenance.table",
+    "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",
-    "replay": "main.replay",
+    "replay": "failures.replay",
 }
 
 

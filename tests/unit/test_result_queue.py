@@ -18,10 +18,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safeloader.main.unpacking import Unpacker
-from safeloader.wire.records import BatchManifest, DeliveredBatch, FailedBatch
-from safeloader.wire.results import _HEADER, ResultQueue
-from safeloader.worker.packing import Packer
+
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.transport.messages import DeliveredBatch, FailedBatch
+from safeloader.transport.packing import Packer
+from safeloader.transport.result_queue import _HEADER, ResultQueue
+from safeloader.transport.slot_reader import Unpacker
 
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 BOUND_S = 60
