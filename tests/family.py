@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 import pytest
 
 SHARED = Path("/dev/shm")
-_NAMES = re.compile(
-    r"(?:torch_|pym-|sem\.mp-|sem\.loky-)(\d+)[-_]"
-)  # of tensors, arrays and semaphores
+# Of tensors, arrays and semaphores; joblib, once imported, names the semaphores anew.
+_NAMES = re.compile(r"(?:torch_|pym-|sem\.mp-|sem\.loky-)(\d+)[-_]")
 
 _started: set[int] = {os.getpid()}
 _start = BaseProcess.start
