@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _ATTRIBUTE_BYTES = 64 * 1024  # a larger attribute (a batch held by the exception) stays behind
+
+# What the exception itself holds; a property or a ``__getattribute__`` of the user's is not asked.
+own_state: Callable[[BaseException], dict[str, Any]] = BaseException.__dict__["__dict__"].__get__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
                     yield name, slot.__get__(exc)
                 except Exception:  # a field of an exception that was never initialised
                     continue
-    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
+    own = own_state(exc)
     for name in list(own):
         if _is_copied(name):
             yield name, own[name]

@@ -22,6 +22,7 @@ from safeloader.failures.exception_parts import (
     ExceptionParts,
     exception_parts_of,
     first_importable,
+    own_state,
 )
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
@@ -149,7 +150,7 @@ def failure_of(
 
 def _inner_parts(exc: BaseException) -> ExceptionParts | None:
     """For the error of a loader within the dataset: what is left of what the user's code raised."""
-    inner = vars(exc).get("failure")
+    inner = own_state(exc).get("failure")
     return inner._exception_parts if isinstance(inner, Failure) else None
 
 

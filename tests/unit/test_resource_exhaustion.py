@@ -248,7 +248,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     if probe.returncode:
         pytest.skip("this machine does not let its users mount file systems of their own")
     program = (
-        "import pathlib, pickle, sys; from tests.unit import test_shortage as tests;"
+        "import pathlib, pickle, sys; from tests.unit import test_resource_exhaustion as tests;"
         "told = tests.tell_of_full_file_systems(pathlib.Path(sys.argv[1]));"
         "sys.stdout.buffer.write(pickle.dumps({name: tuple(each) for name, each in told.items()}))"
     )
