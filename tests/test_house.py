@@ -1,9 +1,13 @@
-"""The house: each module says where it runs, arrows go one way, and there is no circle."""
+"""The house: modules say where they run, arrows go one way, pages name what is there."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,3 +157,89 @@ def test_imports_are_seen_wherever_they_stand() -> None:
         "safeloader.errors",
         "safeloader.loader",
     }
+
+
+# ── what a worker imports ────────────────────────────────────────────────────────────────────────
+
+
+# What a worker must not pay for: heavy packages, and those that belong to main or to other tools.
+TOO_HEAVY = {
+    "IPython",
+    "PIL",
+    "hypothesis",
+    "lightning",
+    "matplotlib",
+    "pandas",
+    "psutil",
+    "pyarrow",
+    "pytest",
+    "scipy",
+    "sklearn",
+    "tqdm",
+}
+
+
+def modules_after(program: str) -> set[str]:
+    program += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_a_worker_imports_nothing_heavy_beyond_torch_and_numpy() -> None:
+    stock = modules_after("import torch, torch.utils.data, numpy")
+    ours = modules_after("import safeloader.worker.startup")
+    added = {name for name in ours - stock if not name.startswith(("safeloader", "torch", "numpy"))}
+    assert {name.split(".")[0] for name in ours - stock} & TOO_HEAVY == set()
+    assert "logging.handlers" not in added
+    outside = {name.split(".")[0] for name in added} - sys.stdlib_module_names
+    assert outside == set()
+
+
+# ── names that have to be there ──────────────────────────────────────────────────────────────────
+
+ROOT = PACKAGE.parent
+PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "SECURITY.md", "docs/details.rst")
+
+
+def paths_named(page: str) -> set[str]:
+    """Files that a page names: of the repository, or of the package by their room."""
+    return set(re.findall(r"(?<![\w/.<-])((?:[\w.-]+/)*\w+\.(?:py|md|rst))\b", page))
+
+
+def is_there(path: str) -> bool:
+    return (ROOT / path).exists() or (PACKAGE / path).exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_that_a_page_names_is_there(page: str) -> None:
+    named = paths_named((ROOT / page).read_text("utf-8"))
+    assert {path for path in named if not is_there(path)} == set()
+
+
+def test_paths_are_found_in_a_page() -> None:
+    page = "`main/epoch.py`, safeloader/_torch.py ─► (tests/unit/test_run.py) [x](docs/details.rst)"
+    assert paths_named(page) == {
+        "main/epoch.py",
+        "safeloader/_torch.py",
+        "tests/unit/test_run.py",
+        "docs/details.rst",
+    }
+
+
+def test_every_room_is_explained() -> None:
+    rooms = {path.parent.name for path in MODULES} - {"safeloader"}
+    told = set(re.findall(r"`(\w+)/`", (ROOT / "ARCHITECTURE.md").read_text("utf-8")))
+    assert rooms <= told
+
+
+def test_public_names_are_loaded_from_where_they_live() -> None:
+    for name in set(safeloader.__all__) - {"__version__"}:
+        home = importlib.import_module(f"safeloader.{safeloader._HOMES.get(name, 'errors')}")
+        assert getattr(safeloader, name) is vars(home)[name]
