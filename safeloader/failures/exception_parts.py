@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 _ATTRIBUTE_BYTES = 64 * 1024  # a larger attribute (a batch held by the exception) stays behind
-
-# What the exception itself holds; a property or a ``__getattribute__`` of the user's is not asked.
 
 
 @dataclasses.dataclass(frozen=True)
