@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils import data
@@ -36,13 +36,15 @@ class DrawLog(Protocol):
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""
 
-    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
-        """The sampler raised where batch ``seq`` would have been."""
+    def draw_failed(
+        self, seq: int, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
+    ) -> None:
+        """The sampler raised where batch ``seq`` would have been; ``lost`` it had drawn for it."""
 
-    def draw_interrupted(self, lost: Packed) -> None:
+    def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn for its next batch."""
 
-    def draws_ended(self, dropped: Packed) -> None:
+    def draws_ended(self, dropped: Sequence[Any]) -> None:
         """The sampler has no more; ``dropped`` it drew but left out of every batch."""
 
 
@@ -168,13 +170,11 @@ class RecordingSampler:
         return itertools.chain.from_iterable(self._passes(inner, tail, self.log))
 
     def _fault(
-        self, log: DrawLog, failure: Failure, exc: Exception, drawn: Packed = b""
+        self, log: DrawLog, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
     ) -> Iterator[Task]:
-        """A draw that failed, in the place of the batch that was not drawn; ``drawn`` is of it."""
+        """A draw that failed, in the place of the batch that was not drawn; ``lost`` is of it."""
         seq = next(self._numbers)
-        if drawn:
-            log.drawn(seq, drawn)
-        log.draw_failed(seq, failure, exc)
+        log.draw_failed(seq, failure, exc, lost)
         yield Task(seq, SamplerFault())
 
     def _passes(
@@ -186,7 +186,7 @@ class RecordingSampler:
             yield self._tasks(inner, tail, log, ended)
             if ended:
                 return
-            log.draw_interrupted(pack(tail))
+            log.draw_interrupted(tail)
             tail.clear()
 
     def _tasks(
@@ -201,14 +201,14 @@ class RecordingSampler:
                 index = next(inner)
             except StopIteration:
                 ended.append(True)
-                log.draws_ended(pack(tail))
+                log.draws_ended(tail)
                 return
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                fault = self._fault(log, *_taken_apart(exc), pack(tail))
+                fault = self._fault(log, *_taken_apart(exc), tuple(tail))
             except BaseException:
-                log.draw_interrupted(pack(tail))
+                log.draw_interrupted(tail)
                 tail.clear()
                 raise
             if tail:

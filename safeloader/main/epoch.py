@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.indices import Packed
+from safeloader.delivery.indices import Packed, pack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
@@ -128,18 +128,26 @@ class Epoch:
         self._book(lambda ledger: ledger.drawn(seq, indices))
         self.events.tell("drawn", self.number, seq, indices)
 
-    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
+    def draw_failed(
+        self, seq: int, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
+    ) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
         self._sampler_errors[seq] = failure, exc
-        self._book(lambda ledger: ledger.draw_failed(seq))
 
-    def draw_interrupted(self, lost: Packed) -> None:
+        def book(ledger: Ledger) -> None:
+            if lost:
+                self.drawn(seq, pack(lost))
+            ledger.draw_failed(seq)
+
+        self._book(book)
+
+    def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
-        self._book(lambda ledger: ledger.draw_interrupted(lost))
+        self._book(lambda ledger: ledger.draw_interrupted(pack(lost)))
 
-    def draws_ended(self, dropped: Packed) -> None:
-        """The sampler is at its end."""
-        self._book(lambda ledger: ledger.draws_ended(dropped))
+    def draws_ended(self, dropped: Sequence[Any]) -> None:
+        """The sampler is at its end; ``dropped`` it drew but left out of every batch."""
+        self._book(lambda ledger: ledger.draws_ended(pack(dropped)))
         self.draws_over = True
 
     def opened(self, seq: int) -> PendingBatch | None:
@@ -374,7 +382,7 @@ class Epoch:
         try:
             audit = self.ledger.audit(number, self.log.length)
         except Exception as exc:
-            self.at_fault("the audit", exc)
+            self.at_fault("the ledger" if "the ledger" in self._off else "the audit", exc)
             audit = EpochAudit(epoch=number, complete=False, drawn=0, delivered=0)
         since = self.unchecked_since
         if since is None:
