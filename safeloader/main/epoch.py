@@ -175,21 +175,15 @@ class Epoch:
             warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
             return
         culprits = discrepancy.culprits
-        failure = Failure(
+        failure = self._failure(
+            manifest,
             phase="delivery",
             exception_type="DeliveryError",
             message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + discrepancy.sound,
-            batch=self.batches if manifest is not None else None,
-            epoch=self.number,
-            rank=rank(),
-            worker_id=None if manifest is None else manifest.worker_id,
-            pid=os.getpid() if manifest is None else manifest.pid,
             hint=discrepancy.hint or _SEE_AUDIT,
         )
-        if manifest is not None:
-            self.batches += 1
         raise self._error(failure)
 
     def came_empty(self, manifest: BatchManifest) -> None:
@@ -244,28 +238,23 @@ class Epoch:
             "max_skipped= allows more: a count, or a fraction of the samples"
         )
         last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
-        failure = Failure(
+        failure = self._failure(
+            manifest,
             phase="sample",
             exception_type="SampleError",
             message=f"too many samples failed: {reason}",
             index=None if last is None else asked[last.position],
             position=None if last is None else last.position,
             indices=asked,
-            batch=self.batches,
-            epoch=self.number,
-            rank=rank(),
-            worker_id=manifest.worker_id,
-            pid=manifest.pid,
             hint="\n".join(listed),
         )
-        self.batches += 1
         raise self._error(failure)
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
         """Tell of the incidents of a batch, and count them; a sentence if they are too many."""
         asked = expected_indices(manifest)
         incidents = [(asked[each.position], each) for each in manifest.incidents or ()]
-        failures = [self._placed(each) for each in manifest.failures or ()]
+        failures = [self._placed(each, batch=self.batches) for each in manifest.failures or ()]
         self.events.tell("skipped", self.number, self.batches, incidents, failures)
         if "the count of skipped samples" in self._off:
             return None
@@ -287,16 +276,13 @@ class Epoch:
         else:
             indices = failure.indices
             self._book(lambda ledger: ledger.failed(manifest, indices))
-        failure = self._placed(failure)
-        if failure.phase == "init":  # the batch is not to blame
-            failure = dataclasses.replace(failure, batch=None)
         state = failure.dataset_state
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
-                failure = dataclasses.replace(failure, dataset_state=state)
+        batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
-        return self._error(failure, exception)
+        return self._error(self._placed(failure, batch=batch, dataset_state=state), exception)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
@@ -312,23 +298,33 @@ class Epoch:
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """New workers are about to take over from those that died."""
-        failure = dataclasses.replace(failure, epoch=self.number, rank=rank())
-        self.events.tell("restarted", failure, said)
+        self.events.tell("restarted", self._placed(failure), said)
 
-    def broke(self, failure: Failure, lost: Sequence[int] = ()) -> SafeLoaderError:
-        """The error for workers that died or hang; the batches ``lost`` with them will not come."""
-        for seq in lost:
-            self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
+    def broke(self, failure: Failure, at: Sequence[Any] | None = None) -> SafeLoaderError:
+        """The error for workers that hang, or died ``at`` these locations: then nothing follows."""
+        for where in at or ():
+            if where is not None and (seq := where.position.seq) is not None:
+                self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
         state = None
         if self._dataset is not None:
             state = describe(self._dataset, length=self.log.length)
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
-        failure = dataclasses.replace(failure, epoch=self.number, rank=rank(), dataset_state=state)
-        return self._error(failure)
+        error = self._error(dataclasses.replace(self._placed(failure), dataset_state=state))
+        if at is not None:
+            self.close()
+        return error
 
-    def _placed(self, failure: Failure) -> Failure:
-        return dataclasses.replace(failure, batch=self.batches, epoch=self.number, rank=rank())
+    def _placed(self, failure: Failure, **more: Any) -> Failure:
+        return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)
+
+    def _failure(self, manifest: BatchManifest | None, **fields: Any) -> Failure:
+        """A failure that is ours to tell, and ends the batch of ``manifest``."""
+        if manifest is None:
+            return self._placed(Failure(pid=os.getpid(), **fields))
+        self.batches += 1
+        fields |= {"worker_id": manifest.worker_id, "pid": manifest.pid}
+        return self._placed(Failure(batch=self.batches - 1, **fields))
 
     def _error(self, failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
         """The error to raise for ``failure``, which is told wherever it is to be told."""

@@ -1,4 +1,4 @@
-"""The way of one batch: how many functions of ours a steady ``next()`` calls, in how many modules."""
+"""The way of one batch: how many functions of ours ``next()`` calls, in how many modules."""
 
 from __future__ import annotations
 
