@@ -44,16 +44,12 @@ class Epoch:
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
-        check: the ledger's, bound for the hot path.
-        drawn: called with each draw; the ledger's own where no sink listens. Hot path too.
         draws_over: whether the sampler is at its end.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
     ledger: Ledger
     lock: threading.RLock  # the ledger's
-    check: Callable[[BatchManifest], Discrepancy | None]
-    drawn: Callable[[int, Packed], None]
 
     def __init__(self, dataset: Any, settings: Settings, recorder: Recorder) -> None:
         self.log = log = LoaderLog(dataset, length_of(dataset))
@@ -82,8 +78,10 @@ class Epoch:
     def open(self, ledger: Ledger) -> None:
         """Begin the accounts."""
         self.ledger = ledger
-        self.lock, self.check = ledger.lock, ledger.check
-        self.drawn = self._drawn_and_told if self.events.drawn else ledger.drawn
+        self.lock = ledger.lock
+        self.check = ledger.check  # type: ignore[method-assign]  # hot path
+        if not self.events.drawn:
+            self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -96,10 +94,9 @@ class Epoch:
         self._off.add(part)
         if self.unchecked_since is None:
             self.unchecked_since = self.batches
-        if part == "the ledger":
-            self.check = self._count
-            if not self.events.drawn:
-                self.drawn = lambda seq, indices: None
+        if part == "the ledger":  # its methods give way to those of this class
+            for name in ("check", "drawn"):
+                self.__dict__.pop(name, None)
         self.log.own_fault(part, exc)
 
     def sink_failed(self, told: Callable[..., None], exc: Exception) -> None:
@@ -118,13 +115,15 @@ class Epoch:
                 self.at_fault("the ledger", exc)
         return None
 
-    def _count(self, manifest: BatchManifest) -> None:
-        """In the place of the ledger's check: ``max_skipped`` has to know how many came."""
+    def check(self, manifest: BatchManifest) -> Discrepancy | None:
+        """The ledger's check stands here; without it ``max_skipped`` has to know how many came."""
         self._uncounted += len(expected_indices(manifest))
+        return None
 
     # draws ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _drawn_and_told(self, seq: int, indices: Packed) -> None:
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn. Where no sink wants to know, the ledger's method stands here."""
         self._book(lambda ledger: ledger.drawn(seq, indices))
         self.events.tell("drawn", self.number, seq, indices)
 

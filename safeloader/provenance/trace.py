@@ -262,7 +262,7 @@ def trace_for(recorder: Recorder, target: bool | Path, log: LoaderLog) -> Trace 
     made: Trace | None = None
     try:
         made = FileTrace(target)
-    except OSError as exc:
+    except Exception as exc:  # a full disk, or a fault of ours: training needs no trace
         log.warning("no trace is written: %s", str(exc))
     _traces[recorder] = (os.getpid(), target, made)
     return made
