@@ -8,6 +8,7 @@ the rules that make ours survive it are in ``tests/frameworks/``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -330,21 +331,13 @@ def _calling_line() -> str:
 
 
 def _spell_out_keywords(init: Any) -> None:
-    try:
+    # Some constructors are no Python functions, and some take no attributes.
+    with contextlib.suppress(TypeError, ValueError, AttributeError):
         signature = inspect.signature(init)
-    except (TypeError, ValueError):  # a constructor that is not a Python function
-        return
-    parameters = list(signature.parameters.values())
-    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
-        return
-    missing = [each for name, each in _OURS.items() if name not in signature.parameters]
-    if missing:
-        try:
-            init.__signature__ = signature.replace(
-                parameters=[*parameters[:-1], *missing, parameters[-1]]
-            )
-        except AttributeError:  # an object that takes no attributes
-            return
+        *first, last = signature.parameters.values()
+        if last.kind is inspect.Parameter.VAR_KEYWORD:
+            missing = [each for name, each in _OURS.items() if name not in signature.parameters]
+            init.__signature__ = signature.replace(parameters=[*first, *missing, last])
 
 
 _OURS = {

@@ -88,33 +88,37 @@ class Settings:
             ValueError: for a value out of range, or a folder that cannot be written to.
         """
         is_off()
-        for name, (error, is_good, wanted) in _RULES.items():
+        for name, (is_good, wanted) in _RULES.items():
             value = getattr(self, name)
             if not is_good(value):
+                error = TypeError if name in _KINDS else ValueError
                 raise error(f"{name} must be {wanted}; got {bounded_text(value)}")
         dumps = None if self.on_failure_dump is None else folder_of(self.on_failure_dump)
-        for what, folder, advice in (
-            (
-                "trace files",
-                self.trace_target,
-                "trace= (or SAFELOADER_TRACE) {}, 1 for log lines, or 0 for nothing",
-            ),
-            ("failures", dumps, "on_failure_dump= {}, or None"),
-        ):
-            if isinstance(folder, Path):
-                try:
-                    see_writable(folder)
-                except OSError as exc:
-                    raise ValueError(
-                        f"{what} cannot be written to {str(folder)!r}: {exc}. Give "
-                        f"{advice.format('a folder that can be written to')}"
-                    ) from exc
+        _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
+        _see_writable(
+            "failures", dumps, "on_failure_dump= a folder that can be written to, or None"
+        )
         if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
             raise ValueError(
                 "on_crash='restart' needs a map-style dataset: a stream cannot be asked again for "
                 "the samples that a dead worker had read. Leave on_crash='raise' for an iterable "
                 "dataset"
             )
+
+
+_TRACE_ADVICE = (
+    "trace= (or SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for "
+    "nothing"
+)
+
+
+def _see_writable(what: str, folder: object, advice: str) -> None:
+    try:
+        if isinstance(folder, Path):
+            see_writable(folder)
+    except OSError as exc:
+        said = f"{what} cannot be written to {str(folder)!r}: {exc}. Give {advice}"
+        raise ValueError(said) from exc
 
 
 def _is_a(*numbers: type) -> Callable[[Any], bool]:
@@ -129,67 +133,56 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in words
 
 
+_KINDS = ("trace", "key", "on_failure_dump")  # of which another kind is a TypeError
 _is_path = _is_a(str, os.PathLike)
 
-# What is raised for a value that is not good, when it is good, and what is wanted.
-_RULES: dict[str, tuple[type[Exception], Callable[[Any], bool], str]] = {
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "verify": (
-        ValueError,
         _one_of("raise", "warn", "off"),
         "'raise' (an error when the audit fails), 'warn' or 'off'",
     ),
     "trace": (
-        TypeError,
         lambda value: value is None or isinstance(value, bool) or _is_path(value),
         "None (ask SAFELOADER_TRACE), False, True (log lines) or a folder for trace files",
     ),
     "key": (
-        TypeError,
         lambda value: value is None or callable(value),
         "a callable that takes a sample and gives a hashable identity, such as "
         "lambda sample: sample['id']",
     ),
     "on_error": (
-        ValueError,
         lambda value: callable(value) or _one_of("raise", "skip", "replace")(value),
         "'raise', 'skip' (leave the sample out of its batch), 'replace' (by another sample of the "
         "batch) or a callable that takes a safeloader.Failure and gives a sample or "
         "safeloader.SKIP",
     ),
     "retries": (
-        ValueError,
         lambda value: _is_a(int)(value) and value >= 0,
         "an int, 0 or more: how often a failing sample is asked for again",
     ),
     "max_skipped": (
-        ValueError,
         lambda value: value is None or (value >= 0 if _is_a(int)(value) else _is_share(value)),
         "a count (an int, 0 or more), a fraction of the samples so far (a float above 0, up to "
         "1.0), or None for one in a hundred",
     ),
     "on_crash": (
-        ValueError,
         _one_of("raise", "restart"),
         "'raise' or 'restart' (a new pool of workers goes on with the batches that are open)",
     ),
     "stall_after": (
-        ValueError,
         lambda value: _is_a(int, float)(value) and value >= 0,
         "the seconds without a batch after which a diagnosis is logged, 0 for never",
     ),
     "on_failure_dump": (
-        TypeError,
         lambda value: value is None or _is_path(value),
         "a folder to write failures into, or None",
     ),
     "transport": (
-        ValueError,
         _one_of("auto", "torch"),
         "'auto' (shared memory that is written again and again, on systems that have it) or "
         "'torch' (torch's own way)",
     ),
     "checksum": (
-        ValueError,
         lambda value: isinstance(value, bool),
         "True (the leaves of each batch are fingerprinted in the worker and compared when it is "
         "handed over) or False",

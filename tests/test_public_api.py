@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
+from safeloader.introspect.texts import bounded_text
 
 NAMES = [
     "SKIP",
@@ -197,7 +198,7 @@ def test_verify_is_one_of_three(bad: Any, leaves_nothing: Path) -> None:
     assert said.endswith(f"got {bad!r}")
 
 
-@pytest.mark.parametrize("bad", [3, "id", ("id",), True])
+@pytest.mark.parametrize("bad", [3, "id", ["id"], True])
 def test_key_is_a_callable(bad: Any, leaves_nothing: Path) -> None:
     said = refusal(TypeError, key=bad)
     assert "key must be a callable that takes a sample" in said
@@ -209,7 +210,7 @@ def test_key_is_a_callable(bad: Any, leaves_nothing: Path) -> None:
 def test_recorder_is_a_recorder(bad: Any, leaves_nothing: Path) -> None:
     said = refusal(TypeError, recorder=bad)
     assert "recorder must be a safeloader.Recorder, or None" in said
-    assert repr(bad) in said
+    assert bounded_text(bad) in said
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_a_stream_is_not_restarted(leaves_nothing: Path) -> None:
 def test_trace_is_none_a_bool_or_a_folder(bad: Any, leaves_nothing: Path) -> None:
     said = refusal(TypeError, trace=bad)
     assert "trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder" in said
-    assert ("<object>" if type(bad) is object else repr(bad)) in said  # no foreign __repr__
+    assert bounded_text(bad) in said
 
 
 @pytest.mark.parametrize("name", ["a file", "a file/traces", "a file/deep/er"])

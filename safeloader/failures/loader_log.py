@@ -40,7 +40,7 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         if self._broken:
             return
         try:
-            super().log(level, msg, *args, **kwargs)
+            super().log(level, msg, *args, **{"stacklevel": 2} | kwargs)
         except Exception as exc:
             if raised_by_signal(exc):
                 raise

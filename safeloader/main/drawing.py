@@ -11,46 +11,25 @@ import copy
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from torch.utils import data
 from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
-from safeloader.delivery.ledger import PendingBatch
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
+from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
-
-
-class DrawLog(Protocol):
-    """Who is told of the draws: the running epoch."""
-
-    drawn: Callable[[int, Packed], None]  # batch number, identities; looked up for each draw
-
-    def at_fault(self, part: str, exc: Exception) -> None:
-        """Noting a draw raised: a fault of ours, for which no draw is lost."""
-
-    def opened(self, seq: int) -> PendingBatch | None:
-        """What is known of a batch that was drawn and has not come."""
-
-    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
-        """The sampler raised where batch ``seq`` would have been."""
-
-    def draw_interrupted(self, lost: Packed) -> None:
-        """An interrupt went through the sampler; ``lost`` it had drawn for its next batch."""
-
-    def draws_ended(self, dropped: Packed) -> None:
-        """The sampler has no more; ``dropped`` it drew but left out of every batch."""
 
 
 class RecordingSampler:
     """Stands where torch expects the index sampler, over the one the user gave.
 
-    ``log`` is changed from epoch to epoch. Batches are numbered on from epoch to epoch, so that one
-    left over from an earlier epoch is recognised.
+    ``log``, which is told of the draws, is the running epoch. Batches are numbered on from epoch
+    to epoch, so that one left over from an earlier epoch is recognised.
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
@@ -72,7 +51,7 @@ class RecordingSampler:
         self.batched = batched
         self._stream = stream
         self._numbers = itertools.count()
-        self.log: DrawLog | None = None
+        self.log: Epoch | None = None
         self._in_main = in_main
         self._open: dict[int, Task] | None = {} if keep_open else None
         self._rest: Iterator[Task] = iter(())
@@ -130,25 +109,21 @@ class RecordingSampler:
 
         Gives the identities of what is left out. It stands in for no other sample either.
         """
-        if self._open is None or seq not in self._open:
+        task = None if self._open is None else self._open.get(seq)
+        if task is None or self._open is None:
             return ()
-        task = self._open[seq]
+        self._open[seq] = task._replace(one_by_one=True)
         asked = unpack(pack(task.index) if self.batched else pack_unbatched(task.index))
-        more = () if excluded is None or excluded >= len(asked) else (excluded,)
-        self._open[seq] = task._replace(excluded=task.excluded + more, one_by_one=True)
         if excluded is None or excluded >= len(asked) + len(task.donors):
             return ()
-        if not more:  # at a donor
-            killer = [task.donors[excluded - len(asked)]]
-        elif self.batched:
-            killer, asked = (
-                [*snapshots([list(task.index)[excluded]])],
-                asked[excluded : excluded + 1],
-            )
-        else:
-            killer = [*snapshots([task.index])]
-        self._killers.update(killer)
-        return asked if more else (restored(killer[0]),)
+        if excluded >= len(asked):
+            killer = task.donors[excluded - len(asked)]
+            self._killers.add(killer)
+            return (restored(killer),)
+        self._open[seq] = task._replace(one_by_one=True, excluded=(*task.excluded, excluded))
+        at = list(task.index)[excluded] if self.batched else task.index
+        self._killers.update(snapshots([at]))
+        return asked[excluded : excluded + 1] if self.batched else asked
 
     def again(self) -> ResumedDraws:
         """The sampler for a new pool: the open tasks in their order, then the rest."""
@@ -168,17 +143,15 @@ class RecordingSampler:
         return itertools.chain.from_iterable(self._passes(inner, tail, self.log))
 
     def _fault(
-        self, log: DrawLog, failure: Failure, exc: Exception, drawn: Packed = b""
+        self, log: Epoch, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
     ) -> Iterator[Task]:
-        """A draw that failed, in the place of the batch that was not drawn; ``drawn`` is of it."""
+        """A draw that failed, in the place of the batch that was not drawn; ``lost`` is of it."""
         seq = next(self._numbers)
-        if drawn:
-            log.drawn(seq, drawn)
-        log.draw_failed(seq, failure, exc)
+        log.draw_failed(seq, failure, exc, lost)
         yield Task(seq, SamplerFault())
 
     def _passes(
-        self, inner: Iterator[Any], tail: list[Any], log: DrawLog
+        self, inner: Iterator[Any], tail: list[Any], log: Epoch
     ) -> Iterator[Iterator[Task]]:
         """One pass over the sampler; after an interrupt another one over what it still has."""
         ended: list[bool] = []
@@ -186,11 +159,11 @@ class RecordingSampler:
             yield self._tasks(inner, tail, log, ended)
             if ended:
                 return
-            log.draw_interrupted(pack(tail))
+            log.draw_interrupted(tail)
             tail.clear()
 
     def _tasks(
-        self, inner: Iterator[Any], tail: list[Any], log: DrawLog, ended: list[bool]
+        self, inner: Iterator[Any], tail: list[Any], log: Epoch, ended: list[bool]
     ) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         numbers = self._numbers
@@ -201,14 +174,14 @@ class RecordingSampler:
                 index = next(inner)
             except StopIteration:
                 ended.append(True)
-                log.draws_ended(pack(tail))
+                log.draws_ended(tail)
                 return
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                fault = self._fault(log, *_taken_apart(exc), pack(tail))
+                fault = self._fault(log, *_taken_apart(exc), tuple(tail))
             except BaseException:
-                log.draw_interrupted(pack(tail))
+                log.draw_interrupted(tail)
                 tail.clear()
                 raise
             if tail:

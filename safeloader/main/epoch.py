@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.indices import Packed
+from safeloader.delivery.indices import Packed, pack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
@@ -44,16 +44,12 @@ class Epoch:
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
-        check: the ledger's, bound for the hot path.
-        drawn: called with each draw; the ledger's own where no sink listens. Hot path too.
         draws_over: whether the sampler is at its end.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
     ledger: Ledger
     lock: threading.RLock  # the ledger's
-    check: Callable[[BatchManifest], Discrepancy | None]
-    drawn: Callable[[int, Packed], None]
 
     def __init__(self, dataset: Any, settings: Settings, recorder: Recorder) -> None:
         self.log = log = LoaderLog(dataset, length_of(dataset))
@@ -82,8 +78,10 @@ class Epoch:
     def open(self, ledger: Ledger) -> None:
         """Begin the accounts."""
         self.ledger = ledger
-        self.lock, self.check = ledger.lock, ledger.check
-        self.drawn = self._drawn_and_told if self.events.drawn else ledger.drawn
+        self.lock = ledger.lock
+        self.check = ledger.check  # type: ignore[method-assign]  # hot path
+        if not self.events.drawn:
+            self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -96,10 +94,9 @@ class Epoch:
         self._off.add(part)
         if self.unchecked_since is None:
             self.unchecked_since = self.batches
-        if part == "the ledger":
-            self.check = self._count
-            if not self.events.drawn:
-                self.drawn = lambda seq, indices: None
+        if part == "the ledger":  # its methods give way to those of this class
+            for name in ("check", "drawn"):
+                self.__dict__.pop(name, None)
         self.log.own_fault(part, exc)
 
     def sink_failed(self, told: Callable[..., None], exc: Exception) -> None:
@@ -118,28 +115,38 @@ class Epoch:
                 self.at_fault("the ledger", exc)
         return None
 
-    def _count(self, manifest: BatchManifest) -> None:
-        """In the place of the ledger's check: ``max_skipped`` has to know how many came."""
+    def check(self, manifest: BatchManifest) -> Discrepancy | None:
+        """The ledger's check stands here; without it ``max_skipped`` has to know how many came."""
         self._uncounted += len(expected_indices(manifest))
+        return None
 
     # draws ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _drawn_and_told(self, seq: int, indices: Packed) -> None:
+    def drawn(self, seq: int, indices: Packed) -> None:
+        """Batch ``seq`` was drawn. Where no sink wants to know, the ledger's method stands here."""
         self._book(lambda ledger: ledger.drawn(seq, indices))
         self.events.tell("drawn", self.number, seq, indices)
 
-    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
+    def draw_failed(
+        self, seq: int, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
+    ) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
         self._sampler_errors[seq] = failure, exc
-        self._book(lambda ledger: ledger.draw_failed(seq))
 
-    def draw_interrupted(self, lost: Packed) -> None:
+        def book(ledger: Ledger) -> None:
+            if lost:
+                self.drawn(seq, pack(lost))
+            ledger.draw_failed(seq)
+
+        self._book(book)
+
+    def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
-        self._book(lambda ledger: ledger.draw_interrupted(lost))
+        self._book(lambda ledger: ledger.draw_interrupted(pack(lost)))
 
-    def draws_ended(self, dropped: Packed) -> None:
-        """The sampler is at its end."""
-        self._book(lambda ledger: ledger.draws_ended(dropped))
+    def draws_ended(self, dropped: Sequence[Any]) -> None:
+        """The sampler is at its end; ``dropped`` it drew but left out of every batch."""
+        self._book(lambda ledger: ledger.draws_ended(pack(dropped)))
         self.draws_over = True
 
     def opened(self, seq: int) -> PendingBatch | None:
@@ -167,21 +174,15 @@ class Epoch:
             warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
             return
         culprits = discrepancy.culprits
-        failure = Failure(
+        failure = self._failure(
+            manifest,
             phase="delivery",
             exception_type="DeliveryError",
             message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + discrepancy.sound,
-            batch=self.batches if manifest is not None else None,
-            epoch=self.number,
-            rank=rank(),
-            worker_id=None if manifest is None else manifest.worker_id,
-            pid=os.getpid() if manifest is None else manifest.pid,
             hint=discrepancy.hint or _SEE_AUDIT,
         )
-        if manifest is not None:
-            self.batches += 1
         raise self._error(failure)
 
     def came_empty(self, manifest: BatchManifest) -> None:
@@ -236,28 +237,23 @@ class Epoch:
             "max_skipped= allows more: a count, or a fraction of the samples"
         )
         last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
-        failure = Failure(
+        failure = self._failure(
+            manifest,
             phase="sample",
             exception_type="SampleError",
             message=f"too many samples failed: {reason}",
             index=None if last is None else asked[last.position],
             position=None if last is None else last.position,
             indices=asked,
-            batch=self.batches,
-            epoch=self.number,
-            rank=rank(),
-            worker_id=manifest.worker_id,
-            pid=manifest.pid,
             hint="\n".join(listed),
         )
-        self.batches += 1
         raise self._error(failure)
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
         """Tell of the incidents of a batch, and count them; a sentence if they are too many."""
         asked = expected_indices(manifest)
         incidents = [(asked[each.position], each) for each in manifest.incidents or ()]
-        failures = [self._placed(each) for each in manifest.failures or ()]
+        failures = [self._placed(each, batch=self.batches) for each in manifest.failures or ()]
         self.events.tell("skipped", self.number, self.batches, incidents, failures)
         if "the count of skipped samples" in self._off:
             return None
@@ -279,16 +275,13 @@ class Epoch:
         else:
             indices = failure.indices
             self._book(lambda ledger: ledger.failed(manifest, indices))
-        failure = self._placed(failure)
-        if failure.phase == "init":  # the batch is not to blame
-            failure = dataclasses.replace(failure, batch=None)
         state = failure.dataset_state
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
-                failure = dataclasses.replace(failure, dataset_state=state)
+        batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
-        return self._error(failure, exception)
+        return self._error(self._placed(failure, batch=batch, dataset_state=state), exception)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
@@ -304,23 +297,33 @@ class Epoch:
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """New workers are about to take over from those that died."""
-        failure = dataclasses.replace(failure, epoch=self.number, rank=rank())
-        self.events.tell("restarted", failure, said)
+        self.events.tell("restarted", self._placed(failure), said)
 
-    def broke(self, failure: Failure, lost: Sequence[int] = ()) -> SafeLoaderError:
-        """The error for workers that died or hang; the batches ``lost`` with them will not come."""
-        for seq in lost:
-            self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
+    def broke(self, failure: Failure, at: Sequence[Any] | None = None) -> SafeLoaderError:
+        """The error for workers that hang, or died ``at`` these locations: then nothing follows."""
+        for where in at or ():
+            if where is not None and (seq := where.position.seq) is not None:
+                self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
         state = None
         if self._dataset is not None:
             state = describe(self._dataset, length=self.log.length)
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
-        failure = dataclasses.replace(failure, epoch=self.number, rank=rank(), dataset_state=state)
-        return self._error(failure)
+        error = self._error(dataclasses.replace(self._placed(failure), dataset_state=state))
+        if at is not None:
+            self.close()
+        return error
 
-    def _placed(self, failure: Failure) -> Failure:
-        return dataclasses.replace(failure, batch=self.batches, epoch=self.number, rank=rank())
+    def _placed(self, failure: Failure, **more: Any) -> Failure:
+        return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)
+
+    def _failure(self, manifest: BatchManifest | None, **fields: Any) -> Failure:
+        """A failure that is ours to tell, and ends the batch of ``manifest``."""
+        if manifest is None:
+            return self._placed(Failure(pid=os.getpid(), **fields))
+        self.batches += 1
+        fields |= {"worker_id": manifest.worker_id, "pid": manifest.pid}
+        return self._placed(Failure(batch=self.batches - 1, **fields))
 
     def _error(self, failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
         """The error to raise for ``failure``, which is told wherever it is to be told."""
@@ -374,7 +377,7 @@ class Epoch:
         try:
             audit = self.ledger.audit(number, self.log.length)
         except Exception as exc:
-            self.at_fault("the audit", exc)
+            self.at_fault("the ledger" if "the ledger" in self._off else "the audit", exc)
             audit = EpochAudit(epoch=number, complete=False, drawn=0, delivered=0)
         since = self.unchecked_since
         if since is None:

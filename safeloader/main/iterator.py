@@ -21,13 +21,11 @@ from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
-from safeloader.failures.failure import Failure
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.recorder import Recorder
 from safeloader.settings import Settings
-from safeloader.supervision.diagnosis import WorkerLocation
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
 from safeloader.transport.slot_reader import WORKER_GONE, changed
@@ -218,13 +216,7 @@ class SafeIterator(Iterator[Any]):
         pool.broken = failure
         pool.end()
         # Not by way of a variable: the error's frames would hold the error, and both this iterator.
-        raise self._ended_by(failure, at) from None
-
-    def _ended_by(self, failure: Failure, at: list[WorkerLocation | None]) -> SafeLoaderError:
-        lost = [where.position.seq for where in at if where is not None]
-        error = self._epoch.broke(failure, [seq for seq in lost if seq is not None])
-        self._epoch.close()
-        return error
+        raise epoch.broke(failure, at) from None
 
     def __len__(self) -> int:
         return len(self._stock)

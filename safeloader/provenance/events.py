@@ -89,14 +89,8 @@ class LogLines:
     ) -> None:
         """A line for each sample."""
         for index, incident in incidents:
-            self._log.warning(
-                "epoch %d, batch %d: index %s %s: %s",
-                epoch,
-                batch,
-                index_text(index),
-                incident.what,
-                incident.reason,
-            )
+            said = f"index {index_text(index)} {incident.what}: {incident.reason}"
+            self._log.warning("epoch %d, batch %d: %s", epoch, batch, said)
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """What happened, and what is done about it."""

@@ -53,6 +53,10 @@ class Recorder:
     Args:
         max_bytes: bound on the memory of the records, in bytes.
 
+    Attributes:
+        epochs: how many epochs were begun; each ``iter(loader)`` begins one.
+        forgotten: how many batches were forgotten to stay within ``max_bytes``.
+
     Raises:
         ValueError: if ``max_bytes`` is not a positive number.
 
@@ -78,9 +82,9 @@ class Recorder:
         # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
-        self._epochs = 0
+        self.epochs = 0
         self._audit: Callable[[], EpochAudit] | None = None
-        self._forgotten = 0
+        self.forgotten = 0
         self.transport = TransportCounts()
         self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 
@@ -89,24 +93,14 @@ class Recorder:
 
     def __repr__(self) -> str:
         return (
-            f"Recorder({len(self._deliveries)} batches of {self._epochs} epochs, "
+            f"Recorder({len(self._deliveries)} batches of {self.epochs} epochs, "
             f"{self._held_bytes} of {self.max_bytes} bytes)"
         )
 
-    @property
-    def epochs(self) -> int:
-        """How many epochs were begun; each ``iter(loader)`` begins one."""
-        return self._epochs
-
-    @property
-    def forgotten(self) -> int:
-        """How many batches were forgotten to stay within ``max_bytes``."""
-        return self._forgotten
-
     def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
         """Number the next epoch and take the way to its audit."""
-        epoch = self._epochs
-        self._epochs += 1
+        epoch = self.epochs
+        self.epochs += 1
         if not self._in_use:
             self._in_use.append(True)
         self._audit = lambda: audit(epoch)
@@ -134,7 +128,7 @@ class Recorder:
         target = self.max_bytes - self.max_bytes // 16
         for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
             self._held_bytes -= self._deliveries.pop(key)[0]
-            self._forgotten += 1
+            self.forgotten += 1
             if self._held_bytes <= target:
                 break
 
@@ -149,7 +143,7 @@ class Recorder:
 
     def find(self, batch: int, epoch: int | None) -> Delivery | None:
         """Batch number ``batch`` of ``epoch``, by default of the newest epoch."""
-        at = self._epochs - 1 if epoch is None else epoch
+        at = self.epochs - 1 if epoch is None else epoch
         found = self._deliveries.get(at << _BATCH_BITS | batch) if min(at, batch) >= 0 else None
         return None if found is None else _as_delivery(found)
 

@@ -54,40 +54,22 @@ class LogTrace:
         """A line for each sample and one for the batch."""
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
-        for position, (index, fetch_ns) in enumerate(
+        said = f"epoch {epoch}: {who} (pid {record.pid}) fetched index"
+        for position, (index, took_ns) in enumerate(
             zip(record.indices, record.fetch_ns, strict=True)
         ):
-            self._log.info(
-                "epoch %d: %s (pid %d) fetched index %s for batch %d, position %d, in %.3f ms",
-                record.epoch,
-                who,
-                record.pid,
-                index_text(index),
-                record.batch,
-                position,
-                fetch_ns / 1e6,
-            )
+            at = f"for batch {batch}, position {position}, in {took_ns / 1e6:.3f} ms"
+            self._log.info("%s %s %s", said, index_text(index), at)
         self._log.info(
-            "epoch %d: handed over batch %d from %s: %d samples, collated in %.3f ms, "
-            "the loop waited %.3f ms",
-            record.epoch,
-            record.batch,
-            who,
-            len(record.indices),
-            record.collate_ns / 1e6,
-            record.wait_ns / 1e6,
+            "%s",
+            f"epoch {epoch}: handed over batch {batch} from {who}: {len(record.indices)} samples, "
+            f"collated in {record.collate_ns / 1e6:.3f} ms, the loop waited {wait_ns / 1e6:.3f} ms",
         )
 
     def failed(self, failure: Failure) -> None:
         """What failed, and at which index."""
-        self._log.info(
-            "epoch %s: %s at index %s, batch %s (%s)",
-            failure.epoch,
-            failure.exception_type,
-            index_text(failure.index),
-            failure.batch,
-            failure.phase,
-        )
+        where = f"at index {index_text(failure.index)}, batch {failure.batch} ({failure.phase})"
+        self._log.info("epoch %s: %s %s", failure.epoch, failure.exception_type, where)
 
     def audited(self, audit: EpochAudit) -> None:
         """The epoch's audit."""
@@ -178,28 +160,18 @@ class FileTrace:
     def _event(self, **fields: Any) -> str:
         return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
 
-    def _slice(
-        self, cat: str, name: str, tid: int, ts_us: float, dur_us: float, args: dict[str, Any]
-    ) -> str:
-        return self._event(ph="X", cat=cat, name=name, tid=tid, ts=ts_us, dur=dur_us, args=args)
-
     def _lane(self, tid: int, name: str) -> None:
         if tid not in self._lanes:
             self._lanes.add(tid)
-            order = {"sort_index": tid}
-            self._file.write(
-                [
-                    self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
-                    self._event(ph="M", name="thread_sort_index", tid=tid, args=order),
-                ]
-            )
+            for kind, told in (("name", {"name": name}), ("sort_index", {"sort_index": tid})):
+                told_event = self._event(ph="M", name=f"thread_{kind}", tid=tid, args=told)
+                self._file.write([told_event])
 
     def _instant(self, cat: str, name: str, tid: int, s: str, args: dict[str, Any]) -> None:
         """A moment, marked in its lane (``s="t"``), process (``"p"``) or everywhere (``"g"``)."""
         now_us = (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
-        self._file.write(
-            [self._event(ph="i", s=s, name=name, cat=cat, tid=tid, ts=now_us, args=args)]
-        )
+        event = self._event(ph="i", s=s, name=name, cat=cat, tid=tid, ts=now_us, args=args)
+        self._file.write([event])
         if s != "t":  # what is rare is on disk at once
             self._file.flush()
 
@@ -233,16 +205,16 @@ class FileTrace:
         name = f"batch {batch}"
         args = {"epoch": epoch, "batch": batch, "pid": manifest.pid}
         flow = {"cat": "batch", "name": name, "id": f"{epoch}.{batch}"}
+        collated = {"cat": "collate", "name": "collate", "ts": collate_us, "args": args}
+        waited = {"cat": "wait", "name": f"wait for {name}", "ts": began_us}
+        waited["args"] = args | {"samples": len(record.indices)}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
-        took_us = end_us - collate_us
-        waited = args | {"samples": len(record.indices)}
+        at_us = began_us + wait_us - min(wait_us, 1.0) / 2
         events += [
-            self._slice("collate", "collate", tid, collate_us, took_us, args),
+            self._event(ph="X", tid=tid, dur=end_us - collate_us, **collated),
             self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
-            self._slice("wait", f"wait for {name}", 0, began_us, wait_us, waited),
-            self._event(
-                ph="f", bp="e", tid=0, ts=began_us + wait_us - min(wait_us, 1.0) / 2, **flow
-            ),
+            self._event(ph="X", tid=0, dur=wait_us, **waited),
+            self._event(ph="f", bp="e", tid=0, ts=at_us, **flow),
         ]
         self._file.write(events)
 
@@ -290,7 +262,7 @@ def trace_for(recorder: Recorder, target: bool | Path, log: LoaderLog) -> Trace 
     made: Trace | None = None
     try:
         made = FileTrace(target)
-    except OSError as exc:
+    except Exception as exc:  # a full disk, or a fault of ours: training needs no trace
         log.warning("no trace is written: %s", str(exc))
     _traces[recorder] = (os.getpid(), target, made)
     return made

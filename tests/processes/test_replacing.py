@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from safeloader import CollateError, SafeDataLoader, SampleError
-from safeloader.main import epoch as epoch_module
+from safeloader.provenance import events
 from tests.oracle import plain, rng_state, seed_all
 from tests.processes.test_failures import caught
 from tests.processes.test_going_on import (
@@ -486,7 +486,7 @@ def test_those_of_a_stream_are_written_too(tmp_path: Path, workers: int) -> None
 def test_their_number_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(epoch_module, "DUMPS_MAX", 4)
+    monkeypatch.setattr(events, "DUMPS_MAX", 4)
     bad = tuple(range(1, 42, 3))
     loader = replacing(Faulty("raise", bad), on_failure_dump=tmp_path)
     with caplog.at_level(logging.WARNING, logger="safeloader"):

@@ -6,7 +6,7 @@ import copy
 import itertools
 import pickle
 from asyncio import CancelledError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,25 @@ class Log:
     def drawn(self, seq: int, indices: Packed) -> None:
         self.draws.append((seq, unpack(indices)))
 
-    def draw_failed(self, seq: int, failure: Failure, exc: Exception) -> None:
+    def draw_failed(
+        self, seq: int, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
+    ) -> None:
         assert failure.phase == "sampler"
+        if lost:
+            self.draws.append((seq, tuple(lost)))
         self.failures.append((seq, exc))
 
-    def draw_interrupted(self, lost: Packed) -> None:
-        self.lost.append(unpack(lost))
+    def draw_interrupted(self, lost: Sequence[Any]) -> None:
+        self.lost.append(tuple(lost))
 
-    def draws_ended(self, dropped: Packed) -> None:
-        self.dropped.append(unpack(dropped))
+    def draws_ended(self, dropped: Sequence[Any]) -> None:
+        self.dropped.append(tuple(dropped))
+
+    def at_fault(self, part: str, exc: Exception) -> None:
+        raise exc
+
+    def opened(self, seq: int) -> None:
+        return None
 
 
 def recording(

@@ -22,7 +22,7 @@ from safeloader.introspect.values import weight
 REPOSITORY = Path(safeloader.__file__).parents[1]
 
 
-def papers_from_a_worker(indices: list[Any]) -> BatchManifest:
+def manifest_from_a_worker(indices: list[Any]) -> BatchManifest:
     """The manifest of one batch, as they come out of the queue."""
     loader = SafeDataLoader(_AnyIndex(), sampler=indices, batch_size=len(indices))
     for _ in loader:
@@ -60,7 +60,7 @@ def test_the_bound_is_within_a_factor_two_of_the_truth(size: int, named: bool) -
     indices: list[Any] = [
         f"a name as long as names are, {first + k}" if named else first + k for k in range(size)
     ]
-    manifest = papers_from_a_worker(indices)
+    manifest = manifest_from_a_worker(indices)
     bound = 2 * 2**20
     gc.collect()
     tracemalloc.start()
