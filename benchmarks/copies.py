@@ -64,8 +64,8 @@ class _Stepwise(IterableDataset[Steps]):
 
     def __iter__(self) -> Iterator[Steps]:
         from safeloader.delivery.manifest import BatchManifest
-        from safeloader.transport.packing import Packer
         from safeloader.transport.channel import ResultQueue
+        from safeloader.transport.packing import Packer
         from safeloader.transport.shared_memory import anonymous_file, mapped
         from safeloader.transport.slot_reader import Unpacker
         from safeloader.transport.slot_table import SlotTable

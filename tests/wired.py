@@ -23,7 +23,7 @@ from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
-from safeloader.transport.stats import TransportStats, TransportCounts
+from safeloader.transport.stats import TransportCounts, TransportStats
 
 SLOTS = 128
 KB = 1 << 10

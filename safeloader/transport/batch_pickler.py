@@ -27,8 +27,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from safeloader import _torch
 from safeloader._python import as_if_spawning, extra_reducers
 from safeloader.transport import leaves
-from safeloader.transport.leaves import CODES, Place, Placeholder
 from safeloader.transport.channel import MOST_FDS
+from safeloader.transport.leaves import CODES, Place, Placeholder
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SLOTS_A_BATCH
 
@@ -108,9 +108,8 @@ def _around(parts: list[Part], part: Part) -> Part | None:
 
 
 def _bytes_at(address: int, size: int) -> bytes:
-    if size <= INLINE:
-        return ctypes.string_at(address, size)
-    return bytes((ctypes.c_char * size).from_address(address))  # the other takes a C int for a size
+    # Not by ``ctypes.string_at``, which takes a C int for a size.
+    return bytes((ctypes.c_char * size).from_address(address))
 
 
 class BatchPickler:
@@ -201,19 +200,19 @@ class BatchPickler:
             and 1 not in shape
             and tensor.is_contiguous()
         ):
-            place = self._bring(storage, same, held)
-            if place is None:
-                return self._reduce_tensor(tensor)
+            place = self._bring(storage, same, size)
             if type(place) is bytes:
                 return leaves.tensor_inline, (place, code, shape)
+            if place is None:
+                return self._reduce_tensor(tensor)
             slot, at, _ = place
             return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
-        return self._strided(tensor, code, storage, same, held)
+        return self._strided(tensor, code, storage, same)
 
     def _strided(
-        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int, held: int
+        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int
     ) -> Any:
-        item = tensor.itemsize
+        item, held = tensor.itemsize, storage.nbytes()
         shape, stride = tuple(tensor.shape), tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -222,7 +221,8 @@ class BatchPickler:
         place: Place | None = self._brought.get(same)
         if place is None:
             assert self._slots is not None
-            few = held > _WHOLE and part[1] - part[0] < held // 2 and not self._slots.has(same)
+            few = held > _WHOLE and part[1] - part[0] < held // 2
+            few = few and self._slots.stacked(storage, same) is None
             if few or same in self._views or same in self._parts:
                 start, place = self._view(storage, same, part)
             else:
@@ -244,9 +244,11 @@ class BatchPickler:
         if views.overlap:  # this pickle will not be sent
             self._overlap = True
             return start, b""
+        assert self._slots is not None
         address, size = storage.data_ptr() + start, part[1] - start
+        copied = self._slots.copy(address, size) if size > INLINE else None
         # Without room it goes within the message: torch's way would take the storage as a whole.
-        place = self._copied(address, size) or _bytes_at(address, size)
+        place = copied or _bytes_at(address, size)
         views.add(part, self._count)
         self._count += 1
         return start, place
@@ -271,20 +273,21 @@ class BatchPickler:
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | bytes | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
-        assert self._slots is not None
-        place: tuple[int, int, int] | bytes | None = self._slots.place_of(storage, same, size)
-        place = place or self._copied(storage.data_ptr(), size)
-        if place is not None:
-            self._brought[same] = self._count
-            self._count += 1
-            self._held.append(storage)
+        place: tuple[int, int, int] | bytes | None = None
+        if size <= INLINE:
+            place = ctypes.string_at(storage.data_ptr(), size)
+        else:
+            assert self._slots is not None
+            place = self._slots.place_of(storage, same, size)
+            # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
+            if place is None and size < IN_MESSAGE:
+                place = _bytes_at(storage.data_ptr(), size)
+            if place is None:
+                return None
+        self._brought[same] = self._count
+        self._count += 1
+        self._held.append(storage)
         return place
-
-    def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
-        assert self._slots is not None
-        place = None if size <= INLINE else self._slots.copy(address, size)
-        # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
-        return _bytes_at(address, size) if place is None and size < IN_MESSAGE else place
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         """The same for an array; a copy each, as in any pickle."""

@@ -128,13 +128,13 @@ class Packer:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
-            given_up = () if slots is None else slots.pool.given_up
+            given_up = () if slots is None else tuple(slots.pool.given_up)
             why = run.why or (slots is not None and slots.why) or self._why
             about = None
             if sent or given_up or why or run.torchs:
                 known = tuple((slot.number, slot.size) for slot in sent)
-                fds = len(run.fds) + len(fresh)
-                about = tuple(SlotLayout(known, fresh, fds, given_up, stream, run.torchs, why))
+                count = len(run.fds) + len(fresh)
+                about = tuple(SlotLayout(known, fresh, count, given_up, stream, run.torchs, why))
             head = pickle.dumps((tuple(manifest), about), pickle.HIGHEST_PROTOCOL)
         except BaseException:
             close_all(run.fds)

@@ -26,8 +26,8 @@ from safeloader.supervision.flight_recorder import (
     FlightRecorder,
 )
 from safeloader.supervision.monitor import WorkerMonitor
-from safeloader.transport.packing import Packer
 from safeloader.transport.channel import ResultQueue
+from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.transport.stream_progress import StreamProgress

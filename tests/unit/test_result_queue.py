@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.transport.channel import _HEADER, ResultQueue
 from safeloader.transport.messages import DeliveredBatch, FailedBatch
