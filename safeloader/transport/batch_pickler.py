@@ -104,8 +104,8 @@ class BatchPickler:
         # Of storages of which not all crosses: the parts that do, with their numbers.
         self._views: dict[int, dict[Part, int]] = {}
         self._spare_bytes = 0  # of these storages; parts that are larger together overlap
-        self._held: list[Any] = []  # so that no identity is given twice
-        self._count = 0
+        # By number in the pickle: what was brought. Held, so that no identity is given twice.
+        self._held: list[torch.UntypedStorage] = []
         self.fds: list[int] = []
         self.torchs = fetched
         self.why = why
@@ -198,7 +198,6 @@ class BatchPickler:
         if views is None:
             views = self._views[same] = {}
             self._spare_bytes += storage.nbytes()
-            self._held.append(storage)
         known = self._parts.get(same, [])
         at = bisect_right(known, (part[0], sys.maxsize)) - 1
         if at >= 0 and part[1] <= known[at][1]:
@@ -206,8 +205,8 @@ class BatchPickler:
         start = part[0] // _ALIGNED * _ALIGNED
         if part in views:
             return start, views[part]
-        views[part] = self._count
-        self._count += 1
+        views[part] = len(self._held)
+        self._held.append(storage)
         self._spare_bytes -= part[1] - part[0]
         if self._spare_bytes < 0:  # they overlap: this pickle will not be sent
             return start, b""
@@ -248,8 +247,7 @@ class BatchPickler:
                 place = _bytes_at(storage.data_ptr(), size)
             if place is None:
                 return None
-        self._brought[same] = self._count
-        self._count += 1
+        self._brought[same] = len(self._held)
         self._held.append(storage)
         return place
 

@@ -28,8 +28,8 @@ class SlotBatch:
 
     What is large gets a slot of its own, so that whoever keeps the labels of each batch does not
     keep the images as well. The rest of a batch shares a slot. A tensor that is stacked into a slot
-    keeps it in use only for as long as it exists: a slot is sent if something of the batch is there
-    when it is sealed.
+    keeps it in use only for as long as it exists. Sealing the batch finds what is left, and only
+    slots that hold something of the batch are sent.
 
     Args:
         pool: the slots of this worker.
@@ -112,7 +112,7 @@ class SlotBatch:
     # when it is sealed ──────────────────────────────────────────────────────────────────────────
 
     def seal(self) -> None:
-        """All that is stacked is stacked. A slot that temporaries made large is not sent."""
+        """Nothing is stacked from now on. A slot that temporaries made large is not sent."""
         if self._shared:
             most = max(self._recent)
             if any(_roomy(slot, most) for slot in self._shared):
@@ -176,7 +176,7 @@ class SlotBatch:
         return slot.place
 
     def commit(self) -> list[int]:
-        """It is sent: its slots are main's. Gives the descriptors of those that are new to it."""
+        """The batch is sent: its slots are main's. Gives the descriptors of those new to main."""
         self._recent.append(sum([slot.filled() for slot in self.sent if slot in self._shared]))
         fresh = self.pool.lend(self.sent)
         self.abort()
@@ -186,7 +186,7 @@ class SlotBatch:
         return fresh
 
     def abort(self) -> None:
-        """It is not sent, or not this way: forget what was copied."""
+        """The batch is not sent, or not this way: forget what was copied."""
         for slot in self.sent:
             slot.place = None
             slot.drop_copies()

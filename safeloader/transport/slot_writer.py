@@ -25,7 +25,7 @@ Piece = tuple[int, int, int]  # first byte, the one behind, a weak reference to 
 
 
 class NoRoom(Exception):
-    """No slot can take any more; says why."""
+    """No slot can take any more; its text says why."""
 
 
 class Slot:
@@ -40,7 +40,7 @@ class Slot:
         memory: where it is mapped here.
         address: of that.
         fd: for main to map it by; -1 once that was sent.
-        place: in the batch that is being sealed; None while it is not sent with it.
+        place: in the batch that is being pickled; None while the slot is not sent with it.
         free_since: number of the batch at which it was found free; None while it is in use.
     """
 
@@ -66,7 +66,7 @@ class Slot:
         insort(self._pieces, (at, at + size, storage))  # no two begin with the same byte
 
     def drop_copies(self) -> None:
-        """The batch was sent, or will not be."""
+        """The batch was sent, or will not be: its copies are not in use any more."""
         self._pieces = [piece for piece in self._pieces if piece[2]]
         if not self.filled():  # a fork concerns what is still referred to alone
             self._forks = None
