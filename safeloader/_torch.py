@@ -33,7 +33,8 @@ _LOADING = "torch.utils.data.dataloader"
 _UTILS = "torch.utils.data._utils"
 _WITH_WORKERS = "_MultiProcessingDataLoaderIter"
 _NEEDED = {
-    "torch": "UntypedStorage._cdata UntypedStorage._expired",
+    "torch": "UntypedStorage._cdata UntypedStorage._expired UntypedStorage._free_weak_ref "
+    "UntypedStorage._weak_ref",
     "torch._C": "DisableTorchFunction",
     "torch.autograd": "_profiler_enabled",
     _LOADING: "_DatasetKind.create_fetcher _DatasetKind.Iterable "
@@ -393,8 +394,14 @@ def parts_of_sparse(tensor: torch.Tensor) -> list[torch.Tensor]:
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 
-is_gone: Any = getattr(torch.UntypedStorage, "_expired", None)  # where it is not, `moved` says so
-"""Whether nothing refers to a storage any more, by the ``cdata`` of a weak reference to it."""
+# Weak references to a storage, as numbers: ``StorageWeakRef``, an object around one, takes five
+# times as long. Where torch has no such functions, `moved` says so.
+refer_weakly: Any = getattr(torch.UntypedStorage, "_weak_ref", None)
+"""A weak reference to a storage; to be given to :data:`forget` once."""
+is_gone: Any = getattr(torch.UntypedStorage, "_expired", None)
+"""Whether nothing refers to the storage of a weak reference any more."""
+forget: Any = getattr(torch.UntypedStorage, "_free_weak_ref", None)
+"""Free a weak reference."""
 
 
 def collates_tuples_of_tensors_itself() -> bool:

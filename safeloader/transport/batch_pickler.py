@@ -1,6 +1,6 @@
 """Pickles a batch, with the memory of its tensors put into slots. Runs in: worker.
 
-Runs in a worker. Where the pickler comes to the memory of a tensor or of an array, that is copied
+Where the pickler comes to the memory of a tensor or of an array, that is copied
 into a slot, once however many tensors share it, and a call that finds it there is written to the
 pickle. What is small crosses within the message. Everything else about a tensor (its kind,
 ``requires_grad``, what its class adds) is torch's own way of pickling it.
@@ -17,7 +17,8 @@ import io
 import os
 import pickle
 import sys
-from bisect import bisect_right, insort
+from bisect import bisect_right
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -55,62 +56,19 @@ class TooManyFds(Exception):
     """More tensors go torch's way than a message may have descriptors."""
 
 
-class StorageViews:
-    """The parts of one storage that tensors look at, each copied on its own.
-
-    Args:
-        parts: those that are known to be looked at by several; in order, apart from each other.
-
-    Attributes:
-        overlap: whether some of them overlap, so that these will not do.
-    """
-
-    def __init__(self, parts: list[Part]) -> None:
-        self._parts = parts
-        self._copied: list[Part] = []  # in order, apart from each other
-        self._numbers: dict[Part, int] = {}  # of their memory in the pickle
-        self._others: list[Part] = []  # from the first that overlaps with these
-        self.overlap = False
-
-    def at(self, part: Part) -> tuple[Part, int | None]:
-        """The part that is to cross for this one, and its number if it does so already."""
-        part = _around(self._parts, part) or part
-        known = _around(self._copied, part)
-        if known is not None:
-            return known, self._numbers[known]
-        place = bisect_right(self._copied, part)
-        before, behind = self._copied[max(0, place - 1) : place], self._copied[place : place + 1]
-        if any(low < part[1] and part[0] < high for low, high in before + behind):
-            self.overlap = True
-        if self.overlap:
-            self._others.append(part)
-        return part, None
-
-    def add(self, part: Part, number: int) -> None:
-        """It was copied."""
-        insort(self._copied, part)
-        self._numbers[part] = number
-
-    def merged(self) -> list[Part]:
-        """What to copy instead, so that every byte crosses once."""
-        merged: list[Part] = []
-        for low, high in sorted(self._copied + self._others):
-            if merged and low < merged[-1][1]:
-                low, high = merged[-1][0], max(merged.pop()[1], high)
-            merged.append((low, high))
-        return merged
-
-
-def _around(parts: list[Part], part: Part) -> Part | None:
-    """The one of these parts, in order and apart from each other, that ``part`` lies in."""
-    place = bisect_right(parts, (part[0], sys.maxsize)) - 1
-    return parts[place] if place >= 0 and part[1] <= parts[place][1] else None
+def _merged(parts: Iterable[Part]) -> list[Part]:
+    """The same bytes in parts that are apart from each other, in order."""
+    merged: list[Part] = []
+    for low, high in sorted(parts):
+        if merged and low < merged[-1][1]:
+            low, high = merged[-1][0], max(merged.pop()[1], high)
+        merged.append((low, high))
+    return merged
 
 
 def _bytes_at(address: int, size: int) -> bytes:
-    if size <= INLINE:
-        return ctypes.string_at(address, size)
-    return bytes((ctypes.c_char * size).from_address(address))  # the other takes a C int for a size
+    # Not by ``ctypes.string_at``, which takes a C int for a size.
+    return bytes((ctypes.c_char * size).from_address(address))
 
 
 class BatchPickler:
@@ -143,10 +101,11 @@ class BatchPickler:
         self._parts = parts
         self.fetched = fetched
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
-        self._views: dict[int, StorageViews] = {}  # at storages of which not all crosses
-        self._overlap = False
-        self._held: list[Any] = []  # so that no identity is given twice
-        self._count = 0
+        # Of storages of which not all crosses: the parts that do, with their numbers.
+        self._views: dict[int, dict[Part, int]] = {}
+        self._spare_bytes = 0  # of these storages; parts that are larger together overlap
+        # By number in the pickle: what was brought. Held, so that no identity is given twice.
+        self._held: list[torch.UntypedStorage] = []
         self.fds: list[int] = []
         self.torchs = fetched
         self.why = why
@@ -166,8 +125,9 @@ class BatchPickler:
             table.setdefault(np.ndarray, self._array)
         pickler.dispatch_table = table
         pickler.dump(payload)
-        if self._overlap:
-            raise Overlap({same: views.merged() for same, views in self._views.items()})
+        merged = {same: _merged(views) for same, views in self._views.items()}
+        if any(len(merged[same]) < len(views) for same, views in self._views.items()):
+            raise Overlap(merged)
         return buffer.getvalue()
 
     # leaves ─────────────────────────────────────────────────────────────────────────────────────
@@ -201,19 +161,19 @@ class BatchPickler:
             and 1 not in shape
             and tensor.is_contiguous()
         ):
-            place = self._bring(storage, same, held)
-            if place is None:
-                return self._reduce_tensor(tensor)
+            place = self._bring(storage, same, size)
             if type(place) is bytes:
                 return leaves.tensor_inline, (place, code, shape)
+            if place is None:
+                return self._reduce_tensor(tensor)
             slot, at, _ = place
             return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
-        return self._strided(tensor, code, storage, same, held)
+        return self._strided(tensor, code, storage, same)
 
     def _strided(
-        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int, held: int
+        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int
     ) -> Any:
-        item = tensor.itemsize
+        item, held = tensor.itemsize, storage.nbytes()
         shape, stride = tuple(tensor.shape), tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -222,7 +182,8 @@ class BatchPickler:
         place: Place | None = self._brought.get(same)
         if place is None:
             assert self._slots is not None
-            few = held > _WHOLE and part[1] - part[0] < held // 2 and not self._slots.has(same)
+            few = held > _WHOLE and part[1] - part[0] < held // 2
+            few = few and self._slots.stacked(storage, same) is None
             if few or same in self._views or same in self._parts:
                 start, place = self._view(storage, same, part)
             else:
@@ -235,21 +196,25 @@ class BatchPickler:
         """Where a part of a storage is, and the byte of the storage that it begins with."""
         views = self._views.get(same)
         if views is None:
-            views = self._views[same] = StorageViews(self._parts.get(same, []))
-            self._held.append(storage)
-        part, number = views.at(part)
+            views = self._views[same] = {}
+            self._spare_bytes += storage.nbytes()
+        known = self._parts.get(same, [])
+        at = bisect_right(known, (part[0], sys.maxsize)) - 1
+        if at >= 0 and part[1] <= known[at][1]:
+            part = known[at]
         start = part[0] // _ALIGNED * _ALIGNED
-        if number is not None:
-            return start, number
-        if views.overlap:  # this pickle will not be sent
-            self._overlap = True
+        if part in views:
+            return start, views[part]
+        views[part] = len(self._held)
+        self._held.append(storage)
+        self._spare_bytes -= part[1] - part[0]
+        if self._spare_bytes < 0:  # they overlap: this pickle will not be sent
             return start, b""
+        assert self._slots is not None
         address, size = storage.data_ptr() + start, part[1] - start
+        copied = self._slots.copy(address, size) if size > INLINE else None
         # Without room it goes within the message: torch's way would take the storage as a whole.
-        place = self._copied(address, size) or _bytes_at(address, size)
-        views.add(part, self._count)
-        self._count += 1
-        return start, place
+        return start, copied or _bytes_at(address, size)
 
     def _storage(self, storage: torch.UntypedStorage) -> Any:
         """The same for the storage of what is no plain tensor."""
@@ -271,20 +236,20 @@ class BatchPickler:
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | bytes | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
-        assert self._slots is not None
-        place: tuple[int, int, int] | bytes | None = self._slots.place_of(storage, same, size)
-        place = place or self._copied(storage.data_ptr(), size)
-        if place is not None:
-            self._brought[same] = self._count
-            self._count += 1
-            self._held.append(storage)
+        place: tuple[int, int, int] | bytes | None = None
+        if size <= INLINE:
+            place = ctypes.string_at(storage.data_ptr(), size)
+        else:
+            assert self._slots is not None
+            place = self._slots.place_of(storage, same, size)
+            # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
+            if place is None and size < IN_MESSAGE:
+                place = _bytes_at(storage.data_ptr(), size)
+            if place is None:
+                return None
+        self._brought[same] = len(self._held)
+        self._held.append(storage)
         return place
-
-    def _copied(self, address: int, size: int) -> tuple[int, int, int] | bytes | None:
-        assert self._slots is not None
-        place = None if size <= INLINE else self._slots.copy(address, size)
-        # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
-        return _bytes_at(address, size) if place is None and size < IN_MESSAGE else place
 
     def _array(self, array: np.ndarray[Any, Any]) -> Any:
         """The same for an array; a copy each, as in any pickle."""

@@ -28,7 +28,7 @@ at_fork(before=partial(_seen.append, 0), after_in_parent=partial(_seen.append, 0
 
 
 class _Watch:
-    """A page that tells of forks since now; of none where the kernel does not say."""
+    """A page that tells of forks from now on; of none where the kernel does not say."""
 
     def __init__(self, before: _Watch | None) -> None:
         self.pid = os.getpid()
@@ -60,7 +60,7 @@ _watch: _Watch | None = None
 
 
 def forks_noticed(look: bool = False) -> int:
-    """How many so far; whether there were some in C is looked at on request. Hot path."""
+    """How many forks so far; with ``look`` those made in C are looked for too. Hot path."""
     global _watch
     watch = _watch
     if watch is None or watch.forks != len(_seen):
@@ -72,7 +72,7 @@ def forks_noticed(look: bool = False) -> int:
 
 
 def notice_forks() -> None:
-    """Do so in this process: it may be a child that nothing told of its fork."""
+    """Begin to notice forks of this process: it may be a child that no hook told of its own."""
     global _watch
     if _watch is None or _watch.pid != os.getpid():
         _watch = _Watch(_watch)

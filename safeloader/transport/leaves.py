@@ -1,6 +1,6 @@
 """What stands in a batch's pickle for the memory of its tensors. Runs in: both.
 
-The worker writes calls of these functions into the pickle, loading it makes them. The memory is
+The worker writes calls of these functions into the pickle; main makes them as it loads it. The memory is
 named by a *place*: a slot of the batch and an offset in it; bytes, for what is so small that it
 crosses within the message; or a number, for memory that an earlier leaf of the batch brought.
 Tensors that share memory in the worker therefore share it in main.
@@ -65,7 +65,8 @@ def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, 
     made = torch.frombuffer(buffer, dtype=DTYPES[code], count=count, offset=at)
     made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]  # as `_over` has it
     message.brought.append(made)
-    return made.resize_(shape)  # not a view, which could not be detached in place
+    # Not a view, which could not be detached in place.
+    return made if len(shape) == 1 else made.resize_(shape)
 
 
 def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
@@ -74,7 +75,7 @@ def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
     made = torch.frombuffer(buffer, dtype=DTYPES[code])
     made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
     opening.now.brought.append(made)
-    return made.resize_(shape)
+    return made if len(shape) == 1 else made.resize_(shape)
 
 
 def tensor_over(

@@ -2,8 +2,8 @@
 
 ::
 
-    default_collate ──► stacks straight into a slot ──┐
-    any other batch ──► BatchPickler ──► one copy ───────┴──► Sealed: some hundred bytes
+    default_collate ──► stacks straight into a slot ─┐
+    any other batch ──► BatchPickler ──► one copy ───┴──► BatchMessage: some hundred bytes
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _TRIES = 3  # the first finds what overlaps; a pickle that is another each time 
 
 
 class Packer:
-    """Seals batches; one for the life of a worker.
+    """Makes a message of each batch; one for the life of a worker.
 
     Args:
         slots: where batches are put; None for torch's own way.
-        why: why it is torch's own way, if it was not asked for.
+        why: why batches take torch's own way, if nobody asked for it.
     """
 
     def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
@@ -111,15 +111,15 @@ class Packer:
         for _ in range(_TRIES):
             run = BatchPickler(self._slots, parts)
             try:
-                return self._sealed(manifest, payload, run)
+                return self._message(manifest, payload, run)
             except Overlap as found:
                 parts = found.parts
             except TooManyFds:
                 why = "more tensors than a message may have descriptors"
                 break
-        return self._sealed(manifest, payload, BatchPickler(None, {}, why, fetched=True))
+        return self._message(manifest, payload, BatchPickler(None, {}, why, fetched=True))
 
-    def _sealed(self, manifest: BatchManifest, payload: Any, run: BatchPickler) -> BatchMessage:
+    def _message(self, manifest: BatchManifest, payload: Any, run: BatchPickler) -> BatchMessage:
         slots = self._slots
         try:
             packed = run.pickled(payload)
@@ -128,13 +128,13 @@ class Packer:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
-            given_up = () if slots is None else slots.pool.given_up
+            given_up = () if slots is None else tuple(slots.pool.given_up)
             why = run.why or (slots is not None and slots.why) or self._why
             about = None
             if sent or given_up or why or run.torchs:
                 known = tuple((slot.number, slot.size) for slot in sent)
-                fds = len(run.fds) + len(fresh)
-                about = tuple(SlotLayout(known, fresh, fds, given_up, stream, run.torchs, why))
+                count = len(run.fds) + len(fresh)
+                about = tuple(SlotLayout(known, fresh, count, given_up, stream, run.torchs, why))
             head = pickle.dumps((tuple(manifest), about), pickle.HIGHEST_PROTOCOL)
         except BaseException:
             close_all(run.fds)

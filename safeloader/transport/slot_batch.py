@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from safeloader import _torch
 from safeloader.transport.slot_table import SLOTS_A_BATCH
@@ -25,16 +22,14 @@ _LARGE = 1 << 20  # bytes from which on a tensor or array has a slot of its own
 _OWN_MAX = 8  # of these in a batch: each costs a descriptor when it is new
 _RECENT = 32  # batches that a shared slot is made to fit
 
-_weakly: Callable[[torch.UntypedStorage], Any] = StorageWeakRef
-
 
 class SlotBatch:
     """The batch that a worker makes, in slots of its pool.
 
     What is large gets a slot of its own, so that whoever keeps the labels of each batch does not
     keep the images as well. The rest of a batch shares a slot. A tensor that is stacked into a slot
-    keeps it in use only for as long as it exists: a slot is sent if something of the batch is there
-    when it is sealed.
+    keeps it in use only for as long as it exists. Sealing the batch finds what is left, and only
+    slots that hold something of the batch are sent.
 
     Args:
         pool: the slots of this worker.
@@ -56,8 +51,8 @@ class SlotBatch:
         self._shared: list[Slot] = []  # the last is being filled
         self._roomy: list[Slot] = []
         self._taken: set[Slot] = set()
-        # By its storage. What refers to that weakly keeps its number from being given again.
-        self._stacked: dict[int, tuple[Slot, int, Any]] = {}
+        # By its storage, whose identity is given again when it is gone: see `stacked`.
+        self._stacked: dict[int, tuple[Slot, int]] = {}
 
     def begin(self) -> None:
         """A batch begins; hot path."""
@@ -75,9 +70,8 @@ class SlotBatch:
         slot, at = found
         made = torch.frombuffer(slot.memory, dtype=dtype, count=count, offset=at)
         storage = made.untyped_storage()
-        weak = _weakly(storage)
-        slot.add(at, size, weak)
-        self._stacked[_torch.identity_of(storage)] = slot, at, weak
+        slot.add(at, size, _torch.refer_weakly(storage))
+        self._stacked[_torch.identity_of(storage)] = slot, at
         return made
 
     def _room(self, size: int) -> tuple[Slot, int] | None:
@@ -118,7 +112,7 @@ class SlotBatch:
     # when it is sealed ──────────────────────────────────────────────────────────────────────────
 
     def seal(self) -> None:
-        """All that is stacked is stacked. A slot that temporaries made large is not sent."""
+        """Nothing is stacked from now on. A slot that temporaries made large is not sent."""
         if self._shared:
             most = max(self._recent)
             if any(_roomy(slot, most) for slot in self._shared):
@@ -127,24 +121,29 @@ class SlotBatch:
                 self._shared = [slot for slot in self._shared if slot not in self._roomy]
         self._why_stacking = self.why
 
-    def has(self, same: int) -> bool:
-        """Whether the storage of this identity was stacked into a slot."""
-        return same in self._stacked
+    def stacked(self, storage: torch.UntypedStorage, same: int) -> tuple[Slot, int] | None:
+        """The slot, and the offset in it, that the storage of this identity was stacked into."""
+        found = self._stacked.get(same)
+        here = found is not None and storage.data_ptr() == found[0].address + found[1]
+        return found if here else None
 
     def place_of(
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | None:
-        """Where a storage lies in the slots of the batch; None if it has to be copied there."""
-        found = self._stacked.get(same)
-        if found is None or storage.data_ptr() != found[0].address + found[1]:
-            return None
-        slot, at, _ = found
-        if slot in self._roomy:
-            copied = self.copy(storage.data_ptr(), size)
+        """Where a storage lies in the slots of the batch, copied there if need be; hot path.
+
+        None if there is no room.
+        """
+        found = self.stacked(storage, same)
+        if found is not None:
+            slot, at = found
+            copied = self.copy(slot.address + at, size) if slot in self._roomy else None
             if copied is not None:
                 return copied
-        place = self._place(slot)
-        return None if place is None else (place, at, size)
+            place = self._place(slot)
+            if place is not None:
+                return place, at, size
+        return self.copy(storage.data_ptr(), size)
 
     def copy(self, source: int | bytes, size: int) -> tuple[int, int, int] | None:
         """Copy from an address, or bytes, into a slot of the batch; None if there is no room."""
@@ -164,7 +163,7 @@ class SlotBatch:
         place = self._place(slot)
         if place is None:
             return None
-        slot.add(at, size, None)
+        slot.add(at, size)
         return slot, place, at
 
     def _place(self, slot: Slot) -> int | None:
@@ -177,16 +176,9 @@ class SlotBatch:
         return slot.place
 
     def commit(self) -> list[int]:
-        """It is sent: its slots are main's. Gives the descriptors of those that are new to it."""
-        fresh, shared = [], 0
-        for slot in self.sent:
-            if slot in self._shared:
-                shared += slot.filled()
-            if slot.fd >= 0:
-                fresh.append(slot.fd)
-                slot.fd = -1
-        self._recent.append(shared)
-        self.pool.lend(self.sent)
+        """The batch is sent: its slots are main's. Gives the descriptors of those new to main."""
+        self._recent.append(sum([slot.filled() for slot in self.sent if slot in self._shared]))
+        fresh = self.pool.lend(self.sent)
         self.abort()
         if self._taken or self.why:
             self.pool.give_up_spare(self._taken)
@@ -194,7 +186,7 @@ class SlotBatch:
         return fresh
 
     def abort(self) -> None:
-        """It is not sent, or not this way: forget what was copied."""
+        """The batch is not sent, or not this way: forget what was copied."""
         for slot in self.sent:
             slot.place = None
             slot.drop_copies()

@@ -26,7 +26,9 @@ _SLOTS = 4096  # of one worker, at most
 SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
 _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 
-UNUSED, FREE, LENT, GONE = range(4)  # the odd ones are for the worker to take, or to give up
+UNUSED, FREE, LENT, GONE = range(
+    4
+)  # odd numbers: the worker may take the slot, or has to give it up
 MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
 
 

@@ -7,11 +7,10 @@ import os
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 
-from safeloader._torch import is_gone
+from safeloader._torch import forget, is_gone
 from safeloader.transport.forks import forks_noticed
 from safeloader.transport.shared_memory import anonymous_file, mapped
 from safeloader.transport.slot_table import FREE, GONE, HOLDS, LENT, MAY_HOLD, UNUSED, SlotTable
@@ -22,11 +21,11 @@ _IDLE_BATCHES = 256  # a slot that so many batches did without is given up
 _LOOK_EVERY = 8
 _SPARE = 1 << 25  # bytes of slots for temporaries alone that are kept for the next batch
 
-Piece = tuple[int, int, Any]  # first byte, the one behind, a weak reference to whose; None: a copy
+Piece = tuple[int, int, int]  # first byte, the one behind, a weak reference to whose; 0: a copy
 
 
 class NoRoom(Exception):
-    """No slot can take any more; says why."""
+    """No slot can take any more; its text says why."""
 
 
 class Slot:
@@ -41,7 +40,7 @@ class Slot:
         memory: where it is mapped here.
         address: of that.
         fd: for main to map it by; -1 once that was sent.
-        place: in the batch that is being sealed; None while it is not sent with it.
+        place: in the batch that is being pickled; None while the slot is not sent with it.
         free_since: number of the batch at which it was found free; None while it is in use.
     """
 
@@ -60,29 +59,39 @@ class Slot:
         self._forks: int | None = None  # noticed before the first of these was there
         self._pieces: list[Piece] = []  # in order; those that are not last may be gone already
 
-    def add(self, at: int, size: int, storage: Any) -> None:
+    def add(self, at: int, size: int, storage: int = 0) -> None:
         """These bytes are in use: by a tensor, or until :meth:`drop_copies` by a copy."""
         if self._forks is None:
             self._forks = forks_noticed()
         insort(self._pieces, (at, at + size, storage))  # no two begin with the same byte
 
     def drop_copies(self) -> None:
-        """The batch was sent, or will not be."""
-        self._pieces = [piece for piece in self._pieces if piece[2] is not None]
+        """The batch was sent, or will not be: its copies are not in use any more."""
+        self._pieces = [piece for piece in self._pieces if piece[2]]
         if not self.filled():  # a fork concerns what is still referred to alone
             self._forks = None
 
     def filled(self) -> int:
-        """Up to which byte it is in use; 0 if nothing here refers to it."""
+        """Up to which byte it is in use; 0 if nothing here refers to it. Hot path."""
         pieces = self._pieces
-        while pieces and _gone(pieces[-1]):
+        while pieces:
+            _, end, storage = pieces[-1]
+            if not (storage and is_gone(storage)):
+                return end
             pieces.pop()
-        return pieces[-1][1] if pieces else 0
+            forget(storage)
+        return 0
 
     def used(self) -> int:
         """How many bytes are in use."""
-        self._pieces = [piece for piece in self._pieces if not _gone(piece)]
-        return sum(end - at for at, end, _ in self._pieces)
+        kept = []
+        for piece in self._pieces:
+            if piece[2] and is_gone(piece[2]):
+                forget(piece[2])
+            else:
+                kept.append(piece)
+        self._pieces = kept
+        return sum(end - at for at, end, _ in kept)
 
     def room(self, size: int) -> int | None:
         """Where ``size`` bytes fit: at the end, else between others; None if nowhere. Hot path."""
@@ -97,21 +106,13 @@ class Slot:
             at = _aligned(end)
         return None
 
-    @property
-    def referred_to(self) -> bool:
-        """Whether something here still refers to it; for any thread."""
-        return not all(map(_gone, list(self._pieces)))
+    def was_forked(self) -> bool:
+        """Whether a process was forked while something here referred to it, or just after.
 
-    @property
-    def forked(self) -> bool:
-        """Whether a process was forked while something here referred to it, or just after."""
-        return self._forks is not None and self._forks != forks_noticed(look=True)
-
-    def close(self) -> None:
-        """Let go of the descriptor; the memory goes when nothing refers to it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        Asked once nothing does: further forks do not concern it.
+        """
+        forks, self._forks = self._forks, None
+        return forks is not None and forks != forks_noticed(look=True)
 
 
 class SlotPool:
@@ -120,6 +121,9 @@ class SlotPool:
     Args:
         table: the states of all slots.
         worker: whose slots these are.
+
+    Attributes:
+        given_up: slots that main has mapped and is to let go of; told with the next batch.
     """
 
     def __init__(self, table: SlotTable, worker: int) -> None:
@@ -129,7 +133,7 @@ class SlotPool:
         self._top = 0  # above the highest number in use
         self._held_bytes = 0
         self._number = 0
-        self._given_up: list[int] = []
+        self.given_up: list[int] = []
 
     def begin(self) -> None:
         """A batch begins; hot path."""
@@ -137,17 +141,21 @@ class SlotPool:
         if self._number % _LOOK_EVERY == 0:
             self._give_up_idle()
 
-    @property
-    def given_up(self) -> tuple[int, ...]:
-        """Slots that main has mapped and is to let go of; told with the next batch."""
-        return tuple(self._given_up)
+    def lend(self, slots: Iterable[Slot]) -> list[int]:
+        """A batch is sent: its slots are main's now, and it knows those given up.
 
-    def lend(self, slots: Iterable[Slot]) -> None:
-        """A batch is sent: its slots are main's now, and it knows those given up."""
+        Gives the descriptors of the slots that are new to main.
+        """
+        fresh = []
         for slot in slots:
             self._states[slot.number] = LENT
-        self._states[self._given_up] = UNUSED
-        self._given_up = []
+            if slot.fd >= 0:
+                fresh.append(slot.fd)
+                slot.fd = -1
+        if self.given_up:
+            self._states[self.given_up] = UNUSED
+            self.given_up = []
+        return fresh
 
     def take(self, size: int) -> Slot:
         """A slot that nothing refers to, of ``size`` bytes at least.
@@ -174,7 +182,7 @@ class SlotPool:
             slot = self._slots[number]
             if slot.filled():
                 continue
-            if slot.forked or self._states[number] == GONE:
+            if slot.was_forked() or self._states[number] == GONE:
                 self._give_up(slot)
             else:
                 found.append(slot)
@@ -239,14 +247,11 @@ class SlotPool:
         self._hold(-slot.size)
         if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
             self._states[slot.number] = LENT
-            self._given_up.append(slot.number)
+            self.given_up.append(slot.number)
         else:
             self._states[slot.number] = UNUSED
-        slot.close()
-
-
-def _gone(piece: Piece) -> bool:
-    return piece[2] is not None and is_gone(piece[2].cdata)
+            os.close(slot.fd)
+            slot.fd = -1
 
 
 def _aligned(at: int) -> int:

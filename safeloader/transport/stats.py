@@ -75,7 +75,7 @@ class TransportCounts:
 
     def slot_made(self, memory: Any) -> None:
         """A slot was mapped; it is counted until its memory is freed."""
-        mapped = _Mapped(memory, self._mapped.discard)  # in C: see `slot_reader` on finalizers
+        mapped = _Mapped(memory, self._mapped.discard)  # in C: `slot_reader` says why
         mapped.size = len(memory)
         self._mapped.add(mapped)
 
