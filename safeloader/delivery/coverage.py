@@ -64,7 +64,7 @@ class _Pages:
 
     def add(self, numbers: Numbers) -> Numbers:
         """Take in ``numbers``; gives those that were there before, or come twice."""
-        at, bit = self._places(numbers, grow=True)
+        at, bit = self._bytes_of(numbers, grow=True), _BIT[numbers & 7]
         there = at >= 0
         if not there.all():
             self.left_out += int(numbers.size - there.sum())
@@ -80,35 +80,34 @@ class _Pages:
 
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Which of ``numbers`` are in the set."""
-        at, bit = self._places(numbers)
+        at = self._bytes_of(numbers)
         found = at >= 0
-        found[found] = (self._bits.reshape(-1)[at[found]] & bit[found]) != 0
+        found[found] = (self._bits.reshape(-1)[at[found]] & _BIT[numbers[found] & 7]) != 0
         return found
 
-    def _places(
-        self, numbers: Numbers, *, grow: bool = False
-    ) -> tuple[Numbers, npt.NDArray[np.uint8]]:
-        """Byte (negative where the page is not held) and bit of each number."""
+    def _bytes_of(self, numbers: Numbers, *, grow: bool = False) -> Numbers:
+        """In which byte the bit of each number is; negative where its page is not held."""
         pages = numbers >> _SHIFT
         slot = pages & (_NEAR - 1)
         rows = self._near_row[slot]
         far = np.flatnonzero(self._near[slot] != pages)
         if far.size:
             rows[far] = self._rows(pages[far], grow=grow)
-        return rows * _PAGE_BYTES + ((numbers >> 3) & (_PAGE_BYTES - 1)), _BIT[numbers & 7]
+        at: Numbers = rows * _PAGE_BYTES + ((numbers >> 3) & (_PAGE_BYTES - 1))
+        return at
 
     def _rows(self, pages: Numbers, *, grow: bool) -> npt.NDArray[np.int32]:
         """The row of each page, -1 where it is not held."""
         runs = np.append(np.flatnonzero(pages[1:] != pages[:-1]), pages.size - 1)
         wanted, row = np.unique(pages[runs]), self.row
         if grow:
-            for page in wanted.tolist():
-                if page not in row and len(row) < self._limit:
-                    row[page] = len(row)
-            if len(row) > len(self._bits):
-                size = max(len(row), min(2 * len(self._bits), self._limit))
+            new = [page for page in wanted.tolist() if page not in row][: self._limit - len(row)]
+            number = len(row) + len(new)
+            if number > len(self._bits):
+                size = max(number, min(2 * len(self._bits), self._limit))
                 # In place where the allocator can: then no second copy is there while it grows.
                 self._bits.resize((size, _PAGE_BYTES), refcheck=False)
+            row.update(zip(new, range(len(row), number), strict=True))
         rows = np.array([row.get(page, -1) for page in wanted.tolist()], dtype=np.int32)
         held = rows >= 0
         slot = wanted[held] & (_NEAR - 1)

@@ -44,7 +44,14 @@ class StreamLedger(Ledger):
         told = first == expected or self._told_of(row, first)
         self._next[row] = max(expected, first + samples)
         if not told:
-            return self._compare(row, expected, first, samples)
+            end = first + samples
+            return Discrepancy(
+                f"worker {row} sent samples {first} to {end - 1} of its stream where number "
+                f"{expected} was due",
+                missing=tuple((row, k) for k in range(expected, first)),
+                duplicated=tuple((row, k) for k in range(first, min(expected, end))),
+                sound=tuple((row, k) for k in range(max(expected, first), end)),
+            )
         if manifest.keys is not None:
             discrepancy = self.same_key(manifest)
             if discrepancy is not None:
@@ -56,16 +63,6 @@ class StreamLedger(Ledger):
         self._handed = manifest.seq
         self.delivered_count += samples
         return None
-
-    def _compare(self, row: int, expected: int, first: int, samples: int) -> Discrepancy:
-        end = first + samples
-        return Discrepancy(
-            f"worker {row} sent samples {first} to {end - 1} of its stream where number {expected} "
-            "was due",
-            missing=tuple((row, k) for k in range(expected, first)),
-            duplicated=tuple((row, k) for k in range(first, min(expected, end))),
-            sound=tuple((row, k) for k in range(max(expected, first), end)),
-        )
 
     def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
         if manifest.ordinal is not None:

@@ -23,6 +23,7 @@ from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
+_PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 
 
@@ -260,12 +261,7 @@ def _saved(index: Any, kept: tuple[type, ...]) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Whether no foreign code has to say what this is."""
-    cls = type(value)
-    return (
-        all(map(_is_plain, value))
-        if cls is tuple
-        else cls in (int, float, complex, str, bytes, bool, type(None))
-    )
+    return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
 def _index_column(manifest: BatchManifest, places: Sequence[int]) -> npt.NDArray[Any]:

@@ -66,6 +66,45 @@ def test_names_are_shown_as_python_writes_them() -> None:
     assert audit.to_dict()["missing"] == ["'a'", "'qu\"ote'", "('b', 2)"]
 
 
+def test_replaced_indices_are_shown_with_their_donors_and_reasons() -> None:
+    audit = dataclasses.replace(
+        audit_with(replaced=[3, 5]), reasons={3: "ValueError: three", 5: "late"}, donors={3: 7}
+    )
+    assert str(audit).split("\n") == [
+        "epoch 2: complete, ok; 40 drawn, 30 delivered, 2 replaced",
+        "  replaced: 2, another sample came in its place because of an error: 3 (by 7), 5",
+        "    index 3: ValueError: three",
+        "    index 5: late",
+    ]
+    told = audit.to_dict()
+    assert (told["reasons"], told["donors"]) == ({"3": "ValueError: three", "5": "late"}, {"3": 7})
+
+
+@pytest.mark.parametrize(
+    ("index", "donor", "shown", "saved"),
+    [
+        ((0, 5), (1, 2), "(0, 5) (by (1, 2))", {"(0, 5)": [1, 2]}),
+        ("a", "b", "'a' (by 'b')", {"'a'": "'b'"}),
+    ],
+)
+def test_donors_of_streams_and_of_names(
+    index: Any, donor: Any, shown: str, saved: dict[str, Any]
+) -> None:
+    audit = dataclasses.replace(audit_with(replaced=[index]), donors={index: donor})
+    assert str(audit).endswith(f": {shown}")
+    assert json.loads(json.dumps(audit.to_dict()["donors"])) == saved
+
+
+@pytest.mark.parametrize(
+    ("number", "last"), [(5, "    index 4: why"), (7, "    and 2 more in audit.reasons")]
+)
+def test_five_reasons_are_shown(number: int, last: str) -> None:
+    audit = dataclasses.replace(audit_with(), reasons=dict.fromkeys(range(number), "why"))
+    _, *lines = str(audit).split("\n")
+    assert len(lines) == min(number, 6)
+    assert lines[-1] == last
+
+
 def test_notes_come_last() -> None:
     audit = audit_with(notes=("one", "two"), dropped=[1])
     assert str(audit).split("\n")[-2:] == ["  note: one", "  note: two"]
