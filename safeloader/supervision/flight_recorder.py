@@ -4,10 +4,10 @@
 
     worker: one cell for each change of phase, one for each sample ──► memory ──► main: read(worker)
 
-A worker that was killed, or hangs, can say nothing any more. What it was at stands here: the batch,
-the phase, and the time stamps of the samples it had fetched. The stamps that travel with a batch
-are taken in this memory to begin with, so noting the position costs nothing beyond them. Main reads
-only when something went wrong; it turns (batch, position) into a dataset index by what was drawn.
+A worker that was killed, or hangs, can say nothing any more. What it was doing stands here: the
+batch, the phase, and the time stamps of the samples it had fetched. The worker takes the stamps
+that travel with a batch in this memory to begin with, so noting the position costs nothing beyond
+them. Main reads only when something went wrong; the draws turn (batch, position) into an index.
 
 The memory is one anonymous file (``memfd``; elsewhere an unlinked temporary one) that goes to
 workers under every start method. Behind the numbers lies room for the Python stacks that
@@ -26,7 +26,7 @@ STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger o
 STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
 
 # A worker's row, in cells of int64; the stamps follow.
-PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL, ENDED = range(8)
+PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL = range(7)
 MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
 STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
@@ -105,7 +105,7 @@ class FlightRecorder(SharedCells):
     # in main ────────────────────────────────────────────────────────────────────────────────────
 
     def end(self) -> None:
-        """Have the workers end; without a lock, which a killed worker might hold."""
+        """Have the workers end, without a lock, which a killed worker might hold."""
         self._cells[0] = 1
 
     def read(self, worker: int) -> FlightRow:
@@ -141,7 +141,7 @@ class FlightRecorder(SharedCells):
 
 
 class EndSignal:
-    """In the place of the ``Event`` by which torch tells its workers to end.
+    """Stands for the ``Event`` by which torch tells its workers to end.
 
     An event takes a lock to be read, and a worker killed just then would keep it: main could
     never set the event again.

@@ -185,7 +185,7 @@ def test_position_in_batches_of_any_size(size: int) -> None:
         dataset = Peeks(at, size)
         made = fetcher(dataset).fetch(Task(3, list(range(size))))
         assert dataset.seen[:3] == ("fetch", 3, at)
-        assert type(made).__name__ == "Sealed"
+        assert type(made).__name__ == "BatchMessage"
 
 
 def test_position_after_batches_of_other_sizes() -> None:
