@@ -212,7 +212,7 @@ class Stalls:
         """No batch came for ``waited_s`` seconds."""
         try:
             failure = self._diagnosis.silence(waited_s, timeout=False)
-        except Exception:
+        except Exception:  # a fault of ours, beside a loader that may yet go on
             self._log.exception("no batch came for %.0f s, and looking into it failed", waited_s)
             return
         at = (failure.worker_id, failure.batch, failure.index, failure.traceback)
