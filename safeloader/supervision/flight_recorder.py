@@ -32,8 +32,8 @@ STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
 _SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
 
-PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate", "send", "exit")
-STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND, EXIT = range(len(PHASES))
+PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate", "send")
+STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND = range(len(PHASES))
 
 
 class FlightRow(NamedTuple):
@@ -112,7 +112,7 @@ class FlightRecorder(SharedCells):
         """Where ``worker`` is."""
         row = self.row(worker)
         at = row[PHASE]
-        phase = PHASES[at if STARTING <= at <= EXIT else STARTING]  # a library may have run wild
+        phase = PHASES[at if STARTING <= at <= SEND else STARTING]  # a library may have run wild
         position: int | None = None
         since = row[SINCE]
         if at in (FETCH, COLLATE):
@@ -121,7 +121,7 @@ class FlightRecorder(SharedCells):
                 since = max(since, row[STAMPS + min(position, STAMPS_MAX)])
         return FlightRow(
             phase=phase,
-            seq=row[SEQ] if IDLE < at <= EXIT else None,
+            seq=row[SEQ] if IDLE < at <= SEND else None,
             position=position if phase == "fetch" else None,
             ordinal=row[ORDINAL],
             since_ns=since,
