@@ -24,7 +24,7 @@ import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
 from safeloader.introspect.redaction import scrub
-from safeloader.introspect.texts import LOOKED_AT, bounded_text
+from safeloader.introspect.texts import LOOKED_AT, bounded_text, name_of
 from safeloader.introspect.values import (
     bounded,
     container_base,
@@ -289,14 +289,16 @@ def _names(value: Any, cls: type) -> dict[int, str]:
     if base := container_base(cls):
         names |= {id(each): step for step, each in _contents(value, base)}
     for labels in definitions(cls, "_fields")[:1] if base is tuple else ():
-        names |= {id(tuple.__getitem__(value, at)): f".{name}" for at, name in enumerate(labels)}
+        names |= {
+            id(tuple.__getitem__(value, at)): f".{name_of(name)}" for at, name in enumerate(labels)
+        }
     if inherits(cls, BaseException):
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
     simple = cls is types.SimpleNamespace  # keeps its dict where ``fields`` does not look
     attributes = vars(value).items() if simple else fields(value, most=10_000)[0]
-    return names | {id(each): f".{cut(str(name))}" for name, each in attributes}
+    return names | {id(each): f".{name_of(name)}" for name, each in attributes}
 
 
 # ---- in words

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class RandomState(NamedTuple):
     @classmethod
     def now(cls) -> RandomState:
         """As they stand."""
-        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
+        return cls(random.getstate(), _numpy_state(), torch.get_rng_state())
 
     def set(self) -> None:
         """Put the generators there."""
@@ -69,53 +69,51 @@ class Marks:
     """
 
     def __init__(self) -> None:
-        self._python: Any = None
-        self._python_words = _words_at(_python_address())
-        self._python_seen: tuple[int, ...] | None = None
-        self._numpy: Any = None
-        self._numpy_generator: Any = None
-        self._numpy_words: memoryview | None = None
-        self._numpy_seen: tuple[int, ...] | None = None
+        self._python = _Watched(_python_address(), random.getstate, lambda state: state[2])
+        self._numpy_generator: Any = None  # the user may put another in its place
 
     def mark(self) -> tuple[Any, Any, Any]:
         """The fields of a :class:`RandomState`, where they stand."""
-        return self._python_now(), self._numpy_now(), torch.default_generator.get_state()
-
-    def _python_now(self) -> Any:
-        words = self._python_words
-        if words is None:
-            return random.getstate()
-        # The place moves with each number drawn; all words change when the last one was used.
-        seen = words[0], words[1], words[_WORDS], _puts[0]
-        # A Gaussian kept for the next call is used up without a trace in the words.
-        if seen != self._python_seen or self._python[2] is not None:
-            self._python = random.getstate()
-            self._python_seen = seen
-        return self._python
-
-    def _numpy_now(self) -> Any:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if generator is not self._numpy_generator:
             self._numpy_generator = generator
-            self._numpy_seen = None
-            known = type(generator) is np.random.MT19937
-            self._numpy_words = _words_at(generator.ctypes.state_address if known else 0)
-        words = self._numpy_words
+            address = generator.ctypes.state_address if type(generator) is np.random.MT19937 else 0
+            self._numpy = _Watched(address, _numpy_state, lambda state: state["has_gauss"] or None)
+        return self._python.now(), self._numpy.now(), torch.default_generator.get_state()
+
+
+class _Watched:
+    """A generator whose state is read only where its memory moved; each time at address 0.
+
+    Its memory is 624 words, and the place among them, which python has before them and numpy behind
+    them. The place moves with each number drawn; all words change when the last one was used. Only
+    a Gaussian kept for the next call, which ``kept`` finds in a state, is used up without a trace.
+    """
+
+    def __init__(
+        self, address: int, read: Callable[[], Any], kept: Callable[[Any], float | None]
+    ) -> None:
+        self.words: memoryview | None = None
+        if address:
+            held = (ctypes.c_uint32 * (_WORDS + 1)).from_address(address)
+            self.words = memoryview(held).cast("B").cast("I")
+        self._read, self._kept = read, kept
+        self._seen: tuple[int, ...] | None = None
+        self._state: Any = None
+
+    def now(self) -> Any:
+        words = self.words
         if words is None:
-            return np.random.get_state(legacy=False)
-        seen = words[_WORDS], words[0], words[_WORDS - 1], _puts[0]
-        if seen != self._numpy_seen or self._numpy["has_gauss"]:
-            self._numpy = np.random.get_state(legacy=False)
-            self._numpy_seen = seen
-        return self._numpy
+            return self._read()
+        seen = words[0], words[1], words[_WORDS], _puts[0]
+        if seen != self._seen:
+            self._state = state = self._read()
+            self._seen = seen if self._kept(state) is None else None
+        return self._state
 
 
-def _words_at(address: int) -> memoryview | None:
-    """A view of a generator's memory: its 624 words and the place among them; None at 0."""
-    if not address:
-        return None
-    held = (ctypes.c_uint32 * (_WORDS + 1)).from_address(address)
-    return memoryview(held).cast("B").cast("I")
+def _numpy_state() -> Any:
+    return np.random.get_state(legacy=False)
 
 
 def _python_address() -> int:
@@ -133,5 +131,5 @@ def _python_address() -> int:
         raw = ctypes.string_at(address, _BYTES)
         found = memoryview(raw).cast("I").tolist()
         return address if (*found[1:], found[0]) == state else 0
-    except Exception:  # another interpreter
+    except Exception:  # another interpreter: whatever its objects answer, ask the function
         return 0

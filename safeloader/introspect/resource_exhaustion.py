@@ -78,7 +78,7 @@ def never_skipped(exc: BaseException) -> bool:
 
 def _is_fault(exc: BaseException) -> bool:
     if isinstance(exc, SyntaxError):
-        return str(exc.filename).endswith(".py")
+        return type(exc.filename) is str and exc.filename.endswith(".py")
     if isinstance(exc, UnboundLocalError):
         return False
     return isinstance(exc, ImportError | NameError) or not isinstance(exc, Exception)

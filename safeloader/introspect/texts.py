@@ -185,22 +185,20 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
         return f"{type_name(cls)} of {count}"
     shown = elements(value, base, ITEMS_MAX)
     if base is dict:
-        hidden = concealed(*zip(*shown, strict=True)) if shown else []
-        parts = [
-            f"{_text(k, 0)}: {_unless(secret, v, depth - 1)}"
-            for (k, v), secret in zip(shown, hidden, strict=True)
-        ]
+        keys, values = [key for key, _ in shown], [each for _, each in shown]
+        told = _told(values, concealed(keys, values), depth - 1)
+        parts = [f"{_text(key, 0)}: {each}" for key, each in zip(keys, told, strict=True)]
     elif names := _namedtuple_fields(cls):
         parts = _named(list(zip(names, shown, strict=False)), depth - 1)
     else:
         # A set has no order, so nothing in it stands beside anything.
         hidden = [False] * len(shown) if base in (set, frozenset) else in_pairs(shown)
-        parts = [_unless(*each, depth - 1) for each in zip(hidden, shown, strict=True)]
+        parts = _told(shown, hidden, depth - 1)
     if base in (set, frozenset):
         # The order of a set differs between processes: shown in part it would seem to have changed.
         parts = sorted(parts) if count <= ITEMS_MAX else []
-    left, right = _BRACKETS[base]
-    text = f"{left}{', '.join([*parts, *_more(count, parts)])}{right}"
+    brackets = _BRACKETS[base]
+    text = f"{brackets[0]}{', '.join([*parts, *_more(count, parts)])}{brackets[1]}"
     if cls is base and base in (dict, list, tuple, set):
         return text
     return f"{type_name(cls)}{text}" if base is tuple else f"{type_name(cls)}({text})"
@@ -208,15 +206,13 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
 
 def _named(pairs: list[tuple[Any, object]], depth: int) -> list[str]:
     names, values = [name_of(key) for key, _ in pairs], [value for _, value in pairs]
-    hidden = concealed(names, values)
-    return [
-        f"{name}={_unless(secret, value, depth)}"
-        for name, secret, value in zip(names, hidden, values, strict=True)
-    ]
+    told = _told(values, concealed(names, values), depth)
+    return [f"{name}={each}" for name, each in zip(names, told, strict=True)]
 
 
-def _unless(secret: bool, value: object, depth: int) -> str:
-    return REDACTED if secret else _text(value, depth)
+def _told(values: list[Any], hidden: list[bool], depth: int) -> list[str]:
+    pairs = zip(values, hidden, strict=True)
+    return [REDACTED if secret else _text(value, depth) for value, secret in pairs]
 
 
 def _more(count: int, shown: list[Any]) -> list[str]:
@@ -233,17 +229,15 @@ def _elements(value: Any, facts: dict[str, Any]) -> list[str]:
     if math.prod(facts.get("shape", [0])) not in range(1, VALUES_MAX + 1):
         return []
     flat: list[Any] = []
-    with suppress(Exception), without_overrides():
+    with suppress(Exception), without_overrides():  # not every tensor can be read
         if type(value) is np.ndarray:  # a subclass may be a file (memmap), or mask its elements
             if value.dtype.kind in "biufcSUmM" and value.nbytes <= 1024:
                 flat = value.reshape(-1).tolist()
         elif facts.get("device") == "cpu" and "size_bytes" in facts:
             tensor: Any = torch.Tensor
             flat = tensor.tolist(tensor.reshape(tensor.detach(value), (-1,)))
-    texts = [
-        f"{each:.8g}" if type(each) is float else _unless(secret, each, 0)
-        for each, secret in zip(flat, in_pairs(flat), strict=True)
-    ]
+    texts = _told(flat, in_pairs(flat), 0)
+    texts = [f"{x:.8g}" if type(x) is float else t for x, t in zip(flat, texts, strict=True)]
     return [f"({', '.join(texts)})"] if texts else []
 
 
@@ -267,43 +261,42 @@ def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
 
 
 LOOKED_AT = 1024  # characters of a text that are looked through for secrets
-_BRACKETS: dict[Any, tuple[str, str]] = {
-    dict: ("{", "}"),
-    list: ("[", "]"),
-    tuple: ("(", ")"),
-    set: ("{", "}"),
-    frozenset: ("{", "}"),
-    collections.deque: ("[", "]"),
-}
+_BRACKETS: dict[Any, str] = {dict: "{}", list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
+_BRACKETS[collections.deque] = "[]"
 _SCALARS: dict[Any, Callable[[Any], str]] = {
     int: _integer,
     float: float.__repr__,
     complex: complex.__repr__,
-    str: _string(str),
-    bytes: _string(bytes),
-    bytearray: _string(bytearray),
+    **{cls: _string(cls) for cls in (str, bytes, bytearray)},
 }
-# By id, because a metaclass may define ``__hash__`` and ``__eq__``. None of these is ever freed.
+
+
+def _each(text: Callable[[Any], str], *classes: type) -> dict[int, Callable[[Any], str]]:
+    """By id, because a metaclass may define ``__hash__`` and ``__eq__``; none is ever freed."""
+    return dict.fromkeys(map(id, classes), text)
+
+
+_NUMPY_SCALARS = [c for c in set(np.sctypeDict.values()) if issubclass(c, np.number | np.bool_)]
 _EXACT: dict[int, Callable[[Any], str]] = {
-    **{
-        id(cls): repr
-        for cls in (type(None), bool, type(...), datetime.date, datetime.timedelta, torch.dtype)
-    },
-    **{
-        id(cls): lambda value: scrub(repr(value))
-        for cls in (torch.device, type(pathlib.Path()), type(pathlib.PurePath()))
-    },
-    id(datetime.datetime): lambda value: repr(value.replace(tzinfo=None)),  # a tzinfo is foreign
-    id(torch.Generator): lambda value: "<torch.Generator>",  # its one field is an address
-    id(range): lambda value: (
-        f"range({', '.join(map(_integer, (value.start, value.stop, value.step)))})"
+    **_each(repr, type(None), bool, type(...), datetime.date, datetime.timedelta, torch.dtype),
+    **_each(
+        lambda value: scrub(repr(value)),
+        *(torch.device, type(pathlib.Path()), type(pathlib.PurePath())),
     ),
-    id(types.FunctionType): lambda value: f"<function {value.__qualname__}>",
-    id(types.BuiltinFunctionType): lambda value: f"<function {value.__name__}>",
-    id(types.ModuleType): lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>",
-    **{
-        id(cls): lambda value: f"{type_name(type(value))}({value.item()!r})"
-        for cls in set(np.sctypeDict.values())
-        if issubclass(cls, np.number | np.bool_)
-    },
+    # A tzinfo is foreign; a generator's one field is an address.
+    **_each(lambda value: repr(value.replace(tzinfo=None)), datetime.datetime),
+    **_each(lambda value: "<torch.Generator>", torch.Generator),
+    **_each(
+        lambda value: (
+            f"range({_integer(value.start)}, {_integer(value.stop)}, {_integer(value.step)})"
+        ),
+        range,
+    ),
+    **_each(lambda value: f"<function {value.__qualname__}>", types.FunctionType),
+    **_each(lambda value: f"<function {value.__name__}>", types.BuiltinFunctionType),
+    **_each(
+        lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>",
+        types.ModuleType,
+    ),
+    **_each(lambda value: f"{type_name(type(value))}({value.item()!r})", *_NUMPY_SCALARS),
 }

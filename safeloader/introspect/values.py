@@ -143,7 +143,7 @@ def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
     for cls in mro_of(type(value)):
         for name, slot in list(_namespace_of(cls).items()):
             if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
-                with suppress(Exception):  # an unset slot raises AttributeError
+                with suppress(AttributeError):  # an unset slot
                     held = slot.__get__(value)
                     count += 1
                     if len(pairs) < most:

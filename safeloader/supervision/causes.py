@@ -94,17 +94,16 @@ def _again(index: Any, options: str = "") -> str:
     return f"loader.dataset[{index_text(index)}] in a fresh process{python} repeats it"
 
 
-# What a signal says by itself, `{at}` an index, `{line}` of the user's.
+# What a signal says by itself; of the faults with ``{at}``, an index, and ``{line}``, the user's.
 _ASKED = (
     "somebody asked it to end: a batch system that stops the job, a supervisor, or kill. Look at "
     "what sent the signal"
 )
-_LIMIT = "it ran into a limit of the shell (ulimit -t, ulimit -f)"
 _SENT = dict.fromkeys(("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT"), _ASKED)
-_SENT |= dict.fromkeys(("SIGXCPU", "SIGXFSZ"), _LIMIT)
-_FAULTS = dict.fromkeys(
-    ("SIGSEGV", "SIGFPE", "SIGSYS", "SIGTRAP"), "a native library is at fault{at}{line}"
-) | {
+_SENT["SIGXCPU"] = _SENT["SIGXFSZ"] = "it ran into a limit of the shell (ulimit -t, ulimit -f)"
+_FAULT = "a native library is at fault{at}{line}"
+_FAULTS = {
+    **dict.fromkeys(("SIGSEGV", "SIGFPE", "SIGSYS", "SIGTRAP"), _FAULT),
     "SIGABRT": "a native library gave up{at} (abort(), a failed assertion, corrupted memory){line}",
     "SIGILL": "a native library used an instruction that this processor lacks{line}: install a "
     "build for it",

@@ -147,10 +147,8 @@ class Diagnosis:
         """The failure, or warning, that no batch came for ``waited_s`` seconds."""
         at = [self.location(worker) for worker in range(len(self._workers))]
         known = [where for where in at if where is not None]
-        busy = sorted(
-            (where for where in known if where.busy),
-            key=lambda where: -(where.seconds or 0.0),
-        )
+        busy = [where for where in known if where.busy]
+        busy.sort(key=lambda where: -(where.seconds or 0.0))
         asked = [where.worker for where in busy]
         told = stacks.asked(self._flight, self._signals, asked) if self._flight else {}
         found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
@@ -212,7 +210,7 @@ class Stalls:
         """No batch came for ``waited_s`` seconds."""
         try:
             failure = self._diagnosis.silence(waited_s, timeout=False)
-        except Exception as exc:
+        except Exception as exc:  # a fault of ours, beside a loader that may yet go on
             self._log.error(
                 "no batch came for %.0f s, and looking into it failed\n%s", waited_s, text_of(exc)
             )
@@ -265,12 +263,8 @@ def _memory_lines(where: WorkerLocation | None) -> list[str]:
     if where is None or where.position.memory_last[0] <= 0:
         return []
     names = ("resident", "proportional (PSS)", "unique (USS)")
-    last = where.position.memory_last
-    parts = [
-        f"{human_bytes(value)} {name}"
-        for name, value in zip(names, last, strict=True)
-        if value >= 0
-    ]
-    grown = last[0] - where.position.memory_first[0]
+    last = zip(names, where.position.memory_last, strict=True)
+    parts = [f"{human_bytes(value)} {name}" for name, value in last if value >= 0]
+    grown = _grown(where)
     how = f"grew by {human_bytes(grown)}" if grown > 0 else "did not grow"
     return [f"its memory as last sampled: {', '.join(parts)}; {how} since its first batch"]

@@ -4,10 +4,10 @@
 
     worker: one cell for each change of phase, one for each sample ──► memory ──► main: read(worker)
 
-A worker that was killed, or hangs, can say nothing any more. What it was at stands here: the batch,
-the phase, and the time stamps of the samples it had fetched. The stamps that travel with a batch
-are taken in this memory to begin with, so noting the position costs nothing beyond them. Main reads
-only when something went wrong; it turns (batch, position) into a dataset index by what was drawn.
+A worker that was killed, or hangs, can say nothing any more. What it was doing stands here: the
+batch, the phase, and the time stamps of the samples it had fetched. The worker takes the stamps
+that travel with a batch in this memory to begin with, so noting the position costs nothing beyond
+them. Main reads only when something went wrong; the draws turn (batch, position) into an index.
 
 The memory is one anonymous file (``memfd``; elsewhere an unlinked temporary one) that goes to
 workers under every start method. Behind the numbers lies room for the Python stacks that
@@ -26,14 +26,14 @@ STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger o
 STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
 
 # A worker's row, in cells of int64; the stamps follow.
-PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL, ENDED = range(8)
+PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL = range(7)
 MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
 STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
 _SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
 
-PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate", "send", "exit")
-STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND, EXIT = range(len(PHASES))
+PHASES = ("starting", "init", "open", "idle", "fetch", "fetch at once", "collate", "send")
+STARTING, INIT, OPEN, IDLE, FETCH, FETCH_AT_ONCE, COLLATE, SEND = range(len(PHASES))
 
 
 class FlightRow(NamedTuple):
@@ -105,14 +105,14 @@ class FlightRecorder(SharedCells):
     # in main ────────────────────────────────────────────────────────────────────────────────────
 
     def end(self) -> None:
-        """Have the workers end; without a lock, which a killed worker might hold."""
+        """Have the workers end, without a lock, which a killed worker might hold."""
         self._cells[0] = 1
 
     def read(self, worker: int) -> FlightRow:
         """Where ``worker`` is."""
         row = self.row(worker)
         at = row[PHASE]
-        phase = PHASES[at if STARTING <= at <= EXIT else STARTING]  # a library may have run wild
+        phase = PHASES[at if STARTING <= at <= SEND else STARTING]  # a library may have run wild
         position: int | None = None
         since = row[SINCE]
         if at in (FETCH, COLLATE):
@@ -121,7 +121,7 @@ class FlightRecorder(SharedCells):
                 since = max(since, row[STAMPS + min(position, STAMPS_MAX)])
         return FlightRow(
             phase=phase,
-            seq=row[SEQ] if IDLE < at <= EXIT else None,
+            seq=row[SEQ] if IDLE < at <= SEND else None,
             position=position if phase == "fetch" else None,
             ordinal=row[ORDINAL],
             since_ns=since,
@@ -141,7 +141,7 @@ class FlightRecorder(SharedCells):
 
 
 class EndSignal:
-    """In the place of the ``Event`` by which torch tells its workers to end.
+    """Stands for the ``Event`` by which torch tells its workers to end.
 
     An event takes a lock to be read, and a worker killed just then would keep it: main could
     never set the event again.

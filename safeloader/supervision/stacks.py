@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from safeloader.supervision.flight_recorder import STACK_BYTES, FlightRecorder
@@ -51,7 +52,7 @@ class Stack(NamedTuple):
 def asked(
     flight: FlightRecorder, signals: Sequence[Signals], workers: Iterable[int]
 ) -> dict[int, Stack]:
-    """The stacks of these workers as they are now; without those that do not answer."""
+    """The stacks of these workers as they are now, without those that do not answer."""
     before: dict[int, int] = {}
     for worker in workers:
         written = len(flight.stacks(worker).encode())
@@ -90,11 +91,8 @@ def read(text: str) -> Stack:
         found = _FRAME.match(line) if inside else None
         if found is not None:
             current.append(Frame(found["file"], int(found["line"]), found["name"]))
-    users = []
-    for frame in current:
-        if _OURS in frame.file:
-            break  # below this it is safeloader's, torch's and multiprocessing's frames
-        users.append(frame)
+    # Below the first of ours they are safeloader's, torch's and multiprocessing's.
+    users = [*takewhile(lambda frame: _OURS not in frame.file, current)]
     frames = tuple(users or current)[:_FRAMES_MAX]
     if not frames:
         return Stack((), text.strip())

@@ -110,7 +110,7 @@ def test_phases_as_they_are_read() -> None:
         row[PHASE] = number
         found = recorder.read(0)
         assert found.phase == phase
-        at_a_batch = phase in ("fetch", "fetch at once", "collate", "send", "exit")
+        at_a_batch = phase in ("fetch", "fetch at once", "collate", "send")
         assert found.seq == (4 if at_a_batch else None)
         assert (found.position is not None) == (phase == "fetch")
 

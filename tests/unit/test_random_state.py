@@ -92,8 +92,8 @@ def test_a_state_put_back_with_a_kept_gaussian(which: str) -> None:
 def test_the_fast_path_is_on_here() -> None:
     marks = Marks()
     marks.mark()
-    assert marks._python_words is not None
-    assert marks._numpy_words is not None
+    assert marks._python.words is not None
+    assert marks._numpy.words is not None
 
 
 def test_nothing_moved_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_nothing_moved_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sequence", [["mark", "random", "mark", "gauss", "mark", "many"]])
 def test_without_the_fast_path(sequence: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_state, "_python_address", lambda: 0)
-    assert Marks()._python_words is None
+    assert Marks()._python.words is None
     follow(sequence)
 
 
