@@ -224,9 +224,7 @@ def test_every_module_that_a_page_names_is_there(page: str) -> None:
 
 
 def test_paths_are_found_in_a_page() -> None:
-    page = (
-        "`main/epoch.py`, safeloader/_torch.py ─► (tests/unit/test_run.py) [x](docs/details.rst)"
-    )
+    page = "`main/epoch.py`, safeloader/_torch.py ─► (tests/unit/test_run.py) [x](docs/details.rst)"
     assert paths_named(page) == {
         "main/epoch.py",
         "safeloader/_torch.py",
