@@ -195,7 +195,7 @@ def test_torch_private_is_where_they_are() -> None:
         "from torch.utils.data import DataLoader; DataLoader._get_iterator(view)",
         "def f():\n    from torch import _dynamo",
         "loader._index_sampler",
-        "session.loader._iterator",
+        "pool.loader._iterator",
         "self.loader._iterator",
         "loader_of(self)._get_iterator()",
     ],
@@ -205,7 +205,7 @@ def test_private_names_are_recognised(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["self._workers", "super()._get_iterator()", "torch.__version__", "loader._session"]
+    "line", ["self._workers", "super()._get_iterator()", "torch.__version__", "loader._side"]
 )
 def test_names_of_ours_and_public_ones_are_left_alone(line: str) -> None:
     assert private_uses_of_torch(ast.parse("import torch\n" + line)) == set()
