@@ -91,8 +91,8 @@ class SafeDataLoader(DataLoader[T_co]):
         on_failure_dump: a folder in which each failure is written as a JSON file; of those that end
             no batch, skipped and replaced samples, the first hundred of an epoch.
         transport: how batches cross from the workers: ``"auto"``, by shared memory that is written
-            again and again, where there is such (Linux) and torch's own way elsewhere; ``"torch"``,
-            always torch's own way.
+            again and again on systems that have it (Linux), and torch's own way elsewhere;
+            ``"torch"``, always torch's own way.
         checksum: whether workers fingerprint every leaf of a batch, to be compared with what is
             handed over. What differs is a :class:`~safeloader.TransportError`. With
             ``num_workers=0`` there is nothing to compare.

@@ -13,7 +13,6 @@ With persistent workers it serves one epoch after the other; otherwise it belong
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import queue
 import sys
@@ -29,7 +28,6 @@ from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.errors import error_from
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure, failure_of
-from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.files import rank
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
@@ -53,7 +51,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
-logger = logging.getLogger("safeloader")
+_told_of_ranks: list[bool] = []
 
 
 class WorkerPool:
@@ -93,8 +91,14 @@ class WorkerPool:
             in_main=self.workers == 0,
             lends=settings.on_error == "replace",
         )
-        if settings.on_error == "skip":
-            _warn_of_ranks(self._log)
+        # A rank that leaves a batch out makes the others wait for it in the next all-reduce.
+        if settings.on_error == "skip" and not _told_of_ranks and rank() is not None:
+            _told_of_ranks.append(True)
+            self._log.warning(
+                "on_error='skip' in distributed training: batches of this rank may get smaller, "
+                "and a batch that is left out whole stalls the other ranks. on_error='replace' "
+                "keeps shapes, counts and ranks in step"
+            )
         self._progress: StreamProgress | None = None
         if self.stream:
             try:  # shared memory for the streams' lengths
@@ -247,7 +251,7 @@ class WorkerPool:
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
         except Exception:  # a survey that fails must not keep the loader from starting
-            logger.debug("the dataset could not be looked through", exc_info=True)
+            self._log.debug("the dataset could not be looked through", exc_info=True)
             return
         warn_once(found, loader.dataset, stacklevel=8)
 
@@ -329,18 +333,3 @@ class WorkerPool:
             self.stock = self._start(blueprint, self.sampler.again())
         if generator is not None and state is not None:
             generator.set_state(state)
-
-
-_told_of_ranks: list[bool] = []
-
-
-def _warn_of_ranks(log: LoaderLog) -> None:
-    """A rank that leaves a batch out makes the others wait for it in the next all-reduce."""
-    if _told_of_ranks or rank() is None:
-        return
-    _told_of_ranks.append(True)
-    log.warning(
-        "on_error='skip' in distributed training: batches of this rank may get smaller, and a "
-        "batch that is left out whole stalls the other ranks. on_error='replace' keeps shapes, "
-        "counts and ranks in step"
-    )

@@ -77,7 +77,7 @@ class Recorder:
                 f"{bounded_text(max_bytes)}"
             )
         self.max_bytes = max_bytes
-        # A plain tuple a batch, of its bytes and the fields of Delivery and Manifest: the garbage
+        # A plain tuple a batch: its bytes and the fields of Delivery and BatchManifest. The garbage
         # collector leaves tuples of numbers and bytes alone, and would walk a million named ones
         # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
@@ -124,7 +124,10 @@ class Recorder:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop the oldest until a sixteenth is free: a dict's front is slow to find again."""
+        """Drop the oldest batches until a sixteenth of the bound is free.
+
+        Many at once: a dict that lost its first items has to look for the next one from its front.
+        """
         target = self.max_bytes - self.max_bytes // 16
         for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
             self._held_bytes -= self._deliveries.pop(key)[0]

@@ -247,3 +247,15 @@ def test_what_was_drawn_ahead_is_told_in_words_that_stay_true() -> None:
         break
     assert loader.audit is not None
     assert loader.audit.notes == ("not handed over: 8, in batches drawn ahead for the workers",)
+
+
+@pytest.mark.parametrize("troubles", [{}, {"missing": [3]}])
+def test_what_was_not_checked_is_neither_ok_nor_not(troubles: dict[str, list[int]]) -> None:
+    audit = dataclasses.replace(audit_with(complete=False, **troubles), unchecked_since=7)
+    assert audit.ok is None
+    head = "epoch 2: not complete, not checked since batch 7; 40 drawn, 30 delivered"
+    assert str(audit).split("\n")[0] == head
+    assert "ok=None" in repr(audit)
+    told = json.loads(json.dumps(audit.to_dict()))
+    assert (told["ok"], told["unchecked_since"]) == (None, 7)
+    assert audit_with().to_dict()["unchecked_since"] is None
