@@ -1,8 +1,8 @@
 """What stands in a batch's pickle for the memory of its tensors. Runs in: both.
 
-The worker writes calls of these functions into the pickle; main makes them as it loads it. The memory is
-named by a *place*: a slot of the batch and an offset in it; bytes, for what is so small that it
-crosses within the message; or a number, for memory that an earlier leaf of the batch brought.
+The worker writes calls of these functions into the pickle; main makes them as it loads it. A
+*place* names the memory: a slot of the batch and an offset in it; bytes, for what is so small that
+it crosses within the message; or a number, for memory that an earlier leaf of the batch brought.
 Tensors that share memory in the worker therefore share it in main.
 """
 
