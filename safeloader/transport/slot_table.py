@@ -26,9 +26,8 @@ _SLOTS = 4096  # of one worker, at most
 SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
 _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 
-UNUSED, FREE, LENT, GONE = range(
-    4
-)  # odd numbers: the worker may take the slot, or has to give it up
+# The worker looks at those with odd numbers: to take the slot, or to give it up.
+UNUSED, FREE, LENT, GONE = range(4)
 MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
 
 
