@@ -426,6 +426,17 @@ def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
     assert note.startswith("the keys of the first 2 samples were compared; 1 later")
 
 
+def test_keys_past_the_bound_in_bytes_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "KEYS_BYTES", 1000)
+    ledger = drawn_ledger([[0, 1, 2]], with_keys=True)
+    keys = ["a" * 900, "b" * 900, "a" * 900]
+    discrepancy = hand_over(ledger, manifest(0, [0, 1, 2], keys=keys))
+    assert discrepancy is not None
+    assert discrepancy.duplicated == (2,)
+    (note,) = ledger.audit(0, None).notes
+    assert note.startswith("the keys of the first 1 samples were compared; 1 later")
+
+
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -19,7 +19,7 @@ from safeloader import Recorder, SafeDataLoader
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery
-from safeloader.provenance.table import record_of
+from safeloader.provenance.table import Provenance, record_of
 from tests import datasets
 
 COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
@@ -438,6 +438,52 @@ def stamped(*incidents: SampleIncident, lent: int = 0) -> Delivery:
         0, 0, 1, pack([10, 11, 12, 13]), None, None, stamps, False, None, incidents
     )
     return Delivery(0, 0, 5, manifest)
+
+
+def as_it_was_drawn(*stamps: int, at_once: bool = False, size: int = 4) -> Delivery:
+    manifest = stamped().manifest._replace(
+        indices=pack(list(range(size))),
+        worker_id=3,
+        stamps=np.array(stamps, dtype=np.int64).tobytes(),
+        fetched_at_once=at_once,
+        incidents=None,
+    )
+    return Delivery(0, 0, 5, manifest)
+
+
+@pytest.mark.parametrize("at_once", [True, False])  # not told, as with batch_size=None
+def test_samples_fetched_in_one_call_have_equal_shares(at_once: bool) -> None:
+    record = record_of(as_it_was_drawn(1000, 1009, 1109, at_once=at_once))
+    assert (record.worker_id, record.fetch_ns, record.collate_ns) == (3, (2,) * 4, 100)
+    assert record.start_ns == 1000 + UNIX_OFFSET_NS
+    one = record_of(as_it_was_drawn(1000, 1009, 1109, at_once=True, size=1))
+    assert one.fetch_ns == (9,)
+
+
+def test_an_empty_batch_has_no_start() -> None:
+    record = record_of(as_it_was_drawn(1000, 1009, 1109, at_once=True, size=0))
+    assert (record.indices, record.fetch_ns, record.start_ns) == ((), (), 0)
+
+
+def test_the_table_names_the_worker() -> None:
+    recorder = Recorder()
+    *_, manifest = as_it_was_drawn(1000, 1001, 1003, 1006, 1010, 1100)
+    recorder.delivered(0, 0, 5, manifest)
+    recorder.delivered(0, 1, 5, manifest._replace(worker_id=None))
+    table = Provenance(recorder).to_numpy()
+    assert table["worker_id"].tolist() == [3] * 4 + [-1] * 4
+    assert table["fetch_ns"].tolist() == [1, 2, 3, 4] * 2
+    assert (table["start_ns"] - UNIX_OFFSET_NS).tolist() == [1000, 1001, 1003, 1006] * 2
+    assert len(Provenance(recorder)) == 8
+
+
+def test_long_names_are_saved_whole(tmp_path: Path) -> None:
+    name = "a" * 300
+    loader = loaded(TakesAnyIndex(), sampler=[name, ("b", name)])
+    loader.provenance.save(tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="", encoding="utf-8") as file:
+        saved = [row["index"] for row in csv.DictReader(file)]
+    assert saved == [name, repr(("b", name))]
 
 
 def test_times_of_a_batch_with_skipped_samples_are_those_of_the_samples_in_it() -> None:
