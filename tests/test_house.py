@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import re
@@ -72,6 +73,7 @@ def place_in(docstring: str) -> str | None:
     return found.group(1) if found else None
 
 
+@functools.cache
 def place_of(name: str) -> str | None:
     return place_in(ast.get_docstring(ast.parse(NAMES[name].read_text("utf-8"))) or "")
 
