@@ -13,15 +13,14 @@ import types
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from safeloader.introspect.texts import bounded_text
-from safeloader.introspect.values import array_facts, cut, inherits, type_name
+from safeloader.introspect.values import array_facts, container_base, cut, inherits, type_name
 
 SAMPLES_MAX = 100_000
 VISITS_MAX = 300_000  # values looked at in all: about a second at worst
@@ -32,8 +31,19 @@ KEYS_SHOWN_MAX = 5
 
 # What torch.as_tensor takes of numpy; other byte orders print as ">f4" and are refused.
 _NUMERIC = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)")
-# Sequences to default_collate that derive from no list or tuple: taken, but not walked into.
-_FLAT = (range, bytearray, memoryview, deque, array)
+# What default_collate treats values as, by their class; what is in none is "other". It takes flat
+# sequences, which derive from no list or tuple; they are not walked into here.
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "none": (type(None),),
+    "mapping": (dict, Mapping, types.MappingProxyType),
+    "sequence": (list, tuple),
+    "array": (np.ndarray,),
+    "tensor": (torch.Tensor,),
+    "number": (int, float, np.number, np.bool_),
+    "text": (str, bytes),
+    "flat": (range, bytearray, memoryview, deque, array, Sequence),
+}
+_PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
 
 
 class Rank(enum.IntEnum):
@@ -54,8 +64,7 @@ _Values = dict[int, Any]  # by position in the batch
 _Groups = dict[str, list[int]]  # positions, by what they have in common
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A place where the samples differ: which are odd there, and what the majority is.
 
     Attributes:
@@ -70,8 +79,7 @@ class Finding:
     usual: tuple[str, int] | None
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A place where every sample holds what `default_collate` does not take, of these kinds."""
 
     path: str
@@ -102,128 +110,104 @@ class Survey:
         while self._queue and self._visits <= VISITS_MAX:
             path, values, depth = self._queue.popleft()
             self._visits += len(values)
-            alike = self._compare_kinds(path, values)
-            if alike and depth < DEPTH_MAX:
-                self._compare_content(path, alike, depth)
+            kind, alike = self._compare_kinds(path, values)
+            if depth == DEPTH_MAX:
+                continue
+            if kind in ("mapping", "sequence"):
+                self._compare_parts(path, alike, depth, mapping=kind == "mapping")
+            elif kind in ("tensor", "array"):
+                self._compare_arrays(path, alike, kind)
+            else:
+                types_found = _by_type(alike, _by(alike, lambda value: id(type(value))))
+                self._found(Rank.TYPE, path, types_found)
+                if kind in ("none", "other"):
+                    self._refuse(path, alike, types_found)
 
-    def _compare_kinds(self, path: str, values: _Values) -> _Values:
-        """Return the values of the kind that most are of."""
-        kinds: _Groups = {}
-        for position, value in values.items():
-            kinds.setdefault(self._kind(value), []).append(position)
+    def _compare_kinds(self, path: str, values: _Values) -> tuple[str, _Values]:
+        """Return the kind that most values are of, and those values."""
+        kinds = _by(values, self._kind)
         if len(kinds) > 1:
             rank = Rank.LEAF if kinds.keys() <= {"number", "text", "other"} else Rank.CONTAINER
-            groups: _Groups = {}
-            for positions in kinds.values():
-                groups.setdefault(_type(values[positions[0]]), []).extend(positions)
-            self._found(Rank.NONE if "none" in kinds else rank, path, groups)
-        return {position: values[position] for position in max(kinds.values(), key=len)}
+            self._found(Rank.NONE if "none" in kinds else rank, path, _by_type(values, kinds))
+        usual = max(kinds, key=lambda kind: len(kinds[kind]))
+        return usual, {position: values[position] for position in kinds[usual]}
 
     def _kind(self, value: object) -> str:
         cls = type(value)
         if id(cls) not in self._kinds:
-            self._kinds[id(cls)] = _kind_of(cls)
+            found = (kind for kind, bases in _KINDS.items() if inherits(cls, *bases))
+            self._kinds[id(cls)] = next(found, "other")
         return self._kinds[id(cls)]
 
-    def _compare_content(self, path: str, values: _Values, depth: int) -> None:
-        kind = self._kind(next(iter(values.values())))
-        if kind == "mapping":
-            self._compare_mappings(path, values, depth)
-        elif kind == "sequence":
-            self._compare_sequences(path, values, depth)
-        elif kind in ("tensor", "array"):
-            self._compare_arrays(path, values)
-        else:
-            types_found = _by_type(values)
-            self._found(Rank.TYPE, path, types_found)
-            if kind in ("none", "other"):
-                self._refuse(path, values, types_found)
-
-    def _compare_mappings(self, path: str, values: _Values, depth: int) -> None:
-        most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)))
-        read = {position: _items(value, most) for position, value in values.items()}
-        items = {position: pairs for position, pairs in read.items() if pairs is not None}
+    def _compare_parts(self, path: str, values: _Values, depth: int, *, mapping: bool) -> None:
+        """Compare keys or lengths, and queue the places that more than half of the values have."""
+        most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)) if mapping else 0)
+        read = {position: _parts(value, most) for position, value in values.items()}
+        parts = {position: found for position, found in read.items() if found is not None}
         holders: dict[Any, list[int]] = {}
-        for position, pairs in items.items():
-            for key in pairs:
+        for position, found in parts.items():
+            for key in found:
                 holders.setdefault(key, []).append(position)
-        self._visits += sum(map(len, items.values()))
-        if all(len(pairs) < most for pairs in items.values()):
-            self._compare_keys(path, list(items), holders)
-        else:  # too many to compare one by one
-            dicts = {p: value for p, value in values.items() if inherits(type(value), dict)}
-            self._found(Rank.LENGTH, path, _by(dicts, lambda value: str(dict.__len__(value))))
+        self._visits += sum(map(len, parts.values()))
+        if mapping and all(len(found) < most for found in parts.values()):
+            self._compare_keys(path, list(parts), holders)
+        else:  # keys too many to compare one by one, or none
+            bases = {position: container_base(type(value)) for position, value in values.items()}
+            lengths = {p: base.__len__(values[p]) for p, base in bases.items() if base is not None}
+            self._found(Rank.LENGTH, path, _by(lengths, str))
         for key, having in holders.items():
-            if 2 * len(having) > len(items):
-                children = {position: items[position][key] for position in having}
+            if 2 * len(having) > len(parts):
+                children = {position: parts[position][key] for position in having}
                 self._queue.append((f"{path}[{_key(key)}]", children, depth + 1))
 
     def _compare_keys(self, path: str, everyone: list[int], holders: dict[Any, list[int]]) -> None:
-        missing: dict[tuple[int, ...], list[str]] = {}
-        extra: dict[tuple[int, ...], list[str]] = {}
-        for key, having in holders.items():
-            if 2 * len(having) > len(everyone) > len(having):
-                lacking = tuple(sorted({*everyone} - {*having}))
-                missing.setdefault(lacking, []).append(_key(key))
-            elif 2 * len(having) == len(everyone):
-                self._compare_halves(path, everyone, holders, having)
+        for having in holders.values():
+            if 2 * len(having) == len(everyone):  # no side is the odd one
+                others = sorted({*everyone} - {*having})
+                ours, theirs = (
+                    _keys([key for key, positions in holders.items() if positions == side])
+                    for side in (having, others)
+                )
+                halves = {ours: having, theirs or f"no {ours}": others}
+                self.findings.append(Finding(Rank.KEYS, path, halves, None))
                 return
-            elif len(having) < len(everyone):
-                extra.setdefault(tuple(having), []).append(_key(key))
+        missing: dict[int, list[Any]] = {}
+        extra: dict[int, list[Any]] = {}
+        lacked = 0
+        for key, having in holders.items():
+            usual = 2 * len(having) > len(everyone)
+            odd_ones = {*everyone} - {*having} if usual else having
+            lacked += bool(odd_ones) and usual
+            for position in odd_ones:
+                (missing if usual else extra).setdefault(position, []).append(key)
         odd: _Groups = {}
-        for positions in missing or extra:  # a key too many harms less than one too few
-            texts = []
-            if positions in extra:
-                texts.append(f"the extra {_keys(extra[positions])}")
-            if positions in missing:
-                texts.append(f"no {_keys(missing[positions])}")
-            odd.setdefault(" and ".join(texts), []).extend(positions)
+        for position in sorted(missing or extra):  # a key too many harms less than one too few
+            texts = [f"the extra {_keys(extra[position])}"] if position in extra else []
+            texts += [f"no {_keys(missing[position])}"] if position in missing else []
+            odd.setdefault(" and ".join(texts), []).append(position)
         if odd:
-            count = sum(map(len, missing.values()))
-            rest = ("do not" if count == 0 else "have it") if count < 2 else "have them"
-            usual = (rest, len(everyone) - len({p for each in odd.values() for p in each}))
-            self.findings.append(Finding(Rank.KEYS, path, odd, usual))
+            rest = ("do not" if lacked == 0 else "have it") if lacked < 2 else "have them"
+            usual_ones = (rest, len(everyone) - len(missing or extra))
+            self.findings.append(Finding(Rank.KEYS, path, odd, usual_ones))
 
-    def _compare_halves(
-        self, path: str, everyone: list[int], holders: dict[Any, list[int]], having: list[int]
-    ) -> None:
-        """Half of the samples have keys that the other half has not: no side is the odd one."""
-        others = sorted({*everyone} - {*having})
-        ours = [_key(key) for key, positions in holders.items() if positions == having]
-        theirs = [_key(key) for key, positions in holders.items() if positions == others]
-        instead = _keys(theirs) if theirs else f"no {_keys(ours)}"
-        self.findings.append(Finding(Rank.KEYS, path, {_keys(ours): having, instead: others}, None))
-
-    def _compare_sequences(self, path: str, values: _Values, depth: int) -> None:
-        bases = {p: list if inherits(type(value), list) else tuple for p, value in values.items()}
-        lengths = {p: bases[p].__len__(value) for p, value in values.items()}
-        self._found(Rank.LENGTH, path, _by(lengths, str))
-        heads: dict[int, list[Any]] = {}
-        for position, value in values.items():
-            base: Any = bases[position]  # its own methods: a subclass may have overridden them
-            heads[position] = list(islice(base.__iter__(value), ELEMENTS_MAX))
-        self._visits += sum(map(len, heads.values()))
-        for place in range(max(map(len, heads.values()))):
-            children = {p: head[place] for p, head in heads.items() if place < len(head)}
-            if 2 * len(children) > len(values):
-                self._queue.append((f"{path}[{place}]", children, depth + 1))
-
-    def _compare_arrays(self, path: str, values: _Values) -> None:
+    def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
         facts = {position: array_facts(value) or {} for position, value in values.items()}
-        shapes = _by(facts, lambda fact: str(fact.get("shape", "unknown")))
+        shapes, dtypes, devices = (
+            _by(facts, lambda fact, name=name: str(fact.get(name, "unknown")))
+            for name in ("shape", "dtype", "device")
+        )
         if _majority(shapes) is None:
             # Lengths that vary are what a padding collate function is for; then see the dimensions.
             ranks = _by(facts, lambda fact: f"[{', '.join('*' for _ in fact.get('shape', ()))}]")
             shapes = ranks if len(ranks) > 1 and _majority(ranks) else shapes
         self._found(Rank.SHAPE, path, shapes)
-        dtypes = _by(facts, lambda fact: str(fact.get("dtype", "unknown")))
         self._found(Rank.DTYPE, path, dtypes)
-        self._found(Rank.DEVICE, path, _by(facts, lambda fact: str(fact.get("device"))))
-        first = next(iter(values.values()))
-        if self._kind(first) == "array" and not any(map(_NUMERIC.fullmatch, dtypes)):
-            self._refuse(path, values, [f"{_type(first)} of dtype {dtype}" for dtype in dtypes])
+        self._found(Rank.DEVICE, path, devices)
+        name = _type(next(iter(values.values())))
+        if kind == "array" and not any(map(_NUMERIC.fullmatch, dtypes)):
+            self._refuse(path, values, [f"{name} of dtype {dtype}" for dtype in dtypes])
         elif not any({"shape", "size_bytes"} <= fact.keys() for fact in facts.values()):
-            self._refuse(path, values, [f"{_type(first)} that is sparse, nested or wraps another"])
+            self._refuse(path, values, [f"{name} that is sparse, nested or wraps another"])
 
     def _found(self, rank: Rank, path: str, groups: _Groups) -> None:
         if len(groups) < 2:
@@ -242,40 +226,21 @@ class Survey:
 # ---- one value
 
 
-def _kind_of(cls: type) -> str:
-    """Return what `default_collate` would treat values of a class as."""
-    if cls is type(None):
-        return "none"
-    if inherits(cls, dict, Mapping) or cls is types.MappingProxyType:
-        return "mapping"
-    if inherits(cls, list, tuple):
-        return "sequence"
-    if inherits(cls, np.ndarray):
-        return "array"
-    if inherits(cls, torch.Tensor):
-        return "tensor"
-    if inherits(cls, int, float, np.number, np.bool_):
-        return "number"
-    if inherits(cls, str, bytes):
-        return "text"
-    return "flat" if inherits(cls, *_FLAT, Sequence) else "other"
-
-
-def _items(mapping: Any, most: int) -> dict[Any, Any] | None:
+def _parts(value: Any, most: int) -> dict[Any, Any] | None:
     """Return what stands under keys of built-in type; keys of others may run code when compared."""
+    base = container_base(type(value))
+    found: dict[Any, Any] = {}
     try:
-        if inherits(type(mapping), dict):
-            pairs = list(islice(dict.items(mapping), most))
-        else:
-            pairs = [(key, mapping[key]) for key in islice(mapping, most)]
+        if base in (list, tuple):
+            return dict(enumerate(islice(base.__iter__(value), most)))
+        pairs = dict.items(value) if base is dict else ((key, value[key]) for key in value)
+        for key, part in islice(pairs, most):
+            if any(type(key) is cls for cls in _PLAIN_KEYS):
+                found[key] = part
+            elif inherits(type(key), str):
+                found[str.__str__(key)] = part
     except Exception:
         return None
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if any(type(key) is cls for cls in (str, int, float, bool, bytes, type(None))):
-            found[key] = value
-        elif inherits(type(key), str):
-            found[str.__str__(key)] = value
     return found
 
 
@@ -283,17 +248,15 @@ def _type(value: object) -> str:
     return "None" if value is None else cut(type_name(type(value)))
 
 
-def _by(values: Mapping[int, Any], label: Callable[[Any], str]) -> _Groups:
-    groups: _Groups = {}
+def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> dict[Any, list[int]]:
+    groups: dict[Any, list[int]] = {}
     for position, value in values.items():
         groups.setdefault(label(value), []).append(position)
     return groups
 
 
-def _by_type(values: _Values) -> _Groups:
-    alike: dict[int, list[int]] = {}  # a name is made once a class, not once a value
-    for position, value in values.items():
-        alike.setdefault(id(type(value)), []).append(position)
+def _by_type(values: _Values, alike: dict[Any, list[int]]) -> _Groups:
+    """Name each group by its first value's type: a name is made once a group, not once a value."""
     groups: _Groups = {}
     for positions in alike.values():
         groups.setdefault(_type(values[positions[0]]), []).extend(positions)
@@ -310,6 +273,7 @@ def _key(key: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys(keys: list[str]) -> str:
+def _keys(keys: list[Any]) -> str:
     more = f" and {len(keys) - KEYS_SHOWN_MAX} more" if len(keys) > KEYS_SHOWN_MAX else ""
-    return f"key{'s' * (len(keys) > 1)} {', '.join(keys[:KEYS_SHOWN_MAX])}{more}"
+    shown = ", ".join(map(_key, keys[:KEYS_SHOWN_MAX]))
+    return f"key{'s' * (len(keys) > 1)} {shown}{more}" if keys else ""
