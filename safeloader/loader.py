@@ -219,7 +219,7 @@ class SafeDataLoader(DataLoader[T_co]):
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
         state = self.__dict__.copy()
-        state.pop("_session", None)
+        state.pop("_pool", None)
         if "_iterator" in state:
             state["_iterator"] = None
         return state

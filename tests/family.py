@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 import pytest
 
 SHARED = Path("/dev/shm")
-_NAMES = re.compile(r"(?:torch_|pym-|sem\.mp-)(\d+)[-_]")  # of tensors, arrays and semaphores
+_NAMES = re.compile(
+    r"(?:torch_|pym-|sem\.mp-|sem\.loky-)(\d+)[-_]"
+)  # of tensors, arrays and semaphores
 
 _started: set[int] = {os.getpid()}
 _start = BaseProcess.start

@@ -22,8 +22,8 @@ MODULES = [
 # An error below the base class is shown by the base class's example.
 SHOWN_ELSEWHERE = {
     name
-    for name, value in vars(safeloader).items()
-    if inspect.isclass(value)
+    for name in safeloader.__all__
+    if inspect.isclass(value := getattr(safeloader, name))
     and issubclass(value, safeloader.SafeLoaderError)
     and value is not safeloader.SafeLoaderError
 }

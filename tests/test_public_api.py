@@ -257,7 +257,7 @@ def test_a_stream_is_not_restarted(leaves_nothing: Path) -> None:
 def test_trace_is_none_a_bool_or_a_folder(bad: Any, leaves_nothing: Path) -> None:
     said = refusal(TypeError, trace=bad)
     assert "trace must be None (ask SAFELOADER_TRACE), False, True (log lines) or a folder" in said
-    assert repr(bad) in said
+    assert ("<object>" if type(bad) is object else repr(bad)) in said  # no foreign __repr__
 
 
 @pytest.mark.parametrize("name", ["a file", "a file/traces", "a file/deep/er"])

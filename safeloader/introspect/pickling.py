@@ -81,7 +81,7 @@ def find_unpicklable(
     Returns:
         The deepest part found to fail in that time; None where `thing` can be pickled.
 
-    >>> print(find_culprit({"rate": 1, "scale": [len, lambda x: 2 * x]}, "dataset.settings"))
+    >>> print(find_unpicklable({"rate": 1, "scale": [len, lambda x: 2 * x]}, "dataset.settings"))
     dataset.settings['scale'][1]: a lambda
     """
     return _Search(bound_s, spawning, loading=False).culprit(name, thing)

@@ -233,7 +233,7 @@ class SafeIterator(Iterator[Any]):
             try:
                 epoch.close()
                 epoch.release()
-                if "_session" in self.__dict__:
+                if "_pool" in self.__dict__:
                     self._pool.let_go()
             except Exception:  # at interpreter exit anything may be gone already
                 return

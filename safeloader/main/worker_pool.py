@@ -258,7 +258,7 @@ class WorkerPool:
 def blueprint_of(loader: SafeDataLoader[Any]) -> SafeDataLoader[Any]:
     """A copy of ``loader`` that a new pool can be built from, and that holds no pool itself."""
     copy: SafeDataLoader[Any] = object.__new__(type(loader))
-    kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_session")}
+    kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_pool")}
     copy.__dict__.update(kept)
     return copy
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from safeloader.delivery import coverage as coverage_module
-from safeloader.delivery.coverage import Coverage, Tally
+from safeloader.delivery.coverage import Coverage, IndexSet
 from safeloader.delivery.indices import Packed, count, pack
 
 LENGTHS = st.integers(0, 70)
@@ -263,7 +263,7 @@ def test_a_flush_that_is_interrupted_leaves_nothing_said_that_is_not_known(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(coverage._Pages, "add", interrupted)
+        patched.setattr(coverage_module._Pages, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             coverage.repeated(None)
     note(coverage, pack([2, 2]))
@@ -276,13 +276,13 @@ def test_a_length_without_end_is_not_walked_through() -> None:
     coverage = covered([[2, 2**40]])
     numbers, number = coverage.unvisited(2**62)
     assert number == 2**62 - 2
-    assert numbers.size == coverage.TALLY_LIMIT
+    assert numbers.size == coverage_module.TALLY_LIMIT
     assert numbers[:3].tolist() == [0, 1, 3]
 
 
-def test_a_tally_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coverage_module, "TALLY_LIMIT", 3)
-    noted = Tally()
+    noted = IndexSet()
     assert (noted.count, noted.array().tolist()) == (0, [])
     noted.add(range(2))
     noted.add(iter([7, 8, 9]))
@@ -290,8 +290,8 @@ def test_a_tally_counts_all_and_lists_the_first(monkeypatch: pytest.MonkeyPatch)
 
 
 @given(st.lists(st.lists(st.integers(-9, 9))))
-def test_a_tally_keeps_order_and_repetition(pieces: list[list[int]]) -> None:
-    noted = Tally()
+def test_a_set_keeps_order_and_repetition(pieces: list[list[int]]) -> None:
+    noted = IndexSet()
     for piece in pieces:
         noted.add(piece)
     everything = [number for piece in pieces for number in piece]

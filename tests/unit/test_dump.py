@@ -104,16 +104,20 @@ def test_what_is_raised_is_written(
     assert written["phase"] == phase
 
 
-def test_what_is_left_out_is_no_failure_but_too_much_of_it_is(tmp_path: Path) -> None:
+def test_what_is_left_out_is_written_and_so_is_too_much_of_it(tmp_path: Path) -> None:
     def loader(bound: int) -> SafeDataLoader[Any]:
         return SafeDataLoader(
             faults.Raises(), 4, on_error="skip", max_skipped=bound, on_failure_dump=tmp_path
         )
 
     list(loader(1))
-    assert failures_in(tmp_path) == []
+    assert [failure["index"] for failure in failures_in(tmp_path)] == [13]
     assert type(caught(loader(0))) is SampleError
-    assert failures_in(tmp_path)[0]["index"] == 13
+    assert [failure["index"] for failure in failures_in(tmp_path)] == [
+        13,
+        13,
+        13,
+    ]  # as skipped, and as the end
 
 
 def test_a_folder_that_went_away_is_made_again(tmp_path: Path) -> None:

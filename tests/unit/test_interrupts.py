@@ -17,7 +17,7 @@ from safeloader.transport.leaves import close_all
 from safeloader.transport.result_queue import _HEADER, _WITH_FDS, ResultQueue
 from safeloader.transport.slot_table import FREE
 from tests.interrupts import at_every_moment
-from tests.unit.test_inbox import BOUND_S, Pool, dies, waits
+from tests.unit.test_receiver import BOUND_S, Pool, dies, waits
 from tests.wired import KB, Wired, descriptors, filled
 
 RECEIVING = (
