@@ -192,17 +192,18 @@ class Survey:
 
     def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
         facts = {position: array_facts(value) or {} for position, value in values.items()}
-        shapes, dtypes, devices = (
-            _by(facts, lambda fact, name=name: str(fact.get(name, "unknown")))
-            for name in ("shape", "dtype", "device")
-        )
+
+        def by(name: str) -> _Groups:
+            return _by(facts, lambda fact: str(fact.get(name, "unknown")))
+
+        shapes, dtypes = by("shape"), by("dtype")
         if _majority(shapes) is None:
             # Lengths that vary are what a padding collate function is for; then see the dimensions.
             ranks = _by(facts, lambda fact: f"[{', '.join('*' for _ in fact.get('shape', ()))}]")
             shapes = ranks if len(ranks) > 1 and _majority(ranks) else shapes
         self._found(Rank.SHAPE, path, shapes)
         self._found(Rank.DTYPE, path, dtypes)
-        self._found(Rank.DEVICE, path, devices)
+        self._found(Rank.DEVICE, path, by("device"))
         name = _type(next(iter(values.values())))
         if kind == "array" and not any(map(_NUMERIC.fullmatch, dtypes)):
             self._refuse(path, values, [f"{name} of dtype {dtype}" for dtype in dtypes])

@@ -49,44 +49,57 @@ _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
 
 
 class MapFetcher(RecordingFetcher):
-    """Samples of a map-style dataset, collated into batches."""
+    """Samples of a map-style dataset: collated into batches, or one a batch (``batch_size=None``).
+
+    Without batching the sampler may draw a list of indices (a batch sampler given as ``sampler``),
+    and the dataset answers with a whole batch: each index in it is then accounted for.
+    """
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
-        self._stacks = may_stack(stock.collate_fn)
+        self._stacks = self._batched and may_stack(stock.collate_fn)
 
     def _fetch(self, task: Task) -> Made:
         indices = task.index
         dataset = self._dataset
         cells = self._cells
+        batched = self._batched
         now = clock
-        at_once = hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
+        at_once = batched and hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
         # Noted before the user's code sees the lists: it may sort or empty them.
-        packed = task.packed if task.packed is not None else pack(indices)
+        packed = task.packed
+        if packed is None:
+            packed = pack(indices) if batched else pack_unbatched(indices)
+        number = count(packed)
         asked = list(indices) if at_once else indices
-        stamps = self._stamps_for(count(packed))
+        stamps = self._stamps_for(number if batched else 1)
+        cells[PHASE] = FETCH_AT_ONCE if at_once or not (batched or number == 1) else FETCH
+        cells[SINCE] = stamps[0] = now()
         if self._policy.retries or task.one_by_one:
             return self._fetch_repaired(task, packed, asked, at_once, [], None, stamps)
         samples: Any = []
         fetched: list[Any] = []
         keys = None
-        got: int | None = 0
+        got: int | None = number
         k = 0
         phase = "sample"
-        cells[PHASE] = FETCH_AT_ONCE if at_once else FETCH
-        cells[SINCE] = stamps[0] = now()
         try:
             if at_once:
                 samples = dataset.__getitems__(indices)
                 k = 1
                 stamps[1] = now()
-            else:
+                got = self._count(samples)
+            elif batched:
                 for k, index in enumerate(indices, 1):
                     samples.append(dataset[index])
                     stamps[k] = now()
-            if self._key is not None:
+                got = k
+            else:
+                samples.append(dataset[indices])
+                k = 1
+                stamps[1] = now()
+            if self._key is not None and (batched or number == 1):
                 keys = self._keys(samples)
-            got = self._count(samples) if at_once else k
             phase = "collate"
             cells[PHASE] = COLLATE
             fetched = samples
@@ -95,23 +108,25 @@ class MapFetcher(RecordingFetcher):
                 if type(samples) is list:  # the collate function may take it apart
                     fetched = list(samples)
                 self._packer.collates()
-                batch = self._collate_fn(samples)
+                batch = self._collate_fn(samples if batched else samples[0])
             stamps[k + 1] = now()
         except Exception as exc:
             seen = samples if phase == "sample" else fetched
-            if self._repairs(exc, seen):
+            if self._repairs(exc, seen) and (batched or not seen):
                 return self._fetch_repaired(task, packed, asked, at_once, seen, exc, stamps)
             faulty = FaultySample()
-            if phase == "sample" and not isinstance(exc, KeyFault):
-                faulty = _find(dataset, asked, exc) if at_once else FaultySample(len(samples))
+            if not batched:
+                faulty, seen = FaultySample(0 if number == 1 else None), None
+            elif phase == "sample" and not isinstance(exc, KeyFault):
+                faulty = _find(dataset, asked, exc) if at_once else FaultySample(len(seen))
             manifest = self._manifest(
-                seq=task.seq, indices=packed, samples=None, fetched_at_once=at_once
+                seq=task.seq, indices=packed, samples=None, fetched_at_once=at_once or not batched
             )
             return self._failed(exc, manifest, phase, faulty, seen)
-        times = stamps[: k + 2].tobytes()
-        worker_id, pid = self._worker_id, self._pid
-        manifest = BatchManifest(task.seq, worker_id, pid, packed, got, None, times, at_once, keys)
-        return self._handed_over(manifest, batch, fetched)
+        whole = at_once or not batched
+        worker_id, pid, times = self._worker_id, self._pid, stamps[: k + 2].tobytes()
+        manifest = BatchManifest(task.seq, worker_id, pid, packed, got, None, times, whole, keys)
+        return self._handed_over(manifest, batch, fetched if batched or number == 1 else ())
 
     def _count(self, samples: Any) -> int | None:
         """How many samples ``__getitems__`` gave; None where that cannot be told.
@@ -141,7 +156,7 @@ class MapFetcher(RecordingFetcher):
         ``samples`` are those that came before ``failed`` was raised, by a sample or by collation.
         """
         known = unpack(packed)
-        asked = list(asked)
+        asked = list(asked) if self._batched else [asked]
         spread = 1 if self._batched else len(known)  # indices that one sample stands for
         get = functools.partial(self._one, at_once=at_once)
         repair = self._repair(known, self._donors(task, known, get), spread)
@@ -202,45 +217,6 @@ class MapFetcher(RecordingFetcher):
                     raise Unrepairable(None, exc, text) from None
                 continue
             yield names, sample
-
-
-class UnbatchedMapFetcher(MapFetcher):
-    """Samples of a map-style dataset, one a batch (``batch_size=None``).
-
-    Where the sampler draws a list of indices (a batch sampler given as ``sampler``), the dataset
-    answers with a whole batch: each index in it is then accounted for.
-    """
-
-    _batched = False
-
-    def _fetch(self, task: Task) -> Made:
-        packed = pack_unbatched(task.index)
-        number = count(packed)
-        cells, stamps = self._cells, self._stamps_for(1)
-        cells[PHASE] = FETCH if number == 1 else FETCH_AT_ONCE
-        cells[SINCE] = stamps[0] = clock()
-        if self._policy.retries or task.one_by_one:
-            return self._fetch_repaired(task, packed, [task.index], False, [], None, stamps)
-        phase = "sample"
-        try:
-            sample = self._dataset[task.index]
-            stamps[1] = clock()
-            keys = self._keys((sample,)) if number == 1 else None
-            phase = "collate"
-            cells[PHASE] = COLLATE
-            self._packer.collates()
-            batch = self._collate_fn(sample)
-            stamps[2] = clock()
-        except Exception as exc:
-            if phase == "sample" and not self._policy.raises and not isinstance(exc, KeyFault):
-                return self._fetch_repaired(task, packed, [task.index], False, [], exc, stamps)
-            manifest = self._manifest(
-                seq=task.seq, indices=packed, samples=None, fetched_at_once=True
-            )
-            return self._failed(exc, manifest, phase, FaultySample(0 if number == 1 else None))
-        worker_id, pid, times = self._worker_id, self._pid, stamps[:3].tobytes()
-        manifest = BatchManifest(task.seq, worker_id, pid, packed, number, None, times, True, keys)
-        return self._handed_over(manifest, batch, (sample,) if number == 1 else ())
 
 
 def _find(dataset: Any, indices: list[Any], raised: Exception) -> FaultySample:

@@ -67,12 +67,11 @@ _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 class RecordingFetcher:
     """Torch's fetcher with a notebook: same calls on the same objects in the same order."""
 
-    _batched = True  # whether the collate function is given a list of samples
-
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
         self._dataset = stock.dataset
         self._collate_fn = stock.collate_fn
+        self._batched = stock.auto_collation  # whether that function is given a list of samples
         self._pid = os.getpid()
         self._worker_id = context.worker_id
         self._key = context.key

@@ -36,7 +36,7 @@ from safeloader.transport.slot_writer import SlotPool
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import hint_for
-from safeloader.worker.mapping import MapFetcher, UnbatchedMapFetcher
+from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RecordingFetcher, failure_in
 from safeloader.worker.streaming import StreamFetcher
@@ -44,9 +44,7 @@ from safeloader.worker.streaming import StreamFetcher
 
 def fetcher_for(stock: Any, context: FetchContext) -> RecordingFetcher:
     """Our fetcher around torch's ``stock``; for a loader without workers in the main process."""
-    if hasattr(stock, "dataset_iter"):
-        return StreamFetcher(stock, context)
-    return (MapFetcher if stock.auto_collation else UnbatchedMapFetcher)(stock, context)
+    return (StreamFetcher if hasattr(stock, "dataset_iter") else MapFetcher)(stock, context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,6 @@ class StreamFetcher(RecordingFetcher):
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
         self._iterator = stock.dataset_iter
-        self._batched = stock.auto_collation
         self._drop_last = stock.drop_last
         self._row = context.worker_id or 0
         self._read = 0
