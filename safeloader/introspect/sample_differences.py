@@ -164,27 +164,28 @@ class Survey:
     def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Holders) -> None:
         for having in holders.values():
             if 2 * len(having) == len(parts):  # no side is the odd one
-                others = sorted(parts.keys() - having)
+                rest = sorted(parts.keys() - having)
                 ours, theirs = (
                     _keys([key for key, positions in holders.items() if positions == side])
-                    for side in (having, others)
+                    for side in (having, rest)
                 )
-                halves = {ours: having, theirs or f"no {ours}": others}
+                halves = {ours: having, theirs or f"no {ours}": rest}
                 self.findings.append(Finding(Rank.KEYS, path, halves, None))
                 return
         common = {key: None for key, having in holders.items() if 2 * len(having) > len(parts)}
-        lacks = {p: [key for key in common if key not in found] for p, found in parts.items()}
-        extra = {p: [key for key in found if key not in common] for p, found in parts.items()}
+        others = {p: found for p, found in parts.items() if found.keys() != common.keys()}
+        lacks = {p: [key for key in common if key not in found] for p, found in others.items()}
+        extra = {p: [key for key in found if key not in common] for p, found in others.items()}
         lacked = {key for keys in lacks.values() for key in keys}
         odd: _Groups = {}
-        for position in parts:
+        for position in others:
             texts = [f"the extra {_keys(extra[position])}"] if extra[position] else []
             texts += [f"no {_keys(lacks[position])}"] if lacks[position] else []
             if lacks[position] or (texts and not lacked):  # a key too many harms less
                 odd.setdefault(" and ".join(texts), []).append(position)
         if odd:
-            rest = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
-            usual = (rest, len(parts) - sum(map(len, odd.values())))
+            words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
+            usual = (words, len(parts) - sum(map(len, odd.values())))
             self.findings.append(Finding(Rank.KEYS, path, odd, usual))
 
     def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
