@@ -20,6 +20,7 @@ the same for the errors of its tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from safeloader.failures.exception_parts import attributes_of, crossed, first_importable
@@ -188,27 +189,17 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     then leads into the user's frames, as it would without us.
     """
     ours = _ERROR_OF_PHASE[failure.phase]
-    theirs = (
-        type(exception) if exception is not None else first_importable(failure._exception_parts)
-    )
-    error: SafeLoaderError
-    if theirs is None:
-        error = ours(failure.message)
-    else:
-        attributes = dict(
-            crossed(failure._exception_parts) if exception is None else attributes_of(exception)
-        )
-        try:
-            error = cast(
-                SafeLoaderError, blank(dual_type(ours, theirs), attributes.get("args", ()))
-            )
-        except TypeError:  # a group whose members could not cross
-            error = ours(failure.message)
+    error = ours(failure.message)
+    parts = failure._exception_parts
+    theirs = first_importable(parts) if exception is None else type(exception)
+    if theirs is not None:
+        attributes = dict(crossed(parts) if exception is None else attributes_of(exception))
+        made = dual_type(ours, theirs)
+        with suppress(TypeError):  # a group whose members could not cross
+            error = cast(SafeLoaderError, blank(made, attributes.get("args", ())))
         for name, value in attributes.items():
-            try:
+            with suppress(Exception):  # a read-only field, or a setter of the user's that objects
                 setattr(error, name, value)
-            except Exception:  # a read-only field, or a setter of the user's that objects
-                continue
     error.failure = failure
     error._text = str(failure)
     if exception is None:

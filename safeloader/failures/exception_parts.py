@@ -10,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 _ATTRIBUTE_BYTES = 64 * 1024  # a larger attribute (a batch held by the exception) stays behind
+
+# What the exception itself holds; a property or a ``__getattribute__`` of the user's is not asked.
+own_state: Callable[[BaseException], dict[str, Any]] = BaseException.__dict__["__dict__"].__get__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +32,17 @@ def exception_parts_of(exc: BaseException) -> ExceptionParts:
     """Take ``exc`` apart, in the process where it was raised."""
     lineage = []
     for cls in type(exc).__mro__:
-        try:
-            pickled = pickle.dumps(cls)
-        except Exception:  # a class made inside a function
-            continue
-        lineage.append(pickled)
+        with suppress(Exception):  # a class made inside a function
+            lineage.append(pickle.dumps(cls))
         if cls.__module__ == "builtins":
             break
     attributes = []
     for name, value in attributes_of(exc):
-        try:
+        with suppress(Exception):  # a lock, a socket, an exception with a demanding constructor
             pickled = pickle.dumps(value)
             pickle.loads(pickled)  # what dumps may still not load: found here, not in main
-        except Exception:  # a lock, a socket, an exception with a demanding constructor
-            continue
-        if len(pickled) <= _ATTRIBUTE_BYTES:
-            attributes.append((name, pickled))
+            if len(pickled) <= _ATTRIBUTE_BYTES:
+                attributes.append((name, pickled))
     return ExceptionParts(tuple(lineage), tuple(attributes))
 
 
@@ -56,20 +55,12 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
         for name, slot in vars(cls).items():
             is_field = isinstance(slot, kinds)
             if is_field and _is_copied(name):
-                try:
+                with suppress(Exception):  # a field of an exception that was never initialised
                     yield name, slot.__get__(exc)
-                except Exception:  # a field of an exception that was never initialised
-                    continue
-    own = own_attributes(exc)
+    own = own_state(exc)
     for name in list(own):
         if _is_copied(name):
             yield name, own[name]
-
-
-def own_attributes(exc: BaseException) -> dict[str, Any]:
-    """The exception's own dict, past any ``__getattribute__`` of the user's."""
-    own: dict[str, Any] = BaseException.__dict__["__dict__"].__get__(exc)
-    return own
 
 
 def _is_copied(name: str) -> bool:
@@ -82,19 +73,16 @@ def _is_copied(name: str) -> bool:
 def first_importable(exception_parts: ExceptionParts | None) -> type[BaseException] | None:
     """The exception's class, or the nearest of its bases that this process can import."""
     for pickled in exception_parts.lineage if exception_parts else ():
-        try:
+        with suppress(Exception):  # not importable in this process: try what it derives from
             found = pickle.loads(pickled)
-        except Exception:  # not importable in this process: try what it derives from
-            continue
-        if isinstance(found, type) and issubclass(found, BaseException):
-            return found
+            if isinstance(found, type) and issubclass(found, BaseException):
+                return found
     return None
 
 
 def crossed(exception_parts: ExceptionParts | None) -> Iterator[tuple[str, Any]]:
     """The attributes that made it across."""
     for name, pickled in exception_parts.attributes if exception_parts else ():
-        try:
-            yield name, pickle.loads(pickled)
-        except Exception:  # its class is not importable here
-            continue
+        with suppress(Exception):  # its class is not importable here
+            found = pickle.loads(pickled)
+            yield name, found

@@ -22,7 +22,7 @@ from safeloader.failures.exception_parts import (
     ExceptionParts,
     exception_parts_of,
     first_importable,
-    own_attributes,
+    own_state,
 )
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
@@ -125,23 +125,20 @@ class Failure:
         return "\n".join(report(self))
 
 
-def failure_of(
-    exc: BaseException, *, phase: str, where: str, skip_frames: int = 1, **known: Any
-) -> Failure:
+def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> Failure:
     """The failure that ``exc`` is; call it in the process where it was raised.
 
     Args:
         exc: what was raised, with its traceback.
         phase: see :class:`Failure`.
         where: as torch words it, ``"in DataLoader worker process 3"``; empty in the main process.
-        skip_frames: frames of ours at the head of the traceback, left out.
         known: further fields of :class:`Failure`.
     """
     return Failure(
         phase=phase,
         exception_type=type_name(type(exc)),
         message=bounded(exception_text(exc), _MESSAGE_CHARS),
-        traceback=bounded(_traceback_of(exc, skip_frames), _TRACEBACK_CHARS),
+        traceback=bounded(_traceback_of(exc), _TRACEBACK_CHARS),
         _where=where,
         _exception_parts=_inner_parts(exc) or exception_parts_of(exc),
         **known,
@@ -150,21 +147,17 @@ def failure_of(
 
 def _inner_parts(exc: BaseException) -> ExceptionParts | None:
     """For the error of a loader within the dataset: what is left of what the user's code raised."""
-    inner = own_attributes(exc).get("failure")
+    inner = own_state(exc).get("failure")
     return inner._exception_parts if isinstance(inner, Failure) else None
 
 
-def _traceback_of(exc: BaseException, skip_frames: int) -> str:
-    traceback = exc.__traceback__
-    for _ in range(skip_frames):
-        if traceback is not None and traceback.tb_next is not None:
-            traceback = traceback.tb_next
+def _traceback_of(exc: BaseException) -> str:
     try:
-        said = traceback_module.TracebackException(type(exc), exc, traceback, compact=True)
+        said = traceback_module.TracebackException.from_exception(exc, compact=True)
         _leave_out_ours(said)
         return "".join(said.format())
     except Exception:  # a __str__, __notes__ or source line that cannot be shown
-        shown = "".join(traceback_module.format_tb(traceback))
+        shown = "".join(traceback_module.format_tb(exc.__traceback__))
         return f"Traceback (most recent call last):\n{shown}{type_name(type(exc))}\n"
 
 
@@ -252,27 +245,24 @@ def _headline(failure: Failure) -> str:
         parts.append(f"({where})" if parts else where)
     if parts:
         parts[-1] += ","
-    if failure.phase in ("crash", "timeout"):
-        return " ".join(["safeloader:", _worker_line(failure), *parts]).rstrip(",")
     doing = _DOING[failure.phase]
+    rank = "" if failure.rank is None else f", rank {failure.rank}"
+    pid = f"(pid {failure.pid}{rank})"
+    if failure.phase in ("crash", "timeout"):
+        who = f"no batch came, and no worker is at work{rank}"
+        if failure.worker_id is not None:
+            known = failure.index is not None or failure.indices
+            at = " at" if known else " in" if failure.epoch is not None else ""
+            who = f"worker {failure.worker_id} {pid} {doing}{at}"
+        return " ".join(["safeloader:", who, *parts]).rstrip(",")
     if failure.phase == "transport" and failure.batch is None:
         doing = "while starting the workers"
     who = "the main process" if failure.worker_id is None else f"worker {failure.worker_id}"
-    rank = "" if failure.rank is None else f", rank {failure.rank}"
-    parts.append(f"{doing}, in {who} (pid {failure.pid}{rank}):")
+    parts.append(f"{doing}, in {who} {pid}:")
     head, _, rest = failure.message.partition("\n")
     head = bounded(head, 300)
     parts.append(short_type_name(failure.exception_type) + (f": {head}" if head else ""))
     return "safeloader: " + " ".join(parts) + (" ..." if rest else "")
-
-
-def _worker_line(failure: Failure) -> str:
-    rank = "" if failure.rank is None else f", rank {failure.rank}"
-    if failure.worker_id is None:
-        return f"no batch came, and no worker is at work{rank}"
-    known = failure.index is not None or failure.indices
-    at = " at" if known else " in" if failure.epoch is not None else ""
-    return f"worker {failure.worker_id} (pid {failure.pid}{rank}) {_DOING[failure.phase]}{at}"
 
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:

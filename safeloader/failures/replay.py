@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -10,12 +11,12 @@ from torch.utils.data import IterableDataset
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.random_state import RandomState, preserved
+from safeloader.introspect.random_state import preserved
 from safeloader.introspect.texts import index_text, indices_text
 
 _NOT_BY_US = (
-    "This error did not come by a SafeDataLoader (under SAFELOADER=off none does), and names no "
-    "sample: except SafeLoaderError keeps others away"
+    "No SafeDataLoader raised this error (under SAFELOADER=off none does), and it names no sample: "
+    "except SafeLoaderError keeps others away"
 )
 _NO_JSON = (
     "A JSON file of on_failure_dump= holds no random state: give the index it names, or keep the "
@@ -95,17 +96,9 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
             f"{indices_text(what.indices, most=16)}: replay one of them"
         )
     with preserved():
-        _prepare(what, dataset)
+        if what._random is not None:
+            what._random.set()
+            for index in what.indices[: what.position]:
+                with suppress(Exception):  # skipped there too, with the numbers it drew until then
+                    dataset[index]
         return dataset[what.index]
-
-
-def _prepare(failure: Failure, dataset: Any) -> None:
-    state: RandomState | None = failure._random
-    if state is None:
-        return
-    state.set()
-    for index in failure.indices[: failure.position]:
-        try:
-            dataset[index]
-        except Exception:  # skipped there too, with the numbers it drew until then
-            continue

@@ -1,10 +1,10 @@
 """Describes the dataset as it is in this process, as a small dict. Runs in: both.
 
 A failure is often explained by what a worker's copy of the dataset has become: a handle lost in
-pickling, a cache that grew, an epoch number that stayed behind. `repr(dataset)` would tell, but it
-runs foreign code at the worst of times and may print gigabytes. So nothing foreign is run here but
-`__safeloader_state__`, which is written for this, in the thread that asks. Attributes are told as
-`values` and `texts` find them, which run nothing.
+pickling, a cache that grew, an epoch number that stayed behind. ``repr(dataset)`` would tell, but
+it runs foreign code at the worst of times and may print gigabytes. The only foreign code that runs
+here is ``__safeloader_state__``, which is written for this, in the thread that asks. Attributes are
+read by :mod:`values` and put into words by :mod:`texts`, which run nothing.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
     """Describe a dataset as it is in this process: bounded in size and time, never raising.
 
     Args:
-        dataset: any object. Nothing of it is run but its `__safeloader_state__`.
+        dataset: any object. Nothing of it is run but its ``__safeloader_state__``.
         ask: False not to run that either; the attributes are read all the same.
         length: the length that main knows, for a dataset whose own cannot be read without asking.
 
     Returns:
-        A dict that is JSON, of 16 KB at most: `class`, `length` (None where unknown) and
-        `attributes`, by name a dict of `type` and `repr` and, where they apply, `shape`, `dtype`,
-        `device`, `size_bytes`, `length`. Only when there is something to say: `omitted_attributes`
-        (a count), `told_by_dataset` (what `__safeloader_state__()` returned, in place of the
-        attributes), `notes` (what went wrong) and `asked` (False, with `ask=False`). Values under
-        names like `api_key` are redacted.
+        A dict that is JSON, of 16 KB at most: ``class``, ``length`` (None where unknown) and
+        ``attributes``, by name a dict of ``type`` and ``repr`` and, where they apply, ``shape``,
+        ``dtype``, ``device``, ``size_bytes``, ``length``. Only when there is something to say:
+        ``omitted_attributes`` (a count), ``told_by_dataset`` (what ``__safeloader_state__()``
+        returned, in place of the attributes) and ``notes`` (what went wrong). Values under names
+        like ``api_key`` are redacted.
 
     >>> class Squares:
     ...     def __init__(self):
@@ -76,13 +76,9 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
     state: dict[str, Any] = {"class": "", "length": length, "attributes": {}}
     try:
         state["class"] = cut(type_name(type(dataset)))
-        told: tuple[object, ...] = ()
         if (own := plain_length(dataset)) is not None:
             state["length"] = own
-        if ask:
-            told = _account(dataset, notes)
-        else:
-            state["asked"] = False
+        told = _account(dataset, notes) if ask else ()
         if told:
             entries, omitted = _told(told[0])
             state["told_by_dataset"] = entries
@@ -100,7 +96,7 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
 def changes(start: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Say what changed in a dataset between two descriptions made in the same process.
 
-    What was not asked of the dataset on one side (`describe(dataset, ask=False)`) is not compared.
+    What one side did not ask of the dataset (``describe(dataset, ask=False)``) is not compared.
 
     >>> changes(describe([7, 8, 9]), describe([7, 8, 9, 10]))
     {'len()': 'was 3, now 4'}
@@ -109,7 +105,7 @@ def changes(start: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def differences(here: dict[str, Any], main: dict[str, Any]) -> dict[str, str]:
-    """Say in what a worker's copy of the dataset (`here`) differs from the main process's.
+    """Say in what a worker's copy of the dataset (``here``) differs from the main process's.
 
     >>> differences(describe([7, 8, 9]), describe([7, 8, 9, 10]))
     {'len()': 'here 3, in the main process 4'}
@@ -163,7 +159,7 @@ def _views(entry: Any) -> tuple[str, ...]:
 
 
 def _account(dataset: Any, notes: list[str]) -> tuple[object, ...]:
-    """Return `(answer,)`, or `()` where the class has no such method or it failed, with a note."""
+    """Return ``(answer,)``, or ``()`` if there is no such method or it failed, which is noted."""
     if not definitions(type(dataset), "__safeloader_state__"):
         return ()
     try:
@@ -177,7 +173,7 @@ def _account(dataset: Any, notes: list[str]) -> tuple[object, ...]:
 
 
 def _told(answer: Any) -> tuple[dict[str, Any], int]:
-    """Make JSON of what `__safeloader_state__()` returned; also the count of what was left out."""
+    """Make JSON of what ``__safeloader_state__()`` returned; also count what was left out."""
     if not inherits(type(answer), dict):
         answer = {"answer": answer}
     pairs = [(name_of(key), value) for key, value in islice(dict.items(answer), ATTRIBUTES_MAX)]
@@ -223,16 +219,15 @@ def _attributes(dataset: object) -> tuple[dict[str, Any], int]:
     pairs = [(name_of(key), value) for key, value in found]
     if inherits(type(dataset), torch.nn.Module):
         # Two dozen tables of hooks, nearly always empty, would crowd out what is worth reading.
-        idle = [name for name, value in pairs if name.startswith("_") and _is_empty(value)]
-        pairs = [(name, value) for name, value in pairs if name not in idle]
-        count -= len(idle)
+        told = [(name, value) for name, value in pairs if name[:1] != "_" or not _is_empty(value)]
+        pairs, count = told, count - len(pairs) + len(told)
     return _fitting(pairs, count, _entry)
 
 
 def _fitting(
     pairs: list[tuple[str, object]], count: int, entry: Callable[[str, Any], object]
 ) -> tuple[dict[str, Any], int]:
-    """Describe as many pairs as fit into the bounds; also return how many of `count` do not."""
+    """Describe as many pairs as fit into the bounds; also return how many of ``count`` do not."""
     kept: dict[str, Any] = {}
     room = JSON_MAX_BYTES
     give_up = time.monotonic() + DESCRIBE_SECONDS

@@ -1,8 +1,8 @@
 """Finds where the samples of a batch differ. Runs in: worker.
 
-The samples are walked in step, level by level, and at each place those in the minority are the odd
-ones. No code of the samples is run, except that a mapping which is no dict is asked for its keys
-and values; the walk ends after a fixed number of values. `collating` puts what is found into words.
+The samples are walked in step, level by level, and at each place those in the minority are odd. No
+code of the samples runs, except that a mapping which is no dict is asked for its keys and values.
+The walk ends after a fixed number of values. The worker puts what is found into words.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class Rank(enum.IntEnum):
 
 _Values = dict[int, Any]  # by position in the batch
 _Groups = dict[str, list[int]]  # positions, by what they have in common
+_Holders = dict[Any, list[int]]  # positions, by a key that they have
 
 
 class Finding(NamedTuple):
     """A place where the samples differ: which are odd there, and what the majority is.
 
     Attributes:
-        path: the place, `['image'][0]`; empty for the samples themselves.
+        path: the place, ``['image'][0]``; empty for the samples themselves.
         odd: positions in the batch, by what they are or have.
         usual: what the majority is or has, and its count; None where there is no majority.
     """
@@ -80,14 +81,14 @@ class Finding(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A place where every sample holds what `default_collate` does not take, of these kinds."""
+    """A place where every sample holds what ``default_collate`` does not take, of these kinds."""
 
     path: str
     kinds: tuple[str, ...]
 
 
 class Survey:
-    """Walks the samples of a batch in step; `findings` and `refusals` are what `walk` came upon.
+    """Walks the samples of a batch in step; ``walk`` fills ``findings`` and ``refusals``.
 
     >>> survey = Survey([{"x": 1}, {"x": 2}, {}])
     >>> survey.walk()
@@ -144,13 +145,13 @@ class Survey:
         most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)) if mapping else 0)
         read = {position: _parts(value, most) for position, value in values.items()}
         parts = {position: found for position, found in read.items() if found is not None}
-        holders: dict[Any, list[int]] = {}
+        holders: _Holders = {}
         for position, found in parts.items():
             for key in found:
                 holders.setdefault(key, []).append(position)
         self._visits += sum(map(len, parts.values()))
         if mapping and all(len(found) < most for found in parts.values()):
-            self._compare_keys(path, list(parts), holders)
+            self._compare_keys(path, parts, holders)
         else:  # keys too many to compare one by one, or none
             bases = {position: container_base(type(value)) for position, value in values.items()}
             lengths = {p: base.__len__(values[p]) for p, base in bases.items() if base is not None}
@@ -160,35 +161,32 @@ class Survey:
                 children = {position: parts[position][key] for position in having}
                 self._queue.append((f"{path}[{_key(key)}]", children, depth + 1))
 
-    def _compare_keys(self, path: str, everyone: list[int], holders: dict[Any, list[int]]) -> None:
+    def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Holders) -> None:
         for having in holders.values():
-            if 2 * len(having) == len(everyone):  # no side is the odd one
-                others = sorted({*everyone} - {*having})
+            if 2 * len(having) == len(parts):  # no side is the odd one
+                rest = sorted(parts.keys() - having)
                 ours, theirs = (
                     _keys([key for key, positions in holders.items() if positions == side])
-                    for side in (having, others)
+                    for side in (having, rest)
                 )
-                halves = {ours: having, theirs or f"no {ours}": others}
+                halves = {ours: having, theirs or f"no {ours}": rest}
                 self.findings.append(Finding(Rank.KEYS, path, halves, None))
                 return
-        missing: dict[int, list[Any]] = {}
-        extra: dict[int, list[Any]] = {}
-        lacked = 0
-        for key, having in holders.items():
-            usual = 2 * len(having) > len(everyone)
-            odd_ones = {*everyone} - {*having} if usual else having
-            lacked += bool(odd_ones) and usual
-            for position in odd_ones:
-                (missing if usual else extra).setdefault(position, []).append(key)
+        common = {key: None for key, having in holders.items() if 2 * len(having) > len(parts)}
+        others = {p: found for p, found in parts.items() if found.keys() != common.keys()}
+        lacks = {p: [key for key in common if key not in found] for p, found in others.items()}
+        extra = {p: [key for key in found if key not in common] for p, found in others.items()}
+        lacked = {key for keys in lacks.values() for key in keys}
         odd: _Groups = {}
-        for position in sorted(missing or extra):  # a key too many harms less than one too few
-            texts = [f"the extra {_keys(extra[position])}"] if position in extra else []
-            texts += [f"no {_keys(missing[position])}"] if position in missing else []
-            odd.setdefault(" and ".join(texts), []).append(position)
+        for position in others:
+            texts = [f"the extra {_keys(extra[position])}"] if extra[position] else []
+            texts += [f"no {_keys(lacks[position])}"] if lacks[position] else []
+            if lacks[position] or (texts and not lacked):  # a key too many harms less
+                odd.setdefault(" and ".join(texts), []).append(position)
         if odd:
-            rest = ("do not" if lacked == 0 else "have it") if lacked < 2 else "have them"
-            usual_ones = (rest, len(everyone) - len(missing or extra))
-            self.findings.append(Finding(Rank.KEYS, path, odd, usual_ones))
+            words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
+            usual = (words, len(parts) - sum(map(len, odd.values())))
+            self.findings.append(Finding(Rank.KEYS, path, odd, usual))
 
     def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
         facts = {position: array_facts(value) or {} for position, value in values.items()}
@@ -249,14 +247,14 @@ def _type(value: object) -> str:
     return "None" if value is None else cut(type_name(type(value)))
 
 
-def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> dict[Any, list[int]]:
-    groups: dict[Any, list[int]] = {}
+def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Holders:
+    groups: _Holders = {}
     for position, value in values.items():
         groups.setdefault(label(value), []).append(position)
     return groups
 
 
-def _by_type(values: _Values, alike: dict[Any, list[int]]) -> _Groups:
+def _by_type(values: _Values, alike: _Holders) -> _Groups:
     """Name each group by its first value's type: a name is made once a group, not once a value."""
     groups: _Groups = {}
     for positions in alike.values():

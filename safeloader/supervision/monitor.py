@@ -1,8 +1,8 @@
 """What a worker notes about itself: its stack, its memory. Runs in: worker.
 
 A crash in C code ends the process at once; ``faulthandler`` writes the Python
-stack from within the signal handler, into memory that main can still read. Main can ask for the
-stack too, of a worker that hangs, by a signal that nobody else uses.
+stack from within the signal handler, into memory that main can still read. Main can
+also ask a worker that hangs for its stack, by a signal that nobody else uses.
 """
 
 from __future__ import annotations
@@ -74,17 +74,15 @@ class WorkerMonitor:
             self._sample_memory(now)
 
     def _sample_memory(self, now: float) -> None:
-        """Resident size at once and often; what it shares, which the kernel has to add up, less."""
+        """The resident size, often; what is shared, which the kernel has to add up, less often."""
         cells = self._cells
-        known = [_resident_bytes(), -1, -1]
+        known: tuple[int | None, ...] = ()
         if now >= self._sample_shared_at:
-            memory = process_memory()
-            if memory is not None:
-                known = [-1 if value is None else value for value in memory]
+            known = process_memory() or ()
             took = perf_counter() - now
             self._sample_shared_at = now + max(_SHARED_EVERY_S, took / _MEMORY_SHARE)
-        for k, value in enumerate(known):
-            if value >= 0:
+        for k, value in enumerate(known or (_resident_bytes(),)):
+            if value is not None:
                 cells[MEMORY + 3 + k] = value
                 if cells[MEMORY + k] < 0:
                     cells[MEMORY + k] = value
@@ -104,13 +102,13 @@ class WorkerMonitor:
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 
-def _resident_bytes() -> int:
-    """Resident memory of this process by the kernel's cheapest account; -1 if unknown."""
+def _resident_bytes() -> int | None:
+    """Resident memory of this process by the kernel's cheapest account; None if unknown."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
-        return -1
+        return None
 
 
 def _write_stacks_to(fd: int) -> int:

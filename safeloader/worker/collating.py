@@ -1,9 +1,9 @@
 """Names the sample that a collate function fell over. Runs in: worker.
 
 In come the samples of a batch and their dataset indices, out goes a sentence for the failure's
-report. "stack expects each tensor to be equal size" leaves the search to the reader; but a sample
-that is not built like the others can be found by comparing them, which `surveying` does. Of all
-differences only the gravest are told, in the order of `Rank`.
+report. "stack expects each tensor to be equal size" leaves the search to the reader. A sample that
+is not built like the others is found by comparing them (:mod:`sample_differences`). Only the
+gravest differences are told, in the order of :class:`Rank`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ SHOWN_MAX = 5  # groups, and indices of one group, in a sentence
 _TAKES = "default_collate takes tensors, numpy arrays, numbers, strings, dicts and lists"
 # By rank: what differs, how one odd sample is told, and how the majority is.
 _WORDS = {
-    Rank.NONE: ("type", "is {}", "; {} are {}"),
-    Rank.CONTAINER: ("type", "is {}", "; {} are {}"),
     Rank.KEYS: ("keys", "has {}", "; {} {}"),
     Rank.LENGTH: ("length", "has {} elements", ", {} have {}"),
     Rank.SHAPE: ("shape", "has shape {}", ", {} have {}"),
     Rank.DEVICE: ("device", "is on {}", ", {} are on {}"),
     Rank.DTYPE: ("dtype", "has dtype {}", ", {} have {}"),
-    Rank.LEAF: ("type", "is {}", "; {} are {}"),
-    Rank.TYPE: ("type", "is {}", "; {} are {}"),
 }
+_OF_TYPE = ("type", "is {}", "; {} are {}")  # for all others
 
 
 class FaultySample(NamedTuple):
@@ -53,7 +50,7 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySampl
         indices: the dataset index of each; where it is None or missing, the position is named.
 
     Returns:
-        None where the samples are built alike and `default_collate` can take what they hold.
+        None where the samples are built alike and ``default_collate`` can take what they hold.
         Never raises.
 
     >>> explain([{"x": 1}, {"x": 2}, {}], [10, 11, 12]).text
@@ -68,7 +65,7 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySampl
 
 
 def _verdict(survey: Survey, indices: Sequence[object]) -> FaultySample | None:
-    # Where there is a majority comes first within a rank; the sort keeps the order of the walk.
+    # Within a rank, findings with a majority come first; the sort keeps the order of the walk.
     found = sorted(survey.findings, key=lambda finding: (finding.rank, finding.usual is None))
     grave = [finding for finding in found if finding.rank < Rank.TYPE]
     refused = [_refusal(refusal, survey.total) for refusal in survey.refusals[:1]]
@@ -110,7 +107,7 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> FaultySample | None:
 
 
 def _sentence(finding: Finding, indices: Sequence[object], total: int) -> str:
-    name, odd, rest = _WORDS[finding.rank]
+    name, odd, rest = _WORDS.get(finding.rank, _OF_TYPE)
     place = f" at {finding.path}" if finding.path else ""
     groups = sorted(finding.odd.items(), key=lambda item: -len(item[1]))
     clauses = []
@@ -144,12 +141,9 @@ def _who(positions: list[int], indices: Sequence[object]) -> str:
 
 def _refusal(refusal: Refusal, total: int) -> str:
     who = "every sample" if total > 1 else "the sample"
-    kinds = " or ".join(map(_a, refusal.kinds))
+    kinds = " or ".join(
+        kind if kind == "None" else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
+        for kind in refusal.kinds
+    )
     holds = f"holds {kinds} at {refusal.path}" if refusal.path else f"is {kinds}"
     return f"{who} {holds}: {_TAKES}"
-
-
-def _a(label: str) -> str:
-    if label == "None":
-        return label
-    return f"{'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"

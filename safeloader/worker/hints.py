@@ -20,6 +20,23 @@ KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
 _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
+_NEXT_STEPS = {  # by phase, and by what was found in it
+    KEY_FAULT: "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of "
+    "them",
+    ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
+    "or safeloader.SKIP",
+    "sample": "loader.replay(error) repeats the call here with the same random numbers, "
+    "loader.dataset[{index}] with others",
+    "sample of a stream": "sample {ordinal} (from 0) of worker {worker}'s stream: iterate the "
+    "dataset up to it to repeat the call. In the main process get_worker_info() is None: a dataset "
+    "that shares itself out by it has to be given worker {worker}'s share by hand",
+    "collate": "the samples are alike in structure; loader.collate_fn([loader.dataset[i] for i in "
+    "error.failure.indices]) repeats the call here",
+    "collate, found": "mend the sample, or have collate_fn= take it",
+    "transport": "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in "
+    "error.failure.indices])) may repeat it here",
+    "init": "no sample was fetched yet: call worker_init_fn by itself to repeat it",
+}
 
 
 def hint_for(
@@ -40,46 +57,24 @@ def hint_for(
     parts = [found] if found else []
     if type(index) is int:
         parts += _about_index(index, dataset, exc, length)
-    in_stream = type(index) is tuple and [*map(type, index)] == [int, int]
     if isinstance(exc, StopIteration) and phase == "sample":
         parts.append(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
             "have ended the epoch here without a word"
         )
-    if found == KEY_FAULT:
-        parts.append(
-            "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of them"
-        )
-    elif found == ON_ERROR_FAULT:
-        parts.append(
-            "mend the callable given as on_error=: it takes a Failure, and gives a sample or "
-            "safeloader.SKIP"
-        )
-    elif phase == "sample" and index is not None and not in_stream:
-        parts.append(
-            f"loader.replay(error) repeats the call here with the same random numbers, "
-            f"loader.dataset[{index_text(index)}] with others"
-        )
-    elif phase == "sample" and in_stream:
-        parts.append(
-            f"sample {index[1]} (from 0) of worker {index[0]}'s stream: iterate the dataset up to "
-            "it to repeat the call. In the main process get_worker_info() is None: a dataset that "
-            f"shares itself out by it has to be given worker {index[0]}'s share by hand"
-        )
-    elif phase == "collate" and not found:
-        parts.append(
-            "the samples are alike in structure; loader.collate_fn([loader.dataset[i] for i in "
-            "error.failure.indices]) repeats the call here"
-        )
-    elif phase == "collate":
-        parts.append("mend the sample, or have collate_fn= take it")
-    elif phase == "transport" and not found:
-        parts.append(
-            "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in error.failure.indices])) "
-            "may repeat it here"
-        )
-    elif phase == "init":
-        parts.append("no sample was fetched yet: call worker_init_fn by itself to repeat it")
+    known: dict[str, Any] = {"index": index_text(index)}
+    step: str | None = phase
+    if found in (KEY_FAULT, ON_ERROR_FAULT):
+        step = found
+    elif phase == "sample" and type(index) is tuple and [*map(type, index)] == [int, int]:
+        step = "sample of a stream"
+        known["worker"], known["ordinal"] = index
+    elif phase == "sample" and index is None:
+        step = None
+    elif found and phase != "sample":
+        step = f"{phase}, found"
+    if step in _NEXT_STEPS:
+        parts.append(_NEXT_STEPS[step].format(**known))
     return "\n".join(part[:1000] for part in parts)
 
 
@@ -90,7 +85,12 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
         length = plain_length(dataset)
         length = known if length is None else length
         if isinstance(exc, IndexError) and length is not None:
-            said.append(_about_range(index, length))
+            said.append(
+                f"index {index} is below the length that the dataset gives, {length}: see whether "
+                "__len__ says more than there is"
+                if -length <= index < length
+                else f"index {index} is outside the dataset (length {length}): look at the sampler"
+            )
         inner: Any = dataset
         at, path = index, "dataset"
         while type(inner) in (Subset, ConcatDataset):
@@ -99,9 +99,7 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
                     break
                 inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
             else:
-                at = range(inner.cumulative_sizes[-1])[
-                    at
-                ]  # which a negative one counts from the end of
+                at = range(inner.cumulative_sizes[-1])[at]  # a negative one counts from the end
                 part = bisect.bisect_right(inner.cumulative_sizes, at)
                 at -= inner.cumulative_sizes[part - 1] if part else 0
                 inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
@@ -114,15 +112,6 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
     except Exception:  # a hint must not hide the error
         return said
     return said
-
-
-def _about_range(index: int, length: int) -> str:
-    if not -length <= index < length:
-        return f"index {index} is outside the dataset (length {length}): look at the sampler"
-    return (
-        f"index {index} is below the length that the dataset gives, {length}: see whether __len__ "
-        "says more than there is"
-    )
 
 
 def _file(at: int, dataset: Any, path: str, exc: BaseException, length: int | None) -> list[str]:

@@ -79,7 +79,6 @@ class RecordingFetcher:
         self._cells = context.cells
         self._shared_stamps = context.cells[STAMPS:]
         self._packer = context.packer
-        self._seals = context.worker_id is not None
         self._manifest = functools.partial(BatchManifest, worker_id=self._worker_id, pid=self._pid)
         self._mark = Marks().mark
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
@@ -105,7 +104,7 @@ class RecordingFetcher:
 
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
-        if not self._seals:
+        if self._worker_id is None:
             return DeliveredBatch(manifest, batch)
         cells = self._cells
         cells[SINCE] = clock()
@@ -159,11 +158,7 @@ class RecordingFetcher:
         return BatchRepair(self._policy, explained, donors, spread)
 
     def _repaired(
-        self,
-        repair: BatchRepair,
-        ask: Callable[[], None],
-        blank: BatchManifest,
-        stamps: Any,
+        self, repair: BatchRepair, ask: Callable[[], None], blank: BatchManifest, stamps: Any
     ) -> Made:
         """The batch in spite of samples that fail: the slow way, one by one.
 
@@ -231,17 +226,17 @@ class RecordingFetcher:
                     continue
                 places = [] if repair.lent or not self._batched else repair.places
                 found = explain(samples, [known[k] for k in places]) if places else None
-                at = None if found is None or found.position is None else places[found.position]
-                odd = [k for k in range(len(places)) if samples[k] is None]
-                positions = sorted({places[k] for k in odd or (found.odd if found else ())})
+                found = found or _UNKNOWN
+                at = None if found.position is None else places[found.position]
+                odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
+                positions = sorted({places[k] for k in odd})
                 # A replacement that is no better is given up once.
                 if self._policy.raises or not positions or given_up & set(positions):
                     single = 0 if len(known) == 1 and not repair.lent else None
-                    text = found.text if found else ""
-                    raise Unrepairable(single if at is None else at, exc, text) from None
+                    raise Unrepairable(single if at is None else at, exc, found.text) from None
                 given_up |= set(positions)
                 for position in positions:
-                    repair.give_up(position, exc, found.text if found else "it is None")
+                    repair.give_up(position, exc, found.text or "it is None")
         return None, []
 
     def _failed(
@@ -319,20 +314,17 @@ def why_not_sent(
     if isinstance(exc, FileNotFoundError) and folder and not os.path.isdir(folder):
         return FaultySample(
             text=f"the temporary folder {folder} is gone, and torch needs it to hand tensors over\n"
-            "make it again, or set TMPDIR to a folder that stays",
+            "make it again, or set TMPDIR to a folder that stays"
         )
     give_up = monotonic() + _PICKLED_AGAIN_S
-    parts: list[tuple[int | None, Any]] = []
+    parts: list[tuple[int | None, str, Any]] = [(None, "batch", batch)]
     if isinstance(samples, list | tuple) and len(samples) == len(indices):
-        parts += enumerate(samples)
-    for position, part in [*parts, (None, batch)]:
+        parts = [(k, "sample", sample) for k, sample in enumerate(samples)] + parts
+    for position, name, part in parts:
         left = give_up - monotonic()
-        if position is None:
-            left = max(left, 1.0)  # the batch is always looked at
-        elif left <= 0:
-            continue
-        name = "batch" if position is None else "sample"
-        found = find_unpicklable(part, name, spawning=False, bound_s=left)
+        if position is not None and left <= 0:
+            continue  # to the batch, which is always looked at
+        found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
         if found is not None:
             return FaultySample(position, f"it cannot be pickled: {found}\n{found.advice}")
     return FaultySample()

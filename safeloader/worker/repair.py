@@ -128,20 +128,18 @@ class BatchRepair:
 
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
-        position = len(self._samples)
-        self._incidents[position] = SampleIncident("skipped", position, reason)
         self._samples.append(_GAP)
-        self._first = self._first or Unrepairable(position, RuntimeError(reason), NO_DONOR)
+        self._skip(len(self._samples) - 1, RuntimeError(reason), reason)
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
         on_error = self._policy.on_error
         if on_error == "raise" or never_skipped(failed):
-            raise Unrepairable(position, failed, self._tried())
+            tries = self._policy.retries + 1
+            text = f"it failed in each of {tries} tries, all under the same random numbers"
+            raise Unrepairable(position, failed, text if tries > 1 else "")
         reason = scrub(bounded(found, 300)) or self._reason(failed)
-        self._samples[position] = _GAP
-        self._incidents[position] = SampleIncident("skipped", position, reason)
-        self._first = self._first or Unrepairable(position, failed, NO_DONOR)
+        self._skip(position, failed, reason)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
         if tells and failure is not None:  # what only a raised or replayed error needs stays here
@@ -157,11 +155,10 @@ class BatchRepair:
                 self._samples[position] = answer
                 self._incidents[position] = SampleIncident("replaced", position, reason)
 
-    def _tried(self) -> str:
-        retries = self._policy.retries
-        if not retries:
-            return ""
-        return f"it failed in each of {retries + 1} tries, all under the same random numbers"
+    def _skip(self, position: int, cause: Exception, reason: str) -> None:
+        self._samples[position] = _GAP
+        self._incidents[position] = SampleIncident("skipped", position, reason)
+        self._first = self._first or Unrepairable(position, cause, NO_DONOR)
 
     def _reason(self, failed: Exception) -> str:
         tries = f", {self._policy.retries + 1} tries" if self._policy.retries else ""
@@ -170,13 +167,13 @@ class BatchRepair:
         return bounded(f"{name}: {said}" if said else name, 300) + tries
 
     def batch(self) -> list[Any]:
-        """The samples that are there, with others in the gaps where so wished.
+        """The samples that came; with ``on_error="replace"`` others fill the gaps.
 
-        The next good sample of the batch is put into a gap; where there is none, one drawn earlier
-        into all.
+        The next good sample of the batch is put into a gap. If no sample of the batch is good, one
+        that was drawn earlier is put into all gaps.
 
         Raises:
-            Unrepairable: if there is none such either.
+            Unrepairable: if nothing that was drawn earlier comes either.
         """
         asked = range(len(self._samples))
         self.places = there = [k for k in asked if self._samples[k] is not _GAP]
@@ -224,5 +221,5 @@ class BatchRepair:
 
     @property
     def failures(self) -> tuple[Failure, ...] | None:
-        """Those of samples left out or replaced, by position, for who is to be told of them."""
+        """The failures of samples left out or replaced, by position, with ``on_failure_dump``."""
         return tuple(self._failures[k] for k in sorted(self._failures)) or None

@@ -87,18 +87,13 @@ class StreamFetcher(RecordingFetcher):
         except Exception as exc:
             if phase == "sample" and isinstance(exc, StopIteration):
                 raise
+            if phase == "sample" and not isinstance(exc, Unrepairable):
+                return self._fetch_repaired(task, first, wanted, samples, exc, stamps)
             all_came = phase == "collate" or isinstance(exc, KeyFault)
-            if self._repairs(exc, samples) and (all_came or not isinstance(exc, Unrepairable)):
-                failed = None if all_came else exc
-                return self._fetch_repaired(task, first, wanted, samples, failed, stamps)
-            lost, faulty = len(samples), FaultySample()
-            if phase == "collate":
-                faulty = FaultySample(0 if lost == 1 else None)
-            elif isinstance(exc, Unrepairable):
-                lost = max(lost, 1)
-            else:
-                faulty = FaultySample(lost)
-                lost += 1  # the sample that could not be read has its number too
+            if all_came and self._repairs(exc, samples):
+                return self._fetch_repaired(task, first, wanted, samples, None, stamps)
+            lost = max(len(samples), 1)  # the sample before a stream that was cut short is told
+            faulty = FaultySample(0 if lost == 1 else None)
             self._read = first + lost
             manifest = self._manifest(seq=task.seq, indices=b"", samples=lost, ordinal=first)
             return self._failed(exc, manifest, phase, faulty, samples if self._batched else None)

@@ -472,7 +472,6 @@ def test_a_dataset_need_not_be_asked() -> None:
         state = described(dataset, ask=False)
         assert state["length"] is None
         assert state["attributes"].keys() == {"answer"}
-        assert state["asked"] is False
         assert "told_by_dataset" not in state
         assert "notes" not in state
     assert threading.active_count() == before

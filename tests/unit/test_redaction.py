@@ -246,7 +246,7 @@ def test_source_lines_lose_their_literals_and_no_names() -> None:
     try:
         connect(password="hunter2", token=token[0])
     except ValueError as exc:
-        failure = failure_of(exc, phase="sample", where="", skip_frames=0)
+        failure = failure_of(exc, phase="sample", where="")
     assert "connect(password=[redacted], token=token[0])" in failure.traceback
 
 
