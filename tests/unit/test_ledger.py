@@ -428,13 +428,29 @@ def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_keys_past_the_bound_in_bytes_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "KEYS_BYTES", 1000)
-    ledger = drawn_ledger([[0, 1, 2]], with_keys=True)
-    keys = ["a" * 900, "b" * 900, "a" * 900]
-    discrepancy = hand_over(ledger, manifest(0, [0, 1, 2], keys=keys))
+    ledger = drawn_ledger([[0, 1, 2, 3, 4]], with_keys=True)
+    keys = [letter * 400 for letter in "abcda"]
+    discrepancy = hand_over(ledger, manifest(0, list(range(5)), keys=keys))
     assert discrepancy is not None
-    assert discrepancy.duplicated == (2,)
+    assert discrepancy.duplicated == (4,)
     (note,) = ledger.audit(0, None).notes
-    assert note.startswith("the keys of the first 1 samples were compared; 1 later")
+    assert note.startswith("the keys of the first 2 samples were compared; 2 later")
+
+
+@pytest.mark.parametrize(("number", "more"), [(3, ""), (4, "; and 1 more")])
+def test_three_duplicates_are_told_in_full(number: int, more: str) -> None:
+    ledger = drawn_ledger([list(range(number + 1))], with_keys=True)
+    came = manifest(0, list(range(number + 1)), keys=["same"] * (number + 1))
+    discrepancy = ledger.check(came)
+    assert discrepancy is not None
+    assert discrepancy.reason.endswith(f"index 3 and index 0 are one sample (key 'same'){more}")
+
+
+def test_too_few_samples_say_how_many_of_the_last_count_as_missing() -> None:
+    discrepancy = drawn_ledger([[5, 6, 7]]).check(manifest(0, [5, 6, 7], samples=1))
+    assert discrepancy is not None
+    assert "gave 1; the last 2 of [5, 6, 7] count as missing" in discrepancy.reason
+    assert discrepancy.hint.startswith("have __getitems__ give one sample for each index")
 
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────
@@ -567,6 +583,13 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
     audit = ledger.audit(0, None)
     assert found(audit) == {"failed": Counter([(0, 2), (0, 3)])}
     assert (audit.drawn, audit.delivered) == (6, 4)
+
+
+def test_a_failed_batch_moves_its_own_worker_on() -> None:
+    ledger, _ = stream_ledger(2)
+    ledger.failed(stream_manifest(1, 0, 2), [(1, 0), (1, 1)])
+    assert ledger.check(stream_manifest(1, 2, 1)) is None
+    assert ledger.check(stream_manifest(0, 0, 1)) is None
 
 
 def test_keys_find_two_workers_that_read_one_stream() -> None:

@@ -76,6 +76,12 @@ def test_a_run_within_a_batch() -> None:
     assert said == "20 samples in a row failed (39 of 80 so far)"
 
 
+def test_a_run_begins_with_the_first_failure() -> None:
+    for number in (0, 5):
+        run = skipped(30, *range(LONGEST_RUN - 1))
+        assert exceeded(SkipBudget(1.0, runs=True), run, number, 80) is None
+
+
 def test_a_run_over_batches() -> None:
     skip_budget = SkipBudget(1.0, runs=True)
     assert exceeded(skip_budget, skipped(10, *range(1, 10)), 7, 80) is None
