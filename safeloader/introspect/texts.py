@@ -198,7 +198,8 @@ def _container_text(value: Any, base: Any, depth: int) -> str:
         # The order of a set differs between processes: shown in part it would seem to have changed.
         parts = sorted(parts) if count <= ITEMS_MAX else []
     brackets = _BRACKETS[base]
-    text = f"{brackets[0]}{', '.join([*parts, *_more(count, parts)])}{brackets[1]}"
+    comma = "," if base is tuple and count == 1 and cls is base else ""
+    text = f"{brackets[0]}{', '.join([*parts, *_more(count, parts)])}{comma}{brackets[1]}"
     if cls is base and base in (dict, list, tuple, set):
         return text
     return f"{type_name(cls)}{text}" if base is tuple else f"{type_name(cls)}({text})"

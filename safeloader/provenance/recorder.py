@@ -70,6 +70,9 @@ class Recorder:
         tensor([7]) (2,)
     """
 
+    epochs: int = 0
+    forgotten: int = 0
+
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0:
             raise ValueError(
@@ -82,9 +85,7 @@ class Recorder:
         # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
-        self.epochs = 0
         self._audit: Callable[[], EpochAudit] | None = None
-        self.forgotten = 0
         self.transport = TransportCounts()
         self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import array
 import errno
+import operator
 import os
 import pickle
 import queue
@@ -45,6 +46,7 @@ from safeloader.transport.messages import BatchMessage, Task
 
 MOST_FDS = 200  # in one message; Linux takes 253
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
+_BYTES = operator.itemgetter(0)  # of what one call of recvmsg gave
 _HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload
 _PLAIN = -1  # in place of the first: a pickled (number, data) of torch's own
 _WITH_FDS = 1 << 62  # set in the last where descriptors come with it
@@ -460,7 +462,7 @@ class _Incoming:
         """Pass on the messages that are whole; False if nothing comes after them."""
         if self._apart is None:
             pieces = self._pieces
-            if sum([len(piece[0]) for piece in pieces]) >= self._wanted:
+            if sum(map(len, map(_BYTES, pieces))) >= self._wanted:
                 self._apart = _taken_apart(pieces)
         if self._apart is not None:
             messages, rest, wanted = self._apart
@@ -478,9 +480,11 @@ class _Incoming:
 
 def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
     """The whole messages, the pieces that are left, and how many bytes these have to become."""
-    data = pieces[0][0] if len(pieces) == 1 else b"".join([piece[0] for piece in pieces])
-    # Truncated: no descriptor is free here.
-    with_fds = [piece for piece in pieces if piece[1] or piece[2] & socket.MSG_CTRUNC]
+    data = pieces[0][0] if len(pieces) == 1 else b"".join(map(_BYTES, pieces))
+    with_fds = []
+    for piece in pieces:
+        if piece[1] or piece[2] & socket.MSG_CTRUNC:  # truncated: no descriptor is free here
+            with_fds.append(piece)
     messages = []
     size, at, taken, wanted = len(data), 0, 0, _HEADER.size
     while size - at >= _HEADER.size:
@@ -496,7 +500,9 @@ def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
             messages[-1].fds = _descriptors(with_fds[taken])
             taken += 1
         at = end
-    rest = [(b"", *piece[1:]) for piece in with_fds[taken:]]
+    rest: list[Any] = []
+    for piece in with_fds[taken:]:
+        rest.append((b"", *piece[1:]))
     if at < size:
         rest.append((data[at:], (), 0, None))
     return iter(messages), rest, wanted

@@ -138,7 +138,7 @@ class BatchRepair:
             tries = self._policy.retries + 1
             text = f"it failed in each of {tries} tries, all under the same random numbers"
             raise Unrepairable(position, failed, text if tries > 1 else "")
-        reason = scrub(bounded(found, 300)) or self._reason(failed)
+        reason = bounded(scrub(found), 300) or self._reason(failed)
         self._skip(position, failed, reason)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
