@@ -121,6 +121,7 @@ _VALUE = re.compile(
         |(?:(?i:bearer|basic|token|digest)[ ])?[^\s;&'"(\[{{]*""",
     re.VERBOSE,
 )
+_LITERAL = re.compile(_QUOTED)
 _BRACKETS = re.compile(rf"{_QUOTED}|[(\[{{]|[)\]}}]")
 _NUMERIC = re.compile(
     r"(?:[^A-Za-z'\"]|\d*e[+-]?\d|None|True|False|nan|inf|tensor|array|range|d?type|device"
@@ -135,7 +136,8 @@ _FRAME = re.compile(r'(^ *File ".*", line \d+.*\n(?:^    .*(?:\n|\Z))*)', re.MUL
 def scrub(text: str) -> str:
     """Hide in a text what looks like a secret, and what stands beside the name of one.
 
-    Of the source lines in a traceback only literals are hidden: a variable's name is no secret.
+    Of the source lines in a traceback only literals, or what is in them, are hidden: a variable's
+    name is no secret.
 
     >>> scrub("cannot reach postgresql://bob:hunter2@host/db (password=hunter2, rate=3)")
     'cannot reach postgresql://bob:[redacted]@host/db (password=[redacted], rate=3)'
@@ -143,9 +145,12 @@ def scrub(text: str) -> str:
     text = _LOOKS.sub(lambda m: (m["user"] or m["hook"] or m["signed"] or "") + REDACTED, text)
     if "Traceback" not in text and 'File "' not in text:
         return _scrub_pairs(text)
-    # Every second piece is a frame with its source.
-    pieces = enumerate(_FRAME.split(text))
-    return "".join(_scrub_pairs(piece, code=bool(k % 2)) for k, piece in pieces)
+    pieces = _FRAME.split(text)  # every second one is a frame with its source
+    pieces[::2] = map(_scrub_pairs, pieces[::2])
+    for k, code in enumerate(pieces[1::2]):
+        inside = _LITERAL.sub(lambda literal: _scrub_pairs(literal[0]), code)
+        pieces[2 * k + 1] = _scrub_pairs(inside, code=True)
+    return "".join(pieces)
 
 
 def _scrub_pairs(text: str, *, code: bool = False) -> str:

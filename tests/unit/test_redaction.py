@@ -238,6 +238,22 @@ def test_no_text_that_leaves_holds_a_secret(
     assert "ConnectionError" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "literal",
+    [
+        "host=db user=bob password=hunter2",
+        "--token hunter2 --rate 3",
+        "--api-key=hunter2",
+        "PGPASSWORD=hunter2 psql",
+        "hftoken: hunter2",
+    ],
+)
+def test_source_lines_lose_the_secrets_within_their_literals(literal: str) -> None:
+    text = f'Traceback\n  File "a.py", line 3, in connect\n    connect("{literal}", port=5432)\n'
+    assert "hunter2" not in scrub(text)
+    assert "port=5432" in scrub(text)
+
+
 def test_source_lines_lose_their_literals_and_no_names() -> None:
     def connect(**options: Any) -> None:
         raise ValueError("no")
