@@ -193,7 +193,9 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     parts = failure._exception_parts
     theirs = first_importable(parts) if exception is None else type(exception)
     if theirs is not None:
-        attributes = dict(crossed(parts) if exception is None else attributes_of(exception))
+        attributes: dict[str, Any] = {}
+        with suppress(Exception):  # what they hold is the user's, and the error is told without
+            attributes = dict(crossed(parts) if exception is None else attributes_of(exception))
         made = dual_type(ours, theirs)
         with suppress(TypeError):  # a group whose members could not cross
             error = cast(SafeLoaderError, blank(made, attributes.get("args", ())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
@@ -87,7 +88,8 @@ class Settings:
             TypeError: for a value of another kind than is taken.
             ValueError: for a value out of range, or a folder that cannot be written to.
         """
-        is_off()
+        if is_off():
+            return
         for name, (is_good, wanted) in _RULES.items():
             value = getattr(self, name)
             if not is_good(value):
@@ -112,11 +114,16 @@ _TRACE_ADVICE = (
 )
 
 
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+
+
 def _see_writable(what: str, folder: object, advice: str) -> None:
     try:
         if isinstance(folder, Path):
             see_writable(folder)
     except OSError as exc:
+        if exc.errno in _PASSING:  # told when something is to be written, if it still holds
+            return
         said = f"{what} cannot be written to {str(folder)!r}: {exc}. Give {advice}"
         raise ValueError(said) from exc
 

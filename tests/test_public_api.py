@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -335,3 +337,20 @@ def test_a_bad_keyword_is_told_before_a_bad_argument_of_torch(leaves_nothing: Pa
 
 def test_a_good_loader_leaves_nothing_either(leaves_nothing: Path) -> None:
     SafeDataLoader([1, 2, 3], num_workers=2, trace=leaves_nothing / "traces")
+
+
+def test_off_looks_at_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER", "off")
+    monkeypatch.setenv("SAFELOADER_TRACE", "/proc/no")
+    assert len(list(SafeDataLoader([1, 2], on_failure_dump="/proc/no"))) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE])
+def test_a_full_disk_refuses_no_loader(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert len(list(SafeDataLoader([1, 2], on_failure_dump=tmp_path))) == 2

@@ -11,6 +11,7 @@ put together from them without running a constructor.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,8 +26,15 @@ from safeloader.failures.exception_parts import (
     own_state,
 )
 from safeloader.introspect.random_state import RandomState
-from safeloader.introspect.redaction import scrub
-from safeloader.introspect.texts import bounded_text, index_text, indices_text, name_of
+from safeloader.introspect.redaction import REDACTED, scrub
+from safeloader.introspect.texts import (
+    bounded_text,
+    concealed,
+    in_pairs,
+    index_text,
+    indices_text,
+    name_of,
+)
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 
 _MESSAGE_CHARS = 10_000
@@ -101,7 +109,11 @@ class Failure:
 
     def __post_init__(self) -> None:
         for name in ("message", "traceback", "hint"):  # whoever made them: they leave from here on
-            object.__setattr__(self, name, scrub(getattr(self, name)))
+            try:
+                text = scrub(getattr(self, name))
+            except Exception:  # a fault of ours; the text may hold a secret
+                text = "[not shown: safeloader could not look for secrets in it]"
+            object.__setattr__(self, name, text)
 
     def __repr__(self) -> str:
         known = ("phase", "exception_type", "index", "batch", "epoch", "worker_id", "message")
@@ -110,7 +122,11 @@ class Failure:
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
         return {
-            field.name: value if field.type == "str" else _plain(value)
+            field.name: value
+            if field.type == "str"
+            else [*map(_plain, value)]  # each for itself: one index is not the name of the next
+            if field.name == "indices"
+            else _plain(value)
             for field in dataclasses.fields(self)
             if not field.name.startswith("_")
             for value in (getattr(self, field.name),)
@@ -122,7 +138,10 @@ class Failure:
         return raised is not None and issubclass(raised, types)
 
     def __str__(self) -> str:
-        return "\n".join(report(self))
+        try:
+            return "\n".join(report(self))
+        except Exception:  # a fault of ours must not take the place of the user's error
+            return f"{self.exception_type}: {self.message}"
 
 
 def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> Failure:
@@ -141,6 +160,22 @@ def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> F
         traceback=bounded(_traceback_of(exc), _TRACEBACK_CHARS),
         _where=where,
         _exception_parts=_inner_parts(exc) or exception_parts_of(exc),
+        **known,
+    )
+
+
+def bare_failure(exc: BaseException, *, phase: str, where: str, **known: Any) -> Failure:
+    """What is left of :func:`failure_of` where that failed: the error of the user's is told."""
+    parts = None
+    with contextlib.suppress(Exception):
+        parts = exception_parts_of(exc)
+    return Failure(
+        phase=phase,
+        exception_type=type(exc).__name__,
+        message="",
+        hint="safeloader could not describe this failure. That is a fault of its own: report it",
+        _where=where,
+        _exception_parts=parts,
         **known,
     )
 
@@ -183,9 +218,17 @@ def _plain(value: Any, depth: int = 5) -> Any:
     if cls is str:
         return bounded(scrub(value[:_PART_CHARS]), _PART_CHARS)
     if cls in (tuple, list) and depth:
-        return [_plain(item, depth - 1) for item in value]
+        hidden = in_pairs(value)
+        return [
+            REDACTED if secret else _plain(item, depth - 1)
+            for item, secret in zip(value, hidden, strict=True)
+        ]
     if cls is dict and depth:
-        return {name_of(key): _plain(item, depth - 1) for key, item in value.items()}
+        hidden = concealed(list(value), list(value.values()))
+        return {
+            name_of(key): REDACTED if secret else _plain(item, depth - 1)
+            for (key, item), secret in zip(value.items(), hidden, strict=True)
+        }
     return index_text(value)
 
 

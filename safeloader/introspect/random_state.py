@@ -76,9 +76,9 @@ class Marks:
         """The fields of a :class:`RandomState`, where they stand."""
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if generator is not self._numpy_generator:
-            self._numpy_generator = generator
             address = generator.ctypes.state_address if type(generator) is np.random.MT19937 else 0
             self._numpy = _Watched(address, _numpy_state, lambda state: state["has_gauss"] or None)
+            self._numpy_generator = generator  # last: an interrupt may come before it
         return self._python.now(), self._numpy.now(), torch.default_generator.get_state()
 
 

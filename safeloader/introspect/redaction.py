@@ -111,7 +111,7 @@ _NAME = re.compile(
         |(?P<flag>(?<![\w-])--?[A-Za-z][\w-]*)(?=[ ][^\s-])
         |(?<![\w-])(?<![\w-]\.)(?P<bare>-{0,2}[A-Za-z_][\w.-]*)(?:\[\w*\])?
     )(?P<sep>\s*(?::\s*[A-Za-z_][\w.\[\], |]{0,40}\s=\s|:=|=>|[=!]=|[=:])\s*
-        |(?(quoted),\s*(?:['"]?(?:val|values?|data|content)['"]?\s*[=:]\s*)?
+        |(?(quoted),\s*(?:['"]?(?i:val|values?|data|content|text)['"]?\s*[=:]\s*)?
             (?=b?\\{0,4}['"]|[(\[{])|(?(flag)[ ]|(?!)))
     )(?=\S)""",
     re.VERBOSE,

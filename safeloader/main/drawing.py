@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils import data
 from torch.utils.data import BatchSampler
 
@@ -194,6 +195,8 @@ class RecordingSampler:
             packed: Packed | None = None
             if batched and type(index) is not list and isinstance(index, Iterator):
                 index = list(index)  # reading a one-shot iterator here would use it up
+            elif not in_main and isinstance(index, Tensor):
+                index = index.clone()  # sent as shared memory: the sampler may fill it again
             try:
                 packed = b"" if stream else pack(index) if batched else pack_unbatched(index)
                 log.drawn(seq, packed)

@@ -28,7 +28,7 @@ from typing import Any
 
 from safeloader.delivery.indices import identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
-from safeloader.failures.failure import Failure, failure_of
+from safeloader.failures.failure import Failure, bare_failure, failure_of
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.pickling import find_unpicklable
@@ -255,7 +255,18 @@ class RecordingFetcher:
             faulty = explain(samples, indices) or faulty
         if phase == "collate" and met_in_sharing(exc):
             phase, faulty = "transport", FaultySample()  # no sample is to blame
-        failure = self._failure(exc, phase, indices, faulty)
+        try:
+            failure = self._failure(exc, phase, indices, faulty)
+        except Exception:  # a fault of ours must not take the place of the user's error
+            context = self._context
+            failure = bare_failure(
+                exc,
+                phase=phase,
+                where=context.where,
+                worker_id=context.worker_id,
+                indices=indices,
+                position=faulty.position,
+            )
         if self._context.raised is not None and exc.__traceback__ is not None:
             exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
             self._context.raised.append(exc)

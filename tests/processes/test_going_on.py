@@ -833,7 +833,7 @@ def test_a_death_is_told_soon_though_the_other_worker_goes_on() -> None:
                 worker = iterator._workers[1]
                 worker.kill()
                 worker.join(30)
-                while not any(fd for fd, _ in iterator._data_queue._results._poll.poll(1000)):
+                while not any(fd for fd, _ in iterator._data_queue._results.poll.poll(1000)):
                     continue
             after += came > 5
     except WorkerCrashError:

@@ -633,3 +633,26 @@ def test_a_storm_of_interrupts_keeps_no_turn_and_loses_no_account(kind: str) -> 
     assert audit.missing.size == audit.duplicated.size == audit.unexpected.size == 0
     # One may be in no class: an interrupt may strike in the booking of an earlier one.
     assert audit.drawn - audit.delivered - audit.counts["failed"] in (0, 1)
+
+
+class RefillsOneTensor:
+    """A batch sampler that fills one tensor again and again."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        drawn = torch.zeros(2, dtype=torch.long)
+        for number in range(5):
+            drawn[0], drawn[1] = 2 * number, 2 * number + 1
+            yield drawn
+
+    def __len__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("options", [{}, {"on_crash": "restart"}])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tensor_that_is_refilled_was_sent_as_it_was(workers: int, options: Any) -> None:
+    loader: Any = SafeDataLoader(
+        torch.arange(10), batch_sampler=RefillsOneTensor(), num_workers=workers, **options
+    )
+    assert torch.cat(list(loader)).tolist() == list(range(10))
+    assert loader.audit.ok

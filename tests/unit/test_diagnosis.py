@@ -67,4 +67,4 @@ def test_what_has_changed_is_told(changed: Any, caplog: pytest.LogCaptureFixture
 def test_a_diagnosis_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
     [told] = said_of(caplog, (60, None))
     assert told.startswith("no batch came for 60 s, and looking into it failed\nTraceback")
-    assert told.endswith("OSError: no /proc at postgresql://bob:[redacted]@host\n")
+    assert told.endswith("OSError: no /proc at postgresql://bob:[redacted]@host")

@@ -292,3 +292,21 @@ def test_that_nothing_can_be_written_is_said_once(
     folder.write_text("a file took its name")
     assert [dump.write(FAILURE, folder) for _ in range(3)] == [None] * 3
     assert len(caplog.messages) == 1
+
+
+def test_a_secret_within_an_index_is_not_written(tmp_path: Path) -> None:
+    drawn = [{"url": "s3://b/1", "password": "hunter2hunter2"}]
+    loader: Any = SafeDataLoader(
+        faults.Raises(at=0), batch_size=None, sampler=drawn, on_failure_dump=tmp_path
+    )
+    caught(loader)
+    [path] = tmp_path.iterdir()
+    assert "s3://b/1" in path.read_text()
+    assert "hunter2" not in path.read_text()
+
+
+def test_an_index_is_not_the_name_of_the_next() -> None:
+    failure = Failure(
+        phase="sample", exception_type="KeyError", message="", indices=("password", "passage")
+    )
+    assert failure.to_dict()["indices"] == ["password", "passage"]

@@ -267,11 +267,8 @@ def test_verify_holds_without_a_recorder(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("workers", [1])
 def test_a_checksum_holds_without_accounts(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safeloader.transport import checksum
-
     monkeypatch.setattr(Recorder, "delivered", faulty)
     monkeypatch.setattr(ledger.MapLedger, "check", faulty)
-    monkeypatch.setattr(checksum, "leaves_of", lambda payload: [], raising=False)
     loader = SafeDataLoader(torch.arange(8.0), 4, num_workers=workers, checksum=True)
     iterator: Any = iter(loader)
     advance = iterator._advance
@@ -308,3 +305,31 @@ def test_a_signal_handler_that_raises_is_no_fault_of_ours(monkeypatch: pytest.Mo
         signal.signal(signal.SIGALRM, before)
     assert loader.audit.unchecked_since is None
     assert loader.audit.failed.tolist() == [0, 1, 2, 3]
+
+
+# ── an error of the user's that cannot be described ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "failures.failure.report",
+        "failures.failure.scrub",
+        "failures.failure.exception_text",
+        "worker.recording.describe",
+        "worker.recording.failure_of",
+        "worker.recording.hint_for",
+    ],
+)
+def test_a_description_that_fails_hides_no_error(
+    part: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"safeloader.{part}", faulty)
+    batches = iter(SafeDataLoader(faults.Raises(), 4, num_workers=workers))
+    came = [next(batches) for _ in range(3)]
+    assert len(came) == 3
+    with pytest.raises(KeyError) as raised:
+        next(batches)
+    assert isinstance(raised.value, SampleError)
+    assert len(list(batches)) == 6

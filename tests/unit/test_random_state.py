@@ -162,3 +162,19 @@ def test_preserved_also_when_it_raises() -> None:
     with pytest.raises(KeyError):
         fails()
     assert plain(RandomState.now()) == before
+
+
+def test_marks_survive_an_interrupt_in_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = Marks()
+
+    def struck(self: Any, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(random_state._Watched, "__init__", struck)
+        with pytest.raises(KeyboardInterrupt):
+            marks.mark()
+    before = RandomState(*marks.mark())
+    first = np.random.rand()
+    before.set()
+    assert np.random.rand() == first

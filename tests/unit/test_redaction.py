@@ -81,6 +81,7 @@ def test_harmless_names_are_not_taken_for_them(name: str) -> None:
         "export PGPASSWORD=hunter2",
         "['password: hunter2', 'x']",
         "{'a': 'db_pass=hunter2', 'b': 1}",
+        "[{'Name': 'DB_PASSWORD', 'Value': 'hunter2'}]",
     ],
 )
 def test_secrets_in_a_running_text_are_hidden(text: str) -> None:

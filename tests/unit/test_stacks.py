@@ -223,9 +223,9 @@ def test_the_process_named_in_shared_memory_gets_no_signal(pools: Any) -> None:
     assert ready.acquire(timeout=BOUND_S)
     pool.recorder.row(0)[PID] = bystander.pid
     assert list(pool.asked([0])) == [0]
-    bystander.terminate()
+    bystander.kill()
     bystander.join(BOUND_S)
-    assert bystander.exitcode == -signal.SIGTERM
+    assert bystander.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -258,9 +258,9 @@ def test_whoever_has_the_number_of_a_dead_worker_gets_no_signal(
     assert ready.acquire(timeout=BOUND_S)
     pool.workers[0]._popen.pid = heir.pid  # as the kernel might have numbered it
     assert not pool.signals[0].send(number)
-    heir.terminate()
+    heir.kill()
     heir.join(BOUND_S)
-    assert heir.exitcode == -signal.SIGTERM
+    assert heir.exitcode == -signal.SIGKILL
 
 
 def crashes(number: int) -> Callable[[Any], None]:
