@@ -72,8 +72,9 @@ def at_every_moment(
     """
     for due in range(most):
         bomb = _Bomb(due, files)
+        before = sys.gettrace()  # coverage has one
 
-        def run(bomb: _Bomb = bomb) -> Any:
+        def run(bomb: _Bomb = bomb, before: Any = before) -> Any:
             while True:
                 if not bomb.went_off:
                     sys.settrace(bomb.called)
@@ -82,7 +83,7 @@ def at_every_moment(
                 except Interrupt:
                     continue
                 finally:
-                    sys.settrace(None)
+                    sys.settrace(before)
 
         yield run
         if not bomb.went_off:

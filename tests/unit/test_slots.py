@@ -699,13 +699,14 @@ def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
 
         held = [wired.send([filled(MB, line), filled(2 * MB, line)])]
         held.clear()
+        before = sys.gettrace()  # coverage has one
         sys.settrace(at)
         try:
             wired.unpacker.settle()
         except KeyboardInterrupt:
             pass
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         # A slot that the worker has lent again meanwhile is not told to be free.
         batch = wired.send(filled(MB, 7))
         assert wired.states.count(LENT) == 1
