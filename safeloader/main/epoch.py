@@ -66,7 +66,10 @@ class Epoch:
         self._closed = False
         self._pid = os.getpid()
         sinks: list[object] = [recorder, LogLines(log)]
-        sinks.append(trace_for(recorder, settings.trace_target, log))
+        try:
+            sinks.append(trace_for(recorder, settings.trace_target, log))
+        except Exception as exc:
+            log.own_fault("the trace", exc)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         self.events = Events(log, sinks)

@@ -71,7 +71,10 @@ class WorkerMonitor:
         cells[PHASE] = IDLE
         now = perf_counter()
         if now - self._sampled_at > _RESIDENT_EVERY_S:
-            self._sample_memory(now)
+            try:
+                self._sample_memory(now)
+            except Exception:  # a figure less, and no dead worker
+                self._sampled_at = float("inf")
 
     def _sample_memory(self, now: float) -> None:
         """The resident size, often; what is shared, which the kernel has to add up, less often."""

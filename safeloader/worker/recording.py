@@ -276,6 +276,8 @@ class RecordingFetcher:
         self, exc: Exception, phase: str, indices: tuple[Any, ...], faulty: FaultySample
     ) -> Failure:
         context, position = self._context, faulty.position
+        if position is not None and position >= len(indices):
+            position = None  # raised between the last sample and collation: by a time limit, say
         index = None if position is None else indices[position]
         return failure_in(
             context,

@@ -333,3 +333,37 @@ def test_a_description_that_fails_hides_no_error(
         next(batches)
     assert isinstance(raised.value, SampleError)
     assert len(list(batches)) == 6
+
+
+def test_what_strikes_behind_the_last_sample_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from safeloader.worker import mapping
+
+    clock, calls = mapping.clock, iter(range(1000))
+
+    def struck() -> int:
+        if next(calls) == 4:  # the start, and then a stamp for each sample
+            raise TimeoutError("time limit")
+        return clock()
+
+    monkeypatch.setattr(mapping, "clock", struck)
+    batches = iter(SafeDataLoader(torch.arange(8), 4))
+    with pytest.raises(TimeoutError, match="time limit"):
+        next(batches)
+    assert next(batches).tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("part", ["safeloader.main.epoch.trace_for"])
+def test_a_trace_that_cannot_begin_ends_no_training(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, faulty)
+    loader = SafeDataLoader(torch.arange(8), 4)
+    assert len(list(loader)) == 2
+    assert loader.audit.ok
+
+
+def test_a_figure_that_cannot_be_had_kills_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safeloader.supervision.monitor.WorkerMonitor._sample_memory", faulty)
+    assert len(list(SafeDataLoader(torch.arange(8), 4, num_workers=1))) == 2
