@@ -91,6 +91,10 @@ def test_draws_are_numbered_noted_and_handed_on_untouched() -> None:
     sampler, log = recording(batches)
     tasks = list(sampler)
     assert [task.seq for task in tasks] == [0, 1, 2, 3, 4, 5]
+    sent = tasks.pop(2).index  # a tensor is sent as shared memory, so a copy is sent
+    drawn = batches.pop(2)
+    assert sent is not drawn
+    assert torch.equal(sent, drawn)
     assert all(task.index is batch for task, batch in zip(tasks, batches, strict=True))
     assert log.draws == [
         (0, (3, 1)),
