@@ -231,6 +231,12 @@ class FileTrace:
 
 
 def _named(index: Any) -> str:
+    if (
+        type(index) is tuple
+        and [*map(type, index)] == [int, int]
+        and 0 <= min(index) <= max(index) < 1 << 63
+    ):
+        return f"({index[0]}, {index[1]})"  # of a stream, as every one of its samples
     return scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index)
 
 
