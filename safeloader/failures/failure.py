@@ -121,16 +121,16 @@ class Failure:
 
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
-        return {
-            field.name: value
-            if field.type == "str"
-            else [*map(_plain, value)]  # each for itself: one index is not the name of the next
-            if field.name == "indices"
-            else _plain(value)
-            for field in dataclasses.fields(self)
-            if not field.name.startswith("_")
-            for value in (getattr(self, field.name),)
-        }
+        told: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name.startswith("_"):
+                continue
+            if name == "indices":  # each for itself: one index is not the name of the next
+                told[name] = [_plain(index) for index in value]
+            else:
+                told[name] = value if field.type == "str" else _plain(value)
+        return told
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
         """Whether what was raised is of one of these types, as far as it can be imported here."""
