@@ -75,6 +75,7 @@ class Loop(RuleBasedStateMachine):
         self.kept_by_worker: list[tuple[Any, int]] = []
         self.exported: list[tuple[Any, int]] = []
         self.over_arrays: set[int] = set()
+        self.by_name: set[int] = set()  # addresses
         self.children: list[Child] = []
         self.number = 0
 
@@ -183,8 +184,13 @@ class Loop(RuleBasedStateMachine):
         what, expected = self.held.get(which, (None, 0))
         if isinstance(what, torch.Tensor) and what.numel():
             self.exported += [(EXPORTS[how](what), expected) for how in hows]
-            if which not in self.over_arrays:
+            # Torch itself unmaps memory with a name, under arrays over it, to share it without one.
+            at = what.untyped_storage().data_ptr()
+            unmapped = at in self.by_name and then in ("shared", "storage shared", "sent")
+            if which not in self.over_arrays and not unmapped:
                 OTHER_MEMORY[then](what)
+            if then == "by name":
+                self.by_name.add(what.untyped_storage().data_ptr())
             if then == "other storage":
                 del self.held[which]
 
