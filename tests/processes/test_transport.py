@@ -343,6 +343,28 @@ def test_what_was_exported_stays_when_its_batch_is_shared(
     assert seen(loader_of(64)) == seen(DataLoader(Rows(64), batch_size=4, num_workers=2))
 
 
+COMPILED = """
+import torch
+from tests.processes.test_transport import loader_of
+from tests.wired import print_of
+
+# Any backend of torch.compile is given the tensors, and hands on what it makes, as this one.
+cut = torch.compile(lambda batch: batch[1:].flatten()[::3], backend="eager")
+batches = iter(loader_of(64))
+views = [cut(next(batches)) for _ in range(3)]
+told = [print_of(view) for view in views]
+for batch in batches:
+    del batch
+assert told == [print_of(view) for view in views], "a view was written over"
+assert len(set(told)) == 3
+"""
+
+
+def test_what_a_compiled_function_gives_stays() -> None:
+    """In a process of its own: what torch.compile imports stays, and slows the collector down."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, timeout=110)
+
+
 # ── workers that die, errors ─────────────────────────────────────────────────────────────────────
 
 

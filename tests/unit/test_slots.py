@@ -69,6 +69,17 @@ def exported(tensor: torch.Tensor) -> Any:
     return np.from_dlpack(tensor)  # type: ignore[arg-type]
 
 
+def in_arrow(tensor: torch.Tensor) -> Any:
+    """A buffer of Arrow over the same bytes."""
+    return pytest.importorskip("pyarrow").py_buffer(tensor.numpy())
+
+
+def column(tensor: torch.Tensor) -> Any:
+    """What a table of Arrow has of the same bytes, without a copy."""
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.table({"x": pyarrow.array(tensor.numpy())}).column("x").chunk(0).buffers()[1]
+
+
 VIEWS: dict[str, Callable[[torch.Tensor], Any]] = {
     "tensor": lambda x: x,
     "slice": lambda x: x[5:9],
@@ -82,6 +93,8 @@ VIEWS: dict[str, Callable[[torch.Tensor], Any]] = {
     "memoryview": lambda x: memoryview(x.numpy())[1:],
     "storage": lambda x: x.untyped_storage(),
     "dlpack": exported,
+    "buffer of Arrow": in_arrow,
+    "table of Arrow": column,
     "tensor of an array": lambda x: torch.from_numpy(x.numpy()[2:]),
     "in a list": lambda x: [{"a": (x[:1],)}],
     "graph of autograd": lambda x: x.float() * torch.ones(1, requires_grad=True),
@@ -187,6 +200,8 @@ EXPORTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "dlpack": exported,
     "memoryview": lambda x: memoryview(x.numpy()),
     "buffer of a pickle": lambda x: memoryview(pickle.PickleBuffer(x.numpy())),
+    "buffer of Arrow": lambda x: in_arrow(x if x.is_contiguous() else x.clone()),
+    "table of Arrow": lambda x: column(x if x.is_contiguous() else x.clone()),
 }
 
 
