@@ -27,9 +27,7 @@ def see_writable(folder: Path) -> None:
     Raises:
         OSError: if they cannot.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file")
     with tempfile.TemporaryFile(dir=existing):

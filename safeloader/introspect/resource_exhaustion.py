@@ -13,13 +13,12 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from safeloader.introspect import resources
-from safeloader.introspect.resources import Space, Use, human_share, or_none
+from safeloader.introspect.resources import Space, human_share, or_none
 
 _CHAIN_MAX = 16  # exceptions looked at behind one
 
@@ -188,12 +187,10 @@ def _spaces(exc: BaseException) -> list[Space]:
     )
     if found := next(filter(None, named), None):
         return [found]
-    usual: dict[object, Space] = {}
     asked = resources.shared_memory(), resources.temporary_folder(), resources.space_of(os.curdir)
-    for space in filter(None, asked):
-        usual.setdefault(space[1:], space)  # two folders of one file system are told once
-    spaces = list(usual.values())
-    return [each for each in spaces if _is_full(each)] or spaces
+    # By its figures: two folders of one file system are told once.
+    spaces = {space[1:]: space for space in asked if space}.values()
+    return [each for each in spaces if _is_full(each)] or [*spaces]
 
 
 def _names(exc: BaseException) -> Iterator[str]:
@@ -258,11 +255,11 @@ def _gpu_memory(exc: BaseException) -> str:
 
 
 def _tasks(exc: BaseException) -> str:
-    user, group, space = _user_tasks(), resources.cgroup_tasks(), _address_space()
-    figures = [f"this user runs {user} (`ulimit -u`)"] if user else []
+    user, group = resources.soft_limit("RLIMIT_NPROC"), resources.cgroup_tasks()
+    figures = [] if user is None else [f"this user may run {user} (`ulimit -u`)"]
     if group and group.limit is not None:
         figures.append(f"the cgroup runs {group} (pids.max)")
-    if space:  # a thread needs some for its stack
+    if space := _address_space():  # a thread needs some for its stack
         figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
     return (
         f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
@@ -287,18 +284,6 @@ def _mappings() -> tuple[int, int] | None:
         # In small parts: a large one would need a mapping of its own.
         lines = sum(part.count(b"\n") for part in iter(lambda: maps.read(2**16), b""))
     return lines, limit
-
-
-@or_none
-def _user_tasks() -> Use | None:
-    """Count the processes and threads of this user, looking at each process on the machine."""
-    import psutil  # here: heavy, and needed here alone
-
-    used = 0
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has just ended, or is not to be looked at
-            used += process.num_threads() if process.uids().real == os.getuid() else 0
-    return Use(used, resources.soft_limit("RLIMIT_NPROC"))
 
 
 _BY_CODE: dict[int, _Teller] = {

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 with suppress(ImportError):  # on Windows
     import resource  # not where it is used: with too many open files nothing can be imported
@@ -299,15 +299,6 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 # ---- all of it
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return all that is cheap to know as a dict for JSON; None for what is not known."""
-    asked: list[Any] = [machine_memory, cgroup_memory, process_memory, shared_memory]
-    asked += [temporary_folder, descriptors, cgroup_tasks]
-    facts = {ask.__name__: ask() for ask in asked}
-    told = {name: fact and fact._asdict() for name, fact in facts.items()}
-    return {**told, "oom_kills": oom_kills()}
 
 
 def machine_lines() -> list[str]:

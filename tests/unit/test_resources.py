@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import multiprocessing
 import os
@@ -30,7 +29,6 @@ from safeloader.introspect.resources import (
     descriptors,
     human_bytes,
     human_share,
-    machine_facts,
     machine_lines,
     machine_memory,
     oom_kills,
@@ -437,13 +435,6 @@ FACTS = (
 )
 
 
-def test_the_facts_are_json() -> None:
-    facts = json.loads(json.dumps(machine_facts()))
-    assert facts["machine_memory"]["total"] == psutil.virtual_memory().total
-    assert facts["descriptors"]["limit"] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert facts["temporary_folder"]["path"] == os.path.abspath(tempfile.gettempdir())
-
-
 def test_the_lines_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, object] = {
         "machine_memory": resources.MachineMemory(24 * GIB, 3 * GIB + 100 * MIB),
@@ -479,7 +470,6 @@ def test_where_nothing_can_be_known_nothing_is_said_and_nothing_raises(
     monkeypatch.setitem(sys.modules, "psutil", None)
     for fact in FACTS:
         assert fact() is None, fact
-    assert set(machine_facts().values()) == {None}
     assert machine_lines() == []
 
 
