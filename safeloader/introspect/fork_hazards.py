@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from safeloader._torch import without_overrides
 from safeloader.introspect.values import (
+    array_facts,
     container_base,
     cut,
     definitions,
@@ -73,7 +73,7 @@ def survey(
         thing: the loader's dataset.
         name: what it is called in the paths: ``"dataset"``.
         start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
-        num_workers: with 0 nothing is inherited.
+        num_workers: how many go by what they inherit.
         beside: by name what else goes to the workers, ``collate_fn`` and ``worker_init_fn``. What
             two of them hold is told once.
         bound_s, bound_items: seconds and objects after which the rest is left out.
@@ -86,8 +86,6 @@ def survey(
     ('dataset.rng', 'numpy.random.Generator')
     """
     walk = _Walk(start_method == "fork", num_workers)
-    if num_workers == 0:
-        return []
     end = monotonic() + bound_s
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
@@ -166,11 +164,7 @@ def _owned_by_another(value: Any) -> bool:
 
 
 def _on_cuda(value: Any) -> bool:
-    hook = "__torch_dispatch__"  # a tensor with one of its own may answer by foreign code
-    if len(definitions(type(value), hook)) > len(definitions(torch.Tensor, hook)):
-        return False
-    with without_overrides():
-        return bool(definitions(torch.Tensor, "is_cuda")[0].__get__(value))
+    return str((array_facts(value) or {}).get("device")).startswith("cuda")
 
 
 def _runs(value: Any) -> bool:

@@ -93,12 +93,10 @@ def _behind(exc: BaseException, *, contexts: bool) -> Iterator[BaseException]:
             continue
         seen.add(id(each))
         yield each
-        if isinstance(each, BaseExceptionGroup):
-            waiting += each.exceptions[:_CHAIN_MAX]
-        if each.__cause__ is not None:
-            waiting.append(each.__cause__)
-        elif contexts and each.__context__ is not None and not each.__suppress_context__:
-            waiting.append(each.__context__)
+        members = each.exceptions[:_CHAIN_MAX] if isinstance(each, BaseExceptionGroup) else ()
+        shown = contexts and not each.__suppress_context__  # a cause suppresses it, and "from None"
+        behind = (*members, each.__cause__, each.__context__ if shown else None)
+        waiting += [other for other in behind if other is not None]
 
 
 # ---- which shortage it is
@@ -190,7 +188,8 @@ def _spaces(exc: BaseException) -> list[Space]:
     asked = resources.shared_memory(), resources.temporary_folder(), resources.space_of(os.curdir)
     # By its figures: two folders of one file system are told once.
     spaces = {space[1:]: space for space in asked if space}.values()
-    return [each for each in spaces if _is_full(each)] or [*spaces]
+    full = [e for e in spaces if e.free_inodes == 0 or e.free < max(2**20, e.total // 100)]
+    return full or [*spaces]
 
 
 def _names(exc: BaseException) -> Iterator[str]:
@@ -201,10 +200,6 @@ def _names(exc: BaseException) -> Iterator[str]:
     yield from re.findall(r"(?:file|object) <([^>]+)>", _text(exc))  # as torch words it
 
 
-def _is_full(space: Space) -> bool:
-    return space.free_inodes == 0 or space.free < max(2**20, space.total // 100)
-
-
 def _no_temporary_folder(exc: BaseException) -> str:
     found = resources.descriptors()
     if found and found.limit is not None and found.used >= found.limit:
@@ -212,8 +207,7 @@ def _no_temporary_folder(exc: BaseException) -> str:
     reasons = []
     for folder in dict.fromkeys(re.findall(r"'([^']+)'", _text(exc))):  # those that it tried
         space = resources.space_of(folder) if os.access(folder, os.W_OK | os.X_OK) else None
-        fault = "cannot be written to" if os.path.isdir(folder) else "is not there"
-        reasons.append(str(space or f"{folder} {fault}"))
+        reasons.append(str(space or f"{folder} cannot be written to"))
     return (
         f"no folder for temporary files: {'; '.join(reasons)}. Set TMPDIR to a folder with space."
     )
@@ -225,26 +219,23 @@ def _no_temporary_folder(exc: BaseException) -> str:
 def _memory(exc: BaseException) -> str:
     machine, group = resources.machine_memory(), resources.cgroup_memory()
     figures = [str(machine or "how much there is, is not known")]
-    room = machine is not None and machine.available > machine.total // 4
     way_out = "Use fewer workers, a smaller prefetch_factor or smaller batches"
     if group and group.limit is not None:
         figures.append(str(group))
-        room = room and (group.used or 0) < group.limit * 3 // 4
     if space := _address_space():
         figures.append(f"address space {human_share(*space)} taken")
-        room = False  # one request may be larger than what is left
         way_out += ", or raise `ulimit -v`"
     mapped, limit = _mappings() or (0, 1)
     if mapped > 0.95 * limit:
         figures.append(f"memory mappings {mapped} of {limit} in use")
-        room = False
         way_out = (
             "Each shared tensor is a mapping: hold fewer batches at once, or raise the limit with "
             f"`sysctl -w vm.max_map_count={4 * limit}`"
         )
-    if room:
-        way_out += "; or look at the sample: a corrupt one may have asked for more than there is"
-    return f"out of memory: {'; '.join(figures)}. {way_out}."
+    return (
+        f"out of memory: {'; '.join(figures)}. {way_out}. Where there was room, look at the "
+        "sample: a corrupt one may have asked for more than there is."
+    )
 
 
 def _gpu_memory(exc: BaseException) -> str:

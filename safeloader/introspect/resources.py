@@ -244,16 +244,11 @@ def _groups(root: Path, controller: str) -> tuple[int, list[Path]]:
 
     In a container the path may be the host's, while what is mounted is the container's own cgroup.
     """
-    version, path = 2, "/"
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, own = line.split(":", 2)
-        if controller in controllers.split(","):
-            version, path = 1, own
-            break
-        if not controllers:
-            path = own
+    lines = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
+    paths = {name: path for _, names, path in lines for name in names.split(",")}
+    version = 1 if controller in paths else 2
     mount = root / "sys/fs/cgroup" / (controller if version == 1 else "")
-    inner = PurePosixPath(path).parts[1:]
+    inner = PurePosixPath(paths.get(controller) or paths.get("", "/")).parts[1:]
     if ".." in inner or not mount.joinpath(*inner).is_dir():
         inner = ()
     return version, [mount.joinpath(*inner[:depth]) for depth in range(len(inner), -1, -1)]

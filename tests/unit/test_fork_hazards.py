@@ -78,7 +78,6 @@ def told(value: Any, start_method: str = "fork") -> dict[str, str]:
 def only(value: Any) -> Inherited:
     [found] = found_in(Holding(x=value))
     assert told(value, "spawn") == told(value, "forkserver") == {}
-    assert survey(Holding(x=value), "dataset", start_method="fork", num_workers=0) == []
     assert found.path == "dataset.x"
     return found
 
@@ -149,7 +148,6 @@ def test_the_wording_goes_by_the_number_of_workers() -> None:
     [single] = survey(dataset, "dataset", start_method="spawn", num_workers=1)
     assert "the 4 workers" in several.why
     assert "the worker starts each epoch" in single.why
-    assert survey(dataset, "dataset", start_method="spawn", num_workers=0) == []
 
 
 def test_generators_of_torchs_samplers_loaders_and_pipes_are_torchs_business() -> None:
