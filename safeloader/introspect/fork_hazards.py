@@ -73,7 +73,7 @@ def survey(
         thing: the loader's dataset.
         name: what it is called in the paths: ``"dataset"``.
         start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
-        num_workers: how many go by what they inherit.
+        num_workers: how many inherit it, one at least.
         beside: by name what else goes to the workers, ``collate_fn`` and ``worker_init_fn``. What
             two of them hold is told once.
         bound_s, bound_items: seconds and objects after which the rest is left out.
@@ -212,11 +212,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleT
 _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
 
 
-class _Verdict(NamedTuple):
-    base: Any  # the built-in container that it is
-    known: tuple[_Hazard, Callable[[Any], bool]] | None = None
-    role: str = ""
-
+# Of a class: the built-in container that it is, what is known of it, and its role.
+_Verdict = tuple[Any, tuple[_Hazard, Callable[[Any], bool]] | None, str]
 
 _verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see ``_PLAIN_IDS``
 
@@ -232,8 +229,8 @@ def _decide(cls: type) -> _Verdict:
     for name in map(type_name, mro_of(cls)):
         key = re.sub(r"\..*\.", ".", name)
         if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):
-            return _Verdict(None, _KNOWN.get(key), _ROLE_OF.get(key, "left alone"))
-    return _Verdict(container_base(cls))
+            return None, _KNOWN.get(key), _ROLE_OF.get(key, "left alone")
+    return container_base(cls), None, ""
 
 
 # ---- the walk
@@ -301,8 +298,8 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
                 yield f".__closure__[{name!r}]", cell.cell_contents
         for name in _globals_of(value.__code__) if forks else ():  # a spawned worker imports anew
             child = dict.get(value.__globals__, name)
-            verdict = _verdict_on(type(child))  # no other: most are not the dataset's
-            if verdict.known or verdict.role == "wrapper":
+            _, known, role = _verdict_on(type(child))
+            if known or role == "wrapper":  # no other: most are not the dataset's
                 yield f".__globals__[{name!r}]", child
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__

@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
-from safeloader.introspect.redaction import scrub
-from safeloader.introspect.texts import LOOKED_AT, bounded_text, name_of
+from safeloader.introspect.texts import bounded_text, name_of, plain_text
 from safeloader.introspect.values import (
     bounded,
     container_base,
@@ -193,7 +192,7 @@ def _told(exc: BaseException) -> tuple[str, str, bool]:
     """The hook, the reason and the depth of a :class:`_Failed`."""
     names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(exc.__traceback__))
     hook = next((name for name in names if name.startswith("__")), "")
-    text = scrub(exception_text(exc)[:LOOKED_AT])
+    text = plain_text(exception_text(exc))
     reason = f"its {hook} raised " * bool(hook) + type(exc).__name__
     return hook, reason + f": {text}" * bool(text), isinstance(exc, RecursionError)
 
@@ -302,8 +301,6 @@ def _kind(value: Any) -> str:
     if inherits(cls, type):
         name = type_name(value)
         return cut(f"a class{' defined inside a function' * ('<locals>' in name)}, {name}")
-    if name in ("generator", "coroutine", "module"):
-        return f"a {name}"
     if name.startswith("_io."):
         with suppress(Exception):  # some have a number for a path, or none
             return f"an open file {cut(value.name)!r} ({name})"

@@ -179,12 +179,10 @@ def _space(exc: BaseException) -> str:
 
 def _spaces(exc: BaseException) -> list[Space]:
     """Return the file system that ``exc`` names; else those that may be meant: the full ones."""
-    named = (
-        resources.shared_memory() if name.startswith("/torch_") else resources.space_of(name)
-        for name in _names(exc)
-    )
-    if found := next(filter(None, named), None):
-        return [found]
+    for name in _names(exc):
+        shared = name.startswith("/torch_")
+        if space := resources.shared_memory() if shared else resources.space_of(name):
+            return [space]
     asked = resources.shared_memory(), resources.temporary_folder(), resources.space_of(os.curdir)
     # By its figures: two folders of one file system are told once.
     spaces = {space[1:]: space for space in asked if space}.values()

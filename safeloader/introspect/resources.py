@@ -68,8 +68,7 @@ class CgroupMemory(NamedTuple):
         if parts and self.used is not None:
             parts.append(f"{human_bytes(self.used)} used")
         if self.oom_kills:
-            several = "es" if self.oom_kills > 1 else ""
-            parts.append(f"{self.oom_kills} process{several} killed for memory")
+            parts.append(f"{self.oom_kills} process(es) killed for memory")
         return ", ".join(parts)
 
 

@@ -338,8 +338,8 @@ KINDS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "a class defined inside a function, tests.unit.test_pickling.a_local_class.<locals>.Local",
         "at module level.",
     ),
-    "generator": (a_generator, "a generator", "list("),
-    "module": (lambda: os, "a module", "Import it"),
+    "generator": (a_generator, "generator", "list("),
+    "module": (lambda: os, "module", "Import it"),
     "lock": (threading.Lock, "_thread.lock", LAZILY),
     "reentrant lock": (threading.RLock, "_thread.RLock", LAZILY),
     "condition": (threading.Condition, "threading.Condition", LAZILY),
@@ -436,7 +436,7 @@ def test_files_that_have_no_path() -> None:
 
 def test_a_coroutine() -> None:
     coroutine = a_coroutine()
-    assert culprit_of([coroutine]).kind == "a coroutine"
+    assert culprit_of([coroutine]).kind == "coroutine"
     coroutine.close()
 
 

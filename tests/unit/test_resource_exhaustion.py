@@ -403,9 +403,9 @@ def test_the_limit_of_the_container_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(resources, "cgroup_memory", lambda: CgroupMemory(8 * GIB, 7 * GIB, 1))
     monkeypatch.setattr(module, "_address_space", lambda: None)
     assert shortage(MemoryError()) == (
-        "out of memory: 32 of 64 GiB available; cgroup limit 8 GiB, 7 GiB used, 1 process killed "
-        "for memory. Use fewer workers, a smaller prefetch_factor or smaller batches. Where there "
-        "was room, look at the sample: a corrupt one may have asked for more than there is."
+        "out of memory: 32 of 64 GiB available; cgroup limit 8 GiB, 7 GiB used, 1 process(es) "
+        "killed for memory. Use fewer workers, a smaller prefetch_factor or smaller batches. Where "
+        "there was room, look at the sample: a corrupt one may have asked for more than there is."
     )
 
 

@@ -161,7 +161,7 @@ def test_v2_in_a_container_with_a_namespace_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, {"proc/self/cgroup": "0::/\n", **group_v2("", 8 * GIB, 7 * GIB, GIB, kills=2)})
     found = cgroup_memory(tmp_path)
     assert found == CgroupMemory(8 * GIB, 6 * GIB, 2)
-    assert str(found) == "cgroup limit 8 GiB, 6 GiB used, 2 processes killed for memory"
+    assert str(found) == "cgroup limit 8 GiB, 6 GiB used, 2 process(es) killed for memory"
     assert oom_kills(tmp_path) == 2
 
 
@@ -211,7 +211,7 @@ def test_v2_without_a_limit_tells_what_the_cgroup_uses(tmp_path: Path) -> None:
     write(tmp_path, {"proc/self/cgroup": "0::/a\n", **group_v2("/a", "max", GIB, kills=1)})
     found = cgroup_memory(tmp_path)
     assert found == CgroupMemory(None, GIB, 1)
-    assert str(found) == "1 process killed for memory"
+    assert str(found) == "1 process(es) killed for memory"
 
 
 def test_v2_on_a_machine_without_cgroups_in_use(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_the_lines_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(resources, name, lambda fact=fact: fact)
     assert machine_lines() == [
         "memory: 3.1 of 24 GiB available; "
-        "cgroup limit 8 GiB, 7.9 GiB used, 2 processes killed for memory",
+        "cgroup limit 8 GiB, 7.9 GiB used, 2 process(es) killed for memory",
         "shared memory: /dev/shm 12 of 64 MiB free",
         "temporary files: /tmp 20 MiB of 200 GiB free",
         "open files: 250 of 256 (hard limit 4096)",
