@@ -16,7 +16,7 @@ import torch
 from safeloader._version import __version__
 from safeloader.failures.failure import Failure
 from safeloader.introspect.files import create, folder_of
-from safeloader.introspect.resources import machine_facts
+from safeloader.introspect.resources import machine_lines
 
 _LOG = logging.getLogger("safeloader")
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
@@ -36,7 +36,7 @@ def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> 
             "torch": str(torch.__version__),
             "numpy": np.__version__,
         },
-        "machine": machine_facts(),
+        "machine": machine_lines(),
     }
     part: Path | None = None
     target = folder_of(folder)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch.distributed
 
-_ATTEMPTS = 1000
 _numbers = itertools.count()
 
 
@@ -27,9 +26,7 @@ def see_writable(folder: Path) -> None:
     Raises:
         OSError: if they cannot.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
     if not existing.is_dir():
         raise NotADirectoryError(f"{existing} is a file")
     with tempfile.TemporaryFile(dir=existing):
@@ -54,14 +51,12 @@ def create(folder: Path, stem: str, suffix: str, also: str = "") -> tuple[int, P
     for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
         with contextlib.suppress(FileExistsError):  # another rank made it just now
             missing.mkdir(mode=0o700)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    for number in itertools.islice(_numbers, _ATTEMPTS):
-        path = folder / f"{stem}-{process_name()}-{number}{suffix}"
+    while True:
+        path = folder / f"{stem}-{process_name()}-{next(_numbers)}{suffix}"
         if also and os.path.lexists(path.with_suffix(also)):
             continue
-        with contextlib.suppress(FileExistsError):
-            return os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600), path
-    raise FileExistsError(f"{_ATTEMPTS} files of this process are in {folder} already")
+        with contextlib.suppress(FileExistsError):  # a link is there too, wherever it leads
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), path
 
 
 def rank() -> int | None:

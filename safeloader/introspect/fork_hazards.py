@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from safeloader._torch import without_overrides
 from safeloader.introspect.values import (
+    array_facts,
     container_base,
     cut,
     definitions,
@@ -73,7 +73,7 @@ def survey(
         thing: the loader's dataset.
         name: what it is called in the paths: ``"dataset"``.
         start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``.
-        num_workers: with 0 nothing is inherited.
+        num_workers: how many inherit it, one at least.
         beside: by name what else goes to the workers, ``collate_fn`` and ``worker_init_fn``. What
             two of them hold is told once.
         bound_s, bound_items: seconds and objects after which the rest is left out.
@@ -85,10 +85,19 @@ def survey(
     >>> found.path, found.kind
     ('dataset.rng', 'numpy.random.Generator')
     """
-    walk = _Walk({name: thing, **beside}, start_method == "fork", num_workers)
-    if num_workers > 0:
-        with suppress(Exception):  # a fault of ours must not keep the workers from starting
-            walk.run(monotonic() + bound_s, bound_items)
+    walk = _Walk(start_method == "fork", num_workers)
+    end = monotonic() + bound_s
+    with suppress(Exception):  # a fault of ours must not keep the workers from starting
+        for path, each in {name: thing, **beside}.items():
+            walk.add(_Item(each, path))
+        for method in ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__"):
+            for function in definitions(type(thing), method)[:1]:  # for its closure and globals
+                walk.add(_Item(function, f"{name}.{method}"))
+        for _ in range(bound_items):
+            if not walk.queue or monotonic() > end:
+                break
+            with suppress(Exception):  # another thread may change what is read here
+                walk.look(walk.queue.popleft())
     return walk.found
 
 
@@ -155,11 +164,7 @@ def _owned_by_another(value: Any) -> bool:
 
 
 def _on_cuda(value: Any) -> bool:
-    hook = "__torch_dispatch__"  # a tensor with one of its own may answer by foreign code
-    if len(definitions(type(value), hook)) > len(definitions(torch.Tensor, hook)):
-        return False
-    with without_overrides():
-        return bool(definitions(torch.Tensor, "is_cuda")[0].__get__(value))
+    return str((array_facts(value) or {}).get("device")).startswith("cuda")
 
 
 def _runs(value: Any) -> bool:
@@ -207,12 +212,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleT
 _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.Path()))))
 
 
-class _Verdict(NamedTuple):
-    base: Any  # the built-in container that it is
-    known: tuple[_Hazard, Callable[[Any], bool]] | None = None
-    wraps: bool = False
-    opens: bool = True  # whether to look inside
-
+# Of a class: the built-in container that it is, what is known of it, and its role.
+_Verdict = tuple[Any, tuple[_Hazard, Callable[[Any], bool]] | None, str]
 
 _verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see ``_PLAIN_IDS``
 
@@ -227,10 +228,9 @@ def _verdict_on(cls: type) -> _Verdict:
 def _decide(cls: type) -> _Verdict:
     for name in map(type_name, mro_of(cls)):
         key = re.sub(r"\..*\.", ".", name)
-        role = _ROLE_OF.get(key)
-        if role or key in _KNOWN or key.startswith("multiprocessing."):
-            return _Verdict(None, _KNOWN.get(key), role == "wrapper", role == "wrapper")
-    return _Verdict(container_base(cls))
+        if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):
+            return None, _KNOWN.get(key), _ROLE_OF.get(key, "left alone")
+    return container_base(cls), None, ""
 
 
 # ---- the walk
@@ -246,42 +246,29 @@ class _Item(NamedTuple):
 class _Walk:
     """Breadth first, so that everything is told by the shortest way to it."""
 
-    def __init__(self, things: dict[str, object], forks: bool, workers: int) -> None:
+    def __init__(self, forks: bool, workers: int) -> None:
         self.found: list[Inherited] = []
-        self._things, self._forks, self._workers = things, forks, workers
-        self._queue: deque[_Item] = deque()
+        self.queue: deque[_Item] = deque()
+        self._forks, self._workers = forks, workers
         # The process-wide generators, which torch seeds in each worker, are no finding.
         own = (getattr(draw, "__self__", None) for draw in (random.random, np.random.rand))
         self._seen = {id(each) for each in (torch.default_generator, *own)}
 
-    def run(self, end: float, bound_items: int) -> None:
-        for name, thing in self._things.items():
-            self._add(_Item(thing, name))
-        name, dataset = next(iter(self._things.items()))
-        for method in ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__"):
-            for function in definitions(type(dataset), method)[:1]:  # for its closure and globals
-                self._add(_Item(function, f"{name}.{method}"))
-        for _ in range(bound_items):
-            if not self._queue or monotonic() > end:
-                return
-            with suppress(Exception):  # another thread may change what is read here
-                self._look(self._queue.popleft())
-
-    def _add(self, item: _Item) -> None:
+    def add(self, item: _Item) -> None:
         if id(type(item.value)) not in _PLAIN_IDS and id(item.value) not in self._seen:
             self._seen.add(id(item.value))
-            self._queue.append(item)
+            self.queue.append(item)
 
-    def _look(self, item: _Item) -> None:
+    def look(self, item: _Item) -> None:
         value, path, holder, part_of = item
-        base, known, wraps, opens = _verdict_on(cls := type(value))
+        base, known, role = _verdict_on(cls := type(value))
         if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
             return self._tell(item, known[0])
-        if wraps and part_of is None:
+        if role == "wrapper" and part_of is None:
             part_of = path, _kind(cls)
-        for step, child in _parts(value, base, self._forks) if opens else ():
+        for step, child in _parts(value, base, self._forks) if role != "left alone" else ():
             owner = cls if step[0] == "." and part_of is None else holder
-            self._add(_Item(child, path + step, owner, part_of))
+            self.add(_Item(child, path + step, owner, part_of))
 
     def _tell(self, item: _Item, hazard: _Hazard) -> None:
         path, kind = item.part_of or (item.path, _kind(type(item.value)))
@@ -292,9 +279,6 @@ class _Walk:
         found = Inherited(path, kind, *hazard)
         if found not in self.found:  # a wrapper may have several live parts
             self.found.append(found)
-
-
-_PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
 
 
 def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
@@ -314,8 +298,8 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
                 yield f".__closure__[{name!r}]", cell.cell_contents
         for name in _globals_of(value.__code__) if forks else ():  # a spawned worker imports anew
             child = dict.get(value.__globals__, name)
-            verdict = _verdict_on(type(child))  # no other: most are not the dataset's
-            if verdict.known or verdict.wraps:
+            _, known, role = _verdict_on(type(child))
+            if known or role == "wrapper":  # no other: most are not the dataset's
                 yield f".__globals__[{name!r}]", child
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
@@ -329,12 +313,6 @@ def _key_text(key: Any) -> str:
     return repr(key) if type(key) is int or key is None else f"<{cut(type_name(type(key)))}>"
 
 
-def _kind(cls: type) -> str:
-    """The name that people know a class by, without the private modules it may be from."""
-    name = type_name(cls)
-    return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
-
-
 def _globals_of(code: types.CodeType) -> dict[str, None]:
     """The globals that a function uses, and those defined in it."""
     steps = dis.get_instructions(code)
@@ -342,6 +320,15 @@ def _globals_of(code: types.CodeType) -> dict[str, None]:
     for inner in code.co_consts:
         names |= _globals_of(inner) if type(inner) is types.CodeType else {}
     return names
+
+
+_PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
+
+
+def _kind(cls: type) -> str:
+    """The name that people know a class by, without the private modules it may be from."""
+    name = type_name(cls)
+    return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
 
 
 def _for_generator(path: str, kind: str, workers: int) -> _Hazard:

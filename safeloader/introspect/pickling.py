@@ -12,6 +12,7 @@ import array
 import io
 import pickle
 import socket
+import traceback
 import types
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,18 +24,15 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
-from safeloader.introspect.redaction import scrub
-from safeloader.introspect.texts import LOOKED_AT, bounded_text, name_of
+from safeloader.introspect.texts import bounded_text, name_of, plain_text
 from safeloader.introspect.values import (
     bounded,
     container_base,
     cut,
-    definitions,
     exception_text,
     fields,
     inherits,
     mro_of,
-    short_type_name,
     type_name,
 )
 
@@ -42,7 +40,6 @@ REASON_MAX = 200  # characters
 PATH_MAX = 350  # characters
 KEY_MAX = 40  # characters of one key of a dict
 DEEP = 50  # levels, one in the other, that all fail for their depth
-SHARE = 0.02  # of the time for one part: where it takes longer the next may fail at once
 
 _Parts: TypeAlias = Iterable[tuple[str, Any]]  # each with its path, or the step to it
 
@@ -70,7 +67,7 @@ class UnpicklablePart(NamedTuple):
 
 
 def find_unpicklable(
-    thing: object, name: str, *, spawning: bool = True, bound_s: float = 5.0
+    thing: object, name: str, *, spawning: bool = True, bound_s: float = 20.0
 ) -> UnpicklablePart | None:
     """Find the part of an object that keeps it from being pickled. Never raises.
 
@@ -111,43 +108,18 @@ class _OutOfTime(Exception):
     """The search has to end."""
 
 
-class _TooSlow(Exception):
-    """Nobody knows whether this part fails; its own parts may tell sooner."""
-
-
-class _Sink:
-    """The file to pickle into: keeps nothing, and minds the time."""
-
-    def __init__(self, bound_s: float) -> None:
-        self._share = bound_s * SHARE
-        self._end = monotonic() + bound_s
-
-    def begin(self) -> None:
-        self._limit = min(monotonic() + self._share, self._end)
-        self.check()
-
-    def check(self) -> None:
-        now = monotonic()
-        if now >= self._limit:
-            raise _OutOfTime if now >= self._end else _TooSlow
-
-    def write(self, data: Any) -> int:
-        self.check()
-        return len(data)
-
-
 class _Pickler(ForkingPickler):
     """Pickles as multiprocessing does, but for what the search knows and what is sent anyway."""
 
-    def __init__(self, sink: Any, known: dict[int, Any]) -> None:
-        super().__init__(sink)
-        self._sink, self._known = sink, known
+    def __init__(self, search: Any) -> None:
+        super().__init__(search)
+        self._check, self._known = search.check, search.known
 
     def persistent_id(self, value: Any) -> int | None:  # hot: runs for every object
         cls = type(value)
         if cls in _ATOMS:
             return None
-        self._sink.check()
+        self._check()
         return id(value) if id(value) in self._known or _is_sent(cls, value) else None
 
 
@@ -174,17 +146,25 @@ class _Failed(NamedTuple):
 
 
 class _Search:
+    """Is the file to pickle into: keeps nothing, and minds the time."""
+
     def __init__(self, bound_s: float) -> None:
         self.deepest: _Failed | None = None
-        self._sink = _Sink(bound_s)
-        self._pickler: _Pickler | None = None
-        self._known: dict[int, Any] = {}  # by id: what was looked into, which is kept alive here
+        self.known: dict[int, Any] = {}  # by id: what was looked into, which is kept alive here
+        self._end = monotonic() + bound_s
+
+    def check(self) -> None:
+        if monotonic() >= self._end:
+            raise _OutOfTime
+
+    def write(self, data: Any) -> int:
+        self.check()
+        return len(data)
 
     def look_for(self, parts: _Parts) -> None:
         """Find the first of ``parts`` that fails, and go on inside it."""
         chain: list[_Failed] = []  # the last ones, where all of them fail for their depth
-        slow: list[tuple[str, Any]] = []
-        while len(chain) < DEEP and (failed := self._first_failing(parts, slow)):
+        while len(chain) < DEEP and (failed := self._first_failing(parts)):
             self.deepest = failed._replace(too_deep=False)
             chain = [*chain, failed] if failed.too_deep else []
             parts = _parts(failed.path, failed.value)
@@ -192,44 +172,28 @@ class _Search:
             # It begins with the first of the kinds that follow each other at its end.
             kinds = [type(each.value) for each in chain[len(chain) // 2 :]]
             self.deepest = next(each for each in chain if type(each.value) in kinds)
-            return
-        before = self.deepest
-        while slow and self.deepest is before:
-            path, part = slow.pop(0)
-            self._known[id(part)] = part
-            self.look_for(_parts(path, part))
 
-    def _first_failing(self, parts: _Parts, slow: list[tuple[str, Any]]) -> _Failed | None:
-        slow.clear()
+    def _first_failing(self, parts: _Parts) -> _Failed | None:
+        pickler = _Pickler(self)  # one for all parts: what it has pickled it knows
         for path, part in parts:
-            self._sink.begin()
             try:
-                if type(part) in _ATOMS or id(part) in self._known:
-                    continue
-                # While nothing fails one pickler goes on: what it has pickled it knows.
-                pickler = self._pickler or _Pickler(self._sink, self._known)
-                self._pickler = None
-                pickler.dump(part)
-                self._pickler = pickler
+                self.check()
+                if type(part) not in _ATOMS and id(part) not in self.known:
+                    pickler.dump(part)
             except (KeyboardInterrupt, _OutOfTime):
                 raise
-            except _TooSlow:
-                slow.append((path, part))
             except BaseException as exc:  # whatever the user's code raises, SystemExit too
-                self._known[id(part)] = part
+                self.known[id(part)] = part
                 return _Failed(path, part, *_told(exc))
         return None
 
 
 def _told(exc: BaseException) -> tuple[str, str, bool]:
     """The hook, the reason and the depth of a :class:`_Failed`."""
-    hook, traceback = "", exc.__traceback__
-    while traceback is not None and not hook:
-        name = traceback.tb_frame.f_code.co_name
-        hook = name if name.startswith("__") else ""
-        traceback = traceback.tb_next
-    text = scrub(exception_text(exc)[:LOOKED_AT])
-    reason = f"its {hook} raised " * bool(hook) + short_type_name(type_name(type(exc)))
+    names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(exc.__traceback__))
+    hook = next((name for name in names if name.startswith("__")), "")
+    text = plain_text(exception_text(exc))
+    reason = f"its {hook} raised " * bool(hook) + type(exc).__name__
     return hook, reason + f": {text}" * bool(text), isinstance(exc, RecursionError)
 
 
@@ -288,10 +252,6 @@ def _names(value: Any, cls: type) -> dict[int, str]:
     names = {id(cls): ""}
     if base := container_base(cls):
         names |= {id(each): step for step, each in _contents(value, base)}
-    for labels in definitions(cls, "_fields")[:1] if base is tuple else ():
-        names |= {
-            id(tuple.__getitem__(value, at)): f".{name_of(name)}" for at, name in enumerate(labels)
-        }
     if inherits(cls, BaseException):
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
@@ -341,8 +301,6 @@ def _kind(value: Any) -> str:
     if inherits(cls, type):
         name = type_name(value)
         return cut(f"a class{' defined inside a function' * ('<locals>' in name)}, {name}")
-    if name in ("generator", "coroutine", "module"):
-        return f"a {name}"
     if name.startswith("_io."):
         with suppress(Exception):  # some have a number for a path, or none
             return f"an open file {cut(value.name)!r} ({name})"

@@ -11,14 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from safeloader.introspect import resources
-from safeloader.introspect.resources import Space, Use, human_share, or_none
+from safeloader.introspect.resources import Space, human_share, or_none
 
 _CHAIN_MAX = 16  # exceptions looked at behind one
 
@@ -93,12 +93,10 @@ def _behind(exc: BaseException, *, contexts: bool) -> Iterator[BaseException]:
             continue
         seen.add(id(each))
         yield each
-        if isinstance(each, BaseExceptionGroup):
-            waiting += each.exceptions[:_CHAIN_MAX]
-        if each.__cause__ is not None:
-            waiting.append(each.__cause__)
-        elif contexts and each.__context__ is not None and not each.__suppress_context__:
-            waiting.append(each.__context__)
+        members = each.exceptions[:_CHAIN_MAX] if isinstance(each, BaseExceptionGroup) else ()
+        shown = contexts and not each.__suppress_context__  # a cause suppresses it, and "from None"
+        behind = (*members, each.__cause__, each.__context__ if shown else None)
+        waiting += [other for other in behind if other is not None]
 
 
 # ---- which shortage it is
@@ -109,9 +107,10 @@ _Teller = Callable[[BaseException], str]
 @or_none
 def _teller(exc: BaseException) -> _Teller | None:
     """Return what puts the shortage that ``exc`` is into words; None where it is none."""
-    for kind, tell in _BY_TYPE.items():
-        if isinstance(exc, kind):
-            return tell
+    if isinstance(exc, MemoryError):
+        return _memory
+    if isinstance(exc, torch.OutOfMemoryError):
+        return _gpu_memory
     if not isinstance(exc, OSError | RuntimeError):
         return None
     code = exc.errno if isinstance(exc, OSError) else None
@@ -121,10 +120,8 @@ def _teller(exc: BaseException) -> _Teller | None:
         return _BY_CODE[code]
     # Torch and the libraries under h5py put the system's words into a text of their own.
     system = {re.escape(os.strerror(code)): tell for code, tell in _BY_CODE.items()}
-    text = _text(exc)
-    return next(
-        (tell for said, tell in (_BY_PHRASE | system).items() if re.search(said, text)), None
-    )
+    told = (tell for said, tell in (_BY_PHRASE | system).items() if re.search(said, _text(exc)))
+    return next(told, None)
 
 
 def _text(exc: BaseException) -> str:
@@ -133,11 +130,9 @@ def _text(exc: BaseException) -> str:
 
 def _was_forking(exc: BaseException) -> bool:
     """Say whether the innermost frame is one that starts a process."""
-    traceback = exc.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
+    frames = [frame for frame, _ in traceback.walk_tb(exc.__traceback__)]
     starts = {"fork", "forkpty", "fork_exec", "_fork_exec", "posix_spawn"}
-    return traceback is not None and not starts.isdisjoint(traceback.tb_frame.f_code.co_names)
+    return bool(frames) and not starts.isdisjoint(frames[-1].f_code.co_names)
 
 
 # ---- files
@@ -147,7 +142,7 @@ def _open_files(exc: BaseException) -> str:
     found = resources.descriptors()
     figures = f"has {found} open now" if found else "is at its limit"
     higher = "`ulimit -n`; in Docker, --ulimit nofile=65536"
-    if found and found.hard_limit not in (None, found.soft_limit):
+    if found and found.hard_limit not in (None, found.limit):
         higher = f"`ulimit -n {found.hard_limit}`"
     return (
         f"too many open files: this process {figures}. Raise the limit before the program starts "
@@ -158,13 +153,9 @@ def _open_files(exc: BaseException) -> str:
 
 
 def _files_of_machine(exc: BaseException) -> str:
-    figures = ""
-    with suppress(OSError, ValueError):
-        used, _, limit = map(int, Path("/proc/sys/fs/file-nr").read_text().split())
-        figures = f": {Use(used, limit)}"
     return (
-        f"too many open files on the whole machine{figures} (fs.file-max). Look with lsof for the "
-        "process that holds them, or raise the limit with `sysctl -w fs.file-max=...`."
+        "too many open files on the whole machine (fs.file-max). Look with lsof for the process "
+        "that holds them, or raise the limit with `sysctl -w fs.file-max=...`."
     )
 
 
@@ -181,31 +172,22 @@ def _space(exc: BaseException) -> str:
             "batches"
         )
     figures = "; ".join(map(str, spaces)) or "on which file system is not known"
+    if getattr(exc, "errno", None) == errno.EDQUOT:
+        figures += ", and this user's share of it is used up (`quota -s`)"
     return f"no space left: {figures}. {way_out}."
-
-
-def _quota(exc: BaseException) -> str:
-    figures = "; ".join(map(str, _spaces(exc)))
-    return (
-        f"disk quota exceeded: this user's share is used up ({figures}). See `quota -s`; free "
-        "some, or let it be written elsewhere."
-    )
 
 
 def _spaces(exc: BaseException) -> list[Space]:
     """Return the file system that ``exc`` names; else those that may be meant: the full ones."""
-    named = (
-        resources.shared_memory() if name.startswith("/torch_") else resources.space_of(name)
-        for name in _names(exc)
-    )
-    if found := next(filter(None, named), None):
-        return [found]
-    usual: dict[object, Space] = {}
+    for name in _names(exc):
+        shared = name.startswith("/torch_")
+        if space := resources.shared_memory() if shared else resources.space_of(name):
+            return [space]
     asked = resources.shared_memory(), resources.temporary_folder(), resources.space_of(os.curdir)
-    for space in filter(None, asked):
-        usual.setdefault(space[1:], space)  # two folders of one file system are told once
-    spaces = list(usual.values())
-    return [each for each in spaces if _is_full(each)] or spaces
+    # By its figures: two folders of one file system are told once.
+    spaces = {space[1:]: space for space in asked if space}.values()
+    full = [e for e in spaces if e.free_inodes == 0 or e.free < max(2**20, e.total // 100)]
+    return full or [*spaces]
 
 
 def _names(exc: BaseException) -> Iterator[str]:
@@ -216,31 +198,16 @@ def _names(exc: BaseException) -> Iterator[str]:
     yield from re.findall(r"(?:file|object) <([^>]+)>", _text(exc))  # as torch words it
 
 
-def _is_full(space: Space) -> bool:
-    return space.free_inodes == 0 or space.free < max(2**20, space.total // 100)
-
-
 def _no_temporary_folder(exc: BaseException) -> str:
     found = resources.descriptors()
-    if found and found.soft_limit is not None and found.used >= found.soft_limit:
+    if found and found.limit is not None and found.used >= found.limit:
         return _open_files(exc)  # ``tempfile`` does not say why it could not write
     reasons = []
-    for folder in dict.fromkeys(map(os.path.abspath, resources.temporary_candidates())):
-        space = resources.space_of(folder) if resources.may_write(folder) else None
-        fault = "cannot be written to" if os.path.isdir(folder) else "is not there"
-        reasons.append(str(space or f"{folder} {fault}"))
+    for folder in dict.fromkeys(re.findall(r"'([^']+)'", _text(exc))):  # those that it tried
+        space = resources.space_of(folder) if os.access(folder, os.W_OK | os.X_OK) else None
+        reasons.append(str(space or f"{folder} cannot be written to"))
     return (
         f"no folder for temporary files: {'; '.join(reasons)}. Set TMPDIR to a folder with space."
-    )
-
-
-def _bus_error(exc: BaseException) -> str:
-    space = resources.shared_memory()
-    figures = f" ({space} now)" if space else ""
-    return (
-        f"a worker touched shared memory that is not there{figures}: /dev/shm was full, or a file "
-        "that it maps was cut short. Give /dev/shm more (docker run --shm-size=8g), or use fewer "
-        "workers or a smaller prefetch_factor."
     )
 
 
@@ -249,27 +216,24 @@ def _bus_error(exc: BaseException) -> str:
 
 def _memory(exc: BaseException) -> str:
     machine, group = resources.machine_memory(), resources.cgroup_memory()
-    space, maps = _address_space(), _mappings()
     figures = [str(machine or "how much there is, is not known")]
-    room = machine is not None and machine.available > machine.total // 4
     way_out = "Use fewer workers, a smaller prefetch_factor or smaller batches"
     if group and group.limit is not None:
         figures.append(str(group))
-        room = room and (group.used or 0) < group.limit * 3 // 4
-    if space:
+    if space := _address_space():
         figures.append(f"address space {human_share(*space)} taken")
-        room = False  # one request may be larger than what is left
         way_out += ", or raise `ulimit -v`"
-    if maps and maps.limit is not None and maps.used > 0.95 * maps.limit:
-        figures.append(f"memory mappings {maps} in use")
-        room = False
+    mapped, limit = _mappings() or (0, 1)
+    if mapped > 0.95 * limit:
+        figures.append(f"memory mappings {mapped} of {limit} in use")
         way_out = (
             "Each shared tensor is a mapping: hold fewer batches at once, or raise the limit with "
-            f"`sysctl -w vm.max_map_count={4 * maps.limit}`"
+            f"`sysctl -w vm.max_map_count={4 * limit}`"
         )
-    if room:
-        way_out += "; or look at the sample: a corrupt one may have asked for more than there is"
-    return f"out of memory: {'; '.join(figures)}. {way_out}."
+    return (
+        f"out of memory: {'; '.join(figures)}. {way_out}. Where there was room, look at the "
+        "sample: a corrupt one may have asked for more than there is."
+    )
 
 
 def _gpu_memory(exc: BaseException) -> str:
@@ -280,11 +244,11 @@ def _gpu_memory(exc: BaseException) -> str:
 
 
 def _tasks(exc: BaseException) -> str:
-    user, group, space = _user_tasks(), resources.cgroup_tasks(), _address_space()
-    figures = [f"this user runs {user} (`ulimit -u`)"] if user else []
+    user, group = resources.soft_limit("RLIMIT_NPROC"), resources.cgroup_tasks()
+    figures = [] if user is None else [f"this user may run {user} (`ulimit -u`)"]
     if group and group.limit is not None:
         figures.append(f"the cgroup runs {group} (pids.max)")
-    if space:  # a thread needs some for its stack
+    if space := _address_space():  # a thread needs some for its stack
         figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
     return (
         f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
@@ -302,36 +266,20 @@ def _address_space() -> tuple[int, int] | None:
 
 
 @or_none
-def _mappings() -> Use | None:
-    """Count the memory mappings of this process; takes some 10 ms where there are many."""
+def _mappings() -> tuple[int, int] | None:
+    """Return the memory mappings of this process, and the limit; 10 ms where there are many."""
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
     with open("/proc/self/maps", "rb", buffering=0) as maps:
         # In small parts: a large one would need a mapping of its own.
         lines = sum(part.count(b"\n") for part in iter(lambda: maps.read(2**16), b""))
-    return Use(lines, limit)
+    return lines, limit
 
 
-@or_none
-def _user_tasks() -> Use | None:
-    """Count the processes and threads of this user, looking at each process on the machine."""
-    import psutil  # here: heavy, and needed here alone
-
-    used = 0
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it has just ended, or is not to be looked at
-            used += process.num_threads() if process.uids().real == os.getuid() else 0
-    return Use(used, resources.soft_limit("RLIMIT_NPROC"))
-
-
-_BY_TYPE: dict[type[BaseException], _Teller] = {
-    MemoryError: _memory,
-    torch.OutOfMemoryError: _gpu_memory,
-}
 _BY_CODE: dict[int, _Teller] = {
     errno.EMFILE: _open_files,
     errno.ENFILE: _files_of_machine,
     errno.ENOSPC: _space,
-    errno.EDQUOT: _quota,
+    errno.EDQUOT: _space,
     errno.ENOMEM: _memory,
 }
 _BY_PHRASE: dict[str, _Teller] = {  # regular expressions
@@ -342,5 +290,5 @@ _BY_PHRASE: dict[str, _Teller] = {  # regular expressions
     "DefaultCPUAllocator: ": _memory,
     "CUDA error: out of memory": _gpu_memory,  # pinning memory says so
     "can't start new thread": _tasks,
-    "killed by signal: Bus error": _bus_error,
+    "killed by signal: Bus error": _space,  # shared memory that is not there was touched
 }

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 with suppress(ImportError):  # on Windows
     import resource  # not where it is used: with too many open files nothing can be imported
@@ -47,8 +47,6 @@ class MachineMemory(NamedTuple):
 
     total: int
     available: int
-    swap_total: int
-    swap_free: int
 
     def __str__(self) -> str:
         return f"{human_share(self.available, self.total)} available"
@@ -70,8 +68,7 @@ class CgroupMemory(NamedTuple):
         if parts and self.used is not None:
             parts.append(f"{human_bytes(self.used)} used")
         if self.oom_kills:
-            several = "es" if self.oom_kills > 1 else ""
-            parts.append(f"{self.oom_kills} process{several} killed for memory")
+            parts.append(f"{self.oom_kills} process(es) killed for memory")
         return ", ".join(parts)
 
 
@@ -88,26 +85,19 @@ class Space(NamedTuple):
         return f"{self.path} {human_share(self.free, self.total)} free{no_more}"
 
 
-class Descriptors(NamedTuple):
-    """Open files, sockets and pipes of one process; a limit that is None is none."""
-
-    used: int
-    soft_limit: int | None
-    hard_limit: int | None
-
-    def __str__(self) -> str:
-        hard = "none" if self.hard_limit is None else self.hard_limit
-        return f"{Use(self.used, self.soft_limit)} (hard limit {hard})"
-
-
 class Use(NamedTuple):
-    """How many of something are in use; a limit that is None is none."""
+    """How many of something are in use; a limit that is None is none.
+
+    ``hard_limit`` is what a process may raise its own limit to, where that is known.
+    """
 
     used: int
     limit: int | None
+    hard_limit: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.used} of {'any number' if self.limit is None else self.limit}"
+        hard = "" if self.hard_limit is None else f" (hard limit {self.hard_limit})"
+        return f"{self.used} of {'any number' if self.limit is None else self.limit}{hard}"
 
 
 def or_none(fact: Callable[_P, _T | None]) -> Callable[_P, _T | None]:
@@ -151,10 +141,8 @@ def machine_memory() -> MachineMemory | None:
     """Return the memory of the machine, whatever share of it a cgroup grants."""
     import psutil  # here: too heavy for a worker's start
 
-    with warnings.catch_warnings():  # psutil warns where the kernel counts no swapping
-        warnings.simplefilter("ignore")
-        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    return MachineMemory(memory.total, memory.available, swap.total, swap.free)
+    memory = psutil.virtual_memory()
+    return MachineMemory(memory.total, memory.available)
 
 
 @or_none
@@ -162,16 +150,8 @@ def cgroup_memory(root: Path = _ROOT) -> CgroupMemory | None:
     """Return limit and use of the cgroup, own or above it, that has the least room left."""
     version, groups = _groups(root, "memory")
     limit, use, cache, _ = _MEMORY[version]
-
-    def used(group: Path) -> int | None:
-        count = _number(group / f"memory.{use}")
-        if count is None:
-            return None
-        with suppress(OSError):
-            count -= _fields(group / "memory.stat").get(cache, 0)
-        return max(0, count)
-
-    found = CgroupMemory(*_least_room(groups, f"memory.{limit}", used), _kills(root))
+    least = _least_room(groups, f"memory.{limit}", f"memory.{use}", cache)
+    found = CgroupMemory(*least, _kills(root))
     return None if found == (None, None, None) else found
 
 
@@ -209,33 +189,16 @@ def shared_memory() -> Space | None:
 
 @or_none
 def temporary_folder() -> Space | None:
-    """Return the folder that :mod:`tempfile` uses or would choose now, without making a file."""
-    if tempfile.tempdir is not None:
-        return space_of(os.fsdecode(tempfile.tempdir))
-    for folder in temporary_candidates():
-        space = space_of(folder) if may_write(folder) else None
-        if space is not None and space.free and space.free_inodes != 0:
-            return space
-    return None
-
-
-def temporary_candidates() -> list[str]:
-    """Name the folders that :mod:`tempfile` tries, in its order."""
-    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return [*filter(None, named), "/tmp", "/var/tmp", "/usr/tmp", os.curdir]
-
-
-def may_write(folder: str) -> bool:
-    """Say whether a folder is there and this process may make files in it."""
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    """Return the space of the folder that :mod:`tempfile` uses."""
+    return space_of(tempfile.gettempdir())
 
 
 # ---- files, processes and threads
 
 
 @or_none
-def descriptors() -> Descriptors | None:
-    """Return the open files of this process and the limits on them."""
+def descriptors() -> Use | None:
+    """Return the open files, sockets and pipes of this process and the limits on them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         used = len(os.listdir("/dev/fd")) - 1  # less the one that lists them
@@ -243,14 +206,14 @@ def descriptors() -> Descriptors | None:
         if error.errno != errno.EMFILE:
             raise
         used = soft  # not one more can be opened to count them, nor to import psutil
-    return Descriptors(used, _limited(soft), _limited(hard))
+    return Use(used, _limited(soft), _limited(hard))
 
 
 @or_none
 def cgroup_tasks(root: Path = _ROOT) -> Use | None:
     """Return the processes and threads of the cgroup, own or above it, with the least room left."""
     _, groups = _groups(root, "pids")
-    limit, used = _least_room(groups, "pids.max", lambda group: _number(group / "pids.current"))
+    limit, used = _least_room(groups, "pids.max", "pids.current")
     return None if used is None else Use(used, limit)
 
 
@@ -280,31 +243,28 @@ def _groups(root: Path, controller: str) -> tuple[int, list[Path]]:
 
     In a container the path may be the host's, while what is mounted is the container's own cgroup.
     """
-    version, path = 2, "/"
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, own = line.split(":", 2)
-        if controller in controllers.split(","):
-            version, path = 1, own
-            break
-        if not controllers:
-            path = own
+    lines = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
+    paths = {name: path for _, names, path in lines for name in names.split(",")}
+    version = 1 if controller in paths else 2
     mount = root / "sys/fs/cgroup" / (controller if version == 1 else "")
-    inner = PurePosixPath(path).parts[1:]
+    inner = PurePosixPath(paths.get(controller) or paths.get("", "/")).parts[1:]
     if ".." in inner or not mount.joinpath(*inner).is_dir():
         inner = ()
     return version, [mount.joinpath(*inner[:depth]) for depth in range(len(inner), -1, -1)]
 
 
 def _least_room(
-    groups: list[Path], limit_name: str, used: Callable[[Path], int | None]
+    groups: list[Path], limit_name: str, use_name: str, cache: str = ""
 ) -> tuple[int | None, int | None]:
     """Return limit and use where the least is left; without a limit, the use of the own cgroup."""
-    limits = ((_number(group / limit_name), group) for group in groups)
-    held = [(limit, used(group)) for limit, group in limits if limit is not None]
-    held = [(limit, count) for limit, count in held if limit < _NO_LIMIT]
-    if not held:
-        return None, used(groups[0])
-    return min(held, key=lambda each: each[0] - (each[1] or 0))
+    held = []
+    for group in groups:
+        limit, used = _number(group / limit_name), _number(group / use_name)
+        if used is not None and cache:
+            with suppress(OSError):
+                used = max(0, used - _fields(group / "memory.stat").get(cache, 0))
+        held.append((limit, used))
+    return min(held, key=lambda each: math.inf if each[0] is None else each[0] - (each[1] or 0))
 
 
 @or_none
@@ -317,11 +277,11 @@ def _kills(root: Path) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """Read a file of one number; None where there is no such file, or where it says "max"."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+    """Read a file of one number; None where there is no such file, or where it says no limit."""
+    with suppress(OSError, ValueError):  # "max" is no number
+        number = int(path.read_text())
+        return number if number < _NO_LIMIT else None
+    return None
 
 
 def _fields(path: Path) -> dict[str, int]:
@@ -333,15 +293,6 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 # ---- all of it
-
-
-def machine_facts() -> dict[str, Any]:
-    """Return all that is cheap to know as a dict for JSON; None for what is not known."""
-    asked: list[Any] = [machine_memory, cgroup_memory, process_memory, shared_memory]
-    asked += [temporary_folder, descriptors, cgroup_tasks]
-    facts = {ask.__name__: ask() for ask in asked}
-    told = {name: fact and fact._asdict() for name, fact in facts.items()}
-    return {**told, "oom_kills": oom_kills()}
 
 
 def machine_lines() -> list[str]:
