@@ -12,7 +12,7 @@ from safeloader.introspect.texts import index_text
 
 IndexArray = npt.NDArray[Any]
 
-_CLASSES = (
+CLASSES = (
     ("missing", "drawn, but never handed over"),
     ("duplicated", "handed over twice, or one sample under two indices"),
     ("unexpected", "handed over, but never drawn"),
@@ -110,28 +110,21 @@ class EpochAudit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists that ``json.dumps`` takes; indices that are objects as text."""
-        out: dict[str, Any] = {
-            "epoch": self.epoch,
-            "complete": self.complete,
+        out = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        for name, _ in CLASSES:
+            array = out[name]
+            out[name] = array.tolist() if array.dtype != object else [*map(_shown, array)]
+        return out | {
             "ok": self.ok,
-            "drawn": self.drawn,
-            "delivered": self.delivered,
             "counts": dict(self.counts),
             "notes": list(self.notes),
             "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
             "donors": {_shown(index): _plain(donor) for index, donor in self.donors.items()},
-            "unchecked_since": self.unchecked_since,
         }
-        for name, _ in _CLASSES:
-            array = getattr(self, name)
-            out[name] = (
-                array.tolist() if array.dtype != object else [_shown(item) for item in array]
-            )
-        return out
 
     def __repr__(self) -> str:
         """On one line, without the arrays: a notebook shows this, and they may hold a million."""
-        classes = "".join(f", {name}={n}" for name, _ in _CLASSES if (n := self.counts.get(name)))
+        classes = "".join(f", {name}={n}" for name, _ in CLASSES if (n := self.counts.get(name)))
         return (
             f"EpochAudit(epoch={self.epoch}, complete={self.complete}, ok={self.ok}, "
             f"drawn={self.drawn}, delivered={self.delivered}{classes})"
@@ -148,7 +141,7 @@ class EpochAudit:
         ]
         if replaced := self.counts.get("replaced"):
             lines[0] += f", {replaced} replaced"
-        for name, meaning in _CLASSES:
+        for name, meaning in CLASSES:
             total = self.counts.get(name, 0)
             if total:
                 shown = map(

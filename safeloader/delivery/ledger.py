@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.coverage import Coverage, IndexSet
+from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.delivery.coverage import Coverage, IndexSet, Listed
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
 from safeloader.introspect.texts import index_text, indices_text
@@ -22,7 +22,6 @@ KEYS_LIMIT = 2_000_000
 KEYS_BYTES = 1 << 28  # of keys and their indices together
 REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
-_NOTED = ("missing", "duplicated", "unexpected", "failed", "dropped", "skipped", "replaced", "late")
 _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
@@ -58,7 +57,7 @@ class Ledger:
     Attributes:
         lock: held while the accounts change, and while another thread reads them.
         delivered_count: samples drawn and handed over.
-        by_class: the indices of each class of the audit that ought to be empty or small.
+        by_class: the indices of each class of the audit; of what is repeated or unvisited none.
         reasons: why an index was skipped, replaced or late.
         donors: what stands in for an index that was replaced.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
@@ -70,7 +69,7 @@ class Ledger:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
         self.settled = False
-        self.by_class = {name: IndexSet() for name in _NOTED}
+        self.by_class = {name: IndexSet() for name, _ in CLASSES}
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
         self._reasons_bytes = 0
@@ -84,12 +83,8 @@ class Ledger:
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
 
-    def draw_failed(self, seq: int) -> None:
-        """The sampler raised in place of batch ``seq``."""
-        self._sampler_failed = True
-
-    def draw_interrupted(self, lost: Packed) -> None:
-        """An interrupt was raised through the sampler, which had drawn ``lost`` meanwhile."""
+    def draw_failed(self, lost: Packed = b"") -> None:
+        """The sampler raised, or an interrupt through it; ``lost`` it had drawn for no batch."""
         self._sampler_failed = True
 
     def draws_ended(self, dropped: Packed) -> None:
@@ -113,8 +108,9 @@ class Ledger:
         else:
             self.by_class["failed"].add(discrepancy.sound)
 
-    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
+    def failed(self, manifest: BatchManifest) -> None:
         """A batch was lost with an error that is raised to the user."""
+        self.lost(manifest.seq)
 
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised.
@@ -137,7 +133,7 @@ class Ledger:
             self.delivered_count -= len(kept)
             self.by_class["failed"].add(kept)
         else:
-            self.failed(manifest, expected_indices(manifest))
+            self.failed(manifest)
 
     def note_reasons(self, manifest: BatchManifest) -> None:
         """Keep why samples of a batch are not there."""
@@ -210,17 +206,22 @@ class Ledger:
         """The accounts as they stand; ``length`` is that of the dataset."""
         raise NotImplementedError
 
-    def as_audit(self, notes: list[str], **facts: Any) -> EpochAudit:
-        """The audit, of what is kept here and of ``facts``; these hold for more ``counts`` too."""
-        counts = {"repeated": 0, "unvisited": 0} | facts.pop("counts", {})
-        facts |= {name: noted.array() for name, noted in self.by_class.items()}
+    def as_audit(
+        self, epoch: int, complete: bool, drawn: int, notes: list[str], **of_draws: Listed
+    ) -> EpochAudit:
+        """The audit: of what is kept here, and of the classes that the draws alone tell."""
+        classes = {name: (each.array(), each.count) for name, each in self.by_class.items()}
+        classes |= of_draws
         return EpochAudit(
-            delivered=self.delivered_count,
-            counts=counts | {name: noted.count for name, noted in self.by_class.items()},
+            epoch,
+            complete,
+            drawn,
+            self.delivered_count,
+            **{name: first for name, (first, _) in classes.items()},  # type: ignore[arg-type]
+            counts={name: number for name, (_, number) in classes.items()},
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
-            **facts,
         )
 
 
@@ -255,17 +256,15 @@ class MapLedger(Ledger):
             if coverage.room < 0:
                 coverage.flush()
 
-    def draw_interrupted(self, lost: Packed) -> None:
-        with self.lock:
-            self._sampler_failed = True
-            self._out_of_batches(lost, "failed")
+    def draw_failed(self, lost: Packed = b"") -> None:
+        super().draw_failed()
+        self._out_of_batches(lost, "failed")
 
     def draws_ended(self, dropped: Packed) -> None:
-        with self.lock:
-            if not self._draws_ended:
-                self._draws_ended = True
-                self._out_of_batches(dropped, "dropped")
-                self.settled = not self._pending
+        if not self._draws_ended:
+            self._draws_ended = True
+            self._out_of_batches(dropped, "dropped")
+            self.settled = not self._pending
 
     def _out_of_batches(self, indices: Packed, name: str) -> None:
         self._drawn += count(indices)
@@ -327,9 +326,6 @@ class MapLedger(Ledger):
             reason += ": the same indices in another order"
         return Discrepancy(reason, tuple(left), (), tuple(unexpected), tuple(sound))
 
-    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
-        self.lost(manifest.seq)
-
     def lost(self, seq: int) -> None:
         self.by_class["failed"].add(unpack(self._taken(seq) or ()))
 
@@ -370,9 +366,12 @@ class MapLedger(Ledger):
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
         if unmapped := self._coverage.unmapped:
+            why = "were too many or too far apart to be mapped"
+            if self._coverage.interrupted:
+                why = "were not mapped, because of an interrupt or because there were too many"
             notes.append(
-                f"{unmapped} indices were too many or too far apart to be mapped: others may be "
-                "repeated too, and what is unvisited is not known"
+                f"{unmapped} indices {why}: others may be repeated too, and what is unvisited is "
+                "not known"
             )
         return notes
 
@@ -387,16 +386,13 @@ class MapLedger(Ledger):
                 notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
             if self._expected_batches and expected is None and not self._draws_ended:
                 notes.append("the sampler was not asked whether it has more")
-            repeated, repeated_count = self._coverage.repeated(length)
-            unvisited, unvisited_count = self._coverage.unvisited(length)
             return self.as_audit(
+                epoch,
+                ended and not (self._pending or self._sampler_failed),
+                self._drawn,
                 notes,
-                epoch=epoch,
-                complete=ended and not (self._pending or self._sampler_failed),
-                drawn=self._drawn,
-                repeated=repeated,
-                unvisited=unvisited,
-                counts={"repeated": repeated_count, "unvisited": unvisited_count},
+                repeated=self._coverage.repeated(length),
+                unvisited=self._coverage.unvisited(length),
             )
 
 

@@ -146,7 +146,7 @@ def test_every_corruption_is_classified_exactly(
             model.note("missing", batch)
             continue
         if harm == "failed":
-            ledger.failed(manifest(seq, batch), batch)
+            ledger.failed(manifest(seq, batch))
             model.note("failed", batch)
             continue
         if harm == "replaced":
@@ -296,7 +296,7 @@ def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
 
 def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_trouble() -> None:
     ledger = drawn_ledger([[0]], ended=False)
-    ledger.draw_failed(1)
+    ledger.draw_failed()
     assert ledger.check(manifest(0, [0])) is None
     assert ledger.finish() is None
     assert not ledger.audit(0, None).complete
@@ -352,7 +352,7 @@ def test_what_cannot_be_compared_and_is_one_too_few_is_a_trouble() -> None:
 
 def test_failure_of_an_unknown_batch_is_not_booked() -> None:
     ledger = drawn_ledger([[0, 1]])
-    ledger.failed(manifest(7, [8, 9]), [8, 9])
+    ledger.failed(manifest(7, [8, 9]))
     assert ledger.audit(0, None).counts["failed"] == 0
 
 
@@ -576,7 +576,7 @@ def test_a_stream_whose_last_samples_never_came() -> None:
 def test_failed_samples_of_a_stream_are_no_gap() -> None:
     ledger, progress = stream_ledger()
     assert ledger.check(stream_manifest(0, 0, 2)) is None
-    ledger.failed(stream_manifest(0, 2, 2), [(0, 2), (0, 3)])
+    ledger.failed(stream_manifest(0, 2, 2))
     assert ledger.check(stream_manifest(0, 4, 2)) is None
     progress.write(0, 6, 0, True)
     assert ledger.finish() is None
@@ -587,7 +587,7 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
 
 def test_a_failed_batch_moves_its_own_worker_on() -> None:
     ledger, _ = stream_ledger(2)
-    ledger.failed(stream_manifest(1, 0, 2), [(1, 0), (1, 1)])
+    ledger.failed(stream_manifest(1, 0, 2))
     assert ledger.check(stream_manifest(1, 2, 1)) is None
     assert ledger.check(stream_manifest(0, 0, 1)) is None
 
@@ -753,7 +753,7 @@ def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) ->
     ledger, _ = stream_ledger()
     for _ in range(interrupts):
         ledger.interrupted(None)
-    ledger.failed(stream_manifest(0, 2, 1), [(0, 2)])
+    ledger.failed(stream_manifest(0, 2, 1))
     of_gap = Counter([(0, 0), (0, 1)])
     if interrupts:
         assert found(ledger.audit(0, None)) == {"failed": of_gap + Counter([(0, 2)])}
@@ -773,7 +773,7 @@ def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
 def test_what_a_sampler_had_drawn_when_it_was_interrupted_failed() -> None:
     ledger = drawn_ledger([[0]], ended=False)
     assert ledger.check(manifest(0, [0])) is None
-    ledger.draw_interrupted(pack([1, 2]))
+    ledger.draw_failed(pack([1, 2]))
     ledger.draws_ended(b"")
     assert ledger.finish() is None
     audit = ledger.audit(0, 3)
