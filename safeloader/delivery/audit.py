@@ -108,6 +108,12 @@ class EpochAudit:
             return None
         return not any(self.counts.get(name, 0) for name in _TROUBLES)
 
+    def not_checked(self, since: int, *parts: str) -> EpochAudit:
+        """The same where ``parts`` of safeloader's own failed from batch ``since`` on."""
+        note = f"{', '.join(parts)} failed: a fault of safeloader's own, which the log tells"
+        notes = (*self.notes, note)
+        return dataclasses.replace(self, complete=False, notes=notes, unchecked_since=since)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists that ``json.dumps`` takes; indices that are objects as text."""
         out = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}

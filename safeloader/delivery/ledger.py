@@ -8,7 +8,7 @@ the keys of the first samples are kept: two million of them, or 256 MiB.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import CLASSES, EpochAudit

@@ -101,7 +101,9 @@ class StreamLedger(Ledger):
             kept = read - dropped
             self.by_class["dropped"].add((row, k) for k in range(kept, read))
             if never := self._passed_over(row, kept):
-                said.append(f"worker {row} read {kept} samples and the last {len(never)} never came")
+                said.append(
+                    f"worker {row} read {kept} samples and the last {len(never)} never came"
+                )
                 missing += never
         if not said:
             return None
