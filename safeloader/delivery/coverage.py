@@ -190,7 +190,7 @@ class Coverage:
 
     def flush(self) -> None:
         """Take in what is waiting."""
-        waiting, number = self.waiting, _FLUSH - self.room
+        waiting = self.waiting
         self.waiting, self.room = [], _FLUSH
         try:
             numbers = b"".join(item for item in waiting if type(item) is bytes)
@@ -202,7 +202,7 @@ class Coverage:
                 self._twice.add(self._seen.add(np.frombuffer(numbers, dtype=np.int64)))
         except BaseException:  # an interrupt: how far it came is not known
             self.interrupted = True
-            self._seen.left_out += number
+            self._seen.left_out += sum(map(count, waiting))
             raise
 
     def _note_others(self, identities: Iterable[Any]) -> None:

@@ -96,9 +96,7 @@ class Ledger:
         A batch without a discrepancy counts as delivered.
         """
 
-    def settle(
-        self, discrepancy: Discrepancy, manifest: BatchManifest, *, handed_over: bool
-    ) -> None:
+    def settle(self, discrepancy: Discrepancy, *, handed_over: bool) -> None:
         """Book a batch with a discrepancy: handed over all the same, or lost with the error."""
         for name in ("missing", "duplicated", "unexpected"):
             self.by_class[name].add(getattr(discrepancy, name))

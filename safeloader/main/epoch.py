@@ -120,7 +120,7 @@ class Epoch:
                 self.unchecked_since = self.batches - 1
 
     def _tell(self, event: str, *about: Any) -> None:
-        with self._guarded("the events"):
+        with self.log.guarded("the telling of events"):
             self.events.tell(event, *about)
 
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
@@ -205,7 +205,7 @@ class Epoch:
         def check(ledger: Ledger) -> Discrepancy | None:
             discrepancy = self.check(manifest)
             if discrepancy is not None:
-                ledger.settle(discrepancy, manifest, handed_over=False)
+                ledger.settle(discrepancy, handed_over=False)
             return discrepancy
 
         if discrepancy := self._book(check):

@@ -115,7 +115,7 @@ class SafeIterator(Iterator[Any]):
                             discrepancy = epoch.check(manifest)
                             if discrepancy is not None:
                                 handed_over = epoch.verify != "raise"
-                                epoch.ledger.settle(discrepancy, manifest, handed_over=handed_over)
+                                epoch.ledger.settle(discrepancy, handed_over=handed_over)
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:

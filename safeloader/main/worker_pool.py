@@ -248,7 +248,8 @@ class WorkerPool:
 
     def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
         """Warn of what the workers inherit from this process and had better not."""
-        try:
+        found: list[Any] = []
+        with self._log.guarded("the look at what workers inherit"):
             found = survey(
                 loader.dataset,
                 "dataset",
@@ -256,9 +257,6 @@ class WorkerPool:
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
-        except Exception:  # a survey that fails must not keep the loader from starting
-            self._log.debug("the dataset could not be looked through", exc_info=True)
-            return
         warn_once(found, loader.dataset, stacklevel=8)
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:

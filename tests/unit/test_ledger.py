@@ -49,7 +49,7 @@ def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Disc
     """What the training process does with a batch; ``raised`` as under ``verify="raise"``."""
     discrepancy: Discrepancy | None = ledger.check(came)
     if discrepancy is not None:
-        ledger.settle(discrepancy, came, handed_over=not raised)
+        ledger.settle(discrepancy, handed_over=not raised)
     return discrepancy
 
 
@@ -360,6 +360,21 @@ def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("safeloader.delivery.coverage.TALLY_LIMIT", 2)
     audit = drawn_ledger([["a", "b", "c", "d"]]).audit(0, None)
     assert audit.notes[0].startswith("2 indices were too many or too far apart to be mapped")
+
+
+def test_an_interrupt_in_the_map_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = drawn_ledger([[0, 1], [1]])
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safeloader.delivery.coverage._Pages.add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.audit(0, 4)
+    (note,) = (each for each in ledger.audit(0, 4).notes if "mapped" in each)
+    assert note.startswith("3 indices were not mapped, because of an interrupt")
+    assert "too far apart" not in note
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────
