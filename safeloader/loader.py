@@ -136,7 +136,7 @@ class SafeDataLoader(DataLoader[T_co]):
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
-    _worker_pool: WorkerPool | None = None  # that of persistent workers
+    _side: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
 
@@ -216,8 +216,8 @@ class SafeDataLoader(DataLoader[T_co]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
         if _unrecorded(self):
-            if self._worker_pool is not None:  # its workers speak in messages of ours
-                self._worker_pool = self._iterator = None
+            if self._side is not None:  # its workers speak in messages of ours
+                self._side = self._iterator = None
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())
 
@@ -226,15 +226,15 @@ class SafeDataLoader(DataLoader[T_co]):
         if _unrecorded(self):
             return super()._get_iterator()
         self._recorder_on_demand()
-        iterator = iterate(self, Settings.of(self), self._worker_pool)
-        if iterator.pool.persistent and iterator.pool is not self._worker_pool:
-            self._worker_pool = iterator.pool
+        iterator = iterate(self, Settings.of(self), self._side)
+        if iterator.pool.persistent and iterator.pool is not self._side:
+            self._side = iterator.pool
         return iterator
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
         state = self.__dict__.copy()
-        state.pop("_worker_pool", None)
+        state.pop("_side", None)
         if "_iterator" in state:
             state["_iterator"] = None
         return state

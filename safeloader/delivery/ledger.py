@@ -22,6 +22,7 @@ KEYS_LIMIT = 2_000_000
 KEYS_BYTES = 1 << 28  # of keys and their indices together
 REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
+_KEYS_SHOWN = 3
 _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
@@ -116,12 +117,6 @@ class Ledger:
         The batches of a stream are not known by their draws.
         """
 
-    def abandon(self) -> None:
-        """Nothing more will come: the workers died, and the error was raised.
-
-        What was read of a stream and not sent is not known.
-        """
-
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
         if manifest is None:
@@ -158,12 +153,16 @@ class Ledger:
         known = self._index_of_key
         if known is None or manifest.keys is None:
             return None
-        again: list[tuple[Any, Any, Any]] = []
+        again: list[Any] = []
         sound: list[Any] = []
+        said: list[str] = []
         for key, index in zip(manifest.keys, BatchContents.of(manifest).indices, strict=False):
             first = known.get(key, index)
             if first != index:
-                again.append((index, first, key))
+                again.append(index)
+                if len(again) <= _KEYS_SHOWN:
+                    names = f"index {index_text(index)} and index {index_text(first)}"
+                    said.append(f"{names} are one sample (key {index_text(key, 60)})")
                 continue
             sound.append(index)
             if key in known:
@@ -173,23 +172,21 @@ class Ledger:
                 self._keys_bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
-        if not again:
-            return None
-        said = [
-            f"index {index_text(index)} and index {index_text(first)} are one sample "
-            f"(key {index_text(key, 60)})"
-            for index, first, key in again[:3]
-        ]
-        said += [f"and {len(again) - 3} more"] if len(again) > 3 else []
-        duplicated = tuple(index for index, _, _ in again)
-        return Discrepancy("; ".join(said), duplicated=duplicated, sound=tuple(sound))
+        if len(again) > _KEYS_SHOWN:
+            said.append(f"and {len(again) - _KEYS_SHOWN} more")
+        found = Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
+        return found if again else None
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come: of a stream's nothing."""
         return PendingBatch(None, ())
 
-    def finish(self) -> Discrepancy | None:
-        """The stock iterator says that the epoch is over: is it?"""
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        """The stock iterator says that the epoch is over: is it?
+
+        ``broken``: the workers died, and the error was raised. What they had read of a stream and
+        not sent is not known.
+        """
 
     def notes(self, length: int | None) -> list[str]:
         """What is worth saying beyond the classes of the audit, as it stands."""
@@ -335,15 +332,16 @@ class MapLedger(Ledger):
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
         if manifest is None and self._expected_batches is not None:
-            self.abandon()
+            self._abandon()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         for seq in list(self._pending):
             self.lost(seq)
 
-    def finish(self) -> Discrepancy | None:
-        if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
-            self.abandon()
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        # An interrupt takes the batch on its way, and one drawn ahead.
+        if broken or len(self._pending) <= 2 * self._interrupts:
+            self._abandon()
         missing: list[Any] = []
         for seq in list(self._pending):
             missing += unpack(self._taken(seq) or ())
@@ -354,7 +352,7 @@ class MapLedger(Ledger):
             )
             self.by_class["missing"].add(missing)
             return Discrepancy(reason, tuple(missing))
-        if not (self._draws_ended or self._sampler_failed or self._interrupts):
+        if not (broken or self._draws_ended or self._sampler_failed or self._interrupts):
             return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"

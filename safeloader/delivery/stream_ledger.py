@@ -84,8 +84,8 @@ class StreamLedger(Ledger):
         self._next[row] = came
         return ()
 
-    def finish(self) -> Discrepancy | None:
-        if self._finished or self._sampler_failed:
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        if broken or self._finished or self._sampler_failed:
             return None
         self._finished = True
         if self._progress is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -224,15 +225,10 @@ class RecordingSampler:
         return getattr(self._sampler, name)
 
 
-_PLAIN = frozenset({int, str, bytes, float, bool, type(None)})
-
-
 def _copied(index: Any) -> Any:
     """What a worker gets by pickle, for later: a sampler may fill one list again and again."""
-    if type(index) is list and _PLAIN.issuperset(map(type, index)):
-        return index[:]
     try:
-        return index if type(index) in _PLAIN else copy.deepcopy(index)
+        return pickle.loads(pickle.dumps(index, pickle.HIGHEST_PROTOCOL))
     except Exception:  # it cannot be sent either, which is told there
         return index
 

@@ -244,14 +244,15 @@ class Epoch:
             "look at what these samples have in common (a disk, a shard, a file format); "
             "max_skipped= allows more: a count, or a fraction of the samples"
         )
-        last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
+        gone = [each.position for each in manifest.incidents or () if each.what != "late"]
+        at = gone[-1] if gone else None
         raise self._error_in_place(
             manifest,
             phase="sample",
             exception_type="SampleError",
             message=f"too many samples failed: {reason}",
-            index=None if last is None else asked[last.position],
-            position=None if last is None else last.position,
+            index=None if at is None else asked[at],
+            position=at,
             indices=asked,
             hint="\n".join(listed),
         )
@@ -289,7 +290,6 @@ class Epoch:
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
-
         failed = self.ledger.by_class["failed"]
         before = failed.count
         self._book(lambda ledger: ledger.interrupted(manifest))
@@ -346,11 +346,7 @@ class Epoch:
         if self._ended:
             return
         self._ended = True
-        discrepancy = None
-        if broken:
-            self._book(lambda ledger: ledger.abandon())
-        else:
-            discrepancy = self._book(lambda ledger: ledger.finish())
+        discrepancy = self._book(lambda ledger: ledger.finish(broken=broken))
         self.close()
         if discrepancy is not None:
             self.tell_discrepancy(discrepancy, None)

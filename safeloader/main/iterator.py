@@ -186,7 +186,7 @@ class SafeIterator(Iterator[Any]):
         """Start a new pool, or raise what happened to the workers."""
         pool, epoch, restarts = self.pool, self._epoch, self._restarts
         if isinstance(sign, TimedOut):
-            pool.timed_out = True
+            pool.hangs = not pool.persistent  # those that stay may yet come to
             raise epoch.broke(pool.diagnosis.silence(pool.timeout_s, timeout=True)) from None
         failure = pool.diagnosis.crash(sign.workers)
         at = [pool.diagnosis.location(worker) for worker in sign.workers]
@@ -218,8 +218,8 @@ class SafeIterator(Iterator[Any]):
         if epoch is not None and not sys.is_finalizing():
             try:
                 epoch.release()
-                if "pool" in self.__dict__:
-                    self.pool.let_go()
+                if "pool" in self.__dict__ and self.pool.hangs:
+                    self.pool.end()  # torch would give each worker five seconds
             except Exception:  # at interpreter exit anything may be gone already
                 return
 
@@ -234,7 +234,7 @@ def iterate(loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader, settings)
     held = _torch.kept_iterator(loader)
-    if pool is not None and (pool.kept is not held or pool.broken is not None):
+    if pool is not None and (held is None or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
     live = None if pool is None else pool.live()
     if live is None:
@@ -242,6 +242,5 @@ def iterate(loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None
     else:
         live.restart(loader, settings)
     if live.pool.stock is not held:  # new, or the workers were replaced
-        live.pool.kept = live.pool.stock
         _torch.keep_iterator(loader, live.pool.stock)
     return live

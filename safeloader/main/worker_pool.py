@@ -58,12 +58,10 @@ class WorkerPool:
         stream: whether the dataset is iterable-style.
         persistent: whether they stay from epoch to epoch.
         stock: torch's iterator; None before the first epoch.
-        kept: the one that the loader holds, with persistent workers; an earlier one than ``stock``
-            after a restart.
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
-        timed_out: whether it ran out: a worker hangs, perhaps.
+        hangs: whether it ran out, and the workers are not waited for when nobody wants a batch.
         raised: exceptions of failed batches, without workers.
     """
 
@@ -75,9 +73,8 @@ class WorkerPool:
         self.raised: list[BaseException] = []
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
-        self.timed_out = False
+        self.hangs = False
         self.stock: Any = None
-        self.kept: Any = None
         self.persistent = loader.persistent_workers
         self._log = log
         self.sampler = RecordingSampler(
@@ -290,16 +287,9 @@ class WorkerPool:
 
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""
+        self.hangs = False
         _torch.shut_down(self.stock)
         remove_files_of(worker.pid for worker in _torch.workers_of(self.stock))
-
-    def let_go(self) -> None:
-        """Called when nobody waits for a batch any more.
-
-        A worker that hangs would be waited for: torch gives each five seconds to end.
-        """
-        if self.timed_out and not self.persistent and self.broken is None:
-            self.end()
 
     def replace_workers(self, blueprint: DataLoader[Any]) -> None:
         """Start new workers on the batches still open; ``blueprint`` is a copy of the loader.
