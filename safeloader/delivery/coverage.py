@@ -41,10 +41,9 @@ class IndexSet:
 
     def add(self, identities: Iterable[Any]) -> None:
         """Note these."""
-        for item in identities:
-            self.count += 1
-            if len(self._first) < TALLY_LIMIT:
-                self._first.append(item)
+        items = list(identities)
+        self.count += len(items)
+        self._first += items[: TALLY_LIMIT - len(self._first)]
 
     def array(self) -> npt.NDArray[Any]:
         """The identities noted, see :func:`as_array`."""

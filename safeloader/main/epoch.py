@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, length_of, raised_by_signal
+from safeloader.failures.loader_log import LoaderLog, raised_by_signal
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
 from safeloader.introspect.texts import index_text
@@ -48,11 +47,10 @@ class Epoch:
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
-    ledger: Ledger
-    lock: threading.RLock  # the ledger's
-
-    def __init__(self, dataset: Any, settings: Settings) -> None:
-        self.log = log = LoaderLog(dataset, length_of(dataset))
+    def __init__(self, dataset: Any, settings: Settings, log: LoaderLog, ledger: Ledger) -> None:
+        self.log = log
+        self.ledger = ledger
+        self.lock = ledger.lock
         self.number = self.batches = 0
         self.unchecked_since: int | None = None
         self._off: list[str] = []  # parts that failed
@@ -78,11 +76,6 @@ class Epoch:
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
         self.events = Events(log, sinks)
-
-    def open(self, ledger: Ledger) -> None:
-        """Begin the accounts."""
-        self.ledger = ledger
-        self.lock = ledger.lock
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path

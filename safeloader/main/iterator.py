@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
+from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
@@ -50,8 +51,10 @@ class SafeIterator(Iterator[Any]):
 
     def _begin(self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
-        self._epoch = epoch = Epoch(loader.dataset, settings)
-        self.pool = pool or WorkerPool(loader, settings, epoch.log)
+        log = LoaderLog(loader.dataset, length_of(loader.dataset))
+        self.pool = pool or WorkerPool(loader, settings, log)
+        ledger = self.pool.new_ledger(loader, settings)
+        self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger)
         restarts = settings.on_crash == "restart" and self.pool.workers
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:

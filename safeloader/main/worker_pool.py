@@ -21,7 +21,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
-from safeloader.delivery.ledger import MapLedger
+from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog
@@ -105,6 +105,17 @@ class WorkerPool:
             settings.on_error, settings.retries, tells=settings.on_failure_dump is not None
         )
 
+    def new_ledger(self, loader: DataLoader[Any], settings: Settings) -> Ledger:
+        """The accounts of an epoch that is to begin, by the dataset's kind."""
+        with_keys = settings.key is not None
+        if self.stream:
+            return StreamLedger(with_keys=with_keys, progress=self._progress, workers=self.workers)
+        # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
+        # workers only its length tells: asking the sampler would move its generator.
+        drawn_from = _torch.index_sampler(loader)
+        length = None if self.workers else functools.partial(proven_length, drawn_from)
+        return MapLedger(with_keys=with_keys, expected_batches=length)
+
     def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
         """Begin an epoch: the first one with new workers, the next ones on the same.
 
@@ -112,17 +123,6 @@ class WorkerPool:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
         """
         self._settings = settings
-        with_keys = settings.key is not None
-        if self.stream:
-            epoch.open(
-                StreamLedger(with_keys=with_keys, progress=self._progress, workers=self.workers)
-            )
-        else:
-            # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
-            # workers only its length tells: asking the sampler would move its generator.
-            drawn_from = _torch.index_sampler(loader)
-            length = None if self.workers else functools.partial(proven_length, drawn_from)
-            epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
         self.sampler.log = epoch
         if not self.workers:
             self._build_in_main(loader)
