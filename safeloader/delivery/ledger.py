@@ -66,7 +66,7 @@ class Ledger:
             end of a stream is known when it is asked for.
     """
 
-    def __init__(self, *, with_keys: bool) -> None:
+    def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
         self.settled = False
@@ -77,7 +77,7 @@ class Ledger:
         self._handed: int | None = None  # the batch counted last as delivered
         self._interrupts = 0  # may have lost batches that are not known to be lost
         self._sampler_failed = False
-        self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
+        self._index_of_key: dict[Any, Any] = {}
         self._keys_bytes = 0
         self._keys_past_limit = 0
 
@@ -151,12 +151,11 @@ class Ledger:
     def same_key(self, manifest: BatchManifest) -> Discrepancy | None:
         """Samples whose key came before under another index."""
         known = self._index_of_key
-        if known is None or manifest.keys is None:
-            return None
         again: list[Any] = []
         sound: list[Any] = []
         said: list[str] = []
-        for key, index in zip(manifest.keys, BatchContents.of(manifest).indices, strict=False):
+        indices = BatchContents.of(manifest).indices
+        for key, index in zip(manifest.keys or (), indices, strict=False):
             first = known.get(key, index)
             if first != index:
                 again.append(index)
@@ -193,7 +192,7 @@ class Ledger:
         if not self._keys_past_limit:
             return []
         return [
-            f"the keys of the first {len(self._index_of_key or ())} samples were compared; "
+            f"the keys of the first {len(self._index_of_key)} samples were compared; "
             f"{self._keys_past_limit} later ones only against these"
         ]
 
@@ -223,10 +222,8 @@ class Ledger:
 class MapLedger(Ledger):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
-    def __init__(
-        self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
-    ) -> None:
-        super().__init__(with_keys=with_keys)
+    def __init__(self, *, expected_batches: Callable[[], int | None] | None) -> None:
+        super().__init__()
         self._expected_batches = expected_batches
         self._pending: dict[int, Packed] = {}
         self._first_seq: int | None = None

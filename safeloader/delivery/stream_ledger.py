@@ -28,8 +28,8 @@ class Progress(Protocol):
 class StreamLedger(Ledger):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
 
-    def __init__(self, *, with_keys: bool, progress: Progress | None, workers: int) -> None:
-        super().__init__(with_keys=with_keys)
+    def __init__(self, *, progress: Progress | None, workers: int) -> None:
+        super().__init__()
         self._progress = progress
         self._in_main = workers == 0
         self._next = [0] * max(workers, 1)
@@ -53,7 +53,7 @@ class StreamLedger(Ledger):
         if manifest.keys is not None:
             discrepancy = self.same_key(manifest)
             if discrepancy is not None:
-                known = self._index_of_key or {}
+                known = self._index_of_key
                 others = any(known.get(key, (row,))[0] != row for key in manifest.keys)
                 return discrepancy._replace(hint=_SHARE if others else "")
         if manifest.incidents is not None:

@@ -53,8 +53,7 @@ class SafeIterator(Iterator[Any]):
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
         log = LoaderLog(loader.dataset, length_of(loader.dataset))
         self.pool = pool or WorkerPool(loader, settings, log)
-        ledger = self.pool.new_ledger(loader, settings)
-        self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger)
+        self._epoch = epoch = Epoch(loader.dataset, settings, log, self.pool.new_ledger(loader))
         restarts = settings.on_crash == "restart" and self.pool.workers
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:

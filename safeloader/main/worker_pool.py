@@ -105,16 +105,15 @@ class WorkerPool:
             settings.on_error, settings.retries, tells=settings.on_failure_dump is not None
         )
 
-    def new_ledger(self, loader: DataLoader[Any], settings: Settings) -> Ledger:
+    def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
-        with_keys = settings.key is not None
         if self.stream:
-            return StreamLedger(with_keys=with_keys, progress=self._progress, workers=self.workers)
+            return StreamLedger(progress=self._progress, workers=self.workers)
         # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
         # workers only its length tells: asking the sampler would move its generator.
         drawn_from = _torch.index_sampler(loader)
         length = None if self.workers else functools.partial(proven_length, drawn_from)
-        return MapLedger(with_keys=with_keys, expected_batches=length)
+        return MapLedger(expected_batches=length)
 
     def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
         """Begin an epoch: the first one with new workers, the next ones on the same.
