@@ -25,6 +25,7 @@ from safeloader import _python, _torch
 from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog
 from safeloader.failures.replay import replay
 from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
@@ -43,12 +44,14 @@ from safeloader.transport.stats import TransportStats
 
 _public_names_moved: list[str] = []
 try:
-    from safeloader.main.iterator import Side, iterate
+    from safeloader.main.iterator import iterate
 except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off needs
     _public_names_moved.append(str(exc))
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
+
+    from safeloader.main.worker_pool import WorkerPool
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -133,7 +136,7 @@ class SafeDataLoader(DataLoader[T_co]):
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
-    _side: Side | None = None  # with persistent workers alone: it holds their pool
+    _side: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
 
@@ -200,7 +203,8 @@ class SafeDataLoader(DataLoader[T_co]):
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
             self.recorder = Recorder()
-            watch_for_use(self.recorder, _calling_line())
+            with LoaderLog(self.dataset).guarded("the watch for loaders that are never used"):
+                watch_for_use(self.recorder, _calling_line())
             # Lightning re-creates a loader made in one of its hooks from the arguments that it saw
             # the user give. With the recorder among them, the user's own loader still answers.
             typed = self.__dict__.get("__pl_saved_kwargs")
@@ -221,11 +225,10 @@ class SafeDataLoader(DataLoader[T_co]):
         # Torch's hook for subclasses; some code asks for a fresh iterator this way.
         if _unrecorded(self):
             return super()._get_iterator()
-        pool = None if self._side is None else self._side.pool
-        side = Side(Settings.of(self), self._recorder_on_demand(), pool)
-        iterator = iterate(self, side)
-        if side.pool is not pool:
-            self._side = side
+        self._recorder_on_demand()
+        iterator = iterate(self, Settings.of(self), self._side)
+        if iterator.pool.persistent and iterator.pool is not self._side:
+            self._side = iterator.pool
         return iterator
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,7 +263,12 @@ class SafeDataLoader(DataLoader[T_co]):
     @property
     def audit(self) -> EpochAudit | Any:
         """Drawn against delivered, of the running or last epoch; None before the first."""
-        return None if self.recorder is None else self.recorder.audit()
+        if self.recorder is None:
+            return None
+        with LoaderLog(self.dataset).guarded("the way to the audit"):
+            return self.recorder.audit()
+        nothing = EpochAudit(self.recorder.epochs - 1, complete=False, drawn=0, delivered=0)
+        return nothing.not_checked(0, "the way to the audit")
 
     @property
     def transport_stats(self) -> TransportStats:

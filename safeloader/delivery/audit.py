@@ -12,7 +12,7 @@ from safeloader.introspect.texts import index_text
 
 IndexArray = npt.NDArray[Any]
 
-_CLASSES = (
+CLASSES = (
     ("missing", "drawn, but never handed over"),
     ("duplicated", "handed over twice, or one sample under two indices"),
     ("unexpected", "handed over, but never drawn"),
@@ -108,30 +108,29 @@ class EpochAudit:
             return None
         return not any(self.counts.get(name, 0) for name in _TROUBLES)
 
+    def not_checked(self, since: int, *parts: str) -> EpochAudit:
+        """The same where ``parts`` of safeloader's own failed from batch ``since`` on."""
+        note = f"{', '.join(parts)} failed: a fault of safeloader's own, which the log tells"
+        notes = (*self.notes, note)
+        return dataclasses.replace(self, complete=False, notes=notes, unchecked_since=since)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists that ``json.dumps`` takes; indices that are objects as text."""
-        out: dict[str, Any] = {
-            "epoch": self.epoch,
-            "complete": self.complete,
+        out = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        for name, _ in CLASSES:
+            array = out[name]
+            out[name] = array.tolist() if array.dtype != object else [*map(index_text, array)]
+        return out | {
             "ok": self.ok,
-            "drawn": self.drawn,
-            "delivered": self.delivered,
             "counts": dict(self.counts),
             "notes": list(self.notes),
-            "reasons": {_shown(index): reason for index, reason in self.reasons.items()},
-            "donors": {_shown(index): _plain(donor) for index, donor in self.donors.items()},
-            "unchecked_since": self.unchecked_since,
+            "reasons": {index_text(index): reason for index, reason in self.reasons.items()},
+            "donors": {index_text(index): _plain(donor) for index, donor in self.donors.items()},
         }
-        for name, _ in _CLASSES:
-            array = getattr(self, name)
-            out[name] = (
-                array.tolist() if array.dtype != object else [_shown(item) for item in array]
-            )
-        return out
 
     def __repr__(self) -> str:
         """On one line, without the arrays: a notebook shows this, and they may hold a million."""
-        classes = "".join(f", {name}={n}" for name, _ in _CLASSES if (n := self.counts.get(name)))
+        classes = "".join(f", {name}={n}" for name, _ in CLASSES if (n := self.counts.get(name)))
         return (
             f"EpochAudit(epoch={self.epoch}, complete={self.complete}, ok={self.ok}, "
             f"drawn={self.drawn}, delivered={self.delivered}{classes})"
@@ -148,35 +147,31 @@ class EpochAudit:
         ]
         if replaced := self.counts.get("replaced"):
             lines[0] += f", {replaced} replaced"
-        for name, meaning in _CLASSES:
+        for name, meaning in CLASSES:
             total = self.counts.get(name, 0)
             if total:
-                shown = map(
-                    self._by if name == "replaced" else _shown, getattr(self, name)[:_SHOWN]
-                )
-                first = ", ".join(shown)
+                text = self._with_donor if name == "replaced" else index_text
+                first = ", ".join(map(text, _identities(getattr(self, name)[:_SHOWN])))
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
         for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
-            lines.append(f"    index {_shown(index)}: {reason}")
+            lines.append(f"    index {index_text(index)}: {reason}")
         if len(self.reasons) > _REASONS_SHOWN:
             lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
-    def _by(self, item: Any) -> str:
-        """A replaced index with what stands in for it."""
-        index = tuple(item.tolist()) if isinstance(item, np.ndarray) else item
-        by = f" (by {_shown(self.donors[index])})" if index in self.donors else ""
-        return _shown(item) + by
+    def _with_donor(self, index: Any) -> str:
+        """A replaced index, with what stands in for it."""
+        by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
+        return index_text(index) + by
 
 
 def _plain(item: Any) -> Any:
     """For JSON: a number, a stream's pair, or text."""
-    return list(item) if type(item) is tuple else item if type(item) is int else _shown(item)
+    return list(item) if type(item) is tuple else item if type(item) is int else index_text(item)
 
 
-def _shown(item: Any) -> str:
-    if isinstance(item, np.ndarray):  # a row of a stream's (worker, ordinal) pairs
-        return f"({', '.join(str(part) for part in item.tolist())})"
-    return str(item) if isinstance(item, np.integer) else index_text(item)
+def _identities(array: IndexArray) -> list[Any]:
+    """What an array holds; the rows of a stream's are ``(worker, ordinal)``."""
+    return [tuple(item) if type(item) is list else item for item in array.tolist()]

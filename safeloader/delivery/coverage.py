@@ -29,6 +29,7 @@ _NO_PAGE = -(1 << 63)
 _BIT = (1 << np.arange(8)).astype(np.uint8)
 
 Numbers = npt.NDArray[np.int64]
+Listed = tuple[npt.NDArray[Any], int]  # the first million of a class, and how many there are
 
 
 class IndexSet:
@@ -40,10 +41,9 @@ class IndexSet:
 
     def add(self, identities: Iterable[Any]) -> None:
         """Note these."""
-        for item in identities:
-            self.count += 1
-            if len(self._first) < TALLY_LIMIT:
-                self._first.append(item)
+        items = list(identities)
+        self.count += len(items)
+        self._first += items[: TALLY_LIMIT - len(self._first)]
 
     def array(self) -> npt.NDArray[Any]:
         """The identities noted, see :func:`as_array`."""
@@ -160,6 +160,7 @@ class Coverage:
     Attributes:
         waiting: batches drawn that are not in the pages yet.
         room: how many indices may still wait.
+        interrupted: whether an interrupt struck as some were taken in: they are not known then.
 
     Example:
         >>> from safeloader.delivery.indices import pack
@@ -172,6 +173,7 @@ class Coverage:
     def __init__(self) -> None:
         self.waiting: list[Packed] = []
         self.room = _FLUSH
+        self.interrupted = False
         self._seen = _Pages(_PAGES_LIMIT)
         self._twice = _Pages(_PAGES_LIMIT >> 1)
         self._other_seen: set[Any] = set()
@@ -187,7 +189,7 @@ class Coverage:
 
     def flush(self) -> None:
         """Take in what is waiting."""
-        waiting, number = self.waiting, _FLUSH - self.room
+        waiting = self.waiting
         self.waiting, self.room = [], _FLUSH
         try:
             numbers = b"".join(item for item in waiting if type(item) is bytes)
@@ -198,7 +200,8 @@ class Coverage:
             if numbers:
                 self._twice.add(self._seen.add(np.frombuffer(numbers, dtype=np.int64)))
         except BaseException:  # an interrupt: how far it came is not known
-            self._seen.left_out += number
+            self.interrupted = True
+            self._seen.left_out += sum(map(count, waiting))
             raise
 
     def _note_others(self, identities: Iterable[Any]) -> None:
@@ -218,11 +221,11 @@ class Coverage:
 
     @property
     def unmapped(self) -> int:
-        """How many draws were not noted: the indices were too many, or too far apart."""
+        """How many draws were not noted: too many, too far apart, or ``interrupted``."""
         self.flush()
         return self._others_left_out + self._seen.left_out + self._twice.left_out
 
-    def repeated(self, length: int | None) -> tuple[npt.NDArray[Any], int]:
+    def repeated(self, length: int | None) -> Listed:
         """Indices drawn more than once: the first million in their order, and how many."""
         self.flush()
         numbers, number = _listed(self._repeated(length))
@@ -238,7 +241,7 @@ class Coverage:
             yield piece[again]
         yield from self._twice.pieces(_POSITIVE)
 
-    def unvisited(self, length: int | None) -> tuple[Numbers, int]:
+    def unvisited(self, length: int | None) -> Listed:
         """Indices in ``range(length)`` never drawn: the first million in their order, and how many.
 
         None where that is not known: without a length, where indices are names rather than numbers,

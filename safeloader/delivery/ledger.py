@@ -8,11 +8,11 @@ the keys of the first samples are kept: two million of them, or 256 MiB.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.coverage import Coverage, IndexSet
+from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.delivery.coverage import Coverage, IndexSet, Listed
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
 from safeloader.introspect.texts import index_text, indices_text
@@ -22,7 +22,7 @@ KEYS_LIMIT = 2_000_000
 KEYS_BYTES = 1 << 28  # of keys and their indices together
 REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
-_NOTED = ("missing", "duplicated", "unexpected", "failed", "dropped", "skipped", "replaced", "late")
+_KEYS_SHOWN = 3
 _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
@@ -58,7 +58,7 @@ class Ledger:
     Attributes:
         lock: held while the accounts change, and while another thread reads them.
         delivered_count: samples drawn and handed over.
-        by_class: the indices of each class of the audit that ought to be empty or small.
+        by_class: the indices of each class of the audit; of what is repeated or unvisited none.
         reasons: why an index was skipped, replaced or late.
         donors: what stands in for an index that was replaced.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
@@ -66,30 +66,26 @@ class Ledger:
             end of a stream is known when it is asked for.
     """
 
-    def __init__(self, *, with_keys: bool) -> None:
+    def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
         self.settled = False
-        self.by_class = {name: IndexSet() for name in _NOTED}
+        self.by_class = {name: IndexSet() for name, _ in CLASSES}
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
         self._reasons_bytes = 0
         self._handed: int | None = None  # the batch counted last as delivered
         self._interrupts = 0  # may have lost batches that are not known to be lost
         self._sampler_failed = False
-        self._index_of_key: dict[Any, Any] | None = {} if with_keys else None
+        self._index_of_key: dict[Any, Any] = {}
         self._keys_bytes = 0
         self._keys_past_limit = 0
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
 
-    def draw_failed(self, seq: int) -> None:
-        """The sampler raised in place of batch ``seq``."""
-        self._sampler_failed = True
-
-    def draw_interrupted(self, lost: Packed) -> None:
-        """An interrupt was raised through the sampler, which had drawn ``lost`` meanwhile."""
+    def draw_failed(self, lost: Packed = b"") -> None:
+        """The sampler raised, or an interrupt through it; ``lost`` it had drawn for no batch."""
         self._sampler_failed = True
 
     def draws_ended(self, dropped: Packed) -> None:
@@ -101,9 +97,7 @@ class Ledger:
         A batch without a discrepancy counts as delivered.
         """
 
-    def settle(
-        self, discrepancy: Discrepancy, manifest: BatchManifest, *, handed_over: bool
-    ) -> None:
+    def settle(self, discrepancy: Discrepancy, *, handed_over: bool) -> None:
         """Book a batch with a discrepancy: handed over all the same, or lost with the error."""
         for name in ("missing", "duplicated", "unexpected"):
             self.by_class[name].add(getattr(discrepancy, name))
@@ -113,19 +107,14 @@ class Ledger:
         else:
             self.by_class["failed"].add(discrepancy.sound)
 
-    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
+    def failed(self, manifest: BatchManifest) -> None:
         """A batch was lost with an error that is raised to the user."""
+        self.lost(manifest.seq)
 
     def lost(self, seq: int) -> None:
         """Batch ``seq`` was lost with its worker, and the error is raised.
 
         The batches of a stream are not known by their draws.
-        """
-
-    def abandon(self) -> None:
-        """Nothing more will come: the workers died, and the error was raised.
-
-        What was read of a stream and not sent is not known.
         """
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
@@ -137,7 +126,7 @@ class Ledger:
             self.delivered_count -= len(kept)
             self.by_class["failed"].add(kept)
         else:
-            self.failed(manifest, expected_indices(manifest))
+            self.failed(manifest)
 
     def note_reasons(self, manifest: BatchManifest) -> None:
         """Keep why samples of a batch are not there."""
@@ -162,14 +151,17 @@ class Ledger:
     def same_key(self, manifest: BatchManifest) -> Discrepancy | None:
         """Samples whose key came before under another index."""
         known = self._index_of_key
-        if known is None or manifest.keys is None:
-            return None
-        again: list[tuple[Any, Any, Any]] = []
+        again: list[Any] = []
         sound: list[Any] = []
-        for key, index in zip(manifest.keys, BatchContents.of(manifest).indices, strict=False):
+        said: list[str] = []
+        indices = BatchContents.of(manifest).indices
+        for key, index in zip(manifest.keys or (), indices, strict=False):
             first = known.get(key, index)
             if first != index:
-                again.append((index, first, key))
+                again.append(index)
+                if len(again) <= _KEYS_SHOWN:
+                    names = f"index {index_text(index)} and index {index_text(first)}"
+                    said.append(f"{names} are one sample (key {index_text(key, 60)})")
                 continue
             sound.append(index)
             if key in known:
@@ -179,30 +171,28 @@ class Ledger:
                 self._keys_bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
-        if not again:
-            return None
-        said = [
-            f"index {index_text(index)} and index {index_text(first)} are one sample "
-            f"(key {index_text(key, 60)})"
-            for index, first, key in again[:3]
-        ]
-        said += [f"and {len(again) - 3} more"] if len(again) > 3 else []
-        duplicated = tuple(index for index, _, _ in again)
-        return Discrepancy("; ".join(said), duplicated=duplicated, sound=tuple(sound))
+        if len(again) > _KEYS_SHOWN:
+            said.append(f"and {len(again) - _KEYS_SHOWN} more")
+        found = Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
+        return found if again else None
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come: of a stream's nothing."""
         return PendingBatch(None, ())
 
-    def finish(self) -> Discrepancy | None:
-        """The stock iterator says that the epoch is over: is it?"""
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        """The stock iterator says that the epoch is over: is it?
+
+        ``broken``: the workers died, and the error was raised. What they had read of a stream and
+        not sent is not known.
+        """
 
     def notes(self, length: int | None) -> list[str]:
         """What is worth saying beyond the classes of the audit, as it stands."""
         if not self._keys_past_limit:
             return []
         return [
-            f"the keys of the first {len(self._index_of_key or ())} samples were compared; "
+            f"the keys of the first {len(self._index_of_key)} samples were compared; "
             f"{self._keys_past_limit} later ones only against these"
         ]
 
@@ -210,27 +200,30 @@ class Ledger:
         """The accounts as they stand; ``length`` is that of the dataset."""
         raise NotImplementedError
 
-    def as_audit(self, notes: list[str], **facts: Any) -> EpochAudit:
-        """The audit, of what is kept here and of ``facts``; these hold for more ``counts`` too."""
-        counts = {"repeated": 0, "unvisited": 0} | facts.pop("counts", {})
-        facts |= {name: noted.array() for name, noted in self.by_class.items()}
+    def as_audit(
+        self, epoch: int, complete: bool, drawn: int, notes: list[str], **of_draws: Listed
+    ) -> EpochAudit:
+        """The audit: of what is kept here, and of the classes that the draws alone tell."""
+        classes = {name: (each.array(), each.count) for name, each in self.by_class.items()}
+        classes |= of_draws
         return EpochAudit(
-            delivered=self.delivered_count,
-            counts=counts | {name: noted.count for name, noted in self.by_class.items()},
+            epoch,
+            complete,
+            drawn,
+            self.delivered_count,
+            **{name: first for name, (first, _) in classes.items()},  # type: ignore[arg-type]
+            counts={name: number for name, (_, number) in classes.items()},
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
-            **facts,
         )
 
 
 class MapLedger(Ledger):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
-    def __init__(
-        self, *, with_keys: bool, expected_batches: Callable[[], int | None] | None
-    ) -> None:
-        super().__init__(with_keys=with_keys)
+    def __init__(self, *, expected_batches: Callable[[], int | None] | None) -> None:
+        super().__init__()
         self._expected_batches = expected_batches
         self._pending: dict[int, Packed] = {}
         self._first_seq: int | None = None
@@ -255,17 +248,15 @@ class MapLedger(Ledger):
             if coverage.room < 0:
                 coverage.flush()
 
-    def draw_interrupted(self, lost: Packed) -> None:
-        with self.lock:
-            self._sampler_failed = True
-            self._out_of_batches(lost, "failed")
+    def draw_failed(self, lost: Packed = b"") -> None:
+        super().draw_failed()
+        self._out_of_batches(lost, "failed")
 
     def draws_ended(self, dropped: Packed) -> None:
-        with self.lock:
-            if not self._draws_ended:
-                self._draws_ended = True
-                self._out_of_batches(dropped, "dropped")
-                self.settled = not self._pending
+        if not self._draws_ended:
+            self._draws_ended = True
+            self._out_of_batches(dropped, "dropped")
+            self.settled = not self._pending
 
     def _out_of_batches(self, indices: Packed, name: str) -> None:
         self._drawn += count(indices)
@@ -327,9 +318,6 @@ class MapLedger(Ledger):
             reason += ": the same indices in another order"
         return Discrepancy(reason, tuple(left), (), tuple(unexpected), tuple(sound))
 
-    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
-        self.lost(manifest.seq)
-
     def lost(self, seq: int) -> None:
         self.by_class["failed"].add(unpack(self._taken(seq) or ()))
 
@@ -341,15 +329,16 @@ class MapLedger(Ledger):
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
         if manifest is None and self._expected_batches is not None:
-            self.abandon()
+            self._abandon()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         for seq in list(self._pending):
             self.lost(seq)
 
-    def finish(self) -> Discrepancy | None:
-        if len(self._pending) <= 2 * self._interrupts:  # the batch on its way, and one drawn ahead
-            self.abandon()
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        # An interrupt takes the batch on its way, and one drawn ahead.
+        if broken or len(self._pending) <= 2 * self._interrupts:
+            self._abandon()
         missing: list[Any] = []
         for seq in list(self._pending):
             missing += unpack(self._taken(seq) or ())
@@ -360,7 +349,7 @@ class MapLedger(Ledger):
             )
             self.by_class["missing"].add(missing)
             return Discrepancy(reason, tuple(missing))
-        if not (self._draws_ended or self._sampler_failed or self._interrupts):
+        if not (broken or self._draws_ended or self._sampler_failed or self._interrupts):
             return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"
@@ -370,9 +359,12 @@ class MapLedger(Ledger):
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
         if unmapped := self._coverage.unmapped:
+            why = "were too many or too far apart to be mapped"
+            if self._coverage.interrupted:
+                why = "were not mapped, because of an interrupt or because there were too many"
             notes.append(
-                f"{unmapped} indices were too many or too far apart to be mapped: others may be "
-                "repeated too, and what is unvisited is not known"
+                f"{unmapped} indices {why}: others may be repeated too, and what is unvisited is "
+                "not known"
             )
         return notes
 
@@ -387,16 +379,13 @@ class MapLedger(Ledger):
                 notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
             if self._expected_batches and expected is None and not self._draws_ended:
                 notes.append("the sampler was not asked whether it has more")
-            repeated, repeated_count = self._coverage.repeated(length)
-            unvisited, unvisited_count = self._coverage.unvisited(length)
             return self.as_audit(
+                epoch,
+                ended and not (self._pending or self._sampler_failed),
+                self._drawn,
                 notes,
-                epoch=epoch,
-                complete=ended and not (self._pending or self._sampler_failed),
-                drawn=self._drawn,
-                repeated=repeated,
-                unvisited=unvisited,
-                counts={"repeated": repeated_count, "unvisited": unvisited_count},
+                repeated=self._coverage.repeated(length),
+                unvisited=self._coverage.unvisited(length),
             )
 
 

@@ -6,12 +6,11 @@ and exactly once means no gap in any worker's stream and none at its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.ledger import Discrepancy, Ledger
-from safeloader.delivery.manifest import BatchManifest
+from safeloader.delivery.manifest import BatchManifest, expected_indices
 
 _SHARE = (
     "two workers read the same part of the stream: have __iter__ share it out by "
@@ -29,8 +28,8 @@ class Progress(Protocol):
 class StreamLedger(Ledger):
     """The ledger of an iterable dataset: each worker's stream must come without a gap."""
 
-    def __init__(self, *, with_keys: bool, progress: Progress | None, workers: int) -> None:
-        super().__init__(with_keys=with_keys)
+    def __init__(self, *, progress: Progress | None, workers: int) -> None:
+        super().__init__()
         self._progress = progress
         self._in_main = workers == 0
         self._next = [0] * max(workers, 1)
@@ -40,22 +39,21 @@ class StreamLedger(Ledger):
     def check(self, manifest: BatchManifest) -> Discrepancy | None:
         row = manifest.worker_id or 0
         first, samples = manifest.ordinal or 0, manifest.samples or 0
-        expected = self._next[row]
-        told = first == expected or self._told_of(row, first)
-        self._next[row] = max(expected, first + samples)
-        if not told:
-            end = first + samples
+        end, due = first + samples, self._next[row]
+        missing = () if first == due else self._passed_over(row, first)
+        self._next[row] = max(due, end)
+        if missing or first < due:
             return Discrepancy(
                 f"worker {row} sent samples {first} to {end - 1} of its stream where number "
-                f"{expected} was due",
-                missing=tuple((row, k) for k in range(expected, first)),
-                duplicated=tuple((row, k) for k in range(first, min(expected, end))),
-                sound=tuple((row, k) for k in range(max(expected, first), end)),
+                f"{due} was due",
+                missing=missing,
+                duplicated=tuple((row, k) for k in range(first, min(due, end))),
+                sound=tuple((row, k) for k in range(max(due, first), end)),
             )
         if manifest.keys is not None:
             discrepancy = self.same_key(manifest)
             if discrepancy is not None:
-                known = self._index_of_key or {}
+                known = self._index_of_key
                 others = any(known.get(key, (row,))[0] != row for key in manifest.keys)
                 return discrepancy._replace(hint=_SHARE if others else "")
         if manifest.incidents is not None:
@@ -64,35 +62,34 @@ class StreamLedger(Ledger):
         self.delivered_count += samples
         return None
 
-    def failed(self, manifest: BatchManifest, indices: Sequence[Any]) -> None:
+    def failed(self, manifest: BatchManifest) -> None:
         if manifest.ordinal is not None:
             row, first = manifest.worker_id or 0, manifest.ordinal
-            due = self._next[row]
-            if not self._told_of(row, first):
-                self.by_class["missing"].add((row, k) for k in range(due, first))
-            self._next[row] = max(due, first + (manifest.samples or 0))
-            self.by_class["failed"].add(indices)
+            self.by_class["missing"].add(self._passed_over(row, first))
+            self._next[row] = max(self._next[row], first + (manifest.samples or 0))
+            self.by_class["failed"].add(expected_indices(manifest))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)
         if self._in_main and self._progress is not None:
-            self._told_of(0, self._progress.read(0)[0])
+            self._passed_over(0, self._progress.read(0)[0])
 
-    def _told_of(self, row: int, came: int) -> bool:
-        """Whether the samples due before ``came`` went with an interrupt, which the user got."""
-        due = self._next[row]
-        if not self._interrupts or came <= due:
-            return False
-        self.by_class["failed"].add((row, k) for k in range(due, came))
+    def _passed_over(self, row: int, came: int) -> tuple[tuple[int, int], ...]:
+        """The samples due before ``came``; none if an interrupt, which the user got, took them."""
+        gap = tuple((row, k) for k in range(self._next[row], came))
+        if not (gap and self._interrupts):
+            return gap
+        self.by_class["failed"].add(gap)
         self._interrupts -= 1
         self._next[row] = came
-        return True
+        return ()
 
-    def finish(self) -> Discrepancy | None:
-        if self._finished or self._progress is None or self._sampler_failed:
-            self._finished = not self._sampler_failed
+    def finish(self, *, broken: bool = False) -> Discrepancy | None:
+        if broken or self._finished or self._sampler_failed:
             return None
         self._finished = True
+        if self._progress is None:
+            return None
         missing: list[Any] = []
         said = []
         for row, reached in enumerate(self._next):
@@ -103,11 +100,11 @@ class StreamLedger(Ledger):
                 continue
             kept = read - dropped
             self.by_class["dropped"].add((row, k) for k in range(kept, read))
-            if reached < kept and not self._told_of(row, kept):
+            if never := self._passed_over(row, kept):
                 said.append(
-                    f"worker {row} read {kept} samples and the last {kept - reached} never came"
+                    f"worker {row} read {kept} samples and the last {len(never)} never came"
                 )
-                missing += [(row, k) for k in range(reached, kept)]
+                missing += never
         if not said:
             return None
         self.by_class["missing"].add(missing)
@@ -117,14 +114,11 @@ class StreamLedger(Ledger):
         """Whether the workers, who read ahead, are at their ends, and all that they read came."""
         if self._progress is None or self._in_main:
             return False
-        states = map(self._progress.read, range(len(self._next)))
-        return all(
-            ended and read == reached
-            for (read, _, ended), reached in zip(states, self._next, strict=True)
-        )
+        states = [self._progress.read(row) for row in range(len(self._next))]
+        return all(ended for *_, ended in states) and [read for read, *_ in states] == self._next
 
     def _drawn(self) -> int:
-        return self._read if self._finished and self._progress is not None else sum(self._next)
+        return max(self._read, sum(self._next))
 
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
@@ -150,4 +144,4 @@ class StreamLedger(Ledger):
             notes = self.notes(length)
             if not complete and self._in_main and not self._sampler_failed:
                 notes.append("the stream was not asked whether it has more")
-            return self.as_audit(notes, epoch=epoch, complete=complete, drawn=self._drawn())
+            return self.as_audit(epoch, complete, self._drawn(), notes)

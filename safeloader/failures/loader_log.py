@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from safeloader.introspect.random_state import preserved
@@ -57,6 +58,16 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter` has it."""
         return f"{self.loader_name.replace('%', '%%')}: {msg}", kwargs
+
+    @contextlib.contextmanager
+    def guarded(self, part: str) -> Iterator[None]:
+        """What is done within is ours: a fault of it ends ``part``, and is told and not raised."""
+        try:
+            yield
+        except Exception as exc:
+            if raised_by_signal(exc):  # the user's, which only struck here
+                raise
+            self.own_fault(part, exc)
 
     def own_fault(self, part: str, exc: BaseException) -> None:
         """A part of ours failed, and is off for the rest of the epoch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -33,10 +34,12 @@ class RecordingSampler:
     to epoch, so that one left over from an earlier epoch is recognised.
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
-    that they were: :meth:`again` gives them to a new pool of workers, and then what was not drawn
-    yet. With ``in_main`` the samples are fetched in this process, and need not be identified again.
-    With ``lends`` each task has with it what was drawn last before it.
+    that they were: :meth:`begin_with_open` gives them to a new pool of workers, and then what was
+    not drawn yet. With ``in_main`` the samples are fetched in this process, and need not be
+    identified again. With ``lends`` each task has with it what was drawn last before it.
     """
+
+    log: Epoch
 
     def __init__(
         self,
@@ -52,28 +55,30 @@ class RecordingSampler:
         self.batched = batched
         self._stream = stream
         self._numbers = itertools.count()
-        self.log: Epoch | None = None
         self._in_main = in_main
-        self._open: dict[int, Task] | None = {} if keep_open else None
+        self._keep_open = keep_open
+        self._open: dict[int, Task] = {}
         self._rest: Iterator[Task] = iter(())
+        self._resumed: Iterator[Task] | None = None  # the open tasks and the rest, not begun yet
         self._lends = lends and not stream
         self._killers: set[int | bytes] = set()  # snapshots that are to stand in for nothing
 
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
+        if self._resumed is not None:  # torch asks twice before it draws
+            return self._resumed
         tasks = self._begin()
         if self._lends:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
-        if self._open is None:
+        if not self._keep_open:
             return tasks
         self._open.clear()
         self._rest = map(self._keep, tasks)
         return self._rest
 
     def _keep(self, task: Task) -> Task:
-        assert self._open is not None
         self._open[task.seq] = task._replace(index=_copied(task.index))
         return task
 
@@ -84,7 +89,6 @@ class RecordingSampler:
                 task = self._without_killers(task._replace(donors=tuple(drawn)))
                 drawn.extendleft(snapshots(task.index if self.batched else [task.index]))
             except Exception as exc:
-                assert self.log is not None
                 self.log.at_fault("the list of earlier draws", exc)
         return task
 
@@ -95,23 +99,21 @@ class RecordingSampler:
 
     def refused(self, task: Task, exc: Exception) -> Task:
         """What to send for a task that cannot be pickled: its failure is told in its place."""
-        assert self.log is not None
         failure, exc = _taken_apart(exc, "the index drawn cannot be sent to a worker")
         self.log.draw_failed(task.seq, failure, exc)
         return Task(task.seq, SamplerFault())
 
     def answered(self, seq: int) -> None:
         """What became of draw ``seq`` was handed over or raised."""
-        if self._open is not None:
-            self._open.pop(seq, None)
+        self._open.pop(seq, None)
 
     def change(self, seq: int, *, excluded: int | None) -> tuple[Any, ...]:
         """Have an open task leave out a position, or be fetched one by one to find it (None).
 
         Gives the identities of what is left out. It stands in for no other sample either.
         """
-        task = None if self._open is None else self._open.get(seq)
-        if task is None or self._open is None:
+        task = self._open.get(seq)
+        if task is None:
             return ()
         self._open[seq] = task._replace(one_by_one=True)
         asked = unpack(pack(task.index) if self.batched else pack_unbatched(task.index))
@@ -126,16 +128,23 @@ class RecordingSampler:
         self._killers.update(snapshots([at]))
         return asked[excluded : excluded + 1] if self.batched else asked
 
-    def again(self) -> ResumedDraws:
-        """The sampler for a new pool: the open tasks in their order, then the rest."""
-        still = self._open or {}
+    def begin_with_open(self) -> None:
+        """Give a new pool the open tasks in their order, then the rest."""
         # Not when they were found: of two workers that died, the other's position would move.
-        still.update({seq: self._without_killers(task) for seq, task in still.items()})
-        return ResumedDraws(self, list(still.values()), self._rest)
+        self._open.update({seq: self._without_killers(task) for seq, task in self._open.items()})
+        self._resumed = itertools.chain(self._resume(), list(self._open.values()), self._rest)
+
+    def _resume(self) -> Iterator[Task]:
+        self._resumed = None
+        yield from ()
 
     def _begin(self) -> Iterator[Task]:
-        assert self.log is not None
-        source, tail = _with_tail(self._sampler)
+        tail: list[Any] = []  # drawn since the last batch
+        source = self._sampler
+        try:
+            source = _noting(source, tail)
+        except Exception as exc:
+            self.log.at_fault("the list of what is dropped", exc)
         try:
             inner = iter(source)
         except Exception as exc:
@@ -175,7 +184,10 @@ class RecordingSampler:
                 index = next(inner)
             except StopIteration:
                 ended.append(True)
-                log.draws_ended(tail)
+                try:
+                    log.draws_ended(tail)
+                except Exception as exc:
+                    log.at_fault("the ledger", exc)
                 return
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
@@ -213,35 +225,10 @@ class RecordingSampler:
         return getattr(self._sampler, name)
 
 
-class ResumedDraws:
-    """A recording sampler that another pool of workers goes on with."""
-
-    def __init__(self, whole: RecordingSampler, tasks: list[Task], rest: Iterator[Task]) -> None:
-        self._whole = whole
-        self._first = itertools.chain(self._begin(), tasks, rest)
-        self._begun = False
-
-    def __iter__(self) -> Iterator[Task]:
-        # Torch asks twice before it draws; later, for the next epoch on persistent workers.
-        return iter(self._whole) if self._begun else self._first
-
-    def _begin(self) -> Iterator[Task]:
-        self._begun = True
-        yield from ()
-
-    def __len__(self) -> int:
-        return len(self._whole)
-
-
-_PLAIN = frozenset({int, str, bytes, float, bool, type(None)})
-
-
 def _copied(index: Any) -> Any:
     """What a worker gets by pickle, for later: a sampler may fill one list again and again."""
-    if type(index) is list and _PLAIN.issuperset(map(type, index)):
-        return index[:]
     try:
-        return index if type(index) in _PLAIN else copy.deepcopy(index)
+        return pickle.loads(pickle.dumps(index, pickle.HIGHEST_PROTOCOL))
     except Exception:  # it cannot be sent either, which is told there
         return index
 
@@ -263,28 +250,33 @@ def proven_length(sampler: Any) -> int | None:
     return length_of(sampler) if type(inner) in _OWN_KINDS else None
 
 
-def _with_tail(sampler: Any) -> tuple[Any, list[Any]]:
-    """The sampler to iterate, and a list that holds what it drew since its last batch.
+def _noting(sampler: Any, tail: list[Any]) -> Any:
+    """The sampler to iterate, which has in ``tail`` what it drew since its last batch.
 
     Torch's batch sampler keeps to itself what it drew for a batch that does not come about: with
     ``drop_last``, and where its sampler raises. A copy of it, which only reads its three
-    attributes, draws through a note-taker instead. Batch samplers with an ``__iter__`` of their
+    attributes, draws from a note-taker instead. Batch samplers with an ``__iter__`` of their
     own are left alone: what they drop they alone know.
     """
-    tail: list[Any] = []
     if (
         not isinstance(sampler, BatchSampler)
         or type(sampler).__iter__ is not BatchSampler.__iter__
         or (sampler.drop_last is not True and type(sampler.sampler) in _OWN_KINDS)
     ):
-        return sampler, tail
+        return sampler
     try:
         noting = copy.copy(sampler)
         if noting is not sampler:
-            noting.sampler = _Noting(sampler.sampler, tail)
+            noting.sampler = _noted(sampler.sampler, tail)
     except Exception:  # a subclass that cannot be copied, or has no such attribute to set
-        return sampler, tail
-    return noting, tail
+        return sampler
+    return noting
+
+
+def _noted(sampler: Iterable[Any], tail: list[Any]) -> Iterator[Any]:
+    for index in sampler:
+        tail.append(index)
+        yield index
 
 
 def _taken_apart(exc: Exception, found: str = "") -> tuple[Failure, Exception]:
@@ -296,18 +288,3 @@ def _taken_apart(exc: Exception, found: str = "") -> tuple[Failure, Exception]:
     hint = f"{found}\n{SAMPLER_HINT}" if found else SAMPLER_HINT
     failure = failure_of(exc, phase="sampler", where="", hint=hint)
     return failure, exc.with_traceback(None)
-
-
-class _Noting:
-    def __init__(self, sampler: Iterable[Any], tail: list[Any]) -> None:
-        self._sampler = sampler
-        self._tail = tail
-
-    def __iter__(self) -> Iterator[Any]:
-        note = self._tail.append
-        for index in self._sampler:
-            note(index)
-            yield index
-
-    def __len__(self) -> int:
-        return len(self._sampler)  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from safeloader.delivery.audit import EpochAudit
@@ -22,7 +22,7 @@ from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, length_of, raised_by_signal
+from safeloader.failures.loader_log import LoaderLog, raised_by_signal
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
 from safeloader.introspect.texts import index_text
@@ -44,19 +44,16 @@ class Epoch:
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
-        draws_over: whether the sampler is at its end.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
-    ledger: Ledger
-    lock: threading.RLock  # the ledger's
-
-    def __init__(self, dataset: Any, settings: Settings, recorder: Recorder) -> None:
-        self.log = log = LoaderLog(dataset, length_of(dataset))
+    def __init__(self, dataset: Any, settings: Settings, log: LoaderLog, ledger: Ledger) -> None:
+        self.log = log
+        self.ledger = ledger
+        self.lock = ledger.lock
         self.number = self.batches = 0
-        self.draws_over = False
         self.unchecked_since: int | None = None
-        self._off: set[str] = set()  # parts that failed
+        self._off: list[str] = []  # parts that failed
         self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
@@ -65,23 +62,20 @@ class Epoch:
         self._ended = False
         self._closed = False
         self._pid = os.getpid()
-        sinks: list[object] = [recorder, LogLines(log)]
-        try:
+        recorder: Recorder = settings.recorder
+        sinks: list[object] = [LogLines(log)]
+        with log.guarded("the trace"):
             sinks.append(trace_for(recorder, settings.trace_target, log))
-        except Exception as exc:
-            log.own_fault("the trace", exc)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
-        self.events = Events(log, sinks)
         try:
             self.number = recorder.begin_epoch(self.audit)
-        except Exception as exc:
+            sinks.insert(0, recorder)
+        except Exception as exc:  # what it was told would stand among the records of another epoch
             self.at_fault("the recorder", exc)
-
-    def open(self, ledger: Ledger) -> None:
-        """Begin the accounts."""
-        self.ledger = ledger
-        self.lock = ledger.lock
+            self.number = recorder.epochs
+            recorder.newest_audit = functools.partial(self.audit, self.number)
+        self.events = Events(log, sinks)
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
@@ -94,7 +88,7 @@ class Epoch:
             raise exc
         if part in self._off:
             return
-        self._off.add(part)
+        self._off.append(part)
         if self.unchecked_since is None:
             self.unchecked_since = self.batches
         if part == "the ledger":  # its methods give way to those of this class
@@ -102,20 +96,31 @@ class Epoch:
                 self.__dict__.pop(name, None)
         self.log.own_fault(part, exc)
 
+    @contextlib.contextmanager
+    def _guarded(self, part: str) -> Iterator[None]:
+        """What is done within is part of the accounts, and its faults end that part alone."""
+        try:
+            yield
+        except Exception as exc:
+            self.at_fault(part, exc)
+
     def sink_failed(self, told: Callable[..., None], exc: Exception) -> None:
         """A sink raised as it was told of the batch handed over."""
         self.events.take_off(told, exc)
-        if isinstance(getattr(told, "__self__", None), Recorder) and self.unchecked_since is None:
-            self.unchecked_since = self.batches - 1
+        if isinstance(getattr(told, "__self__", None), Recorder):
+            self._off.append("the recorder")
+            if self.unchecked_since is None:
+                self.unchecked_since = self.batches - 1
+
+    def _tell(self, event: str, *about: Any) -> None:
+        with self.log.guarded("the telling of events"):
+            self.events.tell(event, *about)
 
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
         """Read or change the ledger; None once it has failed."""
         if "the ledger" not in self._off:
-            try:
-                with self.lock:
-                    return change(self.ledger)
-            except Exception as exc:
-                self.at_fault("the ledger", exc)
+            with self._guarded("the ledger"), self.lock:
+                return change(self.ledger)
         return None
 
     def check(self, manifest: BatchManifest) -> Discrepancy | None:
@@ -139,28 +144,23 @@ class Epoch:
         def book(ledger: Ledger) -> None:
             if lost:
                 self.drawn(seq, pack(lost))
-            ledger.draw_failed(seq)
+            ledger.draw_failed()
 
         self._book(book)
 
     def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
-        self._book(lambda ledger: ledger.draw_interrupted(pack(lost)))
+        self._book(lambda ledger: ledger.draw_failed(pack(lost)))
 
     def draws_ended(self, dropped: Sequence[Any]) -> None:
         """The sampler is at its end; ``dropped`` it drew but left out of every batch."""
         self._book(lambda ledger: ledger.draws_ended(pack(dropped)))
-        self.draws_over = True
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""
         return self._book(lambda ledger: ledger.opened(seq))
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
-
-    def settle(self, discrepancy: Discrepancy, manifest: BatchManifest) -> None:
-        """Book a batch in trouble, which the user gets all the same or not."""
-        self.ledger.settle(discrepancy, manifest, handed_over=self.verify != "raise")
 
     def tell_discrepancy(
         self, discrepancy: Discrepancy, manifest: BatchManifest | None, stacklevel: int = 4
@@ -177,7 +177,7 @@ class Epoch:
             warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
             return
         culprits = discrepancy.culprits
-        failure = self._failure(
+        raise self._error_in_place(
             manifest,
             phase="delivery",
             exception_type="DeliveryError",
@@ -186,7 +186,6 @@ class Epoch:
             indices=culprits + discrepancy.sound,
             hint=discrepancy.hint or _SEE_AUDIT,
         )
-        raise self._error(failure)
 
     def came_empty(self, manifest: BatchManifest) -> None:
         """Every sample of a batch was left out: the loop does not get it.
@@ -199,7 +198,7 @@ class Epoch:
         def check(ledger: Ledger) -> Discrepancy | None:
             discrepancy = self.check(manifest)
             if discrepancy is not None:
-                ledger.settle(discrepancy, manifest, handed_over=False)
+                ledger.settle(discrepancy, handed_over=False)
             return discrepancy
 
         if discrepancy := self._book(check):
@@ -209,7 +208,8 @@ class Epoch:
             self.number,
             self.batches,
         )
-        self.close_if_settled()
+        if self.ledger.settled:
+            self.close()
 
     def count_incidents(self, manifest: BatchManifest) -> None:
         """Tell of samples left out, replaced or late, before the batch is booked.
@@ -217,17 +217,15 @@ class Epoch:
         Raises:
             SampleError: if there were too many: the batch is lost with it.
         """
-        try:
+        reason = None
+        with self._guarded("the count of skipped samples"):
             reason = self._too_many(manifest)
-        except Exception as exc:
-            self.at_fault("the count of skipped samples", exc)
-            return
         if reason is None:
             return
         asked = expected_indices(manifest)
 
         def lost(ledger: Ledger) -> None:
-            ledger.failed(manifest, asked)
+            ledger.failed(manifest)
             ledger.note_reasons(manifest)
 
         self._book(lost)
@@ -239,25 +237,25 @@ class Epoch:
             "look at what these samples have in common (a disk, a shard, a file format); "
             "max_skipped= allows more: a count, or a fraction of the samples"
         )
-        last = next((m for m in reversed(manifest.incidents or ()) if m.what != "late"), None)
-        failure = self._failure(
+        gone = [each.position for each in manifest.incidents or () if each.what != "late"]
+        at = gone[-1] if gone else None
+        raise self._error_in_place(
             manifest,
             phase="sample",
             exception_type="SampleError",
             message=f"too many samples failed: {reason}",
-            index=None if last is None else asked[last.position],
-            position=None if last is None else last.position,
+            index=None if at is None else asked[at],
+            position=at,
             indices=asked,
             hint="\n".join(listed),
         )
-        raise self._error(failure)
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
         """Tell of the incidents of a batch, and count them; a sentence if they are too many."""
         asked = expected_indices(manifest)
         incidents = [(asked[each.position], each) for each in manifest.incidents or ()]
         failures = [self._placed(each, batch=self.batches) for each in manifest.failures or ()]
-        self.events.tell("skipped", self.number, self.batches, incidents, failures)
+        self._tell("skipped", self.number, self.batches, incidents, failures)
         if "the count of skipped samples" in self._off:
             return None
         ledger = self.ledger
@@ -274,33 +272,26 @@ class Epoch:
         exception = raised.pop() if raised else None
         if failure is None:  # drawn in part, or not to be sent to a worker
             failure, exception = self._sampler_errors.pop(manifest.seq)
-            self._book(lambda ledger: ledger.lost(manifest.seq))
-        else:
-            indices = failure.indices
-            self._book(lambda ledger: ledger.failed(manifest, indices))
+        self._book(lambda ledger: ledger.failed(manifest))
         state = failure.dataset_state
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
-        return self._error(self._placed(failure, batch=batch, dataset_state=state), exception)
+        return self.error(failure, exception, batch=batch, dataset_state=state)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
-
-        def book(ledger: Ledger) -> bool:
-            failed = ledger.by_class["failed"]
-            before = failed.count
-            ledger.interrupted(manifest)
-            return failed.count > before
-
-        if self._book(book) and manifest is None:  # it was raised in the place of a batch
+        failed = self.ledger.by_class["failed"]
+        before = failed.count
+        self._book(lambda ledger: ledger.interrupted(manifest))
+        if manifest is None and failed.count > before:  # it was raised in the place of a batch
             self.batches += 1
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """New workers are about to take over from those that died."""
-        self.events.tell("restarted", self._placed(failure), said)
+        self._tell("restarted", self._placed(failure), said)
 
     def broke(self, failure: Failure, at: Sequence[Any] | None = None) -> SafeLoaderError:
         """The error for workers that hang, or died ``at`` these locations: then nothing follows."""
@@ -312,7 +303,7 @@ class Epoch:
             state = describe(self._dataset, length=self.log.length)
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
-        error = self._error(dataclasses.replace(self._placed(failure), dataset_state=state))
+        error = self.error(failure, dataset_state=state)
         if at is not None:
             self.close()
         return error
@@ -320,17 +311,20 @@ class Epoch:
     def _placed(self, failure: Failure, **more: Any) -> Failure:
         return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)
 
-    def _failure(self, manifest: BatchManifest | None, **fields: Any) -> Failure:
-        """A failure that is ours to tell, and ends the batch of ``manifest``."""
+    def _error_in_place(self, manifest: BatchManifest | None, **fields: Any) -> SafeLoaderError:
+        """An error that is ours to tell, and ends the batch of ``manifest``."""
         if manifest is None:
-            return self._placed(Failure(pid=os.getpid(), **fields))
+            return self.error(Failure(pid=os.getpid(), **fields))
         self.batches += 1
         fields |= {"worker_id": manifest.worker_id, "pid": manifest.pid}
-        return self._placed(Failure(batch=self.batches - 1, **fields))
+        return self.error(Failure(batch=self.batches - 1, **fields))
 
-    def _error(self, failure: Failure, exception: BaseException | None = None) -> SafeLoaderError:
+    def error(
+        self, failure: Failure, exception: BaseException | None = None, **more: Any
+    ) -> SafeLoaderError:
         """The error to raise for ``failure``, which is told wherever it is to be told."""
-        self.events.tell("failed", failure)
+        failure = self._placed(failure, **more)
+        self._tell("failed", failure)
         failure_was_told()
         return error_from(failure, exception)
 
@@ -345,19 +339,10 @@ class Epoch:
         if self._ended:
             return
         self._ended = True
-        discrepancy = None
-        if broken:
-            self._book(lambda ledger: ledger.abandon())
-        else:
-            discrepancy = self._book(lambda ledger: ledger.finish())
+        discrepancy = self._book(lambda ledger: ledger.finish(broken=broken))
         self.close()
         if discrepancy is not None:
             self.tell_discrepancy(discrepancy, None)
-
-    def close_if_settled(self) -> None:
-        """Close where nothing more can come: not every training loop asks again after the last."""
-        if self.draws_over and self._book(lambda ledger: ledger.settled):
-            self.close()
 
     def close(self) -> None:
         """No more will come; said once. Nothing is raised: an early ``break`` is no error."""
@@ -365,24 +350,21 @@ class Epoch:
             return
         self._closed = True
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
-        self.events.tell("closed", self.number, notes)
+        self._tell("closed", self.number, notes)
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
-            self.events.tell("audited", self.audit(self.number))
+            self._tell("audited", self.audit(self.number))
 
     def release(self) -> None:
-        """Let go of the dataset and of the sinks: the recorder, which holds the way to the audit,
-        outlives the iterator, and they would keep each other alive."""
+        """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to
+        the audit, outlives the iterator, and they would keep each other alive."""
+        self.close()
         self._dataset = None
         self.events = Events(self.log, ())
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand; may be asked for from another thread."""
-        try:
+        audit = EpochAudit(number, complete=False, drawn=0, delivered=0)
+        with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
-        except Exception as exc:
-            self.at_fault("the ledger" if "the ledger" in self._off else "the audit", exc)
-            audit = EpochAudit(epoch=number, complete=False, drawn=0, delivered=0)
         since = self.unchecked_since
-        if since is None:
-            return audit
-        return dataclasses.replace(audit, complete=False, unchecked_since=since)
+        return audit if since is None else audit.not_checked(since, *self._off)

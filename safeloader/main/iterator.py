@@ -8,7 +8,6 @@ workers alive until the garbage collector comes by.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 import weakref
@@ -21,70 +20,56 @@ from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
+from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
-from safeloader.provenance.recorder import Recorder
 from safeloader.settings import Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
 from safeloader.transport.slot_reader import WORKER_GONE, changed
 
 
-@dataclasses.dataclass(slots=True)
-class Side:
-    """What we put beside a loader of torch's; it need not live on that loader.
-
-    Attributes:
-        settings: our keywords, for the epoch that begins.
-        recorder: the notebook.
-        pool: the workers that stay from epoch to epoch; None before there are any.
-    """
-
-    settings: Settings
-    recorder: Recorder
-    pool: WorkerPool | None = None
-
-
 class SafeIterator(Iterator[Any]):
     """What ``iter(loader)`` returns: torch's iterator, with a ledger.
 
     Attributes of torch's iterator (``_workers``, ``_index_queues``, ...) answer here too.
+
+    Attributes:
+        pool: its workers.
     """
 
-    def __init__(self, loader: DataLoader[Any], side: Side, pool: WorkerPool | None = None) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None = None
+    ) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
-        self._begin(loader, side, pool)
+        self._begin(loader, settings, pool)
         # A stream's __next__ also warns about its length: that stays torch's.
-        self._advance: Callable[[Any], Any] = next if self._pool.stream else _torch.next_of
-        self._pool.live = weakref.ref(self)
+        self._advance: Callable[[Any], Any] = next if self.pool.stream else _torch.next_of
+        self.pool.live = weakref.ref(self)
 
-    def _begin(self, loader: DataLoader[Any], side: Side, pool: WorkerPool | None) -> None:
+    def _begin(self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
-        settings = side.settings
-        self._epoch = epoch = Epoch(loader.dataset, settings, side.recorder)
-        new = pool is None
-        if pool is None:
-            pool = WorkerPool(loader, settings, epoch, side.recorder.transport)
-        self._pool = pool
-        restarts = settings.on_crash == "restart" and pool.workers
-        self._restarts = WorkerRestarts(loader, epoch.log) if restarts else None
+        log = LoaderLog(loader.dataset, length_of(loader.dataset))
+        self.pool = pool or WorkerPool(loader, settings, log)
+        self._epoch = epoch = Epoch(loader.dataset, settings, log, self.pool.new_ledger(loader))
+        restarts = settings.on_crash == "restart" and self.pool.workers
+        self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:
-            if not new:
-                pool.next_epoch(loader, settings, epoch)
+            self.pool.begin(loader, settings, epoch)
         except WorkersDied as sign:
             self._go_on_after(sign)
-        self._stock = pool.stock
+        self._stock = self.pool.stock
 
-    def _restart(self, loader: DataLoader[Any], side: Side) -> None:
+    def restart(self, loader: DataLoader[Any], settings: Settings) -> None:
+        """Begin the next epoch on the same workers."""
         if self._turn.locked():
             raise self._out_of_turn()
         with self._turn:
             self._whose = get_ident()
-            self._epoch.close()
             self._epoch.release()
-            self._begin(loader, side, self._pool)
+            self._begin(loader, settings, self.pool)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -107,7 +92,7 @@ class SafeIterator(Iterator[Any]):
                     try:
                         came = self._advance(self._stock)
                     except StopIteration:
-                        self._epoch.ended(broken=self._pool.broken is not None)
+                        self._epoch.ended(broken=self.pool.broken is not None)
                         raise
                     except (WorkersDied, TimedOut) as sign:
                         self._go_on_after(sign)
@@ -122,7 +107,7 @@ class SafeIterator(Iterator[Any]):
                         if failure is not None:
                             self._other_than_batch(FailedBatch(manifest, failure))
                     if self._restarts is not None:
-                        self._pool.sampler.answered(manifest.seq)
+                        self.pool.sampler.answered(manifest.seq)
                     wait_ns = clock() - began
                     if manifest.incidents is not None:
                         epoch.count_incidents(manifest)
@@ -131,7 +116,8 @@ class SafeIterator(Iterator[Any]):
                         with epoch.lock:
                             discrepancy = epoch.check(manifest)
                             if discrepancy is not None:
-                                epoch.settle(discrepancy, manifest)
+                                handed_over = epoch.verify != "raise"
+                                epoch.ledger.settle(discrepancy, handed_over=handed_over)
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:
@@ -143,8 +129,8 @@ class SafeIterator(Iterator[Any]):
                             told(epoch.number, number, wait_ns, manifest, began)
                         except Exception as exc:
                             epoch.sink_failed(told, exc)
-                    if epoch.draws_over:
-                        epoch.close_if_settled()
+                    if epoch.ledger.settled:  # not every loop asks again after the last batch
+                        epoch.close()
                     return payload
             except (StopIteration, SafeLoaderError):
                 raise
@@ -167,14 +153,14 @@ class SafeIterator(Iterator[Any]):
     def _other_than_batch(self, came: Any) -> None:
         """What torch's iterator gave is no batch: raise its error, or leave it out."""
         if type(came) is EmptyBatch:
-            self._pool.sampler.answered(came.manifest.seq)
+            self.pool.sampler.answered(came.manifest.seq)
             self._epoch.came_empty(came.manifest)
         elif type(came) is FailedBatch:
             if not self._lost_with_worker(came):
-                self._pool.sampler.answered(came.manifest.seq)
-                raise self._epoch.came_failed(came, self._pool.raised)
-        elif self._pool.broken is not None:
-            raise error_from(self._pool.broken)
+                self.pool.sampler.answered(came.manifest.seq)
+                raise self._epoch.came_failed(came, self.pool.raised)
+        elif self.pool.broken is not None:
+            raise error_from(self.pool.broken)
         else:
             raise DeliveryError(
                 f"a batch came without a manifest ({type(came).__name__}): something replaced "
@@ -200,16 +186,13 @@ class SafeIterator(Iterator[Any]):
 
     def _go_on_after(self, sign: WorkersDied | TimedOut) -> None:
         """Start a new pool, or raise what happened to the workers."""
-        pool, epoch = self._pool, self._epoch
+        pool, epoch, restarts = self.pool, self._epoch, self._restarts
         if isinstance(sign, TimedOut):
-            pool.timed_out = True
+            pool.hangs = not pool.persistent  # those that stay may yet come to
             raise epoch.broke(pool.diagnosis.silence(pool.timeout_s, timeout=True)) from None
         failure = pool.diagnosis.crash(sign.workers)
         at = [pool.diagnosis.location(worker) for worker in sign.workers]
-        restarts = self._restarts
-        if restarts is not None and restarts.should_restart(
-            failure, at, pool.sampler, epoch.restarted
-        ):
+        if restarts is not None and restarts.should_restart(failure, at, pool.sampler):
             pool.replace_workers(restarts.blueprint)
             self._stock = pool.stock
             return
@@ -236,35 +219,30 @@ class SafeIterator(Iterator[Any]):
         epoch = self.__dict__.get("_epoch")
         if epoch is not None and not sys.is_finalizing():
             try:
-                epoch.close()
                 epoch.release()
-                if "_pool" in self.__dict__:
-                    self._pool.let_go()
+                if "pool" in self.__dict__ and self.pool.hangs:
+                    self.pool.end()  # torch would give each worker five seconds
             except Exception:  # at interpreter exit anything may be gone already
                 return
 
 
-def iterate(loader: DataLoader[Any], side: Side) -> SafeIterator:
+def iterate(loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> SafeIterator:
     """The iterator for the loader's next epoch, as torch's ``DataLoader.__iter__`` chooses it.
 
     With persistent workers there is one torch iterator in the loader's life. While the checked
     iterator of an earlier epoch is alive, it is that one again, as it would be under torch.
+    ``pool`` is that of the epoch before, None in the first.
     """
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader, side)
-    pool, held = side.pool, _torch.kept_iterator(loader)
-    # Not there yet, let go of by a framework, or its workers died.
-    if pool is None or pool.kept is not held or pool.broken is not None:
-        live = SafeIterator(loader, side)
-        side.pool = pool = live._pool
+        return SafeIterator(loader, settings)
+    held = _torch.kept_iterator(loader)
+    if pool is not None and (held is None or pool.broken is not None):
+        pool = None  # let go of by a framework, or its workers died
+    live = None if pool is None else pool.live()
+    if live is None:
+        live = SafeIterator(loader, settings, pool)
     else:
-        alive = None if pool.live is None else pool.live()
-        if alive is None:
-            alive = SafeIterator(loader, side, pool)
-        else:
-            alive._restart(loader, side)
-        live = alive
-    if pool.stock is not held:  # new, or the workers were replaced
-        pool.kept = pool.stock
-        _torch.keep_iterator(loader, pool.stock)
+        live.restart(loader, settings)
+    if live.pool.stock is not held:  # new, or the workers were replaced
+        _torch.keep_iterator(loader, live.pool.stock)
     return live

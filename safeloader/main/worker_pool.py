@@ -14,26 +14,23 @@ from __future__ import annotations
 
 import functools
 import os
-import queue
 import sys
-import threading
 import weakref
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
-from safeloader.delivery.ledger import MapLedger
+from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
-from safeloader.errors import error_from
-from safeloader.failures import dump
 from safeloader.failures.failure import Failure, failure_of
+from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.files import rank
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
-from safeloader.main.drawing import RecordingSampler, ResumedDraws, proven_length
+from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
@@ -45,7 +42,6 @@ from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
-from safeloader.transport.stats import TransportCounts
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
@@ -60,29 +56,27 @@ class WorkerPool:
     Attributes:
         workers: how many; 0: torch's iterator fetches in this process.
         stream: whether the dataset is iterable-style.
-        stock: torch's iterator.
-        kept: the one that the loader holds, with persistent workers; an earlier one than ``stock``
-            after a restart.
-        live: the checked iterator over it.
+        persistent: whether they stay from epoch to epoch.
+        stock: torch's iterator; None before the first epoch.
+        live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
-        timed_out: whether it ran out: a worker hangs, perhaps.
+        hangs: whether it ran out, and the workers are not waited for when nobody wants a batch.
         raised: exceptions of failed batches, without workers.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], settings: Settings, epoch: Epoch, transport: TransportCounts
-    ) -> None:
+    live: weakref.ref[Any]
+
+    def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
         self.workers = loader.num_workers
         self.stream = _torch.is_stream(loader)
         self.raised: list[BaseException] = []
-        self.live: weakref.ref[Any] | None = None
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
-        self.timed_out = False
-        self._persistent = loader.persistent_workers
-        self._transport = transport
-        self._log = epoch.log
+        self.hangs = False
+        self.stock: Any = None
+        self.persistent = loader.persistent_workers
+        self._log = log
         self.sampler = RecordingSampler(
             _torch.index_sampler(loader),
             batched=_torch.batches_itself(loader),
@@ -110,26 +104,46 @@ class WorkerPool:
         self._policy = Policy(
             settings.on_error, settings.retries, tells=settings.on_failure_dump is not None
         )
-        self._open_ledger(loader, settings, epoch)
-        if self.workers:
-            self.stock = self._start(loader, self.sampler)
+
+    def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
+        """The accounts of an epoch that is to begin, by the dataset's kind."""
+        if self.stream:
+            return StreamLedger(progress=self._progress, workers=self.workers)
+        # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
+        # workers only its length tells: asking the sampler would move its generator.
+        drawn_from = _torch.index_sampler(loader)
+        length = None if self.workers else functools.partial(proven_length, drawn_from)
+        return MapLedger(expected_batches=length)
+
+    def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
+        """Begin an epoch: the first one with new workers, the next ones on the same.
+
+        Raises:
+            SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
+        """
+        self._settings = settings
+        self.sampler.log = epoch
+        if not self.workers:
+            self._build_in_main(loader)
+        elif self.stock is None:
+            self._start(loader)
         else:
-            self.stock = self._build_in_main(loader, epoch)
-        self.kept = self.stock
+            budget.divide()
+            _torch.reset_iterator(self.stock, self._view(loader, self.sampler))
 
     # building ───────────────────────────────────────────────────────────────────────────────────
 
-    def _build_in_main(self, loader: DataLoader[Any], epoch: Epoch) -> Any:
+    def _build_in_main(self, loader: DataLoader[Any]) -> None:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         try:
-            stock = _torch.build_iterator(view)
+            self.stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()
             if not _torch.raised_by_dataset_iter(exc):
                 raise
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
-            failure = failure_of(exc, phase="sample", where="", epoch=epoch.number, hint=hint)
-            raise error_from(failure, exc) from None
+            failure = failure_of(exc, phase="sample", where="", hint=hint)
+            raise self.sampler.log.error(failure, exc) from None
         context = FetchContext(
             None,
             progress=self._progress,
@@ -138,10 +152,9 @@ class WorkerPool:
             raised=self.raised,
             length=self._log.length,
         )
-        _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
-        return stock
+        _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
 
-    def _start(self, loader: DataLoader[Any], sampler: RecordingSampler | ResumedDraws) -> Any:
+    def _start(self, loader: DataLoader[Any]) -> None:
         """Start the workers, with torch's iterator over them.
 
         Raises:
@@ -152,7 +165,9 @@ class WorkerPool:
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()
-            counts = self._transport if table is None else PoolCounts(self._transport, table)
+            counts = settings.recorder.transport
+            if table is not None:
+                counts = PoolCounts(counts, table)
             unpacker = Unpacker(table, counts)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             flight = self._flight_recorder()
@@ -174,7 +189,7 @@ class WorkerPool:
             self._view = functools.partial(
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )
-            stock = _torch.build_iterator(self._view(loader, sampler))
+            self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
@@ -183,41 +198,28 @@ class WorkerPool:
                 results.close()
             if failure is None:
                 raise
-            if settings.on_failure_dump is not None:
-                dump.write(failure, settings.on_failure_dump, self._log)
             # Without its frames, which lead into torch's half made iterator.
-            raise error_from(failure, exc.with_traceback(None)) from None
+            raise self.sampler.log.error(failure, exc.with_traceback(None)) from None
         results.all_started()
+        processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
-            counts.workers = weakref.WeakSet(_torch.workers_of(stock))
-        draws = self.sampler
-        self.diagnosis = Diagnosis(
-            flight,
-            _torch.workers_of(stock),
-            _torch.start_method(loader),
-            lambda seq: (
-                draws.log.opened(seq) if draws.log else None
-            ),  # not by way of the pool: a cycle
-        )
-        self._listen(stock, results)
-        return stock
-
-    def _listen(self, stock: Any, results: ResultQueue) -> None:
-        common: tuple[Any, ...] = (
+            counts.workers = weakref.WeakSet(processes)
+        draws, method = self.sampler, _torch.start_method(loader)
+        # Not by way of the pool, which holds it: a cycle.
+        self.diagnosis = Diagnosis(flight, processes, method, lambda seq: draws.log.opened(seq))
+        waiting: tuple[Any, ...] = (
             results,
-            _torch.workers_of(stock),
+            processes,
             _torch.expects_end_of(weakref.ref(stock)),
             self.timeout_s,
-            self._settings.stall_after,
+            settings.stall_after,
             Stalls(self.diagnosis, self._log),
         )
 
-        def receiver(
-            pinned: queue.Queue[Any] | None, thread: threading.Thread | None
-        ) -> ResultReceiver:
-            if pinned is None or thread is None:
-                return ResultReceiver(*common)
-            return PinnedResultReceiver(pinned, thread, *common)
+        def receiver(pinned: Any, thread: Any) -> ResultReceiver:
+            if thread is None:
+                return ResultReceiver(*waiting)
+            return PinnedResultReceiver(pinned, thread, *waiting)
 
         _torch.listen_through(stock, receiver)
 
@@ -242,7 +244,8 @@ class WorkerPool:
 
     def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
         """Warn of what the workers inherit from this process and had better not."""
-        try:
+        found: list[Any] = []
+        with self._log.guarded("the look at what workers inherit"):
             found = survey(
                 loader.dataset,
                 "dataset",
@@ -250,9 +253,6 @@ class WorkerPool:
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
-        except Exception:  # a survey that fails must not keep the loader from starting
-            self._log.debug("the dataset could not be looked through", exc_info=True)
-            return
         warn_once(found, loader.dataset, stacklevel=8)
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
@@ -282,44 +282,13 @@ class WorkerPool:
                 return failure_of(exc, phase="transport", where="", hint=hint)
         return None
 
-    # epochs ─────────────────────────────────────────────────────────────────────────────────────
-
-    def _open_ledger(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
-        """Have the draws reported to ``epoch``, in a ledger of the dataset's kind."""
-        self._settings = settings
-        with_keys = settings.key is not None
-        if self.stream:
-            epoch.open(
-                StreamLedger(with_keys=with_keys, progress=self._progress, workers=self.workers)
-            )
-        else:
-            # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
-            # workers only its length tells: asking the sampler would move its generator.
-            drawn_from = _torch.index_sampler(loader)
-            length = None if self.workers else functools.partial(proven_length, drawn_from)
-            epoch.open(MapLedger(with_keys=with_keys, expected_batches=length))
-        self.sampler.log = epoch
-
-    def next_epoch(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
-        """The next epoch on the same workers."""
-        budget.divide()
-        self._open_ledger(loader, settings, epoch)
-        _torch.reset_iterator(self.stock, self._view(loader, self.sampler))
-
     # workers that died ──────────────────────────────────────────────────────────────────────────
 
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""
+        self.hangs = False
         _torch.shut_down(self.stock)
         remove_files_of(worker.pid for worker in _torch.workers_of(self.stock))
-
-    def let_go(self) -> None:
-        """Called when nobody waits for a batch any more.
-
-        A worker that hangs would be waited for: torch gives each five seconds to end.
-        """
-        if self.timed_out and not self._persistent and self.broken is None:
-            self.end()
 
     def replace_workers(self, blueprint: DataLoader[Any]) -> None:
         """Start new workers on the batches still open; ``blueprint`` is a copy of the loader.
@@ -329,7 +298,8 @@ class WorkerPool:
         self.end()
         generator = blueprint.generator
         state = None if generator is None else generator.get_state()
+        self.sampler.begin_with_open()
         with preserved():
-            self.stock = self._start(blueprint, self.sampler.again())
+            self._start(blueprint)
         if generator is not None and state is not None:
             generator.set_state(state)

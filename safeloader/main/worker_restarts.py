@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import bounded
 from safeloader.main.drawing import RecordingSampler
+from safeloader.main.epoch import Epoch
 from safeloader.supervision.diagnosis import WorkerLocation
 
 MOST_RESTARTS = 10  # in an epoch
@@ -28,32 +28,27 @@ class WorkerRestarts:
         blueprint: a copy of the loader that a new pool can be built from, and that holds no pool.
     """
 
-    def __init__(self, loader: DataLoader[Any], log: LoaderLog) -> None:
+    def __init__(self, loader: DataLoader[Any], epoch: Epoch) -> None:
         self.blueprint: DataLoader[Any] = object.__new__(type(loader))
         kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_side")}
         self.blueprint.__dict__.update(kept)
-        self._log = log
+        self._epoch = epoch
         self._restarts = 0
         self._before_any_task = 0
         self._last: set[tuple[int, int | None]] = set()
 
     def should_restart(
-        self,
-        failure: Failure,
-        at: Sequence[WorkerLocation | None],
-        sampler: RecordingSampler,
-        tell: Callable[[Failure, Sequence[str]], None],
+        self, failure: Failure, at: Sequence[WorkerLocation | None], sampler: RecordingSampler
     ) -> bool:
         """Whether to try again; then the tasks at which workers died are marked, and it is told."""
+        log = self._epoch.log
         if self._restarts >= MOST_RESTARTS:
-            self._log.error(
-                "the workers died %d times in this epoch: giving up", self._restarts + 1
-            )
+            log.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
             return False
         if all(where is not None and where.position.phase in _BEFORE_ANY_TASK for where in at):
             self._before_any_task += 1
             if self._before_any_task > 1:
-                self._log.error("the workers died twice before they were at any batch: giving up")
+                log.error("the workers died twice before they were at any batch: giving up")
                 return False
         died_at: set[tuple[int, int | None]] = set()
         left_out = []
@@ -75,5 +70,5 @@ class WorkerRestarts:
         for names in filter(None, left_out):
             index = index_text(names if len(names) > 1 else names[0])
             said.append(f"index {index} killed its worker twice and is left out")
-        tell(failure, said)
+        self._epoch.restarted(failure, said)
         return True

@@ -85,7 +85,7 @@ class Recorder:
         # again and again.
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
-        self._audit: Callable[[], EpochAudit] | None = None
+        self.newest_audit: Callable[[], EpochAudit] | None = None
         self.transport = TransportCounts()
         self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 
@@ -104,7 +104,7 @@ class Recorder:
         self.epochs += 1
         if not self._in_use:
             self._in_use.append(True)
-        self._audit = lambda: audit(epoch)
+        self.newest_audit = lambda: audit(epoch)
         return epoch
 
     def delivered(
@@ -153,7 +153,7 @@ class Recorder:
 
     def audit(self) -> EpochAudit | None:
         """The audit of the epoch begun last, as it stands; None before the first."""
-        return None if self._audit is None else self._audit()
+        return None if self.newest_audit is None else self.newest_audit()
 
 
 _BATCH_BITS = 48  # an epoch of 280 million million batches

@@ -401,8 +401,10 @@ def test_an_interrupt_leaves_the_open_tasks_whole(keep_open: bool) -> None:
     tasks = iter(made)
     assert [next(tasks).seq, next(tasks).seq] == [0, 1]
     made.answered(0)
-    again = iter(made.again()) if keep_open else tasks
+    again = tasks
     if keep_open:
+        made.begin_with_open()
+        again = iter(made)
         assert next(again) == Task(1, 2)
     with pytest.raises(KeyboardInterrupt):
         next(again)
@@ -436,7 +438,8 @@ def test_open_tasks_keep_what_was_drawn(fillings: Any, batched: bool) -> None:
     made = RecordingSampler(refilled(*fillings), batched=batched, stream=False, keep_open=True)
     made.log = Log()
     assert len(list(made)) == 2
-    kept = [task.index for task in made.again()]
+    made.begin_with_open()
+    kept = [task.index for task in made]
     assert [pack(index) for index in kept] == [pack(index) for index in expected]
     assert [type(index) for index in kept] == [type(index) for index in expected]
 
@@ -453,7 +456,8 @@ def test_a_list_inside_is_refilled_as_well() -> None:
     made = RecordingSampler(draws(), batched=True, stream=False, keep_open=True)
     made.log = Log()
     list(made)
-    assert [task.index for task in made.again()] == [[[n], [n]] for n in range(3)]
+    made.begin_with_open()
+    assert [task.index for task in made] == [[[n], [n]] for n in range(3)]
 
 
 # ── whether a length proves anything ─────────────────────────────────────────────────────────────

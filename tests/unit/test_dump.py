@@ -104,6 +104,18 @@ def test_what_is_raised_is_written(
     assert written["phase"] == phase
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_cannot_begin_is_written(workers: int, tmp_path: Path) -> None:
+    class Closed(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Any:
+            raise ConnectionError("closed")
+
+    with pytest.raises(SampleError, match="closed"):
+        list(SafeDataLoader(Closed(), num_workers=workers, on_failure_dump=tmp_path))
+    (written,) = tmp_path.iterdir()
+    assert json.loads(written.read_text())["failure"]["exception_type"] == "ConnectionError"
+
+
 def test_what_is_left_out_is_written_and_so_is_too_much_of_it(tmp_path: Path) -> None:
     def loader(bound: int) -> SafeDataLoader[Any]:
         return SafeDataLoader(

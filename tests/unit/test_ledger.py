@@ -49,14 +49,12 @@ def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Disc
     """What the training process does with a batch; ``raised`` as under ``verify="raise"``."""
     discrepancy: Discrepancy | None = ledger.check(came)
     if discrepancy is not None:
-        ledger.settle(discrepancy, came, handed_over=not raised)
+        ledger.settle(discrepancy, handed_over=not raised)
     return discrepancy
 
 
-def drawn_ledger(
-    batches: list[list[Any]], *, first_seq: int = 0, with_keys: bool = False, ended: bool = True
-) -> MapLedger:
-    ledger = MapLedger(with_keys=with_keys, expected_batches=None)
+def drawn_ledger(batches: list[list[Any]], *, first_seq: int = 0, ended: bool = True) -> MapLedger:
+    ledger = MapLedger(expected_batches=None)
     for seq, batch in enumerate(batches, first_seq):
         ledger.drawn(seq, pack(batch))
     if ended:
@@ -146,7 +144,7 @@ def test_every_corruption_is_classified_exactly(
             model.note("missing", batch)
             continue
         if harm == "failed":
-            ledger.failed(manifest(seq, batch), batch)
+            ledger.failed(manifest(seq, batch))
             model.note("failed", batch)
             continue
         if harm == "replaced":
@@ -233,7 +231,7 @@ def test_memory_grows_with_the_batches_in_flight_only() -> None:
             if isinstance(value, dict | list | set) and value is not ledger.by_class
         )
 
-    ledger = MapLedger(with_keys=False, expected_batches=None)
+    ledger = MapLedger(expected_batches=None)
     for seq in range(1_000):
         ledger.drawn(seq, pack([seq]))
         assert 1 <= held(ledger) <= 4
@@ -296,14 +294,14 @@ def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
 
 def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_trouble() -> None:
     ledger = drawn_ledger([[0]], ended=False)
-    ledger.draw_failed(1)
+    ledger.draw_failed()
     assert ledger.check(manifest(0, [0])) is None
     assert ledger.finish() is None
     assert not ledger.audit(0, None).complete
 
 
 def test_without_workers_the_number_of_batches_tells_the_end() -> None:
-    ledger = MapLedger(with_keys=False, expected_batches=lambda: 2)
+    ledger = MapLedger(expected_batches=lambda: 2)
     for seq in range(2):
         assert not ledger.audit(0, None).complete
         ledger.drawn(seq, pack([seq]))
@@ -352,7 +350,7 @@ def test_what_cannot_be_compared_and_is_one_too_few_is_a_trouble() -> None:
 
 def test_failure_of_an_unknown_batch_is_not_booked() -> None:
     ledger = drawn_ledger([[0, 1]])
-    ledger.failed(manifest(7, [8, 9]), [8, 9])
+    ledger.failed(manifest(7, [8, 9]))
     assert ledger.audit(0, None).counts["failed"] == 0
 
 
@@ -362,11 +360,26 @@ def test_indices_too_large_for_the_map_are_noted(monkeypatch: pytest.MonkeyPatch
     assert audit.notes[0].startswith("2 indices were too many or too far apart to be mapped")
 
 
+def test_an_interrupt_in_the_map_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = drawn_ledger([[0, 1], [1]])
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safeloader.delivery.coverage._Pages.add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.audit(0, 4)
+    (note,) = (each for each in ledger.audit(0, 4).notes if "mapped" in each)
+    assert note.startswith("3 indices were not mapped, because of an interrupt")
+    assert "too far apart" not in note
+
+
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_two_indices_with_one_key_are_one_sample() -> None:
-    ledger = drawn_ledger([[0, 1], [2, 3]], with_keys=True)
+    ledger = drawn_ledger([[0, 1], [2, 3]])
     assert hand_over(ledger, manifest(0, [0, 1], keys=["a", "b"])) is None
     discrepancy = hand_over(ledger, manifest(1, [2, 3], keys=["a", "c"]))
     assert discrepancy is not None
@@ -377,7 +390,7 @@ def test_two_indices_with_one_key_are_one_sample() -> None:
 
 
 def test_one_index_twice_is_no_duplicate_key() -> None:
-    ledger = drawn_ledger([[0, 1], [1, 0]], with_keys=True)
+    ledger = drawn_ledger([[0, 1], [1, 0]])
     assert ledger.check(manifest(0, [0, 1], keys=["a", "b"])) is None
     assert ledger.check(manifest(1, [1, 0], keys=["b", "a"])) is None
     audit = ledger.audit(0, None)
@@ -387,7 +400,7 @@ def test_one_index_twice_is_no_duplicate_key() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.integers(1, 4))
 def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: int) -> None:
-    ledger = drawn_ledger(batches, with_keys=True)
+    ledger = drawn_ledger(batches)
     first: dict[int, int] = {}
     duplicated: list[int] = []
     for seq, batch in enumerate(batches):
@@ -404,21 +417,16 @@ def test_keys_against_a_plain_dict(batches: list[list[int]], samples_per_key: in
 
 
 def test_a_batch_of_duplicates_names_three_and_counts_the_rest() -> None:
-    ledger = drawn_ledger([list(range(6))], with_keys=True)
+    ledger = drawn_ledger([list(range(6))])
     discrepancy = ledger.check(manifest(0, list(range(6)), keys=["same"] * 6))
     assert discrepancy is not None
     assert discrepancy.reason.count("are one sample") == 3
     assert discrepancy.reason.endswith("; and 2 more")
 
 
-def test_keys_are_not_compared_unless_asked_for() -> None:
-    ledger = drawn_ledger([[0, 1]])
-    assert ledger.check(manifest(0, [0, 1], keys=["a", "a"])) is None
-
-
 def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 2)
-    ledger = drawn_ledger([[0, 1, 2, 3]], with_keys=True)
+    ledger = drawn_ledger([[0, 1, 2, 3]])
     discrepancy = hand_over(ledger, manifest(0, [0, 1, 2, 3], keys=["a", "b", "c", "a"]))
     assert discrepancy is not None
     assert discrepancy.duplicated == (3,)
@@ -428,7 +436,7 @@ def test_keys_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_keys_past_the_bound_in_bytes_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_module, "KEYS_BYTES", 1000)
-    ledger = drawn_ledger([[0, 1, 2, 3, 4]], with_keys=True)
+    ledger = drawn_ledger([[0, 1, 2, 3, 4]])
     keys = [letter * 400 for letter in "abcda"]
     discrepancy = hand_over(ledger, manifest(0, list(range(5)), keys=keys))
     assert discrepancy is not None
@@ -439,7 +447,7 @@ def test_keys_past_the_bound_in_bytes_are_told_of(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("number", "more"), [(3, ""), (4, "; and 1 more")])
 def test_three_duplicates_are_told_in_full(number: int, more: str) -> None:
-    ledger = drawn_ledger([list(range(number + 1))], with_keys=True)
+    ledger = drawn_ledger([list(range(number + 1))])
     came = manifest(0, list(range(number + 1)), keys=["same"] * (number + 1))
     discrepancy = ledger.check(came)
     assert discrepancy is not None
@@ -456,11 +464,9 @@ def test_too_few_samples_say_how_many_of_the_last_count_as_missing() -> None:
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def stream_ledger(
-    workers: int = 1, *, with_keys: bool = False
-) -> tuple[StreamLedger, StreamProgress]:
+def stream_ledger(workers: int = 1) -> tuple[StreamLedger, StreamProgress]:
     progress = StreamProgress(workers, shared=False)
-    return StreamLedger(with_keys=with_keys, progress=progress, workers=workers), progress
+    return StreamLedger(progress=progress, workers=workers), progress
 
 
 @given(
@@ -576,7 +582,7 @@ def test_a_stream_whose_last_samples_never_came() -> None:
 def test_failed_samples_of_a_stream_are_no_gap() -> None:
     ledger, progress = stream_ledger()
     assert ledger.check(stream_manifest(0, 0, 2)) is None
-    ledger.failed(stream_manifest(0, 2, 2), [(0, 2), (0, 3)])
+    ledger.failed(stream_manifest(0, 2, 2))
     assert ledger.check(stream_manifest(0, 4, 2)) is None
     progress.write(0, 6, 0, True)
     assert ledger.finish() is None
@@ -587,13 +593,13 @@ def test_failed_samples_of_a_stream_are_no_gap() -> None:
 
 def test_a_failed_batch_moves_its_own_worker_on() -> None:
     ledger, _ = stream_ledger(2)
-    ledger.failed(stream_manifest(1, 0, 2), [(1, 0), (1, 1)])
+    ledger.failed(stream_manifest(1, 0, 2))
     assert ledger.check(stream_manifest(1, 2, 1)) is None
     assert ledger.check(stream_manifest(0, 0, 1)) is None
 
 
 def test_keys_find_two_workers_that_read_one_stream() -> None:
-    ledger, progress = stream_ledger(2, with_keys=True)
+    ledger, progress = stream_ledger(2)
     assert hand_over(ledger, stream_manifest(0, 0, 2, ["a", "b"])) is None
     discrepancy = hand_over(ledger, stream_manifest(1, 0, 2, ["a", "b"]))
     assert discrepancy is not None
@@ -607,7 +613,7 @@ def test_keys_find_two_workers_that_read_one_stream() -> None:
 
 
 def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
-    ledger, _ = stream_ledger(2, with_keys=True)
+    ledger, _ = stream_ledger(2)
     discrepancy = hand_over(ledger, stream_manifest(0, 0, 2, ["a", "a"]))
     assert discrepancy is not None
     assert discrepancy.hint == ""
@@ -639,7 +645,7 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
 
 
 def test_without_a_board_the_ends_go_unchecked() -> None:
-    ledger = StreamLedger(with_keys=False, progress=None, workers=2)
+    ledger = StreamLedger(progress=None, workers=2)
     assert ledger.check(stream_manifest(0, 0, 3)) is None
     assert ledger.finish() is None
     audit = ledger.audit(0, None)
@@ -648,7 +654,7 @@ def test_without_a_board_the_ends_go_unchecked() -> None:
 
 def test_a_length_proves_nothing_about_a_stream() -> None:
     progress = StreamProgress(1, shared=False)
-    ledger = StreamLedger(with_keys=False, progress=progress, workers=0)
+    ledger = StreamLedger(progress=progress, workers=0)
     assert ledger.check(stream_manifest(0, 0, 4)) is None
     audit = ledger.audit(0, 4)
     assert not audit.complete
@@ -675,7 +681,7 @@ def test_workers_at_their_ends_prove_it() -> None:
 
 
 def test_an_interrupt_without_workers_fails_the_batch_that_was_drawn() -> None:
-    ledger = MapLedger(with_keys=False, expected_batches=lambda: None)
+    ledger = MapLedger(expected_batches=lambda: None)
     ledger.drawn(0, pack([0, 1]))
     ledger.interrupted(None)
     assert found(ledger.audit(0, 4)) == {"failed": Counter([0, 1])}
@@ -723,7 +729,7 @@ def test_an_interrupt_in_the_hand_over_takes_that_batch(counted: bool) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_interrupt_of_a_stream_fails_what_was_read(workers: int) -> None:
     progress = StreamProgress(1, shared=False)
-    ledger = StreamLedger(with_keys=False, progress=progress, workers=workers)
+    ledger = StreamLedger(progress=progress, workers=workers)
     assert ledger.check(stream_manifest(0, 0, 2)) is None
     progress.write(0, 5, 0, False)
     ledger.interrupted(None)
@@ -753,7 +759,7 @@ def test_a_gap_before_a_batch_that_failed_is_not_passed_over(interrupts: int) ->
     ledger, _ = stream_ledger()
     for _ in range(interrupts):
         ledger.interrupted(None)
-    ledger.failed(stream_manifest(0, 2, 1), [(0, 2)])
+    ledger.failed(stream_manifest(0, 2, 1))
     of_gap = Counter([(0, 0), (0, 1)])
     if interrupts:
         assert found(ledger.audit(0, None)) == {"failed": of_gap + Counter([(0, 2)])}
@@ -773,7 +779,7 @@ def test_an_interrupt_at_the_end_of_a_stream_is_told_already() -> None:
 def test_what_a_sampler_had_drawn_when_it_was_interrupted_failed() -> None:
     ledger = drawn_ledger([[0]], ended=False)
     assert ledger.check(manifest(0, [0])) is None
-    ledger.draw_interrupted(pack([1, 2]))
+    ledger.draw_failed(pack([1, 2]))
     ledger.draws_ended(b"")
     assert ledger.finish() is None
     audit = ledger.audit(0, 3)
@@ -783,7 +789,7 @@ def test_what_a_sampler_had_drawn_when_it_was_interrupted_failed() -> None:
 
 @pytest.mark.parametrize("expected", [2, None])
 def test_only_a_length_that_is_proven_tells_the_end(expected: int | None) -> None:
-    ledger = MapLedger(with_keys=False, expected_batches=lambda: expected)
+    ledger = MapLedger(expected_batches=lambda: expected)
     for seq in range(2):
         ledger.drawn(seq, pack([seq]))
         assert ledger.check(manifest(seq, [seq])) is None

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+import safeloader.loader
 from safeloader import (
     DeliveryError,
     EpochAudit,
@@ -26,6 +27,7 @@ from safeloader.delivery import coverage, ledger, skip_budget, stream_ledger
 from safeloader.failures import dump
 from safeloader.main import drawing, epoch
 from safeloader.provenance import trace
+from safeloader.provenance.events import Events
 from tests import faults
 
 
@@ -142,6 +144,74 @@ def test_the_records_end_where_the_recorder_failed(monkeypatch: pytest.MonkeyPat
     assert loader.audit.unchecked_since == 2
     assert loader.audit.delivered == 22
     assert len(loader.provenance) == 8
+
+
+@every_way
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("name", ["begin_epoch", "audit"])
+def test_an_audit_that_cannot_be_had_says_why(
+    name: str,
+    good: int,
+    kind: str,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    how = drawn_by(kind, workers)
+    stock = batches(DataLoader(DATA[kind], **how))
+    monkeypatch.setattr(Recorder, name, from_the(good, getattr(Recorder, name)))
+    loader = SafeDataLoader(DATA[kind], **how)
+    for number in range(good + 1):
+        assert batches(loader) == stock
+        audit = loader.audit
+        assert audit.epoch == number
+        if number < good:
+            assert audit.ok
+    assert (audit.ok, audit.complete, audit.unchecked_since) == (None, False, 0)
+    assert "failed: a fault of safeloader's own" in audit.notes[-1]
+    assert len([text for text in caplog.messages if "a fault of ours" in text]) == 1
+
+
+def test_records_of_an_epoch_that_was_not_begun_replace_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Recorder, "begin_epoch", from_the(1, Recorder.begin_epoch))
+    loader = SafeDataLoader(torch.arange(8.0), 4, shuffle=True)
+    list(loader)
+    before = loader.provenance.to_numpy().tolist()
+    list(loader)
+    assert loader.provenance.to_numpy().tolist() == before
+
+
+PARTS = {
+    "events": (Events, "tell"),
+    "end of the draws": (epoch.Epoch, "draws_ended"),
+    "what is dropped": (drawing, "_noting"),
+    "use": (safeloader.loader, "watch_for_use"),
+    "line": (safeloader.loader, "_calling_line"),
+}
+
+
+@every_way
+@pytest.mark.parametrize("part", PARTS)
+def test_a_fault_beside_the_accounts_ends_no_training(
+    part: str,
+    kind: str,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    how = drawn_by(kind, workers) | {"drop_last": True}
+    stock = batches(DataLoader(DATA[kind], **how))
+    owner, name = PARTS[part]
+    monkeypatch.setattr(owner, name, faulty)
+    loader = SafeDataLoader(DATA[kind], **how)
+    assert batches(loader) == stock
+    told = [text for text in caplog.messages if "a fault of ours" in text]
+    struck = part != "end of the draws" or kind == "map"  # a stream's sampler has no end
+    assert len(told) == struck
+    in_accounts = part in ("end of the draws", "what is dropped") and struck
+    assert loader.audit.ok is (None if in_accounts else True)
 
 
 def test_a_ledger_that_failed_grows_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
