@@ -136,7 +136,7 @@ _GENERATOR = ("all workers get a copy in the same state", "seed it per worker") 
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    return {name: each for name, each in fields(value, ATTRIBUTES_MAX)[0] if type(name) is str}
+    return {name: each for name, each in fields(value)[:ATTRIBUTES_MAX] if type(name) is str}
 
 
 def _connected(value: Any) -> bool:
