@@ -30,9 +30,9 @@ from safeloader.introspect.values import (
     array_facts,
     cut,
     definitions,
-    elements,
     exception_text,
     fields,
+    held_by,
     inherits,
     own_length,
     plain_length,
@@ -78,7 +78,7 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
         if account is None:
             state["attributes"], omitted = _attributes(dataset)
         else:
-            pairs = elements(account, dict, ATTRIBUTES_MAX)
+            pairs = held_by(account, ATTRIBUTES_MAX)
             state["told_by_dataset"], omitted = _fitting(pairs, dict.__len__(account), _told)
         if omitted:
             state["omitted_attributes"] = omitted

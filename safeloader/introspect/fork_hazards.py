@@ -36,8 +36,8 @@ from safeloader.introspect.values import (
     container_base,
     cut,
     definitions,
-    elements,
     fields,
+    held_by,
     mro_of,
     type_name,
 )
@@ -301,8 +301,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     """What an object holds: the step in the path, and itself."""
     cls = type(value)
     if base is not None:
-        pairs = elements(value, base, SAMPLED)
-        for key, child in pairs if base is dict else enumerate(pairs):
+        for key, child in held_by(value, SAMPLED):
             step = "{...}" if base in (set, frozenset) else f"[{_key_text(key)}]"
             yield step, child
     if cls is types.MethodType or cls is types.BuiltinMethodType:

@@ -24,7 +24,7 @@ from safeloader.introspect.values import (
     array_facts,
     container_base,
     cut,
-    elements,
+    held_by,
     inherits,
     own_length,
     type_name,
@@ -241,9 +241,12 @@ def _parts(value: Any, most: int) -> dict[Any, Any] | None:
     found: dict[Any, Any] = {}
     try:
         if base in (list, tuple):
-            return dict(enumerate(elements(value, base, most)))
-        pairs = dict.items(value) if base is dict else ((key, value[key]) for key in value)
-        for key, part in islice(pairs, most):
+            return dict(held_by(value, most))
+        if base is dict:
+            pairs = held_by(value, most)
+        else:
+            pairs = [(key, value[key]) for key in islice(value, most)]
+        for key, part in pairs:
             if any(type(key) is cls for cls in _PLAIN_KEYS):
                 found[key] = part
             elif inherits(type(key), str):

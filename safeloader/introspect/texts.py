@@ -35,8 +35,8 @@ from safeloader.introspect.values import (
     container_base,
     cut,
     definitions,
-    elements,
     fields,
+    held_by,
     inherits,
     type_name,
 )
@@ -112,9 +112,9 @@ def plain(value: Any, *, depth: int, items: int | None, chars: int) -> Any:
         return plain_text(value, chars)
     if depth == 0 or base not in (dict, list, tuple):
         return index_text(value, min(chars, INDEX_MAX))
-    names, parts = parts_of(value, base, items)
-    told = [plain(part, depth=depth - 1, items=items, chars=chars) for part in parts]
-    left = base.__len__(value) - len(parts)
+    names, shown = shown_parts(value, base, items)
+    told = [plain(part, depth=depth - 1, items=items, chars=chars) for part in shown]
+    left = base.__len__(value) - len(shown)
     if names or base is dict:
         table = dict(zip(map(name_of, names), told, strict=True))
         return table | {"...": f"{left} more"} if left else table
@@ -141,9 +141,8 @@ def is_secret(name: str, value: object) -> bool:
         return not _is_harmless(value, DEPTH)
     if how or _is_secret_member(value):
         return True
-    if name.lower().endswith("keys") and container_base(type(value)) is dict:
-        inner = [_spoken(key) for key, _ in elements(value, dict, ENTRIES_MAX)]
-        return any(secrecy(f"{opened} {name}") for opened in inner)
+    if name.lower().endswith("keys"):  # each under the name of what it opens
+        return any(secrecy(f"{_spoken(key)} {name}") for key, _ in held_by(value, ENTRIES_MAX))
     return type(value) is str and looks_random(name, value)
 
 
@@ -161,34 +160,33 @@ def without_secrets(names: Sequence[object], values: Sequence[object]) -> list[A
     ]
 
 
-def parts_of(value: Any, base: Any, most: int | None) -> tuple[list[Any], list[Any]]:
+def shown_parts(value: Any, base: Any, most: int | None) -> tuple[list[Any], list[Any]]:
     """Return what the first parts of a value are called, if anything, and they, less secrets.
 
     ``base`` is that of a container; None for an object, whose parts are its attributes. In a
     sequence the part before one may be its name.
 
-    >>> parts_of(["--password", "sesame"], list, 5), parts_of({"pwd": "sesame"}, dict, 5)
+    >>> shown_parts(["--password", "sesame"], list, 5), shown_parts({"pwd": "sesame"}, dict, 5)
     (([], ['--password', '[redacted]']), (['pwd'], ['[redacted]']))
     """
+    held = held_by(value, most)
+    names, within = [name for name, _ in held], [part for _, part in held]
     if base is dict or base is None:
-        pairs = elements(value, dict, most) if base else fields(value)[:most]
-        names, parts = [name for name, _ in pairs], [part for _, part in pairs]
-        return names, without_secrets(names, parts)
-    parts = elements(value, base, most)
+        return names, without_secrets(names, within)
     if base is set or base is frozenset:  # without an order, so nothing stands beside anything
-        return [], parts
+        return [], within
     for own in definitions(type(value), "_fields")[:1] if base is tuple else ():
-        if type(own) is tuple and len(names := [*own[:most]]) == len(parts):
-            return names, without_secrets(names, parts)
-    return [], without_secrets(_before(parts), parts)
+        if type(own) is tuple and len(names := [*own[:most]]) == len(within):
+            return names, without_secrets(names, within)
+    return [], without_secrets(_before(within), within)
 
 
-def _before(parts: list[Any]) -> list[Any]:
-    """Return what stands before each part; ``("password", "=", "sesame")`` is of two parts."""
+def _before(values: list[Any]) -> list[Any]:
+    """Return what stands before each value; ``("password", "=", "sesame")`` is of two."""
     names: list[Any] = [""]
-    for part in parts[:-1]:
-        names.append(names[-1] if type(part) is str and part in _BETWEEN else part)
-    return names[: len(parts)]
+    for value in values[:-1]:
+        names.append(names[-1] if type(value) is str and value in _BETWEEN else value)
+    return names[: len(values)]
 
 
 def _spoken(name: Any) -> str:
@@ -214,8 +212,7 @@ def _is_harmless(value: Any, depth: int) -> bool:
     base = container_base(cls)
     if base is None or (depth == 0 and base.__len__(value)):  # where in doubt it is not
         return False
-    parts = elements(value, base, ENTRIES_MAX)
-    flat = chain.from_iterable(parts) if base is dict else parts
+    flat = chain.from_iterable(held_by(value, ENTRIES_MAX))
     return all(_is_harmless(each, depth - 1) for each in flat)
 
 
@@ -250,8 +247,8 @@ def _parts_text(value: Any, base: Any, depth: int) -> str:
         return f"<{type_name(cls)}>"
     if depth == 0 and count:
         return f"{type_name(cls)} of {count}"
-    names, parts = parts_of(value, base, ITEMS_MAX)
-    told = [_text(part, depth - 1) for part in parts]
+    names, shown = shown_parts(value, base, ITEMS_MAX)
+    told = [_text(part, depth - 1) for part in shown]
     if base is dict:
         told = [f"{_text(key, 0)}: {part}" for key, part in zip(names, told, strict=True)]
     elif names:
@@ -285,7 +282,7 @@ def _elements(value: Any, facts: dict[str, Any]) -> list[str]:
         elif facts.get("device") == "cpu" and "size_bytes" in facts:
             tensor: Any = torch.Tensor
             flat = tensor.tolist(tensor.reshape(tensor.detach(value), (-1,)))
-    _, flat = parts_of(flat, list, VALUES_MAX)
+    _, flat = shown_parts(flat, list, VALUES_MAX)
     texts = [f"{each:.8g}" if type(each) is float else _text(each, 0) for each in flat]
     return [f"({', '.join(texts)})"] if texts else []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import types
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,8 @@ def array_facts(value: object) -> dict[str, Any] | None:
         }
     if not inherits(cls, torch.Tensor):
         return None
-    derived = takewhile(lambda each: each is not torch.Tensor, mro_of(cls))
-    if any("__torch_dispatch__" in _namespace_of(each) for each in derived):
+    dispatch = "__torch_dispatch__"
+    if len(definitions(cls, dispatch)) > len(definitions(torch.Tensor, dispatch)):
         return facts  # even its shape may be an answer of foreign code
     with without_overrides():
         with suppress(Exception):  # a nested tensor has none
@@ -127,13 +127,17 @@ def own_length(value: Any) -> int | None:
     return None if base is None else base.__len__(value)
 
 
-def elements(value: Any, base: Any, most: int | None = None) -> list[Any]:
-    """Return the first elements of a container, those of a dict in pairs, as ``base`` has them.
+def held_by(value: Any, most: int | None = None) -> list[tuple[Any, Any]]:
+    """Return the first parts of a value, each after what it stands under: a key, a place, a name.
 
-    >>> elements({"a": 1, "b": 2}, dict, most=1), elements("ab", str, most=5)
-    ([('a', 1)], ['a', 'b'])
+    >>> held_by({"a": 1, "b": 2}, most=1), held_by(["c"]), held_by(Exception())
+    ([('a', 1)], [(0, 'c')], [])
     """
-    return list(islice((dict.items if base is dict else base.__iter__)(value), most))
+    base = container_base(type(value))
+    if base is None:
+        return fields(value)[:most]
+    pairs: Any = dict.items(value) if base is dict else enumerate(base.__iter__(value))
+    return list(islice(pairs, most))
 
 
 def fields(value: object) -> list[tuple[Any, object]]:
@@ -209,9 +213,10 @@ def weight(value: Any, depth: int = 3) -> int:
         return 40
     if depth == 0:
         return 100 + 8 * (own_length(value) or 0)
-    base = container_base(cls)
-    parts = elements(value, base) if base else [part for _, part in fields(value)[:16]]
-    return 100 + 8 * len(parts) + sum(weight(part, depth - 1) for part in parts)
+    held = held_by(value)
+    within = [part for _, part in held]
+    within += [key for key, _ in held] if inherits(cls, dict) else []
+    return 100 + sum(8 + weight(part, depth - 1) for part in within)
 
 
 def cut(text: str, most: int = TEXT_MAX) -> str:
