@@ -48,7 +48,8 @@ _PASSES = re.compile(
     "all|backward|band|by|eval|final|first|forward|high|last|low|multi|n|one|per|second|single|test"
     "|third|train|two"
 )
-_SPECIAL = re.compile(r"<[^<>\s'\"]{1,40}>|\[[A-Z_]{2,20}\d*\]|(?:[a-z]+_)+tokens?")
+# What tokenizers call tokens, and names of such.
+SPECIAL_TOKEN = re.compile(r"<[^<>\s'\"]{1,40}>|\[[A-Z_]{2,20}\d*\]|(?:[a-z]+_)+tokens?")
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=-]{20,}")
 
 
@@ -75,11 +76,6 @@ def secrecy(name: str) -> str:
     passes = words[-1] == "pass" and not any(map(_PASSES.fullmatch, words[-2:-1]))
     of_texts = any(word.endswith(("token", "tokens")) for word in words) or words[-1] == "sid"
     return "texts" if passes or of_texts else ""
-
-
-def is_special_token(text: str) -> bool:
-    """Say whether a text is one of a tokenizer's, ``<pad>`` or ``[MASK]``, or the name of one."""
-    return _SPECIAL.fullmatch(text) is not None
 
 
 def looks_random(name: str, text: str) -> bool:
@@ -151,10 +147,9 @@ _BRACKETS = re.compile(rf"{_QUOTED}|[(\[{{]|[)\]}}]")
 _NUMERIC = re.compile(
     r"(?:[^A-Za-z'\"]|\d*e[+-]?\d|None|True|False|nan|inf|tensor|array|range|d?type|device"
     r"|torch|np|u?int\d+|b?float\d+"
-    rf"|['\"]?(?:{_SPECIAL.pattern})['\"]?)*"
+    rf"|['\"]?(?:{SPECIAL_TOKEN.pattern})['\"]?)*"
 )
-_LINE = re.compile(r"""[^
-'"]*""")
+_LINE = re.compile(r"[^\n'\"]*")
 _BY_VALUE = ("key", "keys", "sig", "-u", "--user")  # the value says whether it is a secret
 _NO_NAMES = ("Error", "Exception", "Warning", "Fault")
 _FRAME = re.compile(r'(^ *File ".*", line \d+.*\n(?:^    .*(?:\n|\Z))*)', re.MULTILINE)

@@ -182,16 +182,15 @@ class Survey:
                 halves = {ours: having, theirs or f"no {ours}": rest}
                 self.findings.append(Finding(Rank.KEYS, path, halves, None))
                 return
-        common = {key: None for key, having in holders.items() if 2 * len(having) > len(parts)}
-        others = {p: found for p, found in parts.items() if found.keys() != common.keys()}
-        lacks = {p: [key for key in common if key not in found] for p, found in others.items()}
-        extra = {p: [key for key in found if key not in common] for p, found in others.items()}
-        lacked = {key for keys in lacks.values() for key in keys}
+        common = {key for key, having in holders.items() if 2 * len(having) > len(parts)}
+        lacked = [key for key in holders if key in common and len(holders[key]) < len(parts)]
         odd: _Groups = {}
-        for position in others:
-            texts = [f"the extra {_keys(extra[position])}"] if extra[position] else []
-            texts += [f"no {_keys(lacks[position])}"] if lacks[position] else []
-            if lacks[position] or (texts and not lacked):  # a key too many harms less
+        for position, found in parts.items():
+            extra = [key for key in found if key not in common]
+            lacks = [key for key in lacked if key not in found]
+            if lacks or (extra and not lacked):  # a key too many harms less
+                texts = [f"the extra {_keys(extra)}"] if extra else []
+                texts += [f"no {_keys(lacks)}"] if lacks else []
                 odd.setdefault(" and ".join(texts), []).append(position)
         if odd:
             words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
@@ -240,12 +239,10 @@ def _parts(value: Any, most: int) -> dict[Any, Any] | None:
     base = container_base(type(value))
     found: dict[Any, Any] = {}
     try:
-        if base in (list, tuple):
-            return dict(held_by(value, most))
-        if base is dict:
-            pairs = held_by(value, most)
-        else:
+        if base is None:
             pairs = [(key, value[key]) for key in islice(value, most)]
+        else:
+            pairs = held_by(value, most)
         for key, part in pairs:
             if any(type(key) is cls for cls in _PLAIN_KEYS):
                 found[key] = part

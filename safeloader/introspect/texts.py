@@ -23,7 +23,7 @@ import torch
 from safeloader._torch import without_overrides
 from safeloader.introspect.redaction import (
     REDACTED,
-    is_special_token,
+    SPECIAL_TOKEN,
     looks_random,
     scrub,
     secrecy,
@@ -205,7 +205,7 @@ def _is_harmless(value: Any, depth: int) -> bool:
     if cls is int or cls is float or value is None or inherits(cls, *_NUMBERS):  # the usual first
         return True
     if cls is str:
-        return is_special_token(value)
+        return SPECIAL_TOKEN.fullmatch(value) is not None
     if inherits(cls, np.ndarray):
         kind: str = np.ndarray.dtype.__get__(value).kind
         return kind in "biufc"
@@ -292,8 +292,9 @@ def _integer(value: Any) -> str:
     return int.__repr__(value) if bits <= 128 else f"<{bits} bits>"
 
 
-def _ends(value: range) -> tuple[int, int, int]:
-    return value.start, value.stop, value.step
+def _range(value: range) -> str:
+    ends = (value.start, value.stop, value.step)
+    return f"range({', '.join(map(_integer, ends))})"
 
 
 def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
@@ -339,4 +340,4 @@ _tell(lambda value: f"<function {value.__qualname__}>", types.FunctionType)
 _tell(lambda value: f"<function {value.__name__}>", types.BuiltinFunctionType)
 _tell(lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>", types.ModuleType)
 _tell(lambda value: f"{type_name(type(value))}({value.item()!r})", *_NUMPY_SCALARS)
-_tell(lambda value: f"range({', '.join(map(_integer, _ends(value)))})", range)
+_tell(_range, range)
