@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -51,8 +51,10 @@ class Difference(NamedTuple):
 
 def fingerprint(batch: Any, samples: int | None) -> tuple[Leaf, ...]:
     """The prints of all leaves of ``batch``, which was made of so many ``samples``."""
+    walk = _Walk(samples or 0)
     with _torch.without_overrides():  # tensors are read as what they are in memory
-        return tuple(_leaves(batch, "batch", samples or 0, {}))
+        walk.into(batch, "batch", 0)
+    return tuple(walk.leaves)
 
 
 def difference(sent: tuple[Leaf, ...], batch: Any, samples: int | None) -> Difference | None:
@@ -76,79 +78,74 @@ def difference(sent: tuple[Leaf, ...], batch: Any, samples: int | None) -> Diffe
     return None
 
 
-def _leaves(
-    part: Any, path: str, samples: int, seen: dict[int, Any], depth: int = 0
-) -> Iterator[Leaf]:
-    """The prints of what ``part`` holds; what several parts hold has its print once.
+class _Walk:
+    """Through a batch, to its leaves; through what several parts of it hold, once."""
 
-    ``seen`` is by id, which is not given again while it is held there.
-    """
-    if part is None or isinstance(part, str | int | float | complex | np.generic):
-        text = repr(part).encode("utf-8", "replace")
-        yield Leaf(path, type(part).__name__, (crc32(text),))
-        return
-    if depth > _DEPTH_MAX or id(part) in seen:
-        return
-    seen[id(part)] = part
-    if isinstance(part, bytes | bytearray):
-        yield Leaf(path, "bytes", (crc32(part),))
-        return
-    # A tensor whose memory cannot be read is passed over.
-    unreadable = (RuntimeError, NotImplementedError, TypeError)
-    with contextlib.suppress(*unreadable if isinstance(part, torch.Tensor) else ()):
-        if isinstance(part, torch.Tensor | np.ndarray) and (leaf := _dense(part, path, samples)):
-            yield leaf
+    def __init__(self, samples: int) -> None:
+        self.leaves: list[Leaf] = []
+        self._samples = samples
+        self._seen: dict[int, Any] = {}  # by id, which is not given again while it is held here
+
+    def into(self, part: Any, path: str, depth: int) -> None:
+        if part is None or isinstance(part, str | int | float | complex | np.generic):
+            self._leaf(path, type(part).__name__, (crc32(repr(part).encode("utf-8", "replace")),))
             return
-        for step, each in _parts(part):
-            yield from _leaves(each, path + step, samples, seen, depth + 1)
+        if depth > _DEPTH_MAX or id(part) in self._seen:
+            return
+        self._seen[id(part)] = part
+        if isinstance(part, torch.Tensor):
+            # One of a kind whose memory cannot be read is passed over.
+            with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
+                self._tensor(part, path, depth)
+        elif isinstance(part, np.ndarray):
+            self._array(part, path, depth)
+        elif isinstance(part, bytes | bytearray):
+            self._leaf(path, "bytes", (crc32(part),))
+        elif isinstance(part, Mapping):
+            for key in part:
+                self.into(part[key], f"{path}[{key!r}]", depth + 1)
+        elif isinstance(part, tuple) and hasattr(part, "_fields"):
+            for name in part._fields:
+                self.into(getattr(part, name), f"{path}.{name}", depth + 1)
+        elif isinstance(part, list | tuple):
+            for k, each in enumerate(part):
+                self.into(each, f"{path}[{k}]", depth + 1)
+        elif not _pickles_its_own_way(type(part)):
+            for name, each in _attributes(part).items():
+                self.into(each, f"{path}.{name}", depth + 1)
 
+    def _leaf(self, path: str, kind: str, fingerprints: tuple[int, ...]) -> None:
+        self.leaves.append(Leaf(path, kind, fingerprints))
 
-def _dense(part: Any, path: str, samples: int) -> Leaf | None:
-    """The print of a tensor or array whose values lie in memory as they are; None of others."""
-    if isinstance(part, np.ndarray):
-        if part.dtype.names or part.dtype.kind in "OT" or part.dtype.char in "gG":
-            return None
-        # In the native order of bytes, as which any other arrives.
-        whole: Any = np.asarray(part, part.dtype.newbyteorder("="), order="C")
-        name, address = "array", whole.ctypes.data
-    # Torch loses the quantizer of a quantized tensor on the way; to read what came would crash.
-    elif part.layout is torch.strided and part.is_cpu and not (part.is_nested or part.is_quantized):
-        whole = part.detach().resolve_conj().resolve_neg().contiguous()
-        name, address = "tensor", whole.data_ptr()
-    else:
-        return None
-    shape = tuple(whole.shape)
-    rows = _rows(address, whole.nbytes, shape, samples)
-    return Leaf(path, f"{name} {whole.dtype} {shape}", rows)
-
-
-def _parts(part: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, each with the step to it."""
-    if isinstance(part, torch.Tensor):
-        part = part.detach()
-        part = list(part.unbind()) if part.is_nested else _torch.parts_of_sparse(part)
-    if isinstance(part, np.ndarray):
-        if part.dtype.names:  # field by field: what is between them need not cross
-            yield from ((f"[{name!r}]", part[name]) for name in part.dtype.names)
-        elif part.dtype.kind in "OT":
-            yield "", part.tolist()
-        else:  # some bytes of a long double mean nothing, and differ in a copy
-            for name, each in ((".real", part.real), (".imag", part.imag)):
+    def _array(self, array: np.ndarray[Any, Any], path: str, depth: int) -> None:
+        if array.dtype.names:  # field by field: what is between them need not cross
+            for name in array.dtype.names:
+                self.into(array[name], f"{path}[{name!r}]", depth + 1)
+        elif array.dtype.kind in "OT":
+            self.into(array.tolist(), path, depth + 1)
+        elif array.dtype.char in "gG":  # some of their bytes mean nothing, and differ in a copy
+            for name, each in (("real", array.real), ("imag", array.imag)):
                 with np.errstate(all="ignore"):
                     high = each.astype(np.float64)
                     low = (each - high).astype(np.float64)
-                yield name, [high, low]
-    elif isinstance(part, Mapping):
-        yield from ((f"[{key!r}]", part[key]) for key in part)
-    elif isinstance(part, tuple) and hasattr(part, "_fields"):
-        yield from ((f".{name}", getattr(part, name)) for name in part._fields)
-    elif isinstance(part, list | tuple):
-        yield from ((f"[{k}]", each) for k, each in enumerate(part))
-    elif not _pickles_its_own_way(type(part)):
-        # Those of a dataclass may be slots.
-        slots = [name for name in getattr(part, "__dataclass_fields__", ()) if hasattr(part, name)]
-        attributes = {name: getattr(part, name) for name in slots} | getattr(part, "__dict__", {})
-        yield from ((f".{name}", each) for name, each in attributes.items())
+                self.into([high, low], f"{path}.{name}", depth + 1)
+        else:
+            native = array.dtype.newbyteorder("=")  # as which any other arrives
+            whole = np.ascontiguousarray(array, native)
+            fingerprints = _rows(whole.ctypes.data, whole.nbytes, array.shape, self._samples)
+            self._leaf(path, f"array {native} {array.shape}", fingerprints)
+
+    def _tensor(self, tensor: torch.Tensor, path: str, depth: int) -> None:
+        tensor = tensor.detach()
+        parts = list(tensor.unbind()) if tensor.is_nested else _torch.parts_of_sparse(tensor)
+        if parts:
+            self.into(parts, path, depth + 1)
+        # Torch loses the quantizer of a quantized tensor on the way; to read what came would crash.
+        elif tensor.layout is torch.strided and tensor.is_cpu and not tensor.is_quantized:
+            whole = tensor.resolve_conj().resolve_neg().contiguous()
+            kind = f"tensor {tensor.dtype} {tuple(tensor.shape)}"
+            rows = _rows(whole.data_ptr(), whole.nbytes, tuple(tensor.shape), self._samples)
+            self._leaf(path, kind, rows)
 
 
 def _pickles_its_own_way(cls: type) -> bool:
@@ -161,6 +158,11 @@ def _pickles_its_own_way(cls: type) -> bool:
         if not plain and getattr(way, "__module__", "") != "dataclasses":  # as with slots=True
             return True
     return False
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    slots = [name for name in getattr(part, "__dataclass_fields__", ()) if hasattr(part, name)]
+    return {name: getattr(part, name) for name in slots} | getattr(part, "__dict__", {})
 
 
 def _rows(address: int, size: int, shape: tuple[int, ...], samples: int) -> tuple[int, ...]:

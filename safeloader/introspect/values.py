@@ -24,7 +24,6 @@ TEXT_MAX = 120  # characters of one text, and of one name
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 _SIZED = (*_CONTAINERS, str, bytes, bytearray)
-_WEIGHED = (int, str, float, bytes, *_CONTAINERS, bytearray)
 
 # Read through ``type`` itself: a metaclass may define properties of these names.
 mro_of: Any = type.__dict__["__mro__"].__get__
@@ -206,14 +205,18 @@ def weight(value: Any, depth: int = 3) -> int:
     (True, True)
     """
     cls = type(value)
-    base: Any = next((base for base in _WEIGHED if inherits(cls, base)), object)
-    size: int = 32 + base.__sizeof__(value)  # and its place in what holds it
-    if base in (int, str, float, bytes) or depth == 0:
-        return size
-    held = held_by(value)
-    within = [part for _, part in held]
-    within += [key for key, _ in held] if inherits(cls, dict) else []
-    return size + sum(weight(part, depth - 1) for part in within)
+    if inherits(cls, str):
+        return 80 + str.__len__(value) * (1 if str.isascii(value) else 4)
+    if inherits(cls, bytes):
+        return 80 + bytes.__len__(value)
+    if inherits(cls, int, float, type(None)):
+        return 40
+    if base := container_base(cls):
+        within = dict.items(value) if base is dict else base.__iter__(value)
+        inner = (weight(part, depth - 1) for part in within) if depth else (100,)
+        return 80 + 8 * int(base.__len__(value)) + sum(inner)
+    held = fields(value)[:16] if depth else []
+    return 100 + sum(weight(part, depth - 1) for _, part in held)
 
 
 def cut(text: str, most: int = TEXT_MAX) -> str:
