@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import traceback as traceback_module
 from collections.abc import Iterator
@@ -26,14 +25,12 @@ from safeloader.failures.exception_parts import (
     own_state,
 )
 from safeloader.introspect.random_state import RandomState
-from safeloader.introspect.redaction import REDACTED, scrub
+from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import (
     bounded_text,
-    concealed,
-    in_pairs,
     index_text,
     indices_text,
-    name_of,
+    plain,
 )
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 
@@ -209,27 +206,8 @@ def _leave_out_ours(said: traceback_module.TracebackException) -> None:
         said.__context__ = first.__context__
 
 
-def _plain(value: Any, depth: int = 5) -> Any:
-    cls = type(value)
-    if value is None or cls is bool or (cls is int and value.bit_length() < 64):
-        return value
-    if cls is float and math.isfinite(value):
-        return value
-    if cls is str:
-        return bounded(scrub(value[:_PART_CHARS]), _PART_CHARS)
-    if cls in (tuple, list) and depth:
-        hidden = in_pairs(value)
-        return [
-            REDACTED if secret else _plain(item, depth - 1)
-            for item, secret in zip(value, hidden, strict=True)
-        ]
-    if cls is dict and depth:
-        hidden = concealed(list(value), list(value.values()))
-        return {
-            name_of(key): REDACTED if secret else _plain(item, depth - 1)
-            for (key, item), secret in zip(value.items(), hidden, strict=True)
-        }
-    return index_text(value)
+def _plain(value: Any) -> Any:
+    return plain(value, depth=5, items=None, chars=_PART_CHARS)
 
 
 # ── the text, for a person ───────────────────────────────────────────────────────────────────────

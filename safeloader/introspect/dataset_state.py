@@ -10,10 +10,7 @@ read by :mod:`values` and put into words by :mod:`texts`, which run nothing.
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,27 +20,26 @@ from safeloader.introspect.texts import (
     DEPTH,
     ENTRIES_MAX,
     bounded_text,
-    concealed,
-    in_pairs,
     is_secret,
     name_of,
+    plain,
     plain_text,
 )
 from safeloader.introspect.values import (
     TEXT_MAX,
     array_facts,
-    container_base,
     cut,
     definitions,
     exception_text,
     fields,
+    held_by,
     inherits,
+    own_length,
     plain_length,
     type_name,
 )
 
 ATTRIBUTES_MAX = 50
-DESCRIBE_SECONDS = 1.0  # then what is left is counted and not described
 JSON_MAX_BYTES = 12_000  # all attributes together; the rest of a description stays below 4 KB
 
 
@@ -78,12 +74,12 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
         state["class"] = cut(type_name(type(dataset)))
         if (own := plain_length(dataset)) is not None:
             state["length"] = own
-        told = _account(dataset, notes) if ask else ()
-        if told:
-            entries, omitted = _told(told[0])
-            state["told_by_dataset"] = entries
-        else:
+        account = _account(dataset, notes) if ask else None
+        if account is None:
             state["attributes"], omitted = _attributes(dataset)
+        else:
+            pairs = held_by(account, ATTRIBUTES_MAX)
+            state["told_by_dataset"], omitted = _fitting(pairs, dict.__len__(account), _told)
         if omitted:
             state["omitted_attributes"] = omitted
     except Exception as error:
@@ -158,84 +154,64 @@ def _views(entry: Any) -> tuple[str, ...]:
 # ---- the dataset's own account
 
 
-def _account(dataset: Any, notes: list[str]) -> tuple[object, ...]:
-    """Return ``(answer,)``, or ``()`` if there is no such method or it failed, which is noted."""
+def _account(dataset: Any, notes: list[str]) -> dict[Any, object] | None:
+    """Return what the dataset says of itself; None if it says nothing or failed, which is noted."""
     if not definitions(type(dataset), "__safeloader_state__"):
-        return ()
+        return None
     try:
-        return (dataset.__safeloader_state__(),)
+        answer = dataset.__safeloader_state__()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also SystemExit: it must not end more than this account
         said = f"{type_name(type(error))}: {plain_text(exception_text(error))}"
         notes.append(cut(f"__safeloader_state__ raised {said}", 2 * TEXT_MAX))
-        return ()
+        return None
+    return answer if inherits(type(answer), dict) else {"answer": answer}
 
 
-def _told(answer: Any) -> tuple[dict[str, Any], int]:
-    """Make JSON of what ``__safeloader_state__()`` returned; also count what was left out."""
-    if not inherits(type(answer), dict):
-        answer = {"answer": answer}
-    pairs = [(name_of(key), value) for key, value in islice(dict.items(answer), ATTRIBUTES_MAX)]
-
-    def entry(name: str, value: object) -> object:
-        plain = REDACTED if is_secret(name, value) else _plain(value, DEPTH)
-        fits = len(json.dumps(plain)) <= JSON_MAX_BYTES // 4
-        return plain if fits else bounded_text(value)
-
-    return _fitting(pairs, dict.__len__(answer), entry)
-
-
-def _plain(value: Any, depth: int) -> object:
-    cls, base = type(value), container_base(type(value))
-    if value is None or cls is bool:
-        return value
-    if (cls is int and value.bit_length() < 64) or (cls is float and math.isfinite(value)):
-        return value
-    if inherits(cls, str):
-        return plain_text(value)
-    if depth == 0 or base not in (dict, list, tuple):
-        return bounded_text(value)
-    count = base.__len__(value)
-    more = f"{count - ENTRIES_MAX} more"
-    shown = list(islice((dict.items if base is dict else base.__iter__)(value), ENTRIES_MAX))
-    keys, parts = zip(*shown, strict=True) if base is dict and shown else ((), shown)
-    hidden = concealed(keys, parts) if base is dict else in_pairs(parts)
-    items: list[Any] = [
-        REDACTED if secret else _plain(part, depth - 1)
-        for part, secret in zip(parts, hidden, strict=True)
-    ]
-    if base is dict:
-        plain = dict(zip(map(name_of, keys), items, strict=True))
-        return plain | {"...": more} if count > ENTRIES_MAX else plain
-    return [*items, f"... {more}"] if count > ENTRIES_MAX else items
+def _told(name: str, value: object) -> object:
+    if is_secret(name, value):
+        return REDACTED
+    told = plain(value, depth=DEPTH, items=ENTRIES_MAX, chars=TEXT_MAX)
+    return told if len(json.dumps(told)) <= JSON_MAX_BYTES // 4 else bounded_text(value)
 
 
 # ---- attributes
 
 
 def _attributes(dataset: object) -> tuple[dict[str, Any], int]:
-    found, count = fields(dataset, 2 * ATTRIBUTES_MAX)
-    pairs = [(name_of(key), value) for key, value in found]
+    pairs = fields(dataset)
     if inherits(type(dataset), torch.nn.Module):
         # Two dozen tables of hooks, nearly always empty, would crowd out what is worth reading.
-        told = [(name, value) for name, value in pairs if name[:1] != "_" or not _is_empty(value)]
-        pairs, count = told, count - len(pairs) + len(told)
-    return _fitting(pairs, count, _entry)
+        pairs = [
+            (key, value)
+            for key, value in pairs
+            if name_of(key)[:1] != "_" or not (value is None or own_length(value) == 0)
+        ]
+    return _fitting(pairs, len(pairs), _attribute)
+
+
+def _attribute(name: str, value: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": cut(type_name(type(value))), **(array_facts(value) or {})}
+    if is_secret(name, value):
+        return entry | {"repr": REDACTED}
+    if (length := own_length(value)) is not None:
+        entry["length"] = length
+    return entry | {"repr": bounded_text(value)}
 
 
 def _fitting(
-    pairs: list[tuple[str, object]], count: int, entry: Callable[[str, Any], object]
+    pairs: list[tuple[Any, object]], count: int, describe_one: Callable[[str, Any], object]
 ) -> tuple[dict[str, Any], int]:
     """Describe as many pairs as fit into the bounds; also return how many of ``count`` do not."""
     kept: dict[str, Any] = {}
     room = JSON_MAX_BYTES
-    give_up = time.monotonic() + DESCRIBE_SECONDS
-    for name, value in pairs:
-        if len(kept) == ATTRIBUTES_MAX or time.monotonic() > give_up:
+    for key, value in pairs[: 2 * ATTRIBUTES_MAX]:
+        if len(kept) == ATTRIBUTES_MAX:
             break
+        name = name_of(key)
         try:
-            described = entry(name, value)
+            described = describe_one(name, value)
         except Exception as error:  # one bad value must not hide the others
             kind = type_name(type(error))
             described = {"type": "", "repr": cut(f"<not described: {kind}>")}
@@ -244,20 +220,3 @@ def _fitting(
             kept[name] = described
             room -= size
     return kept, count - len(kept)
-
-
-def _entry(name: str, value: Any) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": cut(type_name(type(value))), **(array_facts(value) or {})}
-    if is_secret(name, value):
-        return entry | {"repr": REDACTED}
-    base = container_base(type(value)) or next(
-        (each for each in (str, bytes, bytearray) if inherits(type(value), each)), None
-    )
-    if base is not None:
-        entry["length"] = base.__len__(value)
-    return entry | {"repr": bounded_text(value)}
-
-
-def _is_empty(value: Any) -> bool:
-    base = container_base(type(value))
-    return value is None or (base is not None and base.__len__(value) == 0)

@@ -36,8 +36,8 @@ from safeloader.introspect.values import (
     container_base,
     cut,
     definitions,
-    elements,
     fields,
+    held_by,
     mro_of,
     type_name,
 )
@@ -145,7 +145,7 @@ _GENERATOR = ("all workers get a copy in the same state", "seed it per worker") 
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    return {name: each for name, each in fields(value, ATTRIBUTES_MAX)[0] if type(name) is str}
+    return {name: each for name, each in fields(value)[:ATTRIBUTES_MAX] if type(name) is str}
 
 
 def _connected(value: Any) -> bool:
@@ -285,8 +285,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     """What an object holds: the step in the path, and itself."""
     cls = type(value)
     if base is not None:
-        pairs = elements(value, base, SAMPLED)
-        for key, child in pairs if base is dict else enumerate(pairs):
+        for key, child in held_by(value, SAMPLED):
             step = "{...}" if base in (set, frozenset) else f"[{_key_text(key)}]"
             yield step, child
     if cls is types.MethodType or cls is types.BuiltinMethodType:

@@ -257,7 +257,7 @@ def _names(value: Any, cls: type) -> dict[int, str]:
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
     simple = cls is types.SimpleNamespace  # keeps its dict where ``fields`` does not look
-    attributes = vars(value).items() if simple else fields(value, most=10_000)[0]
+    attributes = vars(value).items() if simple else fields(value)[:10_000]
     return names | {id(each): f".{name_of(name)}" for name, each in attributes}
 
 

@@ -16,12 +16,18 @@ REDACTED = "[redacted]"
 
 # ---- by name
 
+# Anywhere in a name; with more behind it only where a word ends: no ``secretary``.
 _ANYWHERE = re.compile(
-    "passw|passphrase|passcode|passkey|pswd|secret|credential|authori[sz]ation|bearer|cookie"
-    "|webhook|conn(?:ection)?str|sharedaccess|sess(?:ion)?id|mnemonic|seedphrase|kubeconfig|netrc"
+    "(?:passw[a-z]*|pass_?(?:phrase|code|key|word)|pswd|secret|credential|authori[sz]ation|bearer"
+    "|cookie|webhook|conn(?:ection)?_?str(?:ing)?|shared_?access|sess(?:ion)?_?id|mnemonic"
+    "|seed_?phrase|kubeconfig|netrc)(?:access|file|hash|id|key|s|string|text|token|url|value)*"
+    "(?![a-z])"
 )
-_WHOLE = re.compile(
-    "pwd|pw|psw|psk|creds?|auth|dsn|jwt|jws|pats?|sas|t?otp|mfa|csrf|xsrf|sig|pem|pfx"
+_WHOLE = re.compile("[a-z]*pwd|psw|psk|creds?|o?auth|dsn|jwt|jws|pats?|sas|t?otp|mfa|csrf|xsrf|pfx")
+# Last in a name: what comes behind is what it is about, and these mean something else beside it.
+_LAST = re.compile("[a-z]*pw|pem|pin|signature")
+_MEASURES = re.compile(
+    "count|dim|format|height|kind|len|length|limit|max|min|num|policy|required|size|type|types|width"
 )
 _OF = (
     "access|account|admin|anthropic|api|app|auth|aws|azure|client|cohere|comet|cosmos|databricks"
@@ -29,8 +35,8 @@ _OF = (
     "|gitlab|google|gpg|groq|hf|hmac|hook|huggingface|imap|jwt|kaggle|kms|ldap|license|mail|maps"
     "|master|mistral|mongo|mysql|neptune|openai|openrouter|pg|pgp|pinecone|postgres|private|proxy"
     "|pypi|rabbitmq|redis|replicate|root|rsa|sas|sendgrid|sentry|service|session|shared|sign|signing"
-    "|slack|smtp|sql|ssh|ssl|storage|stripe|subscription|sudo|symmetric|telegram|tls|twilio|user"
-    "|vault|wandb|wifi"
+    "|slack|smtp|sql|ssh|ssl|storage|stripe|subscription|sudo|symmetric|telegram|tls|twilio|vault"
+    "|wandb|wifi"
 )
 # One word, or two beside each other: ``sshkey`` and ``ssh_key``.
 _COMPOUND = re.compile(
@@ -42,6 +48,8 @@ _PASSES = re.compile(
     "all|backward|band|by|eval|final|first|forward|high|last|low|multi|n|one|per|second|single|test"
     "|third|train|two"
 )
+# What tokenizers call tokens, and names of such.
+SPECIAL_TOKEN = re.compile(r"<[^<>\s'\"]{1,40}>|\[[A-Z_]{2,20}\d*\]|(?:[a-z]+_)+tokens?")
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w+/=-]{20,}")
 
 
@@ -55,21 +63,28 @@ def secrecy(name: str) -> str:
     ['all', 'texts', '', '', 'all']
     """
     words = [] if "=" in name else [word.lower() for word in _WORDS.findall(name)]
+    if not words or _MEASURES.fullmatch(words[-1]):
+        return ""
     beside = map("".join, pairwise(words))
     if (
-        _ANYWHERE.search("".join(words))
+        _ANYWHERE.search("_".join(words))
         or any(map(_WHOLE.fullmatch, words))
+        or _LAST.fullmatch(words[-1])
         or any(map(_COMPOUND.fullmatch, [*words, *beside]))
     ):
         return "all"
-    passes = words[-1:] == ["pass"] and not any(map(_PASSES.fullmatch, words[-2:-1]))
-    return "texts" if passes or any(w.endswith(("token", "tokens")) for w in words) else ""
+    passes = words[-1] == "pass" and not any(map(_PASSES.fullmatch, words[-2:-1]))
+    of_texts = any(word.endswith(("token", "tokens")) for word in words) or words[-1] == "sid"
+    return "texts" if passes or of_texts else ""
 
 
 def looks_random(name: str, text: str) -> bool:
     """Say whether a text under the name of some key (``cdn_key``) is one that opens a door."""
     words = _WORDS.findall(name.lower())
-    return words[-1:] == ["key"] and len(words) > 1 and bool(_RANDOM.fullmatch(text))
+    if name in ("-u", "--user"):  # as curl takes them; numbers are those of a user and a group
+        return re.fullmatch(r"[^\s:]+:(?!\d+$)\S+", text) is not None
+    named = words[-1:] == ["sig"] or (words[-1:] == ["key"] and len(words) > 1)
+    return named and _RANDOM.fullmatch(text) is not None
 
 
 # ---- by looks
@@ -91,10 +106,11 @@ _LOOKS = re.compile(
     |(?<=Basic[ ])(?=[^\s'"]*[\d=+/])[A-Za-z0-9+/]{6,}={0,2}
     # https://user:password@host, https://token@host, user:password@host
     |(?<=://)[^\s'"/@:]{16,}(?=@)
-    |(?<=:)(?!//)(?!\d{1,5}[/?\#])[^\s'"@/,\[\]]{1,100}(?:/[^\s'"@]{0,100})?(?=@[\w.\[-])
+    |(?<=:)(?!//)(?!\d{1,5}[/?\#])[^\s'"@/,\[\]]{1,100}(?:/[^\s'"@]{0,100}|(?:@[^\s'"@/,:\[\]]{1,99}){1,3})?
+        (?=@[\w.\[-])
     |(?<=://)(?P<user>[^\s'"/@:]*:)(?!\d{1,5}(?:[/?\#,]|$))[^\s'"@\[]+\Z
     # the hooks of Slack, Discord, Teams: who has the address may write
-    |(?<=://)(?P<hook>[\w.-]*hooks?[\w.-]*/|[^\s'"]*?/(?:web)?hooks?/)[^\s'"\[]+
+    |(?<=://)(?P<hook>[\w.-]{0,99}hooks?[\w.-]{0,99}/|[^\s'"]{0,300}?/(?:web)?hooks?/)[^\s'"\[]+
     # signed addresses
     |(?<=[?&;])(?P<signed>(?i:sig|sign|signature|x-[a-z]+-signature|key|code|policy|hmac|hdnea)=)
         [^\s&'"\[]+
@@ -104,15 +120,19 @@ _LOOKS = re.compile(
 
 # ---- by name, in a running text: ``password=x``, ``'password': 'x'``, ``--password x``
 
-_QUOTED = r"""[bruf]{0,2}(?:"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z))"""
+_QUOTED = (
+    r"""[bruf]{0,2}(?:"{3}[\s\S]*?(?:"{3}|\Z)|'{3}[\s\S]*?(?:'{3}|\Z)"""
+    r"""|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z))"""
+)
 _NAME = re.compile(
     r"""(?:b?(?P<q>\\{0,4}['"])(?P<quoted>[^'"\\\s=:]{1,80}|\w+(?:[ ]\w+){1,2})(?P=q)[\])]?
         |(?P<line>(?i:authorization|cookie))(?=:[ ])
         |(?P<flag>(?<![\w-])--?[A-Za-z][\w-]*)(?=[ ][^\s-])
         |(?<![\w-])(?<![\w-]\.)(?P<bare>-{0,2}[A-Za-z_][\w.-]*)(?:\[\w*\])?
     )(?P<sep>\s*(?::\s*[A-Za-z_][\w.\[\], |]{0,40}\s=\s|:=|=>|[=!]=|[=:])\s*
-        |(?(quoted),\s*(?:['"]?(?i:val|values?|data|content|text)['"]?\s*[=:]\s*)?
-            (?=b?\\{0,4}['"]|[(\[{])|(?(flag)[ ]|(?!)))
+        |(?(quoted),\s*(?:['"](?:[:=]{1,2}|=>)['"],\s*)?(?:
+            ['"]?(?i:val|values?|data|content|text)['"]?\s*[=:]\s*|(?=b?\\{0,4}['"]|[(\[{])
+        )|(?(flag)[ ]|(?!)))
     )(?=\S)""",
     re.VERBOSE,
 )
@@ -122,13 +142,15 @@ _VALUE = re.compile(
     re.VERBOSE,
 )
 _LITERAL = re.compile(_QUOTED)
+_INNER = re.compile(r"([\w-]+)['\"]?\s*[:=]")
 _BRACKETS = re.compile(rf"{_QUOTED}|[(\[{{]|[)\]}}]")
 _NUMERIC = re.compile(
     r"(?:[^A-Za-z'\"]|\d*e[+-]?\d|None|True|False|nan|inf|tensor|array|range|d?type|device"
-    r"|torch|np|u?int\d+|b?float\d+)*"
+    r"|torch|np|u?int\d+|b?float\d+"
+    rf"|['\"]?(?:{SPECIAL_TOKEN.pattern})['\"]?)*"
 )
-_LINE = re.compile(r"""[^
-'"]*""")
+_LINE = re.compile(r"[^\n'\"]*")
+_BY_VALUE = ("key", "keys", "sig", "-u", "--user")  # the value says whether it is a secret
 _NO_NAMES = ("Error", "Exception", "Warning", "Fault")
 _FRAME = re.compile(r'(^ *File ".*", line \d+.*\n(?:^    .*(?:\n|\Z))*)', re.MULTILINE)
 
@@ -142,7 +164,7 @@ def scrub(text: str) -> str:
     >>> scrub("cannot reach postgresql://bob:hunter2@host/db (password=hunter2, rate=3)")
     'cannot reach postgresql://bob:[redacted]@host/db (password=[redacted], rate=3)'
     """
-    text = _LOOKS.sub(lambda m: (m["user"] or m["hook"] or m["signed"] or "") + REDACTED, text)
+    text = _LOOKS.sub(lambda m: (m[m.lastgroup] if m.lastgroup else "") + REDACTED, text)
     if "Traceback" not in text and 'File "' not in text:
         return _scrub_pairs(text)
     pieces = _FRAME.split(text)  # every second one is a frame with its source
@@ -162,21 +184,32 @@ def _scrub_pairs(text: str, *, code: bool = False) -> str:
         at = found.start() + 1 if found["quoted"] else found.start("sep")
         start = found.end()
         how = "" if last.endswith(_NO_NAMES) else secrecy(last)
-        if not (how or last.lower().endswith("key")):
+        how = how or _by_value(last, text[start : start + 1000])
+        if not how:
             continue
         end = _end_of_value(text, start)
         if found["line"]:
             end = _LINE.match(text, start).end()  # type: ignore[union-attr]  # of any length
         value = text[start:end]
-        shown = (
-            not (how or looks_random(last, value.strip("'\"")))
-            or (how == "texts" and _NUMERIC.fullmatch(value) is not None)
-            or (code and not ("'" in value or '"' in value or value.isdigit()))
+        shown = (how == "texts" and _NUMERIC.fullmatch(value) is not None) or (
+            code and not ("'" in value or '"' in value or value.isdigit())
         )
         if value and not shown:
             told += text[done:start], REDACTED
             done = at = end
     return "".join([*told, text[done:]])
+
+
+def _by_value(name: str, behind: str) -> str:
+    """Say like :func:`secrecy` what the text behind a name makes of it: of what opens a door."""
+    if not name.lower().endswith(_BY_VALUE):
+        return ""
+    if behind.startswith("{"):  # keys, each under the name of what it opens
+        secret = any(secrecy(f"{inner} {name}") for inner in _INNER.findall(behind[:200])[:5])
+    else:
+        found = _VALUE.match(behind)
+        secret = found is not None and looks_random(name, found[0].strip("'\""))
+    return "all" if secret else ""
 
 
 def _end_of_value(text: str, start: int) -> int:

@@ -20,7 +20,15 @@ import numpy as np
 import torch
 
 from safeloader.introspect.texts import bounded_text
-from safeloader.introspect.values import array_facts, container_base, cut, inherits, type_name
+from safeloader.introspect.values import (
+    array_facts,
+    container_base,
+    cut,
+    held_by,
+    inherits,
+    own_length,
+    type_name,
+)
 
 SAMPLES_MAX = 100_000
 VISITS_MAX = 300_000  # values looked at in all: about a second at worst
@@ -103,7 +111,8 @@ class Survey:
         first = dict(enumerate(islice(samples, SAMPLES_MAX)))
         self._queue: deque[tuple[str, _Values, int]] = deque([("", first, 0)])
         self._visits = 0
-        self._kinds: dict[int, str] = {}  # by id of the class, which lives as long as the samples
+        # Kind and name, by id of the class, which lives as long as the samples.
+        self._classes: dict[int, tuple[str, str]] = {}
 
     def walk(self) -> None:
         """Visit place after place, until all are seen or a limit is reached."""
@@ -119,26 +128,29 @@ class Survey:
             elif kind in ("tensor", "array"):
                 self._compare_arrays(path, alike, kind)
             else:
-                types_found = _by_type(alike, _by(alike, lambda value: id(type(value))))
-                self._found(Rank.TYPE, path, types_found)
+                names = _by(alike, lambda value: self._class_of(value)[1])
+                self._found(Rank.TYPE, path, names)
                 if kind in ("none", "other"):
-                    self._refuse(path, alike, types_found)
+                    self._refuse(path, alike, names)
 
     def _compare_kinds(self, path: str, values: _Values) -> tuple[str, _Values]:
         """Return the kind that most values are of, and those values."""
-        kinds = _by(values, self._kind)
+        kinds = _by(values, lambda value: self._class_of(value)[0])
         if len(kinds) > 1:
             rank = Rank.LEAF if kinds.keys() <= {"number", "text", "other"} else Rank.CONTAINER
-            self._found(Rank.NONE if "none" in kinds else rank, path, _by_type(values, kinds))
+            names = {self._class_of(values[each[0]])[1]: each for each in kinds.values()}
+            self._found(Rank.NONE if "none" in kinds else rank, path, names)
         usual = max(kinds, key=lambda kind: len(kinds[kind]))
         return usual, {position: values[position] for position in kinds[usual]}
 
-    def _kind(self, value: object) -> str:
+    def _class_of(self, value: object) -> tuple[str, str]:
+        """Return the kind of a value, and the name of its class."""
         cls = type(value)
-        if id(cls) not in self._kinds:
-            found = (kind for kind, bases in _KINDS.items() if inherits(cls, *bases))
-            self._kinds[id(cls)] = next(found, "other")
-        return self._kinds[id(cls)]
+        if id(cls) not in self._classes:
+            kinds = (kind for kind, bases in _KINDS.items() if inherits(cls, *bases))
+            name = "None" if value is None else cut(type_name(cls))
+            self._classes[id(cls)] = next(kinds, "other"), name
+        return self._classes[id(cls)]
 
     def _compare_parts(self, path: str, values: _Values, depth: int, *, mapping: bool) -> None:
         """Compare keys or lengths, and queue the places that more than half of the values have."""
@@ -153,9 +165,7 @@ class Survey:
         if mapping and all(len(found) < most for found in parts.values()):
             self._compare_keys(path, parts, holders)
         else:  # keys too many to compare one by one, or none
-            bases = {position: container_base(type(value)) for position, value in values.items()}
-            lengths = {p: base.__len__(values[p]) for p, base in bases.items() if base is not None}
-            self._found(Rank.LENGTH, path, _by(lengths, str))
+            self._found(Rank.LENGTH, path, _by(values, lambda value: str(own_length(value))))
         for key, having in holders.items():
             if 2 * len(having) > len(parts):
                 children = {position: parts[position][key] for position in having}
@@ -172,16 +182,15 @@ class Survey:
                 halves = {ours: having, theirs or f"no {ours}": rest}
                 self.findings.append(Finding(Rank.KEYS, path, halves, None))
                 return
-        common = {key: None for key, having in holders.items() if 2 * len(having) > len(parts)}
-        others = {p: found for p, found in parts.items() if found.keys() != common.keys()}
-        lacks = {p: [key for key in common if key not in found] for p, found in others.items()}
-        extra = {p: [key for key in found if key not in common] for p, found in others.items()}
-        lacked = {key for keys in lacks.values() for key in keys}
+        common = {key for key, having in holders.items() if 2 * len(having) > len(parts)}
+        lacked = [key for key in holders if key in common and len(holders[key]) < len(parts)]
         odd: _Groups = {}
-        for position in others:
-            texts = [f"the extra {_keys(extra[position])}"] if extra[position] else []
-            texts += [f"no {_keys(lacks[position])}"] if lacks[position] else []
-            if lacks[position] or (texts and not lacked):  # a key too many harms less
+        for position, found in parts.items():
+            extra = [key for key in found if key not in common]
+            lacks = [key for key in lacked if key not in found]
+            if lacks or (extra and not lacked):  # a key too many harms less
+                texts = [f"the extra {_keys(extra)}"] if extra else []
+                texts += [f"no {_keys(lacks)}"] if lacks else []
                 odd.setdefault(" and ".join(texts), []).append(position)
         if odd:
             words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
@@ -202,7 +211,7 @@ class Survey:
         self._found(Rank.SHAPE, path, shapes)
         self._found(Rank.DTYPE, path, dtypes)
         self._found(Rank.DEVICE, path, by("device"))
-        name = _type(next(iter(values.values())))
+        name = self._class_of(next(iter(values.values())))[1]
         if kind == "array" and not any(map(_NUMERIC.fullmatch, dtypes)):
             self._refuse(path, values, [f"{name} of dtype {dtype}" for dtype in dtypes])
         elif not any({"shape", "size_bytes"} <= fact.keys() for fact in facts.values()):
@@ -230,10 +239,11 @@ def _parts(value: Any, most: int) -> dict[Any, Any] | None:
     base = container_base(type(value))
     found: dict[Any, Any] = {}
     try:
-        if base in (list, tuple):
-            return dict(enumerate(islice(base.__iter__(value), most)))
-        pairs = dict.items(value) if base is dict else ((key, value[key]) for key in value)
-        for key, part in islice(pairs, most):
+        if base is None:
+            pairs = [(key, value[key]) for key in islice(value, most)]
+        else:
+            pairs = held_by(value, most)
+        for key, part in pairs:
             if any(type(key) is cls for cls in _PLAIN_KEYS):
                 found[key] = part
             elif inherits(type(key), str):
@@ -243,22 +253,10 @@ def _parts(value: Any, most: int) -> dict[Any, Any] | None:
     return found
 
 
-def _type(value: object) -> str:
-    return "None" if value is None else cut(type_name(type(value)))
-
-
 def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Holders:
     groups: _Holders = {}
     for position, value in values.items():
         groups.setdefault(label(value), []).append(position)
-    return groups
-
-
-def _by_type(values: _Values, alike: _Holders) -> _Groups:
-    """Name each group by its first value's type: a name is made once a group, not once a value."""
-    groups: _Groups = {}
-    for positions in alike.values():
-        groups.setdefault(_type(values[positions[0]]), []).extend(positions)
     return groups
 
 
@@ -268,8 +266,7 @@ def _majority(groups: _Groups) -> str | None:
 
 
 def _key(key: object) -> str:
-    text = bounded_text(key)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(bounded_text(key), 60)
 
 
 def _keys(keys: list[Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import enum
 import math
 import pathlib
 import types
@@ -20,7 +21,13 @@ import numpy as np
 import torch
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.redaction import REDACTED, looks_random, scrub, secrecy
+from safeloader.introspect.redaction import (
+    REDACTED,
+    SPECIAL_TOKEN,
+    looks_random,
+    scrub,
+    secrecy,
+)
 from safeloader.introspect.values import (
     TEXT_MAX,
     Opaque,
@@ -28,8 +35,8 @@ from safeloader.introspect.values import (
     container_base,
     cut,
     definitions,
-    elements,
     fields,
+    held_by,
     inherits,
     type_name,
 )
@@ -40,8 +47,10 @@ ITEMS_MAX = 5  # elements of one container shown in a text
 ENTRIES_MAX = 20  # elements of one container that is told as a container (``told_by_dataset``)
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
 DEPTH = 2
-_LABELS = ("name", "key", "header", "field", "var", "variable", "option")
+_HIDDEN = Opaque(REDACTED)  # in the place of a secret
+_LABELS = ("name", "key", "header", "field", "var", "variable", "option", "type")
 _LABELLED = ("value", "values", "val", "data", "content")
+_BETWEEN = ("=", ":", "==", "=>", ":=")
 _NUMBERS = (int, float, complex, np.number, np.bool_, range, torch.Tensor)
 
 
@@ -61,8 +70,6 @@ def index_text(index: object, most: int = INDEX_MAX) -> str:
     ('7', "'a/b.png'", '(0, 68)')
     """
     cls = type(index)
-    if cls is Opaque:
-        return cut(str.__str__(index), most)
     told = _string(cls, most - 20)(index) if cls is str or cls is bytes else _text(index, DEPTH)
     return cut(told, most)
 
@@ -79,9 +86,39 @@ def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False
     return f"[{', '.join(shown)}]"
 
 
-def plain_text(text: str) -> str:
+def plain_text(text: str, most: int = TEXT_MAX) -> str:
     """Return a text of any origin as one that may leave: bounded, writable, without secrets."""
-    return cut(scrub(str.__getitem__(text, slice(0, LOOKED_AT))))
+    return cut(scrub(str.__getitem__(text, slice(0, LOOKED_AT))), most)
+
+
+def plain(value: Any, *, depth: int, items: int | None, chars: int) -> Any:
+    """Return a value as JSON has it, without its secrets: what JSON has no form for as a text.
+
+    Args:
+        value: anything; none of its code runs.
+        depth: levels of containers that are told as such; what is deeper is a text.
+        items: of one container, the rest is counted; None for all.
+        chars: of one text.
+
+    >>> plain({"a": (1, 2, 3), "password": "x"}, depth=2, items=2, chars=80)
+    {'a': [1, 2, '... 1 more'], 'password': '[redacted]'}
+    """
+    cls, base = type(value), container_base(type(value))
+    if value is None or cls is bool or (cls is int and value.bit_length() < 64):
+        return value
+    if cls is float and math.isfinite(value):
+        return value
+    if inherits(cls, str):
+        return plain_text(value, chars)
+    if depth == 0 or base not in (dict, list, tuple):
+        return index_text(value, min(chars, INDEX_MAX))
+    names, shown = shown_parts(value, base, items)
+    told = [plain(part, depth=depth - 1, items=items, chars=chars) for part in shown]
+    left = base.__len__(value) - len(shown)
+    if names or base is dict:
+        table = dict(zip(map(name_of, names), told, strict=True))
+        return table | {"...": f"{left} more"} if left else table
+    return [*told, *_more(left)]
 
 
 def name_of(key: Any) -> str:
@@ -101,60 +138,89 @@ def is_secret(name: str, value: object) -> bool:
     """
     how = secrecy(name)
     if how == "texts":
-        return not _is_numeric(value, DEPTH)
-    return bool(how) or (type(value) is str and looks_random(name, value))
+        return not _is_harmless(value, DEPTH)
+    if how or _is_secret_member(value):
+        return True
+    if name.lower().endswith("keys"):  # each under the name of what it opens
+        return any(secrecy(f"{_spoken(key)} {name}") for key, _ in held_by(value, ENTRIES_MAX))
+    return type(value) is str and looks_random(name, value)
 
 
-def concealed(names: Sequence[object], values: Sequence[object]) -> list[bool]:
-    """Say of each value whether its name, or a label beside it, makes it a secret.
+def without_secrets(names: Sequence[object], values: Sequence[object]) -> list[Any]:
+    """Return the values, but for those that their name, or a label beside them, makes a secret.
 
-    >>> concealed(["name", "value"], ["password", "sesame"])
-    [False, True]
+    >>> without_secrets(["name", "value"], ["password", "sesame"])
+    ['password', '[redacted]']
     """
-    spoken = [_spoken(name) for name in names]
-    labelled = any(
-        name.lower() in _LABELS and secrecy(_spoken(value))
-        for name, value in zip(spoken, values, strict=True)
-    )
+    pairs = [*zip(map(_spoken, names), values, strict=True)]
+    labelled = any(name.lower() in _LABELS and secrecy(_spoken(value)) for name, value in pairs)
     return [
-        is_secret(name, value) or (labelled and name.lower() in _LABELLED)
-        for name, value in zip(spoken, values, strict=True)
+        _HIDDEN if is_secret(name, value) or (labelled and name.lower() in _LABELLED) else value
+        for name, value in pairs
     ]
 
 
-def in_pairs(values: Sequence[object]) -> list[bool]:
-    """Say of each element whether the one before it is the name of a secret.
+def shown_parts(value: Any, base: Any, most: int | None) -> tuple[list[Any], list[Any]]:
+    """Return what the first parts of a value are called, if anything, and they, less secrets.
 
-    >>> in_pairs(["--password", "sesame"]), in_pairs((b"authorization", b"Bearer x"))
-    ([False, True], [False, True])
+    ``base`` is that of a container; None for an object, whose parts are its attributes. In a
+    sequence the part before one may be its name.
+
+    >>> shown_parts(["--password", "sesame"], list, 5), shown_parts({"pwd": "sesame"}, dict, 5)
+    (([], ['--password', '[redacted]']), (['pwd'], ['[redacted]']))
     """
-    return concealed(["", *values][: len(values)], values)
+    held = held_by(value, most)
+    names, within = [name for name, _ in held], [part for _, part in held]
+    if base is dict or base is None:
+        return names, without_secrets(names, within)
+    if base is set or base is frozenset:  # without an order, so nothing stands beside anything
+        return [], within
+    for own in definitions(type(value), "_fields")[:1] if base is tuple else ():
+        if type(own) is tuple and len(names := [*own[:most]]) == len(within):
+            return names, without_secrets(names, within)
+    return [], without_secrets(_before(within), within)
+
+
+def _before(values: list[Any]) -> list[Any]:
+    """Return what stands before each value; ``("password", "=", "sesame")`` is of two."""
+    names: list[Any] = [""]
+    for value in values[:-1]:
+        names.append(names[-1] if type(value) is str and value in _BETWEEN else value)
+    return names[: len(values)]
 
 
 def _spoken(name: Any) -> str:
     """Return what a name says: texts, raw bytes as headers have them, or a tuple of such."""
     cls = type(name)
     if inherits(cls, str):
-        return str.__getitem__(name, slice(0, TEXT_MAX))
+        return str.__getitem__(name, slice(0, TEXT_MAX)).strip("_")
     if inherits(cls, bytes):
         return bytes.__getitem__(name, slice(0, TEXT_MAX)).decode("latin-1")
-    return " ".join(map(_spoken, name[:ITEMS_MAX])) if cls is tuple else ""
+    return " ".join(map(_spoken, name[:ITEMS_MAX])) if cls is tuple or cls is list else ""
 
 
-def _is_numeric(value: Any, depth: int) -> bool:
-    """Say whether all that could be shown of a value is numbers; where in doubt it is not."""
+def _is_harmless(value: Any, depth: int) -> bool:
+    """Say whether all that could be shown of a value is numbers, or what tokenizers call tokens."""
     cls = type(value)
     if cls is int or cls is float or value is None or inherits(cls, *_NUMBERS):  # the usual first
         return True
+    if cls is str:
+        return SPECIAL_TOKEN.fullmatch(value) is not None
     if inherits(cls, np.ndarray):
         kind: str = np.ndarray.dtype.__get__(value).kind
         return kind in "biufc"
     base = container_base(cls)
-    if base is None or (depth == 0 and base.__len__(value)):
+    if base is None or (depth == 0 and base.__len__(value)):  # where in doubt it is not
         return False
-    parts = elements(value, base, ENTRIES_MAX)
-    flat = chain.from_iterable(parts) if base is dict else parts
-    return all(_is_numeric(each, depth - 1) for each in flat)
+    flat = chain.from_iterable(held_by(value, ENTRIES_MAX))
+    return all(_is_harmless(each, depth - 1) for each in flat)
+
+
+def _is_secret_member(value: object) -> bool:
+    """Say whether a value is a member of an enumeration, under the name of a secret."""
+    return inherits(type(value), enum.Enum) and any(
+        name == "_name_" and secrecy(_spoken(own)) for name, own in fields(value)
+    )
 
 
 def _text(value: Any, depth: int) -> str:
@@ -163,66 +229,45 @@ def _text(value: Any, depth: int) -> str:
         return exact(value)
     for base, text in _SCALARS.items():
         if inherits(cls, base):
-            return text(value) if cls is base else f"{type_name(cls)}({text(value)})"
+            if cls is base:
+                return text(value)
+            return REDACTED if _is_secret_member(value) else f"{type_name(cls)}({text(value)})"
     facts = array_facts(value)
     if facts is not None:
         told = [str(facts[fact]) for fact in ("dtype", "shape", "device") if fact in facts]
         return " ".join([type_name(cls), *told, *_elements(value, facts)])
-    if base := container_base(cls):
-        return _container_text(value, base, depth)
     if inherits(cls, type):
         return f"<class {type_name(value)}>"
-    if depth < DEPTH:
+    return _parts_text(value, container_base(cls), depth)
+
+
+def _parts_text(value: Any, base: Any, depth: int) -> str:
+    cls, count = type(value), base.__len__(value) if base else len(fields(value))
+    if base is None and depth < DEPTH:
         return f"<{type_name(cls)}>"
-    pairs, count = fields(value, ITEMS_MAX)
-    told = _named(pairs, depth - 1)
-    return f"<{' '.join([type_name(cls), *told, *_more(count, pairs)])}>"
-
-
-def _container_text(value: Any, base: Any, depth: int) -> str:
-    cls, count = type(value), base.__len__(value)
     if depth == 0 and count:
         return f"{type_name(cls)} of {count}"
-    shown = elements(value, base, ITEMS_MAX)
+    names, shown = shown_parts(value, base, ITEMS_MAX)
+    told = [_text(part, depth - 1) for part in shown]
     if base is dict:
-        keys, values = [key for key, _ in shown], [each for _, each in shown]
-        told = _told(values, concealed(keys, values), depth - 1)
-        parts = [f"{_text(key, 0)}: {each}" for key, each in zip(keys, told, strict=True)]
-    elif names := _namedtuple_fields(cls):
-        parts = _named(list(zip(names, shown, strict=False)), depth - 1)
-    else:
-        # A set has no order, so nothing in it stands beside anything.
-        hidden = [False] * len(shown) if base in (set, frozenset) else in_pairs(shown)
-        parts = _told(shown, hidden, depth - 1)
+        told = [f"{_text(key, 0)}: {part}" for key, part in zip(names, told, strict=True)]
+    elif names:
+        told = [f"{name_of(name)}={part}" for name, part in zip(names, told, strict=True)]
+    if base is None:
+        return f"<{' '.join([type_name(cls), *told, *_more(count - len(told))])}>"
     if base in (set, frozenset):
         # The order of a set differs between processes: shown in part it would seem to have changed.
-        parts = sorted(parts) if count <= ITEMS_MAX else []
+        told = sorted(told) if count <= ITEMS_MAX else []
     brackets = _BRACKETS[base]
     comma = "," if base is tuple and count == 1 and cls is base else ""
-    text = f"{brackets[0]}{', '.join([*parts, *_more(count, parts)])}{comma}{brackets[1]}"
+    text = f"{brackets[0]}{', '.join([*told, *_more(count - len(told))])}{comma}{brackets[1]}"
     if cls is base and base in (dict, list, tuple, set):
         return text
     return f"{type_name(cls)}{text}" if base is tuple else f"{type_name(cls)}({text})"
 
 
-def _named(pairs: list[tuple[Any, object]], depth: int) -> list[str]:
-    names, values = [name_of(key) for key, _ in pairs], [value for _, value in pairs]
-    told = _told(values, concealed(names, values), depth)
-    return [f"{name}={each}" for name, each in zip(names, told, strict=True)]
-
-
-def _told(values: list[Any], hidden: list[bool], depth: int) -> list[str]:
-    pairs = zip(values, hidden, strict=True)
-    return [REDACTED if secret else _text(value, depth) for value, secret in pairs]
-
-
-def _more(count: int, shown: list[Any]) -> list[str]:
-    return [f"... {count - len(shown)} more"] if count > len(shown) else []
-
-
-def _namedtuple_fields(cls: type) -> list[str]:
-    found = (names for names in definitions(cls, "_fields") if type(names) is tuple)
-    return [name_of(name) for name in next(found, ())[:ITEMS_MAX]]
+def _more(left: int) -> list[str]:
+    return [f"... {left} more"] if left > 0 else []
 
 
 def _elements(value: Any, facts: dict[str, Any]) -> list[str]:
@@ -237,14 +282,19 @@ def _elements(value: Any, facts: dict[str, Any]) -> list[str]:
         elif facts.get("device") == "cpu" and "size_bytes" in facts:
             tensor: Any = torch.Tensor
             flat = tensor.tolist(tensor.reshape(tensor.detach(value), (-1,)))
-    texts = _told(flat, in_pairs(flat), 0)
-    texts = [f"{x:.8g}" if type(x) is float else t for x, t in zip(flat, texts, strict=True)]
+    _, flat = shown_parts(flat, list, VALUES_MAX)
+    texts = [f"{each:.8g}" if type(each) is float else _text(each, 0) for each in flat]
     return [f"({', '.join(texts)})"] if texts else []
 
 
 def _integer(value: Any) -> str:
     bits = int.bit_length(value)  # beyond some thousand digits, str() is slow and then refuses
     return int.__repr__(value) if bits <= 128 else f"<{bits} bits>"
+
+
+def _range(value: range) -> str:
+    ends = (value.start, value.stop, value.step)
+    return f"range({', '.join(map(_integer, ends))})"
 
 
 def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
@@ -272,32 +322,22 @@ _SCALARS: dict[Any, Callable[[Any], str]] = {
 }
 
 
-def _each(text: Callable[[Any], str], *classes: type) -> dict[int, Callable[[Any], str]]:
-    """By id, because a metaclass may define ``__hash__`` and ``__eq__``; none is ever freed."""
-    return dict.fromkeys(map(id, classes), text)
+_EXACT: dict[int, Callable[[Any], str]] = {}  # by id: a metaclass may define __hash__ and __eq__
 
 
+def _tell(text: Callable[[Any], str], *classes: type) -> None:
+    _EXACT.update(dict.fromkeys(map(id, classes), text))  # none is ever freed
+
+
+_PATHS = (type(pathlib.Path()), type(pathlib.PurePath()))
 _NUMPY_SCALARS = [c for c in set(np.sctypeDict.values()) if issubclass(c, np.number | np.bool_)]
-_EXACT: dict[int, Callable[[Any], str]] = {
-    **_each(repr, type(None), bool, type(...), datetime.date, datetime.timedelta, torch.dtype),
-    **_each(
-        lambda value: scrub(repr(value)),
-        *(torch.device, type(pathlib.Path()), type(pathlib.PurePath())),
-    ),
-    # A tzinfo is foreign; a generator's one field is an address.
-    **_each(lambda value: repr(value.replace(tzinfo=None)), datetime.datetime),
-    **_each(lambda value: "<torch.Generator>", torch.Generator),
-    **_each(
-        lambda value: (
-            f"range({_integer(value.start)}, {_integer(value.stop)}, {_integer(value.step)})"
-        ),
-        range,
-    ),
-    **_each(lambda value: f"<function {value.__qualname__}>", types.FunctionType),
-    **_each(lambda value: f"<function {value.__name__}>", types.BuiltinFunctionType),
-    **_each(
-        lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>",
-        types.ModuleType,
-    ),
-    **_each(lambda value: f"{type_name(type(value))}({value.item()!r})", *_NUMPY_SCALARS),
-}
+_tell(str.__str__, Opaque)
+_tell(repr, type(None), bool, type(...), datetime.date, datetime.timedelta, torch.dtype)
+_tell(lambda value: scrub(repr(value)), torch.device, *_PATHS)
+_tell(lambda value: repr(value.replace(tzinfo=None)), datetime.datetime)  # a tzinfo is foreign
+_tell(lambda value: "<torch.Generator>", torch.Generator)  # its one field is an address
+_tell(lambda value: f"<function {value.__qualname__}>", types.FunctionType)
+_tell(lambda value: f"<function {value.__name__}>", types.BuiltinFunctionType)
+_tell(lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>", types.ModuleType)
+_tell(lambda value: f"{type_name(type(value))}({value.item()!r})", *_NUMPY_SCALARS)
+_tell(_range, range)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import types
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from safeloader._torch import without_overrides
 TEXT_MAX = 120  # characters of one text, and of one name
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+_SIZED = (*_CONTAINERS, str, bytes, bytearray)
 
 # Read through ``type`` itself: a metaclass may define properties of these names.
 mro_of: Any = type.__dict__["__mro__"].__get__
@@ -32,7 +33,7 @@ _namespace_of: Any = type.__dict__["__dict__"].__get__
 
 
 class Opaque(str):
-    """Stands for an object that has no equality to be known by: its type's name."""
+    """Stands for an object that is not to be had: its type's name, or why; told without quotes."""
 
     __slots__ = ()
 
@@ -93,8 +94,8 @@ def array_facts(value: object) -> dict[str, Any] | None:
         }
     if not inherits(cls, torch.Tensor):
         return None
-    derived = takewhile(lambda each: each is not torch.Tensor, mro_of(cls))
-    if any("__torch_dispatch__" in _namespace_of(each) for each in derived):
+    dispatch = "__torch_dispatch__"
+    if len(definitions(cls, dispatch)) > len(definitions(torch.Tensor, dispatch)):
         return facts  # even its shape may be an answer of foreign code
     with without_overrides():
         with suppress(Exception):  # a nested tensor has none
@@ -116,39 +117,48 @@ def container_base(cls: type) -> Any:
     return next((base for base in _CONTAINERS if inherits(cls, base)), None)
 
 
-def elements(value: Any, base: Any, most: int) -> list[Any]:
-    """Return the first elements of a container, those of a dict in pairs, as ``base`` has them.
+def own_length(value: Any) -> int | None:
+    """Return the length of a container or text as its built-in base class has it; None of others.
 
-    >>> elements({"a": 1, "b": 2}, dict, most=1), elements("ab", str, most=5)
-    ([('a', 1)], ['a', 'b'])
+    >>> own_length("abc"), own_length(3)
+    (3, None)
     """
-    return list(islice((dict.items if base is dict else base.__iter__)(value), most))
+    base: Any = next((base for base in _SIZED if inherits(type(value), base)), None)
+    return None if base is None else base.__len__(value)
 
 
-def fields(value: object, most: int) -> tuple[list[tuple[Any, object]], int]:
-    """Return what an object's own dict and slots hold, ``most`` of it, and the count of it all.
+def held_by(value: Any, most: int | None = None) -> list[tuple[Any, Any]]:
+    """Return the first parts of a value, each after what it stands under: a key, a place, a name.
 
-    >>> fields(Exception("not its args, which are kept elsewhere"), most=5)
-    ([], 0)
+    >>> held_by({"a": 1, "b": 2}, most=1), held_by(["c"]), held_by(Exception())
+    ([('a', 1)], [(0, 'c')], [])
+    """
+    base = container_base(type(value))
+    if base is None:
+        return fields(value)[:most]
+    pairs: Any = dict.items(value) if base is dict else enumerate(base.__iter__(value))
+    return list(islice(pairs, most))
+
+
+def fields(value: object) -> list[tuple[Any, object]]:
+    """Return what an object's own dict and slots hold.
+
+    >>> fields(Exception("not its args, which are kept elsewhere"))
+    []
     """
     pairs: list[tuple[Any, object]] = []
-    count = 0
     for own in definitions(type(value), "__dict__"):
         if type(own) is types.GetSetDescriptorType:  # the interpreter's, not a property
             held: Any = own.__get__(value)
             if inherits(type(held), dict):
-                count = dict.__len__(held)
-                pairs = list(islice(dict.items(held), most))
+                pairs = list(dict.items(held))
                 break
     for cls in mro_of(type(value)):
         for name, slot in list(_namespace_of(cls).items()):
             if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
                 with suppress(AttributeError):  # an unset slot
-                    held = slot.__get__(value)
-                    count += 1
-                    if len(pairs) < most:
-                        pairs.append((name, held))
-    return pairs, count
+                    pairs.append((name, slot.__get__(value)))
+    return pairs
 
 
 def exception_text(exc: BaseException) -> str:
@@ -173,19 +183,19 @@ def plain_length(value: Any) -> int | None:
     (2, None)
     """
     cls = type(value)
-    if cls is range or cls is str:
+    if cls is range:
         return len(value)
-    if base := container_base(cls):
-        return int(base.__len__(value))
-    own: dict[str, Any] = dict(fields(value, 8)[0])
+    if (length := own_length(value)) is not None:
+        return length
+    own: dict[str, Any] = dict(fields(value)[:8])
     if cls is Subset:
         return plain_length(own.get("indices"))
     if cls is ConcatDataset and type(sizes := own.get("cumulative_sizes")) is list and sizes:
         return int(sizes[-1])
     if cls is TensorDataset and type(tensors := own.get("tensors")) is tuple and tensors:
-        return next(iter((array_facts(tensors[0]) or {}).get("shape", ())), None)
-    facts = (array_facts(value) or {}).get("shape")
-    return facts[0] if facts else None
+        return plain_length(tensors[0])
+    shape = (array_facts(value) or {}).get("shape")
+    return shape[0] if shape else None
 
 
 def weight(value: Any, depth: int = 3) -> int:
@@ -202,10 +212,10 @@ def weight(value: Any, depth: int = 3) -> int:
     if inherits(cls, int, float, type(None)):
         return 40
     if base := container_base(cls):
-        parts = dict.items(value) if base is dict else base.__iter__(value)
-        inner = (weight(part, depth - 1) for part in parts) if depth else (100,)
+        within = dict.items(value) if base is dict else base.__iter__(value)
+        inner = (weight(part, depth - 1) for part in within) if depth else (100,)
         return 80 + 8 * int(base.__len__(value)) + sum(inner)
-    held, _ = fields(value, 16) if depth else ([], 0)
+    held = fields(value)[:16] if depth else []
     return 100 + sum(weight(part, depth - 1) for _, part in held)
 
 

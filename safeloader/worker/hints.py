@@ -123,7 +123,7 @@ def _file(at: int, dataset: Any, path: str, exc: BaseException, length: int | No
     named, likely = [], []
     held: Any
     spoken = f"{exc.filename if isinstance(exc, OSError) else None} {exception_text(exc)}"
-    for name, held in fields(dataset, _ATTRIBUTES_MAX)[0]:
+    for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
         rows = type(held) in (list, tuple) or (type(held) is np.ndarray and held.ndim == 1)
         if not rows or not 0 <= at < len(held) or is_secret(str(name), held):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
 import os
@@ -27,13 +28,16 @@ HIDDEN = re.split(
     """db_pass PASS pw passcode hftoken authtoken sessiontoken jwt pat openai_key storage_key
     ssh_key aws_key sas connection_string session_id webhook dbPassword DB_PASSWD userPass x-api-key
     AWS_SECRET_ACCESS_KEY hf_token sshkey smtp_pwd signingKey client-secret pgpass cookie
-    Authorization AccountKey otp recovery_code wandb_key slackWebhookUrl conn_str""",
+    Authorization AccountKey otp recovery_code wandb_key slackWebhookUrl conn_str
+    dbpw rootpw adminpw DB_PW userpwd pin gpg_pin oauth oauth2 signature sid mysecret secretkey
+    session_cookie cookies password_hash""",
 )
 SHOWN = re.split(
     r"\s+",
     """tokenizer key passes patience keyframes passage author compass keys key_points monkey path
     pattern pin_memory forward_pass bypass image_key primary_key author_id patch digit_key session
-    user_id accessible turkey sassy signal""",
+    user_id accessible turkey sassy signal
+    cookiecutter secretary token_type password_length pw_conv pem_width sig user_key""",
 )
 
 
@@ -82,6 +86,17 @@ def test_harmless_names_are_not_taken_for_them(name: str) -> None:
         "['password: hunter2', 'x']",
         "{'a': 'db_pass=hunter2', 'b': 1}",
         "[{'Name': 'DB_PASSWORD', 'Value': 'hunter2'}]",
+        '{"type":"password","value":"hunter2"}',
+        "{'keys': {'openai': 'hunter2'}}",
+        "curl -u bob:hunter2 https://host",
+        "['curl', '--user', 'bob:hunter2']",
+        "password=r'''it's hunter2'''",
+        'password="""a "hunter2" b"""',
+        "postgresql://bob:a@hunter2@host",
+        "<Login.PASSWORD: 'hunter2'>",
+        '[["--password"],["hunter2"]]',
+        '("DB_PASSWORD","=","hunter2")',
+        "sig=" + "hunter2" * 4,
     ],
 )
 def test_secrets_in_a_running_text_are_hidden(text: str) -> None:
@@ -123,19 +138,81 @@ def test_keys_of_known_looks_are_hidden(key: str) -> None:
         "tokenizer: 'bert', key='image', patience=3",
         "Caught KeyError in DataLoader worker process 3.",
         '  File "/x/secrets/a.py", line 3, in get_token\n    token = tokens[i]\n',
+        "pad_token='<pad>', eos_token=</s>, mask_token='[MASK]', token_type='bert'",
+        "special_tokens={'pad_token': '<pad>', 'unk_token': '<unk>'}",
+        "cookiecutter='a', secretary='b', password_length=8, pw_conv='c', pem_width=3",
+        "sig='sigmoid', user_key='u', keys={'image': 'img'}",
+        "docker run -u 1000:1000 image",
+        "git+https://host/a/b@v1",
     ],
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
     assert scrub(text) == text
 
 
-@pytest.mark.parametrize("piece", ["a:", "a.", "'", "\\", "password=(", "--a ", "://", "eyJ", "a/"])
+@pytest.mark.parametrize(
+    "piece", ["a:", "a.", "'", "\\", "password=(", "--a ", "://", "eyJ", "a/", "key=(", "://a/"]
+)
 def test_looking_takes_no_longer_than_in_proportion(piece: str) -> None:
     """Forty times the text of the longest message; what takes its square would take minutes."""
     scrub(piece * (400_000 // len(piece)))
 
 
 Pair = namedtuple("Pair", "name value")  # as users write them
+Account = namedtuple("Account", "user password")
+
+
+class Login(enum.Enum):
+    PASSWORD = SECRET
+    RATE = 3
+
+
+class TextLogin(enum.StrEnum):
+    PASSWORD = SECRET
+
+
+class Telling:
+    def __init__(self, told: Any) -> None:
+        self.told = told
+
+    def __safeloader_state__(self) -> Any:
+        return {"told": self.told}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(Login.PASSWORD, TextLogin.PASSWORD, [Login.PASSWORD], {"a": TextLogin.PASSWORD}),
+        *({"type": "password", "value": SECRET}, {"keys": {"openai": SECRET}}),
+        *([["--password"], [SECRET]], ("DB_PASSWORD", "=", SECRET), ["-u", f"bob:{SECRET}"]),
+        Account("bob", SECRET),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_secrets_within_a_value_are_hidden(value: Any) -> None:
+    for text in (
+        bounded_text(value),
+        str(describe(Holding(x=value))),
+        str(describe(Telling(value))),
+    ):
+        assert SECRET not in text
+
+
+def test_what_is_no_secret_within_a_value_is_shown() -> None:
+    assert "3" in bounded_text(Login.RATE)
+    for name, value in (
+        ("pad_token", "<pad>"),
+        ("eos_token", "<|endoftext|>"),
+        ("mask_token", "[MASK]"),
+        ("special_tokens", ["<s>", "</s>"]),
+        ("special_tokens", {"pad_token": "<pad>"}),
+        ("keys", {"image": "img"}),
+        ("sig", "sigmoid"),
+    ):
+        state = describe(Holding(**{name: value}))
+        assert state["attributes"][name]["repr"] == bounded_text(value)
+        assert "[redacted]" not in str(describe(Telling({name: value})))
+
 
 shapes = st.sampled_from(
     [
