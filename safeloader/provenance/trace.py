@@ -93,48 +93,41 @@ class _EventFile:
     second time on its way out.
     """
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, first: str, fd: int, path: Path) -> None:
         self.path = path
         self._pid = os.getpid()
-        self._file: io.FileIO | None = io.FileIO(fd, "w")
-        self._held: list[str] = []
-        self._held_chars = 0
-        self._before_next = "[\n"
+        self._file = io.FileIO(fd, "w")  # closed once it could not be written
+        self._held = io.StringIO()
+        self._held.write(f"[\n{first}")
         self._flush_at_s = time.monotonic() + _FLUSH_S
 
-    def write(self, events: list[str]) -> None:
-        if self._file is None or os.getpid() != self._pid:
-            return
+    def write(self, *events: str) -> None:
         for event in events:
-            self._held_chars += len(event)
-            self._held += (self._before_next, event)
-            self._before_next = ",\n"
-        if self._held_chars > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
+            self._held.write(f",\n{event}")
+        if self._held.tell() > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
             self.flush()
 
     def flush(self, end: str = "") -> None:
-        if self._file is None or os.getpid() != self._pid:
-            return
-        text, self._held, self._held_chars = "".join([*self._held, end]), [], 0
+        piece = memoryview((self._held.getvalue() + end).encode())
+        self._held = io.StringIO()
         self._flush_at_s = time.monotonic() + _FLUSH_S
+        if self._file.closed or os.getpid() != self._pid:
+            return
         try:
-            piece = memoryview(text.encode())
             while piece:
                 piece = piece[self._file.write(piece) :]
         except OSError as exc:
-            file, self._file = self._file, None
             logger.warning(
                 "the trace %s could not be written (%s) and ends here; training goes on",
                 self.path,
                 exc,
             )
-            file.close()
+            self._file.close()
 
     def finish(self) -> None:
         """Close the array. (Viewers take a file without the bracket too, after a crash.)"""
         self.flush(end="\n]\n")
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 _PIECE_CHARS = 1 << 16
@@ -149,11 +142,11 @@ class FileTrace:
 
     def __init__(self, folder: Path) -> None:
         self._pid = os.getpid()
-        self._file = _EventFile(*create(folder, "safeloader", ".json"))
+        name = f"safeloader, training process {self._pid}"
+        first = self._event(ph="M", name="process_name", tid=0, args={"name": name})
+        self._file = _EventFile(first, *create(folder, "safeloader", ".json"))
         self.path = self._file.path
         self._lanes: set[int] = set()
-        name = f"safeloader, training process {self._pid}"
-        self._file.write([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
         self._lane(0, "main process")
         self._finish = weakref.finalize(self, self._file.finish)
 
@@ -163,15 +156,16 @@ class FileTrace:
     def _lane(self, tid: int, name: str) -> None:
         if tid not in self._lanes:
             self._lanes.add(tid)
-            for kind, told in (("name", {"name": name}), ("sort_index", {"sort_index": tid})):
-                told_event = self._event(ph="M", name=f"thread_{kind}", tid=tid, args=told)
-                self._file.write([told_event])
+            self._file.write(
+                self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
+                self._event(ph="M", name="thread_sort_index", tid=tid, args={"sort_index": tid}),
+            )
 
     def _instant(self, cat: str, name: str, tid: int, s: str, args: dict[str, Any]) -> None:
         """A moment, marked in its lane (``s="t"``), process (``"p"``) or everywhere (``"g"``)."""
         now_us = (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
         event = self._event(ph="i", s=s, name=name, cat=cat, tid=tid, ts=now_us, args=args)
-        self._file.write([event])
+        self._file.write(event)
         if s != "t":  # what is rare is on disk at once
             self._file.flush()
 
@@ -186,13 +180,13 @@ class FileTrace:
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         tid = 0 if manifest.worker_id is None else manifest.worker_id + 1
-        if tid not in self._lanes:
-            self._lane(tid, f"worker {manifest.worker_id}")
+        self._lane(tid, f"worker {manifest.worker_id}")
+        in_stream = manifest.ordinal is not None  # each index is a pair of ints
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
         events = []
         begin_ns = record.start_ns
         for index, fetch_ns in zip(record.indices, record.fetch_ns, strict=True):
-            shown = str(index) if type(index) is int else json.dumps(_named(index))[1:-1]
+            shown = str(index) if in_stream or type(index) is int else _name_in_json(index)
             events.append(
                 f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
             )
@@ -216,7 +210,7 @@ class FileTrace:
             self._event(ph="X", tid=0, dur=wait_us, **waited),
             self._event(ph="f", bp="e", tid=0, ts=at_us, **flow),
         ]
-        self._file.write(events)
+        self._file.write(*events)
 
     def failed(self, failure: Failure) -> None:
         """An error, in the lane of its worker."""
@@ -230,14 +224,8 @@ class FileTrace:
         self._instant("audit", f"audit of epoch {audit.epoch}", 0, "p", {"audit": str(audit)})
 
 
-def _named(index: Any) -> str:
-    if (
-        type(index) is tuple
-        and [*map(type, index)] == [int, int]
-        and 0 <= min(index) <= max(index) < 1 << 63
-    ):
-        return f"({index[0]}, {index[1]})"  # of a stream, as every one of its samples
-    return scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index)
+def _name_in_json(index: Any) -> str:
+    return json.dumps(scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index))[1:-1]
 
 
 def _drawn(indices: Packed) -> str:
