@@ -38,7 +38,7 @@ from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
-from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
+from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import close_pipes, remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
@@ -169,8 +169,7 @@ class WorkerPool:
                 length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
-            ending = None if flight is None else EndSignal(flight)
-            channels = _torch.Channels(results, tasks, ending)
+            channels = _torch.Channels(results, tasks, flight)
             self._view = functools.partial(
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )

@@ -40,7 +40,7 @@ class WorkerRestarts:
     def should_restart(
         self,
         failure: Failure,
-        at: Sequence[WorkerLocation | None],
+        at: Sequence[WorkerLocation],
         sampler: RecordingSampler,
         tell: Callable[[Failure, Sequence[str]], None],
     ) -> bool:
@@ -50,7 +50,7 @@ class WorkerRestarts:
                 "the workers died %d times in this epoch: giving up", self._restarts + 1
             )
             return False
-        if all(where is not None and where.position.phase in _BEFORE_ANY_TASK for where in at):
+        if all(where.position.phase in _BEFORE_ANY_TASK for where in at):
             self._before_any_task += 1
             if self._before_any_task > 1:
                 self._log.error("the workers died twice before they were at any batch: giving up")
@@ -58,7 +58,7 @@ class WorkerRestarts:
         died_at: set[tuple[int, int | None]] = set()
         left_out = []
         for where in at:
-            if where is None or where.position.seq is None:
+            if where.position.seq is None:
                 continue
             at_once = where.position.phase == "fetch at once" and not sampler.batched
             place = (where.position.seq, 0 if at_once else where.position.position)
