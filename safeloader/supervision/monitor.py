@@ -18,7 +18,7 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.introspect.redaction import scrub
-from safeloader.introspect.resources import process_memory
+from safeloader.introspect.resources import or_none, process_memory
 from safeloader.introspect.values import exception_text
 from safeloader.supervision.flight_recorder import (
     IDLE,
@@ -105,13 +105,11 @@ class WorkerMonitor:
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 
+@or_none
 def _resident_bytes() -> int | None:
     """Resident memory of this process by the kernel's cheapest account; None if unknown."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
-        return None
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _write_stacks_to(fd: int) -> int:
