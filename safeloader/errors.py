@@ -28,18 +28,6 @@ from safeloader.failures.exception_parts import attributes_of, crossed, first_im
 if TYPE_CHECKING:
     from safeloader.failures.failure import Failure
 
-__all__ = [
-    "CollateError",
-    "DeliveryError",
-    "SafeLoaderError",
-    "SampleError",
-    "SamplerError",
-    "TransportError",
-    "WorkerCrashError",
-    "WorkerInitError",
-    "WorkerTimeoutError",
-]
-
 
 class SafeLoaderError(Exception):
     """Base of all errors of this package.
@@ -59,9 +47,6 @@ class SafeLoaderError(Exception):
     # Class-level defaults: a combined class is made without running __init__ (see dual_type).
     failure: Failure | None = None
     _text: str | None = None
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
 
     @property
     def index(self) -> Any:

@@ -47,9 +47,8 @@ def is_off() -> bool:
     return value == "off"
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Our keywords as they stand for one epoch; see :class:`~safeloader.SafeDataLoader`."""
+class Keywords:
+    """Our keywords and their defaults; see :class:`~safeloader.SafeDataLoader`."""
 
     verify: Verify = UNASKED
     trace: bool | str | os.PathLike[str] | None = None
@@ -63,6 +62,13 @@ class Settings:
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
+
+
+@dataclass(frozen=True)
+class Settings(Keywords):
+    """Our keywords as they stand for one epoch."""
+
+    __annotations__ = Keywords.__annotations__  # its fields
 
     @classmethod
     def of(cls, loader: Any) -> Settings:
