@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -46,9 +47,6 @@ try:
     from safeloader.main.iterator import Side, iterate
 except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off needs
     _public_names_moved.append(str(exc))
-
-if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
 
 T_co = TypeVar("T_co", covariant=True)
 

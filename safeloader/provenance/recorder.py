@@ -70,7 +70,7 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
-    _watch: int | None = None  # its number among those watched for use
+    _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0:
@@ -100,7 +100,7 @@ class Recorder:
         """Number the next epoch and take the way to its audit."""
         epoch = self.epochs
         self.epochs += 1
-        _blank.pop(self._watch, None)
+        _blank.pop(self._mark, None)
         self._audit = lambda: audit(epoch)
         return epoch
 
@@ -163,9 +163,8 @@ def _as_delivery(record: tuple[Any, ...]) -> Delivery:
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────
 
-# By their numbers; not the recorders themselves, which have to be able to go.
-_blank: dict[int | None, tuple[str, int]] = {}
-_numbers = itertools.count()
+# By a mark of each; not by the recorders themselves, which have to be able to go.
+_blank: dict[object, tuple[str, int]] = {}
 _told: deque[bool] = deque(maxlen=1)
 
 
@@ -175,8 +174,8 @@ def watch_for_use(recorder: Recorder, made_at: str) -> None:
     Frameworks that rebuild a loader as torch's own class do so in silence; the user would take the
     empty notebook for a clean run.
     """
-    recorder._watch = next(_numbers)
-    _blank[recorder._watch] = made_at, os.getpid()
+    recorder._mark = object()
+    _blank[recorder._mark] = made_at, os.getpid()
 
 
 def failure_was_told() -> None:

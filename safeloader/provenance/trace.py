@@ -40,7 +40,13 @@ class LogTrace:
     """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
 
     def __init__(self, log: LoaderLog) -> None:
-        _show_on_stderr_if_nobody_listens()
+        # A user who sets an environment variable wants to see lines, configured logging or not.
+        if not logger.isEnabledFor(logging.INFO):
+            logger.setLevel(logging.INFO)
+        if not logger.hasHandlers():
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+            logger.addHandler(handler)
         self._log = log
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
@@ -55,9 +61,8 @@ class LogTrace:
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
         said = f"epoch {epoch}: {who} (pid {record.pid}) fetched index"
-        for position, (index, took_ns) in enumerate(
-            zip(record.indices, record.fetch_ns, strict=True)
-        ):
+        fetches = zip(record.indices, record.fetch_ns, strict=True)
+        for position, (index, took_ns) in enumerate(fetches):
             at = f"for batch {batch}, position {position}, in {took_ns / 1e6:.3f} ms"
             self._log.info("%s %s %s", said, index_text(index), at)
         self._log.info(
@@ -74,16 +79,6 @@ class LogTrace:
     def audited(self, audit: EpochAudit) -> None:
         """The epoch's audit."""
         self._log.info("%s", audit)
-
-
-def _show_on_stderr_if_nobody_listens() -> None:
-    """A user who sets an environment variable wants to see lines, configured logging or not."""
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-        logger.addHandler(handler)
 
 
 class _EventFile:
@@ -147,19 +142,23 @@ class FileTrace:
         self._file = _EventFile(first, *create(folder, "safeloader", ".json"))
         self.path = self._file.path
         self._lanes: set[int] = set()
-        self._lane(0, "main process")
+        self._lane(None)
         self._finish = weakref.finalize(self, self._file.finish)
 
     def _event(self, **fields: Any) -> str:
         return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
 
-    def _lane(self, tid: int, name: str) -> None:
+    def _lane(self, worker_id: int | None) -> int:
+        """The lane of a worker or of main, which gets its name when it is first used."""
+        tid = 0 if worker_id is None else worker_id + 1
         if tid not in self._lanes:
             self._lanes.add(tid)
+            name = f"worker {worker_id}" if tid else "main process"
             self._file.write(
                 self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
                 self._event(ph="M", name="thread_sort_index", tid=tid, args={"sort_index": tid}),
             )
+        return tid
 
     def _instant(self, cat: str, name: str, tid: int, s: str, args: dict[str, Any]) -> None:
         """A moment, marked in its lane (``s="t"``), process (``"p"``) or everywhere (``"g"``)."""
@@ -179,8 +178,7 @@ class FileTrace:
         """Hot path when tracing: the events of a batch's samples are formatted by hand, which
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
-        tid = 0 if manifest.worker_id is None else manifest.worker_id + 1
-        self._lane(tid, f"worker {manifest.worker_id}")
+        tid = self._lane(manifest.worker_id)
         in_stream = manifest.ordinal is not None  # each index is a pair of ints
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
         events = []
@@ -192,29 +190,28 @@ class FileTrace:
             )
             begin_ns += fetch_ns
         stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
-        collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
-        end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
+        collate_us, end_us = ((stamps[-2:] + UNIX_OFFSET_NS) / 1000).tolist()
         began_us = (began_ns + UNIX_OFFSET_NS) / 1000
         wait_us = wait_ns / 1000
         name = f"batch {batch}"
         args = {"epoch": epoch, "batch": batch, "pid": manifest.pid}
+        counted = args | {"samples": len(record.indices)}
         flow = {"cat": "batch", "name": name, "id": f"{epoch}.{batch}"}
         collated = {"cat": "collate", "name": "collate", "ts": collate_us, "args": args}
         waited = {"cat": "wait", "name": f"wait for {name}", "ts": began_us}
-        waited["args"] = args | {"samples": len(record.indices)}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
         at_us = began_us + wait_us - min(wait_us, 1.0) / 2
-        events += [
+        self._file.write(
+            *events,
             self._event(ph="X", tid=tid, dur=end_us - collate_us, **collated),
             self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
-            self._event(ph="X", tid=0, dur=wait_us, **waited),
+            self._event(ph="X", tid=0, dur=wait_us, args=counted, **waited),
             self._event(ph="f", bp="e", tid=0, ts=at_us, **flow),
-        ]
-        self._file.write(*events)
+        )
 
     def failed(self, failure: Failure) -> None:
         """An error, in the lane of its worker."""
-        tid = 0 if failure.worker_id is None else failure.worker_id + 1
+        tid = self._lane(failure.worker_id)
         name = f"{failure.exception_type} at {index_text(failure.index)}"
         args = {"phase": failure.phase, "message": failure.message[:1000]}
         self._instant("failure", name, tid, "g", args)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safeloader.delivery.ledger import PendingBatch
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, text_of
-from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
+from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills, or_none
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import stacks
 from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
@@ -37,12 +37,6 @@ class WorkerLocation(NamedTuple):
     def busy(self) -> bool:
         """Whether it is known to be at work, or was when it died."""
         return self.position.phase not in ("idle", "unknown")
-
-    @property
-    def seconds(self) -> float:
-        """Since when it is there; 0 if unknown."""
-        since = self.position.since_ns
-        return max(0.0, (clock() - since) / 1e9) if since else 0.0
 
     @property
     def place(self) -> dict[str, Any]:
@@ -116,20 +110,15 @@ class Diagnosis:
         first = min(dead, key=self._order)
         where, process = self.location(first), self._workers[first]
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
-        end = WorkerEnd(
-            exit_code=process.exitcode,
-            phase=where.position.phase,
-            index=where.index,
-            stack=stack,
-            oom_killed=(oom_kills() or 0) - (self._oom_kills or 0),
-            grown_bytes=where.position.grown_bytes,
-        )
-        found = [f"worker {first} was {where}"] if where.position.pid else []
+        row = where.position
+        killed = (oom_kills() or 0) - (self._oom_kills or 0)
+        end = WorkerEnd(process.exitcode, row.phase, where.index, stack, killed, row.grown_bytes)
+        found = [f"worker {first} was {where}"] if row.pid else []
         for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
             died, also = self._workers[other], self.location(other)
             too = f"too while {also}" if also.position.pid else "too"
             found.append(f"worker {other} (pid {died.pid}) {ended(died.exitcode)} {too}")
-        found += [*_memory_lines(where.position), *machine_lines(), of_death(end)]
+        found += [*_memory_lines(row), *machine_lines(), of_death(end)]
         return Failure(
             phase="crash",
             exception_type="WorkerCrashError",
@@ -148,19 +137,19 @@ class Diagnosis:
     def silence(self, waited_s: float, *, timeout: bool) -> Failure:
         """The failure, or warning, that no batch came for ``waited_s`` seconds."""
         at = [self.location(worker) for worker in range(len(self._workers))]
-        busy = sorted((where for where in at if where.busy), key=lambda where: -where.seconds)
-        told = {}
-        if self._flight is not None:
-            told = stacks.asked(self._flight, self._signals, [where.worker for where in busy])
-        found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
+        busy = [where for where in at if where.busy]
+        busy.sort(key=lambda where: where.position.since_ns or clock())  # the longest first
+        shown = busy[:_WORKERS_SHOWN]
+        asked = [where.worker for where in shown]
+        told = stacks.asked(self._flight, self._signals, asked) if self._flight else {}
+        found = [self._silent_line(where) for where in shown]
         if len(busy) > _WORKERS_SHOWN:
             found.append(f"and {len(busy) - _WORKERS_SHOWN} more workers at work")
         if idle := sum(where.position.phase == "idle" for where in at):
             found.append(f"{idle} more idle" if busy else f"all {idle} workers are idle")
         blocks = [
-            f"worker {where.worker}, most recent call last:\n{told[where.worker].text}"
-            for where in busy[:_WORKERS_SHOWN]
-            if where.worker in told
+            f"worker {worker}, most recent call last:\n{its_stack.text}"
+            for worker, its_stack in told.items()
         ]
         first = busy[0] if busy else WorkerLocation(0, FlightRow())
         stack, status = told.get(first.worker), self._status(first.worker)
@@ -180,19 +169,18 @@ class Diagnosis:
         )
 
     def _silent_line(self, where: WorkerLocation) -> str:
-        since = f" for {where.seconds:.1f} s" if where.position.since_ns else ""
+        since_ns = where.position.since_ns
+        since = f" for {max(0, clock() - since_ns) / 1e9:.1f} s" if since_ns else ""
         pid = self._workers[where.worker].pid
         status = self._status(where.worker)
         state = f", process state: {status}" if status in _TELLING else ""
         return f"worker {where.worker} (pid {pid}) is {where}{since}{state}"
 
+    @or_none  # it has gone, or /proc is not to be read
     def _status(self, worker: int) -> str | None:
-        try:
-            import psutil  # heavy, and needed here alone
+        import psutil  # heavy, and needed here alone
 
-            return str(psutil.Process(self._workers[worker].pid).status())
-        except Exception:  # it has gone, or /proc is not to be read
-            return None
+        return str(psutil.Process(self._workers[worker].pid).status())
 
 
 class Stalls:

@@ -20,6 +20,7 @@ import mmap
 import os
 from typing import NamedTuple
 
+from safeloader.introspect.resources import or_none
 from safeloader.transport.shared_memory import SharedCells
 
 STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
@@ -95,13 +96,11 @@ class FlightRecorder(SharedCells):
         at = _SHARED + worker * ROW
         return self._cells[at : at + ROW]
 
+    @or_none
     def open_stacks(self, worker: int) -> int | None:
         """A file descriptor that writes to this worker's room for stacks; None without /proc."""
-        try:
-            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
-            os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
-        except OSError:
-            return None
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
+        os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
         return fd
 
     def is_set(self) -> bool:

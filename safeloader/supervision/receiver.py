@@ -154,12 +154,10 @@ class ResultReceiver:
 class PinnedResultReceiver(ResultReceiver):
     """The same behind torch's pinning thread, which reads the workers' pipes and fills a queue."""
 
-    def __init__(
-        self, pinned: queue.Queue[Any], thread: threading.Thread, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, pinned: queue.Queue[Any], thread: threading.Thread, *args: Any) -> None:
         self._pinned = pinned
         self._thread = thread
-        super().__init__(*args, poll=select.poll(), **kwargs)
+        super().__init__(*args, poll=select.poll())
         self._at_hand = ()  # the thread takes them
 
     def _receive(self, seconds: float) -> Any:

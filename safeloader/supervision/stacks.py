@@ -20,7 +20,11 @@ from safeloader.supervision.processes import Signals
 _ANSWER_S = 1.0  # how long an answer is waited for
 _QUIET_S = 0.03  # without a new line, it is complete
 _DUMP_BYTES = 1 << 16  # more than one answer takes
-_FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
+# "Stack" is that of the only thread there is.
+_CURRENT_THREAD = re.compile(
+    r"^(Current thread .*|Stack) \(most recent call first\):\n(?P<frames>( .*\n?)*)", re.MULTILINE
+)
+_FRAME = re.compile(r'^ +File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _OURS = os.path.join("safeloader", "worker", "")
 _FRAMES_MAX = 40
 
@@ -65,15 +69,9 @@ def left_behind(flight: FlightRecorder, worker: int) -> Stack:
 
 def read(text: str) -> Stack:
     """Take a dump of ``faulthandler`` apart; other text (a traceback) is kept as it is."""
-    current: list[FrameSummary] = []
-    inside = False
-    for line in text.splitlines():
-        if "(most recent call first)" in line:
-            inside = line.startswith("Current thread") or "Thread" not in text
-            continue
-        found = _FRAME.match(line) if inside else None
-        if found is not None:
-            current.append(FrameSummary(found["file"], int(found["line"]), found["name"]))
+    thread = _CURRENT_THREAD.search(text)
+    found = [] if thread is None else _FRAME.findall(thread["frames"])
+    current = [FrameSummary(file, int(line), name) for file, line, name in found]
     # Below the first of ours they are safeloader's, torch's and multiprocessing's.
     users = [*takewhile(lambda frame: _OURS not in frame.filename, current)]
     frames = tuple(users or current)[:_FRAMES_MAX]
