@@ -11,7 +11,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from multiprocessing.process import BaseProcess
+from multiprocessing import Process
 from time import monotonic
 from typing import Any
 
@@ -54,7 +54,7 @@ class ResultReceiver:
     def __init__(
         self,
         results: ResultQueue,
-        workers: Sequence[BaseProcess],
+        workers: Sequence[Process],
         ended: Callable[[int], bool],
         timeout_s: float,
         stall_after_s: float,
