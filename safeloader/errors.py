@@ -19,6 +19,7 @@ the same for the errors of its tasks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -27,18 +28,6 @@ from safeloader.failures.exception_parts import attributes_of, crossed, first_im
 
 if TYPE_CHECKING:
     from safeloader.failures.failure import Failure
-
-__all__ = [
-    "CollateError",
-    "DeliveryError",
-    "SafeLoaderError",
-    "SampleError",
-    "SamplerError",
-    "TransportError",
-    "WorkerCrashError",
-    "WorkerInitError",
-    "WorkerTimeoutError",
-]
 
 
 class SafeLoaderError(Exception):
@@ -59,9 +48,6 @@ class SafeLoaderError(Exception):
     # Class-level defaults: a combined class is made without running __init__ (see dual_type).
     failure: Failure | None = None
     _text: str | None = None
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
 
     @property
     def index(self) -> Any:
@@ -114,29 +100,20 @@ class DeliveryError(SafeLoaderError):
     """What was handed over is not what the sampler drew: missing, twice, or unasked for."""
 
 
-_dual_types: dict[tuple[type, type], type[SafeLoaderError]] = {}
+_END_A_LOOP = (StopIteration, StopAsyncIteration, GeneratorExit)
 
 
+@functools.lru_cache(maxsize=1000)  # some classes are made on the fly, each time anew
 def dual_type(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[SafeLoaderError]:
     """The class that is both ``ours`` and ``theirs``; ``ours`` alone where that cannot be.
 
     A ``StopIteration`` is never combined: raised out of ``__next__`` it would end the loop in
     silence. Types whose layouts or metaclasses exclude each other fall back to ``ours``.
     """
-    if issubclass(theirs, (StopIteration, StopAsyncIteration, GeneratorExit)):
+    if issubclass(theirs, _END_A_LOOP) or issubclass(ours, theirs):
         return ours
-    if issubclass(ours, theirs):
-        return ours
-    if issubclass(theirs, ours) and theirs in _dual_types.values():
-        return theirs  # a loader in the dataset raised it: it is both already
-    if (ours, theirs) not in _dual_types:
-        if len(_dual_types) > 1000:  # classes made on the fly, each time anew
-            _dual_types.clear()
-        _dual_types[ours, theirs] = _combine(ours, theirs)
-    return _dual_types[ours, theirs]
-
-
-def _combine(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[SafeLoaderError]:
+    if issubclass(theirs, ours) and "_is_both" in vars(theirs):
+        return theirs  # a loader in the dataset raised it
     bases: tuple[type, ...] = (theirs,) if issubclass(theirs, ours) else (ours, theirs)
     name = f"{ours.__name__}({theirs.__qualname__})"
     namespace: dict[str, Any] = {
@@ -144,6 +121,7 @@ def _combine(ours: type[SafeLoaderError], theirs: type[BaseException]) -> type[S
         "__doc__": ours.__doc__,
         "__str__": SafeLoaderError.__str__,
         "__reduce__": SafeLoaderError.__reduce__,
+        "_is_both": True,
     }
     make: Callable[..., Any] = type(theirs)
     try:
@@ -196,7 +174,7 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
         attributes: dict[str, Any] = {}
         with suppress(Exception):  # what they hold is the user's, and the error is told without
             attributes = dict(crossed(parts) if exception is None else attributes_of(exception))
-        made = dual_type(ours, theirs)
+        made = dual_type(ours, theirs)  # type: ignore[arg-type]  # mypy: classes have no hash
         with suppress(TypeError):  # a group whose members could not cross
             error = cast(SafeLoaderError, blank(made, attributes.get("args", ())))
         for name, value in attributes.items():

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,7 +32,7 @@ from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.settings import (
-    UNASKED,
+    Keywords,
     OnCrash,
     OnError,
     Settings,
@@ -49,14 +50,12 @@ except (ImportError, AttributeError) as exc:  # nothing that SAFELOADER=off need
     _public_names_moved.append(str(exc))
 
 if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
-
     from safeloader.main.worker_pool import WorkerPool
 
 T_co = TypeVar("T_co", covariant=True)
 
 
-class SafeDataLoader(DataLoader[T_co]):
+class SafeDataLoader(DataLoader[T_co], Keywords):
     """A ``torch.utils.data.DataLoader`` that knows which sample, where, when and by whom.
 
     Takes every argument of ``DataLoader``, positional or by keyword, and gives the same batches in
@@ -124,18 +123,7 @@ class SafeDataLoader(DataLoader[T_co]):
     """
 
     # Defaults at class level: some frameworks make loaders on which __init__ never runs.
-    verify: Verify = UNASKED
-    trace: bool | str | os.PathLike[str] | None = None
     recorder: Recorder | None = None
-    key: Callable[[Any], Hashable] | None = None
-    on_error: OnError | Callable[[Failure], Any] = "raise"
-    retries: int = 0
-    max_skipped: int | float | None = None
-    on_crash: OnCrash = "raise"
-    stall_after: float = 60.0
-    on_failure_dump: str | os.PathLike[str] | None = None
-    transport: Transport = "auto"
-    checksum: bool = False
     _side: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
@@ -233,11 +221,7 @@ class SafeDataLoader(DataLoader[T_co]):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
-        state = self.__dict__.copy()
-        state.pop("_side", None)
-        if "_iterator" in state:
-            state["_iterator"] = None
-        return state
+        return self.__dict__ | {"_side": None, "_iterator": None}
 
     def replay(self, what: SafeLoaderError | Failure | Any) -> Any:
         """``dataset[index]`` once more, here, under the random numbers it failed with.
@@ -314,17 +298,13 @@ def _why_unrecorded(workers: bool) -> str:
     return ""
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_once(why: str) -> None:
-    if why not in _warned:
-        _warned.add(why)
-        warnings.warn(
-            f"{why}. Meanwhile torch's own loader serves, and nothing is recorded or checked: "
-            "last_batch and audit are None",
-            stacklevel=4,
-        )
+    warnings.warn(
+        f"{why}. Meanwhile torch's own loader serves, and nothing is recorded or checked: "
+        "last_batch and audit are None",
+        stacklevel=4,
+    )
 
 
 _NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})

@@ -47,9 +47,8 @@ def is_off() -> bool:
     return value == "off"
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Our keywords as they stand for one epoch; see :class:`~safeloader.SafeDataLoader`."""
+class Keywords:
+    """Our keywords and their defaults; see :class:`~safeloader.SafeDataLoader`."""
 
     verify: Verify = UNASKED
     trace: bool | str | os.PathLike[str] | None = None
@@ -63,6 +62,13 @@ class Settings:
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
+
+
+@dataclass(frozen=True)
+class Settings(Keywords):
+    """Our keywords as they stand for one epoch."""
+
+    __annotations__ = Keywords.__annotations__  # its fields
 
     @classmethod
     def of(cls, loader: Any) -> Settings:
@@ -95,11 +101,8 @@ class Settings:
             if not is_good(value):
                 error = TypeError if name in _KINDS else ValueError
                 raise error(f"{name} must be {wanted}; got {bounded_text(value)}")
-        dumps = None if self.on_failure_dump is None else folder_of(self.on_failure_dump)
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
-        _see_writable(
-            "failures", dumps, "on_failure_dump= a folder that can be written to, or None"
-        )
+        _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
             raise ValueError(
                 "on_crash='restart' needs a map-style dataset: a stream cannot be asked again for "
@@ -112,20 +115,21 @@ _TRACE_ADVICE = (
     "trace= (or SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for "
     "nothing"
 )
-
-
+_DUMP_ADVICE = "on_failure_dump= a folder that can be written to, or None"
+# Told when something is to be written, if it still holds.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
-def _see_writable(what: str, folder: object, advice: str) -> None:
+def _see_writable(what: str, target: object, advice: str) -> None:
+    if target is None or isinstance(target, bool):
+        return
+    folder = folder_of(target)
     try:
-        if isinstance(folder, Path):
-            see_writable(folder)
+        see_writable(folder)
     except OSError as exc:
-        if exc.errno in _PASSING:  # told when something is to be written, if it still holds
-            return
-        said = f"{what} cannot be written to {str(folder)!r}: {exc}. Give {advice}"
-        raise ValueError(said) from exc
+        if exc.errno not in _PASSING:
+            said = f"{what} cannot be written to {str(folder)!r}: {exc}. Give {advice}"
+            raise ValueError(said) from exc
 
 
 def _is_a(*numbers: type) -> Callable[[Any], bool]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 import safeloader
 from safeloader import Recorder, SafeDataLoader
 from safeloader.introspect.texts import bounded_text
+from safeloader.settings import Keywords
 
 NAMES = [
     "SKIP",
@@ -127,7 +128,7 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "replay", "transport_stats"}
-    assert public(SafeDataLoader) == added | set(OUR_KEYWORDS)
+    assert public(SafeDataLoader) | public(Keywords) == added | set(OUR_KEYWORDS)
     assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)

@@ -296,7 +296,7 @@ class Epoch:
     def broke(self, failure: Failure, at: Sequence[Any] | None = None) -> SafeLoaderError:
         """The error for workers that hang, or died ``at`` these locations: then nothing follows."""
         for where in at or ():
-            if where is not None and (seq := where.position.seq) is not None:
+            if (seq := where.position.seq) is not None:
                 self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
         state = None
         if self._dataset is not None:

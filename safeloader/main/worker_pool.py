@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from safeloader import _torch
+from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
@@ -35,8 +35,8 @@ from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
-from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
-from safeloader.supervision.processes import close_pipes, remove_files_of
+from safeloader.supervision.flight_recorder import FlightRecorder
+from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.slot_budget import PoolCounts, budget
@@ -184,8 +184,7 @@ class WorkerPool:
                 length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
-            ending = None if flight is None else EndSignal(flight)
-            channels = _torch.Channels(results, tasks, ending)
+            channels = _torch.Channels(results, tasks, flight)
             self._view = functools.partial(
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )
@@ -193,7 +192,8 @@ class WorkerPool:
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
-            close_pipes(exc)
+            for fd in _python.pipes_left(exc):  # made for a worker that could not be started
+                os.close(fd)
             if results is not None:  # whoever keeps the error may keep the frames as well
                 results.close()
             if failure is None:

@@ -38,14 +38,14 @@ class WorkerRestarts:
         self._last: set[tuple[int, int | None]] = set()
 
     def should_restart(
-        self, failure: Failure, at: Sequence[WorkerLocation | None], sampler: RecordingSampler
+        self, failure: Failure, at: Sequence[WorkerLocation], sampler: RecordingSampler
     ) -> bool:
         """Whether to try again; then the tasks at which workers died are marked, and it is told."""
         log = self._epoch.log
         if self._restarts >= MOST_RESTARTS:
             log.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
             return False
-        if all(where is not None and where.position.phase in _BEFORE_ANY_TASK for where in at):
+        if all(where.position.phase in _BEFORE_ANY_TASK for where in at):
             self._before_any_task += 1
             if self._before_any_task > 1:
                 log.error("the workers died twice before they were at any batch: giving up")
@@ -53,7 +53,7 @@ class WorkerRestarts:
         died_at: set[tuple[int, int | None]] = set()
         left_out = []
         for where in at:
-            if where is None or where.position.seq is None:
+            if where.position.seq is None:
                 continue
             at_once = where.position.phase == "fetch at once" and not sampler.batched
             place = (where.position.seq, 0 if at_once else where.position.position)

@@ -45,9 +45,12 @@ class Events:
 
     def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
         self._log = log
-        listening = list(sinks)
+        self._listen(list(sinks))
+
+    def _listen(self, sinks: list[object]) -> None:
+        self._sinks = sinks
         for event in _EVENTS:
-            told = (getattr(sink, event, None) for sink in listening)
+            told = (getattr(sink, event, None) for sink in sinks)
             setattr(self, event, tuple(filter(None, told)))
 
     def tell(self, event: str, *about: Any) -> None:
@@ -63,11 +66,7 @@ class Events:
         if raised_by_signal(exc):
             raise exc
         sink = getattr(told, "__self__", told)
-        for event in _EVENTS:
-            left = (
-                each for each in getattr(self, event) if getattr(each, "__self__", each) is not sink
-            )
-            setattr(self, event, tuple(left))
+        self._listen([each for each in self._sinks if each is not sink])
         self._log.own_fault(type(sink).__name__, exc)
 
 

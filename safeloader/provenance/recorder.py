@@ -7,13 +7,11 @@ the loader, the notebook goes along and the user's own loader still answers.
 from __future__ import annotations
 
 import atexit
-import functools
 import itertools
 import logging
 import os
 import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -72,6 +70,7 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
+    _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes <= 0:
@@ -87,7 +86,6 @@ class Recorder:
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.transport = TransportCounts()
-        self._in_use: list[bool] = []  # not empty once an epoch began; outlives the recorder
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.max_bytes,)
@@ -102,8 +100,7 @@ class Recorder:
         """Number the next epoch and take the way to its audit."""
         epoch = self.epochs
         self.epochs += 1
-        if not self._in_use:
-            self._in_use.append(True)
+        _blank.pop(self._mark, None)
         self.newest_audit = lambda: audit(epoch)
         return epoch
 
@@ -166,8 +163,8 @@ def _as_delivery(record: tuple[Any, ...]) -> Delivery:
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────
 
-_watched: weakref.WeakKeyDictionary[Recorder, tuple[str, int]] = weakref.WeakKeyDictionary()
-_freed_blank: list[str] = []
+# By a mark of each; not by the recorders themselves, which have to be able to go.
+_blank: dict[object, tuple[str, int]] = {}
 _told: deque[bool] = deque(maxlen=1)
 
 
@@ -177,16 +174,8 @@ def watch_for_use(recorder: Recorder, made_at: str) -> None:
     Frameworks that rebuild a loader as torch's own class do so in silence; the user would take the
     empty notebook for a clean run.
     """
-    _register()
-    pid = os.getpid()
-    in_use = recorder._in_use  # not the recorder itself: it has to be able to go
-
-    def note_if_blank() -> None:
-        if not in_use and os.getpid() == pid:
-            _freed_blank.append(made_at)
-
-    weakref.finalize(recorder, note_if_blank).atexit = False
-    _watched[recorder] = made_at, pid
+    recorder._mark = object()
+    _blank[recorder._mark] = made_at, os.getpid()
 
 
 def failure_was_told() -> None:
@@ -194,9 +183,9 @@ def failure_was_told() -> None:
     _told.append(True)
 
 
+@atexit.register
 def _say_blank() -> None:
-    alive = [at for each, (at, pid) in _watched.items() if pid == os.getpid() and not each.epochs]
-    loaders = _freed_blank + alive
+    loaders = [made_at for made_at, pid in _blank.values() if pid == os.getpid()]
     ended_in_error = bool(_told) or hasattr(sys, "last_value")
     if not loaders or ended_in_error or os.environ.get("SAFELOADER", "").lower() == "off":
         return
@@ -208,8 +197,3 @@ def _say_blank() -> None:
         len(loaders),
         ", ".join(sorted(set(loaders))[:3]),
     )
-
-
-@functools.cache
-def _register() -> None:
-    atexit.register(_say_blank)

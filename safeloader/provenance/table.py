@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -132,7 +132,7 @@ class Provenance:
         where indices are not ints; in a stream the ordinal within the stream of ``worker_id``),
         ``worker_id`` (-1 in the main process), ``pid``, ``start_ns`` (ns since 1970), ``fetch_ns``.
         """
-        return _table(list(self._recorder.deliveries()))
+        return _table(map(_rows, self._recorder.deliveries()))
 
     def lookup(self, index: Any) -> npt.NDArray[Any]:
         """The rows of one dataset index, or of a stream's ``(worker, ordinal)``; may be none."""
@@ -142,8 +142,8 @@ class Provenance:
             indices = BatchContents.of(delivery.manifest).indices
             rows = [k for k, item in enumerate(indices) if same(item, wanted)]
             if rows:
-                found.append(_table([delivery])[rows])
-        return np.concatenate(found) if found else _table([])
+                found.append(_rows(delivery)[rows])
+        return _table(found)
 
     def batch(self, n: int, epoch: int | None = None) -> BatchRecord:
         """The ``n``-th batch of an epoch (from 0), by default of the newest epoch.
@@ -184,22 +184,18 @@ class Provenance:
             self._save_parquet(target)
         elif suffix == ".csv":
             with target.open("w", newline="", encoding="utf-8") as text:
-                csv.writer(text).writerows([_COLUMNS, *self._rows(str)])
+                table = _without_objects(self.to_numpy())
+                csv.writer(text).writerows([_COLUMNS, *table.tolist()])
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as text:
-                for row in self._rows(str, int, float, tuple):
-                    text.write(json.dumps(dict(zip(_COLUMNS, row, strict=True))) + "\n")
+                for row in self.to_numpy():
+                    named = dict(zip(_COLUMNS, row.tolist(), strict=True))
+                    text.write(json.dumps(named, default=_text_of) + "\n")
         else:
             raise ValueError(
                 "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
                 f"path; got {str(path)!r}"
             )
-
-    def _rows(self, *kept: type) -> Iterator[tuple[Any, ...]]:
-        """The rows, with indices of other types than these as text."""
-        for delivery in self._recorder.deliveries():
-            for *before, index, worker_id, pid, start_ns, fetch_ns in _table([delivery]).tolist():
-                yield (*before, _saved(index, kept), worker_id, pid, start_ns, fetch_ns)
 
     def _save_parquet(self, target: Path) -> None:
         try:
@@ -215,46 +211,43 @@ class Provenance:
         pyarrow.parquet.write_table(pyarrow.table(columns), target)
 
 
-def _table(deliveries: list[Delivery]) -> npt.NDArray[Any]:
-    places = [_places(delivery.manifest) for delivery in deliveries]
-    indices = [
-        _index_column(delivery.manifest, at)
-        for delivery, at in zip(deliveries, places, strict=True)
-    ]
-    plain = all(column.dtype == np.int64 for column in indices)
-    dtype = [(name, object if name == "index" and not plain else np.int64) for name in _COLUMNS]
-    table = np.empty(sum(column.size for column in indices), dtype=dtype)
-    end = 0
-    for delivery, at, column in zip(deliveries, places, indices, strict=True):
-        start, end = end, end + column.size
-        manifest = delivery.manifest
-        rows = table[start:end]
-        rows["epoch"], rows["batch"] = delivery.epoch, delivery.batch
-        rows["position"], rows["index"] = np.arange(column.size), column
-        rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
-        rows["pid"] = manifest.pid
-        rows["start_ns"], rows["fetch_ns"], _ = _times(manifest, at)
-    return table
+def _rows(delivery: Delivery) -> npt.NDArray[Any]:
+    """The part of the table that one batch is."""
+    manifest = delivery.manifest
+    places = _places(manifest)
+    indices = _index_column(manifest, places)
+    rows = np.empty(indices.size, dtype=_INTS if indices.dtype == np.int64 else _OBJECTS)
+    rows["epoch"], rows["batch"] = delivery.epoch, delivery.batch
+    rows["position"], rows["index"] = np.arange(indices.size), indices
+    rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
+    rows["pid"] = manifest.pid
+    rows["start_ns"], rows["fetch_ns"], _ = _times(manifest, places)
+    return rows
+
+
+def _table(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype=_INTS), *parts])  # objects, if any part has them
+
+
+def _with_index(kind: Any) -> np.dtype[Any]:
+    return np.dtype([(name, kind if name == "index" else np.int64) for name in _COLUMNS])
+
+
+_INTS, _OBJECTS = _with_index(np.int64), _with_index(object)
 
 
 def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The table, with indices that are not ints as text."""
     if not table.dtype.hasobject:
         return table
-    texts = [_saved(item, (str,)) for item in table["index"]]
-    width = max(map(len, texts), default=1)
-    dtype = [(name, f"U{width}" if name == "index" else np.int64) for name in _COLUMNS]
-    out = np.empty(table.shape, dtype=dtype)
-    for name in _COLUMNS:
-        out[name] = texts if name == "index" else table[name]
-    return out
+    texts = np.array([_text_of(index) for index in table["index"]])
+    table["index"] = texts
+    return table.astype(_with_index(texts.dtype))
 
 
-def _saved(index: Any, kept: tuple[type, ...]) -> Any:
+def _text_of(index: Any) -> str:
     """An index as it is written: whole where it is built of plain values, else told by its type."""
-    cls = type(index)
-    if cls is tuple and tuple in kept:
-        return [_saved(part, kept) for part in index]
-    if cls in kept:
+    if type(index) is str:
         return index
     return repr(index) if _is_plain(index) else index_text(index)
 
@@ -271,8 +264,6 @@ def _index_column(manifest: BatchManifest, places: Sequence[int]) -> npt.NDArray
         return np.frombuffer(manifest.indices, dtype=np.int64)
     identities = BatchContents.of(manifest).indices
     column = as_array(identities)
-    if column.ndim == 1:
-        return column
-    pairs = np.empty(len(identities), dtype=object)  # indices that are pairs stay pairs
-    pairs[:] = list(identities)
-    return pairs
+    if column.ndim > 1:  # indices that are pairs stay pairs
+        return np.fromiter(identities, dtype=object)
+    return column

@@ -40,7 +40,13 @@ class LogTrace:
     """A line per event through ``logging.getLogger("safeloader")``, at level INFO."""
 
     def __init__(self, log: LoaderLog) -> None:
-        _show_on_stderr_if_nobody_listens()
+        # A user who sets an environment variable wants to see lines, configured logging or not.
+        if not logger.isEnabledFor(logging.INFO):
+            logger.setLevel(logging.INFO)
+        if not logger.hasHandlers():
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+            logger.addHandler(handler)
         self._log = log
 
     def drawn(self, epoch: int, seq: int, indices: Packed) -> None:
@@ -55,9 +61,8 @@ class LogTrace:
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
         said = f"epoch {epoch}: {who} (pid {record.pid}) fetched index"
-        for position, (index, took_ns) in enumerate(
-            zip(record.indices, record.fetch_ns, strict=True)
-        ):
+        fetches = zip(record.indices, record.fetch_ns, strict=True)
+        for position, (index, took_ns) in enumerate(fetches):
             at = f"for batch {batch}, position {position}, in {took_ns / 1e6:.3f} ms"
             self._log.info("%s %s %s", said, index_text(index), at)
         self._log.info(
@@ -76,16 +81,6 @@ class LogTrace:
         self._log.info("%s", audit)
 
 
-def _show_on_stderr_if_nobody_listens() -> None:
-    """A user who sets an environment variable wants to see lines, configured logging or not."""
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-        logger.addHandler(handler)
-
-
 class _EventFile:
     """A JSON array that grows; written in large pieces, by the process that opened it alone.
 
@@ -93,48 +88,41 @@ class _EventFile:
     second time on its way out.
     """
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, first: str, fd: int, path: Path) -> None:
         self.path = path
         self._pid = os.getpid()
-        self._file: io.FileIO | None = io.FileIO(fd, "w")
-        self._held: list[str] = []
-        self._held_chars = 0
-        self._before_next = "[\n"
+        self._file = io.FileIO(fd, "w")  # closed once it could not be written
+        self._held = io.StringIO()
+        self._held.write(f"[\n{first}")
         self._flush_at_s = time.monotonic() + _FLUSH_S
 
-    def write(self, events: list[str]) -> None:
-        if self._file is None or os.getpid() != self._pid:
-            return
+    def write(self, *events: str) -> None:
         for event in events:
-            self._held_chars += len(event)
-            self._held += (self._before_next, event)
-            self._before_next = ",\n"
-        if self._held_chars > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
+            self._held.write(f",\n{event}")
+        if self._held.tell() > _PIECE_CHARS or time.monotonic() > self._flush_at_s:
             self.flush()
 
     def flush(self, end: str = "") -> None:
-        if self._file is None or os.getpid() != self._pid:
-            return
-        text, self._held, self._held_chars = "".join([*self._held, end]), [], 0
+        piece = memoryview((self._held.getvalue() + end).encode())
+        self._held = io.StringIO()
         self._flush_at_s = time.monotonic() + _FLUSH_S
+        if self._file.closed or os.getpid() != self._pid:
+            return
         try:
-            piece = memoryview(text.encode())
             while piece:
                 piece = piece[self._file.write(piece) :]
         except OSError as exc:
-            file, self._file = self._file, None
             logger.warning(
                 "the trace %s could not be written (%s) and ends here; training goes on",
                 self.path,
                 exc,
             )
-            file.close()
+            self._file.close()
 
     def finish(self) -> None:
         """Close the array. (Viewers take a file without the bracket too, after a crash.)"""
         self.flush(end="\n]\n")
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 _PIECE_CHARS = 1 << 16
@@ -149,29 +137,34 @@ class FileTrace:
 
     def __init__(self, folder: Path) -> None:
         self._pid = os.getpid()
-        self._file = _EventFile(*create(folder, "safeloader", ".json"))
+        name = f"safeloader, training process {self._pid}"
+        first = self._event(ph="M", name="process_name", tid=0, args={"name": name})
+        self._file = _EventFile(first, *create(folder, "safeloader", ".json"))
         self.path = self._file.path
         self._lanes: set[int] = set()
-        name = f"safeloader, training process {self._pid}"
-        self._file.write([self._event(ph="M", name="process_name", tid=0, args={"name": name})])
-        self._lane(0, "main process")
+        self._lane(None)
         self._finish = weakref.finalize(self, self._file.finish)
 
     def _event(self, **fields: Any) -> str:
         return json.dumps({"pid": self._pid, **fields}, separators=(",", ":"))
 
-    def _lane(self, tid: int, name: str) -> None:
+    def _lane(self, worker_id: int | None) -> int:
+        """The lane of a worker or of main, which gets its name when it is first used."""
+        tid = 0 if worker_id is None else worker_id + 1
         if tid not in self._lanes:
             self._lanes.add(tid)
-            for kind, told in (("name", {"name": name}), ("sort_index", {"sort_index": tid})):
-                told_event = self._event(ph="M", name=f"thread_{kind}", tid=tid, args=told)
-                self._file.write([told_event])
+            name = f"worker {worker_id}" if tid else "main process"
+            self._file.write(
+                self._event(ph="M", name="thread_name", tid=tid, args={"name": name}),
+                self._event(ph="M", name="thread_sort_index", tid=tid, args={"sort_index": tid}),
+            )
+        return tid
 
     def _instant(self, cat: str, name: str, tid: int, s: str, args: dict[str, Any]) -> None:
         """A moment, marked in its lane (``s="t"``), process (``"p"``) or everywhere (``"g"``)."""
         now_us = (time.perf_counter_ns() + UNIX_OFFSET_NS) / 1000
         event = self._event(ph="i", s=s, name=name, cat=cat, tid=tid, ts=now_us, args=args)
-        self._file.write([event])
+        self._file.write(event)
         if s != "t":  # what is rare is on disk at once
             self._file.flush()
 
@@ -185,42 +178,40 @@ class FileTrace:
         """Hot path when tracing: the events of a batch's samples are formatted by hand, which
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
         record = record_of(Delivery(epoch, batch, wait_ns, manifest))
-        tid = 0 if manifest.worker_id is None else manifest.worker_id + 1
-        if tid not in self._lanes:
-            self._lane(tid, f"worker {manifest.worker_id}")
+        tid = self._lane(manifest.worker_id)
+        in_stream = manifest.ordinal is not None  # each index is a pair of ints
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'
         events = []
         begin_ns = record.start_ns
         for index, fetch_ns in zip(record.indices, record.fetch_ns, strict=True):
-            shown = str(index) if type(index) is int else json.dumps(_named(index))[1:-1]
+            shown = str(index) if in_stream or type(index) is int else _name_in_json(index)
             events.append(
                 f'{head}{begin_ns / 1000:.3f},"dur":{fetch_ns / 1000:.3f},"name":"sample {shown}"}}'
             )
             begin_ns += fetch_ns
         stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
-        collate_us = (int(stamps[-2]) + UNIX_OFFSET_NS) / 1000
-        end_us = (int(stamps[-1]) + UNIX_OFFSET_NS) / 1000
+        collate_us, end_us = ((stamps[-2:] + UNIX_OFFSET_NS) / 1000).tolist()
         began_us = (began_ns + UNIX_OFFSET_NS) / 1000
         wait_us = wait_ns / 1000
         name = f"batch {batch}"
         args = {"epoch": epoch, "batch": batch, "pid": manifest.pid}
+        counted = args | {"samples": len(record.indices)}
         flow = {"cat": "batch", "name": name, "id": f"{epoch}.{batch}"}
         collated = {"cat": "collate", "name": "collate", "ts": collate_us, "args": args}
         waited = {"cat": "wait", "name": f"wait for {name}", "ts": began_us}
-        waited["args"] = args | {"samples": len(record.indices)}
         # A flow's ends are tied to the slices around their times: each lies inside its slice.
         at_us = began_us + wait_us - min(wait_us, 1.0) / 2
-        events += [
+        self._file.write(
+            *events,
             self._event(ph="X", tid=tid, dur=end_us - collate_us, **collated),
             self._event(ph="s", tid=tid, ts=(collate_us + end_us) / 2, **flow),
-            self._event(ph="X", tid=0, dur=wait_us, **waited),
+            self._event(ph="X", tid=0, dur=wait_us, args=counted, **waited),
             self._event(ph="f", bp="e", tid=0, ts=at_us, **flow),
-        ]
-        self._file.write(events)
+        )
 
     def failed(self, failure: Failure) -> None:
         """An error, in the lane of its worker."""
-        tid = 0 if failure.worker_id is None else failure.worker_id + 1
+        tid = self._lane(failure.worker_id)
         name = f"{failure.exception_type} at {index_text(failure.index)}"
         args = {"phase": failure.phase, "message": failure.message[:1000]}
         self._instant("failure", name, tid, "g", args)
@@ -230,14 +221,8 @@ class FileTrace:
         self._instant("audit", f"audit of epoch {audit.epoch}", 0, "p", {"audit": str(audit)})
 
 
-def _named(index: Any) -> str:
-    if (
-        type(index) is tuple
-        and [*map(type, index)] == [int, int]
-        and 0 <= min(index) <= max(index) < 1 << 63
-    ):
-        return f"({index[0]}, {index[1]})"  # of a stream, as every one of its samples
-    return scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index)
+def _name_in_json(index: Any) -> str:
+    return json.dumps(scrub(index[:INDEX_MAX]) if type(index) is str else index_text(index))[1:-1]
 
 
 def _drawn(indices: Packed) -> str:

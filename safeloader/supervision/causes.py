@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from traceback import FrameSummary
 from typing import Any, NamedTuple
 
 from safeloader.introspect.resources import human_bytes, machine_memory, shared_memory
 from safeloader.introspect.texts import index_text
-from safeloader.supervision.stacks import Frame, Stack
+from safeloader.supervision.stacks import Stack
 
 _LITTLE_SHARED = 8 << 20
 _LITTLE_SHARE = 0.05  # of the machine's memory
@@ -124,7 +125,7 @@ def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
             "it sent to the training process alone"
         )
     top = next(iter(end.stack.frames), None)
-    line = f", called from {top.file}:{top.line} in {top.name}" if top else ""
+    line = f", called from {top.filename}:{top.lineno} in {top.name}" if top else ""
     reason = _FAULTS[name].format(at=at, line=line)
     again = _again(end.index, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
@@ -170,14 +171,14 @@ def _of_sigkill(end: WorkerEnd) -> str:
     )
 
 
-def _line_in(frames: Sequence[Frame]) -> str:
+def _line_in(frames: Sequence[FrameSummary]) -> str:
     """Where the user's code is; and what of the standard library it called, if it is in there."""
-    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame.file)), 0)
-    line = f"{frames[at].file}:{frames[at].line} in {frames[at].name}"
+    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame.filename)), 0)
+    line = f"{frames[at].filename}:{frames[at].lineno} in {frames[at].name}"
     if not at:
         return line
     called = frames[at - 1]
-    return f"{line}, in {os.path.basename(called.file)}:{called.line} {called.name}"
+    return f"{line}, in {os.path.basename(called.filename)}:{called.lineno} {called.name}"
 
 
 def _is_stdlib(file: str) -> bool:
@@ -200,14 +201,14 @@ _HELD_UP = {
 def of_silence(
     stack: Stack | None,
     status: str | None,
-    phase: str | None,
+    phase: str,
     index: Any,
     start_method: str,
     *,
     timeout: bool = True,
 ) -> str:
     """The probable cause of a worker's silence, and what to do, in one or two sentences."""
-    if phase is None:
+    if phase == "unknown":
         return (
             "no worker is at work although batches are due: look for a worker_init_fn, sampler or "
             "library that replaces torch's worker loop"
@@ -218,7 +219,7 @@ def of_silence(
         return "give timeout= a larger value if the sample is only slow"
     line = _line_in(stack.frames)
     top = stack.frames[0]
-    waits = any(word in f"{top.name} {top.source}".lower() for word in _LOCKISH)
+    waits = any(word in f"{top.name} {top.line}".lower() for word in _LOCKISH)
     if waits and start_method == "fork":
         return (
             f"it waits for a lock at {line}. A deadlock inherited through fork is likely: a lock "

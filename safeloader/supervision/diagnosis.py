@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from safeloader.delivery.ledger import PendingBatch
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, text_of
-from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills
+from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills, or_none
 from safeloader.introspect.texts import index_text, indices_text
-from safeloader.supervision import causes, stacks
-from safeloader.supervision.causes import WorkerEnd, of_death, of_silence
+from safeloader.supervision import stacks
+from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
@@ -29,39 +29,43 @@ class WorkerLocation(NamedTuple):
 
     worker: int
     position: FlightRow
-    batch: int | None
-    indices: tuple[Any, ...]
-    index: Any
+    batch: int | None = None
+    indices: tuple[Any, ...] = ()
+    index: Any = None
 
     @property
     def busy(self) -> bool:
-        """Whether it is at work, or was when it died."""
-        return self.position.phase != "idle"
+        """Whether it is known to be at work, or was when it died."""
+        return self.position.phase not in ("idle", "unknown")
 
     @property
-    def seconds(self) -> float | None:
-        """Since when it is there; None if unknown."""
-        since = self.position.since_ns
-        return max(0.0, (clock() - since) / 1e9) if since else None
+    def place(self) -> dict[str, Any]:
+        """The fields of a :class:`Failure` that say where it happened."""
+        return {
+            "index": self.index,
+            "position": None if self.index is None else self.position.position,
+            "indices": self.indices,
+            "batch": self.batch,
+            "worker_id": self.worker,
+        }
 
     def __str__(self) -> str:
         place = "" if self.batch is None else f" of batch {self.batch}"
         batch = "a batch" if self.batch is None else f"batch {self.batch}"
-        at = self.position.position
+        item = f"position {self.position.position}{place}"
+        if self.index is not None:
+            item = f"index {index_text(self.index)} ({item})"
         of_batch = f" (indices {indices_text(self.indices)})" if self.indices else ""
         words = {
             "starting": "starting, before its set-up was done",
             "init": "in worker_init_fn",
             "open": "opening the dataset",
-            "idle": "idle",
-            "fetch": f"fetching index {index_text(self.index)} (position {at}{place})",
+            "fetch": f"fetching {item}",
             "fetch at once": f"in __getitems__{place}{of_batch}",
             "collate": f"collating {batch}{of_batch}",
             "send": f"sending {batch}{of_batch}",
         }
-        if self.position.phase == "fetch" and self.index is None:
-            return f"fetching position {at}{place}"
-        return words[self.position.phase]
+        return words.get(self.position.phase, self.position.phase)
 
 
 class Diagnosis:
@@ -88,85 +92,69 @@ class Diagnosis:
         self._opened = opened
         self._oom_kills = oom_kills()
 
-    def location(self, worker: int) -> WorkerLocation | None:
-        """Where ``worker`` is, or was when it died; None without a flight recorder."""
-        if self._flight is None:
-            return None
-        position = self._flight.read(worker)
+    def location(self, worker: int) -> WorkerLocation:
+        """Where ``worker`` is, or was when it died; unknown without a flight recorder."""
+        position = FlightRow() if self._flight is None else self._flight.read(worker)
         opened = None if position.seq is None else self._opened(position.seq)
-        batch = None if opened is None else opened.batch
-        indices = () if opened is None else opened.indices
-        index = None
-        at = position.position
-        if opened is not None and not indices and at is not None:  # a stream
+        if opened is None:
+            return WorkerLocation(worker, position)
+        at, indices, index = position.position, opened.indices, None
+        if at is not None and not indices:  # a stream
             index = (worker, position.ordinal + at)
         elif at is not None and at < len(indices):
             index = indices[at]
-        return WorkerLocation(worker, position, batch, indices, index)
+        return WorkerLocation(worker, position, opened.batch, indices, index)
 
     def crash(self, dead: Sequence[int]) -> Failure:
         """The failure that the death of these workers is."""
         first = min(dead, key=self._order)
-        where = self.location(first)
-        process = self._workers[first]
+        where, process = self.location(first), self._workers[first]
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
-        end = WorkerEnd(
-            exit_code=process.exitcode,
-            phase="starting" if where is None else where.position.phase,
-            index=None if where is None else where.index,
-            stack=stack,
-            oom_killed=(oom_kills() or 0) - (self._oom_kills or 0),
-            grown_bytes=_grown(where),
-        )
-        found = []
-        if where is not None and where.position.pid:
-            found.append(f"worker {first} was {where}")
+        row = where.position
+        killed = (oom_kills() or 0) - (self._oom_kills or 0)
+        end = WorkerEnd(process.exitcode, row.phase, where.index, stack, killed, row.grown_bytes)
+        found = [f"worker {first} was {where}"] if row.pid else []
         for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
-            also = self.location(other)
-            at = "" if also is None else f" while {also}"
-            died = self._workers[other]
-            how = causes.ended(died.exitcode)
-            found.append(f"worker {other} (pid {died.pid}) {how} too{at}")
+            died, also = self._workers[other], self.location(other)
+            too = f"too while {also}" if also.position.pid else "too"
+            found.append(f"worker {other} (pid {died.pid}) {ended(died.exitcode)} {too}")
+        found += [*_memory_lines(row), *machine_lines(), of_death(end)]
         return Failure(
             phase="crash",
             exception_type="WorkerCrashError",
             message=_torch_words(process),
             traceback=stack.text,
-            hint="\n".join([*found, *_memory_lines(where), *machine_lines(), of_death(end)]),
+            hint="\n".join(found),
             pid=process.pid,
-            **{"worker_id": first, **_place_of(where)},
+            **where.place,
         )
 
     def _order(self, worker: int) -> tuple[bool, bool, int]:
         """Whose death to tell first: one at work before an idle one, signals before exits."""
-        where = self.location(worker)
         code = self._workers[worker].exitcode
-        return (where is None or not where.busy, code is None or code >= 0, worker)
+        return (not self.location(worker).busy, code is None or code >= 0, worker)
 
     def silence(self, waited_s: float, *, timeout: bool) -> Failure:
         """The failure, or warning, that no batch came for ``waited_s`` seconds."""
         at = [self.location(worker) for worker in range(len(self._workers))]
-        known = [where for where in at if where is not None]
-        busy = [where for where in known if where.busy]
-        busy.sort(key=lambda where: -(where.seconds or 0.0))
-        asked = [where.worker for where in busy]
+        busy = [where for where in at if where.busy]
+        busy.sort(key=lambda where: where.position.since_ns or clock())  # the longest first
+        shown = busy[:_WORKERS_SHOWN]
+        asked = [where.worker for where in shown]
         told = stacks.asked(self._flight, self._signals, asked) if self._flight else {}
-        found = [self._silent_line(where) for where in busy[:_WORKERS_SHOWN]]
+        found = [self._silent_line(where) for where in shown]
         if len(busy) > _WORKERS_SHOWN:
             found.append(f"and {len(busy) - _WORKERS_SHOWN} more workers at work")
-        if idle := len(known) - len(busy):
+        if idle := sum(where.position.phase == "idle" for where in at):
             found.append(f"{idle} more idle" if busy else f"all {idle} workers are idle")
         blocks = [
-            f"worker {where.worker}, most recent call last:\n{told[where.worker].text}"
-            for where in busy[:_WORKERS_SHOWN]
-            if where.worker in told
+            f"worker {worker}, most recent call last:\n{its_stack.text}"
+            for worker, its_stack in told.items()
         ]
-        first: WorkerLocation | None = None
-        stuck: tuple[stacks.Stack | None, str | None, str | None, Any] = (None, None, None, None)
-        if busy:
-            first = busy[0]
-            of_first = told.get(first.worker), self._status(first.worker)
-            stuck = (*of_first, first.position.phase, first.index)
+        first = busy[0] if busy else WorkerLocation(0, FlightRow())
+        stack, status = told.get(first.worker), self._status(first.worker)
+        phase = first.position.phase
+        cause = of_silence(stack, status, phase, first.index, self._start_method, timeout=timeout)
         message = f"DataLoader timed out after {waited_s:g} seconds"
         if not timeout:
             message = f"no batch came for {waited_s:.0f} seconds; the loader goes on waiting"
@@ -175,26 +163,24 @@ class Diagnosis:
             exception_type="WorkerTimeoutError",
             message=message,
             traceback="\n".join(blocks),
-            hint="\n".join([*found, of_silence(*stuck, self._start_method, timeout=timeout)]),
-            pid=self._workers[first.worker if first else 0].pid,
-            **_place_of(first),
+            hint="\n".join([*found, cause]),
+            pid=self._workers[first.worker].pid,
+            **(first.place if busy else {}),
         )
 
     def _silent_line(self, where: WorkerLocation) -> str:
-        seconds = where.seconds
-        since = "" if seconds is None else f" for {seconds:.1f} s"
+        since_ns = where.position.since_ns
+        since = f" for {max(0, clock() - since_ns) / 1e9:.1f} s" if since_ns else ""
         pid = self._workers[where.worker].pid
         status = self._status(where.worker)
         state = f", process state: {status}" if status in _TELLING else ""
         return f"worker {where.worker} (pid {pid}) is {where}{since}{state}"
 
+    @or_none  # it has gone, or /proc is not to be read
     def _status(self, worker: int) -> str | None:
-        try:
-            import psutil  # heavy, and needed here alone
+        import psutil  # heavy, and needed here alone
 
-            return str(psutil.Process(self._workers[worker].pid).status())
-        except Exception:  # it has gone, or /proc is not to be read
-            return None
+        return str(psutil.Process(self._workers[worker].pid).status())
 
 
 class Stalls:
@@ -228,19 +214,6 @@ class Stalls:
 _TELLING = ("stopped", "disk-sleep", "tracing-stop")
 
 
-def _place_of(where: WorkerLocation | None) -> dict[str, Any]:
-    """The fields of a :class:`Failure` that say where it happened."""
-    if where is None:
-        return {}
-    return {
-        "index": where.index,
-        "position": None if where.index is None else where.position.position,
-        "indices": where.indices,
-        "batch": where.batch,
-        "worker_id": where.worker,
-    }
-
-
 def _torch_words(process: Any) -> str:
     """How torch's own loader tells a worker's end."""
     code, pid = process.exitcode, process.pid
@@ -251,20 +224,12 @@ def _torch_words(process: Any) -> str:
     return f"DataLoader worker (pid(s) {pid}) exited unexpectedly with {status}."
 
 
-def _grown(where: WorkerLocation | None) -> int:
-    if where is None:
-        return 0
-    before, after = where.position.memory_first, where.position.memory_last
-    return max(0, after[0] - before[0]) if min(before[0], after[0]) > 0 else 0
-
-
-def _memory_lines(where: WorkerLocation | None) -> list[str]:
+def _memory_lines(row: FlightRow) -> list[str]:
     """The worker's memory as last sampled, and how it grew."""
-    if where is None or where.position.memory_last[0] <= 0:
+    if row.memory_last[0] <= 0:
         return []
     names = ("resident", "proportional (PSS)", "unique (USS)")
-    last = zip(names, where.position.memory_last, strict=True)
+    last = zip(names, row.memory_last, strict=True)
     parts = [f"{human_bytes(value)} {name}" for name, value in last if value >= 0]
-    grown = _grown(where)
-    how = f"grew by {human_bytes(grown)}" if grown > 0 else "did not grow"
+    how = f"grew by {human_bytes(row.grown_bytes)}" if row.grown_bytes else "did not grow"
     return [f"its memory as last sampled: {', '.join(parts)}; {how} since its first batch"]

@@ -20,6 +20,7 @@ import mmap
 import os
 from typing import NamedTuple
 
+from safeloader.introspect.resources import or_none
 from safeloader.transport.shared_memory import SharedCells
 
 STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
@@ -40,7 +41,8 @@ class FlightRow(NamedTuple):
     """Where a worker is, or was when it died.
 
     Attributes:
-        phase: one of ``PHASES``; "starting" until our set-up ran in the worker.
+        phase: one of ``PHASES``; "starting" until our set-up ran in the worker; "unknown" where
+            there is no flight recorder.
         seq: number of the draw it is at; None before the first.
         position: how many samples of the batch were fetched: the position of the one it is at.
             None where the dataset fetches a whole batch at once.
@@ -52,15 +54,21 @@ class FlightRow(NamedTuple):
         memory_last: the same as last sampled.
     """
 
-    phase: str
-    seq: int | None
-    position: int | None
-    ordinal: int
-    since_ns: int
-    pid: int
-    signal: int
-    memory_first: tuple[int, int, int]
-    memory_last: tuple[int, int, int]
+    phase: str = "unknown"
+    seq: int | None = None
+    position: int | None = None
+    ordinal: int = 0
+    since_ns: int = 0
+    pid: int = 0
+    signal: int = 0
+    memory_first: tuple[int, int, int] = (-1, -1, -1)
+    memory_last: tuple[int, int, int] = (-1, -1, -1)
+
+    @property
+    def grown_bytes(self) -> int:
+        """How much its resident memory grew since its start."""
+        before, after = self.memory_first[0], self.memory_last[0]
+        return max(0, after - before) if min(before, after) > 0 else 0
 
 
 class FlightRecorder(SharedCells):
@@ -88,24 +96,25 @@ class FlightRecorder(SharedCells):
         at = _SHARED + worker * ROW
         return self._cells[at : at + ROW]
 
+    @or_none
     def open_stacks(self, worker: int) -> int | None:
         """A file descriptor that writes to this worker's room for stacks; None without /proc."""
-        try:
-            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
-            os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
-        except OSError:
-            return None
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
+        os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
         return fd
 
-    @property
-    def ending(self) -> bool:
-        """Whether main wants the workers to end."""
+    def is_set(self) -> bool:
+        """Whether main wants the workers to end: torch takes this for its ``Event``."""
         return bool(self._cells[0])
 
     # in main ────────────────────────────────────────────────────────────────────────────────────
 
-    def end(self) -> None:
-        """Have the workers end, without a lock, which a killed worker might hold."""
+    def set(self) -> None:
+        """Have the workers end, as by torch's ``Event``.
+
+        An event takes a lock to be read, and a worker killed just then would keep it: main could
+        never set the event again.
+        """
         self._cells[0] = 1
 
     def read(self, worker: int) -> FlightRow:
@@ -138,25 +147,6 @@ class FlightRecorder(SharedCells):
 
     def _stacks_at(self, worker: int) -> int:
         return self._cells_bytes() + worker * STACK_BYTES
-
-
-class EndSignal:
-    """Stands for the ``Event`` by which torch tells its workers to end.
-
-    An event takes a lock to be read, and a worker killed just then would keep it: main could
-    never set the event again.
-    """
-
-    def __init__(self, flight: FlightRecorder) -> None:
-        self._flight = flight
-
-    def set(self) -> None:
-        """Have them end."""
-        self._flight.end()
-
-    def is_set(self) -> bool:
-        """Whether they are to."""
-        return self._flight.ending
 
 
 def _stamps_since(row: memoryview) -> int:

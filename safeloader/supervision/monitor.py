@@ -8,18 +8,16 @@ also ask a worker that hangs for its stack, by a signal that nobody else uses.
 from __future__ import annotations
 
 import faulthandler
-import logging
 import mmap
 import os
 import signal
 import traceback
+from contextlib import suppress
 from time import perf_counter
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.introspect.redaction import scrub
-from safeloader.introspect.resources import process_memory
-from safeloader.introspect.values import exception_text
+from safeloader.introspect.resources import or_none, process_memory
 from safeloader.supervision.flight_recorder import (
     IDLE,
     MEMORY,
@@ -28,8 +26,6 @@ from safeloader.supervision.flight_recorder import (
     SINCE,
     FlightRecorder,
 )
-
-logger = logging.getLogger("safeloader")
 
 _OURS = (__package__, "safeloader.worker")  # whose frames stand above the user's
 _RESIDENT_EVERY_S = 0.1
@@ -48,10 +44,8 @@ class WorkerMonitor:
         for k in range(6):
             cells[MEMORY + k] = -1
         if self._stacks is not None:
-            try:
+            with suppress(Exception):  # no usable signal, or a program with a handler of its own
                 cells[SIGNAL] = _write_stacks_to(self._stacks)
-            except Exception as exc:  # no usable signal, or a program with a handler of its own
-                logger.debug("no stacks from worker %d: %s", worker, scrub(exception_text(exc)))
 
     def over(self, fetcher: Any) -> Any:
         """``fetcher``, with a note of what ends the process from inside a fetch."""
@@ -105,13 +99,11 @@ class WorkerMonitor:
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 
+@or_none
 def _resident_bytes() -> int | None:
     """Resident memory of this process by the kernel's cheapest account; None if unknown."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except (OSError, ValueError, IndexError):
-        return None
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _write_stacks_to(fd: int) -> int:

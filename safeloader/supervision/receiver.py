@@ -11,8 +11,9 @@ import select
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from multiprocessing import Process
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from safeloader.supervision.processes import is_dying, is_gone
 from safeloader.transport.channel import ResultQueue
@@ -36,19 +37,6 @@ class TimedOut(BaseException):
     """No batch came within the loader's ``timeout``."""
 
 
-class Worker(Protocol):
-    """What is used of a ``multiprocessing.Process``."""
-
-    sentinel: int
-    pid: int | None
-
-    def is_alive(self) -> bool:
-        """Whether it runs."""
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
-
-
 class ResultReceiver:
     """Waits for messages of workers.
 
@@ -60,16 +48,19 @@ class ResultReceiver:
         stall_after_s: seconds without a message after which ``stalled`` is called, and again at
             doubling intervals; 0: never.
         stalled: is given the seconds waited.
+        poll: what the workers' sentinels are registered with; by default that of ``results``.
     """
 
     def __init__(
         self,
         results: ResultQueue,
-        workers: Sequence[Worker],
+        workers: Sequence[Process],
         ended: Callable[[int], bool],
         timeout_s: float,
         stall_after_s: float,
         stalled: Callable[[float], None],
+        *,
+        poll: select.poll | None = None,
     ) -> None:
         self._results = results
         self._workers = workers
@@ -77,11 +68,13 @@ class ResultReceiver:
         self._timeout_s = timeout_s or float("inf")
         self._stall_after_s = stall_after_s or float("inf")
         self._stalled = stalled
+        self._poll = results.poll if poll is None else poll
         self._watched = {worker.sentinel: number for number, worker in enumerate(workers)}
         self._gone: set[int] = set()
         self._gone_since = 0.0
         self._at_hand: Collection[Any] = results.arrived
-        self._watch()
+        for sentinel in self._watched:
+            self._poll.register(sentinel, select.POLLIN)
 
     def get(self, timeout: float | None = None) -> Any:
         """The next message; torch's ``timeout`` is not used, the loader's is. Hot path.
@@ -114,20 +107,16 @@ class ResultReceiver:
         """As torch's queue has it."""
         self._results.put(item)
 
-    def _watch(self) -> None:
-        for sentinel in self._watched:
-            self._results.poll.register(sentinel, select.POLLIN)
-
     def _receive(self, seconds: float) -> Any:
         """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
         if self._left_behind():  # found dead together with a message
             raise queue.Empty
         for sentinel in self._results.wait(seconds):
-            self._results.poll.unregister(sentinel)
             self._ended_now(sentinel)
         return self._results.take()
 
     def _ended_now(self, sentinel: int) -> None:
+        self._poll.unregister(sentinel)
         number = self._watched[sentinel]
         if not self._ended(number):
             self._workers[number].join(1.0)  # its pipes close just before it can be waited for
@@ -157,32 +146,22 @@ class ResultReceiver:
         return any(w.is_alive() and w.pid is not None and is_dying(w.pid) for w in left)
 
     def _dead(self) -> tuple[int, ...]:
-        silent = (n for n in self._watched.values() if self._is_over(self._workers[n]))
-        return tuple(sorted(n for n in {*self._gone, *silent} if not self._ended(n)))
-
-    def _is_over(self, worker: Worker) -> bool:
-        return not worker.is_alive() or (worker.pid is not None and is_gone(worker.pid))
+        watched = [(n, self._workers[n]) for n in self._watched.values()]
+        silent = {n for n, w in watched if not w.is_alive() or (w.pid and is_gone(w.pid))}
+        return tuple(sorted(n for n in self._gone | silent if not self._ended(n)))
 
 
 class PinnedResultReceiver(ResultReceiver):
     """The same behind torch's pinning thread, which reads the workers' pipes and fills a queue."""
 
-    def __init__(
-        self, pinned: queue.Queue[Any], thread: threading.Thread, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, pinned: queue.Queue[Any], thread: threading.Thread, *args: Any) -> None:
         self._pinned = pinned
         self._thread = thread
-        self._sentinels = select.poll()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, poll=select.poll())
         self._at_hand = ()  # the thread takes them
 
-    def _watch(self) -> None:
-        for sentinel in self._watched:
-            self._sentinels.register(sentinel, select.POLLIN)
-
     def _receive(self, seconds: float) -> Any:
-        for sentinel, _ in self._sentinels.poll(0):
-            self._sentinels.unregister(sentinel)
+        for sentinel, _ in self._poll.poll(0):
             self._ended_now(sentinel)
         if self._left_behind() and monotonic() - self._gone_since > _PINNED_GRACE_S:
             raise queue.Empty  # although others go on speaking

@@ -6,12 +6,12 @@ is stuck in C code. Only workers that are stuck are asked; the training process 
 
 from __future__ import annotations
 
-import linecache
 import os
 import re
 import time
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
+from traceback import FrameSummary, format_list
 from typing import NamedTuple
 
 from safeloader.supervision.flight_recorder import STACK_BYTES, FlightRecorder
@@ -20,32 +20,19 @@ from safeloader.supervision.processes import Signals
 _ANSWER_S = 1.0  # how long an answer is waited for
 _QUIET_S = 0.03  # without a new line, it is complete
 _DUMP_BYTES = 1 << 16  # more than one answer takes
-_FRAME = re.compile(r'^\s+File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)$')
+# "Stack" is that of the only thread there is.
+_CURRENT_THREAD = re.compile(
+    r"^(Current thread .*|Stack) \(most recent call first\):\n(?P<frames>( .*\n?)*)", re.MULTILINE
+)
+_FRAME = re.compile(r'^ +File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _OURS = os.path.join("safeloader", "worker", "")
 _FRAMES_MAX = 40
-
-
-class Frame(NamedTuple):
-    """One line of a stack."""
-
-    file: str
-    line: int
-    name: str
-
-    @property
-    def source(self) -> str:
-        """The line's text; empty where the file cannot be read."""
-        return linecache.getline(self.file, self.line).strip()
-
-    def __str__(self) -> str:
-        text = f"\n    {self.source}" if self.source else ""
-        return f'  File "{self.file}", line {self.line}, in {self.name}{text}'
 
 
 class Stack(NamedTuple):
     """A worker's main thread, newest frame first, and the text of it all."""
 
-    frames: tuple[Frame, ...]
+    frames: tuple[FrameSummary, ...]
     text: str
 
 
@@ -82,18 +69,12 @@ def left_behind(flight: FlightRecorder, worker: int) -> Stack:
 
 def read(text: str) -> Stack:
     """Take a dump of ``faulthandler`` apart; other text (a traceback) is kept as it is."""
-    current: list[Frame] = []
-    inside = False
-    for line in text.splitlines():
-        if "(most recent call first)" in line:
-            inside = line.startswith("Current thread") or "Thread" not in text
-            continue
-        found = _FRAME.match(line) if inside else None
-        if found is not None:
-            current.append(Frame(found["file"], int(found["line"]), found["name"]))
+    thread = _CURRENT_THREAD.search(text)
+    found = [] if thread is None else _FRAME.findall(thread["frames"])
+    current = [FrameSummary(file, int(line), name) for file, line, name in found]
     # Below the first of ours they are safeloader's, torch's and multiprocessing's.
-    users = [*takewhile(lambda frame: _OURS not in frame.file, current)]
+    users = [*takewhile(lambda frame: _OURS not in frame.filename, current)]
     frames = tuple(users or current)[:_FRAMES_MAX]
     if not frames:
         return Stack((), text.strip())
-    return Stack(frames, "\n".join(map(str, reversed(frames))))
+    return Stack(frames, "".join(format_list(frames[::-1])).rstrip())

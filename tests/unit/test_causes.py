@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import signal
+from traceback import FrameSummary as Frame
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from safeloader.introspect import resources
 from safeloader.supervision import causes
 from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
-from safeloader.supervision.stacks import Frame, Stack
+from safeloader.supervision.stacks import Stack
 
 NO_STACK = Stack((), "")
 AT_DECODE = Stack((Frame("/data/faces.py", 41, "decode"),), "")
@@ -139,7 +140,7 @@ def at(name: str, file: str = "/data.py") -> Stack:
 @pytest.mark.parametrize(
     ("stack", "status", "phase", "method", "words"),
     [
-        (None, None, None, "fork", ["no worker is at work", "worker_init_fn"]),
+        (None, None, "unknown", "fork", ["no worker is at work", "worker_init_fn"]),
         (at("acquire"), "stopped", "fetch", "fork", ["SIGSTOP", "kill -CONT"]),
         (None, "disk-sleep", "fetch", "fork", ["disk or network share"]),
         (None, "sleeping", "starting", "spawn", ["unpickling the dataset"]),
@@ -152,7 +153,7 @@ def at(name: str, file: str = "/data.py") -> Stack:
     ],
 )
 def test_what_is_made_of_a_silence(
-    stack: Stack | None, status: str | None, phase: str | None, method: str, words: list[str]
+    stack: Stack | None, status: str | None, phase: str, method: str, words: list[str]
 ) -> None:
     said = of_silence(stack, status, phase, 137, method)
     for word in words:

@@ -29,7 +29,6 @@ from safeloader.supervision.flight_recorder import (
     STACK_BYTES,
     STAMPS,
     STAMPS_MAX,
-    EndSignal,
     FlightRecorder,
 )
 from safeloader.transport.messages import Task
@@ -79,27 +78,25 @@ def test_what_a_worker_wrote_outlives_it(method: str) -> None:
 
 
 def waits_for_the_end(recorder: FlightRecorder, ready: Any) -> None:
-    ending = EndSignal(recorder)
-    assert not ending.is_set()
+    assert not recorder.is_set()
     ready.set()
-    while not ending.is_set():
+    while not recorder.is_set():
         pass
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_word_to_end_needs_no_lock(method: str) -> None:
     recorder = FlightRecorder(1)
-    ending = EndSignal(recorder)
     context = multiprocessing.get_context(method)
     ready = context.Event()
     process = context.Process(target=waits_for_the_end, args=(recorder, ready))
     process.start()
     assert ready.wait(60)
-    assert not ending.is_set()
-    ending.set()
+    assert not recorder.is_set()
+    recorder.set()
     process.join(60)
     assert process.exitcode == 0
-    assert ending.is_set()
+    assert recorder.is_set()
 
 
 def test_phases_as_they_are_read() -> None:

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from traceback import FrameSummary as Frame
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from safeloader.supervision import stacks
 from safeloader.supervision.flight_recorder import PID, SIGNAL, STACK_BYTES, FlightRecorder
 from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.supervision.processes import Signals
-from safeloader.supervision.stacks import Frame
 
 BOUND_S = 30
 HERE = __file__
@@ -91,7 +91,7 @@ def test_what_faulthandler_writes_here(tmp_path: Any) -> None:
         file.seek(0)
         found = stacks.read(file.read())
     assert found.frames[0].name == "test_what_faulthandler_writes_here"
-    assert found.frames[0].source == "faulthandler.dump_traceback(file, all_threads=False)"
+    assert found.frames[0].line == "faulthandler.dump_traceback(file, all_threads=False)"
 
 
 # with workers ───────────────────────────────────────────────────────────────────────────────────
