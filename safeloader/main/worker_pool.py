@@ -107,9 +107,6 @@ class WorkerPool:
                 self._log.warning(
                     "the ends of the streams cannot be checked: no shared memory (%s)", str(exc)
                 )
-        self._policy = Policy(
-            settings.on_error, settings.retries, tells=settings.on_failure_dump is not None
-        )
         self._open_ledger(loader, settings, epoch)
         if self.workers:
             self.stock = self._start(loader, self.sampler)
@@ -130,16 +127,21 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", epoch=epoch.number, hint=hint)
             raise error_from(failure, exc) from None
-        context = FetchContext(
-            None,
-            progress=self._progress,
-            key=self._settings.key,
-            policy=self._policy,
-            raised=self.raised,
-            length=self._log.length,
-        )
+        context = self._context(raised=self.raised)
         _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
         return stock
+
+    def _context(self, raised: list[BaseException] | None = None) -> FetchContext:
+        settings = self._settings
+        dumps = settings.on_failure_dump is not None
+        return FetchContext(
+            progress=self._progress,
+            key=settings.key,
+            policy=Policy(settings.on_error, settings.retries, tells=dumps),
+            checksum=settings.checksum,
+            raised=raised,
+            length=self._log.length,
+        )
 
     def _start(self, loader: DataLoader[Any], sampler: RecordingSampler | ResumedDraws) -> Any:
         """Start the workers, with torch's iterator over them.
@@ -158,15 +160,11 @@ class WorkerPool:
             flight = self._flight_recorder()
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                key=settings.key,
-                policy=self._policy,
-                progress=self._progress,
+                context=self._context(),
                 results=results,
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
-                checksum=settings.checksum,
-                length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ending = None if flight is None else EndSignal(flight)
