@@ -104,10 +104,10 @@ class MapFetcher(RecordingFetcher):
     def _repaired(
         self, blank: BatchManifest, samples: Any, failed: Exception | None, phase: str
     ) -> Made:
-        came = isinstance(samples, list) and len(samples) == self._wanted
+        came = isinstance(samples, list | tuple) and self._count(samples) == self._wanted
         if self._at_once and not came and failed is not None:
             if self._policy.raises:
-                if phase == "sample":
+                if phase == "sample" and type(self._asked) is list:
                     failed = _find(self._dataset, self._asked, failed)
                 return self._failed(failed, blank, phase)
             samples, failed, phase = [], None, "sample"  # each fails for itself, or comes
