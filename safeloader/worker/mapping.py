@@ -61,22 +61,24 @@ class MapFetcher(RecordingFetcher):
         self._asked: Any = ()  # the indices it is asked for
 
     def _begin(self) -> tuple[Packed, int | None, bool]:
-        task, batched, dataset = self._task, self._batched, self._dataset
+        task, batched = self._task, self._batched
         indices = task.index
         # Noted before the user's code sees the lists: it may sort or empty them.
         packed = task.packed
         if packed is None:
             packed = pack(indices) if batched else pack_unbatched(indices)
         number = count(packed)
-        self._at_once = batched and bool(getattr(dataset, "__getitems__", None))
-        self._asked = indices if batched else (indices,)
-        self._wanted, self._spread = (number, 1) if batched else (1, number)
-        self._carefully = bool(self._policy.retries or task.one_by_one)
+        self._at_once = at_once = batched and bool(getattr(self._dataset, "__getitems__", None))
+        if batched:
+            self._asked, self._wanted = indices, number
+        else:
+            self._asked, self._wanted, self._spread = (indices,), 1, number
+        self._carefully = self._retries or task.one_by_one
         self._stamps = stamps = self._stamps_for(self._wanted)
         cells = self._cells
-        cells[PHASE] = FETCH_AT_ONCE if self._at_once or self._spread != 1 else FETCH
+        cells[PHASE] = FETCH_AT_ONCE if at_once or self._spread != 1 else FETCH
         cells[SINCE] = stamps[0] = clock()
-        return packed, None, self._at_once or not batched
+        return packed, None, at_once or not batched
 
     def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
         dataset, stamps, asked, now = self._dataset, self._stamps, self._asked, clock

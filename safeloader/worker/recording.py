@@ -81,6 +81,7 @@ class RecordingFetcher:
         self._worker_id = context.worker_id
         self._key = context.key
         self._policy = context.policy
+        self._retries = context.policy.retries > 0
         self._cells = private_row() if context.cells is None else context.cells
         self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer

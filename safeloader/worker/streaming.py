@@ -67,7 +67,7 @@ class StreamFetcher(RecordingFetcher):
             raise _EndOfStream
         self._wanted = wanted = len(self._task.index) if self._batched else 1
         self._first = first = self._read
-        self._carefully = bool(self._policy.retries or self._last_failed is not None)
+        self._carefully = self._retries or self._last_failed is not None
         self._stamps = stamps = self._stamps_for(wanted)
         cells = self._cells
         cells[ORDINAL] = first
