@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.values import Opaque
 
 # int64 bytes, or one identity per sample.
@@ -45,11 +46,16 @@ def pack(indices: Iterable[Any]) -> Packed:
         indices = list(indices)
     try:
         return _packer(len(indices))(*indices)  # type: ignore[arg-type]
-    except Exception:  # not ints, no length, or objects of the user's that object to being asked
+    except (struct.error, TypeError):  # not ints, or no length
         pass
+    except Exception as exc:  # objects of the user's that object to being asked
+        if raised_by_signal(exc):
+            raise
     try:
         return tuple(identity(index) for index in indices)
-    except Exception:  # not iterable: the dataset's fetch will say so, torch's own way
+    except Exception as exc:  # not iterable: the dataset's fetch will say so, torch's own way
+        if raised_by_signal(exc):
+            raise
         return (identity(indices),)
 
 
@@ -121,7 +127,9 @@ def identity(index: Any) -> Hashable:
     """
     try:
         return _identity(index)
-    except Exception:  # sparse tensors, endless lists, objects that raise: known by their place
+    except Exception as exc:  # sparse tensors, endless lists, objects that raise: known by place
+        if raised_by_signal(exc):
+            raise
         return Opaque(f"<{type(index).__qualname__}>")
 
 

@@ -65,8 +65,8 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
 
 def _is_copied(name: str) -> bool:
     """Not the machinery (``__class__``, ``__cause__``), nor what an error of ours carries."""
-    if name == "__notes__":
-        return True
+    if not isinstance(name, str) or name == "__notes__":
+        return name == "__notes__"
     return not name.startswith("__") and name not in ("failure", "_text")
 
 

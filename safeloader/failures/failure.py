@@ -11,10 +11,11 @@ put together from them without running a constructor.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
+import signal
 import traceback as traceback_module
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,11 +99,9 @@ class Failure:
     pid: int = dataclasses.field(default_factory=os.getpid)
     dataset_state: dict[str, Any] | None = None
     hint: str = ""
-    _where: str = dataclasses.field(default="", repr=False)
-    _exception_parts: ExceptionParts | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
-    _random: RandomState | None = dataclasses.field(default=None, repr=False, compare=False)
+    _where: str = ""
+    _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
+    _random: RandomState | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("message", "traceback", "hint"):  # whoever made them: they leave from here on
@@ -150,37 +149,45 @@ def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> F
         where: as torch words it, ``"in DataLoader worker process 3"``; empty in the main process.
         known: further fields of :class:`Failure`.
     """
+    # In the error of a loader within the dataset: what the user's code raised.
+    inner = own_state(exc).get("failure")
+    parts = inner._exception_parts if isinstance(inner, Failure) else None
     return Failure(
         phase=phase,
         exception_type=type_name(type(exc)),
         message=bounded(exception_text(exc), _MESSAGE_CHARS),
         traceback=bounded(_traceback_of(exc), _TRACEBACK_CHARS),
         _where=where,
-        _exception_parts=_inner_parts(exc) or exception_parts_of(exc),
+        _exception_parts=parts or exception_parts_of(exc),
         **known,
     )
 
 
-def bare_failure(exc: BaseException, *, phase: str, where: str, **known: Any) -> Failure:
-    """What is left of :func:`failure_of` where that failed: the error of the user's is told."""
-    parts = None
-    with contextlib.suppress(Exception):
-        parts = exception_parts_of(exc)
-    return Failure(
-        phase=phase,
-        exception_type=type(exc).__name__,
-        message="",
-        hint="safeloader could not describe this failure. That is a fault of its own: report it",
-        _where=where,
-        _exception_parts=parts,
-        **known,
-    )
+def is_ours(frame: types.FrameType) -> bool:
+    """Whether code of this package runs in it."""
+    return frame.f_code.co_filename.startswith(_OURS)
 
 
-def _inner_parts(exc: BaseException) -> ExceptionParts | None:
-    """For the error of a loader within the dataset: what is left of what the user's code raised."""
-    inner = own_state(exc).get("failure")
-    return inner._exception_parts if isinstance(inner, Failure) else None
+def without_ours(frames: types.TracebackType | None) -> types.TracebackType | None:
+    """A traceback without our frames above the user's."""
+    while frames is not None and frames.tb_next is not None and is_ours(frames.tb_frame):
+        frames = frames.tb_next
+    return frames
+
+
+def raised_by_signal(exc: BaseException) -> types.FrameType | None:
+    """The frame in which a signal handler struck that raised this; None where none did.
+
+    It may be a time limit of the user's. What it struck is not at fault.
+    """
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(each, "__code__", None) for each in handlers}
+    struck = None
+    for frame, _ in traceback_module.walk_tb(exc.__traceback__):
+        if frame.f_code in codes:
+            return struck
+        struck = frame
+    return None
 
 
 def _traceback_of(exc: BaseException) -> str:

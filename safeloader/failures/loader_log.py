@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
+from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
@@ -85,13 +85,6 @@ def text_of(exc: BaseException) -> str:
     A handler that keeps records would keep the exception's frames, and the data in them.
     """
     return bounded(scrub("".join(traceback.format_exception(exc)).rstrip()), _TRACEBACK_CHARS)
-
-
-def raised_by_signal(exc: BaseException) -> bool:
-    """Whether a signal handler raised it, a time limit of the user's perhaps: no fault of ours."""
-    handlers = map(signal.getsignal, signal.valid_signals())
-    codes = {getattr(each, "__code__", None) for each in handlers}
-    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(exc.__traceback__))
 
 
 def length_of(sized: Any) -> int | None:

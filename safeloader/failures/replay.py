@@ -80,20 +80,17 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
         )
     if not isinstance(what, Failure):
         return dataset[what]
+    if what.index is None or what.position is None:
+        at = f"the indices of its batch are {indices_text(what.indices, most=16)}: replay one"
+        raise ValueError(
+            f"this failure ({what.phase}) names no single sample; "
+            f"{at if what.indices else 'there is nothing to replay'}"
+        )
     if what.phase in ("crash", "timeout"):
         LoaderLog(dataset).warning(
             "index %s %s its worker: replaying it here may do the same to this process",
             index_text(what.index),
             "killed" if what.phase == "crash" else "hung",
-        )
-    if what.phase == "crash" and what.index is None:
-        raise ValueError(
-            "this worker died at no sample (idle, or starting): there is nothing to replay"
-        )
-    if what.index is None or what.position is None:
-        raise ValueError(
-            f"this failure ({what.phase}) names no single sample; the indices of its batch are "
-            f"{indices_text(what.indices, most=16)}: replay one of them"
         )
     with preserved():
         if what._random is not None:

@@ -21,8 +21,8 @@ from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
-from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, raised_by_signal
+from safeloader.failures.failure import Failure, raised_by_signal
+from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
 from safeloader.introspect.texts import index_text

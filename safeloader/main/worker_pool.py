@@ -101,9 +101,6 @@ class WorkerPool:
                 self._log.warning(
                     "the ends of the streams cannot be checked: no shared memory (%s)", str(exc)
                 )
-        self._policy = Policy(
-            settings.on_error, settings.retries, tells=settings.on_failure_dump is not None
-        )
 
     def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
@@ -144,15 +141,20 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
-        context = FetchContext(
-            None,
+        context = self._context(raised=self.raised)
+        _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
+
+    def _context(self, raised: list[BaseException] | None = None) -> FetchContext:
+        settings = self._settings
+        dumps = settings.on_failure_dump is not None
+        return FetchContext(
             progress=self._progress,
-            key=self._settings.key,
-            policy=self._policy,
-            raised=self.raised,
+            key=settings.key,
+            policy=Policy(settings.on_error, settings.retries, tells=dumps),
+            checksum=settings.checksum,
+            raised=raised,
             length=self._log.length,
         )
-        _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
 
     def _start(self, loader: DataLoader[Any]) -> None:
         """Start the workers, with torch's iterator over them.
@@ -173,15 +175,11 @@ class WorkerPool:
             flight = self._flight_recorder()
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                key=settings.key,
-                policy=self._policy,
-                progress=self._progress,
+                context=self._context(),
                 results=results,
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
-                checksum=settings.checksum,
-                length=self._log.length,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)

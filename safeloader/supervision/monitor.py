@@ -17,6 +17,7 @@ from time import perf_counter
 from time import perf_counter_ns as clock
 from typing import Any
 
+from safeloader.failures.failure import without_ours
 from safeloader.introspect.resources import or_none, process_memory
 from safeloader.supervision.flight_recorder import (
     IDLE,
@@ -27,7 +28,6 @@ from safeloader.supervision.flight_recorder import (
     FlightRecorder,
 )
 
-_OURS = (__package__, "safeloader.worker")  # whose frames stand above the user's
 _RESIDENT_EVERY_S = 0.1
 _SHARED_EVERY_S = 1.0
 _MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
@@ -92,10 +92,8 @@ class WorkerMonitor:
         """Leave the stack of what ends this process and is no error: an exit, an interrupt."""
         if self._stacks is None or raised is None or isinstance(raised, Exception):
             return
-        users = frames
-        while users is not None and users.tb_frame.f_globals.get("__package__") in _OURS:
-            users = users.tb_next
-        text = "".join(traceback.format_exception(type(raised), raised, users or frames))
+        users = without_ours(frames)
+        text = "".join(traceback.format_exception(type(raised), raised, users))
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 

@@ -9,8 +9,10 @@ gravest differences are told, in the order of :class:`Rank`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
+from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.sample_differences import Finding, Rank, Refusal, Survey
 from safeloader.introspect.texts import bounded_text
 
@@ -47,11 +49,11 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySampl
 
     Args:
         samples: what the dataset returned, in the order of the batch.
-        indices: the dataset index of each; where it is None or missing, the position is named.
+        indices: the dataset index of each.
 
     Returns:
         None where the samples are built alike and ``default_collate`` can take what they hold.
-        Never raises.
+        Raises nothing of its own.
 
     >>> explain([{"x": 1}, {"x": 2}, {}], [10, 11, 12]).text
     "dataset index 12 (position 2) has no key 'x'; the other 2 have it"
@@ -60,7 +62,9 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySampl
         survey = Survey(samples)
         survey.walk()
         return _verdict(survey, indices)
-    except Exception:
+    except Exception as exc:
+        if raised_by_signal(exc) is not None:
+            raise
         return None  # an explanation that fails must not hide the error it is to explain
 
 
@@ -85,20 +89,16 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> FaultySample | None:
     told = [finding for finding in found if finding.rank == top]
     if top == Rank.DTYPE:  # torch.stack may convert; a number among strings breaks for certain
         told += [finding for finding in found if finding.rank == Rank.LEAF]
-    sentences: list[str] = []
-    blamed: list[list[int]] = []
+    blamed: dict[tuple[int, ...], Finding] = {}  # one sample wrong in ten places is told once
     for finding in told:
-        positions = sorted(position for each in finding.odd.values() for position in each)
-        if positions not in blamed:  # one sample wrong in ten places is told once
-            blamed.append(positions)
-            sentences.append(_sentence(finding, indices, survey.total))
-    sentences = sentences[:3]
+        blamed.setdefault(tuple(sorted(chain(*finding.odd.values()))), finding)
+    sentences = [_sentence(each, indices, survey.total) for each in [*blamed.values()][:3]]
     if top >= Rank.DTYPE:
         sentences += refused
     if top == Rank.TYPE:
         sentences[0] = f"the only difference found, which default_collate takes: {sentences[0]}"
     clear = all(finding.usual is not None for finding in told)
-    odd = sorted({position for each in blamed for position in each}) if clear else []
+    odd = sorted({*chain(*blamed)}) if clear else []
     # Which of the two it fell over is not known: no single sample is blamed then.
     single = len(blamed) == 1 and len(odd) == 1 and not all_differ
     sentences += [_sentence(finding, indices, survey.total) for finding in all_differ[:1]]
@@ -127,16 +127,11 @@ def _sentence(finding: Finding, indices: Sequence[object], total: int) -> str:
 
 
 def _who(positions: list[int], indices: Sequence[object]) -> str:
-    shown = positions[:SHOWN_MAX]
-    known = [indices[position] if position < len(indices) else None for position in shown]
-    more = f" and {len(positions) - len(shown)} more" if len(positions) > len(shown) else ""
-    if any(index is None for index in known):
-        plural = "s" * (len(positions) > 1)
-        places = ", ".join(map(str, shown))
-        return f"the sample{plural} at position{plural} {places}{more}"
+    shown = ", ".join(bounded_text(indices[position]) for position in positions[:SHOWN_MAX])
     if len(positions) == 1:
-        return f"dataset index {bounded_text(known[0])} (position {positions[0]})"
-    return f"dataset indices {', '.join(map(bounded_text, known))}{more}"
+        return f"dataset index {shown} (position {positions[0]})"
+    left = len(positions) - SHOWN_MAX
+    return f"dataset indices {shown}{f' and {left} more' if left > 0 else ''}"
 
 
 def _refusal(refusal: Refusal, total: int) -> str:

@@ -19,7 +19,7 @@ def private_row() -> memoryview:
 
 @dataclasses.dataclass(frozen=True)
 class FetchContext:
-    """Where a fetcher stands.
+    """Where a fetcher stands; main begins it, and each worker completes its own.
 
     Attributes:
         worker_id: None in the main process, where batches are not pickled.
@@ -27,7 +27,7 @@ class FetchContext:
         key: the user's, which gives samples an identity.
         start_state: the dataset as it was when the worker started.
         policy: what to do about samples that fail.
-        cells: this worker's row of the flight recorder.
+        cells: this worker's row of the flight recorder, if there is one.
         checksum: whether the leaves of each batch are fingerprinted before it is sent.
         packer: what pickles the batches, in a worker.
         raised: in the main process, where the exception of a failed batch is left for the iterator.
@@ -35,12 +35,12 @@ class FetchContext:
         length: the dataset's as main knew it when the epoch began; None if it has none.
     """
 
-    worker_id: int | None
+    worker_id: int | None = None
     progress: StreamProgress | None = None
     key: Callable[[Any], Any] | None = None
     start_state: dict[str, Any] | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
-    cells: memoryview = dataclasses.field(default_factory=private_row)
+    cells: memoryview | None = None
     checksum: bool = False
     packer: Packer = dataclasses.field(default_factory=Packer)
     raised: list[BaseException] | None = None

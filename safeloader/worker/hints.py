@@ -5,16 +5,17 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.texts import bounded_text, index_text, is_secret
 from safeloader.introspect.values import exception_text, fields, plain_length
-from safeloader.worker.repair import ON_ERROR_FAULT
+from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK
 
 KEY_FAULT = "raised by key=, not by the dataset"
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
@@ -25,6 +26,7 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "them",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
+    STRUCK: "no sample is to blame; next() goes on with the next batch",
     "sample": "loader.replay(error) repeats the call here with the same random numbers, "
     "loader.dataset[{index}] with others",
     "sample of a stream": "sample {ordinal} (from 0) of worker {worker}'s stream: iterate the "
@@ -62,26 +64,25 @@ def hint_for(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
             "have ended the epoch here without a word"
         )
-    known: dict[str, Any] = {"index": index_text(index)}
-    step: str | None = phase
-    if found in (KEY_FAULT, ON_ERROR_FAULT):
+    step, worker, ordinal = phase, None, None
+    if found in _NEXT_STEPS:
         step = found
-    elif phase == "sample" and type(index) is tuple and [*map(type, index)] == [int, int]:
-        step = "sample of a stream"
-        known["worker"], known["ordinal"] = index
-    elif phase == "sample" and index is None:
-        step = None
-    elif found and phase != "sample":
-        step = f"{phase}, found"
+    elif phase != "sample":
+        step = f"{phase}, found" if found else phase
+    elif type(index) is tuple and (dataset is None or isinstance(dataset, IterableDataset)):
+        step, (worker, ordinal) = "sample of a stream", index
+    elif index is None:
+        step = ""
     if step in _NEXT_STEPS:
-        parts.append(_NEXT_STEPS[step].format(**known))
+        words = {"index": index_text(index), "worker": worker, "ordinal": ordinal}
+        parts.append(_NEXT_STEPS[step].format(**words))
     return "\n".join(part[:1000] for part in parts)
 
 
 def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None) -> list[str]:
     """What the index means to the dataset: its range, its file, its number in what is under it."""
-    said = []
-    try:
+    said: list[str] = []
+    with suppress(Exception):  # a hint must not hide the error
         length = plain_length(dataset)
         length = known if length is None else length
         if isinstance(exc, IndexError) and length is not None:
@@ -109,8 +110,6 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
                 f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
             )
         said += _file(at, inner, path, exc, length if inner is dataset else plain_length(inner))
-    except Exception:  # a hint must not hide the error
-        return said
     return said
 
 

@@ -7,7 +7,7 @@ and "TensorDataset" of ``benchmarks/`` guard it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
@@ -27,22 +27,20 @@ from safeloader.delivery.indices import (
     unpack,
 )
 from safeloader.delivery.manifest import BatchManifest
+from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.supervision.flight_recorder import (
-    COLLATE,
     COUNTED,
     FETCH,
     FETCH_AT_ONCE,
     PHASE,
     SINCE,
 )
-from safeloader.transport.messages import Task
-from safeloader.worker.collating import FaultySample
 from safeloader.worker.context import FetchContext
-from safeloader.worker.recording import KeyFault, Made, RecordingFetcher
-from safeloader.worker.repair import Donors, Unrepairable
+from safeloader.worker.recording import Made, RecordingFetcher
+from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, struck
 
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
@@ -57,76 +55,42 @@ class MapFetcher(RecordingFetcher):
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
-        self._stacks = self._batched and may_stack(stock.collate_fn)
+        if self._batched and may_stack(stock.collate_fn):
+            self._collate_fn = _collated
+        self._at_once = False  # whether the dataset makes the running batch in one call
+        self._asked: Any = ()  # the indices it is asked for
 
-    def _fetch(self, task: Task) -> Made:
+    def _begin(self) -> tuple[Packed, int | None, bool]:
+        task, batched = self._task, self._batched
         indices = task.index
-        dataset = self._dataset
-        cells = self._cells
-        batched = self._batched
-        now = clock
-        at_once = batched and hasattr(dataset, "__getitems__") and bool(dataset.__getitems__)
         # Noted before the user's code sees the lists: it may sort or empty them.
         packed = task.packed
         if packed is None:
             packed = pack(indices) if batched else pack_unbatched(indices)
         number = count(packed)
-        asked = list(indices) if at_once else indices
-        stamps = self._stamps_for(number if batched else 1)
-        cells[PHASE] = FETCH_AT_ONCE if at_once or not (batched or number == 1) else FETCH
-        cells[SINCE] = stamps[0] = now()
-        if self._policy.retries or task.one_by_one:
-            return self._fetch_repaired(task, packed, asked, at_once, [], None, stamps)
-        samples: Any = []
-        fetched: list[Any] = []
-        keys = None
-        got: int | None = number
-        k = 0
-        phase = "sample"
-        try:
-            if at_once:
-                samples = dataset.__getitems__(indices)
-                k = 1
-                stamps[1] = now()
-                got = self._count(samples)
-            elif batched:
-                for k, index in enumerate(indices, 1):
-                    samples.append(dataset[index])
-                    stamps[k] = now()
-                got = k
-            else:
-                samples.append(dataset[indices])
-                k = 1
-                stamps[1] = now()
-            if self._key is not None and (batched or number == 1):
-                keys = self._keys(samples)
-            phase = "collate"
-            cells[PHASE] = COLLATE
-            fetched = samples
-            batch = stacked(samples) if self._stacks else None
-            if batch is None:
-                if type(samples) is list:  # the collate function may take it apart
-                    fetched = list(samples)
-                self._packer.collates()
-                batch = self._collate_fn(samples if batched else samples[0])
-            stamps[k + 1] = now()
-        except Exception as exc:
-            seen = samples if phase == "sample" else fetched
-            if self._repairs(exc, seen) and (batched or not seen):
-                return self._fetch_repaired(task, packed, asked, at_once, seen, exc, stamps)
-            faulty = FaultySample()
-            if not batched:
-                faulty, seen = FaultySample(0 if number == 1 else None), None
-            elif phase == "sample" and not isinstance(exc, KeyFault):
-                faulty = _find(dataset, asked, exc) if at_once else FaultySample(len(seen))
-            manifest = self._manifest(
-                seq=task.seq, indices=packed, samples=None, fetched_at_once=at_once or not batched
-            )
-            return self._failed(exc, manifest, phase, faulty, seen)
-        whole = at_once or not batched
-        worker_id, pid, times = self._worker_id, self._pid, stamps[: k + 2].tobytes()
-        manifest = BatchManifest(task.seq, worker_id, pid, packed, got, None, times, whole, keys)
-        return self._handed_over(manifest, batch, fetched if batched or number == 1 else ())
+        self._at_once = at_once = batched and bool(getattr(self._dataset, "__getitems__", None))
+        if batched:
+            self._asked, self._wanted = indices, number
+        else:
+            self._asked, self._wanted, self._spread = (indices,), 1, number
+        self._carefully = self._retries or task.one_by_one
+        self._stamps = stamps = self._stamps_for(self._wanted)
+        cells = self._cells
+        cells[PHASE] = FETCH_AT_ONCE if at_once or self._spread != 1 else FETCH
+        cells[SINCE] = stamps[0] = clock()
+        return packed, None, at_once or not batched
+
+    def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
+        dataset, stamps, asked, now = self._dataset, self._stamps, self._asked, clock
+        if self._at_once:
+            self._asked = list(asked)
+            samples = dataset.__getitems__(asked)
+            stamps[1] = now()
+            return samples, self._count(samples)
+        for k, index in enumerate(asked, 1):
+            came.append(dataset[index])
+            stamps[k] = now()
+        return came, len(came) if self._batched else self._spread
 
     def _count(self, samples: Any) -> int | None:
         """How many samples ``__getitems__`` gave; None where that cannot be told.
@@ -134,84 +98,66 @@ class MapFetcher(RecordingFetcher):
         Its contract is a list with one entry an index. A tuple, tensor or mapping in front of a
         collate function of the user's may well be a finished batch, whose length means nothing.
         """
-        if type(samples) is list or self._collate_fn is default_collate:
-            try:
+        if type(samples) is list or self._collate_fn in (default_collate, _collated):
+            with suppress(TypeError):
                 return len(samples)
-            except TypeError:
-                return None
         return None
 
-    def _fetch_repaired(
-        self,
-        task: Task,
-        packed: Packed,
-        asked: Any,
-        at_once: bool,
-        samples: Any,
-        failed: Exception | None,
-        stamps: Any,
+    def _repaired(
+        self, blank: BatchManifest, samples: Any, failed: Exception | None, phase: str
     ) -> Made:
-        """The batch in spite of samples that fail: the dataset is asked for each of ``asked``.
+        came = isinstance(samples, list | tuple) and self._count(samples) == self._wanted
+        if self._at_once and not came and failed is not None:
+            if self._policy.raises:
+                if phase == "sample" and type(self._asked) is list:
+                    failed = _find(self._dataset, self._asked, failed)
+                return self._failed(failed, blank, phase)
+            samples, failed, phase = [], None, "sample"  # each fails for itself, or comes
+        if self._at_once:  # what came did so together: no time is known of each
+            self._stamps[0] = clock()
+            for k in range(len(samples)):
+                self._stamps[k + 1] = self._stamps[0]
+        return super()._repaired(blank, samples, failed, phase)
 
-        ``samples`` are those that came before ``failed`` was raised, by a sample or by collation.
-        """
-        known = unpack(packed)
-        asked = list(asked) if self._batched else [asked]
-        spread = 1 if self._batched else len(known)  # indices that one sample stands for
-        get = functools.partial(self._one, at_once=at_once)
-        repair = self._repair(known, self._donors(task, known, get), spread)
-        whole = isinstance(samples, list) and len(samples) == len(asked)
-        came = samples if whole or not at_once else []  # else each fails for itself, or comes
+    def _ask(self, repair: BatchRepair, failed: Exception | None) -> None:
+        for k, index in enumerate(list(self._asked)[repair.asked :], repair.asked):
+            self._cells[PHASE] = FETCH if self._spread == 1 else FETCH_AT_ONCE
+            if {*range(k, k + self._spread)} & {*self._task.excluded}:
+                repair.leave_out(_EXCLUDED)
+            else:
+                repair.fetch(functools.partial(self._one, index), failed)
+            failed = None
+            self._stamps[k + 1] = clock()
 
-        def ask() -> None:
-            if failed is None or at_once:  # else the stamps of those that came are there already
-                stamps[0] = clock()
-                for k in range(len(came)):
-                    stamps[k + 1] = stamps[0]
-            repair.have(came)
-            first = None if at_once else failed
-            for k in range(len(came), len(asked)):
-                self._cells[PHASE] = FETCH if spread == 1 else FETCH_AT_ONCE
-                if {*range(k, k + spread)} & {*task.excluded}:
-                    repair.leave_out(_EXCLUDED)
-                else:
-                    repair.fetch(functools.partial(get, asked[k]), first)
-                first = None
-                stamps[k + 1] = clock()
-
-        blank = self._manifest(
-            seq=task.seq, indices=packed, samples=None, fetched_at_once=spread != 1
-        )
-        return self._repaired(repair, ask, blank, stamps)
-
-    def _one(self, index: Any, at_once: bool) -> Any:
-        if not at_once:
+    def _one(self, index: Any) -> Any:
+        if not self._at_once:
             return self._dataset[index]
         (sample,) = self._dataset.__getitems__([index])
         return sample
 
-    def _donors(self, task: Task, known: tuple[Any, ...], get: Callable[[Any], Any]) -> Donors:
+    def _donors(self, indices: tuple[Any, ...]) -> Donors:
         """What was drawn earlier and comes, the nearest first; the generators stay where they are.
 
         Without batching an index may ask for many samples: as many are taken as are to be replaced.
         """
-        batched = self._batched
-        tried = [(each,) for each in known] if batched else [known]
-        cells = self._cells
-        for position, index in enumerate(map(restored, task.donors), len(known)):
+        batched, task, cells = self._batched, self._task, self._cells
+        needed = 1 if batched else len(indices)
+        tried = [(each,) for each in indices] if batched else [indices]
+        for position, index in enumerate(map(restored, task.donors), len(indices)):
             names = (identity(index),) if batched else unpack(pack_unbatched(index))
-            if not batched and len(names) > len(known):
-                index, names = index[: len(known)], names[: len(known)]
-            if position in task.excluded or any(same(names, each) for each in tried):
-                continue
-            if not batched and len(names) < len(known):
+            if len(names) > needed:
+                index, names = index[:needed], names[:needed]
+            known = position in task.excluded or any(same(names, each) for each in tried)
+            if known or len(names) < needed:
                 continue
             tried.append(names)
             cells[PHASE], cells[COUNTED], cells[SINCE] = FETCH, position, clock()
             try:
                 with preserved():
-                    sample = get(index)
+                    sample = self._one(index)
             except Exception as exc:
+                if struck(exc, "sample"):
+                    raise
                 if never_skipped(exc):
                     text = f"at index {bounded_text(names[0])}, to stand in for them"
                     raise Unrepairable(None, exc, text) from None
@@ -219,7 +165,7 @@ class MapFetcher(RecordingFetcher):
             yield names, sample
 
 
-def _find(dataset: Any, indices: list[Any], raised: Exception) -> FaultySample:
+def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
     """The first index of a batch that ``__getitems__`` cannot fetch alone, and how it was found.
 
     The samples are asked for one at a time, for ten seconds at most. That runs the user's code
@@ -227,32 +173,26 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> FaultySample:
     they would have been.
     """
     if len(indices) == 1:
-        return FaultySample(0)
+        return Unrepairable(0, raised)
     give_up = monotonic() + _ASKED_AGAIN_S
-    one_at_a_time = f"the {len(indices)} samples one at a time"
+    number, found = len(indices), None
+    text = f", but for none of the {number} indices asked for one at a time: look at what they "
+    text += "have in common"
     with preserved():
         for position, index in enumerate(indices):
             if monotonic() > give_up:
-                return FaultySample(
-                    text=f"__getitems__ raised; asking for {one_at_a_time}, the first {position} "
-                    f"came without error in {_ASKED_AGAIN_S:.0f} s"
-                )
+                text = f"; asking for the {number} samples one at a time, the first {position} "
+                text += f"came without error in {_ASKED_AGAIN_S:.0f} s"
+                break
             try:
                 dataset.__getitems__([index])
             except type(raised):
-                return FaultySample(
-                    position,
-                    f"__getitems__ raised for the whole batch; index {index_text(index)} was "
-                    f"found by asking for {one_at_a_time}",
-                )
-            except KeyboardInterrupt:
-                raise
-            except BaseException:  # another fault of the same call: not the one to explain
+                found, text = position, f"; index {index_text(index)} was found by asking for "
+                text += f"the {number} samples one at a time"
+                break
+            except Exception:  # another fault of the same call: not the one to explain
                 continue
-    return FaultySample(
-        text=f"__getitems__ raised for the whole batch, but for none of the {len(indices)} indices "
-        "asked for one at a time: look at what they have in common"
-    )
+    return Unrepairable(found, raised, f"__getitems__ raised for the whole batch{text}")
 
 
 # ── tuples of tensors ────────────────────────────────────────────────────────────────────────────
@@ -264,6 +204,11 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> FaultySample:
 def may_stack(collate_fn: Any) -> bool:
     """Whether batches are collated by ``default_collate``, in a process that is no worker."""
     return collate_fn is default_collate and get_worker_info() is None
+
+
+def _collated(samples: Any) -> Any:
+    batch = stacked(samples)
+    return default_collate(samples) if batch is None else batch
 
 
 def stacked(samples: Any) -> list[torch.Tensor] | None:
@@ -281,5 +226,7 @@ def stacked(samples: Any) -> list[torch.Tensor] | None:
             return None
     try:
         return [torch.stack(column, 0) for column in zip(*samples, strict=True)]
-    except Exception:
+    except Exception as exc:
+        if raised_by_signal(exc) is not None:
+            raise
         return None

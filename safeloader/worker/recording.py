@@ -18,17 +18,16 @@ samples that fail and are not to end their batch.
 
 from __future__ import annotations
 
-import functools
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
 
-from safeloader.delivery.indices import identity
+from safeloader.delivery.indices import Packed, identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
-from safeloader.failures.failure import Failure, bare_failure, failure_of
+from safeloader.failures.exception_parts import exception_parts_of
+from safeloader.failures.failure import Failure, failure_of, without_ours
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.pickling import find_unpicklable
@@ -54,18 +53,24 @@ from safeloader.transport.messages import (
     Task,
 )
 from safeloader.worker.collating import FaultySample, explain
-from safeloader.worker.context import FetchContext
+from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import KEY_FAULT, hint_for
-from safeloader.worker.repair import BatchRepair, Donors, Unrepairable
+from safeloader.worker.repair import STRUCK, BatchRepair, Donors, Unrepairable, struck
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
-_UNKNOWN = FaultySample()
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 
 
 class RecordingFetcher:
-    """Torch's fetcher with a notebook: same calls on the same objects in the same order."""
+    """Torch's fetcher with a notebook: same calls on the same objects in the same order.
+
+    A kind of dataset says how a batch is begun (:meth:`_begin`), how its samples are gathered
+    (:meth:`_gather`), and how they are asked for one at a time (:meth:`_ask`).
+    """
+
+    _task: Task  # the running batch, and where its time stamps go
+    _stamps: Any
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
@@ -76,24 +81,82 @@ class RecordingFetcher:
         self._worker_id = context.worker_id
         self._key = context.key
         self._policy = context.policy
-        self._cells = context.cells
-        self._shared_stamps = context.cells[STAMPS:]
+        self._retries = context.policy.retries > 0
+        self._cells = private_row() if context.cells is None else context.cells
+        self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer
-        self._manifest = functools.partial(BatchManifest, worker_id=self._worker_id, pid=self._pid)
         self._mark = Marks().mark
         self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
+        self._wanted = 0  # samples of the running batch
+        self._spread = 1  # indices that one sample of it stands for
+        self._carefully = False  # whether it is to be made the slow way
 
     def fetch(self, task: Task) -> Made:
-        """The batch for ``task`` with its manifest."""
+        """The batch for ``task`` with its manifest; hot path."""
         if type(task.index) is SamplerFault:
-            return FailedBatch(self._manifest(seq=task.seq, indices=b"", samples=0), None)
-        self._cells[SEQ] = task.seq
+            return FailedBatch(BatchManifest(task.seq, self._worker_id, self._pid, b"", 0), None)
+        cells = self._cells
+        cells[SEQ] = task.seq
+        self._task = task
         self._random = self._mark()
         self._packer.begin()
-        return self._fetch(task)
+        begun = indices, first, at_once = self._begin()
+        came: list[Any] = []
+        if self._carefully:
+            return self._repaired(self._blank(*begun), came, None, "sample")
+        stamps = self._stamps
+        samples: Any = came
+        keys = None
+        phase = "sample"
+        try:
+            samples, number = self._gather(came)
+            if self._key is not None and self._spread == 1:
+                keys = _keys(self._key, enumerate(samples))
+            phase = "collate"
+            cells[PHASE] = COLLATE
+            batch = self._collate(samples)
+            end = 1 + (len(came) if samples is came else 1)  # one stamp for all fetched at once
+            stamps[end] = clock()
+        except Exception as exc:
+            blank = self._blank(*begun)
+            if not self._repairs(exc, samples, phase):
+                return self._failed(exc, blank._replace(samples=len(came)), phase)
+            if isinstance(exc, KeyFault):  # on a sample that is None: collation may tell
+                return self._repaired(blank, samples, None, "collate")
+            return self._repaired(blank, samples, exc, phase)
+        worker_id, pid, times = self._worker_id, self._pid, stamps[: end + 1].tobytes()
+        manifest = BatchManifest(
+            task.seq, worker_id, pid, indices, number, first, times, at_once, keys
+        )
+        return self._handed_over(manifest, batch, samples)
 
-    def _fetch(self, task: Task) -> Made:
+    def _blank(self, indices: Packed, first: int | None, at_once: bool) -> BatchManifest:
+        """The manifest of the running batch, without what became of it."""
+        seq, worker_id, pid = self._task.seq, self._worker_id, self._pid
+        return BatchManifest(seq, worker_id, pid, indices, self._wanted, first, b"", at_once)
+
+    def _begin(self) -> tuple[Packed, int | None, bool]:
+        """Begin the batch of ``self._task``.
+
+        Returns:
+            For its manifest: ``indices``, ``ordinal`` and ``fetched_at_once``.
+        """
         raise NotImplementedError
+
+    def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
+        """The samples and their number, None where that cannot be told; hot path.
+
+        ``came`` is filled with them, unless the dataset makes them all at once.
+        """
+        raise NotImplementedError
+
+    def _ask(self, repair: BatchRepair, failed: Exception | None) -> None:
+        """Have ``repair`` fetch the samples that are left; ``failed`` is what the first raised."""
+        raise NotImplementedError
+
+    def _donors(self, indices: tuple[Any, ...]) -> Donors:
+        """What may stand in where all samples of a batch with these indices fail."""
+        return ()
 
     def _stamps_for(self, samples: int) -> Any:
         """Where the time stamps of a batch go: shared memory, in which main sees the position."""
@@ -101,6 +164,13 @@ class RecordingFetcher:
         if samples < STAMPS_MAX:  # a donor's has room too
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
+
+    def _collate(self, samples: Any) -> Any:
+        self._packer.collates()
+        if not self._batched:
+            return self._collate_fn(samples[0])
+        # A copy of the list: the function may take it apart.
+        return self._collate_fn(list(samples) if type(samples) is list else samples)
 
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
@@ -117,185 +187,165 @@ class RecordingFetcher:
             return self._packer.seal(manifest, batch)
         except Exception as exc:
             manifest = manifest._replace(keys=None, fingerprints=None)
-            faulty = why_not_sent(exc, batch, samples, expected_indices(manifest))
-            return self._failed(exc, manifest, "transport", faulty)
+            parts = samples if self._spread == 1 and isinstance(samples, list | tuple) else ()
+            whole = len(parts) == len(expected_indices(manifest))
+            why = why_not_sent(exc, batch, parts if whole else ())
+            return self._failed(why, manifest, "transport")
 
-    def _keys(self, samples: Iterable[Any]) -> tuple[Any, ...] | None:
-        """The identities that the user's ``key`` gives the samples; before collation."""
-        key = self._key
-        if key is None:
-            return None
-        keys: list[Any] = []
-        for sample in samples:
-            try:
-                found = key(sample)
-                hash(found)
-                known_as = identity(found)
-                if type(known_as) is Opaque:
-                    raise TypeError(
-                        f"key gave a {type(found).__qualname__}, which is equal to itself alone; "
-                        "give an int, a str or a tuple of these"
-                    )
-            except Exception as exc:
-                raise KeyFault(len(keys), exc) from exc
-            keys.append(known_as)
-        return tuple(keys)
-
-    def _repairs(self, exc: Exception, samples: Sequence[Any]) -> bool:
-        """Whether to go on in spite of ``exc``; a ``key`` that raises is no fault of the sample."""
+    def _repairs(self, exc: Exception, samples: Sequence[Any], phase: str) -> bool:
+        """Whether ``exc`` may be a fault of a sample; a ``key`` that raises is none."""
         if isinstance(exc, KeyFault):
             return not self._policy.raises and samples[exc.position or 0] is None
-        return not self._policy.raises
-
-    def _repair(
-        self, indices: tuple[Any, ...], donors: Donors = (), spread: int = 1
-    ) -> BatchRepair:
-        """Help for a batch in which samples fail."""
-
-        def explained(exc: Exception, position: int) -> Failure:
-            return self._failure(exc, "sample", indices, FaultySample(position))
-
-        return BatchRepair(self._policy, explained, donors, spread)
+        behind_the_last = phase == "sample" and len(samples) == self._wanted
+        return not behind_the_last and not struck(exc, phase)
 
     def _repaired(
-        self, repair: BatchRepair, ask: Callable[[], None], blank: BatchManifest, stamps: Any
+        self, blank: BatchManifest, samples: Any, failed: Exception | None, phase: str
     ) -> Made:
         """The batch in spite of samples that fail: the slow way, one by one.
 
-        ``ask`` has ``repair`` fetch the samples, and does not know what becomes of them. ``blank``
-        is the manifest, without what became of them.
-
-        Raises:
-            StopIteration: as ``ask()`` does: the end of a stream.
+        Args:
+            blank: its manifest, without what became of the samples.
+            samples: those that came before ``failed`` was raised.
+            failed: what a sample raised, or in the phase ``"collate"`` all of them together.
+            phase: where that was.
         """
+        indices = expected_indices(blank)
 
-        def manifest_for(asked: int) -> BatchManifest:
-            return blank if blank.ordinal is None else blank._replace(samples=asked)
+        def explained(exc: Exception, position: int) -> Failure:
+            return self._failure(Unrepairable(position, exc), "sample", indices)
 
-        phase = "sample"
-        together = repair.spread != 1  # one sample stands for many indices
+        stamps = self._stamps
+        together = self._spread != 1  # one sample stands for many indices
+        repair = BatchRepair(self._policy, explained, self._donors(indices), self._spread)
+        repair.have(samples)
         try:
-            ask()
+            if phase == "sample":
+                self._ask(repair, failed)
+                failed = None
             repair.batch()  # a donor is fetched now, unless it is collation that gives all up
             phase = "collate"
-            known = expected_indices(manifest_for(repair.asked))
-            batch, samples = self._collate_repaired(repair, known, stamps)
-            keys = None if together else self._keys(samples)
+            batch, samples = self._collate_repaired(repair, indices, failed)
+            keys = None
+            if self._key is not None and not together:
+                keys = _keys(self._key, zip(repair.places, samples, strict=True))
             end = repair.asked + bool(repair.lent) + 1
             stamps[end] = clock()
         except Exception as exc:
-            if phase == "sample" and isinstance(exc, StopIteration):
-                raise
             lost = repair.asked
-            if isinstance(exc, KeyFault):
-                phase, at = "sample", repair.places[exc.position or 0]
-                exc.position = at if at < lost else None
-            elif isinstance(exc, Unrepairable) and exc.position is not None:
+            phase = "sample" if isinstance(exc, KeyFault) else phase
+            if isinstance(exc, Unrepairable) and exc.position is not None:
                 lost = max(lost, exc.position + 1)
-            return self._failed(exc, manifest_for(lost), phase)
-        manifest = manifest_for(repair.asked)._replace(
+                exc.position = None if together else exc.position
+            return self._failed(exc, blank._replace(samples=lost), phase)
+        manifest = blank._replace(
+            samples=repair.asked * self._spread,
             stamps=bytes(stamps[: end + 1]),
+            fetched_at_once=together,
             keys=keys,
             incidents=repair.incidents,
             failures=repair.failures,
         )
-        if not samples:
-            return EmptyBatch(manifest)
-        return self._handed_over(manifest, batch, () if together else samples)
+        return self._handed_over(manifest, batch, samples) if samples else EmptyBatch(manifest)
 
     def _collate_repaired(
-        self, repair: BatchRepair, known: Sequence[Any], stamps: Any
+        self, repair: BatchRepair, indices: Sequence[Any], failed: Exception | None
     ) -> tuple[Any, list[Any]]:
         """Collate what there is, leaving out samples that are clearly not like the others.
+
+        ``failed`` is what the collate function raised of the samples as they came.
 
         Raises:
             Unrepairable: with what the collate function raised, where no sample is clearly to
                 blame.
         """
-        given_up: set[int] = set()
+        if failed is not None:
+            self._leave_out_odd(repair, indices, failed)
         while samples := repair.batch():
             if repair.lent:
-                stamps[repair.asked + 1] = clock()
+                self._stamps[repair.asked + 1] = clock()
             self._cells[PHASE] = COLLATE
-            self._packer.collates()
             try:
-                return self._collate_fn(list(samples) if self._batched else samples[0]), samples
+                return self._collate(samples), samples
             except Exception as exc:
+                if struck(exc, "collate"):
+                    raise
                 if repair.lent and not never_skipped(exc):
                     repair.lend()
-                    continue
-                places = [] if repair.lent or not self._batched else repair.places
-                found = explain(samples, [known[k] for k in places]) if places else None
-                found = found or _UNKNOWN
-                at = None if found.position is None else places[found.position]
-                odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
-                positions = sorted({places[k] for k in odd})
-                # A replacement that is no better is given up once.
-                if self._policy.raises or not positions or given_up & set(positions):
-                    single = 0 if len(known) == 1 and not repair.lent else None
-                    raise Unrepairable(single if at is None else at, exc, found.text) from None
-                given_up |= set(positions)
-                for position in positions:
-                    repair.give_up(position, exc, found.text or "it is None")
+                else:
+                    self._leave_out_odd(repair, indices, exc)
         return None, []
 
-    def _failed(
-        self,
-        exc: Exception,
-        manifest: BatchManifest,
-        phase: str,
-        faulty: FaultySample = _UNKNOWN,
-        samples: Any = None,
-    ) -> FailedBatch:
-        """The failure of a batch; ``samples`` are those that could not be collated, if many."""
+    def _leave_out_odd(self, repair: BatchRepair, indices: Sequence[Any], exc: Exception) -> None:
+        """Do without the samples that are to blame for what the collate function raised."""
+        samples = repair.batch()
+        places = [] if repair.lent or not self._batched else repair.places
+        found = (places and explain(samples, [indices[k] for k in places])) or FaultySample()
+        at = None if found.position is None else places[found.position]
+        odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
+        positions = sorted({places[k] for k in odd})
+        # A replacement that is no better is given up once.
+        if self._policy.raises or not positions or not repair.blamed.isdisjoint(positions):
+            single = 0 if repair.asked == 1 and not repair.lent else None
+            raise Unrepairable(single if at is None else at, exc, found.text) from None
+        repair.blamed.update(positions)
+        for position in positions:
+            repair.give_up(position, exc, found.text or "it is None")
+
+    def _failed(self, exc: Exception, manifest: BatchManifest, phase: str) -> FailedBatch:
+        """The failure of a batch."""
         indices = expected_indices(manifest)
-        if isinstance(exc, Unrepairable):
-            faulty, exc = FaultySample(exc.position, exc.text or faulty.text), exc.cause
-        elif phase == "collate" and isinstance(samples, list | tuple):
-            faulty = explain(samples, indices) or faulty
+        fault = exc if isinstance(exc, Unrepairable) else Unrepairable(None, exc)
+        exc = fault.cause
+        if struck(exc, phase):
+            fault = Unrepairable(None, exc, STRUCK)
         if phase == "collate" and met_in_sharing(exc):
-            phase, faulty = "transport", FaultySample()  # no sample is to blame
+            phase, fault = "transport", Unrepairable(None, exc)  # no sample is to blame
         try:
-            failure = self._failure(exc, phase, indices, faulty)
+            failure = self._failure(fault, phase, indices)
         except Exception:  # a fault of ours must not take the place of the user's error
             context = self._context
-            failure = bare_failure(
-                exc,
+            failure = Failure(
                 phase=phase,
-                where=context.where,
-                worker_id=context.worker_id,
+                exception_type=type(exc).__name__,
+                message="",
                 indices=indices,
-                position=faulty.position,
+                position=fault.position,
+                worker_id=context.worker_id,
+                hint="safeloader could not describe this failure. That is a fault of its own: "
+                "report it",
+                _where=context.where,
+                _exception_parts=exception_parts_of(exc),
             )
-        if self._context.raised is not None and exc.__traceback__ is not None:
-            exc.__traceback__ = exc.__traceback__.tb_next or exc.__traceback__
+        if self._context.raised is not None:
+            exc.__traceback__ = without_ours(exc.__traceback__)
             self._context.raised.append(exc)
         return FailedBatch(manifest, failure)
 
-    def _failure(
-        self, exc: Exception, phase: str, indices: tuple[Any, ...], faulty: FaultySample
-    ) -> Failure:
-        context, position = self._context, faulty.position
+    def _failure(self, fault: Unrepairable, phase: str, indices: tuple[Any, ...]) -> Failure:
+        position = fault.position
         if position is not None and position >= len(indices):
-            position = None  # raised between the last sample and collation: by a time limit, say
-        index = None if position is None else indices[position]
+            position = None  # of a donor, or more than the dataset was asked for
         return failure_in(
-            context,
-            exc,
+            self._context,
+            fault.cause,
             phase,
             self._dataset,
-            index=index,
+            fault.text,
+            index=None if position is None else indices[position],
             position=position,
             indices=indices,
-            hint=hint_for(exc, phase, index, faulty.text, self._dataset, context.length),
             _random=None if self._random is None else RandomState(*self._random),
         )
 
 
 def failure_in(
-    context: FetchContext, exc: Exception, phase: str, dataset: Any, **known: Any
+    context: FetchContext, exc: Exception, phase: str, dataset: Any, found: str, **known: Any
 ) -> Failure:
-    """The failure that ``exc`` is, in this process, with the dataset as it is now."""
+    """The failure that ``exc`` is, in this process, with the dataset as it is now.
+
+    ``found`` is what was found out beyond the exception; ``known`` are further fields.
+    """
     state = describe(dataset, length=context.length)
     if context.start_state is not None:
         state["changed_since_worker_start"] = changes(context.start_state, state)
@@ -305,42 +355,51 @@ def failure_in(
         where=context.where,
         worker_id=context.worker_id,
         dataset_state=state,
+        hint=hint_for(exc, phase, known.get("index"), found, dataset, context.length),
         **known,
     )
 
 
-def why_not_sent(
-    exc: Exception, batch: Any, samples: Sequence[Any], indices: Sequence[Any]
-) -> FaultySample:
+def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tuple[Any, ...]:
+    """The identities that the user's ``key`` gives the samples, each with its position."""
+    keys: list[Any] = []
+    for position, sample in samples:
+        try:
+            found = key(sample)
+            hash(found)
+            known_as = identity(found)
+            if type(known_as) is Opaque:
+                raise TypeError(
+                    f"key gave a {type(found).__qualname__}, which is equal to itself alone; "
+                    "give an int, a str or a tuple of these"
+                )
+        except Exception as exc:
+            raise KeyFault(position, exc) from exc
+        keys.append(known_as)
+    return tuple(keys)
+
+
+def why_not_sent(exc: Exception, batch: Any, samples: Iterable[Any]) -> Unrepairable:
     """What of ``batch`` cannot be pickled, looked for in its samples first.
 
     Args:
         exc: what pickling raised.
         batch: what the collate function made.
         samples: what it was made of, where that is known one by one.
-        indices: the dataset index of each.
     """
-    short = shortage(exc)
-    if short is not None:
-        return FaultySample(text=short)
-    folder = tempfile.tempdir
-    if isinstance(exc, FileNotFoundError) and folder and not os.path.isdir(folder):
-        return FaultySample(
-            text=f"the temporary folder {folder} is gone, and torch needs it to hand tensors over\n"
-            "make it again, or set TMPDIR to a folder that stays"
-        )
+    if shortage(exc) is not None:  # which the hint tells
+        return Unrepairable(None, exc)
     give_up = monotonic() + _PICKLED_AGAIN_S
-    parts: list[tuple[int | None, str, Any]] = [(None, "batch", batch)]
-    if isinstance(samples, list | tuple) and len(samples) == len(indices):
-        parts = [(k, "sample", sample) for k, sample in enumerate(samples)] + parts
-    for position, name, part in parts:
+    parts: list[tuple[int | None, str, Any]] = [(k, "sample", s) for k, s in enumerate(samples)]
+    for position, name, part in [*parts, (None, "batch", batch)]:
         left = give_up - monotonic()
         if position is not None and left <= 0:
             continue  # to the batch, which is always looked at
         found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
         if found is not None:
-            return FaultySample(position, f"it cannot be pickled: {found}\n{found.advice}")
-    return FaultySample()
+            text = f"it cannot be pickled: {found}\n{found.advice}"
+            return Unrepairable(position, exc, text)
+    return Unrepairable(None, exc)
 
 
 class KeyFault(Unrepairable):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safeloader.delivery.manifest import SampleIncident
-from safeloader.failures.failure import Failure
+from safeloader.failures.failure import Failure, is_ours, raised_by_signal
 from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
@@ -24,11 +24,22 @@ _LONGEST_PAUSE_S = 5.0
 _GAP = object()
 _FAILURES_MAX = 20  # of a batch, that travel with it
 ON_ERROR_FAULT = "raised by on_error=, not by the dataset"
+STRUCK = "raised by a signal handler, not by the dataset"
 NO_DONOR = (
     "no sample of this batch came, and nothing drawn earlier in this epoch could stand in for it: "
     "on_error='replace' raises rather than hand over a batch less"
 )
 Donors = Iterable[tuple[tuple[Any, ...], Any]]
+
+
+def struck(exc: Exception, phase: str) -> bool:
+    """Whether a signal handler raised it, a time limit of the user's perhaps, and not in a sample.
+
+    What strikes in the dataset's own code is a fault of the sample: it may be the limit that the
+    dataset sets for each. Anywhere else it is none, and goes to the training loop.
+    """
+    frame = raised_by_signal(exc)
+    return frame is not None and (phase != "sample" or is_ours(frame))
 
 
 class Unrepairable(Exception):
@@ -52,6 +63,7 @@ class BatchRepair:
         spread: how many indices the one sample stands for, which the dataset makes together.
 
     Attributes:
+        blamed: positions given up because the batch could not be collated with their samples.
         places: the position of each sample of :meth:`batch`.
         lent: the identities of the donor in use.
         last_failure: of the newest sample, unless it came.
@@ -74,6 +86,7 @@ class BatchRepair:
         self._failures: dict[int, Failure] = {}
         self._first: Unrepairable | None = None
         self._marks = Marks()
+        self.blamed: set[int] = set()
         self.places: list[int] = []
         self.lent: tuple[Any, ...] = ()
         self.last_failure: Exception | None = None
@@ -95,35 +108,28 @@ class BatchRepair:
             Unrepairable: if it fails for good, and is not to be left out.
             StopIteration: as ``get()`` raises it.
         """
-        position = len(self._samples)
-        self.last_failure = None
-        tries = 0
+        position, state = len(self._samples), self._marks.mark()
+        tries, self.last_failure = 0 if failed is None else 1, failed
         while True:
-            state = self._marks.mark()
+            if failed is not None:
+                if tries > self._policy.retries or never_skipped(failed):
+                    break
+                time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
+                RandomState(*state).set()
             tries += 1
-            if failed is None:
-                try:
-                    self._samples.append(get())
-                except Exception as exc:
-                    if may_end and isinstance(exc, StopIteration):
-                        raise
-                    failed = exc
-                else:
-                    self.last_failure = None
-                    if tries > 1:
-                        reason = f"came at try {tries}"
-                        self._incidents[position] = SampleIncident("late", position, reason)
-                    return
-            if never_skipped(failed):
-                self._samples.append(_GAP)
-                raise Unrepairable(position, failed) from None
-            if tries > self._policy.retries:
-                break
-            time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
-            RandomState(*state).set()
-            self.last_failure, failed = failed, None
+            try:
+                self._samples.append(get())
+            except Exception as exc:
+                if (may_end and isinstance(exc, StopIteration)) or struck(exc, "sample"):
+                    raise
+                self.last_failure = failed = exc
+            else:
+                self.last_failure = None
+                if tries > 1:
+                    reason = f"came at try {tries}"
+                    self._incidents[position] = SampleIncident("late", position, reason)
+                return
         self._samples.append(_GAP)
-        self.last_failure = failed
         self.give_up(position, failed)
 
     def leave_out(self, reason: str) -> None:
@@ -133,9 +139,10 @@ class BatchRepair:
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
-        on_error = self._policy.on_error
-        if on_error == "raise" or never_skipped(failed):
-            tries = self._policy.retries + 1
+        on_error, tries = self._policy.on_error, self._policy.retries + 1
+        if never_skipped(failed):
+            raise Unrepairable(position, failed)
+        if on_error == "raise":
             text = f"it failed in each of {tries} tries, all under the same random numbers"
             raise Unrepairable(position, failed, text if tries > 1 else "")
         reason = bounded(scrub(found), 300) or self._reason(failed)
@@ -210,14 +217,12 @@ class BatchRepair:
     @property
     def incidents(self) -> tuple[SampleIncident, ...] | None:
         """What happened, by position; None for nothing."""
-        if self.spread != 1 and self._incidents:  # made together: all of it is gone
-            (all_of_it,) = self._incidents.values()
-            start = all_of_it.donor
-            return tuple(
-                all_of_it._replace(position=k, donor=None if start is None else start + k)
-                for k in range(self.spread)
-            )
-        return tuple(self._incidents[k] for k in sorted(self._incidents)) or None
+        told = []
+        for position, each in sorted(self._incidents.items()):
+            for k in range(self.spread):  # what is made together is gone together
+                donor = None if each.donor is None else each.donor + k
+                told.append(each._replace(position=position + k, donor=donor))
+        return tuple(told) or None
 
     @property
     def failures(self) -> tuple[Failure, ...] | None:

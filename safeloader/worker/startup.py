@@ -33,11 +33,8 @@ from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
-from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext, private_row
-from safeloader.worker.hints import hint_for
 from safeloader.worker.mapping import MapFetcher
-from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RecordingFetcher, failure_in
 from safeloader.worker.streaming import StreamFetcher
 
@@ -53,15 +50,11 @@ class WorkerStartup:
 
     user_init_fn: Callable[[int], None] | None
     _: dataclasses.KW_ONLY
-    key: Callable[[Any], Any] | None
-    policy: Policy
-    progress: StreamProgress | None
+    context: FetchContext
     results: ResultQueue
     flight: FlightRecorder | None
     slots: SlotTable | None = None
     no_slots: str = ""
-    checksum: bool = False
-    length: int | None = None
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -71,21 +64,12 @@ class WorkerStartup:
         cells[PHASE] = INIT
         monitor = WorkerMonitor(self.flight, worker_id, cells)
         self.results.speak_as(worker_id, monitor.sent)
-        context = FetchContext(
-            worker_id,
-            progress=self.progress,
-            key=self.key,
-            policy=self.policy,
-            cells=cells,
-            checksum=self.checksum,
-            length=self.length,
-        )
+        context = dataclasses.replace(self.context, worker_id=worker_id, cells=cells)
         info = get_worker_info()
         dataset = None if info is None else info.dataset
 
         def refusing(exc: Exception, phase: str, found: str = "") -> RefusingFetcher:
-            hint = hint_for(exc, phase, None, found)
-            return RefusingFetcher(failure_in(context, exc, phase, dataset, hint=hint), context)
+            return RefusingFetcher(failure_in(context, exc, phase, dataset, found), context)
 
         refused: RefusingFetcher | None = None
         if self.user_init_fn is not None:
@@ -98,7 +82,7 @@ class WorkerStartup:
         slots = None if self.slots is None else SlotPool(self.slots, worker_id)
         packer = Packer(slots, self.no_slots)
         packer.install()
-        start_state = describe(dataset, ask=False, length=self.length)
+        start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
 
         def make(create: Callable[[], Any]) -> Any:
@@ -118,22 +102,21 @@ class WorkerStartup:
         _torch.install_fetcher(make)
 
 
+@dataclasses.dataclass
 class RefusingFetcher:
     """Answers every task with the failure that kept the worker from starting."""
 
-    def __init__(self, failure: Failure, context: FetchContext) -> None:
-        self._failure = failure
-        self._context = context
-        self._told = False
+    failure: Failure
+    context: FetchContext
+    told: bool = False
 
     def fetch(self, task: Task) -> FailedBatch:
         """The failure; for a stream once, then its end, as there are no batches to lose."""
-        worker_id, progress = self._context.worker_id, self._context.progress
+        worker_id, progress = self.context.worker_id, self.context.progress
         if progress is not None:
             progress.write(worker_id or 0, 0, 0, True)
-            if self._told:
+            if self.told:
                 raise StopIteration
-        self._told = True
-        return FailedBatch(
-            BatchManifest(task.seq, worker_id, os.getpid(), b"", None), self._failure
-        )
+        self.told = True
+        manifest = BatchManifest(task.seq, worker_id, os.getpid(), b"", None)
+        return FailedBatch(manifest, self.failure)

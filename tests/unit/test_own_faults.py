@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import safeloader.loader
 from safeloader import (
+    SKIP,
+    CollateError,
     DeliveryError,
     EpochAudit,
     Recorder,
@@ -24,6 +28,7 @@ from safeloader import (
     TransportError,
 )
 from safeloader.delivery import coverage, ledger, skip_budget, stream_ledger
+from safeloader.delivery.indices import pack
 from safeloader.failures import dump
 from safeloader.main import drawing, epoch
 from safeloader.provenance import trace
@@ -354,27 +359,127 @@ def test_a_checksum_holds_without_accounts(workers: int, monkeypatch: pytest.Mon
         list(iterator)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs alarms")
-def test_a_signal_handler_that_raises_is_no_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    class TooLong(Exception):
-        pass
+class TooLong(Exception):
+    """A time limit of the user's."""
 
-    def limit(number: int, frame: Any) -> None:
+
+@pytest.fixture
+def limit() -> Iterator[None]:
+    """Have SIGALRM raise it."""
+
+    def over(number: int, frame: Any) -> None:
         raise TooLong
 
-    def delivered(self: Recorder, *about: Any) -> None:
-        signal.raise_signal(signal.SIGALRM)
+    before = signal.signal(signal.SIGALRM, over)
+    yield
+    signal.signal(signal.SIGALRM, before)
 
-    monkeypatch.setattr(Recorder, "delivered", delivered)
-    before = signal.signal(signal.SIGALRM, limit)
-    try:
-        loader = SafeDataLoader(torch.arange(8.0), 4)
-        with pytest.raises(TooLong):
-            next(iter(loader))
-    finally:
-        signal.signal(signal.SIGALRM, before)
+
+def strike(*_: Any) -> None:
+    signal.raise_signal(signal.SIGALRM)
+
+
+needs_alarms = pytest.mark.skipif(sys.platform == "win32", reason="needs alarms")
+
+
+@needs_alarms
+@pytest.mark.usefixtures("limit")
+def test_a_signal_handler_that_raises_is_no_fault_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "delivered", strike)
+    loader = SafeDataLoader(torch.arange(8.0), 4)
+    with pytest.raises(TooLong):
+        next(iter(loader))
     assert loader.audit.unchecked_since is None
     assert loader.audit.failed.tolist() == [0, 1, 2, 3]
+
+
+class Limits(dict[int, int]):
+    """The limit strikes in whatever asks for the key that is its number: no code runs here."""
+
+    __missing__ = signal.raise_signal
+
+
+class Numbers(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(12))
+
+
+class Limited(IterableDataset[int]):
+    def __iter__(self) -> Iterator[Any]:
+        return chain(range(3), map(signal.raise_signal, [signal.SIGALRM]), range(4, 12))
+
+
+class LimitsItself:
+    """As a dataset does that allows each sample a time."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            strike()
+        return index
+
+
+def limited_collate(samples: list[int]) -> list[int]:
+    if 3 in samples:
+        strike()
+    return samples
+
+
+WENT_ON: list[dict[str, Any]] = [
+    {"on_error": "skip"},
+    {"on_error": "replace"},
+    {"on_error": lambda failure: SKIP},
+    {"on_error": "skip", "retries": 1},
+]
+
+
+@needs_alarms
+@pytest.mark.usefixtures("limit")
+@pytest.mark.parametrize("more", WENT_ON, ids=repr)
+@pytest.mark.parametrize("where", ["our code", "our code, stream", "collate", "collate, stream"])
+def test_a_time_limit_of_the_users_is_no_fault_of_a_sample(
+    where: str, more: dict[str, Any]
+) -> None:
+    at = int(signal.SIGALRM)
+    how: dict[str, Any] = {
+        "our code": {"dataset": Limits({k: k for k in range(12)}), "collate_fn": list},
+        "our code, stream": {"dataset": Limited(), "collate_fn": list},
+        "collate": {"dataset": list(range(12)), "collate_fn": limited_collate},
+        "collate, stream": {"dataset": Numbers(), "collate_fn": limited_collate},
+    }[where]
+    if where == "our code":
+        how["sampler"] = [0, 1, 2, at, *range(4, 12)]
+    loader = SafeDataLoader(batch_size=4, **how, **more)
+    batches = iter(loader)
+    with pytest.raises(TooLong, match="raised by a signal handler") as raised:
+        next(batches)
+    assert isinstance(raised.value, CollateError if "collate" in where else SampleError)
+    assert raised.value.index is None
+    rest = [4, 5, 6, 7, 8, 9, 10, 11]
+    assert [each for batch in batches for each in batch] == rest
+    audit = loader.audit
+    assert (audit.counts["skipped"], audit.counts["replaced"]) == (0, 0)
+    assert audit.counts["failed"] == (3 if where == "our code, stream" else 4)
+
+
+@needs_alarms
+@pytest.mark.usefixtures("limit")
+def test_a_time_limit_that_the_dataset_sets_for_a_sample_is_one_of_the_sample() -> None:
+    loader = SafeDataLoader(LimitsItself(), 4, collate_fn=list, on_error="skip")
+    assert list(loader) == [[0, 1, 2], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert loader.audit.skipped.tolist() == [3]
+
+
+@needs_alarms
+@pytest.mark.usefixtures("limit")
+def test_a_time_limit_of_the_users_is_not_swallowed() -> None:
+    class Index:
+        __index__ = staticmethod(functools.partial(signal.raise_signal, signal.SIGALRM))
+
+    with pytest.raises(TooLong):
+        pack([Index()])
 
 
 # ── an error of the user's that cannot be described ──────────────────────────────────────────────
