@@ -17,14 +17,7 @@ import torch
 
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.transport.batch_pickler import (
-    IN_MESSAGE,
-    INLINE,
-    BatchPickler,
-    Overlap,
-    Parts,
-    TooManyFds,
-)
+from safeloader.transport.batch_pickler import IN_MESSAGE, INLINE, BatchPickler, Overlap, Parts
 from safeloader.transport.channel import close_all
 from safeloader.transport.leaves import CODES
 from safeloader.transport.messages import BatchMessage
@@ -107,24 +100,20 @@ class Packer:
         if self._slots is not None:
             self._slots.seal()
         parts: Parts = {}
-        why = "its tensors overlap, differently each time it is pickled"
         for _ in range(_TRIES):
-            run = BatchPickler(self._slots, parts)
             try:
-                return self._message(manifest, payload, run)
+                return self._message(manifest, payload, BatchPickler(self._slots, parts))
             except Overlap as found:
-                parts = found.parts
-            except TooManyFds:
-                why = "more tensors than a message may have descriptors"
-                break
-        return self._message(manifest, payload, BatchPickler(None, {}, why, fetched=True))
+                (parts,) = found.args
+        why = "its tensors overlap, differently each time it is pickled"
+        return self._message(manifest, payload, BatchPickler(None, {}, why))
 
     def _message(self, manifest: BatchManifest, payload: Any, run: BatchPickler) -> BatchMessage:
         slots = self._slots
         try:
             packed = run.pickled(payload)
             stream = None
-            if slots is not None and len(packed) > _LARGE_PICKLE and not run.fetched:
+            if slots is not None and len(packed) > _LARGE_PICKLE:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
