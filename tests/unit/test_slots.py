@@ -30,6 +30,7 @@ from safeloader.transport.channel import Arrived
 from safeloader.transport.leaves import opening
 from safeloader.transport.shared_memory import anonymous_file, mapped
 from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
+from tests.interrupts import at_every_moment
 from tests.wired import (
     KB,
     MB,
@@ -713,6 +714,28 @@ def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
         del batch
         assert set(wired.states) == {FREE}
     assert wired.stats.slots <= 4
+
+
+def test_what_is_gone_is_freed_once_whenever_an_interrupt_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A weak reference that is freed twice is somebody else's the second time."""
+    freed: list[int] = []
+    monkeypatch.setattr(worker_slots, "is_gone", lambda storage: True)
+    monkeypatch.setattr(worker_slots, "forget", freed.append)
+    slot = worker_slots.Slot(0, 10 * KB)
+    moments = 0
+    for run in at_every_moment(slot.used, "transport/slot_writer.py"):
+        moments += 1
+        slot.drop_copies()
+        freed.clear()
+        for storage in range(3):  # 0 is a copy
+            slot.add(storage * KB, 100, storage)
+        assert run() == 100
+        assert len(freed) == len(set(freed))
+    assert sorted(freed) == [1, 2]
+    assert moments > 5
+    os.close(slot.fd)
 
 
 def test_small_slots_are_told_of_together(wired: Wired) -> None:
