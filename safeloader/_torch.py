@@ -25,7 +25,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python
 
@@ -106,19 +106,8 @@ def _codes(function: Any, outer: tuple[Any, ...] = ()) -> Iterator[CodeType]:
 
 
 _autograd: Any = torch.autograd
-
-
-def _utils() -> Any:
-    return torch.utils.data._utils
-
-
-def _loading() -> Any:
-    return torch.utils.data.dataloader
-
-
-def is_stream(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's dataset is iterable-style."""
-    return isinstance(loader.dataset, IterableDataset)
+_loading: Any = torch.utils.data.dataloader
+_utils: Any = getattr(torch.utils.data, "_utils", None)
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
@@ -205,7 +194,7 @@ def build_iterator(view: LoaderView) -> Any:
         if not hasattr(iterator, "_workers"):
             return iterator
         if iterator._worker_pids_set:
-            _utils().signal_handling._remove_worker_pids(id(iterator))
+            _utils.signal_handling._remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
     _with_workers.add(iterator)
     stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
@@ -220,7 +209,7 @@ def _take_down(raised: BaseException) -> None:
     """
     for frame, _ in traceback.walk_tb(raised.__traceback__):
         half = frame.f_locals.get("self")
-        if isinstance(half, _loading()._MultiProcessingDataLoaderIter):
+        if isinstance(half, _loading._MultiProcessingDataLoaderIter):
             if hasattr(half, "_workers"):
                 half.__dict__.setdefault("_workers_status", [True] * len(half._workers))
                 shut_down(half)
@@ -241,7 +230,7 @@ def _sigchld_deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or _deferred:
         yield
         return
-    _utils().signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+    _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
     handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler):
         yield
@@ -357,13 +346,8 @@ def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:
 
 def raised_by_dataset_iter(exc: BaseException) -> bool:
     """Whether ``exc`` came out of ``iter(dataset)`` while torch made its fetcher."""
-    code = _utils().fetch._IterableDatasetFetcher.__init__.__code__
-    traceback = exc.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code is code:
-            return True
-        traceback = traceback.tb_next
-    return False
+    code = _utils.fetch._IterableDatasetFetcher.__init__.__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(exc.__traceback__))
 
 
 def without_overrides() -> AbstractContextManager[object]:
@@ -374,7 +358,7 @@ def without_overrides() -> AbstractContextManager[object]:
 
 def pin_memory(data: Any) -> Any:
     """``data`` with every tensor in pinned memory, as torch's loader does it."""
-    return _utils().pin_memory.pin_memory(data)
+    return _utils.pin_memory.pin_memory(data)
 
 
 _SPARSE_PARTS = {
@@ -406,7 +390,7 @@ forget: Any = getattr(torch.UntypedStorage, "_free_weak_ref", None)
 
 def collates_tuples_of_tensors_itself() -> bool:
     """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
-    collate = _utils().collate
+    collate = _utils.collate
     by_type = collate.default_collate_fn_map
     return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
 
@@ -418,7 +402,7 @@ def stack_tensors_with(stack: Callable[..., Any]) -> None:
     """
     if get_worker_info() is None:
         raise RuntimeError("default_collate belongs to the training process here")
-    collate = _utils().collate
+    collate = _utils.collate
     torchs = collate.collate_tensor_fn
     if collate.default_collate_fn_map.get(torch.Tensor) is torchs:
         collate.default_collate_fn_map[torch.Tensor] = functools.partial(stack, torchs)
@@ -441,9 +425,9 @@ def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
             "safeloader records in worker processes only, and this torch runs the workers of this "
             "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
         )
-    kind = _loading()._DatasetKind
+    kind = _loading._DatasetKind
     stock_create: Any = kind.create_fetcher
-    worker_loop = _utils().worker._worker_loop.__code__
+    worker_loop = _utils.worker._worker_loop.__code__
 
     def create_fetcher(*args: Any, **kwargs: Any) -> Any:
         create = functools.partial(stock_create, *args, **kwargs)

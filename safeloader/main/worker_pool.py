@@ -20,7 +20,7 @@ import threading
 import weakref
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from safeloader import _torch
 from safeloader.delivery.ledger import MapLedger
@@ -74,7 +74,7 @@ class WorkerPool:
         self, loader: DataLoader[Any], settings: Settings, epoch: Epoch, transport: TransportCounts
     ) -> None:
         self.workers = loader.num_workers
-        self.stream = _torch.is_stream(loader)
+        self.stream = isinstance(loader.dataset, IterableDataset)
         self.raised: list[BaseException] = []
         self.live: weakref.ref[Any] | None = None
         self.broken: Failure | None = None
