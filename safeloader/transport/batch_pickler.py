@@ -153,10 +153,10 @@ class BatchPickler:
         item, stride = tensor.itemsize, tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        start, place = self._place_of(storage, same, (first * item, (last + 1) * item))
-        if place is None:
+        start, there = self._place_of(storage, same, (first * item, (last + 1) * item))
+        if there is None:
             return self._reduce_tensor(tensor)
-        return leaves.tensor_over, (place, code, shape, stride, first - start // item)
+        return leaves.tensor_over, (there, code, shape, stride, first - start // item)
 
     def _place_of(
         self, storage: torch.UntypedStorage, same: int, part: Part

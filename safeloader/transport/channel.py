@@ -309,14 +309,12 @@ class ResultQueue:
     def put(self, item: Any) -> None:
         """Send what torch's worker loop, or its iterator in main, has to say; hot path."""
         number, data = item
-        if type(data) is BatchMessage:
-            manifest, payload, fds = data
-            size = len(payload) | _WITH_FDS if fds else len(payload)
-            head = _HEADER.pack(number, len(manifest), size)
-            self._sender.send([head, manifest, payload], fds)
-        else:
-            pickled = pickle.dumps(item)
-            self._sender.send([_HEADER.pack(_PLAIN, len(pickled), 0), pickled])
+        if type(data) is not BatchMessage:
+            number, data = _PLAIN, BatchMessage(pickle.dumps(item), b"")
+        manifest, payload, fds = data
+        size = len(payload) | _WITH_FDS if fds else len(payload)
+        head = _HEADER.pack(number, len(manifest), size)
+        self._sender.send([head, manifest, payload], fds)
         self._sent()
 
     def cancel_join_thread(self) -> None:
