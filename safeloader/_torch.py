@@ -154,16 +154,14 @@ class _Context:
 
     def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
-        self._results: Any = channels.results
-        self._tasks = channels.tasks
-        self._ending: Any = channels.ending
+        self._left = channels  # but for what torch has taken
 
     def Queue(self, *args: Any) -> Any:
-        ours, self._results = self._results, None  # torch makes it first
-        return self._tasks() if ours is None else ours
+        ours, self._left = self._left.results, self._left._replace(results=None)
+        return self._left.tasks() if ours is None else ours  # torch makes that of results first
 
     def Event(self) -> Any:
-        ours, self._ending = self._ending, None
+        ours, self._left = self._left.ending, self._left._replace(ending=None)
         return self._base.Event() if ours is None else ours
 
     def __getattr__(self, name: str) -> Any:
@@ -227,11 +225,10 @@ def _sigchld_deferred() -> Iterator[None]:
     A worker that dies at once would have torch's handler raise in the middle of its constructor,
     which leaves nothing to find out by whom and at which sample.
     """
-    if threading.current_thread() is not threading.main_thread() or _deferred:
-        yield
-        return
-    _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler: Any = None
+    if threading.current_thread() is threading.main_thread() and not _deferred:
+        _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+        handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler):
         yield
         return
@@ -273,7 +270,7 @@ def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
 
 def shut_down(iterator: Any) -> None:
     """End an iterator's workers now, whatever they are at; those of another process never."""
-    for worker in () if iterator in _inherited else iterator._workers:
+    for worker in iterator._workers:
         worker.kill()
     iterator._shutdown_workers()
 
@@ -291,9 +288,6 @@ def next_of(iterator: Any) -> Any:
     return data
 
 
-_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
 def _undo_inherited() -> None:
     """In a forked process: see that iterators inherited from the parent are not shut down here.
 
@@ -302,7 +296,7 @@ def _undo_inherited() -> None:
     """
     for iterator in list(_with_workers):
         iterator._shutdown = True
-        _inherited.add(iterator)
+        iterator._workers = []
     _with_workers.clear()
     if _deferred:  # forked while an iterator was built
         signal.signal(signal.SIGCHLD, _deferred.pop())

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from safeloader import _torch
+from safeloader import _python, _torch
 from safeloader.delivery.ledger import MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.errors import error_from
@@ -39,7 +39,7 @@ from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import EndSignal, FlightRecorder
-from safeloader.supervision.processes import close_pipes, remove_files_of
+from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.slot_budget import PoolCounts, budget
@@ -178,7 +178,7 @@ class WorkerPool:
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
-            close_pipes(exc)
+            _python.close_pipes(exc)
             if results is not None:  # whoever keeps the error may keep the frames as well
                 results.close()
             if failure is None:

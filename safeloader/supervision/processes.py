@@ -14,8 +14,6 @@ from typing import Any
 
 import torch.multiprocessing
 
-from safeloader._python import pipes_left
-
 _OLD_S = 0.02  # in a folder shared with other containers, a process of the same number may be alive
 _EXITING = 0x4  # PF_EXITING of Linux, in the ninth field of /proc/<pid>/stat
 
@@ -102,9 +100,3 @@ def remove_files_of(pids: Iterable[int | None]) -> None:
             if time.time() - os.stat(path).st_ctime < _OLD_S:
                 time.sleep(_OLD_S)  # a living process has taken the name away by then
             os.unlink(path)
-
-
-def close_pipes(raised: BaseException) -> None:
-    """Close the pipes made for a worker that could then not be started."""
-    for fd in pipes_left(raised):
-        os.close(fd)

@@ -129,7 +129,6 @@ class BatchPickler:
         ):
             return self._reduce_tensor(tensor)
         storage = tensor.untyped_storage()
-        held = storage.nbytes()
         size = tensor.nbytes
         if not size or storage.is_shared():
             return self._reduce_tensor(tensor)
@@ -137,7 +136,7 @@ class BatchPickler:
         shape = tuple(tensor.shape)
         # The stride along a dimension of one element is free, and is to stay as it is.
         if (
-            held == size
+            size == storage.nbytes()
             and same not in self._brought
             and same not in self._views
             and 1 not in shape
@@ -202,12 +201,12 @@ class BatchPickler:
     def _storage(self, storage: torch.UntypedStorage) -> Any:
         """The same for the storage of what is no plain tensor."""
         held = storage.nbytes()
-        if self._slots is None or not held or storage.device.type != "cpu":
-            return self._torchs(storage)
-        if storage.is_shared():
-            self.why = self.why or "a tensor is in torch's shared memory already"
-            return self._torchs(storage)
-        _, place = self._place_of(storage, _torch.identity_of(storage), (0, held))
+        place: Place | None = None
+        if self._slots is not None and held and storage.device.type == "cpu":
+            if storage.is_shared():
+                self.why = self.why or "a tensor is in torch's shared memory already"
+            else:
+                _, place = self._place_of(storage, _torch.identity_of(storage), (0, held))
         return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
 
     def _bring(

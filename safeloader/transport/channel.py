@@ -324,8 +324,7 @@ class ResultQueue:
     def close(self) -> None:
         """Let go of all ends, and of what came and nobody took."""
         for incoming in self._rows.values():
-            incoming.drop(self.arrived)
-            incoming.end.close()
+            incoming.close(self.arrived)
         for message in self.arrived:
             message.let_go()
         self.arrived.clear()
@@ -396,13 +395,11 @@ class ResultQueue:
                 others.append(fd)
                 continue
             self._reading = incoming
-            more = incoming.read_into(self.arrived)
-            self._reading = None
-            if not more:  # the worker's end is closed
-                incoming.drop(self.arrived)
+            if not incoming.read_into(self.arrived):  # the worker's end is closed
                 self.poll.unregister(fd)
+                incoming.close(self.arrived)
                 del self._rows[fd]
-                incoming.end.close()
+            self._reading = None
         return others
 
 
@@ -441,17 +438,18 @@ class _Incoming:
             self._pieces, self._wanted, self._apart = rest, wanted, None
         return not self._pieces or len(self._pieces[-1][0]) > 0
 
-    def drop(self, arrived: deque[Arrived]) -> None:
-        """Pass on what is whole, and close the descriptors of a message that is not."""
+    def close(self, arrived: deque[Arrived]) -> None:
+        """Pass on what is whole; let go of the end, and of the descriptors of what is not."""
         self.take_apart(arrived)
         torn = self._torn + [fd for piece in self._pieces for fd in _descriptors(piece)]
         self._torn, self._pieces = torn, []
         close_all(self._torn)
+        self.end.close()
 
 
 def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
     """The whole messages, the pieces that are left, and how many bytes these have to become."""
-    data = pieces[0][0] if len(pieces) == 1 else b"".join(map(_BYTES, pieces))
+    data = b"".join(map(_BYTES, pieces))
     # Truncated: no descriptor is free here.
     with_fds = [piece for piece in pieces if piece[1] or piece[2] & socket.MSG_CTRUNC]
     messages = []

@@ -40,21 +40,19 @@ class Packer:
     def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
         self._slots = None if slots is None else SlotBatch(slots)
         self._why = why
-        self._collating = False
-        self._thread = 0
+        self._collating: int | None = None  # the thread that does
 
     # while a batch is made ──────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
         """A batch begins; hot path."""
-        self._collating = False
+        self._collating = None
         if self._slots is not None:
             self._slots.begin()
 
     def collates(self) -> None:
         """The batch is collated from now on: what is stacked goes into a slot."""
-        self._collating = True
-        self._thread = threading.get_ident()
+        self._collating = threading.get_ident()
 
     def install(self) -> None:
         """Have ``default_collate`` stack into slots, in this process."""
@@ -67,13 +65,12 @@ class Packer:
         slots = self._slots
         if (
             slots is None
-            or not self._collating
+            or self._collating != threading.get_ident()
             or type(first) is not torch.Tensor
             or first.layout is not torch.strided
             or not first.is_cpu
             or first.is_nested
             or first.dtype not in CODES
-            or threading.get_ident() != self._thread
         ):
             return stock(batch, **kwargs)
         shape = (len(batch), *first.shape)
@@ -96,7 +93,7 @@ class Packer:
         Raises:
             Exception: whatever pickling raises.
         """
-        self._collating = False
+        self._collating = None
         if self._slots is not None:
             self._slots.seal()
         parts: Parts = {}
@@ -116,8 +113,8 @@ class Packer:
             if slots is not None and len(packed) > _LARGE_PICKLE:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
-            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
             given_up = () if slots is None else tuple(slots.pool.given_up)
+            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
             why = run.why or (slots is not None and slots.why) or self._why
             about = None
             if sent or given_up or why or run.torchs:

@@ -132,11 +132,8 @@ class SlotBatch:
         None if there is no room.
         """
         found = self.stacked(storage, same)
-        if found is not None:
+        if found is not None and found[0] not in self._roomy:
             slot, at = found
-            copied = self.copy(slot.address + at, size) if slot in self._roomy else None
-            if copied is not None:
-                return copied
             place = self._place(slot)
             if place is not None:
                 return place, at, size

@@ -49,9 +49,8 @@ class TransportStats:
         if not self.batches:
             return "no batch came from a worker"
         ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
-        lines = [f"batches: {ways}; slots now: {self.slots or 'none'}"]
-        if self.slots:
-            lines[0] += f", {human_bytes(self.bytes)} in all"
+        now = f"{self.slots}, {human_bytes(self.bytes)} in all" if self.slots else "none"
+        lines = [f"batches: {ways}; slots now: {now}"]
         lines += [f"not in a slot, {count}: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)
 

@@ -36,9 +36,6 @@ class StreamProgress:
             RawArray("q", _FIELDS * workers) if shared else [0] * (_FIELDS * workers)
         )
 
-    def __len__(self) -> int:
-        return len(self._cells) // _FIELDS
-
     def write(self, worker: int, read: int, dropped: int, ended: bool) -> None:
         """Note how far ``worker`` is; called by that worker only."""
         at = _FIELDS * worker

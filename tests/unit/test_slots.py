@@ -854,7 +854,7 @@ def test_a_slot_that_main_cannot_map_is_not_used_again(
 
 
 def test_each_worker_has_cells_of_its_own() -> None:
-    table = SlotTable(3, MB)
+    table = SlotTable(3)
     for worker in range(3):
         table.row(worker)[0] = table.row(worker)[-1] = worker
     assert [table.row(worker)[0] for worker in range(3)] == [0, 1, 2]
@@ -863,11 +863,11 @@ def test_each_worker_has_cells_of_its_own() -> None:
 
 def test_the_table_is_not_pickled_but_to_workers() -> None:
     with pytest.raises(RuntimeError, match="should only be shared"):
-        pickle.dumps(SlotTable(1, MB))
+        pickle.dumps(SlotTable(1))
 
 
 def test_cells_outlive_their_table() -> None:
-    row = SlotTable(1, MB).row(0)
+    row = SlotTable(1).row(0)
     row[3] = 7
     assert row[3] == 7
 
