@@ -258,7 +258,7 @@ class BatchPickler:
         """
         self.torchs = True
         # The slots of the batch may be new, and need descriptors as well.
-        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else SLOTS_A_BATCH):
+        if len(self.fds) >= MOST_FDS - SLOTS_A_BATCH:
             self.why = self.why or "more tensors than a message may have descriptors"
             return self._reduce_storage(storage)
         with as_if_spawning(self):

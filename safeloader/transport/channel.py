@@ -45,7 +45,7 @@ from typing import Any
 from safeloader._python import Finalize, ForkingPickler, assert_spawning
 from safeloader.transport.messages import BatchMessage, Task
 
-MOST_FDS = 200  # in one message; Linux takes 253
+MOST_FDS = 224  # in one message; Linux takes 253
 _LONGEST_S = 1e6  # of one ``poll``, which takes milliseconds as a C int
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
 _BYTES = operator.itemgetter(0)  # of what one call of recvmsg gave
