@@ -80,8 +80,8 @@ def as_if_spawning(popen: Any) -> Iterator[None]:
         _set_popen(before)
 
 
-def pipes_left(raised: BaseException) -> Iterator[int]:
-    """The pipes made for a process that could then not be started.
+def close_pipes(raised: BaseException) -> None:
+    """Close the pipes made for a process that could then not be started.
 
     ``multiprocessing`` leaves them open, and a program that tries again has fewer each time.
     """
@@ -93,4 +93,6 @@ def pipes_left(raised: BaseException) -> Iterator[int]:
             open_still = "child_r" not in names  # else it closes them itself
         else:
             continue
-        yield from (names[name] for name in _PIPES if open_still and name in names)
+        for name in _PIPES:
+            if open_still and name in names:
+                os.close(names[name])

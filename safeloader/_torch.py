@@ -25,7 +25,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python
 
@@ -106,19 +106,8 @@ def _codes(function: Any, outer: tuple[Any, ...] = ()) -> Iterator[CodeType]:
 
 
 _autograd: Any = torch.autograd
-
-
-def _utils() -> Any:
-    return torch.utils.data._utils
-
-
-def _loading() -> Any:
-    return torch.utils.data.dataloader
-
-
-def is_stream(loader: DataLoader[Any]) -> bool:
-    """Whether the loader's dataset is iterable-style."""
-    return isinstance(loader.dataset, IterableDataset)
+_loading: Any = torch.utils.data.dataloader
+_utils: Any = getattr(torch.utils.data, "_utils", None)
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
@@ -165,16 +154,14 @@ class _Context:
 
     def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
-        self._results: Any = channels.results
-        self._tasks = channels.tasks
-        self._ending: Any = channels.ending
+        self._left = channels  # but for what torch has taken
 
     def Queue(self, *args: Any) -> Any:
-        ours, self._results = self._results, None  # torch makes it first
-        return self._tasks() if ours is None else ours
+        ours, self._left = self._left.results, self._left._replace(results=None)
+        return self._left.tasks() if ours is None else ours  # torch makes that of results first
 
     def Event(self) -> Any:
-        ours, self._ending = self._ending, None
+        ours, self._left = self._left.ending, self._left._replace(ending=None)
         return self._base.Event() if ours is None else ours
 
     def __getattr__(self, name: str) -> Any:
@@ -205,7 +192,7 @@ def build_iterator(view: LoaderView) -> Any:
         if not hasattr(iterator, "_workers"):
             return iterator
         if iterator._worker_pids_set:
-            _utils().signal_handling._remove_worker_pids(id(iterator))
+            _utils.signal_handling._remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
     _with_workers.add(iterator)
     stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
@@ -220,7 +207,7 @@ def _take_down(raised: BaseException) -> None:
     """
     for frame, _ in traceback.walk_tb(raised.__traceback__):
         half = frame.f_locals.get("self")
-        if isinstance(half, _loading()._MultiProcessingDataLoaderIter):
+        if isinstance(half, _loading._MultiProcessingDataLoaderIter):
             if hasattr(half, "_workers"):
                 half.__dict__.setdefault("_workers_status", [True] * len(half._workers))
                 shut_down(half)
@@ -238,11 +225,10 @@ def _sigchld_deferred() -> Iterator[None]:
     A worker that dies at once would have torch's handler raise in the middle of its constructor,
     which leaves nothing to find out by whom and at which sample.
     """
-    if threading.current_thread() is not threading.main_thread() or _deferred:
-        yield
-        return
-    _utils().signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler: Any = None
+    if threading.current_thread() is threading.main_thread() and not _deferred:
+        _utils.signal_handling._set_SIGCHLD_handler()  # as the constructor does; once in a process
+        handler = signal.getsignal(signal.SIGCHLD)
     if not callable(handler):
         yield
         return
@@ -284,7 +270,7 @@ def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
 
 def shut_down(iterator: Any) -> None:
     """End an iterator's workers now, whatever they are at; those of another process never."""
-    for worker in () if iterator in _inherited else iterator._workers:
+    for worker in iterator._workers:
         worker.kill()
     iterator._shutdown_workers()
 
@@ -302,9 +288,6 @@ def next_of(iterator: Any) -> Any:
     return data
 
 
-_inherited: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
 def _undo_inherited() -> None:
     """In a forked process: see that iterators inherited from the parent are not shut down here.
 
@@ -313,7 +296,7 @@ def _undo_inherited() -> None:
     """
     for iterator in list(_with_workers):
         iterator._shutdown = True
-        _inherited.add(iterator)
+        iterator._workers = []
     _with_workers.clear()
     if _deferred:  # forked while an iterator was built
         signal.signal(signal.SIGCHLD, _deferred.pop())
@@ -357,13 +340,8 @@ def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:
 
 def raised_by_dataset_iter(exc: BaseException) -> bool:
     """Whether ``exc`` came out of ``iter(dataset)`` while torch made its fetcher."""
-    code = _utils().fetch._IterableDatasetFetcher.__init__.__code__
-    traceback = exc.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code is code:
-            return True
-        traceback = traceback.tb_next
-    return False
+    code = _utils.fetch._IterableDatasetFetcher.__init__.__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(exc.__traceback__))
 
 
 def without_overrides() -> AbstractContextManager[object]:
@@ -374,7 +352,7 @@ def without_overrides() -> AbstractContextManager[object]:
 
 def pin_memory(data: Any) -> Any:
     """``data`` with every tensor in pinned memory, as torch's loader does it."""
-    return _utils().pin_memory.pin_memory(data)
+    return _utils.pin_memory.pin_memory(data)
 
 
 _SPARSE_PARTS = {
@@ -406,7 +384,7 @@ forget: Any = getattr(torch.UntypedStorage, "_free_weak_ref", None)
 
 def collates_tuples_of_tensors_itself() -> bool:
     """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
-    collate = _utils().collate
+    collate = _utils.collate
     by_type = collate.default_collate_fn_map
     return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
 
@@ -418,7 +396,7 @@ def stack_tensors_with(stack: Callable[..., Any]) -> None:
     """
     if get_worker_info() is None:
         raise RuntimeError("default_collate belongs to the training process here")
-    collate = _utils().collate
+    collate = _utils.collate
     torchs = collate.collate_tensor_fn
     if collate.default_collate_fn_map.get(torch.Tensor) is torchs:
         collate.default_collate_fn_map[torch.Tensor] = functools.partial(stack, torchs)
@@ -441,9 +419,9 @@ def install_fetcher(make: Callable[[Callable[[], Any]], Any]) -> None:
             "safeloader records in worker processes only, and this torch runs the workers of this "
             "loader as threads. Use process workers, or set SAFELOADER=off to run without records."
         )
-    kind = _loading()._DatasetKind
+    kind = _loading._DatasetKind
     stock_create: Any = kind.create_fetcher
-    worker_loop = _utils().worker._worker_loop.__code__
+    worker_loop = _utils.worker._worker_loop.__code__
 
     def create_fetcher(*args: Any, **kwargs: Any) -> Any:
         create = functools.partial(stock_create, *args, **kwargs)

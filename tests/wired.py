@@ -21,7 +21,7 @@ from safeloader.transport.channel import Arrived
 from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import Unpacker
-from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_table import MAY_HOLD, SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.transport.stats import TransportCounts, TransportStats
 
@@ -47,7 +47,8 @@ class Wired:
     """A worker's end and main's."""
 
     def __init__(self, most_bytes: int = 64 * MB) -> None:
-        self.table = SlotTable(1, most_bytes, SLOTS)
+        self.table = SlotTable(1, SLOTS)
+        self.table.share(0)[MAY_HOLD] = most_bytes
         self.cells = self.table.row(0)
         self.pool = SlotPool(self.table, 0)
         self.packer = Packer(self.pool)

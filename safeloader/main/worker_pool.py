@@ -18,7 +18,7 @@ import sys
 import weakref
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
@@ -69,7 +69,7 @@ class WorkerPool:
 
     def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
         self.workers = loader.num_workers
-        self.stream = _torch.is_stream(loader)
+        self.stream = isinstance(loader.dataset, IterableDataset)
         self.raised: list[BaseException] = []
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
@@ -190,8 +190,7 @@ class WorkerPool:
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
-            for fd in _python.pipes_left(exc):  # made for a worker that could not be started
-                os.close(fd)
+            _python.close_pipes(exc)
             if results is not None:  # whoever keeps the error may keep the frames as well
                 results.close()
             if failure is None:

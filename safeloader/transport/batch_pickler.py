@@ -45,15 +45,7 @@ Parts = dict[int, list[Part]]  # storage: in order, apart from each other
 
 
 class Overlap(Exception):
-    """Tensors look at the same bytes of a large memory: these ``parts`` have to cross whole."""
-
-    def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
-        self.parts = parts
-
-
-class TooManyFds(Exception):
-    """More tensors go torch's way than a message may have descriptors."""
+    """Tensors look at the same bytes of a large memory; its argument: parts that cross whole."""
 
 
 def _merged(parts: Iterable[Part]) -> list[Part]:
@@ -81,7 +73,6 @@ class BatchPickler:
         slots: the batch, as far as it lies in slots; None for torch's own way.
         parts: what is to cross of storages of which several tensors look at the same bytes.
         why: why torch's own way is taken.
-        fetched: whether main has to fetch descriptors from here, as torch has it.
 
     Attributes:
         fds: descriptors of tensors that went torch's way.
@@ -89,17 +80,9 @@ class BatchPickler:
         why: why, but for what found no room; empty where none had to.
     """
 
-    def __init__(
-        self,
-        slots: SlotBatch | None,
-        parts: Parts,
-        why: str = "",
-        *,
-        fetched: bool = False,
-    ) -> None:
+    def __init__(self, slots: SlotBatch | None, parts: Parts, why: str = "") -> None:
         self._slots = slots
         self._parts = parts
-        self.fetched = fetched
         self._brought: dict[int, int] = {}  # identity of a whole storage: its number in the pickle
         # Of storages of which not all crosses: the parts that do, with their numbers.
         self._views: dict[int, dict[Part, int]] = {}
@@ -107,7 +90,7 @@ class BatchPickler:
         # By number in the pickle: what was brought. Held, so that no identity is given twice.
         self._held: list[torch.UntypedStorage] = []
         self.fds: list[int] = []
-        self.torchs = fetched
+        self.torchs = False
         self.why = why
 
     def pickled(self, payload: Any) -> bytes:
@@ -117,8 +100,7 @@ class BatchPickler:
         table = {**copyreg.dispatch_table, **extra_reducers}
         self._reduce_tensor = table[torch.Tensor]
         self._reduce_storage = table[torch.UntypedStorage]
-        if not self.fetched:
-            table[torch.UntypedStorage] = self._storage
+        table[torch.UntypedStorage] = self._storage
         if self._slots is not None:
             if self._reduce_tensor is reduce_tensor:  # not where the user registered another
                 table[torch.Tensor] = self._tensor
@@ -147,7 +129,6 @@ class BatchPickler:
         ):
             return self._reduce_tensor(tensor)
         storage = tensor.untyped_storage()
-        held = storage.nbytes()
         size = tensor.nbytes
         if not size or storage.is_shared():
             return self._reduce_tensor(tensor)
@@ -155,7 +136,7 @@ class BatchPickler:
         shape = tuple(tensor.shape)
         # The stride along a dimension of one element is free, and is to stay as it is.
         if (
-            held == size
+            size == storage.nbytes()
             and same not in self._brought
             and same not in self._views
             and 1 not in shape
@@ -168,32 +149,33 @@ class BatchPickler:
                 return self._reduce_tensor(tensor)
             slot, at, _ = place
             return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
-        return self._strided(tensor, code, storage, same)
-
-    def _strided(
-        self, tensor: torch.Tensor, code: int, storage: torch.UntypedStorage, same: int
-    ) -> Any:
-        item, held = tensor.itemsize, storage.nbytes()
-        shape, stride = tuple(tensor.shape), tensor.stride()
+        item, stride = tensor.itemsize, tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        part = first * item, (last + 1) * item
-        start = 0
-        place: Place | None = self._brought.get(same)
-        if place is None:
-            assert self._slots is not None
-            few = held > _WHOLE and part[1] - part[0] < held // 2
-            few = few and self._slots.stacked(storage, same) is None
-            if few or same in self._views or same in self._parts:
-                start, place = self._view(storage, same, part)
-            else:
-                place = self._bring(storage, same, held)
-        if place is None:
+        start, there = self._place_of(storage, same, (first * item, (last + 1) * item))
+        if there is None:
             return self._reduce_tensor(tensor)
-        return leaves.tensor_over, (place, code, shape, stride, first - start // item)
+        return leaves.tensor_over, (there, code, shape, stride, first - start // item)
+
+    def _place_of(
+        self, storage: torch.UntypedStorage, same: int, part: Part
+    ) -> tuple[int, Place | None]:
+        """Where a part of a storage is, and the byte of the storage that this begins with.
+
+        None if there is no room.
+        """
+        if same in self._brought:
+            return 0, self._brought[same]
+        assert self._slots is not None
+        held = storage.nbytes()
+        few = held > _WHOLE and part[1] - part[0] < held // 2
+        few = few and self._slots.stacked(storage, same) is None
+        if few or same in self._views or same in self._parts:
+            return self._view(storage, same, part)
+        return 0, self._bring(storage, same, held)
 
     def _view(self, storage: torch.UntypedStorage, same: int, part: Part) -> tuple[int, Place]:
-        """Where a part of a storage is, and the byte of the storage that it begins with."""
+        """The same for a storage of which not all crosses."""
         views = self._views.get(same)
         if views is None:
             views = self._views[same] = {}
@@ -219,34 +201,27 @@ class BatchPickler:
     def _storage(self, storage: torch.UntypedStorage) -> Any:
         """The same for the storage of what is no plain tensor."""
         held = storage.nbytes()
-        if self._slots is None or not held or storage.device.type != "cpu":
-            return self._torchs(storage)
-        if storage.is_shared():
-            self.why = self.why or "a tensor is in torch's shared memory already"
-            return self._torchs(storage)
-        same = _torch.identity_of(storage)
-        place: Place | None = self._brought.get(same)
-        if place is None and (same in self._views or same in self._parts):
-            _, place = self._view(storage, same, (0, held))
-        elif place is None:
-            place = self._bring(storage, same, held)
+        place: Place | None = None
+        if self._slots is not None and held and storage.device.type == "cpu":
+            if storage.is_shared():
+                self.why = self.why or "a tensor is in torch's shared memory already"
+            else:
+                _, place = self._place_of(storage, _torch.identity_of(storage), (0, held))
         return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
 
     def _bring(
         self, storage: torch.UntypedStorage, same: int, size: int
     ) -> tuple[int, int, int] | bytes | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
+        assert self._slots is not None
         place: tuple[int, int, int] | bytes | None = None
-        if size <= INLINE:
-            place = ctypes.string_at(storage.data_ptr(), size)
-        else:
-            assert self._slots is not None
+        if size > INLINE:
             place = self._slots.place_of(storage, same, size)
+        if place is None:
             # Torch's way costs a descriptor for as long as the batch is kept: for what is large.
-            if place is None and size < IN_MESSAGE:
-                place = _bytes_at(storage.data_ptr(), size)
-            if place is None:
+            if size >= IN_MESSAGE:
                 return None
+            place = ctypes.string_at(storage.data_ptr(), size)
         self._brought[same] = len(self._held)
         self._held.append(storage)
         return place
@@ -278,17 +253,19 @@ class BatchPickler:
         the worker has to answer: it cannot while the worker is stopped, or stuck in C code that
         holds the interpreter, and it takes some 300 µs. Its reducer passes a descriptor the way
         that suits the moment, and while a process is being started that is by number. The moment is
-        made to look like that, for one call and this thread alone.
+        made to look like that, for one call and this thread alone, until the message has as many
+        descriptors as it may.
         """
         self.torchs = True
+        # The slots of the batch may be new, and need descriptors as well.
+        if len(self.fds) >= MOST_FDS - SLOTS_A_BATCH:
+            self.why = self.why or "more tensors than a message may have descriptors"
+            return self._reduce_storage(storage)
         with as_if_spawning(self):
             return self._reduce_storage(storage)
 
     def duplicate_for_child(self, fd: int) -> int:
         """Take a descriptor along; its number in the message."""
-        # The slots of the batch may be new, and need descriptors as well.
-        if len(self.fds) >= MOST_FDS - (0 if self._slots is None else SLOTS_A_BATCH):
-            raise TooManyFds
         self.fds.append(os.dup(fd))
         return len(self.fds) - 1
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import array
 import errno
+import math
 import operator
 import os
 import pickle
@@ -44,7 +45,8 @@ from typing import Any
 from safeloader._python import Finalize, ForkingPickler, assert_spawning
 from safeloader.transport.messages import BatchMessage, Task
 
-MOST_FDS = 200  # in one message; Linux takes 253
+MOST_FDS = 224  # in one message; Linux takes 253
+_LONGEST_S = 1e6  # of one ``poll``, which takes milliseconds as a C int
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
 _BYTES = operator.itemgetter(0)  # of what one call of recvmsg gave
 _HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload
@@ -72,7 +74,7 @@ class Sender:
     """
 
     def __init__(self, end: Connection | socket.socket) -> None:
-        self._end = end
+        self._end: Any = end
         self._fd = end.fileno()
         os.set_blocking(self._fd, False)
         # Messages that are not written whole: their parts, descriptors, and how many bytes went.
@@ -107,8 +109,7 @@ class Sender:
         parts, fds, sent = self._backlog[0]
         try:
             # In C from the system call to the list.
-            if fds and not sent:  # they cross beside the first byte
-                assert isinstance(self._end, socket.socket)
+            if fds:  # they cross beside the first byte
                 beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                 sent.extend(map(self._end.sendmsg, (parts,), (beside,)))
             else:
@@ -149,11 +150,13 @@ class Sender:
         self._thread.join()
 
     def close(self) -> None:
-        """Let go of the pipe, and of what is not written yet."""
+        """Let go of the pipe, and of what is not written yet; what is sent from now on is lost."""
         with self._lock:  # the thread must not write to what has this number next
             while self._backlog:
                 close_all(self._backlog.pop()[1])
+            self._fd = -1
             self._end.close()
+        self._calls.put(False)
 
     def abandon(self) -> None:
         """Do not wait, at the end of the process, for what is not written yet."""
@@ -170,29 +173,29 @@ class TaskQueue:
             in its place.
     """
 
+    _poll: select.poll | None = None  # of the class: a worker makes its own
+
     def __init__(self, refused: Callable[[Task, Exception], Task]) -> None:
-        reader, writer = Pipe(duplex=False)
-        self._reader: Connection | None = reader
-        self._sender: Sender | None = Sender(writer)
+        self._reader, writer = Pipe(duplex=False)
+        self._sender = Sender(writer)
         self._refused = refused
-        self._poll: select.poll | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        return {"_reader": self._reader, "_sender": None, "_poll": None}
+        return {"_reader": self._reader}
 
     def put(self, item: Any) -> None:
-        """Send what torch's iterator has for the worker; hot path."""
-        if self._sender is None:
-            return  # closed
+        """Send what torch's iterator has for the worker; hot path.
+
+        Raises:
+            OverflowError: if it takes more than 2 GiB.
+        """
         try:
             pickled = ForkingPickler.dumps(item)
         except Exception as exc:
             number, task = item
             pickled = ForkingPickler.dumps((number, self._refused(task, exc)))
-        size = len(pickled)  # as ``Connection.recv_bytes`` reads it
-        short = size < 1 << 31
-        head = size.to_bytes(4, "big") if short else b"\xff" * 4 + size.to_bytes(8, "big")
+        head = len(pickled).to_bytes(4, "big", signed=True)  # as `Connection.recv_bytes` has it
         self._sender.send([head, pickled])
 
     def get(self, timeout: float | None = None) -> Any:
@@ -201,7 +204,6 @@ class TaskQueue:
         Raises:
             queue.Empty: if none came within ``timeout`` seconds.
         """
-        assert self._reader is not None
         if self._poll is None:
             self._poll = select.poll()
             self._poll.register(self._reader, select.POLLIN)
@@ -211,15 +213,12 @@ class TaskQueue:
 
     def cancel_join_thread(self) -> None:
         """Do not wait at this process's end for what is not sent yet."""
-        if self._sender is not None:
-            self._sender.abandon()
+        self._sender.abandon()
 
     def close(self) -> None:
         """Let go of both ends."""
-        for end in (self._reader, self._sender):
-            if end is not None:
-                end.close()
-        self._reader = self._sender = None
+        self._reader.close()
+        self._sender.close()
 
 
 class Arrived:
@@ -275,35 +274,24 @@ class ResultQueue:
         opened: Callable[[Arrived], Any],
         waits: Callable[[], None] = lambda: None,
     ) -> None:
-        self._opened: Callable[[Arrived], Any] | None = opened
+        self._opened = opened
         self._waits = waits
-        self._readers: list[socket.socket] = []
-        self._writers: list[socket.socket | None] = []
+        self._sent: Callable[[], None] = lambda: None
+        self.arrived: deque[Arrived] = deque()
+        self._rows: dict[int, _Incoming] = {}
+        self._reading: _Incoming | None = None  # an interrupt may have come in the middle of it
+        self._writers: list[socket.socket] = []
+        self.poll = select.poll()
         for _ in range(workers + 1):  # the last is main's own
             reader, writer = socket.socketpair()
-            self._readers.append(reader)
+            self._rows[reader.fileno()] = _Incoming(reader)
             self._writers.append(writer)
-        self._main_side()
-
-    def _main_side(self) -> None:
-        self._sender: Sender | None = None
-        self._sent: Callable[[], None] | None = None
-        self.arrived: deque[Arrived] = deque()
-        self._rows = {reader.fileno(): _Incoming(reader) for reader in self._readers}
-        self._reading: _Incoming | None = None  # an interrupt may have come in the middle of it
-        self.poll = select.poll()
-        for fd in self._rows:
-            self.poll.register(fd, select.POLLIN)
+            self.poll.register(reader, select.POLLIN)
+        self._sender = Sender(writer)
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        return {"writers": self._writers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._readers = []
-        self._opened = None
-        self._writers = state["writers"]
-        self._main_side()
+        return {"_writers": self._writers, "_rows": {}, "arrived": deque()}
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 
@@ -312,63 +300,49 @@ class ResultQueue:
 
         ``sent`` is called after each message.
         """
-        mine = self._writers[worker]
-        assert mine is not None
-        for end in (*self._readers, *self._writers):
-            if end is not None and end is not mine:
-                end.close()
-        self._readers, self._writers = [], [mine]
+        mine = self._writers.pop(worker)
+        self.close()
+        self._writers = [mine]
         self._sender = Sender(mine)
         self._sent = sent
 
     def put(self, item: Any) -> None:
         """Send what torch's worker loop, or its iterator in main, has to say; hot path."""
-        if self._sender is None:
-            mine = self._writers[-1]
-            assert mine is not None
-            self._sender = Sender(mine)
         number, data = item
-        if type(data) is BatchMessage:
-            manifest, payload, fds = data
-            size = len(payload) | _WITH_FDS if fds else len(payload)
-            head = _HEADER.pack(number, len(manifest), size)
-            self._sender.send([head, manifest, payload], fds)
-        else:
-            pickled = pickle.dumps(item)
-            self._sender.send([_HEADER.pack(_PLAIN, len(pickled), 0), pickled])
-        if self._sent is not None:
-            self._sent()
+        if type(data) is not BatchMessage:
+            number, data = _PLAIN, BatchMessage(pickle.dumps(item), b"")
+        manifest, payload, fds = data
+        size = len(payload) | _WITH_FDS if fds else len(payload)
+        head = _HEADER.pack(number, len(manifest), size)
+        self._sender.send([head, manifest, payload], fds)
+        self._sent()
 
     def cancel_join_thread(self) -> None:
         """Do not wait at this process's end for what is not sent yet."""
-        if self._sender is not None:
-            self._sender.abandon()
+        self._sender.abandon()
 
     def close(self) -> None:
         """Let go of all ends, and of what came and nobody took."""
         for incoming in self._rows.values():
-            incoming.drop(self.arrived)
+            incoming.close(self.arrived)
         for message in self.arrived:
             message.let_go()
         self.arrived.clear()
-        for end in (*self._readers, *self._writers):
-            if end is not None:
-                end.close()
-        self._readers, self._writers, self._rows = [], [], {}
+        for writer in self._writers:
+            writer.close()
+        self._writers, self._rows = [], {}
         self.poll = select.poll()
 
     def __del__(self) -> None:
-        if "arrived" in self.__dict__:
+        if "_sender" in self.__dict__:
             self.close()
 
     # in main ────────────────────────────────────────────────────────────────────────────────────
 
     def all_started(self) -> None:
         """In main, once the workers have their ends: let go of these."""
-        for row, writer in enumerate(self._writers[:-1]):
-            if writer is not None:
-                writer.close()
-                self._writers[row] = None
+        for writer in self._writers[:-1]:
+            writer.close()
 
     def get(self, timeout: float | None = None) -> Any:
         """The next message: ``(number, data)``, a batch opened.
@@ -376,14 +350,11 @@ class ResultQueue:
         Raises:
             queue.Empty: if none came within ``timeout`` seconds.
         """
-        give_up = None if timeout is None else monotonic() + timeout
-        left = timeout
-        while not self.arrived:
+        left = math.inf if timeout is None else timeout
+        give_up = monotonic() + left
+        while not self.arrived and left >= 0:
             self.wait(left)
-            if give_up is not None:
-                left = give_up - monotonic()
-                if left <= 0:
-                    break
+            left = give_up - monotonic()
         return self.take()
 
     def take(self) -> Any:
@@ -399,15 +370,14 @@ class ResultQueue:
             if message.number == _PLAIN:
                 made = pickle.loads(message.manifest)
             else:
-                assert self._opened is not None
                 made = message.number, self._opened(message)
             message.made = made
         message.let_go()
         del self.arrived[0]  # without a call from here on no signal handler runs
         return made
 
-    def wait(self, timeout: float | None) -> list[int]:
-        """Read what has come; waits for it, for ``timeout`` seconds at most (None: for ever).
+    def wait(self, timeout: float) -> list[int]:
+        """Read what has come; waits for it, for ``timeout`` seconds at most.
 
         Returns:
             The further file descriptors of :attr:`poll` that are ready.
@@ -419,18 +389,17 @@ class ResultQueue:
             self._reading = None
             if self.arrived:
                 return others
-        for fd, _ in self.poll.poll(None if timeout is None else max(0.0, timeout * 1000)):
+        for fd, _ in self.poll.poll(1000 * min(timeout, _LONGEST_S)):
             incoming = self._rows.get(fd)
             if incoming is None:
                 others.append(fd)
                 continue
             self._reading = incoming
-            more = incoming.read_into(self.arrived)
-            self._reading = None
-            if not more:  # the worker's end is closed
-                incoming.drop(self.arrived)
+            if not incoming.read_into(self.arrived):  # the worker's end is closed
                 self.poll.unregister(fd)
+                incoming.close(self.arrived)
                 del self._rows[fd]
+            self._reading = None
         return others
 
 
@@ -443,7 +412,7 @@ class _Incoming:
     """
 
     def __init__(self, end: socket.socket) -> None:
-        self._receive = end.recvmsg
+        self.end = end
         self._pieces: list[Any] = []  # as ``recvmsg`` gave them, from the first open message on
         self._wanted = _HEADER.size  # bytes in all, before a message can be whole
         self._apart: tuple[Iterator[Arrived], list[Any], int] | None = None
@@ -453,38 +422,36 @@ class _Incoming:
         """Read what is there; False at its end. Never waits: it is readable."""
         try:
             # In C from the system call to the list; for one piece.
-            self._pieces.extend(map(self._receive, (_CHUNK,), (_FDS_BYTES,), (_CLOSE_ON_EXEC,)))
+            self._pieces.extend(map(self.end.recvmsg, (_CHUNK,), (_FDS_BYTES,), (_CLOSE_ON_EXEC,)))
         except ConnectionResetError:
             return False
         return self.take_apart(arrived)
 
     def take_apart(self, arrived: deque[Arrived]) -> bool:
         """Pass on the messages that are whole; False if nothing comes after them."""
-        if self._apart is None:
-            pieces = self._pieces
-            if sum(map(len, map(_BYTES, pieces))) >= self._wanted:
-                self._apart = _taken_apart(pieces)
+        pieces = self._pieces
+        if self._apart is None and sum(map(len, map(_BYTES, pieces))) >= self._wanted:
+            self._apart = _taken_apart(pieces)
         if self._apart is not None:
             messages, rest, wanted = self._apart
             arrived.extend(messages)  # an iterator: what it gave it does not give again
             self._pieces, self._wanted, self._apart = rest, wanted, None
         return not self._pieces or len(self._pieces[-1][0]) > 0
 
-    def drop(self, arrived: deque[Arrived]) -> None:
-        """Pass on what is whole, and close the descriptors of a message that is not."""
+    def close(self, arrived: deque[Arrived]) -> None:
+        """Pass on what is whole; let go of the end, and of the descriptors of what is not."""
         self.take_apart(arrived)
         torn = self._torn + [fd for piece in self._pieces for fd in _descriptors(piece)]
         self._torn, self._pieces = torn, []
         close_all(self._torn)
+        self.end.close()
 
 
 def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
     """The whole messages, the pieces that are left, and how many bytes these have to become."""
-    data = pieces[0][0] if len(pieces) == 1 else b"".join(map(_BYTES, pieces))
-    with_fds = []
-    for piece in pieces:
-        if piece[1] or piece[2] & socket.MSG_CTRUNC:  # truncated: no descriptor is free here
-            with_fds.append(piece)
+    data = b"".join(map(_BYTES, pieces))
+    # Truncated: no descriptor is free here.
+    with_fds = [piece for piece in pieces if piece[1] or piece[2] & socket.MSG_CTRUNC]
     messages = []
     size, at, taken, wanted = len(data), 0, 0, _HEADER.size
     while size - at >= _HEADER.size:
@@ -500,9 +467,7 @@ def _taken_apart(pieces: list[Any]) -> tuple[Iterator[Arrived], list[Any], int]:
             messages[-1].fds = _descriptors(with_fds[taken])
             taken += 1
         at = end
-    rest: list[Any] = []
-    for piece in with_fds[taken:]:
-        rest.append((b"", *piece[1:]))
+    rest: list[Any] = [(b"", *piece[1:]) for piece in with_fds[taken:]]
     if at < size:
         rest.append((data[at:], (), 0, None))
     return iter(messages), rest, wanted

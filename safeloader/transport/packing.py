@@ -17,14 +17,7 @@ import torch
 
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.transport.batch_pickler import (
-    IN_MESSAGE,
-    INLINE,
-    BatchPickler,
-    Overlap,
-    Parts,
-    TooManyFds,
-)
+from safeloader.transport.batch_pickler import IN_MESSAGE, INLINE, BatchPickler, Overlap, Parts
 from safeloader.transport.channel import close_all
 from safeloader.transport.leaves import CODES
 from safeloader.transport.messages import BatchMessage
@@ -47,21 +40,19 @@ class Packer:
     def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
         self._slots = None if slots is None else SlotBatch(slots)
         self._why = why
-        self._collating = False
-        self._thread = 0
+        self._collating: int | None = None  # the thread that does
 
     # while a batch is made ──────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
         """A batch begins; hot path."""
-        self._collating = False
+        self._collating = None
         if self._slots is not None:
             self._slots.begin()
 
     def collates(self) -> None:
         """The batch is collated from now on: what is stacked goes into a slot."""
-        self._collating = True
-        self._thread = threading.get_ident()
+        self._collating = threading.get_ident()
 
     def install(self) -> None:
         """Have ``default_collate`` stack into slots, in this process."""
@@ -74,13 +65,12 @@ class Packer:
         slots = self._slots
         if (
             slots is None
-            or not self._collating
+            or self._collating != threading.get_ident()
             or type(first) is not torch.Tensor
             or first.layout is not torch.strided
             or not first.is_cpu
             or first.is_nested
             or first.dtype not in CODES
-            or threading.get_ident() != self._thread
         ):
             return stock(batch, **kwargs)
         shape = (len(batch), *first.shape)
@@ -103,32 +93,28 @@ class Packer:
         Raises:
             Exception: whatever pickling raises.
         """
-        self._collating = False
+        self._collating = None
         if self._slots is not None:
             self._slots.seal()
         parts: Parts = {}
-        why = "its tensors overlap, differently each time it is pickled"
         for _ in range(_TRIES):
-            run = BatchPickler(self._slots, parts)
             try:
-                return self._message(manifest, payload, run)
+                return self._message(manifest, payload, BatchPickler(self._slots, parts))
             except Overlap as found:
-                parts = found.parts
-            except TooManyFds:
-                why = "more tensors than a message may have descriptors"
-                break
-        return self._message(manifest, payload, BatchPickler(None, {}, why, fetched=True))
+                (parts,) = found.args
+        why = "its tensors overlap, differently each time it is pickled"
+        return self._message(manifest, payload, BatchPickler(None, {}, why))
 
     def _message(self, manifest: BatchManifest, payload: Any, run: BatchPickler) -> BatchMessage:
         slots = self._slots
         try:
             packed = run.pickled(payload)
             stream = None
-            if slots is not None and len(packed) > _LARGE_PICKLE and not run.fetched:
+            if slots is not None and len(packed) > _LARGE_PICKLE:
                 stream = slots.copy(packed, len(packed))
             sent = () if slots is None else slots.sent
-            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
             given_up = () if slots is None else tuple(slots.pool.given_up)
+            fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
             why = run.why or (slots is not None and slots.why) or self._why
             about = None
             if sent or given_up or why or run.torchs:

@@ -45,9 +45,8 @@ def mapped(fd: int, size: int) -> Any:
         RuntimeError: where it cannot be mapped.
     """
     file = f"/proc/self/fd/{fd}"
-    whole = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
-    memory: Any = whole.numpy()
-    return (ctypes.c_ubyte * size).from_buffer(memory)
+    whole: Any = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
+    return (ctypes.c_ubyte * size).from_buffer(whole.numpy())
 
 
 class SharedCells:
@@ -67,15 +66,13 @@ class SharedCells:
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        kept = {name: value for name, value in vars(self).items() if name != "_cells"}
-        return kept | {"_fd": DupFd(self._fd)}
+        return vars(self) | {"_cells": None, "_fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"_fd": state["_fd"].detach()})
+        self.__dict__.update(state, _fd=state["_fd"].detach())
         self._cells = self._mapped()
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         # By an argument: at the interpreter's end the module's names are gone.
-        fd = self.__dict__.get("_fd")
-        if fd is not None:
-            close(fd)
+        if "_fd" in self.__dict__:
+            close(self._fd)

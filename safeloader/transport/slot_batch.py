@@ -46,7 +46,7 @@ class SlotBatch:
         self._clear()
 
     def _clear(self) -> None:
-        self.why = self._why_stacking = ""
+        self.why = ""
         self._own: list[Slot] = []
         self._shared: list[Slot] = []  # the last is being filled
         self._roomy: list[Slot] = []
@@ -95,8 +95,6 @@ class SlotBatch:
             try:
                 slot = self._take(wanted)
             except NoRoom:
-                if wanted == size:
-                    raise
                 slot = self._take(size)
         except NoRoom as exc:
             self.why = str(exc)
@@ -119,7 +117,6 @@ class SlotBatch:
                 most = max(most, sum(slot.used() for slot in self._shared))
                 self._roomy = [slot for slot in self._shared if _roomy(slot, most)]
                 self._shared = [slot for slot in self._shared if slot not in self._roomy]
-        self._why_stacking = self.why
 
     def stacked(self, storage: torch.UntypedStorage, same: int) -> tuple[Slot, int] | None:
         """The slot, and the offset in it, that the storage of this identity was stacked into."""
@@ -135,11 +132,8 @@ class SlotBatch:
         None if there is no room.
         """
         found = self.stacked(storage, same)
-        if found is not None:
+        if found is not None and found[0] not in self._roomy:
             slot, at = found
-            copied = self.copy(slot.address + at, size) if slot in self._roomy else None
-            if copied is not None:
-                return copied
             place = self._place(slot)
             if place is not None:
                 return place, at, size
@@ -180,7 +174,7 @@ class SlotBatch:
         self._recent.append(sum([slot.filled() for slot in self.sent if slot in self._shared]))
         fresh = self.pool.lend(self.sent)
         self.abort()
-        if self._taken or self.why:
+        if self._taken:
             self.pool.give_up_spare(self._taken)
             self._clear()
         return fresh
@@ -191,7 +185,7 @@ class SlotBatch:
             slot.place = None
             slot.drop_copies()
         self.sent = []
-        self.why = self._why_stacking
+        self.why = ""
 
 
 def _roomy(slot: Slot, size: int) -> bool:

@@ -24,13 +24,12 @@ _UNKNOWN_MEMORY = 1 << 32
 
 def process_bytes() -> int:
     """What the slots of this process may hold."""
-    memory, limits = machine_memory(), cgroup_memory()
-    sizes = [] if memory is None else [memory.total]
-    if limits is not None and limits.limit:
-        sizes.append(limits.limit)
+    memory, group = machine_memory(), cgroup_memory()
+    sizes = memory and memory.total, group and group.limit
+    smallest = min(filter(None, sizes), default=_UNKNOWN_MEMORY)
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     ranks = int(said) if re.fullmatch("[1-9][0-9]{0,4}", said) else 1
-    return int(_SHARE * min(sizes, default=_UNKNOWN_MEMORY)) // ranks
+    return int(_SHARE * smallest) // ranks
 
 
 class PoolCounts(TransportCounts):
@@ -48,11 +47,6 @@ class PoolCounts(TransportCounts):
         self._table = weakref.ref(table)
         self.workers: weakref.WeakSet[Any] | None = None
         budget.add(self)
-
-    @property
-    def bytes(self) -> int:
-        """Of slots that are mapped here."""
-        return self.stats().bytes
 
     @property
     def table(self) -> SlotTable | None:
@@ -98,11 +92,11 @@ class SlotBudget:
             return
         try:
             left, cells = self._total, []
-            self._pools = [pool for pool in self._pools if pool.table is not None or pool.bytes]
+            self._pools = [pool for pool in self._pools if pool.table or pool.stats().slots]
             for pool in self._pools:
                 table = pool.table
                 if table is None:
-                    left -= pool.bytes  # batches that are kept past their workers' end
+                    left -= pool.stats().bytes  # batches that are kept past their workers' end
                 else:
                     cells += [table.share(worker) for worker in range(table.workers)]
             cells.sort(key=lambda cell: cell[HOLDS], reverse=True)

@@ -58,8 +58,7 @@ class SlotTable(SharedCells):
     """The state of every slot of every worker, and its share. Pickles to workers only.
 
     Args:
-        workers: how many there are.
-        most_bytes: what the slots of one worker may hold together, to begin with.
+        workers: how many there are. Their slots may hold nothing to begin with.
         most_slots: how many one worker may have.
 
     Raises:
@@ -67,13 +66,11 @@ class SlotTable(SharedCells):
         RuntimeError: where it cannot be mapped.
     """
 
-    def __init__(self, workers: int, most_bytes: int = 0, most_slots: int = _SLOTS) -> None:
+    def __init__(self, workers: int, most_slots: int = _SLOTS) -> None:
         self.workers = workers
         self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
         self._size = 8 * (self.slots + 2) * workers
         super().__init__(self._size)
-        for worker in range(workers):
-            self.share(worker)[MAY_HOLD] = most_bytes
 
     def _mapped(self) -> memoryview:
         return memoryview(mapped(self._fd, self._size)).cast("B").cast("q")

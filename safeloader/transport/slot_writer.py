@@ -84,14 +84,12 @@ class Slot:
 
     def used(self) -> int:
         """How many bytes are in use."""
-        kept = []
-        for piece in self._pieces:
-            if piece[2] and is_gone(piece[2]):
-                forget(piece[2])
-            else:
-                kept.append(piece)
-        self._pieces = kept
-        return sum(end - at for at, end, _ in kept)
+        gone = {storage for _, _, storage in self._pieces if storage and is_gone(storage)}
+        # First out of the list: an interrupt may leave one unfreed, and have none freed twice.
+        self._pieces = [piece for piece in self._pieces if piece[2] not in gone]
+        for storage in gone:
+            forget(storage)
+        return sum(end - at for at, end, _ in self._pieces)
 
     def room(self, size: int) -> int | None:
         """Where ``size`` bytes fit: at the end, else between others; None if nowhere. Hot path."""
@@ -131,15 +129,21 @@ class SlotPool:
         self._share = table.share(worker)
         self._slots: dict[int, Slot] = {}
         self._top = 0  # above the highest number in use
-        self._held_bytes = 0
         self._number = 0
         self.given_up: list[int] = []
 
     def begin(self) -> None:
         """A batch begins; hot path."""
         self._number += 1
-        if self._number % _LOOK_EVERY == 0:
-            self._give_up_idle()
+        if self._number % _LOOK_EVERY:
+            return
+        # Idle is counted from when it was found free: one that was kept for long is as good as any.
+        for slot in self._free():
+            if slot.free_since is None:
+                slot.free_since = self._number
+            idle = slot.free_since + _IDLE_BATCHES < self._number
+            if idle or self._share[HOLDS] > self._share[MAY_HOLD]:
+                self._give_up(slot)
 
     def lend(self, slots: Iterable[Slot]) -> list[int]:
         """A batch is sent: its slots are main's now, and it knows those given up.
@@ -189,16 +193,17 @@ class SlotPool:
         return found
 
     def _make(self, size: int) -> Slot:
-        self._hold(size)  # before it is looked how many there may be: main lowers that, then looks
+        # Before it is looked how many there may be: main lowers that, then looks.
+        self._share[HOLDS] += size
         try:
             most = self._share[MAY_HOLD]
             if size > most:
                 raise NoRoom(
                     f"a batch needs more than the {most} bytes that a worker's slots may hold"
                 )
-            if self._held_bytes > most:
+            if self._share[HOLDS] > most:
                 free = self._free()  # which are too small, or too large
-                if self._held_bytes - sum(slot.size for slot in free) > most:
+                if self._share[HOLDS] - sum(slot.size for slot in free) > most:
                     raise NoRoom(f"{most} bytes of slots hold batches that are in use")
                 for slot in free:
                     self._give_up(slot)
@@ -213,25 +218,12 @@ class SlotPool:
                 why = str(exc).splitlines()[0]
                 raise NoRoom(f"no further slot could be made: {why}") from None
         except BaseException:
-            self._hold(-size)
+            self._share[HOLDS] -= size
             raise
         self._slots[number] = slot
         self._top = max(self._top, number + 1)
         self._states[number] = FREE
         return slot
-
-    def _hold(self, more: int) -> None:
-        self._held_bytes += more
-        self._share[HOLDS] = self._held_bytes
-
-    def _give_up_idle(self) -> None:
-        # Counted from when it was found free: one that was kept for long is as good as any.
-        for slot in self._free():
-            if slot.free_since is None:
-                slot.free_since = self._number
-            idle = slot.free_since + _IDLE_BATCHES < self._number
-            if idle or self._held_bytes > self._share[MAY_HOLD]:
-                self._give_up(slot)
 
     def give_up_spare(self, slots: Iterable[Slot]) -> None:
         """Of slots that temporaries alone were in, give up what is too much to keep."""
@@ -244,7 +236,7 @@ class SlotPool:
 
     def _give_up(self, slot: Slot) -> None:
         del self._slots[slot.number]
-        self._hold(-slot.size)
+        self._share[HOLDS] -= slot.size
         if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
             self._states[slot.number] = LENT
             self.given_up.append(slot.number)

@@ -49,9 +49,8 @@ class TransportStats:
         if not self.batches:
             return "no batch came from a worker"
         ways = ", ".join(f"{count} by {way}" for way, count in self.batches.items())
-        lines = [f"batches: {ways}; slots now: {self.slots or 'none'}"]
-        if self.slots:
-            lines[0] += f", {human_bytes(self.bytes)} in all"
+        now = f"{self.slots}, {human_bytes(self.bytes)} in all" if self.slots else "none"
+        lines = [f"batches: {ways}; slots now: {now}"]
         lines += [f"not in a slot, {count}: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)
 
@@ -66,7 +65,7 @@ class TransportCounts:
     def __init__(self) -> None:
         self.batches: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
-        self._mapped: set[_Mapped] = set()
+        self._mapped: dict[_Mapped, int] = {}  # the size of each
 
     def fell_back(self, why: str) -> None:
         """Some or all of a batch was not in a slot."""
@@ -75,20 +74,18 @@ class TransportCounts:
 
     def slot_made(self, memory: Any) -> None:
         """A slot was mapped; it is counted until its memory is freed."""
-        mapped = _Mapped(memory, self._mapped.discard)  # in C: `slot_reader` says why
-        mapped.size = len(memory)
-        self._mapped.add(mapped)
+        forget = self._mapped.pop  # in C: `slot_reader` says why
+        self._mapped[_Mapped(memory, forget)] = len(memory)
 
     def stats(self) -> TransportStats:
         """The counts as they stand."""
-        sizes = [mapped.size for mapped in tuple(self._mapped)]
+        sizes = list(self._mapped.values())
         return TransportStats(len(sizes), sum(sizes), dict(self.batches), dict(self._fallbacks))
 
 
 class _Mapped(weakref.ref[Any]):
     """The memory of a slot, referred to weakly; ctypes arrays have no hash of their own."""
 
-    __slots__ = ("size",)
+    __slots__ = ()
     __eq__ = object.__eq__
     __hash__ = object.__hash__
-    size: int

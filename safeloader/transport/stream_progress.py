@@ -36,15 +36,10 @@ class StreamProgress:
             RawArray("q", _FIELDS * workers) if shared else [0] * (_FIELDS * workers)
         )
 
-    def __len__(self) -> int:
-        return len(self._cells) // _FIELDS
-
     def write(self, worker: int, read: int, dropped: int, ended: bool) -> None:
         """Note how far ``worker`` is; called by that worker only."""
         at = _FIELDS * worker
-        self._cells[at] = read
-        self._cells[at + 1] = dropped
-        self._cells[at + 2] = ended
+        self._cells[at : at + _FIELDS] = read, dropped, ended
 
     def read(self, worker: int) -> StreamState:
         """How far ``worker`` is."""

@@ -129,7 +129,7 @@ def leaves_a_child(results: ResultQueue) -> None:
         waits(results)
     os.kill(parent, signal.SIGKILL)
     until_closed = select.poll()
-    until_closed.register(results._writers[0], 0)  # type: ignore[arg-type]
+    until_closed.register(results._writers[0], 0)
     until_closed.poll(BOUND_S * 1000)
     os._exit(0)
 

@@ -17,7 +17,7 @@ import torch
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.errors import TransportError, error_from
-from safeloader.transport.channel import close_all
+from safeloader.transport.channel import MOST_FDS, close_all
 from safeloader.transport.messages import BatchMessage, DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import WORKER_GONE, Unpacker
@@ -75,6 +75,18 @@ def test_no_descriptor_is_left(count: int) -> None:
     del opened, batch
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before + (6 if count > 200 else 0)
+
+
+def test_what_goes_beyond_a_messages_descriptors_is_left_to_torch() -> None:
+    ends = wired.Wired()
+    batch = [wired.filled(10 * wired.KB, k).share_memory_() for k in range(203)]
+    ends.begin()
+    sealed = ends.seal([*batch, wired.filled(20 * wired.KB, 7), bytes(200_000)])
+    assert 200 < len(sealed.fds) <= MOST_FDS  # the last are those of slots
+    came = ends.open(sealed)
+    assert all(torch.equal(one, other) for one, other in zip(batch, came[:-2], strict=True))
+    assert came[-2].eq(7).all()
+    assert came[-1] == bytes(200_000)
 
 
 def test_what_cannot_be_pickled_raises_at_once() -> None:

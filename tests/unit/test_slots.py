@@ -30,6 +30,7 @@ from safeloader.transport.channel import Arrived
 from safeloader.transport.leaves import opening
 from safeloader.transport.shared_memory import anonymous_file, mapped
 from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
+from tests.interrupts import at_every_moment
 from tests.wired import (
     KB,
     MB,
@@ -730,6 +731,28 @@ def test_interrupts_in_any_line_lose_no_slot(wired: Wired) -> None:
     assert wired.stats.slots <= 4
 
 
+def test_what_is_gone_is_freed_once_whenever_an_interrupt_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A weak reference that is freed twice is somebody else's the second time."""
+    freed: list[int] = []
+    monkeypatch.setattr(worker_slots, "is_gone", lambda storage: True)
+    monkeypatch.setattr(worker_slots, "forget", freed.append)
+    slot = worker_slots.Slot(0, 10 * KB)
+    moments = 0
+    for run in at_every_moment(slot.used, "transport/slot_writer.py"):
+        moments += 1
+        slot.drop_copies()
+        freed.clear()
+        for storage in range(3):  # 0 is a copy
+            slot.add(storage * KB, 100, storage)
+        assert run() == 100
+        assert len(freed) == len(set(freed))
+    assert sorted(freed) == [1, 2]
+    assert moments > 5
+    os.close(slot.fd)
+
+
 def test_small_slots_are_told_of_together(wired: Wired) -> None:
     """To look for forks costs a call of the kernel."""
     for k in range(slot_reader._ENOUGH - 1):
@@ -846,7 +869,7 @@ def test_a_slot_that_main_cannot_map_is_not_used_again(
 
 
 def test_each_worker_has_cells_of_its_own() -> None:
-    table = SlotTable(3, MB)
+    table = SlotTable(3)
     for worker in range(3):
         table.row(worker)[0] = table.row(worker)[-1] = worker
     assert [table.row(worker)[0] for worker in range(3)] == [0, 1, 2]
@@ -855,11 +878,11 @@ def test_each_worker_has_cells_of_its_own() -> None:
 
 def test_the_table_is_not_pickled_but_to_workers() -> None:
     with pytest.raises(RuntimeError, match="should only be shared"):
-        pickle.dumps(SlotTable(1, MB))
+        pickle.dumps(SlotTable(1))
 
 
 def test_cells_outlive_their_table() -> None:
-    row = SlotTable(1, MB).row(0)
+    row = SlotTable(1).row(0)
     row[3] = 7
     assert row[3] == 7
 

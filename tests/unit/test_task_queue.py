@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -82,3 +83,15 @@ def test_a_closed_queue_takes_what_comes_and_drops_it() -> None:
     tasks.close()
     tasks.put((0, Task(0, [1])))
     tasks.close()
+
+
+def test_no_thread_outlives_its_queue() -> None:
+    before = threading.active_count()
+    tasks = TaskQueue(refuses)
+    tasks.put((0, bytes(1_000_000)))
+    assert threading.active_count() == before + 1
+    tasks.close()
+    give_up = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert threading.active_count() == before
