@@ -13,6 +13,7 @@ import types
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -155,8 +156,7 @@ class Survey:
     def _compare_parts(self, path: str, values: _Values, depth: int, *, mapping: bool) -> None:
         """Compare keys or lengths, and queue the places that more than half of the values have."""
         most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)) if mapping else 0)
-        read = {position: _parts(value, most) for position, value in values.items()}
-        parts = {position: found for position, found in read.items() if found is not None}
+        parts = {position: _parts(value, most) for position, value in values.items()}
         holders: _Holders = {}
         for position, found in parts.items():
             for key in found:
@@ -172,30 +172,30 @@ class Survey:
                 self._queue.append((f"{path}[{_key(key)}]", children, depth + 1))
 
     def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Holders) -> None:
-        for having in holders.values():
-            if 2 * len(having) == len(parts):  # no side is the odd one
-                rest = sorted(parts.keys() - having)
-                ours, theirs = (
-                    _keys([key for key, positions in holders.items() if positions == side])
-                    for side in (having, rest)
-                )
-                halves = {ours: having, theirs or f"no {ours}": rest}
-                self.findings.append(Finding(Rank.KEYS, path, halves, None))
-                return
-        common = {key for key, having in holders.items() if 2 * len(having) > len(parts)}
-        lacked = [key for key in holders if key in common and len(holders[key]) < len(parts)]
-        odd: _Groups = {}
-        for position, found in parts.items():
-            extra = [key for key in found if key not in common]
-            lacks = [key for key in lacked if key not in found]
-            if lacks or (extra and not lacked):  # a key too many harms less
-                texts = [f"the extra {_keys(extra)}"] if extra else []
-                texts += [f"no {_keys(lacks)}"] if lacks else []
-                odd.setdefault(" and ".join(texts), []).append(position)
+        twice = {key: 2 * len(having) for key, having in holders.items()}
+        total = len(parts)
+        if total in twice.values():  # held by half of them: no side is the odd one
+            sides = _by(parts, lambda found: _keys([key for key in found if twice[key] == total]))
+            if rest := sides.pop("", []):
+                sides[f"no {', '.join(sides)}"] = rest
+            self._found(Rank.KEYS, path, sides)
+            return
+        lacked = [key for key in holders if total < twice[key] < 2 * total]
+
+        def oddity(found: dict[Any, Any]) -> str:
+            extra = _keys([key for key in found if twice[key] < total])
+            lacks = _keys([key for key in lacked if key not in found])
+            if lacked and not lacks:  # a key too many harms less
+                return ""
+            return " and ".join(
+                ["the extra " + extra] * bool(extra) + ["no " + lacks] * bool(lacks)
+            )
+
+        odd = _by(parts, oddity)
+        usual = len(odd.pop("", []))
         if odd:
             words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
-            usual = (words, len(parts) - sum(map(len, odd.values())))
-            self.findings.append(Finding(Rank.KEYS, path, odd, usual))
+            self.findings.append(Finding(Rank.KEYS, path, odd, (words, usual)))
 
     def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
         facts = {position: array_facts(value) or {} for position, value in values.items()}
@@ -234,22 +234,18 @@ class Survey:
 # ---- one value
 
 
-def _parts(value: Any, most: int) -> dict[Any, Any] | None:
+def _parts(value: Any, most: int) -> dict[Any, Any]:
     """Return what stands under keys of built-in type; keys of others may run code when compared."""
-    base = container_base(type(value))
     found: dict[Any, Any] = {}
-    try:
-        if base is None:
+    with suppress(Exception):  # a mapping that is no dict may raise
+        if container_base(type(value)) is None:
             pairs = [(key, value[key]) for key in islice(value, most)]
         else:
             pairs = held_by(value, most)
         for key, part in pairs:
-            if any(type(key) is cls for cls in _PLAIN_KEYS):
-                found[key] = part
-            elif inherits(type(key), str):
-                found[str.__str__(key)] = part
-    except Exception:
-        return None
+            name = str.__str__(key) if inherits(type(key), str) else key
+            if any(type(name) is cls for cls in _PLAIN_KEYS):
+                found[name] = part
     return found
 
 
