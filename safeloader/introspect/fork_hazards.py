@@ -21,7 +21,6 @@ import socket
 import threading
 import types
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -215,17 +214,8 @@ _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.P
 # Of a class: the built-in container that it is, what is known of it, and its role.
 _Verdict = tuple[Any, tuple[_Hazard, Callable[[Any], bool]] | None, str]
 
-_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see ``_PLAIN_IDS``
-
 
 def _verdict_on(cls: type) -> _Verdict:
-    kept = _verdicts.get(id(cls))
-    if kept is None or kept[0]() is not cls:
-        kept = _verdicts[id(cls)] = weakref.ref(cls), _decide(cls)
-    return kept[1]
-
-
-def _decide(cls: type) -> _Verdict:
     for name in map(type_name, mro_of(cls)):
         key = re.sub(r"\..*\.", ".", name)
         if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):

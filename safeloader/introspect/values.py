@@ -22,8 +22,9 @@ from safeloader._torch import without_overrides
 
 TEXT_MAX = 120  # characters of one text, and of one name
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
-_SIZED = (*_CONTAINERS, str, bytes, bytearray)
+# By id: a metaclass may define ``__hash__`` and ``__eq__``. No class derives from two of them.
+_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, collections.deque)))
+_SIZED = _CONTAINERS.union(map(id, (str, bytes, bytearray)))
 
 # Read through ``type`` itself: a metaclass may define properties of these names.
 mro_of: Any = type.__dict__["__mro__"].__get__
@@ -114,7 +115,7 @@ def container_base(cls: type) -> Any:
     >>> container_base(collections.Counter)
     <class 'dict'>
     """
-    return next((base for base in _CONTAINERS if inherits(cls, base)), None)
+    return next((each for each in mro_of(cls) if id(each) in _CONTAINERS), None)
 
 
 def own_length(value: Any) -> int | None:
@@ -123,7 +124,7 @@ def own_length(value: Any) -> int | None:
     >>> own_length("abc"), own_length(3)
     (3, None)
     """
-    base: Any = next((base for base in _SIZED if inherits(type(value), base)), None)
+    base: Any = next((each for each in mro_of(type(value)) if id(each) in _SIZED), None)
     return None if base is None else base.__len__(value)
 
 
