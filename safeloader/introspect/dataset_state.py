@@ -13,8 +13,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from safeloader.introspect.redaction import REDACTED
 from safeloader.introspect.texts import (
     DEPTH,
@@ -76,11 +74,12 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
             state["length"] = own
         account = _account(dataset, notes) if ask else None
         if account is None:
-            state["attributes"], omitted = _attributes(dataset)
+            pairs = fields(dataset)
+            told = state["attributes"] = _fitting(pairs, _attribute)
         else:
-            pairs = held_by(account, ATTRIBUTES_MAX)
-            state["told_by_dataset"], omitted = _fitting(pairs, dict.__len__(account), _told)
-        if omitted:
+            pairs = held_by(account)
+            told = state["told_by_dataset"] = _fitting(pairs, _told)
+        if omitted := len(pairs) - len(told):
             state["omitted_attributes"] = omitted
     except Exception as error:
         notes.append(cut(f"the description stopped at {type_name(type(error))}"))
@@ -179,18 +178,6 @@ def _told(name: str, value: object) -> object:
 # ---- attributes
 
 
-def _attributes(dataset: object) -> tuple[dict[str, Any], int]:
-    pairs = fields(dataset)
-    if inherits(type(dataset), torch.nn.Module):
-        # Two dozen tables of hooks, nearly always empty, would crowd out what is worth reading.
-        pairs = [
-            (key, value)
-            for key, value in pairs
-            if name_of(key)[:1] != "_" or not (value is None or own_length(value) == 0)
-        ]
-    return _fitting(pairs, len(pairs), _attribute)
-
-
 def _attribute(name: str, value: Any) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": cut(type_name(type(value))), **(array_facts(value) or {})}
     if is_secret(name, value):
@@ -201,9 +188,9 @@ def _attribute(name: str, value: Any) -> dict[str, Any]:
 
 
 def _fitting(
-    pairs: list[tuple[Any, object]], count: int, describe_one: Callable[[str, Any], object]
-) -> tuple[dict[str, Any], int]:
-    """Describe as many pairs as fit into the bounds; also return how many of ``count`` do not."""
+    pairs: list[tuple[Any, object]], describe_one: Callable[[str, Any], object]
+) -> dict[str, Any]:
+    """Describe as many pairs as fit into the bounds."""
     kept: dict[str, Any] = {}
     room = JSON_MAX_BYTES
     for key, value in pairs[: 2 * ATTRIBUTES_MAX]:
@@ -219,4 +206,4 @@ def _fitting(
         if size <= room and name not in kept:
             kept[name] = described
             room -= size
-    return kept, count - len(kept)
+    return kept

@@ -248,8 +248,6 @@ def _tasks(exc: BaseException) -> str:
     figures = [] if user is None else [f"this user may run {user} (`ulimit -u`)"]
     if group and group.limit is not None:
         figures.append(f"the cgroup runs {group} (pids.max)")
-    if space := _address_space():  # a thread needs some for its stack
-        figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
     return (
         f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
         "Use fewer workers or fewer threads in each (torch.set_num_threads(1), OMP_NUM_THREADS=1), "

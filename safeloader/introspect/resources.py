@@ -286,9 +286,7 @@ def _number(path: Path) -> int | None:
 
 def _fields(path: Path) -> dict[str, int]:
     """Read lines such as ``MemFree:  12 kB``: by name, the first number."""
-    found = re.findall(
-        r"^(\S+?):?[ \t]+(\d+)(?!\S)", path.read_text(errors="replace"), re.MULTILINE
-    )
+    found = re.findall(r"(?m)^(\S+?):?[ \t]+(\d+)(?!\S)", path.read_text(errors="replace"))
     return {name: int(number) for name, number in found}
 
 
