@@ -139,15 +139,14 @@ def _compare(
             yield name, changed.format(*next((pair for pair in views if pair[0] != pair[1]), "??"))
 
 
-def _views(entry: Any) -> tuple[str, ...]:
+def _views(entry: Any) -> tuple[str, str, str]:
     """Tell a described value ever more fully, so that two that differ can be told apart."""
-    whole = json.dumps(entry, ensure_ascii=False)
-    if type(entry) is not dict or not {"type", "repr"} <= entry.keys():
-        return cut(whole), whole
-    text = entry["repr"]
-    if "length" in entry and entry["type"] not in ("str", "bytes", "bytearray"):
-        return f"{entry['type']} of {entry['length']}", text, whole
-    return text, text, whole
+    short = text = whole = json.dumps(entry, ensure_ascii=False)
+    if type(entry) is dict and {"type", "repr"} <= entry.keys():
+        short = text = entry["repr"]
+        if "length" in entry and entry["type"] not in ("str", "bytes", "bytearray"):
+            short = f"{entry['type']} of {entry['length']}"
+    return cut(short), cut(text), whole
 
 
 # ---- the dataset's own account

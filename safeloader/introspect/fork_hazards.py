@@ -202,9 +202,10 @@ _ROLES = {
     "sqlalchemy.Connection sqlalchemy.Session requests.Session urllib3.PoolManager httpx.Client "
     "aiohttp.ClientSession redis.Redis redis.PubSub redis.AbstractConnection sqlite3.Cursor "
     "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor",
-    # Made to be inherited, as all of multiprocessing, or nothing to look into.
+    # Made to be inherited, as all of multiprocessing, seeded by torch, or nothing to look into.
     "left alone": "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader "
-    "threading.Event logging.Logger logging.Handler numpy.ndarray type module",
+    "torch.ShufflerIterDataPipe threading.Event logging.Logger logging.Handler numpy.ndarray type "
+    "module",
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, np.ndarray)
@@ -229,7 +230,6 @@ def _verdict_on(cls: type) -> _Verdict:
 class _Item(NamedTuple):
     value: Any
     path: str
-    holder: type | None = None  # the class of the object whose attribute it is
     part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
 
 
@@ -250,21 +250,18 @@ class _Walk:
             self.queue.append(item)
 
     def look(self, item: _Item) -> None:
-        value, path, holder, part_of = item
+        value, path, part_of = item
         base, known, role = _verdict_on(cls := type(value))
         if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
             return self._tell(item, known[0])
         if role == "wrapper" and part_of is None:
             part_of = path, _kind(cls)
         for step, child in _parts(value, base, self._forks) if role != "left alone" else ():
-            owner = cls if step[0] == "." and part_of is None else holder
-            self.add(_Item(child, path + step, owner, part_of))
+            self.add(_Item(child, path + step, part_of))
 
     def _tell(self, item: _Item, hazard: _Hazard) -> None:
         path, kind = item.part_of or (item.path, _kind(type(item.value)))
         if hazard is _GENERATOR:
-            if item.holder and type_name(item.holder).startswith("torch.utils.data."):
-                return  # torch seeds those of its own data pipes
             hazard = _for_generator(path, kind, self._workers)
         found = Inherited(path, kind, *hazard)
         if found not in self.found:  # a wrapper may have several live parts

@@ -223,13 +223,6 @@ def _memory(exc: BaseException) -> str:
     if space := _address_space():
         figures.append(f"address space {human_share(*space)} taken")
         way_out += ", or raise `ulimit -v`"
-    mapped, limit = _mappings() or (0, 1)
-    if mapped > 0.95 * limit:
-        figures.append(f"memory mappings {mapped} of {limit} in use")
-        way_out = (
-            "Each shared tensor is a mapping: hold fewer batches at once, or raise the limit with "
-            f"`sysctl -w vm.max_map_count={4 * limit}`"
-        )
     return (
         f"out of memory: {'; '.join(figures)}. {way_out}. Where there was room, look at the "
         "sample: a corrupt one may have asked for more than there is."
@@ -261,16 +254,6 @@ def _address_space() -> tuple[int, int] | None:
     limit = resources.soft_limit("RLIMIT_AS")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return None if limit is None else (pages * os.sysconf("SC_PAGE_SIZE"), limit)
-
-
-@or_none
-def _mappings() -> tuple[int, int] | None:
-    """Return the memory mappings of this process, and the limit; 10 ms where there are many."""
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    with open("/proc/self/maps", "rb", buffering=0) as maps:
-        # In small parts: a large one would need a mapping of its own.
-        lines = sum(part.count(b"\n") for part in iter(lambda: maps.read(2**16), b""))
-    return lines, limit
 
 
 _BY_CODE: dict[int, _Teller] = {
