@@ -105,11 +105,9 @@ def differences(here: dict[str, Any], main: dict[str, Any]) -> dict[str, str]:
     >>> differences(describe([7, 8, 9]), describe([7, 8, 9, 10]))
     {'len()': 'here 3, in the main process 4'}
     """
+    changed = "here {1}, in the main process {0}"
     lost = "lost on the way from the main process (there: {})"
-    there_and_here = _compare(
-        main, here, "here {1}, in the main process {0}", lost, "only here: {}"
-    )
-    return dict(there_and_here)
+    return dict(_compare(main, here, changed, lost, "only here: {}"))
 
 
 # ---- two descriptions side by side
@@ -192,15 +190,12 @@ def _fitting(
     """Describe as many pairs as fit into the bounds."""
     kept: dict[str, Any] = {}
     room = JSON_MAX_BYTES
-    for key, value in pairs[: 2 * ATTRIBUTES_MAX]:
-        if len(kept) == ATTRIBUTES_MAX:
-            break
+    for key, value in pairs[:ATTRIBUTES_MAX]:
         name = name_of(key)
         try:
             described = describe_one(name, value)
         except Exception as error:  # one bad value must not hide the others
-            kind = type_name(type(error))
-            described = {"type": "", "repr": cut(f"<not described: {kind}>")}
+            described = {"type": "", "repr": cut(f"<not described: {type_name(type(error))}>")}
         size = len(json.dumps({name: described}))
         if size <= room and name not in kept:
             kept[name] = described

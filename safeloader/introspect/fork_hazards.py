@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
     container_base,
@@ -43,7 +44,6 @@ from safeloader.introspect.values import (
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
-KEY_MAX = 40  # characters of one name or key in a path
 TOLD_MAX = 8  # findings spelled out in one warning
 
 
@@ -273,7 +273,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     cls = type(value)
     if base is not None:
         for key, child in held_by(value, SAMPLED):
-            step = "{...}" if base in (set, frozenset) else f"[{_key_text(key)}]"
+            step = "{...}" if base in (set, frozenset) else f"[{key_text(key)}]"
             yield step, child
     if cls is types.MethodType or cls is types.BuiltinMethodType:
         yield ".__self__", value.__self__
@@ -290,13 +290,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
     for name, child in _attributes(value).items() if cls is not base else ():
-        yield f".{cut(name, KEY_MAX)}", child
-
-
-def _key_text(key: Any) -> str:
-    if type(key) is str:  # which may be an address with a password in it
-        return cut(repr(re.sub("//[^/@]*@", "//...@", key[:1000])), KEY_MAX)
-    return repr(key) if type(key) is int or key is None else f"<{cut(type_name(type(key)))}>"
+        yield f".{cut(name)}", child
 
 
 def _globals_of(code: types.CodeType) -> dict[str, None]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
     container_base,
@@ -31,7 +31,6 @@ from safeloader.introspect.values import (
     type_name,
 )
 
-SAMPLES_MAX = 100_000
 VISITS_MAX = 300_000  # values looked at in all: about a second at worst
 KEYS_MAX = 5_000  # of one mapping
 ELEMENTS_MAX = 64  # of one sequence
@@ -70,8 +69,7 @@ class Rank(enum.IntEnum):
 
 
 _Values = dict[int, Any]  # by position in the batch
-_Groups = dict[str, list[int]]  # positions, by what they have in common
-_Holders = dict[Any, list[int]]  # positions, by a key that they have
+_Groups = dict[Any, list[int]]  # positions, by what they have in common
 
 
 class Finding(NamedTuple):
@@ -89,15 +87,14 @@ class Finding(NamedTuple):
     usual: tuple[str, int] | None
 
 
-class Refusal(NamedTuple):
-    """A place where every sample holds what ``default_collate`` does not take, of these kinds."""
-
-    path: str
-    kinds: tuple[str, ...]
-
-
 class Survey:
     """Walks the samples of a batch in step; ``walk`` fills ``findings`` and ``refusals``.
+
+    Attributes:
+        total: how many samples there are.
+        findings: where they differ, in the order of the walk.
+        refusals: the places where every sample holds what ``default_collate`` does not take, and of
+            which kinds.
 
     >>> survey = Survey([{"x": 1}, {"x": 2}, {}])
     >>> survey.walk()
@@ -108,8 +105,8 @@ class Survey:
     def __init__(self, samples: Sequence[object]) -> None:
         self.total = len(samples)
         self.findings: list[Finding] = []
-        self.refusals: list[Refusal] = []
-        first = dict(enumerate(islice(samples, SAMPLES_MAX)))
+        self.refusals: list[tuple[str, list[str]]] = []
+        first = dict(enumerate(samples))
         self._queue: deque[tuple[str, _Values, int]] = deque([("", first, 0)])
         self._visits = 0
         # Kind and name, by id of the class, which lives as long as the samples.
@@ -157,7 +154,7 @@ class Survey:
         """Compare keys or lengths, and queue the places that more than half of the values have."""
         most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)) if mapping else 0)
         parts = {position: _parts(value, most) for position, value in values.items()}
-        holders: _Holders = {}
+        holders: _Groups = {}
         for position, found in parts.items():
             for key in found:
                 holders.setdefault(key, []).append(position)
@@ -169,9 +166,9 @@ class Survey:
         for key, having in holders.items():
             if 2 * len(having) > len(parts):
                 children = {position: parts[position][key] for position in having}
-                self._queue.append((f"{path}[{_key(key)}]", children, depth + 1))
+                self._queue.append((f"{path}[{key_text(key)}]", children, depth + 1))
 
-    def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Holders) -> None:
+    def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Groups) -> None:
         twice = {key: 2 * len(having) for key, having in holders.items()}
         total = len(parts)
         if total in twice.values():  # held by half of them: no side is the odd one
@@ -221,14 +218,12 @@ class Survey:
         if len(groups) < 2:
             return
         usual = _majority(groups)
-        odd = {label: positions for label, positions in groups.items() if label != usual}
-        count = (usual, len(groups[usual])) if usual is not None else None
-        self.findings.append(Finding(rank, path, odd, count))
+        odd = {label: each for label, each in groups.items() if (label, len(each)) != usual}
+        self.findings.append(Finding(rank, path, odd, usual))
 
     def _refuse(self, path: str, values: _Values, labels: Iterable[str]) -> None:
-        if len(values) != self.total:
-            return  # some samples hold something else here, which is told as a difference
-        self.refusals.append(Refusal(path, tuple(islice(labels, 3))))
+        if len(values) == self.total:  # else some hold another thing here: that is a difference
+            self.refusals.append((path, [*islice(labels, 3)]))
 
 
 # ---- one value
@@ -249,23 +244,20 @@ def _parts(value: Any, most: int) -> dict[Any, Any]:
     return found
 
 
-def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Holders:
-    groups: _Holders = {}
+def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Groups:
+    groups: _Groups = {}
     for position, value in values.items():
         groups.setdefault(label(value), []).append(position)
     return groups
 
 
-def _majority(groups: _Groups) -> str | None:
-    total = sum(map(len, groups.values()))
-    return next((label for label, each in groups.items() if 2 * len(each) > total), None)
-
-
-def _key(key: object) -> str:
-    return cut(bounded_text(key), 60)
+def _majority(groups: _Groups) -> tuple[str, int] | None:
+    label = max(groups, key=lambda label: len(groups[label]))
+    count = len(groups[label])
+    return (label, count) if 2 * count > sum(map(len, groups.values())) else None
 
 
 def _keys(keys: list[Any]) -> str:
     more = f" and {len(keys) - KEYS_SHOWN_MAX} more" if len(keys) > KEYS_SHOWN_MAX else ""
-    shown = ", ".join(map(_key, keys[:KEYS_SHOWN_MAX]))
+    shown = ", ".join(map(key_text, keys[:KEYS_SHOWN_MAX]))
     return f"key{'s' * (len(keys) > 1)} {shown}{more}" if keys else ""

@@ -632,7 +632,7 @@ def with_attribute_of_that_name(batch: Any) -> Any:
         ((1, RNG), "[1]"),
         ({"a": RNG}, "['a']"),
         ({7: RNG}, "[7]"),
-        ({(1, 2): RNG}, "[<tuple>]"),
+        ({(1, 2): RNG}, "[(1, 2)]"),
         ({RNG}, "{...}"),
         (frozenset([RNG]), "{...}"),
         (collections.deque([RNG]), "[0]"),
