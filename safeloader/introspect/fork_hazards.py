@@ -273,8 +273,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     cls = type(value)
     if base is not None:
         for key, child in held_by(value, SAMPLED):
-            step = "{...}" if base in (set, frozenset) else f"[{key_text(key)}]"
-            yield step, child
+            yield ("{...}" if base in (set, frozenset) else f"[{key_text(key)}]"), child
     if cls is types.MethodType or cls is types.BuiltinMethodType:
         yield ".__self__", value.__self__
         yield ".__func__", getattr(value, "__func__", None)

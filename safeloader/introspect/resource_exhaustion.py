@@ -140,22 +140,17 @@ def _was_forking(exc: BaseException) -> bool:
 
 def _open_files(exc: BaseException) -> str:
     found = resources.descriptors()
-    figures = f"has {found} open now" if found else "is at its limit"
+    where = f": this process has {found} open now" if found else ": this process is at its limit"
     higher = "`ulimit -n`; in Docker, --ulimit nofile=65536"
     if found and found.hard_limit not in (None, found.limit):
         higher = f"`ulimit -n {found.hard_limit}`"
+    if getattr(exc, "errno", None) == errno.ENFILE:
+        where, higher = " on the whole machine (fs.file-max)", "`sysctl -w fs.file-max=...`"
     return (
-        f"too many open files: this process {figures}. Raise the limit before the program starts "
+        f"too many open files{where}. Raise the limit before the program starts "
         f"({higher}), share tensors by name "
         "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
         "files at once: close what the dataset opens."
-    )
-
-
-def _files_of_machine(exc: BaseException) -> str:
-    return (
-        "too many open files on the whole machine (fs.file-max). Look with lsof for the process "
-        "that holds them, or raise the limit with `sysctl -w fs.file-max=...`."
     )
 
 
@@ -206,9 +201,8 @@ def _no_temporary_folder(exc: BaseException) -> str:
     for folder in dict.fromkeys(re.findall(r"'([^']+)'", _text(exc))):  # those that it tried
         space = resources.space_of(folder) if os.access(folder, os.W_OK | os.X_OK) else None
         reasons.append(str(space or f"{folder} cannot be written to"))
-    return (
-        f"no folder for temporary files: {'; '.join(reasons)}. Set TMPDIR to a folder with space."
-    )
+    tried = "; ".join(reasons)
+    return f"no folder for temporary files: {tried}. Set TMPDIR to a folder with space."
 
 
 # ---- memory, processes and threads
@@ -258,7 +252,7 @@ def _address_space() -> tuple[int, int] | None:
 
 _BY_CODE: dict[int, _Teller] = {
     errno.EMFILE: _open_files,
-    errno.ENFILE: _files_of_machine,
+    errno.ENFILE: _open_files,
     errno.ENOSPC: _space,
     errno.EDQUOT: _space,
     errno.ENOMEM: _memory,

@@ -279,8 +279,8 @@ def _kills(root: Path) -> int | None:
 def _number(path: Path) -> int | None:
     """Read a file of one number; None where there is no such file, or where it says no limit."""
     with suppress(OSError, ValueError):  # "max" is no number
-        number = int(path.read_text())
-        return number if number < _NO_LIMIT else None
+        if (number := int(path.read_text())) < _NO_LIMIT:
+            return number
     return None
 
 

@@ -175,8 +175,7 @@ class Survey:
             sides = _by(parts, lambda found: _keys([key for key in found if twice[key] == total]))
             if rest := sides.pop("", []):
                 sides[f"no {', '.join(sides)}"] = rest
-            self._found(Rank.KEYS, path, sides)
-            return
+            return self._found(Rank.KEYS, path, sides)
         lacked = [key for key in holders if total < twice[key] < 2 * total]
 
         def oddity(found: dict[Any, Any]) -> str:
@@ -184,9 +183,9 @@ class Survey:
             lacks = _keys([key for key in lacked if key not in found])
             if lacked and not lacks:  # a key too many harms less
                 return ""
-            return " and ".join(
-                ["the extra " + extra] * bool(extra) + ["no " + lacks] * bool(lacks)
-            )
+            told = [f"the extra {extra}"] if extra else []
+            told += [f"no {lacks}"] if lacks else []
+            return " and ".join(told)
 
         odd = _by(parts, oddity)
         usual = len(odd.pop("", []))
@@ -232,7 +231,7 @@ class Survey:
 def _parts(value: Any, most: int) -> dict[Any, Any]:
     """Return what stands under keys of built-in type; keys of others may run code when compared."""
     found: dict[Any, Any] = {}
-    with suppress(Exception):  # a mapping that is no dict may raise
+    with suppress(Exception):  # as a mapping that is no dict may: it counts as one without keys
         if container_base(type(value)) is None:
             pairs = [(key, value[key]) for key in islice(value, most)]
         else:

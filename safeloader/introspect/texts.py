@@ -180,14 +180,13 @@ def shown_parts(value: Any, base: Any, most: int | None) -> tuple[list[Any], lis
     """
     held = held_by(value, most)
     names, within = [name for name, _ in held], [part for _, part in held]
-    if base is dict or base is None:
-        return names, without_secrets(names, within)
     if base is set or base is frozenset:  # without an order, so nothing stands beside anything
         return [], within
-    for own in definitions(type(value), "_fields")[:1] if base is tuple else ():
-        if type(own) is tuple and len(names := [*own[:most]]) == len(within):
-            return names, without_secrets(names, within)
-    return [], without_secrets(_before(within), within)
+    if base is not dict and base is not None:
+        named = definitions(type(value), "_fields")[:1] if base is tuple else []
+        names = [name for own in named if type(own) is tuple for name in own[:most]]
+        names = names if len(names) == len(within) else []
+    return names, without_secrets(names or _before(within), within)
 
 
 def _before(values: list[Any]) -> list[Any]:
@@ -241,8 +240,7 @@ def _text(value: Any, depth: int) -> str:
             if cls is base:
                 return text(value)
             return REDACTED if _is_secret_member(value) else f"{type_name(cls)}({text(value)})"
-    facts = array_facts(value)
-    if facts is not None:
+    if (facts := array_facts(value)) is not None:
         told = [str(facts[fact]) for fact in ("dtype", "shape", "device") if fact in facts]
         return " ".join([type_name(cls), *told, *_elements(value, facts)])
     if inherits(cls, type):
