@@ -13,8 +13,6 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from safeloader.introspect.redaction import REDACTED
 from safeloader.introspect.texts import (
     DEPTH,
@@ -76,11 +74,12 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
             state["length"] = own
         account = _account(dataset, notes) if ask else None
         if account is None:
-            state["attributes"], omitted = _attributes(dataset)
+            pairs = fields(dataset)
+            told = state["attributes"] = _fitting(pairs, _attribute)
         else:
-            pairs = held_by(account, ATTRIBUTES_MAX)
-            state["told_by_dataset"], omitted = _fitting(pairs, dict.__len__(account), _told)
-        if omitted:
+            pairs = held_by(account)
+            told = state["told_by_dataset"] = _fitting(pairs, _told)
+        if omitted := len(pairs) - len(told):
             state["omitted_attributes"] = omitted
     except Exception as error:
         notes.append(cut(f"the description stopped at {type_name(type(error))}"))
@@ -106,11 +105,9 @@ def differences(here: dict[str, Any], main: dict[str, Any]) -> dict[str, str]:
     >>> differences(describe([7, 8, 9]), describe([7, 8, 9, 10]))
     {'len()': 'here 3, in the main process 4'}
     """
+    changed = "here {1}, in the main process {0}"
     lost = "lost on the way from the main process (there: {})"
-    there_and_here = _compare(
-        main, here, "here {1}, in the main process {0}", lost, "only here: {}"
-    )
-    return dict(there_and_here)
+    return dict(_compare(main, here, changed, lost, "only here: {}"))
 
 
 # ---- two descriptions side by side
@@ -140,15 +137,14 @@ def _compare(
             yield name, changed.format(*next((pair for pair in views if pair[0] != pair[1]), "??"))
 
 
-def _views(entry: Any) -> tuple[str, ...]:
+def _views(entry: Any) -> tuple[str, str, str]:
     """Tell a described value ever more fully, so that two that differ can be told apart."""
-    whole = json.dumps(entry, ensure_ascii=False)
-    if type(entry) is not dict or not {"type", "repr"} <= entry.keys():
-        return cut(whole), whole
-    text = entry["repr"]
-    if "length" in entry and entry["type"] not in ("str", "bytes", "bytearray"):
-        return f"{entry['type']} of {entry['length']}", text, whole
-    return text, text, whole
+    short = text = whole = json.dumps(entry, ensure_ascii=False)
+    if type(entry) is dict and {"type", "repr"} <= entry.keys():
+        short = text = entry["repr"]
+        if "length" in entry and entry["type"] not in ("str", "bytes", "bytearray"):
+            short = f"{entry['type']} of {entry['length']}"
+    return cut(short), cut(text), whole
 
 
 # ---- the dataset's own account
@@ -179,18 +175,6 @@ def _told(name: str, value: object) -> object:
 # ---- attributes
 
 
-def _attributes(dataset: object) -> tuple[dict[str, Any], int]:
-    pairs = fields(dataset)
-    if inherits(type(dataset), torch.nn.Module):
-        # Two dozen tables of hooks, nearly always empty, would crowd out what is worth reading.
-        pairs = [
-            (key, value)
-            for key, value in pairs
-            if name_of(key)[:1] != "_" or not (value is None or own_length(value) == 0)
-        ]
-    return _fitting(pairs, len(pairs), _attribute)
-
-
 def _attribute(name: str, value: Any) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": cut(type_name(type(value))), **(array_facts(value) or {})}
     if is_secret(name, value):
@@ -201,22 +185,19 @@ def _attribute(name: str, value: Any) -> dict[str, Any]:
 
 
 def _fitting(
-    pairs: list[tuple[Any, object]], count: int, describe_one: Callable[[str, Any], object]
-) -> tuple[dict[str, Any], int]:
-    """Describe as many pairs as fit into the bounds; also return how many of ``count`` do not."""
+    pairs: list[tuple[Any, object]], describe_one: Callable[[str, Any], object]
+) -> dict[str, Any]:
+    """Describe as many pairs as fit into the bounds."""
     kept: dict[str, Any] = {}
     room = JSON_MAX_BYTES
-    for key, value in pairs[: 2 * ATTRIBUTES_MAX]:
-        if len(kept) == ATTRIBUTES_MAX:
-            break
+    for key, value in pairs[:ATTRIBUTES_MAX]:
         name = name_of(key)
         try:
             described = describe_one(name, value)
         except Exception as error:  # one bad value must not hide the others
-            kind = type_name(type(error))
-            described = {"type": "", "repr": cut(f"<not described: {kind}>")}
+            described = {"type": "", "repr": cut(f"<not described: {type_name(type(error))}>")}
         size = len(json.dumps({name: described}))
         if size <= room and name not in kept:
             kept[name] = described
             room -= size
-    return kept, count - len(kept)
+    return kept

@@ -21,7 +21,6 @@ import socket
 import threading
 import types
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
     container_base,
@@ -44,7 +44,6 @@ from safeloader.introspect.values import (
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
-KEY_MAX = 40  # characters of one name or key in a path
 TOLD_MAX = 8  # findings spelled out in one warning
 
 
@@ -203,9 +202,10 @@ _ROLES = {
     "sqlalchemy.Connection sqlalchemy.Session requests.Session urllib3.PoolManager httpx.Client "
     "aiohttp.ClientSession redis.Redis redis.PubSub redis.AbstractConnection sqlite3.Cursor "
     "psycopg2.cursor psycopg.BaseCursor pymysql.Cursor MySQLdb.BaseCursor",
-    # Made to be inherited, as all of multiprocessing, or nothing to look into.
+    # Made to be inherited, as all of multiprocessing, seeded by torch, or nothing to look into.
     "left alone": "redis.ConnectionPool random.SystemRandom torch.Sampler torch.DataLoader "
-    "threading.Event logging.Logger logging.Handler numpy.ndarray type module",
+    "torch.ShufflerIterDataPipe threading.Event logging.Logger logging.Handler numpy.ndarray type "
+    "module",
 }
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, np.ndarray)
@@ -215,17 +215,8 @@ _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.P
 # Of a class: the built-in container that it is, what is known of it, and its role.
 _Verdict = tuple[Any, tuple[_Hazard, Callable[[Any], bool]] | None, str]
 
-_verdicts: dict[int, tuple[weakref.ref[type], _Verdict]] = {}  # by id: see ``_PLAIN_IDS``
-
 
 def _verdict_on(cls: type) -> _Verdict:
-    kept = _verdicts.get(id(cls))
-    if kept is None or kept[0]() is not cls:
-        kept = _verdicts[id(cls)] = weakref.ref(cls), _decide(cls)
-    return kept[1]
-
-
-def _decide(cls: type) -> _Verdict:
     for name in map(type_name, mro_of(cls)):
         key = re.sub(r"\..*\.", ".", name)
         if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):
@@ -239,7 +230,6 @@ def _decide(cls: type) -> _Verdict:
 class _Item(NamedTuple):
     value: Any
     path: str
-    holder: type | None = None  # the class of the object whose attribute it is
     part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
 
 
@@ -260,21 +250,18 @@ class _Walk:
             self.queue.append(item)
 
     def look(self, item: _Item) -> None:
-        value, path, holder, part_of = item
+        value, path, part_of = item
         base, known, role = _verdict_on(cls := type(value))
         if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
             return self._tell(item, known[0])
         if role == "wrapper" and part_of is None:
             part_of = path, _kind(cls)
         for step, child in _parts(value, base, self._forks) if role != "left alone" else ():
-            owner = cls if step[0] == "." and part_of is None else holder
-            self.add(_Item(child, path + step, owner, part_of))
+            self.add(_Item(child, path + step, part_of))
 
     def _tell(self, item: _Item, hazard: _Hazard) -> None:
         path, kind = item.part_of or (item.path, _kind(type(item.value)))
         if hazard is _GENERATOR:
-            if item.holder and type_name(item.holder).startswith("torch.utils.data."):
-                return  # torch seeds those of its own data pipes
             hazard = _for_generator(path, kind, self._workers)
         found = Inherited(path, kind, *hazard)
         if found not in self.found:  # a wrapper may have several live parts
@@ -286,8 +273,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     cls = type(value)
     if base is not None:
         for key, child in held_by(value, SAMPLED):
-            step = "{...}" if base in (set, frozenset) else f"[{_key_text(key)}]"
-            yield step, child
+            yield ("{...}" if base in (set, frozenset) else f"[{key_text(key)}]"), child
     if cls is types.MethodType or cls is types.BuiltinMethodType:
         yield ".__self__", value.__self__
         yield ".__func__", getattr(value, "__func__", None)
@@ -303,13 +289,7 @@ def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
     for name, child in _attributes(value).items() if cls is not base else ():
-        yield f".{cut(name, KEY_MAX)}", child
-
-
-def _key_text(key: Any) -> str:
-    if type(key) is str:  # which may be an address with a password in it
-        return cut(repr(re.sub("//[^/@]*@", "//...@", key[:1000])), KEY_MAX)
-    return repr(key) if type(key) is int or key is None else f"<{cut(type_name(type(key)))}>"
+        yield f".{cut(name)}", child
 
 
 def _globals_of(code: types.CodeType) -> dict[str, None]:

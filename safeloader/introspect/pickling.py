@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
-from safeloader.introspect.texts import bounded_text, name_of, plain_text
+from safeloader.introspect.texts import key_text, name_of, plain_text
 from safeloader.introspect.values import (
     bounded,
     container_base,
@@ -38,7 +38,6 @@ from safeloader.introspect.values import (
 
 REASON_MAX = 200  # characters
 PATH_MAX = 350  # characters
-KEY_MAX = 40  # characters of one key of a dict
 DEEP = 50  # levels, one in the other, that all fail for their depth
 
 _Parts: TypeAlias = Iterable[tuple[str, Any]]  # each with its path, or the step to it
@@ -231,8 +230,7 @@ def _contents(value: Any, base: Any) -> _Parts:
     if base is dict:
         for key, each in list(dict.items(value)):
             yield "<key of a dict>", key
-            # As an element of a list an object's text is its type, not what it holds.
-            yield f"[{cut(bounded_text([key])[1:-1], KEY_MAX)}]", each
+            yield f"[{key_text(key)}]", each
     else:
         for at, each in enumerate(base.__iter__(value)):
             yield "<item of a set>" if base in (set, frozenset) else f"[{at}]", each
@@ -256,9 +254,7 @@ def _names(value: Any, cls: type) -> dict[int, str]:
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
-    simple = cls is types.SimpleNamespace  # keeps its dict where ``fields`` does not look
-    attributes = vars(value).items() if simple else fields(value)[:10_000]
-    return names | {id(each): f".{name_of(name)}" for name, each in attributes}
+    return names | {id(each): f".{name_of(name)}" for name, each in fields(value)[:10_000]}
 
 
 # ---- in words

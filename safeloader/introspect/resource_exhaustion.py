@@ -140,22 +140,17 @@ def _was_forking(exc: BaseException) -> bool:
 
 def _open_files(exc: BaseException) -> str:
     found = resources.descriptors()
-    figures = f"has {found} open now" if found else "is at its limit"
+    where = f": this process has {found} open now" if found else ": this process is at its limit"
     higher = "`ulimit -n`; in Docker, --ulimit nofile=65536"
     if found and found.hard_limit not in (None, found.limit):
         higher = f"`ulimit -n {found.hard_limit}`"
+    if getattr(exc, "errno", None) == errno.ENFILE:
+        where, higher = " on the whole machine (fs.file-max)", "`sysctl -w fs.file-max=...`"
     return (
-        f"too many open files: this process {figures}. Raise the limit before the program starts "
+        f"too many open files{where}. Raise the limit before the program starts "
         f"({higher}), share tensors by name "
         "(torch.multiprocessing.set_sharing_strategy('file_system')), or hold fewer batches and "
         "files at once: close what the dataset opens."
-    )
-
-
-def _files_of_machine(exc: BaseException) -> str:
-    return (
-        "too many open files on the whole machine (fs.file-max). Look with lsof for the process "
-        "that holds them, or raise the limit with `sysctl -w fs.file-max=...`."
     )
 
 
@@ -206,9 +201,8 @@ def _no_temporary_folder(exc: BaseException) -> str:
     for folder in dict.fromkeys(re.findall(r"'([^']+)'", _text(exc))):  # those that it tried
         space = resources.space_of(folder) if os.access(folder, os.W_OK | os.X_OK) else None
         reasons.append(str(space or f"{folder} cannot be written to"))
-    return (
-        f"no folder for temporary files: {'; '.join(reasons)}. Set TMPDIR to a folder with space."
-    )
+    tried = "; ".join(reasons)
+    return f"no folder for temporary files: {tried}. Set TMPDIR to a folder with space."
 
 
 # ---- memory, processes and threads
@@ -223,13 +217,6 @@ def _memory(exc: BaseException) -> str:
     if space := _address_space():
         figures.append(f"address space {human_share(*space)} taken")
         way_out += ", or raise `ulimit -v`"
-    mapped, limit = _mappings() or (0, 1)
-    if mapped > 0.95 * limit:
-        figures.append(f"memory mappings {mapped} of {limit} in use")
-        way_out = (
-            "Each shared tensor is a mapping: hold fewer batches at once, or raise the limit with "
-            f"`sysctl -w vm.max_map_count={4 * limit}`"
-        )
     return (
         f"out of memory: {'; '.join(figures)}. {way_out}. Where there was room, look at the "
         "sample: a corrupt one may have asked for more than there is."
@@ -248,8 +235,6 @@ def _tasks(exc: BaseException) -> str:
     figures = [] if user is None else [f"this user may run {user} (`ulimit -u`)"]
     if group and group.limit is not None:
         figures.append(f"the cgroup runs {group} (pids.max)")
-    if space := _address_space():  # a thread needs some for its stack
-        figures.append(f"address space {human_share(*space)} taken (`ulimit -v`)")
     return (
         f"no more processes or threads can be started: {'; '.join(figures) or 'at a limit'}. "
         "Use fewer workers or fewer threads in each (torch.set_num_threads(1), OMP_NUM_THREADS=1), "
@@ -265,19 +250,9 @@ def _address_space() -> tuple[int, int] | None:
     return None if limit is None else (pages * os.sysconf("SC_PAGE_SIZE"), limit)
 
 
-@or_none
-def _mappings() -> tuple[int, int] | None:
-    """Return the memory mappings of this process, and the limit; 10 ms where there are many."""
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    with open("/proc/self/maps", "rb", buffering=0) as maps:
-        # In small parts: a large one would need a mapping of its own.
-        lines = sum(part.count(b"\n") for part in iter(lambda: maps.read(2**16), b""))
-    return lines, limit
-
-
 _BY_CODE: dict[int, _Teller] = {
     errno.EMFILE: _open_files,
-    errno.ENFILE: _files_of_machine,
+    errno.ENFILE: _open_files,
     errno.ENOSPC: _space,
     errno.EDQUOT: _space,
     errno.ENOMEM: _memory,

@@ -279,16 +279,14 @@ def _kills(root: Path) -> int | None:
 def _number(path: Path) -> int | None:
     """Read a file of one number; None where there is no such file, or where it says no limit."""
     with suppress(OSError, ValueError):  # "max" is no number
-        number = int(path.read_text())
-        return number if number < _NO_LIMIT else None
+        if (number := int(path.read_text())) < _NO_LIMIT:
+            return number
     return None
 
 
 def _fields(path: Path) -> dict[str, int]:
     """Read lines such as ``MemFree:  12 kB``: by name, the first number."""
-    found = re.findall(
-        r"^(\S+?):?[ \t]+(\d+)(?!\S)", path.read_text(errors="replace"), re.MULTILINE
-    )
+    found = re.findall(r"(?m)^(\S+?):?[ \t]+(\d+)(?!\S)", path.read_text(errors="replace"))
     return {name: int(number) for name, number in found}
 
 

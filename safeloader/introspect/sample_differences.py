@@ -13,13 +13,14 @@ import types
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
     container_base,
@@ -30,7 +31,6 @@ from safeloader.introspect.values import (
     type_name,
 )
 
-SAMPLES_MAX = 100_000
 VISITS_MAX = 300_000  # values looked at in all: about a second at worst
 KEYS_MAX = 5_000  # of one mapping
 ELEMENTS_MAX = 64  # of one sequence
@@ -69,8 +69,7 @@ class Rank(enum.IntEnum):
 
 
 _Values = dict[int, Any]  # by position in the batch
-_Groups = dict[str, list[int]]  # positions, by what they have in common
-_Holders = dict[Any, list[int]]  # positions, by a key that they have
+_Groups = dict[Any, list[int]]  # positions, by what they have in common
 
 
 class Finding(NamedTuple):
@@ -88,15 +87,14 @@ class Finding(NamedTuple):
     usual: tuple[str, int] | None
 
 
-class Refusal(NamedTuple):
-    """A place where every sample holds what ``default_collate`` does not take, of these kinds."""
-
-    path: str
-    kinds: tuple[str, ...]
-
-
 class Survey:
     """Walks the samples of a batch in step; ``walk`` fills ``findings`` and ``refusals``.
+
+    Attributes:
+        total: how many samples there are.
+        findings: where they differ, in the order of the walk.
+        refusals: the places where every sample holds what ``default_collate`` does not take, and of
+            which kinds.
 
     >>> survey = Survey([{"x": 1}, {"x": 2}, {}])
     >>> survey.walk()
@@ -107,8 +105,8 @@ class Survey:
     def __init__(self, samples: Sequence[object]) -> None:
         self.total = len(samples)
         self.findings: list[Finding] = []
-        self.refusals: list[Refusal] = []
-        first = dict(enumerate(islice(samples, SAMPLES_MAX)))
+        self.refusals: list[tuple[str, list[str]]] = []
+        first = dict(enumerate(samples))
         self._queue: deque[tuple[str, _Values, int]] = deque([("", first, 0)])
         self._visits = 0
         # Kind and name, by id of the class, which lives as long as the samples.
@@ -155,9 +153,8 @@ class Survey:
     def _compare_parts(self, path: str, values: _Values, depth: int, *, mapping: bool) -> None:
         """Compare keys or lengths, and queue the places that more than half of the values have."""
         most = max(ELEMENTS_MAX, min(KEYS_MAX, VISITS_MAX // len(values)) if mapping else 0)
-        read = {position: _parts(value, most) for position, value in values.items()}
-        parts = {position: found for position, found in read.items() if found is not None}
-        holders: _Holders = {}
+        parts = {position: _parts(value, most) for position, value in values.items()}
+        holders: _Groups = {}
         for position, found in parts.items():
             for key in found:
                 holders.setdefault(key, []).append(position)
@@ -169,33 +166,32 @@ class Survey:
         for key, having in holders.items():
             if 2 * len(having) > len(parts):
                 children = {position: parts[position][key] for position in having}
-                self._queue.append((f"{path}[{_key(key)}]", children, depth + 1))
+                self._queue.append((f"{path}[{key_text(key)}]", children, depth + 1))
 
-    def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Holders) -> None:
-        for having in holders.values():
-            if 2 * len(having) == len(parts):  # no side is the odd one
-                rest = sorted(parts.keys() - having)
-                ours, theirs = (
-                    _keys([key for key, positions in holders.items() if positions == side])
-                    for side in (having, rest)
-                )
-                halves = {ours: having, theirs or f"no {ours}": rest}
-                self.findings.append(Finding(Rank.KEYS, path, halves, None))
-                return
-        common = {key for key, having in holders.items() if 2 * len(having) > len(parts)}
-        lacked = [key for key in holders if key in common and len(holders[key]) < len(parts)]
-        odd: _Groups = {}
-        for position, found in parts.items():
-            extra = [key for key in found if key not in common]
-            lacks = [key for key in lacked if key not in found]
-            if lacks or (extra and not lacked):  # a key too many harms less
-                texts = [f"the extra {_keys(extra)}"] if extra else []
-                texts += [f"no {_keys(lacks)}"] if lacks else []
-                odd.setdefault(" and ".join(texts), []).append(position)
+    def _compare_keys(self, path: str, parts: dict[int, dict[Any, Any]], holders: _Groups) -> None:
+        twice = {key: 2 * len(having) for key, having in holders.items()}
+        total = len(parts)
+        if total in twice.values():  # held by half of them: no side is the odd one
+            sides = _by(parts, lambda found: _keys([key for key in found if twice[key] == total]))
+            if rest := sides.pop("", []):
+                sides[f"no {', '.join(sides)}"] = rest
+            return self._found(Rank.KEYS, path, sides)
+        lacked = [key for key in holders if total < twice[key] < 2 * total]
+
+        def oddity(found: dict[Any, Any]) -> str:
+            extra = _keys([key for key in found if twice[key] < total])
+            lacks = _keys([key for key in lacked if key not in found])
+            if lacked and not lacks:  # a key too many harms less
+                return ""
+            told = [f"the extra {extra}"] if extra else []
+            told += [f"no {lacks}"] if lacks else []
+            return " and ".join(told)
+
+        odd = _by(parts, oddity)
+        usual = len(odd.pop("", []))
         if odd:
             words = "have them" if len(lacked) > 1 else "have it" if lacked else "do not"
-            usual = (words, len(parts) - sum(map(len, odd.values())))
-            self.findings.append(Finding(Rank.KEYS, path, odd, usual))
+            self.findings.append(Finding(Rank.KEYS, path, odd, (words, usual)))
 
     def _compare_arrays(self, path: str, values: _Values, kind: str) -> None:
         facts = {position: array_facts(value) or {} for position, value in values.items()}
@@ -221,55 +217,46 @@ class Survey:
         if len(groups) < 2:
             return
         usual = _majority(groups)
-        odd = {label: positions for label, positions in groups.items() if label != usual}
-        count = (usual, len(groups[usual])) if usual is not None else None
-        self.findings.append(Finding(rank, path, odd, count))
+        odd = {label: each for label, each in groups.items() if (label, len(each)) != usual}
+        self.findings.append(Finding(rank, path, odd, usual))
 
     def _refuse(self, path: str, values: _Values, labels: Iterable[str]) -> None:
-        if len(values) != self.total:
-            return  # some samples hold something else here, which is told as a difference
-        self.refusals.append(Refusal(path, tuple(islice(labels, 3))))
+        if len(values) == self.total:  # else some hold another thing here: that is a difference
+            self.refusals.append((path, [*islice(labels, 3)]))
 
 
 # ---- one value
 
 
-def _parts(value: Any, most: int) -> dict[Any, Any] | None:
+def _parts(value: Any, most: int) -> dict[Any, Any]:
     """Return what stands under keys of built-in type; keys of others may run code when compared."""
-    base = container_base(type(value))
     found: dict[Any, Any] = {}
-    try:
-        if base is None:
+    with suppress(Exception):  # as a mapping that is no dict may: it counts as one without keys
+        if container_base(type(value)) is None:
             pairs = [(key, value[key]) for key in islice(value, most)]
         else:
             pairs = held_by(value, most)
         for key, part in pairs:
-            if any(type(key) is cls for cls in _PLAIN_KEYS):
-                found[key] = part
-            elif inherits(type(key), str):
-                found[str.__str__(key)] = part
-    except Exception:
-        return None
+            name = str.__str__(key) if inherits(type(key), str) else key
+            if any(type(name) is cls for cls in _PLAIN_KEYS):
+                found[name] = part
     return found
 
 
-def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Holders:
-    groups: _Holders = {}
+def _by(values: Mapping[int, Any], label: Callable[[Any], Any]) -> _Groups:
+    groups: _Groups = {}
     for position, value in values.items():
         groups.setdefault(label(value), []).append(position)
     return groups
 
 
-def _majority(groups: _Groups) -> str | None:
-    total = sum(map(len, groups.values()))
-    return next((label for label, each in groups.items() if 2 * len(each) > total), None)
-
-
-def _key(key: object) -> str:
-    return cut(bounded_text(key), 60)
+def _majority(groups: _Groups) -> tuple[str, int] | None:
+    label = max(groups, key=lambda label: len(groups[label]))
+    count = len(groups[label])
+    return (label, count) if 2 * count > sum(map(len, groups.values())) else None
 
 
 def _keys(keys: list[Any]) -> str:
     more = f" and {len(keys) - KEYS_SHOWN_MAX} more" if len(keys) > KEYS_SHOWN_MAX else ""
-    shown = ", ".join(map(_key, keys[:KEYS_SHOWN_MAX]))
+    shown = ", ".join(map(key_text, keys[:KEYS_SHOWN_MAX]))
     return f"key{'s' * (len(keys) > 1)} {shown}{more}" if keys else ""

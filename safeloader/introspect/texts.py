@@ -43,6 +43,7 @@ from safeloader.introspect.values import (
 
 LEAF_MAX = 48  # characters of one string inside a longer text
 INDEX_MAX = 200  # characters of an index
+KEY_MAX = 40  # characters of a key in a path
 ITEMS_MAX = 5  # elements of one container shown in a text
 ENTRIES_MAX = 20  # elements of one container that is told as a container (``told_by_dataset``)
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
@@ -104,9 +105,8 @@ def plain(value: Any, *, depth: int, items: int | None, chars: int) -> Any:
     {'a': [1, 2, '... 1 more'], 'password': '[redacted]'}
     """
     cls, base = type(value), container_base(type(value))
-    if value is None or cls is bool or (cls is int and value.bit_length() < 64):
-        return value
-    if cls is float and math.isfinite(value):
+    finite = cls is float and math.isfinite(value)
+    if value is None or cls is bool or finite or (cls is int and value.bit_length() < 64):
         return value
     if inherits(cls, str):
         return plain_text(value, chars)
@@ -128,6 +128,15 @@ def name_of(key: Any) -> str:
     ('rate', '[3]')
     """
     return plain_text(key) if inherits(type(key), str) else cut(f"[{_text(key, 0)}]")
+
+
+def key_text(key: object) -> str:
+    """Return the text of a key in a path: of an object its type, not what it holds.
+
+    >>> key_text("rate"), key_text((1, 2)), key_text(Exception())
+    ("'rate'", '(1, 2)', '<Exception>')
+    """
+    return cut(_text(key, DEPTH - 1), KEY_MAX)
 
 
 def is_secret(name: str, value: object) -> bool:
@@ -171,14 +180,13 @@ def shown_parts(value: Any, base: Any, most: int | None) -> tuple[list[Any], lis
     """
     held = held_by(value, most)
     names, within = [name for name, _ in held], [part for _, part in held]
-    if base is dict or base is None:
-        return names, without_secrets(names, within)
     if base is set or base is frozenset:  # without an order, so nothing stands beside anything
         return [], within
-    for own in definitions(type(value), "_fields")[:1] if base is tuple else ():
-        if type(own) is tuple and len(names := [*own[:most]]) == len(within):
-            return names, without_secrets(names, within)
-    return [], without_secrets(_before(within), within)
+    if base is not dict and base is not None:
+        named = definitions(type(value), "_fields")[:1] if base is tuple else []
+        names = [name for own in named if type(own) is tuple for name in own[:most]]
+        names = names if len(names) == len(within) else []
+    return names, without_secrets(names or _before(within), within)
 
 
 def _before(values: list[Any]) -> list[Any]:
@@ -232,8 +240,7 @@ def _text(value: Any, depth: int) -> str:
             if cls is base:
                 return text(value)
             return REDACTED if _is_secret_member(value) else f"{type_name(cls)}({text(value)})"
-    facts = array_facts(value)
-    if facts is not None:
+    if (facts := array_facts(value)) is not None:
         told = [str(facts[fact]) for fact in ("dtype", "shape", "device") if fact in facts]
         return " ".join([type_name(cls), *told, *_elements(value, facts)])
     if inherits(cls, type):

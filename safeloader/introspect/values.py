@@ -22,14 +22,16 @@ from safeloader._torch import without_overrides
 
 TEXT_MAX = 120  # characters of one text, and of one name
 
-_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
-_SIZED = (*_CONTAINERS, str, bytes, bytearray)
+# By id: a metaclass may define ``__hash__`` and ``__eq__``. No class derives from two of them.
+_CONTAINERS = frozenset(map(id, (dict, list, tuple, set, frozenset, collections.deque)))
+_SIZED = _CONTAINERS.union(map(id, (str, bytes, bytearray, range)))
 
 # Read through ``type`` itself: a metaclass may define properties of these names.
 mro_of: Any = type.__dict__["__mro__"].__get__
 _module_of: Any = type.__dict__["__module__"].__get__
 _qualname_of: Any = type.__dict__["__qualname__"].__get__
 _namespace_of: Any = type.__dict__["__dict__"].__get__
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)  # the interpreter's own
 
 
 class Opaque(str):
@@ -114,7 +116,7 @@ def container_base(cls: type) -> Any:
     >>> container_base(collections.Counter)
     <class 'dict'>
     """
-    return next((base for base in _CONTAINERS if inherits(cls, base)), None)
+    return next((each for each in mro_of(cls) if id(each) in _CONTAINERS), None)
 
 
 def own_length(value: Any) -> int | None:
@@ -123,7 +125,7 @@ def own_length(value: Any) -> int | None:
     >>> own_length("abc"), own_length(3)
     (3, None)
     """
-    base: Any = next((base for base in _SIZED if inherits(type(value), base)), None)
+    base: Any = next((each for each in mro_of(type(value)) if id(each) in _SIZED), None)
     return None if base is None else base.__len__(value)
 
 
@@ -148,7 +150,7 @@ def fields(value: object) -> list[tuple[Any, object]]:
     """
     pairs: list[tuple[Any, object]] = []
     for own in definitions(type(value), "__dict__"):
-        if type(own) is types.GetSetDescriptorType:  # the interpreter's, not a property
+        if any(type(own) is each for each in _DESCRIPTORS):  # not a property
             held: Any = own.__get__(value)
             if inherits(type(held), dict):
                 pairs = list(dict.items(held))
@@ -183,8 +185,6 @@ def plain_length(value: Any) -> int | None:
     (2, None)
     """
     cls = type(value)
-    if cls is range:
-        return len(value)
     if (length := own_length(value)) is not None:
         return length
     own: dict[str, Any] = dict(fields(value)[:8])

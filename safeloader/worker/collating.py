@@ -13,7 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from safeloader.failures.failure import raised_by_signal
-from safeloader.introspect.sample_differences import Finding, Rank, Refusal, Survey
+from safeloader.introspect.sample_differences import Finding, Rank, Survey
 from safeloader.introspect.texts import bounded_text
 
 SHOWN_MAX = 5  # groups, and indices of one group, in a sentence
@@ -72,7 +72,7 @@ def _verdict(survey: Survey, indices: Sequence[object]) -> FaultySample | None:
     # Within a rank, findings with a majority come first; the sort keeps the order of the walk.
     found = sorted(survey.findings, key=lambda finding: (finding.rank, finding.usual is None))
     grave = [finding for finding in found if finding.rank < Rank.TYPE]
-    refused = [_refusal(refusal, survey.total) for refusal in survey.refusals[:1]]
+    refused = [_refusal(*each, survey.total) for each in survey.refusals[:1]]
     if not grave and refused:
         return FaultySample(None, refused[0])
     if not found:
@@ -134,11 +134,11 @@ def _who(positions: list[int], indices: Sequence[object]) -> str:
     return f"dataset indices {shown}{f' and {left} more' if left > 0 else ''}"
 
 
-def _refusal(refusal: Refusal, total: int) -> str:
+def _refusal(path: str, kinds: Sequence[str], total: int) -> str:
     who = "every sample" if total > 1 else "the sample"
-    kinds = " or ".join(
+    held = " or ".join(
         kind if kind == "None" else f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
-        for kind in refusal.kinds
+        for kind in kinds
     )
-    holds = f"holds {kinds} at {refusal.path}" if refusal.path else f"is {kinds}"
+    holds = f"holds {held} at {path}" if path else f"is {held}"
     return f"{who} {holds}: {_TAKES}"

@@ -493,13 +493,6 @@ def test_datasets_of_torch_are_described_sensibly() -> None:
     assert subset["length"] == 2
     assert subset["attributes"]["dataset"]["repr"] == f"<{HERE}.Holding rate=2>"
     assert subset["attributes"]["indices"]["repr"] == "[1, 2]"
-    module = described(torch.nn.Linear(2, 1))
-    assert module["attributes"].keys() == {
-        "training",
-        "_parameters",
-        "in_features",
-        "out_features",
-    }
     pipe = described(IterableWrapper([1, 2]))
     assert pipe["attributes"]["iterable"]["repr"] == "[1, 2]"
 

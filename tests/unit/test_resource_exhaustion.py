@@ -374,30 +374,6 @@ def test_shared_memory_that_cannot_be_mapped(tmp_path: Path) -> None:
     assert told.never_skipped
 
 
-def test_too_many_mappings_are_told_from_too_little_memory() -> None:
-    """Each tensor shared by name is one; the kernel says "Cannot allocate memory"."""
-    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if limit > 100_000:
-        pytest.skip("this machine allows more memory mappings than a test should make")
-
-    def map_files() -> None:
-        held = []
-        while True:
-            held.append(mmap.mmap(-1, mmap.PAGESIZE))
-
-    def ask() -> Told:
-        try:
-            map_files()
-        except OSError as error:  # which holds its frame, and that the mappings
-            return Told(str(error), shortage(error), never_skipped(error))
-        raise AssertionError
-
-    told = in_a_child(ask)
-    assert "Cannot allocate memory" in told.text
-    assert re.search(rf"memory mappings 6\d+ of {limit} in use", str(told.words))
-    assert f"vm.max_map_count={4 * limit}" in str(told.words)
-
-
 def test_the_limit_of_the_container_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "machine_memory", lambda: MachineMemory(64 * GIB, 32 * GIB))
     monkeypatch.setattr(resources, "cgroup_memory", lambda: CgroupMemory(8 * GIB, 7 * GIB, 1))
