@@ -17,6 +17,7 @@ from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
+from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.policy import SKIP, Policy
 
 _FIRST_PAUSE_S = 0.05
@@ -63,7 +64,6 @@ class BatchRepair:
         spread: how many indices the one sample stands for, which the dataset makes together.
 
     Attributes:
-        blamed: positions given up because the batch could not be collated with their samples.
         places: the position of each sample of :meth:`batch`.
         lent: the identities of the donor in use.
         last_failure: of the newest sample, unless it came.
@@ -86,7 +86,6 @@ class BatchRepair:
         self._failures: dict[int, Failure] = {}
         self._first: Unrepairable | None = None
         self._marks = Marks()
-        self.blamed: set[int] = set()
         self.places: list[int] = []
         self.lent: tuple[Any, ...] = ()
         self.last_failure: Exception | None = None
@@ -186,7 +185,7 @@ class BatchRepair:
         self.places = there = [k for k in asked if self._samples[k] is not _GAP]
         if self._policy.on_error == "replace" and len(there) < len(asked):
             if not there and not self._stand_in:
-                self.lend()
+                self._lend()
             there = there or [len(asked) * self.spread]
             self.places = list(asked)
             for k in asked:
@@ -196,7 +195,7 @@ class BatchRepair:
                     self._incidents[k] = SampleIncident("replaced", k, reason, donor, self.lent)
         return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
 
-    def lend(self) -> None:
+    def _lend(self) -> None:
         """Take the next donor.
 
         Raises:
@@ -208,6 +207,51 @@ class BatchRepair:
             assert self._first is not None
             raise self._first from None
         self._stand_in = [sample]
+
+    def collated(
+        self,
+        collate: Callable[[list[Any]], Any],
+        indices: Sequence[Any],
+        failed: Exception | None,
+    ) -> tuple[Any, list[Any]]:
+        """The batch and its samples, without those that are clearly not like the others.
+
+        Args:
+            collate: makes a batch of samples.
+            indices: the identities of the samples; none where there are no samples to compare.
+            failed: what it raised of the samples as they came.
+
+        Raises:
+            Unrepairable: with what ``collate`` raised, where no sample is clearly to blame.
+        """
+        blamed: set[int] = set()
+        while samples := self.batch():
+            if failed is None:
+                try:
+                    return collate(samples), samples
+                except Exception as exc:
+                    if struck(exc, "collate"):
+                        raise
+                    failed = exc
+            if self.lent and not never_skipped(failed):
+                self._lend()
+            else:
+                places = self.places if indices and not self.lent else []
+                found = (
+                    places and explain(samples, [indices[k] for k in places])
+                ) or FaultySample()
+                odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
+                positions = {places[k] for k in odd}
+                # A replacement that is no better is given up once.
+                if self._policy.raises or not positions or positions & blamed:
+                    at = 0 if self.asked == 1 and not self.lent else None
+                    at = at if found.position is None else places[found.position]
+                    raise Unrepairable(at, failed, found.text) from None
+                blamed |= positions
+                for position in sorted(positions):
+                    self.give_up(position, failed, found.text or "it is None")
+            failed = None
+        return None, []
 
     @property
     def asked(self) -> int:

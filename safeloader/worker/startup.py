@@ -34,8 +34,9 @@ from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
+from safeloader.worker.hints import failure_in
 from safeloader.worker.mapping import MapFetcher
-from safeloader.worker.recording import RecordingFetcher, failure_in
+from safeloader.worker.recording import RecordingFetcher
 from safeloader.worker.streaming import StreamFetcher
 
 
