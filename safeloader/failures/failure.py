@@ -263,13 +263,11 @@ def _headline(failure: Failure) -> str:
         parts.append(f"dataset index {index_text(failure.index)}")
     elif failure.phase not in ("init", "sampler") and failure.indices:
         parts.append(f"dataset indices {indices_text(failure.indices, most=16, counted=True)}")
-    place = [f"position {failure.position}"] if failure.position is not None else []
-    if failure.batch is not None:
-        place.append(f"batch {failure.batch}")
-    if failure.epoch is not None and failure.phase != "init":  # which failed before any epoch's
-        place.append(f"epoch {failure.epoch}")
-    if place:
-        where = ", ".join(place)
+    known = {"position": failure.position, "batch": failure.batch, "epoch": failure.epoch}
+    if failure.phase == "init":  # which failed before any epoch's
+        del known["epoch"]
+    where = ", ".join(f"{name} {at}" for name, at in known.items() if at is not None)
+    if where:
         parts.append(f"({where})" if parts else where)
     if parts:
         parts[-1] += ","
@@ -279,8 +277,8 @@ def _headline(failure: Failure) -> str:
     if failure.phase in ("crash", "timeout"):
         who = f"no batch came, and no worker is at work{rank}"
         if failure.worker_id is not None:
-            known = failure.index is not None or failure.indices
-            at = " at" if known else " in" if failure.epoch is not None else ""
+            at = " in" if failure.epoch is not None else ""
+            at = " at" if failure.index is not None or failure.indices else at
             who = f"worker {failure.worker_id} {pid} {doing}{at}"
         return " ".join(["safeloader:", who, *parts]).rstrip(",")
     if failure.phase == "transport" and failure.batch is None:

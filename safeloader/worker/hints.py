@@ -56,19 +56,21 @@ def failure_in(
 
     ``found`` is what was found out beyond the exception; ``known`` are further fields.
     """
-    known |= {"phase": phase, "worker_id": context.worker_id}
+    worker = context.worker_id
+    known |= {"phase": phase, "worker_id": worker}
+    where = "" if worker is None else f"in DataLoader worker process {worker}"
     try:
         state = describe(dataset, length=context.length)
         if context.start_state is not None:
             state["changed_since_worker_start"] = changes(context.start_state, state)
         hint = hint_for(exc, phase, known.get("index"), found, dataset, context.length)
-        return failure_of(exc, where=context.where, dataset_state=state, hint=hint, **known)
+        return failure_of(exc, where=where, dataset_state=state, hint=hint, **known)
     except Exception:  # a fault of ours must not take the place of the user's error
         return Failure(
             exception_type=type(exc).__name__,
             message="",
             hint="safeloader could not describe this failure, by a fault of its own: report it",
-            _where=context.where,
+            _where=where,
             _exception_parts=exception_parts_of(exc),
             **known,
         )

@@ -104,7 +104,7 @@ class MapFetcher(RecordingFetcher):
     ) -> Made:
         came = isinstance(samples, list | tuple) and self._count(samples) == self._wanted
         if self._at_once and not came and failed is not None:
-            if self._policy.raises:
+            if self._policy.on_error == "raise":
                 if phase == "sample" and type(self._asked) is list:
                     failed = _find(self._dataset, self._asked, failed)
                 return self._failed(failed, blank, phase)

@@ -63,8 +63,13 @@ class RecordingFetcher:
     (:meth:`_gather`), and how they are asked for one at a time (:meth:`_ask`).
     """
 
-    _task: Task  # the running batch, and where its time stamps go
-    _stamps: Any
+    # Of the running batch; each begins with new ones.
+    _task: Task
+    _random: tuple[Any, Any, Any]  # the generators, at its start
+    _stamps: Any  # where its times go
+    _wanted: int  # its samples
+    _carefully: bool  # whether it is to be made the slow way
+    _spread = 1  # indices that one sample of it stands for
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
@@ -80,10 +85,6 @@ class RecordingFetcher:
         self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer
         self._mark = Marks().mark
-        self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
-        self._wanted = 0  # samples of the running batch
-        self._spread = 1  # indices that one sample of it stands for
-        self._carefully = False  # whether it is to be made the slow way
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest; hot path."""
@@ -185,7 +186,7 @@ class RecordingFetcher:
     def _repairs(self, exc: Exception, samples: Sequence[Any], phase: str) -> bool:
         """Whether ``exc`` may be a fault of a sample; a ``key`` that raises is none."""
         if isinstance(exc, KeyFault):
-            return not self._policy.raises and samples[exc.position or 0] is None
+            return self._policy.on_error != "raise" and samples[exc.position or 0] is None
         behind_the_last = phase == "sample" and len(samples) == self._wanted
         return not behind_the_last and not struck(exc, phase)
 
@@ -274,7 +275,7 @@ class RecordingFetcher:
             index=None if position is None else indices[position],
             position=position,
             indices=indices,
-            _random=None if self._random is None else RandomState(*self._random),
+            _random=RandomState(*self._random),
         )
 
 

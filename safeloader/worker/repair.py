@@ -191,8 +191,8 @@ class BatchRepair:
             for k in asked:
                 if self._samples[k] is _GAP:
                     self.places[k] = donor = next((each for each in there if each > k), there[0])
-                    reason = self._incidents[k].reason
-                    self._incidents[k] = SampleIncident("replaced", k, reason, donor, self.lent)
+                    told = self._incidents[k]
+                    self._incidents[k] = told._replace(what="replaced", donor=donor, lent=self.lent)
         return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
 
     def _lend(self) -> None:
@@ -243,7 +243,7 @@ class BatchRepair:
                 odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
                 positions = {places[k] for k in odd}
                 # A replacement that is no better is given up once.
-                if self._policy.raises or not positions or positions & blamed:
+                if self._policy.on_error == "raise" or not positions or positions & blamed:
                     at = 0 if self.asked == 1 and not self.lent else None
                     at = at if found.position is None else places[found.position]
                     raise Unrepairable(at, failed, found.text) from None

@@ -27,14 +27,9 @@ def collation_by(stock: Any) -> Callable[[Any], Any]:
         # A copy of the list: the function may take it apart.
         return collate_fn(list(samples) if type(samples) is list else samples)
 
-    if collate_fn is not default_collate or get_worker_info() is not None:
-        return collated
-
-    def collated_here(samples: Any) -> Any:
-        batch = stacked(samples)
-        return collated(samples) if batch is None else batch
-
-    return collated_here
+    if collate_fn is default_collate and get_worker_info() is None:
+        return lambda samples: stacked(samples) or collated(samples)
+    return collated
 
 
 def stacked(samples: Any) -> list[torch.Tensor] | None:
