@@ -81,5 +81,4 @@ def crossed(exception_parts: ExceptionParts | None) -> Iterator[tuple[str, Any]]
     """The attributes that made it across."""
     for name, pickled in exception_parts.attributes if exception_parts else ():
         with suppress(Exception):  # its class is not importable here
-            found = pickle.loads(pickled)
-            yield name, found
+            yield name, pickle.loads(pickled)

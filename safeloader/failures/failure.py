@@ -118,14 +118,12 @@ class Failure:
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
         told: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name.startswith("_"):
-                continue
+        for name, value in vars(self).items():
             if name == "indices":  # each for itself: one index is not the name of the next
                 told[name] = [_plain(index) for index in value]
-            else:
-                told[name] = value if field.type == "str" else _plain(value)
+            elif not name.startswith("_"):
+                is_bounded = type(value) is str and name != "index"
+                told[name] = value if is_bounded else _plain(value)
         return told
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
@@ -226,12 +224,11 @@ def report(failure: Failure) -> Iterator[str]:
     """The lines of ``str(failure)``."""
     if failure._where:
         yield f"Caught {short_type_name(failure.exception_type)} {failure._where}."
-        if failure.traceback:
-            yield f"Original {failure.traceback.rstrip()}"
     else:
         yield failure.message
-        if failure.phase == "sampler":  # raised while torch drew ahead: the live one is gone
-            yield f"Original {failure.traceback.rstrip()}"
+    # A sampler raised while torch drew ahead: the live traceback is gone.
+    if failure.traceback and (failure._where or failure.phase == "sampler"):
+        yield f"Original {failure.traceback.rstrip()}"
     yield ""
     yield _headline(failure)
     *found, next_step = failure.hint.split("\n")

@@ -249,14 +249,13 @@ class RecordingFetcher:
 
     def _failed(self, exc: Exception, manifest: BatchManifest, phase: str) -> FailedBatch:
         """The failure of a batch."""
-        indices = expected_indices(manifest)
         fault = exc if isinstance(exc, Unrepairable) else Unrepairable(None, exc)
         exc = fault.cause
         if struck(exc, phase):
             fault = Unrepairable(None, exc, STRUCK)
         if phase == "collate" and met_in_sharing(exc):
             phase, fault = "transport", Unrepairable(None, exc)  # no sample is to blame
-        failure = self._failure(fault, phase, indices)
+        failure = self._failure(fault, phase, expected_indices(manifest))
         if self._context.raised is not None:
             exc.__traceback__ = without_ours(exc.__traceback__)
             self._context.raised.append(exc)

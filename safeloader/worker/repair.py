@@ -107,12 +107,10 @@ class BatchRepair:
             Unrepairable: if it fails for good, and is not to be left out.
             StopIteration: as ``get()`` raises it.
         """
-        position, state = len(self._samples), self._marks.mark()
+        position, state = self.asked, self._marks.mark()
         tries, self.last_failure = 0 if failed is None else 1, failed
-        while True:
+        while failed is None or (tries <= self._policy.retries and not never_skipped(failed)):
             if failed is not None:
-                if tries > self._policy.retries or never_skipped(failed):
-                    break
                 time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
                 RandomState(*state).set()
             tries += 1
@@ -122,19 +120,18 @@ class BatchRepair:
                 if (may_end and isinstance(exc, StopIteration)) or struck(exc, "sample"):
                     raise
                 self.last_failure = failed = exc
-            else:
-                self.last_failure = None
-                if tries > 1:
-                    reason = f"came at try {tries}"
-                    self._incidents[position] = SampleIncident("late", position, reason)
-                return
+                continue
+            self.last_failure = None
+            if tries > 1:
+                self._incidents[position] = SampleIncident("late", position, f"came at try {tries}")
+            return
         self._samples.append(_GAP)
         self.give_up(position, failed)
 
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
         self._samples.append(_GAP)
-        self._skip(len(self._samples) - 1, RuntimeError(reason), reason)
+        self._skip(self.asked - 1, RuntimeError(reason), reason)
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
@@ -181,7 +178,7 @@ class BatchRepair:
         Raises:
             Unrepairable: if nothing that was drawn earlier comes either.
         """
-        asked = range(len(self._samples))
+        asked = range(self.asked)
         self.places = there = [k for k in asked if self._samples[k] is not _GAP]
         if self._policy.on_error == "replace" and len(there) < len(asked):
             if not there and not self._stand_in:
