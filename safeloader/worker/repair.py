@@ -1,7 +1,8 @@
 """Goes on in spite of samples that fail. Runs in: worker.
 
-Takes what failed, by position, and gives the samples that the batch is made of, with a list of what
-happened to the others. Used only by batches in which something failed, or with ``retries``.
+Takes what failed, by position, and gives the samples that the batch is made of, or the batch of
+those that can be collated, with a list of what happened to the others. Used only by batches in
+which something failed, or with ``retries``.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ class BatchRepair:
         """The next sample by ``get()``, asked for again if it fails.
 
         ``failed`` is what a first try, made elsewhere, raised. With ``may_end`` a ``StopIteration``
-        is the end of a stream and no failure. Before each further try the random
-        numbers are put back, so that a sample that comes late is the one that would have come.
+        is the end of a stream and no failure. Before each further try the random numbers are put
+        back, so that a sample that comes late is the one that would have come.
 
         Raises:
             Unrepairable: if it fails for good, and is not to be left out.
