@@ -41,22 +41,22 @@ def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> 
     part: Path | None = None
     target = folder_of(folder)
     try:
-        stem = f"failure-{time.strftime('%Y%m%dT%H%M%S')}"
+        stem = time.strftime("failure-%Y%m%dT%H%M%S")
         fd, part = create(target, stem, ".part", also=".json")
         with open(fd, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1))
+            json.dump(content, file, indent=1)
         path = part.replace(part.with_suffix(".json"))
     except (OSError, ValueError, TypeError) as exc:
-        if str(target) not in _told:
-            _told.add(str(target))
+        if target not in _told:
+            _told.add(target)
             log.warning("the failure could not be written to %s: %s", target, str(exc))
         with contextlib.suppress(OSError):
             if part is not None:
                 part.unlink(missing_ok=True)
         return None
-    _told.discard(str(target))
+    _told.discard(target)
     log.warning("the failure is written to %s", path)
     return path
 
 
-_told: set[str] = set()  # folders that could not be written to
+_told: set[Path] = set()  # folders that could not be written to

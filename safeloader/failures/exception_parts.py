@@ -8,8 +8,8 @@ pickled apart, and what does not pickle stays behind alone.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
-import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -51,23 +51,20 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
     for cls in type(exc).__mro__:
         # Of the user's classes only __slots__: a property would run code.
         builtin = cls.__module__ == "builtins"
-        kinds = (types.MemberDescriptorType, *([types.GetSetDescriptorType] if builtin else []))
+        is_field = inspect.isdatadescriptor if builtin else inspect.ismemberdescriptor
         for name, slot in vars(cls).items():
-            is_field = isinstance(slot, kinds)
-            if is_field and _is_copied(name):
+            if is_field(slot) and _is_copied(name):
                 with suppress(Exception):  # a field of an exception that was never initialised
                     yield name, slot.__get__(exc)
     own = own_state(exc)
     for name in list(own):
-        if _is_copied(name):
+        if isinstance(name, str) and _is_copied(name):
             yield name, own[name]
 
 
 def _is_copied(name: str) -> bool:
     """Not the machinery (``__class__``, ``__cause__``), nor what an error of ours carries."""
-    if not isinstance(name, str) or name == "__notes__":
-        return name == "__notes__"
-    return not name.startswith("__") and name not in ("failure", "_text")
+    return name == "__notes__" or not (name.startswith("__") or name in ("failure", "_text"))
 
 
 def first_importable(exception_parts: ExceptionParts | None) -> type[BaseException] | None:
@@ -84,5 +81,4 @@ def crossed(exception_parts: ExceptionParts | None) -> Iterator[tuple[str, Any]]
     """The attributes that made it across."""
     for name, pickled in exception_parts.attributes if exception_parts else ():
         with suppress(Exception):  # its class is not importable here
-            found = pickle.loads(pickled)
-            yield name, found
+            yield name, pickle.loads(pickled)

@@ -118,14 +118,12 @@ class Failure:
     def to_dict(self) -> dict[str, Any]:
         """The failure as plain dicts, lists, strings and numbers that ``json.dumps`` takes."""
         told: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name.startswith("_"):
-                continue
+        for name, value in vars(self).items():
             if name == "indices":  # each for itself: one index is not the name of the next
                 told[name] = [_plain(index) for index in value]
-            else:
-                told[name] = value if field.type == "str" else _plain(value)
+            elif not name.startswith("_"):
+                is_bounded = type(value) is str and name != "index"
+                told[name] = value if is_bounded else _plain(value)
         return told
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
@@ -226,12 +224,11 @@ def report(failure: Failure) -> Iterator[str]:
     """The lines of ``str(failure)``."""
     if failure._where:
         yield f"Caught {short_type_name(failure.exception_type)} {failure._where}."
-        if failure.traceback:
-            yield f"Original {failure.traceback.rstrip()}"
     else:
         yield failure.message
-        if failure.phase == "sampler":  # raised while torch drew ahead: the live one is gone
-            yield f"Original {failure.traceback.rstrip()}"
+    # A sampler raised while torch drew ahead: the live traceback is gone.
+    if failure.traceback and (failure._where or failure.phase == "sampler"):
+        yield f"Original {failure.traceback.rstrip()}"
     yield ""
     yield _headline(failure)
     *found, next_step = failure.hint.split("\n")
@@ -263,13 +260,11 @@ def _headline(failure: Failure) -> str:
         parts.append(f"dataset index {index_text(failure.index)}")
     elif failure.phase not in ("init", "sampler") and failure.indices:
         parts.append(f"dataset indices {indices_text(failure.indices, most=16, counted=True)}")
-    place = [f"position {failure.position}"] if failure.position is not None else []
-    if failure.batch is not None:
-        place.append(f"batch {failure.batch}")
-    if failure.epoch is not None and failure.phase != "init":  # which failed before any epoch's
-        place.append(f"epoch {failure.epoch}")
-    if place:
-        where = ", ".join(place)
+    known = {"position": failure.position, "batch": failure.batch, "epoch": failure.epoch}
+    if failure.phase == "init":  # which failed before any epoch's
+        del known["epoch"]
+    where = ", ".join(f"{name} {at}" for name, at in known.items() if at is not None)
+    if where:
         parts.append(f"({where})" if parts else where)
     if parts:
         parts[-1] += ","
@@ -279,8 +274,8 @@ def _headline(failure: Failure) -> str:
     if failure.phase in ("crash", "timeout"):
         who = f"no batch came, and no worker is at work{rank}"
         if failure.worker_id is not None:
-            known = failure.index is not None or failure.indices
-            at = " at" if known else " in" if failure.epoch is not None else ""
+            at = " in" if failure.epoch is not None else ""
+            at = " at" if failure.index is not None or failure.indices else at
             who = f"worker {failure.worker_id} {pid} {doing}{at}"
         return " ".join(["safeloader:", who, *parts]).rstrip(",")
     if failure.phase == "transport" and failure.batch is None:

@@ -30,6 +30,7 @@ from safeloader.introspect.texts import index_text
 DUMPS_MAX = 100  # of an epoch's failures that end no batch
 
 Sinks = tuple[Callable[..., None], ...]
+Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index
 
 
 class Events:
@@ -80,11 +81,7 @@ class LogLines:
         self._log = log
 
     def skipped(
-        self,
-        epoch: int,
-        batch: int,
-        incidents: Sequence[tuple[Any, SampleIncident]],
-        failures: Sequence[Failure],
+        self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
     ) -> None:
         """A line for each sample."""
         for index, incident in incidents:
@@ -115,7 +112,7 @@ class Dumps:
         dump.write(failure, self._folder, self._log)
 
     def skipped(
-        self, epoch: int, batch: int, incidents: Sequence[Any], failures: Sequence[Failure]
+        self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
     ) -> None:
         """The failures of samples left out or replaced."""
         for failure in failures:

@@ -176,19 +176,29 @@ class Provenance:
             OSError: if the file cannot be written.
         """
         target = Path(path)
-        suffix = target.suffix.lower()
+        suffix, table = target.suffix.lower(), self.to_numpy()
         if suffix == ".npy":
             with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
-                np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
+                np.save(file, _without_objects(table), allow_pickle=False)
         elif suffix == ".parquet":
-            self._save_parquet(target)
+            try:
+                import pyarrow
+                import pyarrow.parquet
+            except ImportError as exc:
+                raise ImportError(
+                    "saving provenance as .parquet needs pyarrow: pip install "
+                    "'safeloader[parquet]', or save as .npy, .csv or .jsonl"
+                ) from exc
+            table = _without_objects(table)
+            columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}
+            pyarrow.parquet.write_table(pyarrow.table(columns), target)
         elif suffix == ".csv":
             with target.open("w", newline="", encoding="utf-8") as text:
-                table = _without_objects(self.to_numpy())
-                csv.writer(text).writerows([_COLUMNS, *table.tolist()])
+                rows = _without_objects(table).tolist()
+                csv.writer(text).writerows([_COLUMNS, *rows])
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as text:
-                for row in self.to_numpy():
+                for row in table:
                     named = dict(zip(_COLUMNS, row.tolist(), strict=True))
                     text.write(json.dumps(named, default=_text_of) + "\n")
         else:
@@ -196,19 +206,6 @@ class Provenance:
                 "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
                 f"path; got {str(path)!r}"
             )
-
-    def _save_parquet(self, target: Path) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as exc:
-            raise ImportError(
-                "saving provenance as .parquet needs pyarrow: pip install 'safeloader[parquet]', "
-                "or save as .npy, .csv or .jsonl"
-            ) from exc
-        table = _without_objects(self.to_numpy())
-        columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}
-        pyarrow.parquet.write_table(pyarrow.table(columns), target)
 
 
 def _rows(delivery: Delivery) -> npt.NDArray[Any]:

@@ -58,6 +58,11 @@ class WorkerMonitor:
         fetcher.fetch = noted
         return fetcher
 
+    def begins(self, phase: int) -> None:
+        """Note what the worker does from now on, outside of its batches."""
+        self._cells[SINCE] = clock()
+        self._cells[PHASE] = phase
+
     def sent(self) -> None:
         """Something was sent, and the worker has nothing to do for now; hot path."""
         cells = self._cells

@@ -45,8 +45,3 @@ class FetchContext:
     packer: Packer = dataclasses.field(default_factory=Packer)
     raised: list[BaseException] | None = None
     length: int | None = None
-
-    @property
-    def where(self) -> str:
-        """The place in torch's words; empty in the main process."""
-        return "" if self.worker_id is None else f"in DataLoader worker process {self.worker_id}"

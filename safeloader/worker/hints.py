@@ -1,23 +1,31 @@
-"""What to do next about a failure of the user's code. Runs in: worker."""
+"""What is told of a failure of the user's code, and what to do next. Runs in: worker."""
 
 from __future__ import annotations
 
 import bisect
 import os
 import pathlib
+from collections.abc import Iterable
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
+from safeloader.failures.exception_parts import exception_parts_of
+from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.dataset_state import changes, describe
+from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.texts import bounded_text, index_text, is_secret
 from safeloader.introspect.values import exception_text, fields, plain_length
-from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK
+from safeloader.worker.context import FetchContext
+from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
 
 KEY_FAULT = "raised by key=, not by the dataset"
+_PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
 _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
@@ -39,6 +47,56 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "error.failure.indices])) may repeat it here",
     "init": "no sample was fetched yet: call worker_init_fn by itself to repeat it",
 }
+
+
+def failure_in(
+    context: FetchContext, exc: Exception, phase: str, dataset: Any, found: str, **known: Any
+) -> Failure:
+    """The failure that ``exc`` is, in this process, with the dataset as it is now.
+
+    ``found`` is what was found out beyond the exception; ``known`` are further fields.
+    """
+    worker = context.worker_id
+    known |= {"phase": phase, "worker_id": worker}
+    where = "" if worker is None else f"in DataLoader worker process {worker}"
+    try:
+        state = describe(dataset, length=context.length)
+        if context.start_state is not None:
+            state["changed_since_worker_start"] = changes(context.start_state, state)
+        hint = hint_for(exc, phase, known.get("index"), found, dataset, context.length)
+        return failure_of(exc, where=where, dataset_state=state, hint=hint, **known)
+    except Exception:  # a fault of ours must not take the place of the user's error
+        return Failure(
+            exception_type=type(exc).__name__,
+            message="",
+            hint="safeloader could not describe this failure, by a fault of its own: report it",
+            _where=where,
+            _exception_parts=exception_parts_of(exc),
+            **known,
+        )
+
+
+def why_not_sent(exc: Exception, batch: Any, samples: Iterable[Any]) -> Unrepairable:
+    """What of ``batch`` cannot be pickled, looked for in its samples first.
+
+    Args:
+        exc: what pickling raised.
+        batch: what the collate function made.
+        samples: what it was made of, where that is known one by one.
+    """
+    if shortage(exc) is not None:  # which the hint tells
+        return Unrepairable(None, exc)
+    give_up = monotonic() + _PICKLED_AGAIN_S
+    parts: list[tuple[int | None, str, Any]] = [(k, "sample", s) for k, s in enumerate(samples)]
+    for position, name, part in [*parts, (None, "batch", batch)]:
+        left = give_up - monotonic()
+        if position is not None and left <= 0:
+            continue  # to the batch, which is always looked at
+        found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
+        if found is not None:
+            text = f"it cannot be pickled: {found}\n{found.advice}"
+            return Unrepairable(position, exc, text)
+    return Unrepairable(None, exc)
 
 
 def hint_for(

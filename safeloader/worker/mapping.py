@@ -12,10 +12,8 @@ from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
 
-import torch
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
-from safeloader import _torch
 from safeloader.delivery.indices import (
     Packed,
     count,
@@ -27,7 +25,6 @@ from safeloader.delivery.indices import (
     unpack,
 )
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.texts import bounded_text, index_text
@@ -55,8 +52,7 @@ class MapFetcher(RecordingFetcher):
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
-        if self._batched and may_stack(stock.collate_fn):
-            self._collate_fn = _collated
+        self._by_default = stock.collate_fn is default_collate
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
 
@@ -98,7 +94,7 @@ class MapFetcher(RecordingFetcher):
         Its contract is a list with one entry an index. A tuple, tensor or mapping in front of a
         collate function of the user's may well be a finished batch, whose length means nothing.
         """
-        if type(samples) is list or self._collate_fn in (default_collate, _collated):
+        if type(samples) is list or self._by_default:
             with suppress(TypeError):
                 return len(samples)
         return None
@@ -108,7 +104,7 @@ class MapFetcher(RecordingFetcher):
     ) -> Made:
         came = isinstance(samples, list | tuple) and self._count(samples) == self._wanted
         if self._at_once and not came and failed is not None:
-            if self._policy.raises:
+            if self._policy.on_error == "raise":
                 if phase == "sample" and type(self._asked) is list:
                     failed = _find(self._dataset, self._asked, failed)
                 return self._failed(failed, blank, phase)
@@ -193,40 +189,3 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
             except Exception:  # another fault of the same call: not the one to explain
                 continue
     return Unrepairable(found, raised, f"__getitems__ raised for the whole batch{text}")
-
-
-# ── tuples of tensors ────────────────────────────────────────────────────────────────────────────
-# The commonest samples of a loader without workers, those of a ``TensorDataset`` for one. The walk
-# of ``default_collate`` through their types takes 4 of 30 µs for a batch of 64, about what all
-# records of the batch take. The first sample decides here too, and ``torch.stack`` is called alike.
-
-
-def may_stack(collate_fn: Any) -> bool:
-    """Whether batches are collated by ``default_collate``, in a process that is no worker."""
-    return collate_fn is default_collate and get_worker_info() is None
-
-
-def _collated(samples: Any) -> Any:
-    batch = stacked(samples)
-    return default_collate(samples) if batch is None else batch
-
-
-def stacked(samples: Any) -> list[torch.Tensor] | None:
-    """What ``default_collate`` makes of tuples of tensors; None of anything else. Hot path.
-
-    None also where it would raise, so that its own error is the one that is told.
-    """
-    if type(samples) is not list or not samples or type(samples[0]) is not tuple:
-        return None
-    if not _torch.collates_tuples_of_tensors_itself():
-        return None
-    first = samples[0]
-    for each in first:
-        if type(each) is not torch.Tensor or each.layout is not torch.strided or each.is_nested:
-            return None
-    try:
-        return [torch.stack(column, 0) for column in zip(*samples, strict=True)]
-    except Exception as exc:
-        if raised_by_signal(exc) is not None:
-            raise
-        return None

@@ -40,8 +40,3 @@ class Policy(NamedTuple):
     on_error: str | Callable[[Any], Any] = "raise"
     retries: int = 0
     tells: bool = False
-
-    @property
-    def raises(self) -> bool:
-        """Whether a sample that fails ends its batch."""
-        return self.on_error == "raise"

@@ -20,19 +20,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.delivery.indices import Packed, identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
-from safeloader.failures.exception_parts import exception_parts_of
-from safeloader.failures.failure import Failure, failure_of, without_ours
-from safeloader.introspect.dataset_state import changes, describe
+from safeloader.failures.failure import Failure, without_ours
 from safeloader.introspect.fingerprint import fingerprint
-from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import Marks, RandomState
-from safeloader.introspect.resource_exhaustion import met_in_sharing, never_skipped, shortage
+from safeloader.introspect.resource_exhaustion import met_in_sharing
 from safeloader.introspect.values import Opaque
 from safeloader.supervision.flight_recorder import (
     COLLATE,
@@ -52,14 +48,12 @@ from safeloader.transport.messages import (
     SamplerFault,
     Task,
 )
-from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.context import FetchContext, private_row
-from safeloader.worker.hints import KEY_FAULT, hint_for
+from safeloader.worker.hints import KEY_FAULT, failure_in, why_not_sent
 from safeloader.worker.repair import STRUCK, BatchRepair, Donors, Unrepairable, struck
+from safeloader.worker.stacking import collation_by
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
-
-_PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 
 
 class RecordingFetcher:
@@ -69,14 +63,19 @@ class RecordingFetcher:
     (:meth:`_gather`), and how they are asked for one at a time (:meth:`_ask`).
     """
 
-    _task: Task  # the running batch, and where its time stamps go
-    _stamps: Any
+    # Of the running batch; each begins with new ones.
+    _task: Task
+    _random: tuple[Any, Any, Any]  # the generators, at its start
+    _stamps: Any  # where its times go
+    _wanted: int  # its samples
+    _carefully: bool  # whether it is to be made the slow way
+    _spread = 1  # indices that one sample of it stands for
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
         self._dataset = stock.dataset
-        self._collate_fn = stock.collate_fn
-        self._batched = stock.auto_collation  # whether that function is given a list of samples
+        self._collate = collation_by(stock)
+        self._batched = stock.auto_collation  # whether it is given a list of samples
         self._pid = os.getpid()
         self._worker_id = context.worker_id
         self._key = context.key
@@ -86,10 +85,6 @@ class RecordingFetcher:
         self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer
         self._mark = Marks().mark
-        self._random: tuple[Any, Any, Any] | None = None  # at the start of the running batch
-        self._wanted = 0  # samples of the running batch
-        self._spread = 1  # indices that one sample of it stands for
-        self._carefully = False  # whether it is to be made the slow way
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest; hot path."""
@@ -99,7 +94,8 @@ class RecordingFetcher:
         cells[SEQ] = task.seq
         self._task = task
         self._random = self._mark()
-        self._packer.begin()
+        if self._worker_id is not None:
+            self._packer.begin()
         begun = indices, first, at_once = self._begin()
         came: list[Any] = []
         if self._carefully:
@@ -114,6 +110,8 @@ class RecordingFetcher:
                 keys = _keys(self._key, enumerate(samples))
             phase = "collate"
             cells[PHASE] = COLLATE
+            if self._worker_id is not None:
+                self._packer.collates()
             batch = self._collate(samples)
             end = 1 + (len(came) if samples is came else 1)  # one stamp for all fetched at once
             stamps[end] = clock()
@@ -165,13 +163,6 @@ class RecordingFetcher:
             return self._shared_stamps
         return _CountedStamps(samples, self._cells)
 
-    def _collate(self, samples: Any) -> Any:
-        self._packer.collates()
-        if not self._batched:
-            return self._collate_fn(samples[0])
-        # A copy of the list: the function may take it apart.
-        return self._collate_fn(list(samples) if type(samples) is list else samples)
-
     def _handed_over(self, manifest: BatchManifest, batch: Any, samples: Any) -> Made:
         """The batch in the form in which it leaves this process; hot path."""
         if self._worker_id is None:
@@ -195,7 +186,7 @@ class RecordingFetcher:
     def _repairs(self, exc: Exception, samples: Sequence[Any], phase: str) -> bool:
         """Whether ``exc`` may be a fault of a sample; a ``key`` that raises is none."""
         if isinstance(exc, KeyFault):
-            return not self._policy.raises and samples[exc.position or 0] is None
+            return self._policy.on_error != "raise" and samples[exc.position or 0] is None
         behind_the_last = phase == "sample" and len(samples) == self._wanted
         return not behind_the_last and not struck(exc, phase)
 
@@ -215,6 +206,13 @@ class RecordingFetcher:
         def explained(exc: Exception, position: int) -> Failure:
             return self._failure(Unrepairable(position, exc), "sample", indices)
 
+        def collate(samples: Any) -> Any:
+            if repair.lent:
+                stamps[repair.asked + 1] = clock()
+            self._cells[PHASE] = COLLATE
+            self._packer.collates()
+            return self._collate(samples)
+
         stamps = self._stamps
         together = self._spread != 1  # one sample stands for many indices
         repair = BatchRepair(self._policy, explained, self._donors(indices), self._spread)
@@ -225,7 +223,8 @@ class RecordingFetcher:
                 failed = None
             repair.batch()  # a donor is fetched now, unless it is collation that gives all up
             phase = "collate"
-            batch, samples = self._collate_repaired(repair, indices, failed)
+            compared = indices if self._batched else ()
+            batch, samples = repair.collated(collate, compared, failed)
             keys = None
             if self._key is not None and not together:
                 keys = _keys(self._key, zip(repair.places, samples, strict=True))
@@ -248,75 +247,15 @@ class RecordingFetcher:
         )
         return self._handed_over(manifest, batch, samples) if samples else EmptyBatch(manifest)
 
-    def _collate_repaired(
-        self, repair: BatchRepair, indices: Sequence[Any], failed: Exception | None
-    ) -> tuple[Any, list[Any]]:
-        """Collate what there is, leaving out samples that are clearly not like the others.
-
-        ``failed`` is what the collate function raised of the samples as they came.
-
-        Raises:
-            Unrepairable: with what the collate function raised, where no sample is clearly to
-                blame.
-        """
-        if failed is not None:
-            self._leave_out_odd(repair, indices, failed)
-        while samples := repair.batch():
-            if repair.lent:
-                self._stamps[repair.asked + 1] = clock()
-            self._cells[PHASE] = COLLATE
-            try:
-                return self._collate(samples), samples
-            except Exception as exc:
-                if struck(exc, "collate"):
-                    raise
-                if repair.lent and not never_skipped(exc):
-                    repair.lend()
-                else:
-                    self._leave_out_odd(repair, indices, exc)
-        return None, []
-
-    def _leave_out_odd(self, repair: BatchRepair, indices: Sequence[Any], exc: Exception) -> None:
-        """Do without the samples that are to blame for what the collate function raised."""
-        samples = repair.batch()
-        places = [] if repair.lent or not self._batched else repair.places
-        found = (places and explain(samples, [indices[k] for k in places])) or FaultySample()
-        at = None if found.position is None else places[found.position]
-        odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
-        positions = sorted({places[k] for k in odd})
-        # A replacement that is no better is given up once.
-        if self._policy.raises or not positions or not repair.blamed.isdisjoint(positions):
-            single = 0 if repair.asked == 1 and not repair.lent else None
-            raise Unrepairable(single if at is None else at, exc, found.text) from None
-        repair.blamed.update(positions)
-        for position in positions:
-            repair.give_up(position, exc, found.text or "it is None")
-
     def _failed(self, exc: Exception, manifest: BatchManifest, phase: str) -> FailedBatch:
         """The failure of a batch."""
-        indices = expected_indices(manifest)
         fault = exc if isinstance(exc, Unrepairable) else Unrepairable(None, exc)
         exc = fault.cause
         if struck(exc, phase):
             fault = Unrepairable(None, exc, STRUCK)
         if phase == "collate" and met_in_sharing(exc):
             phase, fault = "transport", Unrepairable(None, exc)  # no sample is to blame
-        try:
-            failure = self._failure(fault, phase, indices)
-        except Exception:  # a fault of ours must not take the place of the user's error
-            context = self._context
-            failure = Failure(
-                phase=phase,
-                exception_type=type(exc).__name__,
-                message="",
-                indices=indices,
-                position=fault.position,
-                worker_id=context.worker_id,
-                hint="safeloader could not describe this failure. That is a fault of its own: "
-                "report it",
-                _where=context.where,
-                _exception_parts=exception_parts_of(exc),
-            )
+        failure = self._failure(fault, phase, expected_indices(manifest))
         if self._context.raised is not None:
             exc.__traceback__ = without_ours(exc.__traceback__)
             self._context.raised.append(exc)
@@ -335,29 +274,8 @@ class RecordingFetcher:
             index=None if position is None else indices[position],
             position=position,
             indices=indices,
-            _random=None if self._random is None else RandomState(*self._random),
+            _random=RandomState(*self._random),
         )
-
-
-def failure_in(
-    context: FetchContext, exc: Exception, phase: str, dataset: Any, found: str, **known: Any
-) -> Failure:
-    """The failure that ``exc`` is, in this process, with the dataset as it is now.
-
-    ``found`` is what was found out beyond the exception; ``known`` are further fields.
-    """
-    state = describe(dataset, length=context.length)
-    if context.start_state is not None:
-        state["changed_since_worker_start"] = changes(context.start_state, state)
-    return failure_of(
-        exc,
-        phase=phase,
-        where=context.where,
-        worker_id=context.worker_id,
-        dataset_state=state,
-        hint=hint_for(exc, phase, known.get("index"), found, dataset, context.length),
-        **known,
-    )
 
 
 def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tuple[Any, ...]:
@@ -374,39 +292,13 @@ def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tupl
                     "give an int, a str or a tuple of these"
                 )
         except Exception as exc:
-            raise KeyFault(position, exc) from exc
+            raise KeyFault(position, exc, KEY_FAULT) from exc
         keys.append(known_as)
     return tuple(keys)
 
 
-def why_not_sent(exc: Exception, batch: Any, samples: Iterable[Any]) -> Unrepairable:
-    """What of ``batch`` cannot be pickled, looked for in its samples first.
-
-    Args:
-        exc: what pickling raised.
-        batch: what the collate function made.
-        samples: what it was made of, where that is known one by one.
-    """
-    if shortage(exc) is not None:  # which the hint tells
-        return Unrepairable(None, exc)
-    give_up = monotonic() + _PICKLED_AGAIN_S
-    parts: list[tuple[int | None, str, Any]] = [(k, "sample", s) for k, s in enumerate(samples)]
-    for position, name, part in [*parts, (None, "batch", batch)]:
-        left = give_up - monotonic()
-        if position is not None and left <= 0:
-            continue  # to the batch, which is always looked at
-        found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
-        if found is not None:
-            text = f"it cannot be pickled: {found}\n{found.advice}"
-            return Unrepairable(position, exc, text)
-    return Unrepairable(None, exc)
-
-
 class KeyFault(Unrepairable):
     """The user's ``key`` raised on the sample at ``position``."""
-
-    def __init__(self, position: int, cause: Exception) -> None:
-        super().__init__(position, cause, KEY_FAULT)
 
 
 class _CountedStamps:

@@ -1,7 +1,8 @@
 """Goes on in spite of samples that fail. Runs in: worker.
 
-Takes what failed, by position, and gives the samples that the batch is made of, with a list of what
-happened to the others. Used only by batches in which something failed, or with ``retries``.
+Takes what failed, by position, and gives the samples that the batch is made of, or the batch of
+those that can be collated, with a list of what happened to the others. Used only by batches in
+which something failed, or with ``retries``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
+from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.policy import SKIP, Policy
 
 _FIRST_PAUSE_S = 0.05
@@ -63,7 +65,6 @@ class BatchRepair:
         spread: how many indices the one sample stands for, which the dataset makes together.
 
     Attributes:
-        blamed: positions given up because the batch could not be collated with their samples.
         places: the position of each sample of :meth:`batch`.
         lent: the identities of the donor in use.
         last_failure: of the newest sample, unless it came.
@@ -86,7 +87,6 @@ class BatchRepair:
         self._failures: dict[int, Failure] = {}
         self._first: Unrepairable | None = None
         self._marks = Marks()
-        self.blamed: set[int] = set()
         self.places: list[int] = []
         self.lent: tuple[Any, ...] = ()
         self.last_failure: Exception | None = None
@@ -101,19 +101,17 @@ class BatchRepair:
         """The next sample by ``get()``, asked for again if it fails.
 
         ``failed`` is what a first try, made elsewhere, raised. With ``may_end`` a ``StopIteration``
-        is the end of a stream and no failure. Before each further try the random
-        numbers are put back, so that a sample that comes late is the one that would have come.
+        is the end of a stream and no failure. Before each further try the random numbers are put
+        back, so that a sample that comes late is the one that would have come.
 
         Raises:
             Unrepairable: if it fails for good, and is not to be left out.
             StopIteration: as ``get()`` raises it.
         """
-        position, state = len(self._samples), self._marks.mark()
+        position, state = self.asked, self._marks.mark()
         tries, self.last_failure = 0 if failed is None else 1, failed
-        while True:
+        while failed is None or (tries <= self._policy.retries and not never_skipped(failed)):
             if failed is not None:
-                if tries > self._policy.retries or never_skipped(failed):
-                    break
                 time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
                 RandomState(*state).set()
             tries += 1
@@ -123,19 +121,18 @@ class BatchRepair:
                 if (may_end and isinstance(exc, StopIteration)) or struck(exc, "sample"):
                     raise
                 self.last_failure = failed = exc
-            else:
-                self.last_failure = None
-                if tries > 1:
-                    reason = f"came at try {tries}"
-                    self._incidents[position] = SampleIncident("late", position, reason)
-                return
+                continue
+            self.last_failure = None
+            if tries > 1:
+                self._incidents[position] = SampleIncident("late", position, f"came at try {tries}")
+            return
         self._samples.append(_GAP)
         self.give_up(position, failed)
 
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
         self._samples.append(_GAP)
-        self._skip(len(self._samples) - 1, RuntimeError(reason), reason)
+        self._skip(self.asked - 1, RuntimeError(reason), reason)
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
@@ -182,21 +179,21 @@ class BatchRepair:
         Raises:
             Unrepairable: if nothing that was drawn earlier comes either.
         """
-        asked = range(len(self._samples))
+        asked = range(self.asked)
         self.places = there = [k for k in asked if self._samples[k] is not _GAP]
         if self._policy.on_error == "replace" and len(there) < len(asked):
             if not there and not self._stand_in:
-                self.lend()
+                self._lend()
             there = there or [len(asked) * self.spread]
             self.places = list(asked)
             for k in asked:
                 if self._samples[k] is _GAP:
                     self.places[k] = donor = next((each for each in there if each > k), there[0])
-                    reason = self._incidents[k].reason
-                    self._incidents[k] = SampleIncident("replaced", k, reason, donor, self.lent)
+                    told = self._incidents[k]
+                    self._incidents[k] = told._replace(what="replaced", donor=donor, lent=self.lent)
         return self._stand_in * len(asked) or [self._samples[k] for k in self.places]
 
-    def lend(self) -> None:
+    def _lend(self) -> None:
         """Take the next donor.
 
         Raises:
@@ -208,6 +205,51 @@ class BatchRepair:
             assert self._first is not None
             raise self._first from None
         self._stand_in = [sample]
+
+    def collated(
+        self,
+        collate: Callable[[list[Any]], Any],
+        indices: Sequence[Any],
+        failed: Exception | None,
+    ) -> tuple[Any, list[Any]]:
+        """The batch and its samples, without those that are clearly not like the others.
+
+        Args:
+            collate: makes a batch of samples.
+            indices: the identities of the samples; none where there are no samples to compare.
+            failed: what it raised of the samples as they came.
+
+        Raises:
+            Unrepairable: with what ``collate`` raised, where no sample is clearly to blame.
+        """
+        blamed: set[int] = set()
+        while samples := self.batch():
+            if failed is None:
+                try:
+                    return collate(samples), samples
+                except Exception as exc:
+                    if struck(exc, "collate"):
+                        raise
+                    failed = exc
+            if self.lent and not never_skipped(failed):
+                self._lend()
+            else:
+                places = self.places if indices and not self.lent else []
+                found = (
+                    places and explain(samples, [indices[k] for k in places])
+                ) or FaultySample()
+                odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
+                positions = {places[k] for k in odd}
+                # A replacement that is no better is given up once.
+                if self._policy.on_error == "raise" or not positions or positions & blamed:
+                    at = 0 if self.asked == 1 and not self.lent else None
+                    at = at if found.position is None else places[found.position]
+                    raise Unrepairable(at, failed, found.text) from None
+                blamed |= positions
+                for position in sorted(positions):
+                    self.give_up(position, failed, found.text or "it is None")
+            failed = None
+        return None, []
 
     @property
     def asked(self) -> int:

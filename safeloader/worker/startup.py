@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from time import perf_counter_ns as clock
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -18,15 +17,7 @@ from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.introspect.dataset_state import describe
-from safeloader.supervision.flight_recorder import (
-    IDLE,
-    INIT,
-    OPEN,
-    PHASE,
-    PID,
-    SINCE,
-    FlightRecorder,
-)
+from safeloader.supervision.flight_recorder import IDLE, INIT, OPEN, PID, FlightRecorder
 from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue
 from safeloader.transport.messages import FailedBatch, Task
@@ -34,8 +25,9 @@ from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
+from safeloader.worker.hints import failure_in
 from safeloader.worker.mapping import MapFetcher
-from safeloader.worker.recording import RecordingFetcher, failure_in
+from safeloader.worker.recording import RecordingFetcher
 from safeloader.worker.streaming import StreamFetcher
 
 
@@ -60,9 +52,8 @@ class WorkerStartup:
         """Set this worker up; what the user's function raises is told with the first batch."""
         cells = private_row() if self.flight is None else self.flight.row(worker_id)
         cells[PID] = os.getpid()
-        cells[SINCE] = clock()
-        cells[PHASE] = INIT
         monitor = WorkerMonitor(self.flight, worker_id, cells)
+        monitor.begins(INIT)
         self.results.speak_as(worker_id, monitor.sent)
         context = dataclasses.replace(self.context, worker_id=worker_id, cells=cells)
         info = get_worker_info()
@@ -88,16 +79,14 @@ class WorkerStartup:
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
                 return refused
-            cells[SINCE] = clock()
-            cells[PHASE] = OPEN
+            monitor.begins(OPEN)
             try:
                 with monitor:
                     return monitor.over(fetcher_for(create(), context))
             except Exception as exc:
                 return refusing(exc, "sample", "iter(dataset) raised, before any sample")
             finally:
-                cells[SINCE] = clock()
-                cells[PHASE] = IDLE
+                monitor.begins(IDLE)
 
         _torch.install_fetcher(make)
 

@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from safeloader import CollateError, SafeDataLoader
-from safeloader.worker.mapping import may_stack, stacked
+from safeloader.worker import stacking
+from safeloader.worker.stacking import collation_by, stacked
 from tests.oracle import plain
 
 Pair = namedtuple("Pair", "x y")
@@ -80,6 +81,20 @@ def test_errors_are_those_of_default_collate() -> None:
     assert str(theirs.value) in str(caught.value)
 
 
-def test_it_is_for_default_collate_alone() -> None:
-    assert may_stack(default_collate)
-    assert not may_stack(lambda batch: default_collate(batch))
+class Stock:
+    """What our fetcher takes over from torch's."""
+
+    auto_collation = True
+
+    def __init__(self, collate_fn: Any) -> None:
+        self.collate_fn = collate_fn
+
+
+def test_it_is_for_default_collate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(stacking, "stacked", tried.append)
+    samples = [(torch.ones(2),)] * 2
+    collation_by(Stock(default_collate))(samples)
+    assert tried == [samples]
+    collation_by(Stock(lambda batch: default_collate(batch)))(samples)
+    assert tried == [samples]

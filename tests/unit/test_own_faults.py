@@ -492,9 +492,9 @@ def test_a_time_limit_of_the_users_is_not_swallowed() -> None:
         "failures.failure.report",
         "failures.failure.scrub",
         "failures.failure.exception_text",
-        "worker.recording.describe",
-        "worker.recording.failure_of",
-        "worker.recording.hint_for",
+        "worker.hints.describe",
+        "worker.hints.failure_of",
+        "worker.hints.hint_for",
     ],
 )
 def test_a_description_that_fails_hides_no_error(
