@@ -16,7 +16,6 @@ workers under every start method. Behind the numbers lies room for the Python st
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import NamedTuple
 
@@ -74,19 +73,11 @@ class FlightRecorder(SharedCells):
     """One row a worker, each written by that worker alone. Pickles to workers only.
 
     Raises:
-        OSError: where no anonymous file can be had.
+        OSError: where no anonymous file can be had, or it cannot be mapped.
     """
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
-        super().__init__(self._cells_bytes() + workers * STACK_BYTES)
-
-    def _cells_bytes(self) -> int:
-        cells = 8 * (_SHARED + self.workers * ROW)
-        return -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
-
-    def _mapped(self) -> memoryview:
-        return memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
+        super().__init__(_SHARED + workers * ROW, workers * STACK_BYTES)
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 
@@ -145,7 +136,7 @@ class FlightRecorder(SharedCells):
         return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
     def _stacks_at(self, worker: int) -> int:
-        return self._cells_bytes() + worker * STACK_BYTES
+        return self._mapped_bytes + worker * STACK_BYTES
 
 
 def _stamps_since(row: memoryview) -> int:
