@@ -18,14 +18,14 @@ import torch
 from safeloader._python import DupFd, assert_spawning
 
 
-def anonymous_file(size: int, name: str = "safeloader") -> int:
+def anonymous_file(size: int) -> int:
     """A file descriptor of ``size`` bytes of zeros: ``memfd``, elsewhere an unlinked file.
 
     Raises:
         OSError: where none can be had.
     """
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create("safeloader", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
