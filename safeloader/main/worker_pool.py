@@ -228,7 +228,7 @@ class WorkerPool:
             return None, f"{sys.platform} has no anonymous shared memory (memfd)"
         try:
             return SlotTable(self.workers), ""
-        except (OSError, RuntimeError) as exc:
+        except OSError as exc:
             return None, f"no shared memory for slots: {exc}"
 
     def _flight_recorder(self) -> FlightRecorder | None:

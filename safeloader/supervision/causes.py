@@ -41,10 +41,8 @@ class WorkerEnd(NamedTuple):
 
 
 def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
+    names = {each.value: each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")  # a real-time signal has none
 
 
 def ended(exit_code: int | None) -> str:

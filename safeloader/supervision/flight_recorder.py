@@ -16,7 +16,6 @@ workers under every start method. Behind the numbers lies room for the Python st
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing
 
 # A worker's row, in cells of int64; the stamps follow.
 PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL = range(7)
-MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
+MEMORY = 8  # two cells: its resident size after its first batch, and as last sampled; bytes
 STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
 _SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
@@ -50,7 +49,7 @@ class FlightRow(NamedTuple):
         since_ns: when it came there, by ``time.perf_counter_ns``; 0 if it never said so.
         pid: 0 if it never said so.
         signal: the signal that makes it write its stack; 0 while it cannot.
-        memory_first: resident, proportional and unique set size after its start, bytes; -1 unknown.
+        memory_first: its resident size after its first batch, bytes; 0 if unknown.
         memory_last: the same as last sampled.
     """
 
@@ -61,33 +60,24 @@ class FlightRow(NamedTuple):
     since_ns: int = 0
     pid: int = 0
     signal: int = 0
-    memory_first: tuple[int, int, int] = (-1, -1, -1)
-    memory_last: tuple[int, int, int] = (-1, -1, -1)
+    memory_first: int = 0
+    memory_last: int = 0
 
     @property
     def grown_bytes(self) -> int:
-        """How much its resident memory grew since its start."""
-        before, after = self.memory_first[0], self.memory_last[0]
-        return max(0, after - before) if min(before, after) > 0 else 0
+        """How much its resident memory grew since its first batch."""
+        return max(0, self.memory_last - self.memory_first)
 
 
 class FlightRecorder(SharedCells):
     """One row a worker, each written by that worker alone. Pickles to workers only.
 
     Raises:
-        OSError: where no anonymous file can be had.
+        OSError: where no anonymous file can be had, or it cannot be mapped.
     """
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
-        super().__init__(self._cells_bytes() + workers * STACK_BYTES)
-
-    def _cells_bytes(self) -> int:
-        cells = 8 * (_SHARED + self.workers * ROW)
-        return -(-cells // mmap.PAGESIZE) * mmap.PAGESIZE
-
-    def _mapped(self) -> memoryview:
-        return memoryview(mmap.mmap(self._fd, self._cells_bytes())).cast("q")
+        super().__init__(_SHARED + workers * ROW, workers * STACK_BYTES)
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 
@@ -136,8 +126,8 @@ class FlightRecorder(SharedCells):
             since_ns=since,
             pid=row[PID],
             signal=row[SIGNAL],
-            memory_first=(row[MEMORY], row[MEMORY + 1], row[MEMORY + 2]),
-            memory_last=(row[MEMORY + 3], row[MEMORY + 4], row[MEMORY + 5]),
+            memory_first=row[MEMORY],
+            memory_last=row[MEMORY + 1],
         )
 
     def stacks(self, worker: int, *, after: int = 0) -> str:
@@ -146,7 +136,7 @@ class FlightRecorder(SharedCells):
         return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
     def _stacks_at(self, worker: int) -> int:
-        return self._cells_bytes() + worker * STACK_BYTES
+        return self._mapped_bytes + worker * STACK_BYTES
 
 
 def _stamps_since(row: memoryview) -> int:

@@ -103,10 +103,6 @@ class ResultReceiver:
                 self._stalled(waited)
                 warn_s *= 2
 
-    def put(self, item: Any) -> None:
-        """As torch's queue has it."""
-        self._results.put(item)
-
     def _receive(self, seconds: float) -> Any:
         """The next message, if it comes within ``seconds``; else ``queue.Empty`` is raised."""
         if self._left_behind():  # found dead together with a message

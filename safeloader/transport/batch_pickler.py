@@ -29,7 +29,7 @@ from safeloader import _torch
 from safeloader._python import as_if_spawning, extra_reducers
 from safeloader.transport import leaves
 from safeloader.transport.channel import MOST_FDS
-from safeloader.transport.leaves import CODES, Place, Placeholder
+from safeloader.transport.leaves import CODES, NewPlace, Place, Placeholder
 from safeloader.transport.slot_batch import SlotBatch
 from safeloader.transport.slot_table import SLOTS_A_BATCH
 
@@ -143,12 +143,9 @@ class BatchPickler:
             and tensor.is_contiguous()
         ):
             place = self._bring(storage, same, size)
-            if type(place) is bytes:
-                return leaves.tensor_inline, (place, code, shape)
             if place is None:
                 return self._reduce_tensor(tensor)
-            slot, at, _ = place
-            return leaves.tensor_in_slot, (slot, at, tensor.numel(), code, shape)
+            return leaves.tensor_at, (place, code, shape)
         item, stride = tensor.itemsize, tensor.stride()
         first = int(tensor.storage_offset())
         last = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -209,12 +206,10 @@ class BatchPickler:
                 _, place = self._place_of(storage, _torch.identity_of(storage), (0, held))
         return self._torchs(storage) if place is None else (leaves.storage_at, (place,))
 
-    def _bring(
-        self, storage: torch.UntypedStorage, same: int, size: int
-    ) -> tuple[int, int, int] | bytes | None:
+    def _bring(self, storage: torch.UntypedStorage, same: int, size: int) -> NewPlace | None:
         """The place of a whole storage that comes for the first time; None if there is no room."""
         assert self._slots is not None
-        place: tuple[int, int, int] | bytes | None = None
+        place: NewPlace | None = None
         if size > INLINE:
             place = self._slots.place_of(storage, same, size)
         if place is None:
@@ -242,7 +237,7 @@ class BatchPickler:
             ctypes.memmove(slot.address + at, array.ctypes.data, array.nbytes)
         else:
             np.copyto(np.ndarray(shape, dtype, slot.memory, at, order=order), array)
-        return leaves.array_in_slot, (place, at, dtype, shape, order)
+        return leaves.array_in_slot, ((place, at, array.nbytes), dtype, shape, order)
 
     # torch's way ────────────────────────────────────────────────────────────────────────────────
 

@@ -9,7 +9,6 @@ Tensors that share memory in the worker therefore share it in main.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import threading
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-Place = tuple[int, int, int] | bytes | int  # (slot of the batch, offset, bytes); bytes; number
+NewPlace = tuple[int, int, int] | bytes  # (slot of the batch, offset, bytes); the bytes
+Place = NewPlace | int  # the number
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
@@ -46,35 +46,30 @@ class _Opening(threading.local):
 opening = _Opening()
 
 
-def _over(buffer: Any, dtype: torch.dtype, count: int = -1, offset: int = 0) -> torch.Tensor:
-    """A tensor over a buffer, which is kept for as long as the tensor's storage lives; hot path.
+def _over(message: Any, place: NewPlace, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor over new memory, which is kept as long as the tensor's storage; hot path.
 
     Torch holds the buffer for as long as the storage points at it. That is not enough: to share
     memory (``share_memory_``, a queue of its multiprocessing) it swaps what a storage points at in
     place, while arrays that hold the storage go on pointing at the buffer.
     """
-    made = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
-    vars(made.untyped_storage())["buffer"] = buffer
+    if type(place) is tuple:
+        slot, at, size = place
+        buffer = message.leases[slot]
+        made = torch.frombuffer(buffer, dtype=dtype, count=size // dtype.itemsize, offset=at)
+    else:
+        buffer = bytearray(place)
+        made = torch.frombuffer(buffer, dtype=dtype)
+    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
     return made
 
 
-def tensor_in_slot(slot: int, at: int, count: int, code: int, shape: tuple[int, ...]) -> Any:
-    """A contiguous tensor of ``count`` elements with memory of its own in a slot; hot path."""
+def tensor_at(place: NewPlace, code: int, shape: tuple[int, ...]) -> Any:
+    """A contiguous tensor with memory of its own at ``place``; hot path."""
     message = opening.now
-    buffer = message.leases[slot]
-    made = torch.frombuffer(buffer, dtype=DTYPES[code], count=count, offset=at)
-    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]  # as `_over` has it
+    made = _over(message, place, DTYPES[code])
     message.brought.append(made)
     # Not a view, which could not be detached in place.
-    return made if len(shape) == 1 else made.resize_(shape)
-
-
-def tensor_inline(data: bytes, code: int, shape: tuple[int, ...]) -> Any:
-    """A contiguous tensor that came within the message; hot path."""
-    buffer = bytearray(data)
-    made = torch.frombuffer(buffer, dtype=DTYPES[code])
-    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
-    opening.now.brought.append(made)
     return made if len(shape) == 1 else made.resize_(shape)
 
 
@@ -88,27 +83,21 @@ def tensor_over(
 
 def storage_at(place: Place) -> torch.UntypedStorage:
     """The memory at ``place`` as a storage."""
+    message = opening.now
     if isinstance(place, int):
-        brought = opening.now.brought[place]
+        brought = message.brought[place]
         return brought if isinstance(brought, torch.UntypedStorage) else brought.untyped_storage()
-    if isinstance(place, bytes):
-        made = _over(bytearray(place), torch.uint8)
-    else:
-        slot, at, count = place
-        made = _over(opening.now.leases[slot], torch.uint8, count, at)
-    storage = made.untyped_storage()
-    opening.now.brought.append(storage)
+    storage = _over(message, place, torch.uint8).untyped_storage()
+    message.brought.append(storage)
     return storage
 
 
 def array_in_slot(
-    slot: int, at: int, dtype: np.dtype[Any], shape: tuple[int, ...], order: Any
+    place: tuple[int, int, int], dtype: np.dtype[Any], shape: tuple[int, ...], order: Any
 ) -> np.ndarray[Any, Any]:
     """An array in a slot; writable, as every array is that crosses in a pickle."""
     # By way of a tensor, which holds the lease: numpy shortens chains of arrays.
-    count = math.prod(shape) * dtype.itemsize
-    memory = _over(opening.now.leases[slot], torch.uint8, count, at)
-    return np.ndarray(shape, dtype, memory.numpy(), order=order)
+    return np.ndarray(shape, dtype, _over(opening.now, place, torch.uint8).numpy(), order=order)
 
 
 class Placeholder:

@@ -23,6 +23,11 @@ from safeloader.delivery.indices import Packed
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, failure_of
 
+_NOT_PINNED = (
+    "the batch came, and could not be put into pinned memory\n"
+    "look at what it holds (a pin_memory() of its own?), or pin_memory=False"
+)
+
 
 class SamplerFault(NamedTuple):
     """Stands for the index that a sampler failed to draw.
@@ -76,6 +81,25 @@ class FailedBatch(NamedTuple):
         return self
 
 
+def failed_on_the_way(
+    manifest: BatchManifest, exc: Exception, where: str, hint: str
+) -> FailedBatch:
+    """What stands for a batch that was made, and that ``exc`` kept from arriving."""
+    known = expected_indices(manifest)
+    sample = {"index": known[0], "position": 0} if len(known) == 1 else {}
+    failure = failure_of(
+        exc,
+        phase="transport",
+        where=where,
+        indices=known,
+        worker_id=manifest.worker_id,
+        pid=manifest.pid,
+        hint=hint,
+        **sample,
+    )
+    return FailedBatch(manifest, failure)
+
+
 class DeliveredBatch(NamedTuple):
     """A batch with its manifest: worker to main."""
 
@@ -91,19 +115,7 @@ class DeliveredBatch(NamedTuple):
         try:
             return DeliveredBatch(self.manifest, _torch.pin_memory(self.payload))
         except Exception as exc:
-            failure = failure_of(
-                exc,
-                phase="transport",
-                where="in pin memory thread",
-                indices=expected_indices(self.manifest),
-                worker_id=self.manifest.worker_id,
-                pid=self.manifest.pid,
-                hint=(
-                    "the batch came, and could not be put into pinned memory\n"
-                    "look at what it holds (a pin_memory() of its own?), or pin_memory=False"
-                ),
-            )
-            return FailedBatch(self.manifest, failure)
+            return failed_on_the_way(self.manifest, exc, "in pin memory thread", _NOT_PINNED)
 
 
 class BatchMessage(NamedTuple):

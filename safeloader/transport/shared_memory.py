@@ -10,6 +10,7 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ import torch
 from safeloader._python import DupFd, assert_spawning
 
 
-def anonymous_file(size: int, name: str = "safeloader") -> int:
+def anonymous_file(size: int) -> int:
     """A file descriptor of ``size`` bytes of zeros: ``memfd``, elsewhere an unlinked file.
 
     Raises:
         OSError: where none can be had.
     """
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create("safeloader", os.MFD_CLOEXEC)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
@@ -50,19 +51,24 @@ def mapped(fd: int, size: int) -> Any:
 
 
 class SharedCells:
-    """An anonymous file of which the first bytes are cells of int64. Pickles to workers only.
+    """Cells of int64 at the head of an anonymous file. Pickles to workers only.
+
+    Args:
+        cells: how many.
+        more: bytes behind them, which are not mapped.
 
     Raises:
-        OSError: where no anonymous file can be had.
+        OSError: where no anonymous file can be had, or it cannot be mapped.
     """
 
-    def __init__(self, size: int) -> None:
-        self._fd = anonymous_file(size)
-        self._cells = self._mapped()
+    def __init__(self, cells: int, more: int = 0) -> None:
+        self._mapped_bytes = 8 * cells
+        self._fd = anonymous_file(self._mapped_bytes + more)
+        self._map()
 
-    def _mapped(self) -> memoryview:
-        """The cells. The view keeps the mapping alive: nothing is unmapped under a reader."""
-        raise NotImplementedError
+    def _map(self) -> None:
+        # The view keeps the mapping alive: nothing is unmapped under a reader.
+        self._cells = memoryview(mmap(self._fd, self._mapped_bytes)).cast("q")
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
@@ -70,7 +76,7 @@ class SharedCells:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _fd=state["_fd"].detach())
-        self._cells = self._mapped()
+        self._map()
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         # By an argument: at the interpreter's end the module's names are gone.

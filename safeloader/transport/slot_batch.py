@@ -103,6 +103,8 @@ class SlotBatch:
         return slot, 0
 
     def _take(self, size: int) -> Slot:
+        if len(self._own) + len(self._shared) >= SLOTS_A_BATCH:
+            raise NoRoom(f"a batch may lie in {SLOTS_A_BATCH} slots at most")
         slot = self.pool.take(size)
         self._taken.add(slot)
         return slot
@@ -134,9 +136,7 @@ class SlotBatch:
         found = self.stacked(storage, same)
         if found is not None and found[0] not in self._roomy:
             slot, at = found
-            place = self._place(slot)
-            if place is not None:
-                return place, at, size
+            return self._place(slot), at, size
         return self.copy(storage.data_ptr(), size)
 
     def copy(self, source: int | bytes, size: int) -> tuple[int, int, int] | None:
@@ -154,17 +154,11 @@ class SlotBatch:
         if found is None:
             return None
         slot, at = found
-        place = self._place(slot)
-        if place is None:
-            return None
         slot.add(at, size)
-        return slot, place, at
+        return slot, self._place(slot), at
 
-    def _place(self, slot: Slot) -> int | None:
+    def _place(self, slot: Slot) -> int:
         if slot.place is None:
-            if len(self.sent) == SLOTS_A_BATCH:
-                self.why = f"a batch may lie in {SLOTS_A_BATCH} slots at most"
-                return None
             slot.place = len(self.sent)
             self.sent.append(slot)
         return slot.place

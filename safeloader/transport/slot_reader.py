@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
-from safeloader.failures.failure import Failure, failure_of
+from safeloader.delivery.manifest import BatchContents, BatchManifest
+from safeloader.failures.failure import Failure
 from safeloader.introspect.fingerprint import difference
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.transport.channel import Arrived
 from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import opening
-from safeloader.transport.messages import DeliveredBatch, FailedBatch
+from safeloader.transport.messages import DeliveredBatch, FailedBatch, failed_on_the_way
 from safeloader.transport.shared_memory import mapped
 from safeloader.transport.slot_table import FREE, GONE, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportCounts
@@ -98,7 +98,8 @@ class Unpacker:
                 slot, at, size = slot_layout.stream
                 payload = pickle.loads(memoryview(came.leases[slot])[at : at + size])
         except Exception as exc:
-            return FailedBatch(manifest, _not_opened(exc, manifest))
+            where = "while loading a batch in the main process"
+            return failed_on_the_way(manifest, exc, where, shortage(exc) or _NOT_OPENED)
         finally:
             opening.now = before
         way = "torch" if slot_layout.torchs else "slots" if slot_layout.slots else "message"
@@ -199,21 +200,6 @@ class _Slot:
         self.row = row
         self.memory = memory
         self.lease: _Lease | None = None
-
-
-def _not_opened(exc: Exception, manifest: BatchManifest) -> Failure:
-    known = expected_indices(manifest)
-    return failure_of(
-        exc,
-        phase="transport",
-        where="while loading a batch in the main process",
-        index=known[0] if len(known) == 1 else None,
-        position=0 if len(known) == 1 else None,
-        indices=known,
-        worker_id=manifest.worker_id,
-        pid=manifest.pid,
-        hint=shortage(exc) or _NOT_OPENED,
-    )
 
 
 def changed(manifest: BatchManifest, batch: Any) -> Failure | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from safeloader.transport.shared_memory import SharedCells, mapped
+from safeloader.transport.shared_memory import SharedCells
 
 _SLOTS = 4096  # of one worker, at most
 SLOTS_A_BATCH = 24  # at most: the descriptors of fresh ones cross in one message
@@ -62,18 +62,13 @@ class SlotTable(SharedCells):
         most_slots: how many one worker may have.
 
     Raises:
-        OSError: where no anonymous file can be had.
-        RuntimeError: where it cannot be mapped.
+        OSError: where no anonymous file can be had, or it cannot be mapped.
     """
 
     def __init__(self, workers: int, most_slots: int = _SLOTS) -> None:
         self.workers = workers
         self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
-        self._size = 8 * (self.slots + 2) * workers
-        super().__init__(self._size)
-
-    def _mapped(self) -> memoryview:
-        return memoryview(mapped(self._fd, self._size)).cast("B").cast("q")
+        super().__init__((self.slots + 2) * workers)
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""

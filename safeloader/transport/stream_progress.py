@@ -10,17 +10,8 @@ from __future__ import annotations
 
 from collections.abc import MutableSequence
 from multiprocessing.sharedctypes import RawArray
-from typing import NamedTuple
 
 _FIELDS = 3  # read, dropped, ended
-
-
-class StreamState(NamedTuple):
-    """One worker's stream: samples read, of these dropped at the end, whether it has ended."""
-
-    read: int
-    dropped: int
-    ended: bool
 
 
 class StreamProgress:
@@ -41,8 +32,8 @@ class StreamProgress:
         at = _FIELDS * worker
         self._cells[at : at + _FIELDS] = read, dropped, ended
 
-    def read(self, worker: int) -> StreamState:
-        """How far ``worker`` is."""
+    def read(self, worker: int) -> tuple[int, int, bool]:
+        """Samples that ``worker`` has read, of these dropped at its end, whether it has ended."""
         at = _FIELDS * worker
         read, dropped, ended = self._cells[at : at + _FIELDS]
-        return StreamState(read, dropped, bool(ended))
+        return read, dropped, bool(ended)

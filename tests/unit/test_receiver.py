@@ -391,5 +391,5 @@ def test_a_pinning_thread_that_ended_is_left_to_torch_to_tell(pools: Any) -> Non
 def test_mains_own_words_come_through(pools: Any) -> None:
     pool = pools(waits)
     inbox = pool.inbox()
-    inbox.put((None, None))
+    pool.results.put((None, None))
     assert inbox.get() == (None, None)

@@ -259,8 +259,8 @@ def test_offsets_beyond_four_gibibytes(wired: Wired) -> None:
     opening.now.leases = [np.ndarray(size, np.uint8, memory)]
     opening.now.brought = []
     code = leaves.CODES[torch.uint8]
-    tensor = leaves.tensor_in_slot(0, at, 100, code, (10, 10))
-    array = leaves.array_in_slot(0, at, np.dtype(np.int16), (5, 10), "C")
+    tensor = leaves.tensor_at((0, at, 100), code, (10, 10))
+    array = leaves.array_in_slot((0, at, 100), np.dtype(np.int16), (5, 10), "C")
     whole = leaves.tensor_over((0, 0, size), code, (size,), (1,), 0)
     opening.now = before
     tensor.fill_(1)

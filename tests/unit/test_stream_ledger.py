@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safeloader import SafeDataLoader
-from safeloader.transport.stream_progress import StreamProgress, StreamState
+from safeloader.transport.stream_progress import StreamProgress
 from tests import datasets
 
 
@@ -32,10 +32,10 @@ def test_the_board_holds_what_each_worker_wrote_last(
     shared: bool, writes: list[tuple[int, int, int, bool]]
 ) -> None:
     progress = StreamProgress(4, shared=shared)
-    expected = {worker: StreamState(0, 0, False) for worker in range(4)}
+    expected = dict.fromkeys(range(4), (0, 0, False))
     for worker, read, dropped, ended in writes:
         progress.write(worker, read, dropped, ended)
-        expected[worker] = StreamState(read, dropped, ended)
+        expected[worker] = read, dropped, ended
     assert {worker: progress.read(worker) for worker in range(4)} == expected
 
 
@@ -44,7 +44,7 @@ def test_the_board_holds_what_each_worker_wrote_last(
 def test_a_row_for_every_worker(shared: bool, workers: int) -> None:
     progress = StreamProgress(workers, shared=shared)
     assert progress.read(workers - 1) == (0, 0, False)
-    assert type(progress.read(0).ended) is bool
+    assert type(progress.read(0)[2]) is bool
 
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
