@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,9 @@ class EpochAudit:
     """
 
     epoch: int
-    complete: bool
-    drawn: int
-    delivered: int
+    complete: bool = False
+    drawn: int = 0
+    delivered: int = 0
     missing: IndexArray = dataclasses.field(default_factory=_none)
     duplicated: IndexArray = dataclasses.field(default_factory=_none)
     unexpected: IndexArray = dataclasses.field(default_factory=_none)
@@ -154,10 +155,7 @@ class EpochAudit:
                 first = ", ".join(map(text, _identities(getattr(self, name)[:_SHOWN])))
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
-        for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
-            lines.append(f"    index {index_text(index)}: {reason}")
-        if len(self.reasons) > _REASONS_SHOWN:
-            lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
+        lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -165,6 +163,14 @@ class EpochAudit:
         """A replaced index, with what stands in for it."""
         by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
         return index_text(index) + by
+
+
+def first_reasons(reasons: dict[Any, str], most: int) -> list[str]:
+    """The first ``most`` reasons of an audit, a line each, and how many more there are."""
+    lines = [f"index {index_text(index)}: {why}" for index, why in islice(reasons.items(), most)]
+    if len(reasons) > most:
+        lines.append(f"and {len(reasons) - most} more in audit.reasons")
+    return lines
 
 
 def _plain(item: Any) -> Any:

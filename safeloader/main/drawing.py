@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -79,7 +78,8 @@ class RecordingSampler:
         return self._rest
 
     def _keep(self, task: Task) -> Task:
-        self._open[task.seq] = task._replace(index=_copied(task.index))
+        copies = map(restored, snapshots([task.index]))  # a sampler may fill one list over again
+        self._open[task.seq] = task._replace(index=next(copies, task.index))
         return task
 
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
@@ -149,34 +149,28 @@ class RecordingSampler:
             inner = iter(source)
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
-            return self._fault(self.log, *_taken_apart(exc))
-        return itertools.chain.from_iterable(self._passes(inner, tail, self.log))
+            return self._fault(*_taken_apart(exc))
+        return itertools.chain.from_iterable(self._passes(inner, tail))
 
-    def _fault(
-        self, log: Epoch, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
-    ) -> Iterator[Task]:
+    def _fault(self, failure: Failure, exc: Exception, lost: Sequence[Any] = ()) -> Iterator[Task]:
         """A draw that failed, in the place of the batch that was not drawn; ``lost`` is of it."""
         seq = next(self._numbers)
-        log.draw_failed(seq, failure, exc, lost)
+        self.log.draw_failed(seq, failure, exc, lost)
         yield Task(seq, SamplerFault())
 
-    def _passes(
-        self, inner: Iterator[Any], tail: list[Any], log: Epoch
-    ) -> Iterator[Iterator[Task]]:
+    def _passes(self, inner: Iterator[Any], tail: list[Any]) -> Iterator[Iterator[Task]]:
         """One pass over the sampler; after an interrupt another one over what it still has."""
         ended: list[bool] = []
         while True:
-            yield self._tasks(inner, tail, log, ended)
+            yield self._tasks(inner, tail, ended)
             if ended:
                 return
-            log.draw_interrupted(tail)
+            self.log.draw_interrupted(tail)
             tail.clear()
 
-    def _tasks(
-        self, inner: Iterator[Any], tail: list[Any], log: Epoch, ended: list[bool]
-    ) -> Iterator[Task]:
+    def _tasks(self, inner: Iterator[Any], tail: list[Any], ended: list[bool]) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
-        numbers = self._numbers
+        numbers, log = self._numbers, self.log
         batched, stream, in_main = self.batched, self._stream, self._in_main
         while True:
             fault = None
@@ -192,7 +186,7 @@ class RecordingSampler:
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                fault = self._fault(log, *_taken_apart(exc), tuple(tail))
+                fault = self._fault(*_taken_apart(exc), tuple(tail))
             except BaseException:
                 log.draw_interrupted(tail)
                 tail.clear()
@@ -223,14 +217,6 @@ class RecordingSampler:
         if name.startswith("__") or "_sampler" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._sampler, name)
-
-
-def _copied(index: Any) -> Any:
-    """What a worker gets by pickle, for later: a sampler may fill one list again and again."""
-    try:
-        return pickle.loads(pickle.dumps(index, pickle.HIGHEST_PROTOCOL))
-    except Exception:  # it cannot be sent either, which is told there
-        return index
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
