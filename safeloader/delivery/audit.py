@@ -149,8 +149,7 @@ class EpochAudit:
         if replaced := self.counts.get("replaced"):
             lines[0] += f", {replaced} replaced"
         for name, meaning in CLASSES:
-            total = self.counts.get(name, 0)
-            if total:
+            if total := self.counts.get(name):
                 text = self._with_donor if name == "replaced" else index_text
                 first = ", ".join(map(text, _identities(getattr(self, name)[:_SHOWN])))
                 more = ", ..." if total > _SHOWN else ""

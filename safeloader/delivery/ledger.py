@@ -163,9 +163,8 @@ class Ledger:
             first = known.get(key, index)
             if first != index:
                 again.append(index)
-                if len(again) <= _KEYS_SHOWN:
-                    names = f"index {index_text(index)} and index {index_text(first)}"
-                    said.append(f"{names} are one sample (key {index_text(key, 60)})")
+                names = f"index {index_text(index)} and index {index_text(first)}"
+                said.append(f"{names} are one sample (key {index_text(key, 60)})")
                 continue
             sound.append(index)
             if key in known:
@@ -176,7 +175,7 @@ class Ledger:
             else:
                 self._keys_past_limit += 1
         if len(again) > _KEYS_SHOWN:
-            said.append(f"and {len(again) - _KEYS_SHOWN} more")
+            said[_KEYS_SHOWN:] = [f"and {len(again) - _KEYS_SHOWN} more"]
         found = Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
         return found if again else None
 

@@ -16,7 +16,8 @@ import functools
 import os
 import sys
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -47,6 +48,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
+_T = TypeVar("_T")
 _told_of_ranks: list[bool] = []
 
 
@@ -93,14 +95,9 @@ class WorkerPool:
                 "and a batch that is left out whole stalls the other ranks. on_error='replace' "
                 "keeps shapes, counts and ranks in step"
             )
-        self._progress: StreamProgress | None = None
-        if self.stream:
-            try:  # shared memory for the streams' lengths
-                self._progress = StreamProgress(max(self.workers, 1), shared=self.workers > 0)
-            except OSError as exc:
-                self._log.warning(
-                    "the ends of the streams cannot be checked: no shared memory (%s)", str(exc)
-                )
+        progress = functools.partial(StreamProgress, max(self.workers, 1), shared=self.workers > 0)
+        lacking = "the ends of the streams cannot be checked: no shared memory"
+        self._progress = self._if_room(progress, lacking) if self.stream else None
 
     def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
@@ -141,10 +138,10 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
-        context = self._context(raised=self.raised)
+        context = self._context()
         _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
 
-    def _context(self, raised: list[BaseException] | None = None) -> FetchContext:
+    def _context(self) -> FetchContext:
         settings = self._settings
         dumps = settings.on_failure_dump is not None
         return FetchContext(
@@ -152,7 +149,7 @@ class WorkerPool:
             key=settings.key,
             policy=Policy(settings.on_error, settings.retries, tells=dumps),
             checksum=settings.checksum,
-            raised=raised,
+            raised=None if self.workers else self.raised,
             length=self._log.length,
         )
 
@@ -172,7 +169,8 @@ class WorkerPool:
                 counts = PoolCounts(counts, table)
             unpacker = Unpacker(table, counts)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
-            flight = self._flight_recorder()
+            lacking = "no flight recorder, so a crash will name no index"
+            flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             startup = WorkerStartup(
                 loader.worker_init_fn,
                 context=self._context(),
@@ -213,12 +211,9 @@ class WorkerPool:
             Stalls(self.diagnosis, self._log),
         )
 
-        def receiver(pinned: Any, thread: Any) -> ResultReceiver:
-            if thread is None:
-                return ResultReceiver(*waiting)
-            return PinnedResultReceiver(pinned, thread, *waiting)
-
-        _torch.listen_through(stock, receiver)
+        pinning = _torch.pinning_of(stock)
+        kind = PinnedResultReceiver if pinning else ResultReceiver
+        _torch.listen_through(stock, kind(*pinning, *waiting))
 
     def _slot_table(self) -> tuple[SlotTable | None, str]:
         """The states of the workers' slots; None, and why, for torch's own transport."""
@@ -231,12 +226,13 @@ class WorkerPool:
         except (OSError, RuntimeError) as exc:
             return None, f"no shared memory for slots: {exc}"
 
-    def _flight_recorder(self) -> FlightRecorder | None:
+    def _if_room(self, make: Callable[[], _T], lacking: str) -> _T | None:
+        """What ``make`` makes in shared memory; None where there is none, and then it is told."""
         try:
-            return FlightRecorder(self.workers)
+            return make()
         except OSError as exc:
             # Its text: a handler that keeps records would keep its frames too, and what they hold.
-            self._log.warning("no flight recorder, so a crash will name no index: %s", str(exc))
+            self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
     def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
