@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from itertools import islice
 from typing import Any
 
@@ -30,8 +31,7 @@ _SHOWN = 8
 _REASONS_SHOWN = 5
 
 
-def _none() -> IndexArray:
-    return np.empty(0, dtype=np.int64)
+_none = functools.partial(np.empty, 0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

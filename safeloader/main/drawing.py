@@ -8,6 +8,7 @@ stock loader.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections import deque
@@ -26,6 +27,7 @@ from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class RecordingSampler:
     """Stands where torch expects the index sampler, over the one the user gave.
 
@@ -38,40 +40,31 @@ class RecordingSampler:
     identified again. With ``lends`` each task has with it what was drawn last before it.
     """
 
-    log: Epoch
-
-    def __init__(
-        self,
-        sampler: Any,
-        *,
-        batched: bool,
-        stream: bool,
-        keep_open: bool = False,
-        in_main: bool = False,
-        lends: bool = False,
-    ) -> None:
-        self._sampler = sampler
-        self.batched = batched
-        self._stream = stream
-        self._numbers = itertools.count()
-        self._in_main = in_main
-        self._keep_open = keep_open
-        self._open: dict[int, Task] = {}
-        self._rest: Iterator[Task] = iter(())
-        self._resumed: Iterator[Task] | None = None  # the open tasks and the rest, not begun yet
-        self._lends = lends and not stream
-        self._killers: set[int | bytes] = set()  # snapshots that are to stand in for nothing
+    drawn_from: Any
+    _: dataclasses.KW_ONLY
+    batched: bool
+    stream: bool
+    keep_open: bool = False
+    in_main: bool = False
+    lends: bool = False
+    log: Epoch = dataclasses.field(init=False)
+    _numbers: Iterator[int] = dataclasses.field(init=False, default_factory=itertools.count)
+    _open: dict[int, Task] = dataclasses.field(init=False, default_factory=dict)
+    _rest: Iterator[Task] = dataclasses.field(init=False, default=iter(()))
+    _resumed: Iterator[Task] | None = dataclasses.field(init=False, default=None)  # open, and rest
+    # Snapshots that are to stand in for nothing.
+    _killers: set[int | bytes] = dataclasses.field(init=False, default_factory=set)
 
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
         if self._resumed is not None:  # torch asks twice before it draws
             return self._resumed
         tasks = self._begin()
-        if self._lends:
+        if self.lends and not self.stream:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
-        if not self._keep_open:
+        if not self.keep_open:
             return tasks
         self._open.clear()
         self._rest = map(self._keep, tasks)
@@ -140,7 +133,7 @@ class RecordingSampler:
 
     def _begin(self) -> Iterator[Task]:
         tail: list[Any] = []  # drawn since the last batch
-        source = self._sampler
+        source = self.drawn_from
         try:
             source = _noting(source, tail)
         except Exception as exc:
@@ -171,7 +164,7 @@ class RecordingSampler:
     def _tasks(self, inner: Iterator[Any], tail: list[Any], ended: list[bool]) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
         numbers, log = self._numbers, self.log
-        batched, stream, in_main = self.batched, self._stream, self._in_main
+        batched, stream, in_main = self.batched, self.stream, self.in_main
         while True:
             fault = None
             try:
@@ -211,12 +204,12 @@ class RecordingSampler:
             yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self.drawn_from)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_sampler" not in self.__dict__:
+        if name.startswith("__") or "drawn_from" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self._sampler, name)
+        return getattr(self.drawn_from, name)
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

@@ -207,11 +207,10 @@ class Epoch:
 
         if discrepancy := self._book(check):
             self.tell_discrepancy(discrepancy, manifest)
-        self.log.warning(
-            "epoch %d: every sample of what would be batch %d failed: it is left out whole",
-            self.number,
-            self.batches,
-        )
+        said = "epoch %d: every sample of what would be batch %d failed: it is left out whole"
+        if rank() is not None:
+            said += ", and other ranks may wait for it; on_error='replace' keeps them in step"
+        self.log.warning(said, self.number, self.batches)
         if self.ledger.settled:
             self.close()
 

@@ -26,7 +26,6 @@ from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.files import rank
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -49,7 +48,6 @@ from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
-_told_of_ranks: list[bool] = []
 
 
 class WorkerPool:
@@ -87,14 +85,6 @@ class WorkerPool:
             in_main=self.workers == 0,
             lends=settings.on_error == "replace",
         )
-        # A rank that leaves a batch out makes the others wait for it in the next all-reduce.
-        if settings.on_error == "skip" and not _told_of_ranks and rank() is not None:
-            _told_of_ranks.append(True)
-            self._log.warning(
-                "on_error='skip' in distributed training: batches of this rank may get smaller, "
-                "and a batch that is left out whole stalls the other ranks. on_error='replace' "
-                "keeps shapes, counts and ranks in step"
-            )
         progress = functools.partial(StreamProgress, max(self.workers, 1), shared=self.workers > 0)
         lacking = "the ends of the streams cannot be checked: no shared memory"
         self._progress = self._if_room(progress, lacking) if self.stream else None
