@@ -244,15 +244,13 @@ def _sigchld_deferred() -> Iterator[None]:
             handler(*came[-1])
 
 
-def pinning_of(iterator: Any) -> tuple[Any, ...]:
-    """The queue that the pinning thread of an iterator fills, and the thread; empty without."""
+def listen_through(iterator: Any, make: Callable[..., Any]) -> None:
+    """Have an iterator with workers wait for its batches through ``make()``.
+
+    With a pinning thread, ``make`` is given the queue that it fills, and the thread.
+    """
     thread = getattr(iterator, "_pin_memory_thread", None)
-    return (iterator._data_queue, thread) if thread else ()
-
-
-def listen_through(iterator: Any, queue: Any) -> None:
-    """Have an iterator with workers wait for its batches through ``queue``."""
-    iterator._data_queue = queue
+    iterator._data_queue = make(iterator._data_queue, thread) if thread else make()
 
 
 def workers_of(iterator: Any) -> list[Any]:

@@ -111,7 +111,10 @@ class Settings(Keywords):
             )
 
 
-_TRACE_ADVICE = "trace= (or SAFELOADER_TRACE) a folder that can be written to, 1 to log, or 0"
+_TRACE_ADVICE = (
+    "trace= (or SAFELOADER_TRACE) a folder that can be written to, 1 for log lines, or 0 for "
+    "nothing"
+)
 _DUMP_ADVICE = "on_failure_dump= a folder that can be written to, or None"
 # Told when something is to be written, if it still holds.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)

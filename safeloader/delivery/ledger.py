@@ -280,11 +280,9 @@ class MapLedger(Ledger):
             number -= self.book_incidents(manifest)
         elif samples != number and samples is not None:
             return _miscounted(unpack(self._taken(seq) or ()), samples)
-        if manifest.keys is not None:
-            discrepancy = self.same_key(manifest)
-            if discrepancy is not None:
-                self._taken(seq)
-                return discrepancy
+        if manifest.keys is not None and (discrepancy := self.same_key(manifest)):
+            self._taken(seq)
+            return discrepancy
         self._handed = seq  # and no call from here on, see above
         self.delivered_count += number
         del self._pending[seq]

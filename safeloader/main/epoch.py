@@ -145,13 +145,9 @@ class Epoch:
     ) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
         self._sampler_errors[seq] = failure, exc
-
-        def book(ledger: Ledger) -> None:
-            if lost:
-                self.drawn(seq, pack(lost))
-            ledger.draw_failed()
-
-        self._book(book)
+        if lost:
+            self._book(lambda ledger: self.drawn(seq, pack(lost)))
+        self._book(lambda ledger: ledger.draw_failed())
 
     def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
@@ -232,9 +228,8 @@ class Epoch:
             ledger.note_reasons(manifest)
 
         self._book(lost)
-        hints = [*first_reasons(self.ledger.reasons, SHOWN_SKIPPED), _IN_COMMON]
-        gone = [each.position for each in manifest.incidents or () if each.what != "late"]
-        at = gone[-1] if gone else None
+        gone = (each.position for each in manifest.incidents or () if each.what != "late")
+        at = max(gone, default=None)
         raise self._error_in_place(
             manifest,
             phase="sample",
@@ -243,7 +238,7 @@ class Epoch:
             index=None if at is None else asked[at],
             position=at,
             indices=asked,
-            hint="\n".join(hints),
+            hint="\n".join([*first_reasons(self.ledger.reasons, SHOWN_SKIPPED), _IN_COMMON]),
         )
 
     def _too_many(self, manifest: BatchManifest) -> str | None:

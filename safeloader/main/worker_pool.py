@@ -201,9 +201,10 @@ class WorkerPool:
             Stalls(self.diagnosis, self._log),
         )
 
-        pinning = _torch.pinning_of(stock)
-        kind = PinnedResultReceiver if pinning else ResultReceiver
-        _torch.listen_through(stock, kind(*pinning, *waiting))
+        def receiver(*pinning: Any) -> ResultReceiver:
+            return (PinnedResultReceiver if pinning else ResultReceiver)(*pinning, *waiting)
+
+        _torch.listen_through(stock, receiver)
 
     def _slot_table(self) -> tuple[SlotTable | None, str]:
         """The states of the workers' slots; None, and why, for torch's own transport."""
@@ -240,8 +241,7 @@ class WorkerPool:
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""
-        short = shortage(exc)
-        if short is not None:
+        if short := shortage(exc):
             hint = f"no worker could be started\n{short}"
             return failure_of(exc, phase="transport", where="", hint=hint)
         method = _torch.start_method(loader)
@@ -255,8 +255,7 @@ class WorkerPool:
             "on_error": self._settings.on_error,
         }
         for name, thing in sent.items():
-            culprit = find_unpicklable(thing, name)
-            if culprit is not None:
+            if culprit := find_unpicklable(thing, name):
                 hint = (
                     f"{culprit} cannot be pickled, and {method} sends it to every worker "
                     f"({culprit.reason})\n{culprit.advice.rstrip('.')}; "
@@ -279,10 +278,8 @@ class WorkerPool:
         The generators of the main process stay where they are, as if nothing had happened.
         """
         self.end()
-        generator = blueprint.generator
-        state = None if generator is None else generator.get_state()
+        if blueprint.generator is not None:
+            blueprint.generator = blueprint.generator.clone_state()
         self.sampler.begin_with_open()
         with preserved():
             self._start(blueprint)
-        if generator is not None and state is not None:
-            generator.set_state(state)
