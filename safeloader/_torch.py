@@ -185,7 +185,7 @@ def build_iterator(view: LoaderView) -> Any:
     """
     with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
         try:
-            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]
+            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]  # as good as one
         except BaseException as exc:
             _take_down(exc)
             raise
@@ -244,18 +244,19 @@ def _sigchld_deferred() -> Iterator[None]:
             handler(*came[-1])
 
 
-def listen_through(iterator: Any, make: Callable[[Any, Any], Any]) -> None:
-    """Have an iterator with workers wait for its batches through ``make(queue, thread)``.
+def listen_through(iterator: Any, make: Callable[..., Any]) -> None:
+    """Have an iterator with workers wait for its batches through ``make()``.
 
-    ``queue`` and ``thread`` are those of the pinning thread, or None.
+    With a pinning thread, ``make`` is given the queue that it fills, and the thread.
     """
-    pinning = getattr(iterator, "_pin_memory_thread", None)
-    iterator._data_queue = make(iterator._data_queue if pinning else None, pinning)
+    thread = getattr(iterator, "_pin_memory_thread", None)
+    iterator._data_queue = make(iterator._data_queue, thread) if thread else make()
 
 
 def workers_of(iterator: Any) -> list[Any]:
     """The worker processes of an iterator, in order."""
-    return iterator._workers  # type: ignore[no-any-return]
+    workers: list[Any] = iterator._workers
+    return workers
 
 
 def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:

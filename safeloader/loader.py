@@ -251,8 +251,7 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
             return None
         with LoaderLog(self.dataset).guarded("the way to the audit"):
             return self.recorder.audit()
-        nothing = EpochAudit(self.recorder.epochs - 1, complete=False, drawn=0, delivered=0)
-        return nothing.not_checked(0, "the way to the audit")
+        return EpochAudit(self.recorder.epochs - 1).not_checked(0, "the way to the audit")
 
     @property
     def transport_stats(self) -> TransportStats:

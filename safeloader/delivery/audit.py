@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,7 @@ _SHOWN = 8
 _REASONS_SHOWN = 5
 
 
-def _none() -> IndexArray:
-    return np.empty(0, dtype=np.int64)
+_none = functools.partial(np.empty, 0, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,9 +80,9 @@ class EpochAudit:
     """
 
     epoch: int
-    complete: bool
-    drawn: int
-    delivered: int
+    complete: bool = False
+    drawn: int = 0
+    delivered: int = 0
     missing: IndexArray = dataclasses.field(default_factory=_none)
     duplicated: IndexArray = dataclasses.field(default_factory=_none)
     unexpected: IndexArray = dataclasses.field(default_factory=_none)
@@ -148,16 +149,12 @@ class EpochAudit:
         if replaced := self.counts.get("replaced"):
             lines[0] += f", {replaced} replaced"
         for name, meaning in CLASSES:
-            total = self.counts.get(name, 0)
-            if total:
+            if total := self.counts.get(name):
                 text = self._with_donor if name == "replaced" else index_text
                 first = ", ".join(map(text, _identities(getattr(self, name)[:_SHOWN])))
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
-        for index, reason in list(self.reasons.items())[:_REASONS_SHOWN]:
-            lines.append(f"    index {index_text(index)}: {reason}")
-        if len(self.reasons) > _REASONS_SHOWN:
-            lines.append(f"    and {len(self.reasons) - _REASONS_SHOWN} more in audit.reasons")
+        lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -165,6 +162,14 @@ class EpochAudit:
         """A replaced index, with what stands in for it."""
         by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
         return index_text(index) + by
+
+
+def first_reasons(reasons: dict[Any, str], most: int) -> list[str]:
+    """The first ``most`` reasons of an audit, a line each, and how many more there are."""
+    lines = [f"index {index_text(index)}: {why}" for index, why in islice(reasons.items(), most)]
+    if len(reasons) > most:
+        lines.append(f"and {len(reasons) - most} more in audit.reasons")
+    return lines
 
 
 def _plain(item: Any) -> Any:

@@ -210,8 +210,7 @@ class Coverage:
                 continue
             try:
                 if item in self._other_seen:
-                    if len(self._other_twice) < TALLY_LIMIT:
-                        self._other_twice[item] = None
+                    self._other_twice[item] = None
                 elif len(self._other_seen) < TALLY_LIMIT:
                     self._other_seen.add(item)
                 else:

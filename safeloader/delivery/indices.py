@@ -7,6 +7,7 @@ the most common, becomes the bytes of an int64 array: one comparison checks the 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import pickle
@@ -24,7 +25,7 @@ from safeloader.introspect.values import Opaque
 Packed: TypeAlias = bytes | tuple[Hashable, ...]
 
 _ITEM_BYTES = 8
-_PLAIN = frozenset({str, bytes, float, complex, type(None)})
+_PLAIN = frozenset({int, str, bytes, float, complex, type(None)})
 
 
 @functools.lru_cache(maxsize=64)
@@ -42,17 +43,15 @@ def pack(indices: Iterable[Any]) -> Packed:
         >>> pack(["a", ("b", 2)])
         ('a', ('b', 2))
     """
-    if isinstance(indices, bytes | bytearray):  # their raw memory is no array of int64
-        indices = list(indices)
     try:
-        return _packer(len(indices))(*indices)  # type: ignore[arg-type]
+        return _packer(len(indices))(*indices)  # type: ignore[arg-type]  # no length: see below
     except (struct.error, TypeError):  # not ints, or no length
         pass
     except Exception as exc:  # objects of the user's that object to being asked
         if raised_by_signal(exc):
             raise
     try:
-        return tuple(identity(index) for index in indices)
+        return tuple(map(identity, indices))
     except Exception as exc:  # not iterable: the dataset's fetch will say so, torch's own way
         if raised_by_signal(exc):
             raise
@@ -84,26 +83,21 @@ def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
     except Exception:  # no batch of indices: the dataset will say so
         return
     for index in last:
-        try:
-            kept = index if type(index) is int else pickle.dumps(index)
-        except Exception:
-            continue
-        yield kept
+        with contextlib.suppress(Exception):
+            yield index if type(index) is int else pickle.dumps(index)
 
 
 def restored(snapshot: int | bytes) -> Any:
     """The index again; None where it cannot be had."""
     try:
-        return snapshot if type(snapshot) is int else pickle.loads(snapshot)  # type: ignore[arg-type]
+        return pickle.loads(snapshot) if isinstance(snapshot, bytes) else snapshot
     except Exception:  # a class that cannot be imported here
         return None
 
 
 def unpack(packed: Packed) -> tuple[Any, ...]:
     """The identities again, one per sample; ints for a batch of ints."""
-    if type(packed) is bytes:
-        return tuple(memoryview(packed).cast("q"))
-    return packed  # type: ignore[return-value]
+    return tuple(memoryview(packed).cast("q")) if isinstance(packed, bytes) else packed
 
 
 def same(one: Any, other: Any) -> bool:
@@ -126,22 +120,21 @@ def identity(index: Any) -> Hashable:
     are then told apart by their positions only.
     """
     try:
-        return _identity(index)
+        known: Hashable = _identity(index)
+        return known
     except Exception as exc:  # sparse tensors, endless lists, objects that raise: known by place
         if raised_by_signal(exc):
             raise
         return Opaque(f"<{type(index).__qualname__}>")
 
 
-def _identity(index: Any) -> Hashable:
+def _identity(index: Any) -> Any:
     kind = type(index)
-    if kind is int or kind in _PLAIN:
-        if index != index:  # NaN is not equal to itself
-            return ("nan",)
-        return index  # type: ignore[no-any-return]
+    if kind in _PLAIN:
+        return index if index == index else ("nan",)  # which is not equal to itself
     if issubclass(kind, tuple | list):  # named tuples too: they may hold tensors
         return tuple(identity(item) for item in index)
-    if kind is bool or issubclass(kind, (int, np.integer)):
+    if issubclass(kind, (int, np.integer)):
         return int(index)
     if issubclass(kind, np.generic):
         item = index.item()
@@ -154,13 +147,9 @@ def _identity(index: Any) -> Hashable:
         return ("dict", *((identity(key), identity(value)) for key, value in index.items()))
     if kind is slice:
         return ("slice", index.start, index.stop, index.step)
-    has_own_equality = any("__eq__" in vars(cls) for cls in kind.__mro__[:-1])
-    if has_own_equality and kind.__hash__ is not None:
-        try:
-            hash(index)
-        except Exception:  # a frozen dataclass that holds a list
-            return Opaque(f"<{kind.__qualname__}>")
-        return index  # type: ignore[no-any-return]
+    if any("__eq__" in vars(cls) for cls in kind.__mro__[:-1]):
+        hash(index)  # what has none, or a frozen dataclass that holds a list: known by place
+        return index
     return Opaque(f"<{kind.__qualname__}>")
 
 
@@ -171,10 +160,8 @@ def as_array(identities: Sequence[Any]) -> np.ndarray[Any, Any]:
         >>> as_array([4, 2]).tolist(), as_array([(0, 7)]).shape, as_array(["a"]).dtype
         ([4, 2], (1, 2), dtype('O'))
     """
-    if not len(identities):
-        return np.empty(0, dtype=np.int64)
     kinds = {type(item) for item in identities}
-    if kinds == {int} or (
+    if kinds <= {int} or (
         kinds == {tuple}
         and all(len(item) == 2 and type(item[0]) is type(item[1]) is int for item in identities)
     ):

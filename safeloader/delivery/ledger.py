@@ -61,6 +61,7 @@ class Ledger:
         by_class: the indices of each class of the audit; of what is repeated or unvisited none.
         reasons: why an index was skipped, replaced or late.
         donors: what stands in for an index that was replaced.
+        compares_keys: whether keys that workers of an earlier epoch go on to send are looked at.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
             plain attribute, because it is read with every batch. In a stream it stays False: the
             end of a stream is known when it is asked for.
@@ -77,6 +78,7 @@ class Ledger:
         self._handed: int | None = None  # the batch counted last as delivered
         self._interrupts = 0  # may have lost batches that are not known to be lost
         self._sampler_failed = False
+        self.compares_keys = True
         self._index_of_key: dict[Any, Any] = {}
         self._keys_bytes = 0
         self._keys_past_limit = 0
@@ -150,6 +152,8 @@ class Ledger:
 
     def same_key(self, manifest: BatchManifest) -> Discrepancy | None:
         """Samples whose key came before under another index."""
+        if not self.compares_keys:
+            return None
         known = self._index_of_key
         again: list[Any] = []
         sound: list[Any] = []
@@ -159,9 +163,8 @@ class Ledger:
             first = known.get(key, index)
             if first != index:
                 again.append(index)
-                if len(again) <= _KEYS_SHOWN:
-                    names = f"index {index_text(index)} and index {index_text(first)}"
-                    said.append(f"{names} are one sample (key {index_text(key, 60)})")
+                names = f"index {index_text(index)} and index {index_text(first)}"
+                said.append(f"{names} are one sample (key {index_text(key, 60)})")
                 continue
             sound.append(index)
             if key in known:
@@ -172,7 +175,7 @@ class Ledger:
             else:
                 self._keys_past_limit += 1
         if len(again) > _KEYS_SHOWN:
-            said.append(f"and {len(again) - _KEYS_SHOWN} more")
+            said[_KEYS_SHOWN:] = [f"and {len(again) - _KEYS_SHOWN} more"]
         found = Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
         return found if again else None
 
@@ -204,14 +207,15 @@ class Ledger:
         self, epoch: int, complete: bool, drawn: int, notes: list[str], **of_draws: Listed
     ) -> EpochAudit:
         """The audit: of what is kept here, and of the classes that the draws alone tell."""
-        classes = {name: (each.array(), each.count) for name, each in self.by_class.items()}
-        classes |= of_draws
+        kept = {name: (each.array(), each.count) for name, each in self.by_class.items()}
+        classes = kept | of_draws
+        arrays: dict[str, Any] = {name: first for name, (first, _) in classes.items()}
         return EpochAudit(
             epoch,
             complete,
             drawn,
             self.delivered_count,
-            **{name: first for name, (first, _) in classes.items()},  # type: ignore[arg-type]
+            **arrays,
             counts={name: number for name, (_, number) in classes.items()},
             notes=tuple(notes),
             reasons=dict(self.reasons),
@@ -276,11 +280,9 @@ class MapLedger(Ledger):
             number -= self.book_incidents(manifest)
         elif samples != number and samples is not None:
             return _miscounted(unpack(self._taken(seq) or ()), samples)
-        if manifest.keys is not None:
-            discrepancy = self.same_key(manifest)
-            if discrepancy is not None:
-                self._taken(seq)
-                return discrepancy
+        if manifest.keys is not None and (discrepancy := self.same_key(manifest)):
+            self._taken(seq)
+            return discrepancy
         self._handed = seq  # and no call from here on, see above
         self.delivered_count += number
         del self._pending[seq]

@@ -8,9 +8,9 @@ stock loader.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
-import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -27,6 +27,7 @@ from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class RecordingSampler:
     """Stands where torch expects the index sampler, over the one the user gave.
 
@@ -39,47 +40,39 @@ class RecordingSampler:
     identified again. With ``lends`` each task has with it what was drawn last before it.
     """
 
-    log: Epoch
-
-    def __init__(
-        self,
-        sampler: Any,
-        *,
-        batched: bool,
-        stream: bool,
-        keep_open: bool = False,
-        in_main: bool = False,
-        lends: bool = False,
-    ) -> None:
-        self._sampler = sampler
-        self.batched = batched
-        self._stream = stream
-        self._numbers = itertools.count()
-        self._in_main = in_main
-        self._keep_open = keep_open
-        self._open: dict[int, Task] = {}
-        self._rest: Iterator[Task] = iter(())
-        self._resumed: Iterator[Task] | None = None  # the open tasks and the rest, not begun yet
-        self._lends = lends and not stream
-        self._killers: set[int | bytes] = set()  # snapshots that are to stand in for nothing
+    drawn_from: Any
+    _: dataclasses.KW_ONLY
+    batched: bool
+    stream: bool
+    keep_open: bool = False
+    in_main: bool = False
+    lends: bool = False
+    log: Epoch = dataclasses.field(init=False)
+    _numbers: Iterator[int] = dataclasses.field(init=False, default_factory=itertools.count)
+    _open: dict[int, Task] = dataclasses.field(init=False, default_factory=dict)
+    _rest: Iterator[Task] = dataclasses.field(init=False, default=iter(()))
+    _resumed: Iterator[Task] | None = dataclasses.field(init=False, default=None)  # open, and rest
+    # Snapshots that are to stand in for nothing.
+    _killers: set[int | bytes] = dataclasses.field(init=False, default_factory=set)
 
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
         if self._resumed is not None:  # torch asks twice before it draws
             return self._resumed
         tasks = self._begin()
-        if self._lends:
+        if self.lends and not self.stream:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
-        if not self._keep_open:
+        if not self.keep_open:
             return tasks
         self._open.clear()
         self._rest = map(self._keep, tasks)
         return self._rest
 
     def _keep(self, task: Task) -> Task:
-        self._open[task.seq] = task._replace(index=_copied(task.index))
+        copies = map(restored, snapshots([task.index]))  # a sampler may fill one list over again
+        self._open[task.seq] = task._replace(index=next(copies, task.index))
         return task
 
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
@@ -140,7 +133,7 @@ class RecordingSampler:
 
     def _begin(self) -> Iterator[Task]:
         tail: list[Any] = []  # drawn since the last batch
-        source = self._sampler
+        source = self.drawn_from
         try:
             source = _noting(source, tail)
         except Exception as exc:
@@ -149,35 +142,29 @@ class RecordingSampler:
             inner = iter(source)
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
-            return self._fault(self.log, *_taken_apart(exc))
-        return itertools.chain.from_iterable(self._passes(inner, tail, self.log))
+            return self._fault(*_taken_apart(exc))
+        return itertools.chain.from_iterable(self._passes(inner, tail))
 
-    def _fault(
-        self, log: Epoch, failure: Failure, exc: Exception, lost: Sequence[Any] = ()
-    ) -> Iterator[Task]:
+    def _fault(self, failure: Failure, exc: Exception, lost: Sequence[Any] = ()) -> Iterator[Task]:
         """A draw that failed, in the place of the batch that was not drawn; ``lost`` is of it."""
         seq = next(self._numbers)
-        log.draw_failed(seq, failure, exc, lost)
+        self.log.draw_failed(seq, failure, exc, lost)
         yield Task(seq, SamplerFault())
 
-    def _passes(
-        self, inner: Iterator[Any], tail: list[Any], log: Epoch
-    ) -> Iterator[Iterator[Task]]:
+    def _passes(self, inner: Iterator[Any], tail: list[Any]) -> Iterator[Iterator[Task]]:
         """One pass over the sampler; after an interrupt another one over what it still has."""
         ended: list[bool] = []
         while True:
-            yield self._tasks(inner, tail, log, ended)
+            yield self._tasks(inner, tail, ended)
             if ended:
                 return
-            log.draw_interrupted(tail)
+            self.log.draw_interrupted(tail)
             tail.clear()
 
-    def _tasks(
-        self, inner: Iterator[Any], tail: list[Any], log: Epoch, ended: list[bool]
-    ) -> Iterator[Task]:
+    def _tasks(self, inner: Iterator[Any], tail: list[Any], ended: list[bool]) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
-        numbers = self._numbers
-        batched, stream, in_main = self.batched, self._stream, self._in_main
+        numbers, log = self._numbers, self.log
+        batched, stream, in_main = self.batched, self.stream, self.in_main
         while True:
             fault = None
             try:
@@ -192,7 +179,7 @@ class RecordingSampler:
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
                 # ahead while it hands one over). It takes the place of the batch not drawn instead.
-                fault = self._fault(log, *_taken_apart(exc), tuple(tail))
+                fault = self._fault(*_taken_apart(exc), tuple(tail))
             except BaseException:
                 log.draw_interrupted(tail)
                 tail.clear()
@@ -217,20 +204,12 @@ class RecordingSampler:
             yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(self.drawn_from)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_sampler" not in self.__dict__:
+        if name.startswith("__") or "drawn_from" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self._sampler, name)
-
-
-def _copied(index: Any) -> Any:
-    """What a worker gets by pickle, for later: a sampler may fill one list again and again."""
-    try:
-        return pickle.loads(pickle.dumps(index, pickle.HIGHEST_PROTOCOL))
-    except Exception:  # it cannot be sent either, which is told there
-        return index
+        return getattr(self.drawn_from, name)
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

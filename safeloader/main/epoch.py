@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit import EpochAudit, first_reasons
 from safeloader.delivery.indices import Packed, pack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
@@ -25,7 +26,6 @@ from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
-from safeloader.introspect.texts import index_text
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
@@ -33,6 +33,10 @@ from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
 
 SHOWN_SKIPPED = 12
+_IN_COMMON = (
+    "look at what these samples have in common (a disk, a shard, a file format); "
+    "max_skipped= allows more: a count, or a fraction of the samples"
+)
 _SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
 
 _T = TypeVar("_T")
@@ -76,6 +80,7 @@ class Epoch:
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
         self.events = Events(log, sinks)
+        ledger.compares_keys = settings.key is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
@@ -140,13 +145,9 @@ class Epoch:
     ) -> None:
         """The sampler raised; the error is raised when its place in the order comes."""
         self._sampler_errors[seq] = failure, exc
-
-        def book(ledger: Ledger) -> None:
-            if lost:
-                self.drawn(seq, pack(lost))
-            ledger.draw_failed()
-
-        self._book(book)
+        if lost:
+            self._book(lambda ledger: self.drawn(seq, pack(lost)))
+        self._book(lambda ledger: ledger.draw_failed())
 
     def draw_interrupted(self, lost: Sequence[Any]) -> None:
         """An interrupt went through the sampler; ``lost`` it had drawn meanwhile."""
@@ -196,18 +197,16 @@ class Epoch:
         self.count_incidents(manifest)
 
         def check(ledger: Ledger) -> Discrepancy | None:
-            discrepancy = self.check(manifest)
-            if discrepancy is not None:
+            if discrepancy := self.check(manifest):
                 ledger.settle(discrepancy, handed_over=False)
             return discrepancy
 
         if discrepancy := self._book(check):
             self.tell_discrepancy(discrepancy, manifest)
-        self.log.warning(
-            "epoch %d: every sample of what would be batch %d failed: it is left out whole",
-            self.number,
-            self.batches,
-        )
+        said = "epoch %d: every sample of what would be batch %d failed: it is left out whole"
+        if rank() is not None:
+            said += ", and other ranks may wait for it; on_error='replace' keeps them in step"
+        self.log.warning(said, self.number, self.batches)
         if self.ledger.settled:
             self.close()
 
@@ -229,16 +228,8 @@ class Epoch:
             ledger.note_reasons(manifest)
 
         self._book(lost)
-        reasons = list(self.ledger.reasons.items())
-        listed = [f"index {index_text(index)}: {why}" for index, why in reasons[:SHOWN_SKIPPED]]
-        if len(reasons) > SHOWN_SKIPPED:
-            listed.append(f"and {len(reasons) - SHOWN_SKIPPED} more in loader.audit.reasons")
-        listed.append(
-            "look at what these samples have in common (a disk, a shard, a file format); "
-            "max_skipped= allows more: a count, or a fraction of the samples"
-        )
-        gone = [each.position for each in manifest.incidents or () if each.what != "late"]
-        at = gone[-1] if gone else None
+        gone = (each.position for each in manifest.incidents or () if each.what != "late")
+        at = max(gone, default=None)
         raise self._error_in_place(
             manifest,
             phase="sample",
@@ -247,7 +238,7 @@ class Epoch:
             index=None if at is None else asked[at],
             position=at,
             indices=asked,
-            hint="\n".join(listed),
+            hint="\n".join([*first_reasons(self.ledger.reasons, SHOWN_SKIPPED), _IN_COMMON]),
         )
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
@@ -297,7 +288,7 @@ class Epoch:
         """The error for workers that hang, or died ``at`` these locations: then nothing follows."""
         for where in at or ():
             if (seq := where.position.seq) is not None:
-                self._book(lambda ledger, seq=seq: ledger.lost(seq))  # type: ignore[misc]
+                self._book(operator.methodcaller("lost", seq))
         state = None
         if self._dataset is not None:
             state = describe(self._dataset, length=self.log.length)
@@ -313,11 +304,10 @@ class Epoch:
 
     def _error_in_place(self, manifest: BatchManifest | None, **fields: Any) -> SafeLoaderError:
         """An error that is ours to tell, and ends the batch of ``manifest``."""
-        if manifest is None:
-            return self.error(Failure(pid=os.getpid(), **fields))
-        self.batches += 1
-        fields |= {"worker_id": manifest.worker_id, "pid": manifest.pid}
-        return self.error(Failure(batch=self.batches - 1, **fields))
+        if manifest is not None:
+            fields |= {"batch": self.batches, "worker_id": manifest.worker_id, "pid": manifest.pid}
+            self.batches += 1
+        return self.error(Failure(**fields))
 
     def error(
         self, failure: Failure, exception: BaseException | None = None, **more: Any
@@ -363,7 +353,7 @@ class Epoch:
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand; may be asked for from another thread."""
-        audit = EpochAudit(number, complete=False, drawn=0, delivered=0)
+        audit = EpochAudit(number)
         with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
         since = self.unchecked_since

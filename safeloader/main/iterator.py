@@ -210,10 +210,7 @@ class SafeIterator(Iterator[Any]):
         return getattr(self._stock, name)
 
     def __getstate__(self) -> NoReturn:
-        raise NotImplementedError(
-            f"a {type(self).__name__} cannot be pickled: it holds worker processes. Pickle the "
-            "loader and call iter() on it where it is needed"
-        )
+        raise NotImplementedError(f"a {type(self).__name__} cannot be pickled; its loader can")
 
     def __del__(self) -> None:
         epoch = self.__dict__.get("_epoch")

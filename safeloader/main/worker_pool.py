@@ -16,7 +16,8 @@ import functools
 import os
 import sys
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -25,7 +26,6 @@ from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.files import rank
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -47,7 +47,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
-_told_of_ranks: list[bool] = []
+_T = TypeVar("_T")
 
 
 class WorkerPool:
@@ -85,22 +85,9 @@ class WorkerPool:
             in_main=self.workers == 0,
             lends=settings.on_error == "replace",
         )
-        # A rank that leaves a batch out makes the others wait for it in the next all-reduce.
-        if settings.on_error == "skip" and not _told_of_ranks and rank() is not None:
-            _told_of_ranks.append(True)
-            self._log.warning(
-                "on_error='skip' in distributed training: batches of this rank may get smaller, "
-                "and a batch that is left out whole stalls the other ranks. on_error='replace' "
-                "keeps shapes, counts and ranks in step"
-            )
-        self._progress: StreamProgress | None = None
-        if self.stream:
-            try:  # shared memory for the streams' lengths
-                self._progress = StreamProgress(max(self.workers, 1), shared=self.workers > 0)
-            except OSError as exc:
-                self._log.warning(
-                    "the ends of the streams cannot be checked: no shared memory (%s)", str(exc)
-                )
+        progress = functools.partial(StreamProgress, max(self.workers, 1), shared=self.workers > 0)
+        lacking = "the ends of the streams cannot be checked: no shared memory"
+        self._progress = self._if_room(progress, lacking) if self.stream else None
 
     def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
@@ -141,10 +128,10 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
-        context = self._context(raised=self.raised)
+        context = self._context()
         _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
 
-    def _context(self, raised: list[BaseException] | None = None) -> FetchContext:
+    def _context(self) -> FetchContext:
         settings = self._settings
         dumps = settings.on_failure_dump is not None
         return FetchContext(
@@ -152,7 +139,7 @@ class WorkerPool:
             key=settings.key,
             policy=Policy(settings.on_error, settings.retries, tells=dumps),
             checksum=settings.checksum,
-            raised=raised,
+            raised=None if self.workers else self.raised,
             length=self._log.length,
         )
 
@@ -172,7 +159,8 @@ class WorkerPool:
                 counts = PoolCounts(counts, table)
             unpacker = Unpacker(table, counts)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
-            flight = self._flight_recorder()
+            lacking = "no flight recorder, so a crash will name no index"
+            flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             startup = WorkerStartup(
                 loader.worker_init_fn,
                 context=self._context(),
@@ -213,10 +201,8 @@ class WorkerPool:
             Stalls(self.diagnosis, self._log),
         )
 
-        def receiver(pinned: Any, thread: Any) -> ResultReceiver:
-            if thread is None:
-                return ResultReceiver(*waiting)
-            return PinnedResultReceiver(pinned, thread, *waiting)
+        def receiver(*pinning: Any) -> ResultReceiver:
+            return (PinnedResultReceiver if pinning else ResultReceiver)(*pinning, *waiting)
 
         _torch.listen_through(stock, receiver)
 
@@ -231,12 +217,13 @@ class WorkerPool:
         except OSError as exc:
             return None, f"no shared memory for slots: {exc}"
 
-    def _flight_recorder(self) -> FlightRecorder | None:
+    def _if_room(self, make: Callable[[], _T], lacking: str) -> _T | None:
+        """What ``make`` makes in shared memory; None where there is none, and then it is told."""
         try:
-            return FlightRecorder(self.workers)
+            return make()
         except OSError as exc:
             # Its text: a handler that keeps records would keep its frames too, and what they hold.
-            self._log.warning("no flight recorder, so a crash will name no index: %s", str(exc))
+            self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
     def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
@@ -254,8 +241,7 @@ class WorkerPool:
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""
-        short = shortage(exc)
-        if short is not None:
+        if short := shortage(exc):
             hint = f"no worker could be started\n{short}"
             return failure_of(exc, phase="transport", where="", hint=hint)
         method = _torch.start_method(loader)
@@ -269,8 +255,7 @@ class WorkerPool:
             "on_error": self._settings.on_error,
         }
         for name, thing in sent.items():
-            culprit = find_unpicklable(thing, name)
-            if culprit is not None:
+            if culprit := find_unpicklable(thing, name):
                 hint = (
                     f"{culprit} cannot be pickled, and {method} sends it to every worker "
                     f"({culprit.reason})\n{culprit.advice.rstrip('.')}; "
@@ -293,10 +278,8 @@ class WorkerPool:
         The generators of the main process stay where they are, as if nothing had happened.
         """
         self.end()
-        generator = blueprint.generator
-        state = None if generator is None else generator.get_state()
+        if blueprint.generator is not None:
+            blueprint.generator = blueprint.generator.clone_state()
         self.sampler.begin_with_open()
         with preserved():
             self._start(blueprint)
-        if generator is not None and state is not None:
-            generator.set_state(state)

@@ -15,7 +15,6 @@ from safeloader.main.epoch import Epoch
 from safeloader.supervision.diagnosis import WorkerLocation
 
 MOST_RESTARTS = 10  # in an epoch
-_BEFORE_ANY_TASK = ("starting", "init", "open")
 
 
 class WorkerRestarts:
@@ -34,24 +33,18 @@ class WorkerRestarts:
         self.blueprint.__dict__.update(kept)
         self._epoch = epoch
         self._restarts = 0
-        self._before_any_task = 0
         self._last: set[tuple[int, int | None]] = set()
 
     def should_restart(
         self, failure: Failure, at: Sequence[WorkerLocation], sampler: RecordingSampler
     ) -> bool:
         """Whether to try again; then the tasks at which workers died are marked, and it is told."""
-        log = self._epoch.log
         if self._restarts >= MOST_RESTARTS:
-            log.error("the workers died %d times in this epoch: giving up", self._restarts + 1)
+            times = self._restarts + 1
+            self._epoch.log.error("the workers died %d times in this epoch: giving up", times)
             return False
-        if all(where.position.phase in _BEFORE_ANY_TASK for where in at):
-            self._before_any_task += 1
-            if self._before_any_task > 1:
-                log.error("the workers died twice before they were at any batch: giving up")
-                return False
         died_at: set[tuple[int, int | None]] = set()
-        left_out = []
+        left_out: list[tuple[Any, ...]] = []
         for where in at:
             if where.position.seq is None:
                 continue

@@ -444,3 +444,14 @@ def test_batches_after_a_sampler_error_still_come(workers: int) -> None:
     assert caught(iterator).failure.phase == "sampler"
     got += [int(batch) for batch in iterator]
     assert got == [1, 3, 4]
+
+
+def test_without_a_key_workers_that_stay_have_theirs_compared_no_more() -> None:
+    loader = SafeDataLoader(
+        torch.arange(4), num_workers=1, persistent_workers=True, key=lambda sample: 1, verify="warn"
+    )
+    with pytest.warns(RuntimeWarning, match="are one sample"):
+        list(loader)
+    loader.key = None
+    list(loader)
+    assert loader.audit.ok
