@@ -118,7 +118,7 @@ class Diagnosis:
             died, also = self._workers[other], self.location(other)
             too = f"too while {also}" if also.position.pid else "too"
             found.append(f"worker {other} (pid {died.pid}) {ended(died.exitcode)} {too}")
-        found += [*_memory_line(row), *machine_lines(), of_death(end)]
+        found += [*_memory_lines(row), *machine_lines(), of_death(end)]
         return Failure(
             phase="crash",
             exception_type="WorkerCrashError",
@@ -224,10 +224,12 @@ def _torch_words(process: Any) -> str:
     return f"DataLoader worker (pid(s) {pid}) exited unexpectedly with {status}."
 
 
-def _memory_line(row: FlightRow) -> list[str]:
-    """The worker's memory as last sampled, and how it grew; nothing if it was not."""
-    if row.memory_last <= 0:
+def _memory_lines(row: FlightRow) -> list[str]:
+    """The worker's memory as last sampled, and how it grew."""
+    if row.memory_last[0] <= 0:
         return []
-    held = f"its memory as last sampled: {human_bytes(row.memory_last)} resident"
+    names = ("resident", "proportional (PSS)", "unique (USS)")
+    last = zip(names, row.memory_last, strict=True)
+    parts = [f"{human_bytes(value)} {name}" for name, value in last if value >= 0]
     how = f"grew by {human_bytes(row.grown_bytes)}" if row.grown_bytes else "did not grow"
-    return [f"{held}; {how} since its first batch"]
+    return [f"its memory as last sampled: {', '.join(parts)}; {how} since its first batch"]

@@ -27,7 +27,7 @@ STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing
 
 # A worker's row, in cells of int64; the stamps follow.
 PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL = range(7)
-MEMORY = 8  # two cells: its resident size after its first batch, and as last sampled; bytes
+MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
 STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
 _SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
@@ -49,7 +49,7 @@ class FlightRow(NamedTuple):
         since_ns: when it came there, by ``time.perf_counter_ns``; 0 if it never said so.
         pid: 0 if it never said so.
         signal: the signal that makes it write its stack; 0 while it cannot.
-        memory_first: its resident size after its first batch, bytes; 0 if unknown.
+        memory_first: resident, proportional and unique set size after its start, bytes; -1 unknown.
         memory_last: the same as last sampled.
     """
 
@@ -60,13 +60,14 @@ class FlightRow(NamedTuple):
     since_ns: int = 0
     pid: int = 0
     signal: int = 0
-    memory_first: int = 0
-    memory_last: int = 0
+    memory_first: tuple[int, int, int] = (-1, -1, -1)
+    memory_last: tuple[int, int, int] = (-1, -1, -1)
 
     @property
     def grown_bytes(self) -> int:
-        """How much its resident memory grew since its first batch."""
-        return max(0, self.memory_last - self.memory_first)
+        """How much its resident memory grew since its start."""
+        before, after = self.memory_first[0], self.memory_last[0]
+        return max(0, after - before) if min(before, after) > 0 else 0
 
 
 class FlightRecorder(SharedCells):
@@ -126,8 +127,8 @@ class FlightRecorder(SharedCells):
             since_ns=since,
             pid=row[PID],
             signal=row[SIGNAL],
-            memory_first=row[MEMORY],
-            memory_last=row[MEMORY + 1],
+            memory_first=(row[MEMORY], row[MEMORY + 1], row[MEMORY + 2]),
+            memory_last=(row[MEMORY + 3], row[MEMORY + 4], row[MEMORY + 5]),
         )
 
     def stacks(self, worker: int, *, after: int = 0) -> str:

@@ -18,6 +18,7 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.failures.failure import without_ours
+from safeloader.introspect.resources import or_none, process_memory
 from safeloader.supervision.flight_recorder import (
     IDLE,
     MEMORY,
@@ -27,7 +28,9 @@ from safeloader.supervision.flight_recorder import (
     FlightRecorder,
 )
 
-_SAMPLE_EVERY_S = 0.1
+_RESIDENT_EVERY_S = 0.1
+_SHARED_EVERY_S = 1.0
+_MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
 
 
 class WorkerMonitor:
@@ -37,6 +40,9 @@ class WorkerMonitor:
         self._cells = cells
         self._stacks = None if flight is None else flight.open_stacks(worker)
         self._sampled_at = float("-inf")
+        self._sample_shared_at = perf_counter() + _SHARED_EVERY_S
+        for k in range(6):
+            cells[MEMORY + k] = -1
         if self._stacks is not None:
             with suppress(Exception):  # no usable signal, or a program with a handler of its own
                 cells[SIGNAL] = _write_stacks_to(self._stacks)
@@ -63,17 +69,26 @@ class WorkerMonitor:
         cells[SINCE] = clock()
         cells[PHASE] = IDLE
         now = perf_counter()
-        if now - self._sampled_at > _SAMPLE_EVERY_S:
+        if now - self._sampled_at > _RESIDENT_EVERY_S:
             try:
-                self._sample_memory()
-                self._sampled_at = now
+                self._sample_memory(now)
             except Exception:  # a figure less, and no dead worker
                 self._sampled_at = float("inf")
 
-    def _sample_memory(self) -> None:
+    def _sample_memory(self, now: float) -> None:
+        """The resident size, often; what is shared, which the kernel has to add up, less often."""
         cells = self._cells
-        cells[MEMORY + 1] = _resident_bytes()
-        cells[MEMORY] = cells[MEMORY] or cells[MEMORY + 1]
+        known: tuple[int | None, ...] = ()
+        if now >= self._sample_shared_at:
+            known = process_memory() or ()
+            took = perf_counter() - now
+            self._sample_shared_at = now + max(_SHARED_EVERY_S, took / _MEMORY_SHARE)
+        for k, value in enumerate(known or (_resident_bytes(),)):
+            if value is not None:
+                cells[MEMORY + 3 + k] = value
+                if cells[MEMORY + k] < 0:
+                    cells[MEMORY + k] = value
+        self._sampled_at = now
 
     def __enter__(self) -> None:
         """Watch what is done here: it may end this process."""
@@ -87,15 +102,11 @@ class WorkerMonitor:
         os.write(self._stacks, text.encode("utf-8", "replace"))
 
 
-def _resident_bytes() -> int:
-    """Resident memory of this process by the kernel's cheapest account."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:  # not Linux
-        import psutil  # heavy for a worker
-
-        return int(psutil.Process().memory_info().rss)
+@or_none
+def _resident_bytes() -> int | None:
+    """Resident memory of this process by the kernel's cheapest account; None if unknown."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _write_stacks_to(fd: int) -> int:

@@ -69,7 +69,7 @@ def test_what_a_worker_wrote_outlives_it(method: str) -> None:
     for worker, process in zip((0, 2), processes, strict=True):
         found = recorder.read(worker)
         assert (found.phase, found.seq, found.position) == ("fetch", 70 + worker, worker + 2)
-        assert (found.pid, found.ordinal, found.memory_first) == (process.pid, 5, 1 << 40)
+        assert (found.pid, found.ordinal, found.memory_first[0]) == (process.pid, 5, 1 << 40)
         assert before < found.since_ns < clock()
         assert recorder.stacks(worker) == f"stack of {worker}\n"
     untouched = recorder.read(1)

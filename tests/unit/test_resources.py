@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import multiprocessing
 import os
 import resource
@@ -31,6 +32,7 @@ from safeloader.introspect.resources import (
     machine_lines,
     machine_memory,
     oom_kills,
+    process_memory,
     shared_memory,
     soft_limit,
     space_of,
@@ -73,6 +75,48 @@ def limited(kind: int, soft: int) -> Iterator[None]:
         resource.setrlimit(kind, before)
 
 
+# ── memory of a process ──────────────────────────────────────────────────────────────────────────
+
+
+@on_linux
+def test_memory_is_what_psutil_says() -> None:
+    found, expected = process_memory(), psutil.Process().memory_full_info()
+    assert found is not None
+    assert found.rss == pytest.approx(expected.rss, rel=0.1)
+    assert found.pss == pytest.approx(expected.pss, rel=0.1)
+    assert found.uss == pytest.approx(expected.uss, rel=0.1)
+
+
+@on_linux
+def test_what_a_forked_process_shares_is_not_its_own() -> None:
+    held = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE)
+    held.write(b"\1" * len(held))
+    child = in_a_child(process_memory)
+    held.close()
+    assert child is not None
+    assert child.pss is not None
+    assert child.uss is not None
+    assert child.uss <= child.pss <= child.rss
+    assert child.uss < child.rss - 60 * MIB
+
+
+def test_psutil_answers_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_file(path: Path) -> dict[str, int]:
+        raise FileNotFoundError(path)
+
+    expected = psutil.Process().memory_full_info()
+    of_all = psutil.virtual_memory()  # other programs take and free memory meanwhile
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: of_all)
+    monkeypatch.setattr(resources, "_fields", no_such_file)
+    found = process_memory()
+    assert found is not None
+    assert found.rss == pytest.approx(expected.rss, rel=0.1)
+    assert found.uss == pytest.approx(expected.uss, rel=0.1)
+    machine = machine_memory()
+    assert machine is not None
+    assert (machine.total, machine.available) == (of_all.total, of_all.available)
+
+
 # ── memory of the machine and of the cgroup ──────────────────────────────────────────────────────
 
 
@@ -81,18 +125,6 @@ def test_memory_of_the_machine() -> None:
     assert found is not None
     assert found.total == psutil.virtual_memory().total
     assert 0 < found.available <= found.total
-
-
-def test_psutil_answers_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_such_file(path: Path) -> dict[str, int]:
-        raise FileNotFoundError(path)
-
-    of_all = psutil.virtual_memory()  # other programs take and free memory meanwhile
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: of_all)
-    monkeypatch.setattr(resources, "_fields", no_such_file)
-    machine = machine_memory()
-    assert machine is not None
-    assert (machine.total, machine.available) == (of_all.total, of_all.available)
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -392,6 +424,7 @@ def test_a_limit_that_is_none_reads_as_that() -> None:
 # ── all of it ────────────────────────────────────────────────────────────────────────────────────
 
 FACTS = (
+    process_memory,
     machine_memory,
     cgroup_memory,
     oom_kills,
