@@ -99,7 +99,7 @@ def array_facts(value: object) -> dict[str, Any] | None:
     dispatch = "__torch_dispatch__"
     if len(definitions(cls, dispatch)) > len(definitions(torch.Tensor, dispatch)):
         return facts  # even its shape may be an answer of foreign code
-    with without_overrides():
+    with suppress(AttributeError), without_overrides():  # an unknown torch may have no such thing
         with suppress(Exception):  # a nested tensor has none
             facts["shape"] = [int(size) for size in tensor.shape.__get__(value)]
         facts["dtype"] = str(tensor.dtype.__get__(value)).removeprefix("torch.")
