@@ -151,7 +151,8 @@ class EpochAudit:
         for name, meaning in CLASSES:
             if total := self.counts.get(name):
                 text = self._with_donor if name == "replaced" else index_text
-                first = ", ".join(map(text, _identities(getattr(self, name)[:_SHOWN])))
+                shown = getattr(self, name)[:_SHOWN].tolist()  # a stream's: (worker, ordinal)
+                first = ", ".join(text(tuple(k) if type(k) is list else k) for k in shown)
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
         lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
@@ -175,8 +176,3 @@ def first_reasons(reasons: dict[Any, str], most: int) -> list[str]:
 def _plain(item: Any) -> Any:
     """For JSON: a number, a stream's pair, or text."""
     return list(item) if type(item) is tuple else item if type(item) is int else index_text(item)
-
-
-def _identities(array: IndexArray) -> list[Any]:
-    """What an array holds; the rows of a stream's are ``(worker, ordinal)``."""
-    return [tuple(item) if type(item) is list else item for item in array.tolist()]

@@ -7,7 +7,6 @@ the most common, becomes the bytes of an int64 array: one comparison checks the 
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
 import pickle
@@ -83,8 +82,13 @@ def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
     except Exception:  # no batch of indices: the dataset will say so
         return
     for index in last:
-        with contextlib.suppress(Exception):
+        try:
+            if type(index) is torch.Tensor:  # all of the memory that it is a view of would go along
+                index = index.clone()
             yield index if type(index) is int else pickle.dumps(index)
+        except Exception as exc:
+            if raised_by_signal(exc):
+                raise
 
 
 def restored(snapshot: int | bytes) -> Any:

@@ -13,6 +13,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from safeloader.introspect.redaction import REDACTED
 from safeloader.introspect.texts import (
     DEPTH,
@@ -75,6 +77,8 @@ def describe(dataset: object, *, ask: bool = True, length: int | None = None) ->
         account = _account(dataset, notes) if ask else None
         if account is None:
             pairs = fields(dataset)
+            if inherits(type(dataset), torch.nn.Module):  # two dozen tables, nearly always empty
+                pairs = [(n, v) for n, v in pairs if str(n)[:1] != "_" or own_length(v) != 0]
             told = state["attributes"] = _fitting(pairs, _attribute)
         else:
             pairs = held_by(account)

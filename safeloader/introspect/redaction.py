@@ -16,16 +16,17 @@ REDACTED = "[redacted]"
 
 # ---- by name
 
-# Anywhere in a name; with more behind it only where a word ends: no ``secretary``.
+# Anywhere in a name: no ``secretary``, though.
 _ANYWHERE = re.compile(
-    "(?:passw[a-z]*|pass_?(?:phrase|code|key|word)|pswd|secret|credential|authori[sz]ation|bearer"
-    "|cookie|webhook|conn(?:ection)?_?str(?:ing)?|shared_?access|sess(?:ion)?_?id|mnemonic"
-    "|seed_?phrase|kubeconfig|netrc)(?:access|file|hash|id|key|s|string|text|token|url|value)*"
-    "(?![a-z])"
+    "passw|pass_?(?:phrase|code|key)|pswd|secret(?!ar[iy]|et|iv|ion)|credential|authori[sz]ation"
+    "|bearer|cookie(?!_?cutter)|webhook|conn(?:ection)?_?str|shared_?access|sess(?:ion)?_?id"
+    "|mnemonic|seed_?phrase|kubeconfig|netrc"
 )
-_WHOLE = re.compile("[a-z]*pwd|psw|psk|creds?|o?auth|dsn|jwt|jws|pats?|sas|t?otp|mfa|csrf|xsrf|pfx")
+_WHOLE = re.compile(
+    "[a-z]*pwd|psw|psk|creds?|o?auth|dsn|jwt|jws|pats?|sas|t?otp|mfa|csrf|xsrf|pem|pfx"
+)
 # Last in a name: what comes behind is what it is about, and these mean something else beside it.
-_LAST = re.compile("[a-z]*pw|pem|pin|signature")
+_LAST = re.compile("[a-z]*pw|pin|signature")
 _MEASURES = re.compile(
     "count|dim|format|height|kind|len|length|limit|max|min|num|policy|required|size|type|types|width"
 )

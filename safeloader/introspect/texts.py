@@ -299,11 +299,6 @@ def _integer(value: Any) -> str:
     return int.__repr__(value) if bits <= 128 else f"<{bits} bits>"
 
 
-def _range(value: range) -> str:
-    ends = (value.start, value.stop, value.step)
-    return f"range({', '.join(map(_integer, ends))})"
-
-
 def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     def text(value: Any) -> str:
         count = base.__len__(value)
@@ -347,4 +342,4 @@ _tell(lambda value: f"<function {value.__qualname__}>", types.FunctionType)
 _tell(lambda value: f"<function {value.__name__}>", types.BuiltinFunctionType)
 _tell(lambda value: f"<module {_text(vars(value).get('__name__'), 0)}>", types.ModuleType)
 _tell(lambda value: f"{type_name(type(value))}({value.item()!r})", *_NUMPY_SCALARS)
-_tell(_range, range)
+_tell(lambda r: f"range({', '.join(map(_integer, (r.start, r.stop, r.step)))})", range)

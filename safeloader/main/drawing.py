@@ -7,6 +7,7 @@ stock loader.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -21,7 +22,7 @@ from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
 from safeloader.delivery.skip_budget import LONGEST_RUN
-from safeloader.failures.failure import Failure, failure_of
+from safeloader.failures.failure import Failure, failure_of, raised_by_signal
 from safeloader.failures.loader_log import length_of
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
@@ -35,8 +36,8 @@ class RecordingSampler:
     to epoch, so that one left over from an earlier epoch is recognised.
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
-    that they were: :meth:`begin_with_open` gives them to a new pool of workers, and then what was
-    not drawn yet. With ``in_main`` the samples are fetched in this process, and need not be
+    that they were: within :meth:`beginning_with_open` a new pool of workers is given them, and then
+    what was not drawn yet. With ``in_main`` the samples are fetched in this process, and need not be
     identified again. With ``lends`` each task has with it what was drawn last before it.
     """
 
@@ -51,7 +52,8 @@ class RecordingSampler:
     _numbers: Iterator[int] = dataclasses.field(init=False, default_factory=itertools.count)
     _open: dict[int, Task] = dataclasses.field(init=False, default_factory=dict)
     _rest: Iterator[Task] = dataclasses.field(init=False, default=iter(()))
-    _resumed: Iterator[Task] | None = dataclasses.field(init=False, default=None)  # open, and rest
+    # Open, and rest, while a new pool takes them.
+    _resumed: Iterator[Task] | None = dataclasses.field(init=False, default=None)
     # Snapshots that are to stand in for nothing.
     _killers: set[int | bytes] = dataclasses.field(init=False, default_factory=set)
 
@@ -71,8 +73,7 @@ class RecordingSampler:
         return self._rest
 
     def _keep(self, task: Task) -> Task:
-        copies = map(restored, snapshots([task.index]))  # a sampler may fill one list over again
-        self._open[task.seq] = task._replace(index=next(copies, task.index))
+        self._open[task.seq] = task._replace(index=_copied(task.index))
         return task
 
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
@@ -86,8 +87,6 @@ class RecordingSampler:
         return task
 
     def _without_killers(self, task: Task) -> Task:
-        if self._killers.isdisjoint(task.donors):
-            return task
         return task._replace(donors=tuple(k for k in task.donors if k not in self._killers))
 
     def refused(self, task: Task, exc: Exception) -> Task:
@@ -121,15 +120,16 @@ class RecordingSampler:
         self._killers.update(snapshots([at]))
         return asked[excluded : excluded + 1] if self.batched else asked
 
-    def begin_with_open(self) -> None:
-        """Give a new pool the open tasks in their order, then the rest."""
+    @contextlib.contextmanager
+    def beginning_with_open(self) -> Iterator[None]:
+        """Within, a new pool is given the open tasks in their order, then the rest."""
         # Not when they were found: of two workers that died, the other's position would move.
         self._open.update({seq: self._without_killers(task) for seq, task in self._open.items()})
-        self._resumed = itertools.chain(self._resume(), list(self._open.values()), self._rest)
-
-    def _resume(self) -> Iterator[Task]:
-        self._resumed = None
-        yield from ()
+        self._resumed = itertools.chain(list(self._open.values()), self._rest)
+        try:
+            yield
+        finally:
+            self._resumed = None
 
     def _begin(self) -> Iterator[Task]:
         tail: list[Any] = []  # drawn since the last batch
@@ -171,10 +171,7 @@ class RecordingSampler:
                 index = next(inner)
             except StopIteration:
                 ended.append(True)
-                try:
-                    log.draws_ended(tail)
-                except Exception as exc:
-                    log.at_fault("the ledger", exc)
+                log.draws_ended(tail)
                 return
             except Exception as exc:
                 # Raised here it would tear down the hand-over of an earlier batch (torch draws
@@ -210,6 +207,21 @@ class RecordingSampler:
         if name.startswith("__") or "drawn_from" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.drawn_from, name)
+
+
+def _copied(index: Any) -> Any:
+    """What a worker gets by pickle, for later: a sampler may fill one list again and again.
+
+    Not by pickle: it would take along, for each tensor, all of the memory that it is a view of.
+    """
+    if type(index) is list and {int, str}.issuperset(map(type, index)):
+        return index[:]
+    try:
+        return copy.deepcopy(index)
+    except Exception as exc:  # it cannot be sent either, which is told there
+        if raised_by_signal(exc):
+            raise
+        return index
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

@@ -222,12 +222,8 @@ class Epoch:
         if reason is None:
             return
         asked = expected_indices(manifest)
-
-        def lost(ledger: Ledger) -> None:
-            ledger.failed(manifest)
-            ledger.note_reasons(manifest)
-
-        self._book(lost)
+        self._book(lambda ledger: ledger.failed(manifest))
+        self._book(lambda ledger: ledger.note_reasons(manifest))
         gone = (each.position for each in manifest.incidents or () if each.what != "late")
         at = max(gone, default=None)
         raise self._error_in_place(

@@ -278,8 +278,9 @@ class WorkerPool:
         The generators of the main process stay where they are, as if nothing had happened.
         """
         self.end()
-        if blueprint.generator is not None:
-            blueprint.generator = blueprint.generator.clone_state()
-        self.sampler.begin_with_open()
-        with preserved():
+        self.stock = None  # if no worker starts, or an interrupt comes, the next epoch has new ones
+        generator = blueprint.generator
+        blueprint.generator = generator and generator.clone_state()
+        with self.sampler.beginning_with_open(), preserved():
             self._start(blueprint)
+        blueprint.generator = generator

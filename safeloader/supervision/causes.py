@@ -81,10 +81,9 @@ def of_death(end: WorkerEnd) -> str:
 
 def _again(index: Any, options: str = "") -> str:
     """How to have it happen again where nothing else is lost."""
-    if index is None:
-        how = f" and python{options}" if options else ""
-        return f"run the same in the main process with num_workers=0{how}"
     python = f" (python{options})" if options else ""
+    if index is None:
+        return f"run the same in the main process with num_workers=0{python}"
     if type(index) is tuple and [*map(type, index)] == [int, int]:  # a stream's
         return (
             f"iterating worker {index[0]}'s part of the dataset up to sample {index[1]} (from 0) "

@@ -58,11 +58,6 @@ def _merged(parts: Iterable[Part]) -> list[Part]:
     return merged
 
 
-def _bytes_at(address: int, size: int) -> bytes:
-    # Not by ``ctypes.string_at``, which takes a C int for a size.
-    return bytes((ctypes.c_char * size).from_address(address))
-
-
 class BatchPickler:
     """One batch on its way through the pickler, reduced to places of its memory.
 
@@ -193,7 +188,8 @@ class BatchPickler:
         address, size = storage.data_ptr() + start, part[1] - start
         copied = self._slots.copy(address, size) if size > INLINE else None
         # Without room it goes within the message: torch's way would take the storage as a whole.
-        return start, copied or _bytes_at(address, size)
+        # Not by ``ctypes.string_at``, which takes a C int for a size.
+        return start, copied or bytes((ctypes.c_char * size).from_address(address))
 
     def _storage(self, storage: torch.UntypedStorage) -> Any:
         """The same for the storage of what is no plain tensor."""

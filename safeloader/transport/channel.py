@@ -138,7 +138,8 @@ class Sender:
                     parts, fds, sent = self._backlog[0]
                     if sent:
                         close_all(fds)
-                        parts[:] = [memoryview(b"".join(parts))[sum(sent) :]]
+                        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+                        parts[:] = [memoryview(whole)[sum(sent) :]]
                         sent[:] = []
                     done = self._written()
                 if not done and not sent:  # too many descriptors are under way
@@ -195,7 +196,8 @@ class TaskQueue:
         except Exception as exc:
             number, task = item
             pickled = ForkingPickler.dumps((number, self._refused(task, exc)))
-        head = len(pickled).to_bytes(4, "big", signed=True)  # as `Connection.recv_bytes` has it
+        size = len(pickled)  # as `Connection.recv_bytes` has it
+        head = size.to_bytes(4, "big") if size < 1 << 31 else b"\xff" * 4 + size.to_bytes(8, "big")
         self._sender.send([head, pickled])
 
     def get(self, timeout: float | None = None) -> Any:

@@ -66,12 +66,13 @@ def failure_in(
         hint = hint_for(exc, phase, known.get("index"), found, dataset, context.length)
         return failure_of(exc, where=where, dataset_state=state, hint=hint, **known)
     except Exception:  # a fault of ours must not take the place of the user's error
+        with suppress(Exception):
+            known["_exception_parts"] = exception_parts_of(exc)
         return Failure(
             exception_type=type(exc).__name__,
             message="",
             hint="safeloader could not describe this failure, by a fault of its own: report it",
             _where=where,
-            _exception_parts=exception_parts_of(exc),
             **known,
         )
 

@@ -69,7 +69,7 @@ class MapFetcher(RecordingFetcher):
             self._asked, self._wanted = indices, number
         else:
             self._asked, self._wanted, self._spread = (indices,), 1, number
-        self._carefully = self._retries or task.one_by_one
+        self._carefully = (self._retries or task.one_by_one) and number > 0
         self._stamps = stamps = self._stamps_for(self._wanted)
         cells = self._cells
         cells[PHASE] = FETCH_AT_ONCE if at_once or self._spread != 1 else FETCH
@@ -102,9 +102,11 @@ class MapFetcher(RecordingFetcher):
     def _repaired(
         self, blank: BatchManifest, samples: Any, failed: Exception | None, phase: str
     ) -> Made:
-        came = isinstance(samples, list | tuple) and self._count(samples) == self._wanted
+        raises = self._policy.on_error == "raise"
+        came = isinstance(samples, list | tuple) and len(samples) == self._wanted
+        came = came and (raises or self._count(samples) is not None)
         if self._at_once and not came and failed is not None:
-            if self._policy.on_error == "raise":
+            if raises:
                 if phase == "sample" and type(self._asked) is list:
                     failed = _find(self._dataset, self._asked, failed)
                 return self._failed(failed, blank, phase)

@@ -117,7 +117,7 @@ class RecordingFetcher:
             stamps[end] = clock()
         except Exception as exc:
             blank = self._blank(*begun)
-            if not self._repairs(exc, samples, phase):
+            if not self._repairs(exc, samples, len(came), phase):
                 return self._failed(exc, blank._replace(samples=len(came)), phase)
             if isinstance(exc, KeyFault):  # on a sample that is None: collation may tell
                 return self._repaired(blank, samples, None, "collate")
@@ -183,12 +183,14 @@ class RecordingFetcher:
             why = why_not_sent(exc, batch, parts if whole else ())
             return self._failed(why, manifest, "transport")
 
-    def _repairs(self, exc: Exception, samples: Sequence[Any], phase: str) -> bool:
+    def _repairs(self, exc: Exception, samples: Sequence[Any], came: int, phase: str) -> bool:
         """Whether ``exc`` may be a fault of a sample; a ``key`` that raises is none."""
+        lenient = self._policy.on_error != "raise"
         if isinstance(exc, KeyFault):
-            return self._policy.on_error != "raise" and samples[exc.position or 0] is None
-        behind_the_last = phase == "sample" and len(samples) == self._wanted
-        return not behind_the_last and not struck(exc, phase)
+            return lenient and samples[exc.position or 0] is None
+        if not self._wanted:  # of no samples none is to blame
+            return lenient and phase == "sample"
+        return not (phase == "sample" and came == self._wanted) and not struck(exc, phase)
 
     def _repaired(
         self, blank: BatchManifest, samples: Any, failed: Exception | None, phase: str

@@ -627,3 +627,14 @@ def test_objects_of_the_interpreter_can_be_described(tmp_path: pathlib.Path) -> 
         )
     assert state["attributes"]["file"]["repr"].startswith("<_io.TextIOWrapper mode='w'")
     assert "notes" not in state
+
+
+def test_of_a_module_the_empty_tables_of_hooks_are_left_out() -> None:
+    class Files(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 1)
+            self._root = "data"
+
+    told = described(Files())["attributes"]
+    assert {"_root", "_parameters", "in_features"} <= told.keys()
+    assert not [name for name in told if "hooks" in name]

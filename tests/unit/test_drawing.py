@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import tracemalloc
 from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import (
 )
 
 from safeloader import Failure
-from safeloader.delivery.indices import Packed, pack, unpack
+from safeloader.delivery.indices import Packed, pack, restored, unpack
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.transport.messages import SamplerFault, Task
 
@@ -403,8 +404,8 @@ def test_an_interrupt_leaves_the_open_tasks_whole(keep_open: bool) -> None:
     made.answered(0)
     again = tasks
     if keep_open:
-        made.begin_with_open()
-        again = iter(made)
+        with made.beginning_with_open():
+            again = iter(made)
         assert next(again) == Task(1, 2)
     with pytest.raises(KeyboardInterrupt):
         next(again)
@@ -438,8 +439,8 @@ def test_open_tasks_keep_what_was_drawn(fillings: Any, batched: bool) -> None:
     made = RecordingSampler(refilled(*fillings), batched=batched, stream=False, keep_open=True)
     made.log = Log()
     assert len(list(made)) == 2
-    made.begin_with_open()
-    kept = [task.index for task in made]
+    with made.beginning_with_open():
+        kept = [task.index for task in made]
     assert [pack(index) for index in kept] == [pack(index) for index in expected]
     assert [type(index) for index in kept] == [type(index) for index in expected]
 
@@ -456,8 +457,31 @@ def test_a_list_inside_is_refilled_as_well() -> None:
     made = RecordingSampler(draws(), batched=True, stream=False, keep_open=True)
     made.log = Log()
     list(made)
-    made.begin_with_open()
-    assert [task.index for task in made] == [[[n], [n]] for n in range(3)]
+    with made.beginning_with_open():
+        assert [task.index for task in made] == [[[n], [n]] for n in range(3)]
+
+
+def test_a_small_view_is_kept_without_the_memory_it_is_of() -> None:
+    drawn = torch.arange(200_000)
+    views = iter(drawn[:50])
+    made = RecordingSampler(views, batched=False, stream=False, keep_open=True, lends=True)
+    made.log = Log()
+    tracemalloc.start()
+    try:
+        tasks = list(made)
+        assert tracemalloc.get_traced_memory()[1] < drawn.nbytes  # and not fifty times as much
+    finally:
+        tracemalloc.stop()
+    assert [int(restored(each)) for each in tasks[-1].donors] == list(range(48, 28, -1))
+
+
+def test_what_a_failed_start_left_open_is_not_given_to_the_next_epoch() -> None:
+    made = RecordingSampler([3, 4], batched=False, stream=False, keep_open=True)
+    made.log = Log()
+    next(iter(made))
+    with pytest.raises(KeyboardInterrupt), made.beginning_with_open():
+        raise KeyboardInterrupt
+    assert [task.index for task in made] == [3, 4]
 
 
 # ── whether a length proves anything ─────────────────────────────────────────────────────────────

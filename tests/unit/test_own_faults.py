@@ -190,7 +190,7 @@ def test_records_of_an_epoch_that_was_not_begun_replace_none(
 
 PARTS = {
     "events": (Events, "tell"),
-    "end of the draws": (epoch.Epoch, "draws_ended"),
+    "end of the draws": (ledger.MapLedger, "draws_ended"),
     "what is dropped": (drawing, "_noting"),
     "use": (safeloader.loader, "watch_for_use"),
     "line": (safeloader.loader, "_calling_line"),
