@@ -1,6 +1,6 @@
 """Every private name of torch that safeloader touches. Runs in: both.
 
-None is looked at before :func:`moved` is asked, at the first ``iter`` of a loader: with
+None is relied on before :func:`moved` is asked, at the first ``iter`` of a loader: with
 ``SAFELOADER=off`` never. When a release of torch moves one of them, torch's own loader serves, and
 this is the only module to mend. Nothing here changes torch in the user's process:
 :func:`install_fetcher` refuses to run outside a worker.

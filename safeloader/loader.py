@@ -124,7 +124,7 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
 
     # Defaults at class level: some frameworks make loaders on which __init__ never runs.
     recorder: Recorder | None = None
-    _side: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
+    _pool: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
 
@@ -204,8 +204,8 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
         if _unrecorded(self):
-            if self._side is not None:  # its workers speak in messages of ours
-                self._side = self._iterator = None
+            if self._pool is not None:  # its workers speak in messages of ours
+                self._pool = self._iterator = None
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())
 
@@ -214,14 +214,14 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
         if _unrecorded(self):
             return super()._get_iterator()
         self._recorder_on_demand()
-        iterator = iterate(self, Settings.of(self), self._side)
-        if iterator.pool.persistent and iterator.pool is not self._side:
-            self._side = iterator.pool
+        iterator = iterate(self, Settings.of(self), self._pool)
+        if iterator.pool.persistent and iterator.pool is not self._pool:
+            self._pool = iterator.pool
         return iterator
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
-        return self.__dict__ | {"_side": None, "_iterator": None}
+        return self.__dict__ | {"_pool": None, "_iterator": None}
 
     def replay(self, what: SafeLoaderError | Failure | Any) -> Any:
         """``dataset[index]`` once more, here, under the random numbers it failed with.

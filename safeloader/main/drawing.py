@@ -37,8 +37,8 @@ class RecordingSampler:
 
     With ``keep_open`` the tasks that were not answered yet are kept, until :meth:`answered` is told
     that they were: within :meth:`beginning_with_open` a new pool of workers is given them, and then
-    what was not drawn yet. With ``in_main`` the samples are fetched in this process, and need not be
-    identified again. With ``lends`` each task has with it what was drawn last before it.
+    what was not drawn yet. With ``in_main`` the samples are fetched in this process, and need not
+    be identified again. With ``lends`` each task has with it what was drawn last before it.
     """
 
     drawn_from: Any

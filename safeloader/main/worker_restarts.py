@@ -29,7 +29,7 @@ class WorkerRestarts:
 
     def __init__(self, loader: DataLoader[Any], epoch: Epoch) -> None:
         self.blueprint: DataLoader[Any] = object.__new__(type(loader))
-        kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_side")}
+        kept = {k: v for k, v in vars(loader).items() if k not in ("_iterator", "_pool")}
         self.blueprint.__dict__.update(kept)
         self._epoch = epoch
         self._restarts = 0

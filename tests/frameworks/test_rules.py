@@ -412,7 +412,7 @@ def test_persistent_iterator_is_written_once() -> None:
     loader = RemembersWrites(datasets.Noisy(), 4, **KINDS["persistent"])
     loader._writes.clear()
     list(loader)
-    assert set(loader._writes) <= {"_iterator", "_side"}
+    assert set(loader._writes) <= {"_iterator", "_pool"}
     loader._writes.clear()
     list(loader)
     assert loader._writes == []
