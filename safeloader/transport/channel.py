@@ -186,11 +186,7 @@ class TaskQueue:
         return {"_reader": self._reader}
 
     def put(self, item: Any) -> None:
-        """Send what torch's iterator has for the worker; hot path.
-
-        Raises:
-            OverflowError: if it takes more than 2 GiB.
-        """
+        """Send what torch's iterator has for the worker; hot path."""
         try:
             pickled = ForkingPickler.dumps(item)
         except Exception as exc:
@@ -336,7 +332,7 @@ class ResultQueue:
         self.poll = select.poll()
 
     def __del__(self) -> None:
-        if "_sender" in self.__dict__:
+        if "_writers" in self.__dict__:  # also where there were descriptors for some alone
             self.close()
 
     # in main ────────────────────────────────────────────────────────────────────────────────────

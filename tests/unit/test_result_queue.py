@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import resource
 import select
 import signal
 import threading
@@ -25,6 +26,7 @@ from safeloader.transport.channel import _HEADER, ResultQueue
 from safeloader.transport.messages import DeliveredBatch, FailedBatch
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_reader import Unpacker
+from tests.wired import descriptors
 
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 BOUND_S = 60
@@ -377,3 +379,19 @@ def test_what_cannot_be_loaded_still_says_which_batch_it_was() -> None:
     number, came = results.get(timeout=5)
     assert (number, type(came), came.manifest.seq) == (3, FailedBatch, 8)
     assert came.failure.exception_type == "ValueError"
+
+
+@pytest.mark.parametrize("spare", range(9))
+def test_a_queue_for_which_descriptors_run_out_leaves_none_open(spare: int) -> None:
+    gc.collect()
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before - 1 + spare, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files") as raised:
+            ResultQueue(9, lambda message: message)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    del raised
+    gc.collect()  # sockets that nobody closed would warn, which is an error here
+    assert descriptors() == before
