@@ -255,8 +255,7 @@ def listen_through(iterator: Any, make: Callable[..., Any]) -> None:
 
 def workers_of(iterator: Any) -> list[Any]:
     """The worker processes of an iterator, in order."""
-    workers: list[Any] = iterator._workers
-    return workers
+    return list(iterator._workers)
 
 
 def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:

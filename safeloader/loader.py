@@ -26,7 +26,7 @@ from safeloader import _python, _torch
 from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay
 from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
@@ -191,7 +191,8 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
             self.recorder = Recorder()
-            with LoaderLog(self.dataset).guarded("the watch for loaders that are never used"):
+            log = functools.partial(LoaderLog, self.dataset)
+            with guarded("the watch for loaders that are never used", log):
                 watch_for_use(self.recorder, _calling_line())
             # Lightning re-creates a loader made in one of its hooks from the arguments that it saw
             # the user give. With the recorder among them, the user's own loader still answers.
@@ -249,7 +250,7 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
         """Drawn against delivered, of the running or last epoch; None before the first."""
         if self.recorder is None:
             return None
-        with LoaderLog(self.dataset).guarded("the way to the audit"):
+        with guarded("the way to the audit", lambda: LoaderLog(self.dataset)):
             return self.recorder.audit()
         return EpochAudit(self.recorder.epochs - 1).not_checked(0, "the way to the audit")
 

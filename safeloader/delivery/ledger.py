@@ -174,10 +174,11 @@ class Ledger:
                 self._keys_bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
+        if not again:
+            return None
         if len(again) > _KEYS_SHOWN:
             said[_KEYS_SHOWN:] = [f"and {len(again) - _KEYS_SHOWN} more"]
-        found = Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
-        return found if again else None
+        return Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come: of a stream's nothing."""

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from safeloader.introspect import resources
-from safeloader.introspect.resources import Space, human_share, or_none
+from safeloader.introspect.resources import Space, human_bytes, human_share, or_none
 
+_LITTLE_SHARED = 8 << 20
 _CHAIN_MAX = 16  # exceptions looked at behind one
 
 
@@ -205,6 +206,28 @@ def _no_temporary_folder(exc: BaseException) -> str:
     return f"no folder for temporary files: {tried}. Set TMPDIR to a folder with space."
 
 
+def bus_error(at: str = "", again: str = "") -> str:
+    """Say what touched memory that is not there means: a full /dev/shm, or a file that was cut.
+
+    ``at`` says where it was touched, ``again`` what more there is to do.
+    """
+    shared = resources.shared_memory()
+    if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
+        return (
+            f"{shared.path} is full ({human_bytes(shared.free)} of {human_bytes(shared.total)} "
+            "free), and batches cross through it: give it more (docker run --shm-size=8g, or "
+            "--ipc=host), use fewer workers or a smaller prefetch_factor, or "
+            "torch.multiprocessing.set_sharing_strategy('file_system')"
+        )
+    return (
+        f"memory behind a mapped file went away{at}: a file that was truncated or replaced while "
+        "it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or network share, or "
+        f"{shared.path if shared else 'shared memory'} running full. Write such files under "
+        "another name and rename them when they are whole; see whether this one has its full "
+        f"size, and df -h for the disk{again}"
+    )
+
+
 # ---- memory, processes and threads
 
 
@@ -265,5 +288,5 @@ _BY_PHRASE: dict[str, _Teller] = {  # regular expressions
     "DefaultCPUAllocator: ": _memory,
     "CUDA error: out of memory": _gpu_memory,  # pinning memory says so
     "can't start new thread": _tasks,
-    "killed by signal: Bus error": _space,  # shared memory that is not there was touched
+    "killed by signal: Bus error": lambda exc: f"{bus_error()}.",
 }

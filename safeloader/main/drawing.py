@@ -210,7 +210,7 @@ class RecordingSampler:
 
 
 def _copied(index: Any) -> Any:
-    """What a worker gets by pickle, for later: a sampler may fill one list again and again.
+    """What a worker is sent, kept for later: a sampler may fill one list again and again.
 
     Not by pickle: it would take along, for each tensor, all of the memory that it is a view of.
     """

@@ -23,7 +23,7 @@ from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure, raised_by_signal
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
 from safeloader.provenance.events import Dumps, Events, LogLines
@@ -68,7 +68,7 @@ class Epoch:
         self._pid = os.getpid()
         recorder: Recorder = settings.recorder
         sinks: list[object] = [LogLines(log)]
-        with log.guarded("the trace"):
+        with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
@@ -118,7 +118,7 @@ class Epoch:
                 self.unchecked_since = self.batches - 1
 
     def _tell(self, event: str, *about: Any) -> None:
-        with self.log.guarded("the telling of events"):
+        with guarded("the telling of events", lambda: self.log):
             self.events.tell(event, *about)
 
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:

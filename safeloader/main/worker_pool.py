@@ -25,7 +25,7 @@ from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -154,9 +154,8 @@ class WorkerPool:
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()
-            counts = settings.recorder.transport
-            if table is not None:
-                counts = PoolCounts(counts, table)
+            loaders = settings.recorder.transport
+            counts = loaders if table is None else PoolCounts(loaders, table)
             unpacker = Unpacker(table, counts)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
@@ -229,7 +228,7 @@ class WorkerPool:
     def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
         """Warn of what the workers inherit from this process and had better not."""
         found: list[Any] = []
-        with self._log.guarded("the look at what workers inherit"):
+        with guarded("the look at what workers inherit", lambda: self._log):
             found = survey(
                 loader.dataset,
                 "dataset",

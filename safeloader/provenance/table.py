@@ -176,10 +176,10 @@ class Provenance:
             OSError: if the file cannot be written.
         """
         target = Path(path)
-        suffix, table = target.suffix.lower(), self.to_numpy()
+        suffix = target.suffix.lower()
         if suffix == ".npy":
             with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
-                np.save(file, _without_objects(table), allow_pickle=False)
+                np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
         elif suffix == ".parquet":
             try:
                 import pyarrow
@@ -189,16 +189,16 @@ class Provenance:
                     "saving provenance as .parquet needs pyarrow: pip install "
                     "'safeloader[parquet]', or save as .npy, .csv or .jsonl"
                 ) from exc
-            table = _without_objects(table)
+            table = _without_objects(self.to_numpy())
             columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}
             pyarrow.parquet.write_table(pyarrow.table(columns), target)
         elif suffix == ".csv":
             with target.open("w", newline="", encoding="utf-8") as text:
-                rows = _without_objects(table).tolist()
+                rows = _without_objects(self.to_numpy()).tolist()
                 csv.writer(text).writerows([_COLUMNS, *rows])
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as text:
-                for row in table:
+                for row in self.to_numpy():
                     named = dict(zip(_COLUMNS, row.tolist(), strict=True))
                     text.write(json.dumps(named, default=_text_of) + "\n")
         else:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from traceback import FrameSummary
 from typing import Any, NamedTuple
 
-from safeloader.introspect.resources import human_bytes, machine_memory, shared_memory
+from safeloader.introspect.resource_exhaustion import bus_error
+from safeloader.introspect.resources import machine_memory
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.stacks import Stack
 
-_LITTLE_SHARED = 8 << 20
 _LITTLE_SHARE = 0.05  # of the machine's memory
 
 
@@ -112,7 +112,7 @@ def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
     if name == "SIGKILL":
         return _of_sigkill(end)
     if name == "SIGBUS":
-        return _of_sigbus(end, at)
+        return bus_error(at, f"; {_again(end.index)}")
     if name in _SENT:
         return _SENT[name]
     if name not in _FAULTS:
@@ -126,24 +126,6 @@ def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
     reason = _FAULTS[name].format(at=at, line=line)
     again = _again(end.index, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
-
-
-def _of_sigbus(end: WorkerEnd, at: str) -> str:
-    shared = shared_memory()
-    if shared is not None and shared.free < max(_LITTLE_SHARED, shared.total // 20):
-        return (
-            f"{shared.path} is full ({human_bytes(shared.free)} of {human_bytes(shared.total)} "
-            "free), and batches cross through it: give it more (docker run --shm-size=8g, or "
-            "--ipc=host), use fewer workers or a smaller prefetch_factor, or "
-            "torch.multiprocessing.set_sharing_strategy('file_system')"
-        )
-    return (
-        f"memory behind a mapped file went away{at}: a file that was truncated or replaced while "
-        "it is mapped (np.memmap, LMDB, Arrow), a failing or full disk or network share, or "
-        f"{shared.path if shared else 'shared memory'} running full. Write such files under "
-        "another name and rename them when they are whole; see whether this one has its full "
-        f"size, and df -h for the disk; {_again(end.index)}"
-    )
 
 
 def _of_sigkill(end: WorkerEnd) -> str:

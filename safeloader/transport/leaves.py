@@ -60,7 +60,7 @@ def _over(message: Any, place: NewPlace, dtype: torch.dtype) -> torch.Tensor:
     else:
         buffer = bytearray(place)
         made = torch.frombuffer(buffer, dtype=dtype)
-    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
+    made.untyped_storage().buffer = buffer  # type: ignore[attr-defined]  # new: see above
     return made
 
 

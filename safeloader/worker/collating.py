@@ -63,7 +63,7 @@ def explain(samples: Sequence[object], indices: Sequence[object]) -> FaultySampl
         survey.walk()
         return _verdict(survey, indices)
     except Exception as exc:
-        if raised_by_signal(exc) is not None:
+        if raised_by_signal(exc):
             raise
         return None  # an explanation that fails must not hide the error it is to explain
 

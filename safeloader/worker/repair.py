@@ -235,9 +235,8 @@ class BatchRepair:
                 self._lend()
             else:
                 places = self.places if indices and not self.lent else []
-                found = (
-                    places and explain(samples, [indices[k] for k in places])
-                ) or FaultySample()
+                known = [indices[k] for k in places]
+                found = (explain(samples, known) if known else None) or FaultySample()
                 odd = [k for k in range(len(places)) if samples[k] is None] or found.odd
                 positions = {places[k] for k in odd}
                 # A replacement that is no better is given up once.

@@ -48,6 +48,6 @@ def stacked(samples: Any) -> list[torch.Tensor] | None:
     try:
         return [torch.stack(column, 0) for column in zip(*samples, strict=True)]
     except Exception as exc:
-        if raised_by_signal(exc) is not None:
+        if raised_by_signal(exc):
             raise
         return None

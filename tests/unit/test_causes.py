@@ -105,11 +105,11 @@ def test_a_bus_error_with_and_without_shared_memory(monkeypatch: pytest.MonkeyPa
     assert shared is not None
     for free, word in ((1 << 20, "--shm-size"), (shared.total, "np.memmap")):
         found = shared._replace(free=free, total=max(shared.total, 64 << 20))
-        monkeypatch.setattr(causes, "shared_memory", lambda found=found: found)
+        monkeypatch.setattr(resources, "shared_memory", lambda found=found: found)
         said = of_death(end(exit_code=-signal.SIGBUS))
         assert word in said
     assert "at index 137" in said
-    monkeypatch.setattr(causes, "shared_memory", lambda: None)
+    monkeypatch.setattr(resources, "shared_memory", lambda: None)
     said = of_death(end(exit_code=-signal.SIGBUS))
     assert "np.memmap" in said
     assert "rename them when they are whole" in said

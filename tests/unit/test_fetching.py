@@ -54,7 +54,7 @@ def test_an_empty_batch_that_cannot_be_collated_is_told(
 ) -> None:
     empty = [[0, 1], [], [2]]
     with pytest.raises((IndexError, ValueError)) as stock:
-        list(DataLoader(Numbers(), batch_sampler=empty, collate_fn=collate))  # type: ignore[arg-type]
+        list(DataLoader(Numbers(), batch_sampler=empty, collate_fn=collate))  # type: ignore[arg-type]  # no Dataset
     loader = SafeDataLoader(
         Numbers(), batch_sampler=empty, collate_fn=collate, on_error=on_error, retries=retries
     )

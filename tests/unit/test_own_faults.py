@@ -84,8 +84,10 @@ def batches(loader: DataLoader[Any]) -> list[list[float]]:
     return [batch.tolist() for batch in loader]
 
 
-def drawn_by(kind: str, workers: int) -> dict[str, Any]:
-    return {"batch_size": 4, "num_workers": workers, "shuffle": True if kind == "map" else None}
+def by_stock(kind: str, workers: int, **more: Any) -> tuple[dict[str, Any], list[list[float]]]:
+    """A loader's arguments, and what the stock loader makes of them."""
+    how = {"batch_size": 4, "num_workers": workers, "shuffle": kind == "map" or None} | more
+    return how, batches(DataLoader(DATA[kind], **how))
 
 
 @every_way
@@ -99,8 +101,7 @@ def test_a_fault_in_the_accounts_ends_them_and_not_the_training(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    how = drawn_by(kind, workers)
-    stock = batches(DataLoader(DATA[kind], **how))
+    how, stock = by_stock(kind, workers)
     owner, name = ACCOUNTS[part]
     broken = from_the(good, getattr(owner, name))
     struck: list[bool] = []
@@ -162,8 +163,7 @@ def test_an_audit_that_cannot_be_had_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    how = drawn_by(kind, workers)
-    stock = batches(DataLoader(DATA[kind], **how))
+    how, stock = by_stock(kind, workers)
     monkeypatch.setattr(Recorder, name, from_the(good, getattr(Recorder, name)))
     loader = SafeDataLoader(DATA[kind], **how)
     for number in range(good + 1):
@@ -206,8 +206,7 @@ def test_a_fault_beside_the_accounts_ends_no_training(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    how = drawn_by(kind, workers) | {"drop_last": True}
-    stock = batches(DataLoader(DATA[kind], **how))
+    how, stock = by_stock(kind, workers, drop_last=True)
     owner, name = PARTS[part]
     monkeypatch.setattr(owner, name, faulty)
     loader = SafeDataLoader(DATA[kind], **how)
@@ -238,8 +237,7 @@ def test_a_fault_in_the_trace_ends_the_trace_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    how = drawn_by(kind, workers)
-    stock = batches(DataLoader(DATA[kind], **how))
+    how, stock = by_stock(kind, workers)
     for cls in (trace.LogTrace, trace.FileTrace):
         for name in ("drawn", "delivered", "failed", "audited"):
             monkeypatch.setattr(cls, name, faulty)
@@ -258,8 +256,7 @@ def test_a_handler_of_the_log_that_raises_ends_the_lines_alone(
         def emit(self, record: logging.LogRecord) -> None:
             faulty()
 
-    how = drawn_by(kind, workers)
-    stock = batches(DataLoader(DATA[kind], **how))
+    how, stock = by_stock(kind, workers)
     logger, handler = logging.getLogger("safeloader"), Raises()
     before = logger.level
     logger.addHandler(handler)

@@ -329,11 +329,17 @@ def test_a_quota_that_is_used_up(tmp_path: Path) -> None:
     assert "this user's share of it is used up (`quota -s`)" in str(words)
 
 
-def test_a_bus_error_in_a_worker_as_torch_words_it() -> None:
+def test_a_bus_error_in_a_worker_as_torch_words_it(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError(
         "DataLoader worker (pid 71) is killed by signal: Bus error. It is possible"
     )
-    assert re.match(r"no space left: /dev/shm .* free.*--shm-size", str(shortage(error)))
+    roomy = Space("/dev/shm", GIB, GIB // 2, 7)
+    monkeypatch.setattr(resources, "shared_memory", lambda: roomy._replace(free=MIB))
+    assert re.match(r"/dev/shm is full \(1 MiB of 1 GiB free\).*--shm-size", str(shortage(error)))
+    monkeypatch.setattr(resources, "shared_memory", lambda: roomy)
+    words = str(shortage(error))
+    assert words.startswith("memory behind a mapped file went away: a file that was truncated")
+    assert "/dev/shm running full" in words
 
 
 # ── out of memory ────────────────────────────────────────────────────────────────────────────────
