@@ -285,6 +285,7 @@ class FailsAtLength:
         raise ValueError("why it failed, at length: " + 4 * str(index)[:80])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["short", "long", "pairs"])
 def test_skipped_samples_stay_within_the_bound_too(kind: str) -> None:
     bound = 1 << 20
