@@ -193,14 +193,13 @@ class SlotPool:
         return found
 
     def _make(self, size: int) -> Slot:
+        most = self._share[MAY_HOLD]
+        if size > most:
+            raise NoRoom(f"a batch needs more than the {most} bytes that a worker's slots may hold")
         # Before it is looked how many there may be: main lowers that, then looks.
         self._share[HOLDS] += size
         try:
             most = self._share[MAY_HOLD]
-            if size > most:
-                raise NoRoom(
-                    f"a batch needs more than the {most} bytes that a worker's slots may hold"
-                )
             if self._share[HOLDS] > most:
                 free = self._free()  # which are too small, or too large
                 if self._share[HOLDS] - sum(slot.size for slot in free) > most:

@@ -131,8 +131,14 @@ def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch)
     assert stats.bytes <= 8 * MB
     assert stats.batches["slots"] >= 10
     assert stats.batches["message"] >= 10  # they are small
-    (why,) = stats.fallbacks
-    assert why == f"{4 * MB} bytes of slots hold batches that are in use"
+    assert sum(stats.fallbacks.values()) == stats.batches["message"]
+    # Less for a moment, if main divides while the other worker asks for a slot.
+    most = [
+        int(why.removesuffix(" bytes of slots hold batches that are in use"))
+        for why in stats.fallbacks
+    ]
+    assert max(most) == 4 * MB
+    assert min(most) >= 4 * MB - 512 * KB
     assert "not in a slot" in str(stats)
 
 
