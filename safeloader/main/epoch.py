@@ -174,8 +174,7 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            said = f"safeloader: {discrepancy.reason}"
-            warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
+            warnings.warn(f"safeloader: {discrepancy.reason}", RuntimeWarning, stacklevel)
             return
         culprits = discrepancy.culprits
         raise self._error_in_place(

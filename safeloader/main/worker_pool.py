@@ -191,14 +191,8 @@ class WorkerPool:
         draws, method = self.sampler, _torch.start_method(loader)
         # Not by way of the pool, which holds it: a cycle.
         self.diagnosis = Diagnosis(flight, processes, method, lambda seq: draws.log.opened(seq))
-        waiting: tuple[Any, ...] = (
-            results,
-            processes,
-            _torch.expects_end_of(weakref.ref(stock)),
-            self.timeout_s,
-            settings.stall_after,
-            Stalls(self.diagnosis, self._log),
-        )
+        ends, stalls = _torch.expects_end_of(weakref.ref(stock)), Stalls(self.diagnosis, self._log)
+        waiting: Any = results, processes, ends, self.timeout_s, settings.stall_after, stalls
 
         def receiver(*pinning: Any) -> ResultReceiver:
             return (PinnedResultReceiver if pinning else ResultReceiver)(*pinning, *waiting)

@@ -68,7 +68,7 @@ class Unpacker:
     def __init__(
         self, table: SlotTable | None = None, counts: TransportCounts | None = None
     ) -> None:
-        self._table = table
+        self._table: Any = table  # None without slots: then nothing comes in one
         self._counts = TransportCounts() if counts is None else counts
         self._slots: dict[tuple[int, int], _Slot] = {}
         self._gone: deque[_Lease] = deque()  # leases that nothing refers to any more
@@ -137,22 +137,19 @@ class Unpacker:
                 if size >= _LARGE:
                     self._enough = 1
         except Exception:  # the worker must not think that they are known here
-            assert self._table is not None
             for number, _ in slot_layout.slots:
                 slots.pop((worker, number), None)
                 self._table.row(worker)[number] = GONE
             raise
 
     def _map_fresh(self, worker: int, slot_layout: SlotLayout, fds: list[int]) -> None:
-        assert self._table is not None
         row = self._table.row(worker)
         if len(fds) < slot_layout.fds:
             raise OSError(errno.EMFILE, "a slot's file descriptor was lost on the way")
         for place, fd in zip(slot_layout.fresh, fds[-len(slot_layout.fresh) :], strict=True):
             number, size = slot_layout.slots[place]
-            memory = mapped(fd, size)
-            self._slots[worker, number] = _Slot(row, memory)
-            self._counts.slot_made(memory)
+            self._slots[worker, number] = slot = _Slot(row, mapped(fd, size))
+            self._counts.slot_made(slot.memory)
 
     def settle(self, all_of_them: bool = False) -> None:
         """Tell the workers which slots nothing refers to any more. Hot path.

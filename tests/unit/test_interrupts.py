@@ -15,6 +15,7 @@ import torch
 from safeloader.supervision import receiver as inbox_module
 from safeloader.supervision.receiver import ResultReceiver, WorkersDied
 from safeloader.transport.channel import _HEADER, _WITH_FDS, ResultQueue, TaskQueue, close_all
+from safeloader.transport.messages import Task
 from safeloader.transport.slot_table import FREE
 from tests.interrupts import at_every_moment
 from tests.unit.test_receiver import BOUND_S, Pool, dies, waits
@@ -168,19 +169,19 @@ def test_a_task_that_an_interrupt_stopped_comes_whole_or_not_at_all(size: int) -
         nonlocal called
         if not called:
             called = True  # once: who was interrupted does not put it again
-            tasks.put((0, bytes(size)))
+            tasks.put((0, Task(0, bytes(size))))
 
     moments = 0
     for run in at_every_moment(put, "transport/channel.py"):
         moments += 1
         called = False
         run()
-        tasks.put((1, "next"))
+        tasks.put((1, Task(1, "next")))
         came = [tasks.get(timeout=5)]
         if came[0][0] == 0:
             came.append(tasks.get(timeout=5))
-        assert came[-1] == (1, "next")
-        assert came[:-1] in ([], [(0, bytes(size))])
+        assert came[-1] == (1, Task(1, "next"))
+        assert came[:-1] in ([], [(0, Task(0, bytes(size)))])
         with pytest.raises(queue.Empty):
             tasks.get(timeout=0)
     assert moments > 10
