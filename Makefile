@@ -53,9 +53,10 @@ types: $(VENV)/dev
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -W --keep-going --quiet -E -b html docs docs/_build/html
 
-# Mutants of the pure modules, and who survives; `[tool.mutmut]` in pyproject.toml says which.
+# Mutants of the pure modules, and who survives; `[tool.mutmut]` in pyproject.toml says which. Each
+# runs in a fork of one process: the threads of torch's sums are not there, and would be waited for.
 mutation: $(VENV)/mutation
-	$(BIN)/mutmut run
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/mutmut run
 	$(BIN)/mutmut results
 
 clean:
