@@ -46,7 +46,7 @@ def test_each_class_has_a_line_with_its_count_and_indices(name: str) -> None:
     assert line.startswith(f"  {name}: 2, ")
     assert line.endswith(": 7, 3")
     assert audit.ok == (name not in TROUBLES)
-    assert ("NOT OK" in head) == (name in TROUBLES)
+    assert (", NOT OK; " in head) == (name in TROUBLES)
 
 
 @pytest.mark.parametrize(("number", "shown"), [(8, "0, 1, 2, 3, 4, 5, 6, 7"), (9, "6, 7, ...")])
@@ -78,6 +78,13 @@ def test_replaced_indices_are_shown_with_their_donors_and_reasons() -> None:
     ]
     told = audit.to_dict()
     assert (told["reasons"], told["donors"]) == ({"3": "ValueError: three", "5": "late"}, {"3": 7})
+
+
+def test_donors_are_shown_only_where_they_stand_in() -> None:
+    audit = dataclasses.replace(audit_with(replaced=[3], repeated=[3]), donors={3: 7})
+    _, replaced, repeated = str(audit).split("\n")
+    assert replaced.endswith(": 3 (by 7)")
+    assert repeated == "  repeated: 1, drawn more than once by the sampler: 3"
 
 
 @pytest.mark.parametrize(
@@ -259,3 +266,14 @@ def test_what_was_not_checked_is_neither_ok_nor_not(troubles: dict[str, list[int
     told = json.loads(json.dumps(audit.to_dict()))
     assert (told["ok"], told["unchecked_since"]) == (None, 7)
     assert audit_with().to_dict()["unchecked_since"] is None
+
+
+def test_an_epoch_with_a_fault_of_our_own_says_since_when_and_which_parts() -> None:
+    checked = audit_with(notes=("a note",), dropped=[5])
+    audit = checked.not_checked(7, "the ledger", "the recorder")
+    assert (audit.complete, audit.ok, audit.unchecked_since) == (False, None, 7)
+    said = "the ledger, the recorder failed: a fault of safeloader's own, which the log tells"
+    assert audit.notes == ("a note", said)
+    assert (audit.epoch, audit.drawn, audit.delivered) == (2, 40, 30)
+    assert audit.dropped.tolist() == [5]
+    assert (checked.complete, checked.ok, checked.notes) == (True, True, ("a note",))

@@ -82,6 +82,7 @@ def test_asking_in_between_changes_nothing(
 @settings(max_examples=60)
 @given(batches_of(NUMBERS), LENGTHS)
 @example([[3, -1]], 4)
+@example([[-4]], 4)
 @example([[-1], [-1, -5]], 4)
 @example([[-4096, -4097], [4095, 0]], 4096)
 def test_a_negative_index_visits_what_it_stands_for(batches: list[list[int]], length: int) -> None:
@@ -105,6 +106,33 @@ def test_a_negative_index_visits_what_it_stands_for(batches: list[list[int]], le
     assert coverage.unvisited(length)[1] == len(never)
     plain, _ = coverage.repeated(None)  # of what they stand for nothing is known
     assert plain.tolist() == sorted(n for n in times if times[n] > 1)
+    assert coverage.unmapped == 0
+
+
+def test_unvisited_indices_of_a_long_dataset_are_listed_up_to_its_length() -> None:
+    length = 10_000
+    drawn = {*range(4000), 4095, 4096, 5000, *range(8000, 9995), 9999}
+    coverage = covered([[*drawn, length, length + 1]])
+    never = [index for index in range(length) if index not in drawn]
+    listed, number = coverage.unvisited(length)
+    assert listed.tolist() == never
+    assert number == len(never)
+
+
+def test_asking_for_what_was_not_drawn_yet_does_not_hide_it_later() -> None:
+    coverage = covered([[-1]])
+    assert coverage.repeated(10_000)[1] == 0  # 9999 is looked up
+    coverage.add(pack([9999]))
+    assert coverage.repeated(10_000)[0].tolist() == [-1]
+    assert coverage.unmapped == 0
+    assert coverage.unvisited(10_000)[1] == 9999
+
+
+def test_asking_takes_none_of_the_room_for_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage_module, "_PAGES_LIMIT", 2)
+    coverage = covered([[-1]])
+    assert coverage.repeated(10_000)[1] == 0
+    coverage.add(pack([5]))
     assert coverage.unmapped == 0
 
 
@@ -136,6 +164,7 @@ def test_named_indices_have_no_range_to_be_unvisited_in(
 def test_without_a_length_nothing_is_unvisited() -> None:
     coverage = covered([[5, 5]])
     assert coverage.unvisited(None)[0].size == 0
+    assert coverage.unvisited(None)[0].dtype == np.int64
     assert coverage.unvisited(None)[1] == 0
     assert coverage.repeated(None)[0].tolist() == [5]
 
@@ -161,6 +190,30 @@ def test_arrays_are_cut_at_the_limit_and_counts_are_exact(monkeypatch: pytest.Mo
     assert coverage.repeated(None)[1] == 20
     assert coverage.unvisited(40)[0].tolist() == [1, 3, 5, 7, 9]
     assert coverage.unvisited(40)[1] == 20
+
+
+class Plain:
+    """No equality of its own: known by its type alone."""
+
+
+def test_two_objects_of_one_type_need_not_be_one_index() -> None:
+    coverage = covered([[Plain(), "a", Plain(), "a"], [Plain()]])
+    assert coverage.repeated(None)[0].tolist() == ["a"]
+    assert coverage.repeated(None)[1] == 1
+    assert coverage.unmapped == 0
+
+
+def test_indices_that_refuse_to_be_compared_are_told_of_as_unmapped() -> None:
+    class RefusesToCompare:
+        def __eq__(self, other: object) -> bool:
+            raise OSError("not today")
+
+        def __hash__(self) -> int:
+            return 1
+
+    coverage = covered([[RefusesToCompare() for _ in range(4)], ["a"]])
+    assert coverage.repeated(None)[1] == 0
+    assert coverage.unmapped == 3  # all but the first, which met no other
 
 
 def test_named_indices_past_the_limit_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +319,12 @@ def test_a_flush_that_is_interrupted_leaves_nothing_said_that_is_not_known(
     assert coverage.repeated(4)[0].tolist() == [2]
     assert coverage.unvisited(4)[1] == 0
     assert coverage.unmapped == 3
+    coverage.add(pack([0, 3]))
+    with monkeypatch.context() as patched:
+        patched.setattr(coverage_module._Pages, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            coverage.repeated(None)
+    assert coverage.unmapped == 5
 
 
 def test_a_length_without_end_is_not_walked_through() -> None:

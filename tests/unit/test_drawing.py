@@ -32,6 +32,7 @@ class Log:
     def __init__(self) -> None:
         self.draws: list[tuple[int, tuple[Any, ...]]] = []
         self.failures: list[tuple[int, Exception]] = []
+        self.told: list[Failure] = []
         self.dropped: list[tuple[Any, ...]] = []
         self.lost: list[tuple[Any, ...]] = []
 
@@ -45,6 +46,7 @@ class Log:
         if lost:
             self.draws.append((seq, tuple(lost)))
         self.failures.append((seq, exc))
+        self.told.append(failure)
 
     def draw_interrupted(self, lost: Sequence[Any]) -> None:
         self.lost.append(tuple(lost))
@@ -59,13 +61,32 @@ class Log:
         return None
 
 
+class FaultLog(Log):
+    """Goes on after a fault of the package's own, as an epoch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: list[tuple[str, Exception]] = []
+
+    def at_fault(self, part: str, exc: Exception) -> None:
+        self.faults.append((part, exc))
+
+
 def recording(
-    sampler: Any, *, batched: bool = True, stream: bool = False
+    sampler: Any, *, batched: bool = True, stream: bool = False, **options: bool
 ) -> tuple[RecordingSampler, Log]:
-    made = RecordingSampler(sampler, batched=batched, stream=stream)
+    made = RecordingSampler(sampler, batched=batched, stream=stream, **options)
     log = Log()
     made.log = log
     return made, log
+
+
+def drawn(sampler: Any, **options: bool) -> tuple[list[Task], Log]:
+    made, log = recording(sampler, **options)
+    return list(made), log
+
+
+REPEATS_IT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
 
 
 class Counting:
@@ -181,6 +202,40 @@ def test_the_draws_of_a_stream_carry_no_indices() -> None:
     assert log.draws == [(0, ()), (1, ())]
 
 
+def test_only_in_the_main_process_a_draw_carries_its_identities() -> None:
+    for in_main in (True, False):
+        (one, other), _ = drawn([[3, 1], ["a"]], in_main=in_main)
+        assert one == Task(0, [3, 1], packed=pack([3, 1]) if in_main else None)
+        assert other == Task(1, ["a"], packed=("a",) if in_main else None)
+
+
+@pytest.mark.parametrize("in_main", [True, False])
+@pytest.mark.parametrize(
+    ("broken", "part"),
+    [
+        ("_noting", "the list of what is dropped"),
+        ("pack", "the ledger"),
+        ("snapshots", "the list of earlier draws"),
+    ],
+)
+def test_a_fault_of_our_own_is_told_with_its_part_and_every_draw_is_made(
+    broken: str, part: str, in_main: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = RuntimeError("of our own")
+
+    def fails(*_: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(f"safeloader.main.drawing.{broken}", fails)
+    made, _ = recording([[0], [1]], lends=True, in_main=in_main)
+    log = made.log = FaultLog()  # type: ignore[assignment]
+    tasks = list(made)
+    assert [(task.seq, task.index) for task in tasks] == [(0, [0]), (1, [1])]
+    assert set(log.faults) == {(part, fault)}
+    if broken == "pack":
+        assert [task.packed for task in tasks] == [None, None]
+
+
 # ── length and attributes ────────────────────────────────────────────────────────────────────────
 
 
@@ -204,6 +259,29 @@ def test_it_can_be_copied_and_pickled_like_its_sampler() -> None:
         again.log = Log()
         assert [task.index for task in again] == [[0], [1]]
     assert len(pickle.loads(pickle.dumps(sampler))) == 2
+
+
+class OneOfAKind:
+    """A sampler that is its own copy."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0], [1]])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneOfAKind:
+        return self
+
+
+def test_a_copy_goes_on_recording_however_its_sampler_is_copied() -> None:
+    made, _ = recording(OneOfAKind())
+    del made.log
+    again = copy.deepcopy(made)
+    assert type(again) is RecordingSampler
+    assert again is not made
+
+
+def test_while_it_is_being_made_it_has_no_attributes_of_a_sampler() -> None:
+    with pytest.raises(AttributeError, match="batch_size"):
+        RecordingSampler.__new__(RecordingSampler).batch_size
 
 
 # ── what drop_last drops ─────────────────────────────────────────────────────────────────────────
@@ -304,6 +382,33 @@ def test_a_sampler_that_raises_is_told_in_the_place_of_its_batch_and_then_ends()
     assert log.dropped == [()]  # the sampler is at its end, and dropped nothing
 
 
+def test_the_failure_of_a_sampler_says_how_to_repeat_it() -> None:
+    def batches() -> Iterator[list[int]]:
+        raise KeyError("no such stratum")
+        yield []
+
+    sampler, log = recording(batches())
+    list(sampler)
+    (failure,) = log.told
+    assert failure.hint == REPEATS_IT
+    assert "Caught" not in str(failure)  # as torch words what comes from a worker
+
+
+def test_a_draw_that_cannot_be_sent_fails_in_the_place_of_its_batch() -> None:
+    sampler, log = recording([[0], [1]])
+    *_, task = sampler
+    try:
+        raise TypeError("cannot be pickled")
+    except TypeError as exc:
+        fault = exc
+    assert sampler.refused(task, fault) == Task(1, SamplerFault())
+    assert log.failures == [(1, fault)]
+    assert fault.__traceback__ is None  # its frames would hold queues of torch's beyond their end
+    (failure,) = log.told
+    assert (failure.exception_type, failure.message) == ("TypeError", "cannot be pickled")
+    assert failure.hint == f"the index drawn cannot be sent to a worker\n{REPEATS_IT}"
+
+
 def test_a_sampler_that_cannot_even_start() -> None:
     class Unstartable:
         def __iter__(self) -> Iterator[Any]:
@@ -364,6 +469,15 @@ class Stumbles:
         if self.at > 6:
             raise StopIteration
         return self.at
+
+
+def test_a_sampler_that_goes_on_after_an_error_is_drawn_from_to_its_end() -> None:
+    fault = OSError("for a moment")
+    sampler, log = recording(Stumbles(fault), batched=False)
+    assert [task.index for task in sampler] == [1, 2, SamplerFault(), 4, 5, 6]
+    assert log.failures == [(2, fault)]
+    assert log.lost == []  # nothing was interrupted
+    assert log.dropped == [()]
 
 
 @pytest.mark.parametrize("fatal", [KeyboardInterrupt, GeneratorExit, SystemExit, CancelledError])
@@ -482,6 +596,116 @@ def test_what_a_failed_start_left_open_is_not_given_to_the_next_epoch() -> None:
     with pytest.raises(KeyboardInterrupt), made.beginning_with_open():
         raise KeyboardInterrupt
     assert [task.index for task in made] == [3, 4]
+
+
+class CannotBeCopied:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TypeError("one of a kind")
+
+
+def test_an_index_that_cannot_be_copied_is_kept_as_it_is() -> None:
+    index = CannotBeCopied()
+    made, _ = recording([index], batched=False, keep_open=True)
+    list(made)
+    with made.beginning_with_open():
+        (task,) = made
+    assert task.index is index
+
+
+# ── tasks at which a worker died ─────────────────────────────────────────────────────────────────
+
+
+def started(*draws: Any, batched: bool = True) -> RecordingSampler:
+    """All of ``draws`` are with the workers."""
+    made, _ = recording(draws, batched=batched, keep_open=True, lends=True)
+    list(made)
+    return made
+
+
+def given_again(made: RecordingSampler) -> list[Task]:
+    """What a new pool of workers is given."""
+    with made.beginning_with_open():
+        return list(made)
+
+
+def test_a_batch_that_killed_a_worker_is_asked_for_one_by_one_and_whole() -> None:
+    made = started([5, 6], [7])
+    assert made.change(0, excluded=None) == ()
+    asked, other = given_again(made)
+    assert asked == Task(0, [5, 6], one_by_one=True)
+    assert other == Task(1, [7], donors=(6, 5))
+
+
+def test_a_sample_that_kills_its_workers_is_left_out_of_its_batch() -> None:
+    made = started(["a", "b", "c"])
+    assert made.change(0, excluded=1) == ("b",)
+    assert given_again(made) == [Task(0, ["a", "b", "c"], (1,), one_by_one=True)]
+    assert made.change(0, excluded=0) == ("a",)
+    assert given_again(made) == [Task(0, ["a", "b", "c"], (1, 0), one_by_one=True)]
+
+
+@pytest.mark.parametrize(
+    ("index", "left_out"), [(3, (3,)), ("ab", ("ab",)), ((1, 2), ((1, 2),)), ([4, 5], (4, 5))]
+)
+def test_without_batching_all_that_was_drawn_at_once_is_left_out(index: Any, left_out: Any) -> None:
+    made = started(index, batched=False)
+    assert made.change(0, excluded=0) == left_out
+    assert given_again(made) == [Task(0, index, (0,), one_by_one=True)]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("names", [[5, 6, 7, 8], ["a", "b", "c", "d"]])
+def test_what_killed_its_workers_stands_in_for_no_other_sample(
+    names: list[Any], batched: bool
+) -> None:
+    first, second, third, fourth = names
+    draws: list[Any] = [[first, second], [third], [fourth]] if batched else names[1:]
+    made, _ = recording(draws, batched=batched, keep_open=True, lends=True)
+    tasks = iter(made)
+    assert next(tasks).donors == ()
+    before = [restored(donor) for donor in next(tasks).donors]
+    assert before == ([second, first] if batched else [second])
+    assert made.change(0, excluded=1 if batched else 0) == (second,)
+    own = [first] if batched else []
+    assert [restored(donor) for donor in next(tasks).donors] == [third, *own]
+    donors = [[restored(donor) for donor in task.donors] for task in given_again(made)]
+    assert donors == [[], own, [third, *own]]
+
+
+@pytest.mark.parametrize("names", [[5, 6, 7, 8], ["a", "b", "c", "d"]])
+def test_a_donor_that_kills_its_workers_stands_in_no_more(names: list[Any]) -> None:
+    first, second, third, fourth = names
+    made = started([first, second], [third], [fourth])
+    assert made.change(1, excluded=1) == (second,)  # the position after the batch's own
+    _, asked, last = given_again(made)
+    assert asked == Task(1, [third], one_by_one=True, donors=asked.donors)
+    assert [restored(donor) for donor in asked.donors] == [first]
+    assert [restored(donor) for donor in last.donors] == [third, first]
+
+
+def test_a_position_beyond_the_batch_and_its_donors_leaves_out_nothing() -> None:
+    made = started([5, 6], [7])
+    assert made.change(1, excluded=3) == ()
+    assert given_again(made)[1] == Task(1, [7], one_by_one=True, donors=(6, 5))
+
+
+def test_a_task_that_was_answered_is_not_changed() -> None:
+    made = started([5], [6])
+    made.answered(0)
+    assert made.change(0, excluded=0) == ()
+    assert given_again(made) == [Task(1, [6], donors=(5,))]
+
+
+def test_a_new_epoch_lends_what_killed_workers_in_the_one_before() -> None:
+    made = started([5], [6])
+    made.change(0, excluded=0)
+    assert [task.donors for task in made] == [(), (5,)]
+
+
+def test_a_draw_that_failed_is_lent_nothing_and_stands_in_for_nothing() -> None:
+    made, _ = recording(Stumbles(OSError("for a moment")), batched=False, lends=True)
+    donors = [task.donors for task in made]
+    assert donors == [(), (1,), (), (2, 1), (4, 2, 1), (5, 4, 2, 1)]
 
 
 # ── whether a length proves anything ─────────────────────────────────────────────────────────────

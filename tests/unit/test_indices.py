@@ -19,6 +19,9 @@ from safeloader.delivery.indices import (
     identity,
     pack,
     pack_unbatched,
+    restored,
+    same,
+    snapshots,
     unpack,
 )
 
@@ -59,6 +62,10 @@ class Split(enum.Enum):
 
 class Plain:
     """No equality of its own."""
+
+
+class Derived(Point):
+    """Equal as its base is."""
 
 
 class RefusesToHash:
@@ -149,9 +156,9 @@ def test_floats_are_not_mistaken_for_ints() -> None:
 
 
 def test_objects_with_an_equality_of_their_own_stand_for_themselves() -> None:
-    point = Point(1, "a")
-    assert identity(point) is point
-    assert identity(pickle.loads(pickle.dumps(point))) == identity(point)
+    for point in (Point(1, "a"), Derived(1, "a")):
+        assert identity(point) is point
+        assert identity(pickle.loads(pickle.dumps(point))) == identity(point)
 
 
 @pytest.mark.parametrize("index", [Plain(), Mutable(3), Point(1, [2]), RefusesToHash()])
@@ -250,3 +257,73 @@ def test_members_of_an_enum_are_told_apart() -> None:
 def test_numbers_that_numpy_cannot_turn_into_pythons_have_an_identity() -> None:
     index = np.longdouble(1.5)
     assert identity(index) == identity(pickle.loads(pickle.dumps(index)))
+    assert identity(index) != identity(np.longdouble(2.5))
+
+
+class RefusesLength(list[Any]):
+    def __len__(self) -> int:
+        raise OSError("not today")
+
+
+def test_a_batch_that_does_not_tell_its_length_is_read_through() -> None:
+    assert unpack(pack(RefusesLength(["a", 2]))) == ("a", 2)
+
+
+class RefusesIteration:
+    def __iter__(self) -> Any:
+        raise OSError("not today")
+
+
+def test_what_cannot_be_iterated_is_one_index_with_its_own_identity() -> None:
+    assert [unpack(pack(index)) for index in (5, 2.5)] == [(5,), (2.5,)]  # type: ignore[arg-type]
+    assert unpack(pack(RefusesIteration())) == ("<RefusesIteration>",)
+
+
+def test_identities_that_refuse_to_be_compared_are_not_the_same() -> None:
+    class RefusesToCompare:
+        def __eq__(self, other: object) -> bool:
+            raise OSError("not today")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    assert same(RefusesToCompare(), RefusesToCompare()) is False
+    assert same(("a", 1), ("a", 1)) is True
+
+
+# ── snapshots ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("index", [5, "a", ("b", 2), None, 2.5, True, [1, 2]])
+def test_a_snapshot_gives_the_index_again(index: Any) -> None:
+    (snapshot,) = snapshots([index])
+    assert type(snapshot) in (int, bytes)
+    assert restored(snapshot) == index
+    assert type(restored(snapshot)) is type(index)
+
+
+def test_a_snapshot_holds_the_index_as_it_was() -> None:
+    index = [1, 2]
+    (snapshot,) = snapshots([index])
+    index[:] = [3, 4]
+    assert restored(snapshot) == [1, 2]
+
+
+def test_the_last_twenty_are_kept() -> None:
+    assert list(snapshots(range(30))) == list(range(10, 30))
+
+
+def test_what_cannot_be_pickled_and_what_is_no_batch_have_no_snapshot() -> None:
+    assert [restored(each) for each in snapshots([1, lambda: 2, "c"])] == [1, "c"]
+    assert list(snapshots(5)) == []
+
+
+def test_a_snapshot_of_a_small_view_is_small() -> None:
+    view = torch.arange(100_000)[7]
+    (snapshot,) = snapshots([view])
+    assert isinstance(snapshot, bytes)
+    assert len(snapshot) < 10_000
+    assert torch.equal(restored(snapshot), view)
+
+
+def test_a_snapshot_that_cannot_be_read_gives_none() -> None:
+    assert restored(b"no pickle") is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
+import tracemalloc
 from collections import Counter
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,8 +19,9 @@ from safeloader.delivery import ledger as ledger_module
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import pack
 from safeloader.delivery.ledger import Discrepancy, MapLedger
-from safeloader.delivery.manifest import BatchManifest
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.delivery.stream_ledger import StreamLedger
+from safeloader.introspect.values import weight
 from safeloader.transport.stream_progress import StreamProgress
 
 CLASSES = ("missing", "duplicated", "unexpected", "failed", "dropped", "repeated")
@@ -43,6 +46,10 @@ def stream_manifest(
 ) -> BatchManifest:
     noted = None if keys is None else tuple(keys)
     return BatchManifest(seq, worker, 1, b"", samples, first, b"", False, noted)
+
+
+def skipping(came: BatchManifest, *incidents: SampleIncident) -> BatchManifest:
+    return came._replace(incidents=incidents)
 
 
 def hand_over(ledger: Any, came: BatchManifest, *, raised: bool = False) -> Discrepancy | None:
@@ -157,7 +164,8 @@ def test_every_corruption_is_classified_exactly(
             came = data.draw(st.permutations(batch))
             discrepancy = hand_over(ledger, manifest(seq, came), raised=raised)
             assert (discrepancy is None) == (came == batch)
-            assert discrepancy is None or "another order" in discrepancy.reason
+            told = f"answered for {came}: the same indices in another order"
+            assert discrepancy is None or discrepancy.reason.endswith(told)
             model.arrived(batch, came, raised=raised and discrepancy is not None)
             continue
         if harm in ("too few", "too many"):
@@ -242,6 +250,45 @@ def test_memory_grows_with_the_batches_in_flight_only() -> None:
     assert held(ledger) == 0
 
 
+def test_draws_take_no_memory_beyond_those_in_flight_and_the_map() -> None:
+    ledger = MapLedger(expected_batches=None)
+    tracemalloc.start()
+    try:
+        for seq in range(4_000):
+            batch = list(range(64 * seq, 64 * seq + 64))
+            ledger.drawn(seq, pack(batch))
+            assert ledger.check(manifest(seq, batch)) is None
+        assert tracemalloc.get_traced_memory()[0] < 2**20  # of 2 MB drawn
+    finally:
+        tracemalloc.stop()
+    assert ledger.audit(0, 64 * 4_000).counts["unvisited"] == 0
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_an_epoch_is_settled_once_the_sampler_ended_and_the_last_batch_is_known(
+    ended: bool,
+) -> None:
+    ledger = drawn_ledger([[0], [1]], ended=ended)
+    ledger.lost(0)
+    assert ledger.settled is False
+    ledger.lost(1)
+    assert ledger.settled is ended
+
+
+@pytest.mark.parametrize("first_seq", [0, 10])
+def test_a_batch_that_has_not_come_is_known_by_its_number_in_the_epoch(first_seq: int) -> None:
+    ledger = drawn_ledger([[5, 6], ["a"]], first_seq=first_seq)
+    assert ledger.opened(first_seq) == (0, (5, 6))
+    assert ledger.opened(first_seq + 1) == (1, ("a",))
+    assert ledger.opened(first_seq + 2) is None
+    assert ledger.check(manifest(first_seq, [5, 6])) is None
+    assert ledger.opened(first_seq) is None
+
+
+def test_of_a_batch_of_a_stream_that_has_not_come_nothing_is_known() -> None:
+    assert stream_ledger()[0].opened(3) == (None, ())
+
+
 def test_an_epoch_left_early_is_not_complete_and_no_error() -> None:
     ledger = drawn_ledger([[0, 1], [2, 3]], ended=False)
     assert ledger.check(manifest(0, [0, 1])) is None
@@ -285,6 +332,19 @@ def test_reasons_name_the_one_who_sent_it(worker_id: int | None, who: str) -> No
     assert (discrepancy.missing, discrepancy.unexpected, discrepancy.sound) == ((1,), (7,), (0,))
 
 
+def test_a_batch_that_is_one_short_is_not_told_as_another_order() -> None:
+    for came in ([0], [0, 1, 7]):
+        discrepancy = drawn_ledger([[0, 1]]).check(manifest(0, came))
+        assert discrepancy is not None
+        assert discrepancy.reason == f"worker 0 was asked for [0, 1] and answered for {came}"
+
+
+def test_a_negative_index_beside_the_one_it_stands_for_is_repeated() -> None:
+    audit = drawn_ledger([[3, -1]]).audit(0, 4)
+    assert audit.repeated.tolist() == [-1]
+    assert drawn_ledger([[3, -1]]).audit(0, None).repeated.tolist() == []
+
+
 def test_batches_of_an_earlier_epoch_are_unexpected_not_duplicated() -> None:
     ledger = drawn_ledger([[5]], first_seq=10)
     discrepancy = ledger.check(manifest(9, [4]))
@@ -300,9 +360,10 @@ def test_a_sampler_that_raised_leaves_the_epoch_incomplete_without_further_troub
     assert not ledger.audit(0, None).complete
 
 
-def test_without_workers_the_number_of_batches_tells_the_end() -> None:
-    ledger = MapLedger(expected_batches=lambda: 2)
-    for seq in range(2):
+@pytest.mark.parametrize(("batches", "first_seq"), [(2, 0), (2, 10), (1, 0)])
+def test_without_workers_the_number_of_batches_tells_the_end(batches: int, first_seq: int) -> None:
+    ledger = MapLedger(expected_batches=lambda: batches)
+    for seq in range(first_seq, first_seq + batches):
         assert not ledger.audit(0, None).complete
         ledger.drawn(seq, pack([seq]))
         assert not ledger.audit(0, None).complete
@@ -375,6 +436,76 @@ def test_an_interrupt_in_the_map_is_told_as_one(monkeypatch: pytest.MonkeyPatch)
     assert "too far apart" not in note
 
 
+# ── samples skipped, replaced or late ────────────────────────────────────────────────────────────
+
+
+def test_samples_that_did_not_come_as_asked_are_told_with_their_reasons() -> None:
+    ledger = drawn_ledger([["a", "b", "c", "d", "e"]])
+    came = skipping(
+        manifest(0, ["a", "b", "c", "d", "e"]),
+        SampleIncident("skipped", 0, "why a"),
+        SampleIncident("replaced", 1, "why b", donor=4),
+        SampleIncident("replaced", 2, "why c"),  # by a sample that the user gave
+        SampleIncident("late", 3, "why d"),
+    )
+    assert ledger.check(came) is None
+    assert ledger.finish() is None
+    audit = ledger.audit(0, None)
+    assert audit.skipped.tolist() == ["a"]
+    assert audit.replaced.tolist() == ["b", "c"]
+    assert audit.late.tolist() == ["d"]
+    assert audit.reasons == {name: f"why {name}" for name in "abcd"}
+    assert audit.donors == {"b": "e"}
+    assert (audit.drawn, audit.delivered, audit.ok, audit.complete) == (5, 2, True, True)
+
+
+def test_one_drawn_earlier_is_the_donor_of_a_batch_that_failed_whole() -> None:
+    ledger = drawn_ledger([[7], [0, 1]])
+    assert ledger.check(manifest(0, [7])) is None
+    lent = [SampleIncident("replaced", k, "why", donor=2, lent=(7,)) for k in range(2)]
+    assert ledger.check(skipping(manifest(1, [0, 1]), *lent)) is None
+    audit = ledger.audit(0, None)
+    assert audit.donors == {0: 7, 1: 7}
+    assert (audit.replaced.tolist(), audit.delivered) == ([0, 1], 1)
+
+
+def test_an_audit_keeps_the_reasons_of_its_time() -> None:
+    ledger = drawn_ledger([[0], [1]])
+    replaced = SampleIncident("replaced", 0, "why", donor=1, lent=(7,))
+    assert ledger.check(skipping(manifest(0, [0]), replaced)) is None
+    audit = ledger.audit(0, None)
+    assert ledger.check(skipping(manifest(1, [1]), replaced)) is None
+    assert (audit.reasons, audit.donors) == ({0: "why"}, {0: 7})
+
+
+def test_the_first_reasons_and_donors_are_kept_and_all_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "REASONS_LIMIT", 2)
+    ledger = drawn_ledger([[0, 1], [2, 3]])
+    for seq, batch in enumerate([[0, 1], [2, 3]]):
+        gone = [SampleIncident("replaced", k, "why", donor=2, lent=(9,)) for k in range(2)]
+        assert ledger.check(skipping(manifest(seq, batch), *gone)) is None
+    audit = ledger.audit(0, None)
+    assert (audit.reasons, audit.donors) == ({0: "why", 1: "why"}, {0: 9, 1: 9})
+    assert audit.counts["replaced"] == 4
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, 2), (-1, 1)])
+def test_reasons_are_kept_up_to_their_bound_in_bytes(
+    room: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, why = [letter * 300 for letter in "abc"], "why" * 50
+    bound = 2 * (weight(names[0]) + weight(why))
+    monkeypatch.setattr(ledger_module, "REASONS_BYTES", bound + room)
+    ledger = drawn_ledger([names])
+    gone = [SampleIncident("skipped", k, why) for k in range(3)]
+    assert ledger.check(skipping(manifest(0, names), *gone)) is None
+    audit = ledger.audit(0, None)
+    assert audit.reasons == dict.fromkeys(names[:kept], why)
+    assert audit.counts["skipped"] == 3
+
+
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -443,6 +574,35 @@ def test_keys_past_the_bound_in_bytes_are_told_of(monkeypatch: pytest.MonkeyPatc
     assert discrepancy.duplicated == (4,)
     (note,) = ledger.audit(0, None).notes
     assert note.startswith("the keys of the first 2 samples were compared; 2 later")
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, 2), (1, 3)])
+def test_keys_are_kept_until_their_bound_in_bytes_is_reached(
+    room: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [letter * 300 for letter in "abcd"]
+    monkeypatch.setattr(ledger_module, "KEYS_BYTES", 2 * (weight("k") + weight(names[0])) + room)
+    ledger = drawn_ledger([names])
+    assert hand_over(ledger, manifest(0, names, keys=list("klmn"))) is None
+    (note,) = ledger.audit(0, None).notes
+    assert note.startswith(f"the keys of the first {kept} samples were compared; {4 - kept} later")
+
+
+def test_a_long_key_is_told_in_part() -> None:
+    ledger = drawn_ledger([[0, 1]])
+    discrepancy = ledger.check(manifest(0, [0, 1], keys=["k" * 1000] * 2))
+    assert discrepancy is not None
+    shown = re.search(r"\(key '(k+)", discrepancy.reason)
+    assert shown is not None
+    assert 30 < len(shown[1]) < 60
+
+
+def test_where_fewer_keys_came_than_indices_those_are_compared() -> None:
+    ledger = drawn_ledger([[0, 1], [2, 3]])
+    assert hand_over(ledger, manifest(0, [0, 1], keys=["a"])) is None
+    discrepancy = hand_over(ledger, manifest(1, [2, 3], keys=["a"]))
+    assert discrepancy is not None
+    assert discrepancy.duplicated == (2,)
 
 
 @pytest.mark.parametrize(("number", "more"), [(3, ""), (4, "; and 1 more")])
@@ -614,9 +774,67 @@ def test_keys_find_two_workers_that_read_one_stream() -> None:
 
 def test_one_worker_that_reads_twice_is_not_told_to_share_out() -> None:
     ledger, _ = stream_ledger(2)
-    discrepancy = hand_over(ledger, stream_manifest(0, 0, 2, ["a", "a"]))
+    discrepancy = hand_over(ledger, stream_manifest(0, 0, 3, ["b", "a", "a"]))
     assert discrepancy is not None
+    assert discrepancy.duplicated == ((0, 2),)
     assert discrepancy.hint == ""
+
+
+def test_two_workers_that_read_one_stream_are_told_past_the_limit_of_keys_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 1)
+    ledger, _ = stream_ledger(2)
+    assert hand_over(ledger, stream_manifest(0, 0, 1, ["a"])) is None
+    discrepancy = hand_over(ledger, stream_manifest(1, 0, 2, ["b", "a"]))
+    assert discrepancy is not None
+    assert (discrepancy.duplicated, discrepancy.sound) == (((1, 1),), ((1, 0),))
+    assert "get_worker_info()" in discrepancy.hint
+
+
+def test_samples_of_a_stream_that_did_not_come_as_asked_are_told_in_pairs() -> None:
+    ledger, _ = stream_ledger(2)
+    assert ledger.check(stream_manifest(1, 0, 4)) is None
+    came = skipping(
+        stream_manifest(1, 4, 4),
+        SampleIncident("skipped", 0, "why"),
+        SampleIncident("replaced", 2, "why not", donor=3),
+    )
+    assert ledger.check(came) is None
+    audit = ledger.audit(0, None)
+    assert (audit.skipped.tolist(), audit.replaced.tolist()) == ([[1, 4]], [[1, 6]])
+    assert audit.reasons == {(1, 4): "why", (1, 6): "why not"}
+    assert audit.donors == {(1, 6): (1, 7)}
+    assert (audit.drawn, audit.delivered, audit.ok) == (8, 6, True)
+
+
+@pytest.mark.parametrize("samples", [0, None])
+def test_a_batch_of_a_stream_without_samples_moves_nothing_on(samples: Any) -> None:
+    ledger, _ = stream_ledger()
+    ledger.failed(stream_manifest(0, 0, samples))
+    assert ledger.check(stream_manifest(0, 0, samples)) is None
+    assert ledger.audit(0, None).delivered == 0
+    assert ledger.check(stream_manifest(0, 0, 2)) is None
+    assert found(ledger.audit(0, None)) == {}
+    assert ledger.audit(0, None).delivered == 2
+
+
+def test_the_end_of_every_stream_is_looked_at() -> None:
+    ledger, progress = stream_ledger(3)
+    progress.write(0, 3, 0, True)
+    progress.write(1, 4, 0, False)
+    progress.write(2, 5, 0, True)
+    for worker in range(3):
+        assert ledger.check(stream_manifest(worker, 0, 2)) is None
+    discrepancy = ledger.finish()
+    assert discrepancy is not None
+    assert discrepancy.reason == (
+        "worker 0 read 3 samples and the last 1 never came; "
+        "worker 1 never came to the end of its stream; "
+        "worker 2 read 5 samples and the last 3 never came"
+    )
+    assert discrepancy.missing == ((0, 2), (2, 2), (2, 3), (2, 4))
+    assert found(ledger.audit(0, None)) == {"missing": Counter(discrepancy.missing)}
 
 
 def test_notes_of_streams_that_do_not_add_up() -> None:
@@ -641,15 +859,63 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
         assert ledger.check(stream_manifest(worker, 0, 5)) is None
     assert ledger.finish() is None
     (note,) = ledger.audit(0, 5).notes
-    assert note.endswith("each worker read the whole stream (share it by get_worker_info())")
+    assert note == (
+        "len(dataset) says 5, the workers read 10 samples: each worker read the whole stream "
+        "(share it by get_worker_info())"
+    )
+
+
+EMPTY_SHARE = "worker {} delivered nothing: its share of the data is empty"
+
+
+def test_the_share_of_one_worker_among_two_may_be_empty() -> None:
+    ledger, progress = stream_ledger(2)
+    assert ledger.check(stream_manifest(1, 0, 3)) is None
+    progress.write(0, 0, 0, True)
+    progress.write(1, 3, 0, True)
+    assert ledger.finish() is None
+    assert ledger.audit(0, None).notes == (EMPTY_SHARE.format(0),)
+
+
+def test_an_empty_stream_of_one_worker_is_no_share_of_one() -> None:
+    ledger, progress = stream_ledger(1)
+    progress.write(0, 0, 0, True)
+    assert ledger.finish() is None
+    assert ledger.audit(0, None).notes == ()
+
+
+@pytest.mark.parametrize("dropped", [0, 2])
+def test_a_share_that_was_read_and_did_not_come_is_not_empty(dropped: int) -> None:
+    ledger, progress = stream_ledger(2)
+    assert ledger.check(stream_manifest(0, 0, 3)) is None
+    progress.write(0, 3, 0, True)
+    progress.write(1, 2, dropped, True)
+    assert (ledger.finish() is None) == (dropped == 2)
+    assert ledger.audit(0, None).notes == ()
+
+
+def test_notes_of_the_keys_and_of_empty_shares_stand_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "KEYS_LIMIT", 1)
+    ledger, progress = stream_ledger(2)
+    assert hand_over(ledger, stream_manifest(0, 0, 2, ["a", "b"])) is None
+    progress.write(0, 2, 0, True)
+    progress.write(1, 0, 0, True)
+    assert ledger.finish() is None
+    of_keys, of_shares = ledger.audit(0, None).notes
+    assert of_keys.startswith("the keys of the first 1 samples were compared")
+    assert of_shares == EMPTY_SHARE.format(1)
 
 
 def test_without_a_board_the_ends_go_unchecked() -> None:
     ledger = StreamLedger(progress=None, workers=2)
     assert ledger.check(stream_manifest(0, 0, 3)) is None
+    assert not ledger.audit(0, None).complete
     assert ledger.finish() is None
-    audit = ledger.audit(0, None)
-    assert (audit.drawn, audit.delivered, audit.complete) == (3, 3, True)
+    audit = ledger.audit(5, None)
+    assert (audit.epoch, audit.drawn, audit.delivered, audit.complete) == (5, 3, 3, True)
+    assert audit.notes == (EMPTY_SHARE.format(1),)
 
 
 def test_a_length_proves_nothing_about_a_stream() -> None:

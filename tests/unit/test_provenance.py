@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import csv
 import json
+import locale
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,23 @@ def test_csv(provenance: Any, tmp_path: Path) -> None:
     assert rows == expected
 
 
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)
+
+
+@pytest.mark.usefixtures("ascii_locale")
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_files_are_utf8_whatever_the_locale(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"table{suffix}"
+    loaded(TakesAnyIndex(), sampler=["ünïcode ∆"]).provenance.save(path)
+    text = path.read_bytes().decode("utf-8")
+    assert ("ünïcode ∆" if suffix == ".csv" else json.dumps("ünïcode ∆")) in text
+
+
 def test_jsonl(provenance: Any, tmp_path: Path) -> None:
     provenance.save(tmp_path / "table.jsonl")
     lines = (tmp_path / "table.jsonl").read_text(encoding="utf-8").splitlines()
@@ -458,6 +477,31 @@ def test_samples_fetched_in_one_call_have_equal_shares(at_once: bool) -> None:
     assert record.start_ns == 1000 + UNIX_OFFSET_NS
     one = record_of(as_it_was_drawn(1000, 1009, 1109, at_once=True, size=1))
     assert one.fetch_ns == (9,)
+
+
+def test_a_batch_of_a_stream_without_samples_has_no_rows() -> None:
+    delivery = as_it_was_drawn(1000, 1000, 1100, size=0)
+    manifest = delivery.manifest._replace(ordinal=4, samples=0)
+    record = record_of(delivery._replace(manifest=manifest))
+    assert (record.indices, record.fetch_ns, record.start_ns) == ((), (), 0)
+    recorder = Recorder()
+    recorder.delivered(0, 0, 5, manifest)
+    table = Provenance(recorder).to_numpy()
+    assert (len(Provenance(recorder)), table.size, table.dtype["index"]) == (0, 0, np.int64)
+
+
+def test_a_batch_of_which_every_sample_was_skipped_has_no_rows() -> None:
+    delivery = stamped(*(SampleIncident("skipped", k, "why") for k in range(4)))
+    record = record_of(delivery)
+    assert (record.indices, record.fetch_ns, record.collate_ns) == ((), (), 100)
+
+
+def test_ints_beside_skipped_samples_stay_ints_in_the_table() -> None:
+    recorder = Recorder()
+    recorder.delivered(0, 0, 5, stamped(SampleIncident("skipped", 1, "why")).manifest)
+    table = Provenance(recorder).to_numpy()
+    assert table.dtype["index"] == np.int64
+    assert table["index"].tolist() == [10, 12, 13]
 
 
 def test_an_empty_batch_has_no_start() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,8 @@ import pytest
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
-from safeloader.delivery.manifest import BatchManifest
+from safeloader.delivery.indices import pack
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.values import weight
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
@@ -128,6 +130,47 @@ def test_keys_are_not_kept() -> None:
     read(loader)
     assert loader.recorder is not None
     assert len(pickle.dumps(list(loader.recorder.deliveries()))) < 10_000
+
+
+@pytest.mark.parametrize("field", ["keys", "fingerprints", "failures"])
+def test_what_was_used_already_is_not_kept(field: str) -> None:
+    plain = BatchManifest(3, 1, 77, pack([5, 6]), 2, None, b"\0" * 24)
+    recorder = Recorder()
+    recorder.delivered(0, 0, 5, plain._replace(**{field: ("of any size",)}))
+    (delivery,) = recorder.deliveries()
+    assert delivery == (0, 0, 5, plain)
+
+
+def held_bytes(recorder: Recorder) -> int:
+    found = re.search(r"(\d+) of \d+ bytes", repr(recorder))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("index", "reason"), [("i" * 5000, "why"), ("i", "why" * 1700)])
+def test_skipped_samples_count_with_their_indices_and_reasons(index: str, reason: str) -> None:
+    skipped = SampleIncident("skipped", 0, reason)
+    manifest = BatchManifest(0, 0, 1, (index,), 1, stamps=b"\0" * 24, incidents=(skipped,))
+    recorder = Recorder(max_bytes=50_000)
+    for batch in range(30):
+        recorder.delivered(0, batch, 5, manifest)
+        held = [delivery.manifest[3:] for delivery in recorder.deliveries()]
+        assert sum(len(pickle.dumps(each)) for each in held) <= held_bytes(recorder) <= 50_000
+    assert recorder.forgotten
+    assert len(held) > 4
+
+
+def test_one_large_batch_makes_many_small_ones_go() -> None:
+    recorder = Recorder(max_bytes=100_000)
+    small = BatchManifest(0, 0, 1, pack([7]), 1, stamps=b"\0" * 24)
+    for batch in range(140):
+        recorder.delivered(0, batch, 5, small)
+    assert recorder.forgotten == 0
+    recorder.delivered(0, 140, 5, small._replace(indices=("i" * 50_000,)))
+    assert held_bytes(recorder) <= 100_000
+    kept = [delivery.batch for delivery in recorder.deliveries()]
+    assert kept == list(range(recorder.forgotten, 141))
+    assert len(kept) > 50
 
 
 def _large_key(sample: int) -> bytes:
