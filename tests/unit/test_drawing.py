@@ -636,12 +636,13 @@ def test_a_batch_that_killed_a_worker_is_asked_for_one_by_one_and_whole() -> Non
     assert other == Task(1, [7], donors=(6, 5))
 
 
-def test_a_sample_that_kills_its_workers_is_left_out_of_its_batch() -> None:
-    made = started(["a", "b", "c"])
+@pytest.mark.parametrize("batch", [["a", "b", "c"], ("a", "b", "c")])
+def test_a_sample_that_kills_its_workers_is_left_out_of_its_batch(batch: Any) -> None:
+    made = started(batch)
     assert made.change(0, excluded=1) == ("b",)
-    assert given_again(made) == [Task(0, ["a", "b", "c"], (1,), one_by_one=True)]
+    assert given_again(made) == [Task(0, batch, (1,), one_by_one=True)]
     assert made.change(0, excluded=0) == ("a",)
-    assert given_again(made) == [Task(0, ["a", "b", "c"], (1, 0), one_by_one=True)]
+    assert given_again(made) == [Task(0, batch, (1, 0), one_by_one=True)]
 
 
 @pytest.mark.parametrize(
