@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 import torch
 
-from safeloader import SafeDataLoader, SafeLoaderError, WorkerCrashError
+from safeloader import SafeDataLoader, SafeLoaderError, SampleError, WorkerCrashError
 from tests import family
 
 FAULTS = (
@@ -207,9 +207,14 @@ def _check(
         assert isinstance(error, WorkerCrashError), said
         assert error.index == loader.dataset.bad, said  # type: ignore[attr-defined]
     if fault in ("exit", "sys.exit", "kill") and on_crash == "restart":
-        assert error is None, said
-        gone = set(audit.skipped.tolist() + audit.replaced.tolist())
-        assert gone == {loader.dataset.bad}, said  # type: ignore[attr-defined]
+        if error is None:
+            gone = set(audit.skipped.tolist() + audit.replaced.tolist())
+            assert gone == {loader.dataset.bad}, said  # type: ignore[attr-defined]
+        else:  # alone in the batch drawn first: nothing was drawn before it to stand in for it
+            assert on_error == "replace", said
+            assert isinstance(error, SampleError), said
+            assert error.failure.indices == (loader.dataset.bad,), said  # type: ignore[attr-defined]
+            assert not came or not loader.in_order, said
     if fault in ("raise", "odd") and on_error == "raise" and error is not None:
         assert getattr(error, "index", None) in (loader.dataset.bad, None), said  # type: ignore[attr-defined]
     if fault == "unpicklable" and error is not None:
