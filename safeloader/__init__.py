@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     )
     from safeloader.failures.failure import Failure
     from safeloader.failures.replay import replay
+    from safeloader.instrumenting import instrument, loaders_of
     from safeloader.loader import SafeDataLoader
     from safeloader.provenance.recorder import Recorder
     from safeloader.provenance.table import BatchRecord, Provenance
@@ -51,6 +52,8 @@ __all__ = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "instrument",
+    "loaders_of",
     "replay",
 ]
 
@@ -62,6 +65,8 @@ _HOMES = {
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",
+    "instrument": "instrumenting",
+    "loaders_of": "instrumenting",
     "replay": "failures.replay",
 }
 

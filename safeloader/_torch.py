@@ -12,6 +12,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import multiprocessing
 import operator
 import os
 import signal
@@ -40,7 +41,7 @@ _NEEDED = {
     _LOADING: "_DatasetKind.create_fetcher _DatasetKind.Iterable "
     "_SingleProcessDataLoaderIter._next_data DataLoader._get_iterator DataLoader._index_sampler "
     f"DataLoader._auto_collation {_WITH_WORKERS}._next_data {_WITH_WORKERS}._reset "
-    f"{_WITH_WORKERS}._shutdown_workers {_WITH_WORKERS}._try_get_data",
+    f"{_WITH_WORKERS}._shutdown_workers {_WITH_WORKERS}._try_get_data _BaseDataLoaderIter",
     f"{_UTILS}.collate": "default_collate_fn_map collate_tensor_fn",
     f"{_UTILS}.fetch": "_IterableDatasetFetcher.__init__",
     f"{_UTILS}.pin_memory": "pin_memory",
@@ -53,8 +54,8 @@ _IN_CODE = {
     (_LOADING, "_SingleProcessDataLoaderIter"): "_dataset_fetcher _num_yielded _sampler_iter "
     "create_fetcher _index_sampler",
     (_LOADING, _WITH_WORKERS): "_data_queue _index_queues _index_sampler _num_yielded "
-    "_pin_memory_thread _sampler_iter _shutdown _task_info _try_put_index _worker_loop "
-    "_worker_pids_set _workers _workers_status multiprocessing_context worker_init_fn",
+    "_pin_memory_thread _sampler_iter _shutdown _task_info _tasks_outstanding _try_put_index "
+    "_worker_loop _worker_pids_set _workers _workers_status multiprocessing_context worker_init_fn",
     (f"{_UTILS}.fetch", "_MapDatasetFetcher"): "auto_collation collate_fn dataset drop_last",
     (f"{_UTILS}.fetch", "_IterableDatasetFetcher"): "auto_collation collate_fn dataset_iter",
 }
@@ -113,6 +114,11 @@ _utils: Any = getattr(torch.utils.data, "_utils", None)
 def index_sampler(loader: DataLoader[Any]) -> Any:
     """What torch draws from: the batch sampler, or the sampler where batching is off."""
     return loader._index_sampler
+
+
+def ask_for_iterator(loader: DataLoader[Any]) -> Any:
+    """What the loader's class makes of an iterator: torch's hook for subclasses."""
+    return loader._get_iterator()
 
 
 def batches_itself(loader: DataLoader[Any]) -> bool:
@@ -331,6 +337,56 @@ def kept_iterator(loader: DataLoader[Any]) -> Any:
 def keep_iterator(loader: DataLoader[Any], iterator: Any) -> None:
     """Have the loader hold ``iterator``, where torch and the frameworks look for it."""
     loader._iterator = iterator
+
+
+def why_not_asked(cls: type[DataLoader[Any]]) -> str:
+    """Why iterating an instance of ``cls`` never comes to torch's ``DataLoader``; empty if it does.
+
+    Told from the names in its code, so nothing of it is run.
+    """
+    theirs = [each for each in inspect.getmro(cls) if each not in inspect.getmro(DataLoader)]
+    for name in ("_get_iterator", "__iter__"):
+        owner = next((each for each in inspect.getmro(cls) if name in vars(each)), DataLoader)
+        if owner not in theirs:
+            continue
+        # An endless loader asks in its constructor, and hands out what it got there.
+        asking = vars(owner) if name == "__iter__" else {name: vars(owner)[name]}
+        used = {word for each in asking.values() for code in _codes(each) for word in _words(code)}
+        if not used & ({name} if name == "_get_iterator" else {"__iter__", "_get_iterator"}):
+            return f"{owner.__qualname__}.{name} makes its batches itself"
+    return ""
+
+
+def _words(code: CodeType) -> Iterator[str]:
+    """The names in a code object and in those nested in it."""
+    yield from code.co_names
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _words(each)
+
+
+def has_thread_workers(loader: DataLoader[Any]) -> bool:
+    """Whether what stands for processes there may be threads of this one."""
+    context: Any = loader.multiprocessing_context
+    return context is not None and not isinstance(context, multiprocessing.context.BaseContext)
+
+
+def iterators_in(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Iterators of torch's that a loader of another class keeps for itself, by attribute."""
+    iterator: Any = _loading._BaseDataLoaderIter
+    held = {name: each for name, each in vars(loader).items() if isinstance(each, iterator)}
+    held.pop("_iterator", None)
+    return held
+
+
+def handed_over(iterator: Any) -> int:
+    """How many batches an iterator of torch's has given."""
+    return int(iterator._num_yielded)
+
+
+def is_under_way(iterator: Any) -> bool:
+    """Whether an iterator of persistent workers is in the middle of an epoch."""
+    return bool(iterator._task_info) or bool(iterator._tasks_outstanding)
 
 
 def replace_fetcher(iterator: Any, make: Callable[[Any], Any]) -> None:

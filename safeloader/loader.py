@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
@@ -23,14 +24,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from safeloader import _python, _torch
-from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.failures.replay import replay
 from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
-from safeloader.provenance.table import BatchRecord, Provenance, record_of
+from safeloader.records import Records
 from safeloader.settings import (
     Keywords,
     OnCrash,
@@ -41,7 +40,6 @@ from safeloader.settings import (
     Verify,
     is_off,
 )
-from safeloader.transport.stats import TransportStats
 
 _public_names_moved: list[str] = []
 try:
@@ -55,7 +53,7 @@ if TYPE_CHECKING:
 T_co = TypeVar("T_co", covariant=True)
 
 
-class SafeDataLoader(DataLoader[T_co], Keywords):
+class SafeDataLoader(DataLoader[T_co], Records, Keywords):
     """A ``torch.utils.data.DataLoader`` that knows which sample, where, when and by whom.
 
     Takes every argument of ``DataLoader``, positional or by keyword, and gives the same batches in
@@ -123,7 +121,6 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
     """
 
     # Defaults at class level: some frameworks make loaders on which __init__ never runs.
-    recorder: Recorder | None = None
     _pool: WorkerPool | None = None  # that of persistent workers, beside torch's iterator
 
     if TYPE_CHECKING:  # all that is taken, for type checkers and editors
@@ -165,15 +162,12 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
     else:  # its signature is spelled out below, as frameworks need it that read and hand on
 
         def __init__(self, dataset: Dataset[T_co], *args: Any, **kwargs: Any) -> None:
-            settings = Settings(**{name: kwargs.pop(name) for name in _OURS if name in kwargs})
-            settings.refuse_bad(dataset)
-            if not isinstance(settings.recorder, Recorder | None):
-                raise TypeError(
-                    "recorder must be a safeloader.Recorder, or None to have one made; got "
-                    f"{bounded_text(settings.recorder)}"
-                )
+            before = vars(self)  # by a class that `instrument` made
+            given = {name: before[name] for name in KEYWORDS if name in before}
+            given |= {name: kwargs.pop(name) for name in KEYWORDS if name in kwargs}
+            settings = checked(given, dataset)
             super().__init__(dataset, *args, **kwargs)
-            for name in _OURS:
+            for name in KEYWORDS:
                 setattr(self, name, getattr(settings, name))
             if self.recorder is None:
                 self._recorder_on_demand()
@@ -193,7 +187,7 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
             self.recorder = Recorder()
             log = functools.partial(LoaderLog, self.dataset)
             with guarded("the watch for loaders that are never used", log):
-                watch_for_use(self.recorder, _calling_line())
+                watch_for_use(self.recorder, calling_line())
             # Lightning re-creates a loader made in one of its hooks from the arguments that it saw
             # the user give. With the recorder among them, the user's own loader still answers.
             typed = self.__dict__.get("__pl_saved_kwargs")
@@ -215,49 +209,11 @@ class SafeDataLoader(DataLoader[T_co], Keywords):
         if _unrecorded(self):
             return super()._get_iterator()
         self._recorder_on_demand()
-        iterator = iterate(self, Settings.of(self), self._pool)
-        if iterator.pool.persistent and iterator.pool is not self._pool:
-            self._pool = iterator.pool
-        return iterator
+        return iterate(self, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
         return self.__dict__ | {"_pool": None, "_iterator": None}
-
-    def replay(self, what: SafeLoaderError | Failure | Any) -> Any:
-        """``dataset[index]`` once more, here, under the random numbers it failed with.
-
-        See :func:`safeloader.replay`.
-        """
-        return replay(what, self.dataset)
-
-    @property
-    def last_batch(self) -> BatchRecord | Any:
-        """The record of the batch handed over last; None before the first.
-
-        (For type checkers ``| Any`` and not ``| None``: in the loop there is always one.)
-        """
-        delivery = None if self.recorder is None else self.recorder.last_delivery()
-        return None if delivery is None else record_of(delivery)
-
-    @property
-    def provenance(self) -> Provenance:
-        """The table of the samples delivered."""
-        return Provenance(self._recorder_on_demand())
-
-    @property
-    def audit(self) -> EpochAudit | Any:
-        """Drawn against delivered, of the running or last epoch; None before the first."""
-        if self.recorder is None:
-            return None
-        with guarded("the way to the audit", lambda: LoaderLog(self.dataset)):
-            return self.recorder.audit()
-        return EpochAudit(self.recorder.epochs - 1).not_checked(0, "the way to the audit")
-
-    @property
-    def transport_stats(self) -> TransportStats:
-        """How the batches crossed from the workers, since the loader was made."""
-        return self._recorder_on_demand().transport.stats()
 
 
 def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
@@ -268,7 +224,7 @@ def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
     """
     if is_off():
         return True
-    why = _why_unrecorded(loader.num_workers > 0)
+    why = why_unrecorded(loader.num_workers > 0)
     if not why:
         return False
     if loader.verify == "raise" and not isinstance(loader.verify, Unasked):
@@ -282,7 +238,7 @@ def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
 
 
 @functools.cache
-def _why_unrecorded(workers: bool) -> str:
+def why_unrecorded(workers: bool) -> str:
     """What stands in the way of records; nothing if nothing does."""
     moved = _torch.moved() + tuple(_public_names_moved)
     if moved:
@@ -307,29 +263,73 @@ def _warn_once(why: str) -> None:
     )
 
 
-_NOT_THE_CALLER = frozenset({"safeloader", "lightning", "lightning_fabric", "pytorch_lightning"})
+_NOT_THE_CALLER = frozenset(
+    {"safeloader", "sitecustomize", "lightning", "lightning_fabric", "pytorch_lightning"}
+)
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
-def _calling_line() -> str:
-    """File and line of the user's code that made a loader."""
+def calling_line() -> str:
+    """File and line of the user's code that made a loader, or iterates it.
+
+    Where there is none among the callers, as in a process that a framework started, a library's.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
+    first = "?"
+    while frame:
+        file, name = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in _NOT_THE_CALLER:
+            here = f"{file}:{frame.f_lineno}"
+            if not file.startswith(("<", *_LIBRARIES)):
+                return here
+            first = here if first == "?" else first
         frame = frame.f_back
-    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return first
+
+
+def recorder_of(loader: SafeDataLoader[Any]) -> Recorder:
+    """The notebook of a loader, made on demand."""
+    return loader._recorder_on_demand()
+
+
+def checked(given: dict[str, Any], dataset: object) -> Settings:
+    """Settings of the keywords given, the others by default.
+
+    Raises:
+        TypeError: for a value of another kind than is taken.
+        ValueError: for a value out of range, or a folder that cannot be written to.
+    """
+    settings = Settings(**given)
+    settings.refuse_bad(dataset)
+    if not isinstance(settings.recorder, Recorder | None):
+        raise TypeError(
+            "recorder must be a safeloader.Recorder, or None to have one made; got "
+            f"{bounded_text(settings.recorder)}"
+        )
+    return settings
+
+
+def with_our_keywords(signature: inspect.Signature) -> inspect.Signature:
+    """A signature that has each of our keywords too."""
+    parameters = list(signature.parameters.values())
+    rest = [each for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
+    first = [each for each in parameters if each not in rest]
+    missing = [each for name, each in KEYWORDS.items() if name not in signature.parameters]
+    return signature.replace(parameters=[*first, *missing, *rest])
 
 
 def _spell_out_keywords(init: Any) -> None:
     # Some constructors are no Python functions, and some take no attributes.
     with contextlib.suppress(TypeError, ValueError, AttributeError):
         signature = inspect.signature(init)
-        *first, last = signature.parameters.values()
-        if last.kind is inspect.Parameter.VAR_KEYWORD:
-            missing = [each for name, each in _OURS.items() if name not in signature.parameters]
-            init.__signature__ = signature.replace(parameters=[*first, *missing, last])
+        kinds = [each.kind for each in signature.parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            init.__signature__ = with_our_keywords(signature)
 
 
-_OURS = {
+KEYWORDS = {
     name: each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     for name, each in inspect.signature(Settings).parameters.items()
 }
+"""Ours, as parameters."""
 _spell_out_keywords(SafeDataLoader.__init__)

@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
+from safeloader.handles import LoaderHandle
 from safeloader.introspect.texts import bounded_text
+from safeloader.records import Records
 from safeloader.settings import Keywords
 
 NAMES = [
@@ -40,6 +42,8 @@ NAMES = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "instrument",
+    "loaders_of",
     "replay",
 ]
 OUR_KEYWORDS = {
@@ -128,7 +132,9 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "replay", "transport_stats"}
-    assert public(SafeDataLoader) | public(Keywords) == added | set(OUR_KEYWORDS)
+    ours = public(SafeDataLoader) | public(Keywords) | public(Records)
+    assert ours == added | set(OUR_KEYWORDS)
+    assert public(LoaderHandle) == {"dataset"}
     assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)

@@ -44,6 +44,7 @@ class SafeIterator(Iterator[Any]):
     ) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
+        self._loader = weakref.ref(loader)
         self._begin(loader, settings, pool)
         # A stream's __next__ also warns about its length: that stays torch's.
         self._advance: Callable[[Any], Any] = next if self.pool.stream else _torch.next_of
@@ -57,10 +58,9 @@ class SafeIterator(Iterator[Any]):
         restarts = settings.on_crash == "restart" and self.pool.workers
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:
-            self.pool.begin(loader, settings, epoch)
+            self._stock = self.pool.begin(loader, settings, epoch)
         except WorkersDied as sign:
             self._go_on_after(sign)
-        self._stock = self.pool.stock
 
     def restart(self, loader: DataLoader[Any], settings: Settings) -> None:
         """Begin the next epoch on the same workers."""
@@ -193,8 +193,11 @@ class SafeIterator(Iterator[Any]):
         failure = pool.diagnosis.crash(sign.workers)
         at = [pool.diagnosis.location(worker) for worker in sign.workers]
         if restarts is not None and restarts.should_restart(failure, at, pool.sampler):
-            pool.replace_workers(restarts.blueprint)
-            self._stock = pool.stock
+            before = pool.stock
+            self._stock = pool.replace_workers(restarts.blueprint)
+            loader = self._loader()
+            if loader is not None and _torch.kept_iterator(loader) is before:
+                _torch.keep_iterator(loader, self._stock)
             return
         pool.broken = failure
         pool.end()
@@ -223,23 +226,32 @@ class SafeIterator(Iterator[Any]):
                 return
 
 
-def iterate(loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> SafeIterator:
+def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
     """The iterator for the loader's next epoch, as torch's ``DataLoader.__iter__`` chooses it.
 
     With persistent workers there is one torch iterator in the loader's life. While the checked
     iterator of an earlier epoch is alive, it is that one again, as it would be under torch.
-    ``pool`` is that of the epoch before, None in the first.
+
+    Args:
+        loader: a loader of any class.
+        ours: what has our keywords as attributes, and keeps the pool of persistent workers for the
+            next epoch in ``_pool``: the loader itself, or what stands beside it.
     """
+    settings = Settings.of(ours)
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader, settings)
     held = _torch.kept_iterator(loader)
-    if pool is not None and (held is None or pool.broken is not None):
+    pool = ours._pool
+    if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
     live = None if pool is None else pool.live()
     if live is None:
         live = SafeIterator(loader, settings, pool)
     else:
         live.restart(loader, settings)
-    if live.pool.stock is not held:  # new, or the workers were replaced
-        _torch.keep_iterator(loader, live.pool.stock)
+    stock = live.pool.stock
+    if stock is not held:  # new, or the workers were replaced
+        _torch.keep_iterator(loader, stock)
+    if ours._pool is not live.pool:
+        ours._pool = live.pool
     return live

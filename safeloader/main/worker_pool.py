@@ -57,7 +57,6 @@ class WorkerPool:
         workers: how many; 0: torch's iterator fetches in this process.
         stream: whether the dataset is iterable-style.
         persistent: whether they stay from epoch to epoch.
-        stock: torch's iterator; None before the first epoch.
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
@@ -74,7 +73,7 @@ class WorkerPool:
         self.broken: Failure | None = None
         self.timeout_s = float(loader.timeout)
         self.hangs = False
-        self.stock: Any = None
+        self._stock: Callable[[], Any] = lambda: None
         self.persistent = loader.persistent_workers
         self._log = log
         self.sampler = RecordingSampler(
@@ -89,6 +88,19 @@ class WorkerPool:
         lacking = "the ends of the streams cannot be checked: no shared memory"
         self._progress = self._if_room(progress, lacking) if self.stream else None
 
+    @property
+    def stock(self) -> Any:
+        """Torch's iterator; None before the first epoch.
+
+        With persistent workers the loader holds it, and whoever lets go of it there ends them.
+        """
+        return self._stock()
+
+    @stock.setter
+    def stock(self, stock: Any) -> None:
+        held = self.persistent and stock is not None
+        self._stock = weakref.ref(stock) if held else lambda: stock
+
     def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
         if self.stream:
@@ -99,8 +111,11 @@ class WorkerPool:
         length = None if self.workers else functools.partial(proven_length, drawn_from)
         return MapLedger(expected_batches=length)
 
-    def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> None:
+    def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> Any:
         """Begin an epoch: the first one with new workers, the next ones on the same.
+
+        Returns:
+            Torch's iterator, to be held for as long as batches are wanted.
 
         Raises:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
@@ -108,19 +123,20 @@ class WorkerPool:
         self._settings = settings
         self.sampler.log = epoch
         if not self.workers:
-            self._build_in_main(loader)
-        elif self.stock is None:
-            self._start(loader)
-        else:
-            budget.divide()
-            _torch.reset_iterator(self.stock, self._view(loader, self.sampler))
+            return self._build_in_main(loader)
+        stock = self.stock
+        if stock is None:
+            return self._start(loader)
+        budget.divide()
+        _torch.reset_iterator(stock, self._view(loader, self.sampler))
+        return stock
 
     # building ───────────────────────────────────────────────────────────────────────────────────
 
-    def _build_in_main(self, loader: DataLoader[Any]) -> None:
+    def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         try:
-            self.stock = _torch.build_iterator(view)
+            self.stock = stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()
             if not _torch.raised_by_dataset_iter(exc):
@@ -129,7 +145,8 @@ class WorkerPool:
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
         context = self._context()
-        _torch.replace_fetcher(self.stock, lambda fetcher: fetcher_for(fetcher, context))
+        _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
+        return stock
 
     def _context(self) -> FetchContext:
         settings = self._settings
@@ -143,7 +160,7 @@ class WorkerPool:
             length=self._log.length,
         )
 
-    def _start(self, loader: DataLoader[Any]) -> None:
+    def _start(self, loader: DataLoader[Any]) -> Any:
         """Start the workers, with torch's iterator over them.
 
         Raises:
@@ -198,6 +215,7 @@ class WorkerPool:
             return (PinnedResultReceiver if pinning else ResultReceiver)(*pinning, *waiting)
 
         _torch.listen_through(stock, receiver)
+        return stock
 
     def _slot_table(self) -> tuple[SlotTable | None, str]:
         """The states of the workers' slots; None, and why, for torch's own transport."""
@@ -262,10 +280,11 @@ class WorkerPool:
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""
         self.hangs = False
-        _torch.shut_down(self.stock)
-        remove_files_of(worker.pid for worker in _torch.workers_of(self.stock))
+        stock = self.stock
+        _torch.shut_down(stock)
+        remove_files_of(worker.pid for worker in _torch.workers_of(stock))
 
-    def replace_workers(self, blueprint: DataLoader[Any]) -> None:
+    def replace_workers(self, blueprint: DataLoader[Any]) -> Any:
         """Start new workers on the batches still open; ``blueprint`` is a copy of the loader.
 
         The generators of the main process stay where they are, as if nothing had happened.
@@ -275,5 +294,6 @@ class WorkerPool:
         generator = blueprint.generator
         blueprint.generator = generator and generator.clone_state()
         with self.sampler.beginning_with_open(), preserved():
-            self._start(blueprint)
+            stock = self._start(blueprint)
         blueprint.generator = generator
+        return stock
