@@ -21,8 +21,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the roof down: a module imports from its own floor and those below it.
 FLOORS = (
+    "__main__",
+    "commands",
+    "hook",
+    "beside",
+    "instrumenting",
     "loader",
+    "handles",
     "main",
+    "records",
     "worker",
     "provenance",
     "supervision",

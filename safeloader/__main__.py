@@ -1,0 +1,26 @@
+"""``python -m safeloader COMMAND``. Runs in: main."""
+
+from __future__ import annotations
+
+import sys
+
+_USAGE = """\
+usage: python -m safeloader run [--run DIR] [options] CMD...
+
+run    a training program, with every DataLoader of it recorded; --help says more
+"""
+
+
+def main(words: list[str]) -> int:
+    """Do what the words of the command line say; the exit status."""
+    if words[:1] == ["run"]:
+        from safeloader.commands import run
+
+        return run.main(words[1:])
+    asked = words[:1] in (["-h"], ["--help"])
+    print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,260 @@
+"""Every loader of a launched program, recorded from beside it. Runs in: main.
+
+::
+
+    iter(loader) ── hook ──► iterate ──► loader._get_iterator() ── hook ──► get_iterator
+                                          (a subclass adds its own here)       │
+                       LoaderHandle ◄── keywords, notebook, pool ──────────────┘
+
+The class of a loader, its attributes and its pickles stay the program's own. What fails here before
+the first batch is said once, and torch's own iterator serves. At the end of each process a line for
+each loader says what was recorded, and what was not and why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader, get_worker_info
+
+from safeloader import _python, _torch
+from safeloader.delivery.audit import EpochAudit
+from safeloader.errors import SafeLoaderError
+from safeloader.failures.failure import Failure
+from safeloader.handles import LoaderHandle, handle_of
+from safeloader.instrumenting import why_not_recordable
+from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
+from safeloader.main.iterator import iterate as iterate_recorded
+from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.run_folder import RunFolder
+from safeloader.settings import is_off
+
+_TOLD_MAX = 50  # lines at the end
+_LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
+
+
+class _Notebook(Recorder):
+    """A notebook that sums up its epochs, and writes each into the run folder."""
+
+    def __init__(self, line: _Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
+        epoch = super().begin_epoch(audit)
+        self._line.begins(epoch, lambda: audit(epoch))
+        return epoch
+
+    def audited(self, audit: EpochAudit) -> None:
+        """An epoch is closed."""
+        self._line.ends(audit)
+
+    def failed(self, failure: Failure) -> None:
+        """An error is about to be raised."""
+        self._line.failures += 1
+        if _state.folder is not None:
+            _state.folder.failed(failure)
+
+
+class _Line:
+    """What is said at the end of the loaders of one class that one line first iterated."""
+
+    def __init__(self, kind: str, line: str) -> None:
+        self.kind, self.line = kind, line
+        self.why_not: list[str] = []
+        self.unrecorded = 0
+        self.epochs = self.drawn = self.delivered = self.failures = 0
+        self.counts: dict[str, int] = {}
+        self.unknown = 0
+        self._open: dict[int, tuple[int, Callable[[], EpochAudit]]] = {}
+        self._number = 0
+
+    def begins(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
+        self._number += 1
+        self._open[self._number] = epoch, audit
+        self._write({"epoch": epoch, "audit": None})
+
+    def ends(self, audit: EpochAudit) -> None:
+        """Book what an epoch came to."""
+        ended = [number for number, (epoch, _) in self._open.items() if epoch == audit.epoch]
+        for number in ended[:1]:
+            del self._open[number]
+        self.epochs += 1
+        self.drawn += audit.drawn
+        self.delivered += audit.delivered
+        self.unknown += audit.ok is None
+        for name, count in audit.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        told = audit.to_dict()  # the counts are whole
+        cut = {name: all_[:_LISTED_MAX] for name, all_ in told.items() if isinstance(all_, list)}
+        self._write({"epoch": audit.epoch, "audit": told | cut})
+
+    def close(self) -> None:
+        """The process ends: epochs that run still are booked as they stand."""
+        for _, audit in list(self._open.values()):
+            self.ends(audit())
+
+    def _write(self, what: dict[str, Any]) -> None:
+        if _state.folder is not None:
+            _state.folder.epoch({"loader": f"{self.kind} at {self.line}"} | what)
+
+    def __str__(self) -> str:
+        if self.epochs == 0 and not self._open:
+            times = f", {self.unrecorded} times" if self.unrecorded > 1 else ""
+            return f"NOT recorded: {self.kind} at {self.line}{times}: {'; '.join(self.why_not)}"
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        said = f"{self.kind} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
+        troubles = [
+            f"{count} {name}"
+            for name, count in self.counts.items()
+            if count and name not in ("unvisited", "repeated", "dropped")
+        ]
+        if self.unknown:
+            troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
+        if self.failures:
+            troubles.append("1 error raised" if self.failures == 1 else f"{self.failures} raised")
+        for why in self.why_not:
+            troubles.append(f"{self.unrecorded} times NOT recorded: {why}")
+        return f"{said}; {', '.join(troubles)}" if troubles else said
+
+
+class _State:
+    """What this process knows; a forked child has one of its own."""
+
+    def __init__(self) -> None:
+        told = json.loads(os.environ.get("SAFELOADER_LAUNCHED") or "{}")
+        self.options: dict[str, Any] = told.get("options", {})
+        self.lines: dict[tuple[str, str], _Line] = {}
+        self.warned: set[str] = set()
+        self.folder: RunFolder | None = None
+        self.where: str | None = told.get("run")
+        self.attempt: int = told.get("attempt", 0)
+        self.ready = False
+
+    def begin(self) -> None:
+        """Before the first epoch of this process: where it writes, and who speaks at its end."""
+        self.ready = True
+        if self.where:
+            self.folder = RunFolder(self.where, self.attempt)
+        if _is_child():  # these skip `atexit`
+            _python.Finalize(None, _say, exitpriority=-100)
+        else:
+            atexit.register(_say)
+
+    def line(self, kind: str, at: str) -> _Line:
+        return self.lines.setdefault((kind, at), _Line(kind, at))
+
+
+def _is_child() -> bool:
+    import multiprocessing
+
+    return multiprocessing.parent_process() is not None
+
+
+_state = _State()
+
+
+def _in_child() -> None:
+    global _state
+    _state = _State()
+
+
+_python.at_fork(after_in_child=_in_child)
+
+
+# what the hook asks ─────────────────────────────────────────────────────────────────────────────
+
+
+def iterate(loader: Any, stock: Callable[[Any], Any]) -> Any:
+    """What ``iter(loader)`` gives; ``stock`` is torch's own method."""
+    if _not_ours(loader) or _handle(loader).why_not:
+        return stock(loader)
+    return _torch.ask_for_iterator(loader)
+
+
+def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
+    """What ``loader._get_iterator()`` gives."""
+    if _not_ours(loader):
+        return stock(loader)
+    handle = _handle(loader)
+    if handle.why_not:
+        return stock(loader)
+    try:
+        return iterate_recorded(loader, handle)
+    except SafeLoaderError:
+        raise
+    except Exception as exc:
+        _leave(handle, f"safeloader failed ({type(exc).__name__}: {exc}); please report it")
+        return stock(loader)
+
+
+def made(iterator: Any, loader: Any) -> None:
+    """An iterator of torch's is being made over ``loader``: by us, or by others behind us."""
+    if _not_ours(loader) or handle_of(loader) is not None:
+        return
+    if not _state.ready:
+        _state.begin()
+    kind = type(loader).__qualname__
+    line = _state.line(kind, calling_line())
+    line.unrecorded += 1
+    why = f"it makes its own iterators ({type(iterator).__qualname__})"
+    if why not in line.why_not:
+        line.why_not.append(why)
+
+
+def _not_ours(loader: Any) -> bool:
+    """Whether torch's own has to do: within our engine, in a worker, and where we are off."""
+    return (
+        isinstance(loader, _torch.LoaderView | SafeDataLoader)
+        or get_worker_info() is not None
+        or is_off()
+    )
+
+
+def _handle(loader: DataLoader[Any]) -> LoaderHandle:
+    handle = handle_of(loader)
+    if handle is not None:
+        return handle
+    if not _state.ready:
+        _state.begin()
+    at = calling_line()
+    line = _state.line(type(loader).__qualname__, at)
+    handle = LoaderHandle(loader, _state.options, at, _Notebook(line))
+    why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
+    if why:
+        _leave(handle, why)
+    return handle
+
+
+def _leave(handle: LoaderHandle, why: str) -> None:
+    """Torch's own iterator serves this loader from now on; said once."""
+    handle.why_not = why
+    line = _state.line(handle.kind, handle.line)
+    line.unrecorded += 1
+    if why not in line.why_not:
+        line.why_not.append(why)
+    if why not in _state.warned:
+        _state.warned.add(why)
+        _tell(f"{why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
+
+
+def _say() -> None:
+    """At the end of the process: what was recorded, and what was not."""
+    for line in _state.lines.values():
+        line.close()
+    if not _state.lines:
+        return
+    lines = list(map(str, _state.lines.values()))
+    more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
+    _tell("\n  ".join([f"loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    _state.lines.clear()
+
+
+def _tell(said: str) -> None:
+    if sys.stderr is not None:
+        print(f"safeloader: {said}", file=sys.stderr, flush=True)

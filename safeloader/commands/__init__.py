@@ -1,0 +1,1 @@
+"""What ``python -m safeloader`` can do, a file for each command. Runs in: main."""

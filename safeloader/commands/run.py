@@ -1,0 +1,255 @@
+"""``python -m safeloader run``: a program with all of its loaders recorded. Runs in: main.
+
+It sets the environment, puts the hook on the path, and then becomes the program: exit status,
+signals, ``__main__`` and ``argv`` are the program's own. No library is imported here, torch least
+of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safeloader._version import __version__
+
+_HOOK = Path(__file__).parent.parent / "hook"
+_CANNOT_WORK = "ISE"  # of python: no environment, or no module `site` to run the hook
+_ALIVE_S = 60.0  # a run that wrote within this time is taken to go on
+_NOT_RECORDED = 3
+_EXAMPLES = """\
+CMD is what stands behind `python` or at the prompt:
+
+  python -m safeloader run train.py --epochs 3
+  python -m safeloader run -m package.train
+  python -m safeloader run --run runs/exp1 torchrun --nproc-per-node 2 train.py
+  python -m safeloader run --on-error skip accelerate launch train.py
+
+At the end of each process a line a loader on stderr says what was recorded, and what was not.
+"""
+
+
+class _Refused(Exception):
+    """It cannot work; the text says why."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m safeloader run",
+        description="Run a training program with every DataLoader of it recorded.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add: Any = parser.add_argument
+    add("--run", metavar="DIR", help="write an audit an epoch, and each failure, into this folder")
+    add(
+        "--expect-ranks",
+        type=_count,
+        metavar="N",
+        help="stay beside the program; exit 3 if it ended well and fewer ranks were recorded",
+    )
+    add("--verify", choices=("raise", "warn", "off"), default="warn")
+    add("--trace", metavar="DIR")
+    add("--on-error", choices=("raise", "skip", "replace"))
+    add("--retries", type=int, metavar="N")
+    add("--max-skipped", type=_number, metavar="N")
+    add("--on-crash", choices=("raise", "restart"))
+    add("--stall-after", type=float, metavar="SECONDS")
+    add("--on-failure-dump", metavar="DIR")
+    add("--transport", choices=("auto", "torch"))
+    add("--checksum", action="store_true", default=None)
+    add("command", nargs=argparse.REMAINDER, metavar="CMD...")
+    return parser
+
+
+def _parsed(words: list[str]) -> dict[str, Any]:
+    """Our options, and under ``command`` all from the first word on that is none of them."""
+    at = 0
+    while at < len(words) and words[at].startswith("-") and words[at] not in ("--", "-m", "-c"):
+        alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
+        at += 1 if alone else 2
+    return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
+
+
+def _count(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _number(word: str) -> int | float:
+    return float(word) if "." in word else int(word)
+
+
+def main(words: list[str]) -> int:
+    """Become the program; returns an exit status only where that cannot be."""
+    told = _parsed(words)
+    command, folder, ranks = told.pop("command"), told.pop("run"), told.pop("expect_ranks")
+    options = {name: value for name, value in told.items() if value is not None}
+    try:
+        program = _program(command)
+        for name in ("trace", "on_failure_dump"):
+            if name in options:
+                options[name] = os.path.abspath(options[name])
+        watched = folder
+        if ranks is not None and folder is None:
+            watched = tempfile.mkdtemp(prefix="safeloader-run-")
+        environment = _environment(options, watched, program)
+        if ranks is None:
+            _become(program, environment)
+        return _beside(program, environment, ranks)
+    except _Refused as exc:
+        print(f"python -m safeloader run: {exc}", file=sys.stderr)
+        return 2
+
+
+def _program(command: list[str]) -> list[str]:
+    """What is executed: the command, behind a Python where it is a script or a module."""
+    if command[:1] == ["--"]:
+        command = command[1:]
+    if not command:
+        raise _Refused("no program was given. Try: python -m safeloader run train.py")
+    if sys.flags.isolated or sys.flags.ignore_environment or sys.flags.no_site:
+        raise _Refused(
+            "this Python was started with -I, -E or -S, which keep the program from reading what "
+            "records its loaders. Leave them out"
+        )
+    first = command[0]
+    if first.endswith(".py") or first in ("-m", "-c") or os.path.isdir(first):
+        command = [sys.executable, *_own_flags(), *command]
+    if re.fullmatch(r"python[0-9.]*(\.exe)?", os.path.basename(command[0])):
+        words = iter(command[1:])
+        for word in words:
+            if not word.startswith("-") or word.startswith("--") or word in ("-m", "-c"):
+                break
+            if word in ("-W", "-X"):
+                next(words, None)
+            elif word[1] not in "WX" and set(word) & set(_CANNOT_WORK):
+                raise _Refused(
+                    f"{word} keeps Python from reading what records the program's loaders. "
+                    "Leave it out"
+                )
+    found = shutil.which(command[0])
+    if found is None:
+        raise _Refused(f"there is no program {command[0]!r}")
+    return [found, *command[1:]]
+
+
+def _own_flags() -> list[str]:
+    """The options that this Python was started with, for the program's."""
+    words = sys.orig_argv[1:]
+    if "safeloader" not in words:
+        return []
+    *first, last = words[: words.index("safeloader")]
+    last = last.removesuffix("m")  # of -um, say
+    return [*first, last] if last.strip("-") else first
+
+
+def _environment(options: dict[str, Any], folder: str | None, program: list[str]) -> dict[str, str]:
+    launched: dict[str, Any] = {"options": options}
+    added: dict[str, str] = {}
+    if folder is not None:
+        run = Path(os.path.abspath(folder))
+        try:
+            identity, launched["attempt"] = _begin_run(run, program)
+        except OSError as exc:
+            raise _Refused(f"the folder of the run cannot be written to: {exc}") from None
+        launched["run"] = str(run)
+        added["SAFELOADER_RUN_ID"] = identity
+    path = [str(_HOOK), *filter(None, [os.environ.get("PYTHONPATH")])]
+    added["PYTHONPATH"] = os.pathsep.join(path)
+    return os.environ | added | {"SAFELOADER_LAUNCHED": json.dumps(launched)}
+
+
+def _begin_run(run: Path, program: list[str]) -> tuple[str, int]:
+    """Write ``run.json``, or find the run that is there; its id, and the number of this attempt."""
+    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    identity = os.environ.get("SAFELOADER_RUN_ID") or uuid.uuid4().hex
+    content = {
+        "id": identity,
+        "command": program,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"safeloader": __version__, "python": sys.version.split()[0]},
+    }
+    path = run / "run.json"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        with open(fd, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        (run / "attempt=0").mkdir(mode=0o700)
+        return identity, 0
+    try:
+        known = str(json.loads(path.read_text("utf-8"))["id"])
+    except (ValueError, KeyError, TypeError):
+        raise _Refused(f"{path} was not written by safeloader; give another folder") from None
+    newest = max((each.stat().st_mtime for each in run.rglob("*")), default=0.0)
+    if known != os.environ.get("SAFELOADER_RUN_ID") and time.time() - newest < _ALIVE_S:
+        raise _Refused(
+            f"another run writes into {run} (id {known}, a sign of life "
+            f"{time.time() - newest:.0f} s ago). Give another folder, wait a minute, or set "
+            f"SAFELOADER_RUN_ID={known} to go on with it"
+        )
+    while True:
+        numbers = (each.name.partition("=")[2] for each in run.glob("attempt=*"))
+        attempt = 1 + max((int(each) for each in numbers if each.isdecimal()), default=-1)
+        try:
+            (run / f"attempt={attempt}").mkdir(mode=0o700)
+        except FileExistsError:
+            continue
+        return known, attempt
+
+
+def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(program[0], program, environment)  # noqa: S606  # the user's own words
+    except OSError as exc:
+        raise _Refused(f"{program[0]} cannot be run: {exc}") from None
+
+
+def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
+    """Run the program as a child, pass signals on, and look whether each rank was recorded."""
+    child = subprocess.Popen(program, env=environment)  # noqa: S603  # the user's own words
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: child.send_signal(number))
+    status = child.wait()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    if status:
+        return status
+    launched = json.loads(environment["SAFELOADER_LAUNCHED"])
+    attempt = Path(launched["run"]) / f"attempt={launched['attempt']}"
+    seen = {
+        each.parent.parent.name
+        for each in attempt.glob("rank=*/*/epochs.jsonl")
+        if _has_audit(each)
+    }
+    if len(seen) >= ranks:
+        return 0
+    known = ", ".join(sorted(seen)) or "none"
+    print(
+        f"python -m safeloader run: {len(seen)} of {ranks} ranks were recorded ({known})",
+        file=sys.stderr,
+    )
+    return _NOT_RECORDED
+
+
+def _has_audit(path: Path) -> bool:
+    return any(json.loads(line)["audit"] for line in path.read_text("utf-8").splitlines())

@@ -1,0 +1,90 @@
+"""One process's folder in the folder of a run. Runs in: main.
+
+::
+
+    DIR/run.json                                       the launcher's
+    DIR/attempt=0/rank=0/host-pid-boot-n/epochs.jsonl  an audit an epoch
+                                         failures/     each failure
+
+Nothing here ends a training: what cannot be written is said once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+from safeloader.failures import dump
+from safeloader.failures.failure import Failure
+from safeloader.introspect.files import rank
+
+_BOOT = "/proc/sys/kernel/random/boot_id"
+
+
+class RunFolder:
+    """Where this process writes.
+
+    Args:
+        run: the folder of the run.
+        attempt: its number: a run that is started again goes on in the same folder.
+    """
+
+    def __init__(self, run: str, attempt: int) -> None:
+        self._fd = -1
+        known = rank()
+        told = os.environ.get("RANK", "") if known is None else str(known)
+        number = int(told) if told.isdecimal() else 0
+        parent = Path(run) / f"attempt={attempt}" / f"rank={number}"
+        host = re.sub(r"[^\w.]", "_", platform.node())[:64] or "host"
+        try:
+            boot = Path(_BOOT).read_text()[:8]
+        except OSError:
+            boot = "boot"
+        try:
+            for missing in reversed(
+                [each for each in (parent, *parent.parents) if not each.exists()]
+            ):
+                missing.mkdir(mode=0o700, exist_ok=True)
+            self.path = _new_folder(parent, f"{host}-{os.getpid()}-{boot}")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(self.path / "epochs.jsonl", flags, 0o600)
+            weakref.finalize(self, os.close, self._fd).atexit = False
+        except OSError as exc:
+            self._broken(exc)
+
+    def epoch(self, what: dict[str, Any]) -> None:
+        """Append a line: an epoch begins (its audit is null), or its audit."""
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, (json.dumps(what) + "\n").encode())
+        except (OSError, ValueError) as exc:
+            self._broken(exc)
+
+    def failed(self, failure: Failure) -> None:
+        """Write a failure as a file of its own."""
+        if self._fd >= 0:
+            dump.write(failure, self.path / "failures")
+
+    def _broken(self, exc: BaseException) -> None:
+        self._fd = -1
+        if sys.stderr is not None:
+            print(f"safeloader: nothing more is written for this run: {exc}", file=sys.stderr)
+
+
+def _new_folder(parent: Path, stem: str) -> Path:
+    number = 0
+    while True:
+        path = parent / f"{stem}-{number}"
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            number += 1
+        else:
+            return path

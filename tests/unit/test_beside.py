@@ -1,0 +1,149 @@
+"""Loaders recorded from beside, where something of ours fails or the folder cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from safeloader import SKIP, beside
+from safeloader.handles import handle_of
+from safeloader.provenance.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What a launched process begins with; nothing is said at this process's end."""
+    told = {"run": str(tmp_path / "runs"), "options": {"verify": "warn"}}
+    monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
+    monkeypatch.setattr(beside, "_state", beside._State())
+    monkeypatch.setattr(beside.atexit, "register", lambda function: None)
+    return beside._state
+
+
+def plain() -> Any:
+    return DataLoader(torch.arange(6), batch_size=4)  # type: ignore[arg-type]
+
+
+def recorded(loader: Any) -> Any:
+    return beside.get_iterator(loader, DataLoader._get_iterator)
+
+
+def audits(folder: Path) -> list[Any]:
+    (path,) = folder.glob("runs/attempt=0/rank=0/*/epochs.jsonl")
+    return [json.loads(line)["audit"] for line in path.read_text().splitlines()]
+
+
+def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise OSError("out of luck")
+
+    monkeypatch.setattr(beside, "iterate_recorded", fails)
+    loader = plain()
+    for _ in range(2):
+        assert len(list(recorded(loader))) == 2
+    assert len(list(recorded(plain()))) == 2
+    said = capsys.readouterr().err
+    assert said.count("safeloader failed (OSError: out of luck)") == 1
+    beside._say()
+    said = capsys.readouterr().err
+    assert "NOT recorded: DataLoader" in said
+    assert "1 epoch" not in said
+
+
+def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: Any) -> None:
+    loader = plain()
+    next(recorded(loader))
+    beside._say()
+    assert "1 epoch, 4 of 4 delivered" in capsys.readouterr().err
+    began, stands = audits(tmp_path)
+    assert began is None
+    assert (stands["delivered"], stands["complete"]) == (4, False)
+    beside._say()
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: Any) -> None:
+    class Bad:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> int:
+            raise KeyError(index)
+
+    loader: Any = DataLoader(Bad())  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        list(recorded(loader))
+    beside._say()
+    assert "1 error raised" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json"))) == 1
+
+
+def test_many_lines_are_not_all_told(state: Any, capsys: Any) -> None:
+    for number in range(60):
+        line = state.line("DataLoader", f"train.py:{number}")
+        line.unrecorded, line.why_not = 2, ["it could not be"]
+    beside._say()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 52
+    assert said[1].endswith("DataLoader at train.py:0, 2 times: it could not be")
+    assert said[-1].endswith("and 10 more")
+
+
+def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> None:
+    class Fails:
+        def __len__(self) -> int:
+            return 5000
+
+        def __getitem__(self, index: int) -> int:
+            raise KeyError(index)
+
+    state.options |= {"on_error": lambda failure: SKIP, "max_skipped": 10_000}
+    loader: Any = DataLoader(Fails(), batch_size=500)  # type: ignore[arg-type]
+    assert list(recorded(loader)) == []
+    told = audits(tmp_path)[-1]
+    assert (len(told["skipped"]), told["counts"]["skipped"]) == (1000, 5000)
+
+
+def test_a_handle_goes_with_its_loader() -> None:
+    loader = plain()
+    list(recorded(loader))
+    handle = handle_of(loader)
+    assert handle is not None
+    assert handle.audit.delivered == 6
+    assert repr(handle).startswith("LoaderHandle(DataLoader, first iterated at")
+    other = plain()
+    assert handle_of(other) is None
+    del loader
+    with pytest.raises(LookupError, match="is gone"):
+        handle.dataset
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    folder = RunFolder(str(tmp_path / "file"), 0)
+    folder.epoch({})
+    assert capsys.readouterr().err.count("nothing more is written for this run") == 1
+
+
+def test_a_disk_that_is_full_ends_the_folder_and_nothing_else(tmp_path: Path, capsys: Any) -> None:
+    folder = RunFolder(str(tmp_path / "runs"), 0)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, folder._fd)
+    os.close(full)
+    for _ in range(3):
+        folder.epoch({"epoch": 0})
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
+    first, second = (RunFolder(str(tmp_path / "runs"), 2) for _ in range(2))
+    assert first.path.parent == second.path.parent == tmp_path / "runs" / "attempt=2" / "rank=0"
+    assert (first.path.name[-2:], second.path.name[-2:]) == ("-0", "-1")

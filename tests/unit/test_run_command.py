@@ -1,0 +1,133 @@
+"""The words of ``python -m safeloader run``, and the program that they become."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safeloader import __main__
+
+
+class Became(BaseException):
+    """What this process would have become."""
+
+
+@pytest.fixture(autouse=True)
+def becomes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def execve(path: str, words: list[str], environment: dict[str, str]) -> None:
+        raise Became(path, words, environment)
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", "safeloader", "run"])
+    monkeypatch.delenv("SAFELOADER_RUN_ID", raising=False)
+
+
+def became(*words: str) -> tuple[list[str], dict[str, Any], dict[str, str]]:
+    """The program, what its loaders are told, and its environment."""
+    with pytest.raises(Became) as raised:
+        __main__.main(["run", *words])
+    path, program, environment = raised.value.args
+    assert program[0] == path
+    return program[1:], json.loads(environment["SAFELOADER_LAUNCHED"]), environment
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.py", "--verify", "off", "-x"],
+        ["-m", "package.train", "--run", "elsewhere"],
+        ["-c", "print(1)"],
+        [sys.executable, "-u", "train.py"],
+        ["--", "train.py"],
+    ],
+)
+def test_what_follows_our_options_is_the_programs(words: list[str]) -> None:
+    program, told, environment = became("--on-error=skip", "--retries", "2", "--checksum", *words)
+    mine = [word for word in words if word not in ("--", sys.executable)]
+    assert program == mine
+    expected = {"verify": "warn", "on_error": "skip", "retries": 2, "checksum": True}
+    assert told == {"options": expected}
+    assert environment["PYTHONPATH"].split(os.pathsep)[0].endswith("hook")
+
+
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        (["-m", "safeloader"], []),
+        (["-u", "-X", "dev", "-m", "safeloader"], ["-u", "-X", "dev"]),
+        (["-um", "safeloader"], ["-u"]),
+        (["/usr/bin/safeloader"], []),
+    ],
+)
+def test_the_options_of_python_are_the_programs_too(
+    flags: list[str], given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *flags, "run", "train.py"])
+    assert became("train.py")[0] == [*given, "train.py"]
+
+
+def test_folders_are_where_the_command_was_given(tmp_path: Path) -> None:
+    _, told, environment = became("--run", "runs", "--trace", "t", "train.py")
+    assert told["run"] == str(tmp_path / "runs")
+    assert told["options"]["trace"] == str(tmp_path / "t")
+    known = json.loads((tmp_path / "runs" / "run.json").read_text())
+    assert environment["SAFELOADER_RUN_ID"] == known["id"]
+    assert (known["command"][-1], told["attempt"]) == ("train.py", 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "number"), [("3", 3), ("0.5", 0.5)], ids=["a count", "a fraction"]
+)
+def test_a_bound_is_a_count_or_a_fraction(value: str, number: float) -> None:
+    told = became("--max-skipped", value, "train.py")[1]["options"]["max_skipped"]
+    assert (told, type(told)) == (number, type(number))
+
+
+def test_a_second_attempt_and_a_third(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER_RUN_ID", "mine")
+    assert [became("--run", "runs", "x.py")[1]["attempt"] for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_folder_of_another_run_that_lives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    became("--run", "runs", "x.py")
+    monkeypatch.setenv("SAFELOADER_RUN_ID", "mine")
+    assert __main__.main(["run", "--run", "runs", "x.py"]) == 2
+    assert "another run writes into" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "no program was given"),
+        (["no-such-program"], "there is no program 'no-such-program'"),
+        (["python", "-I", "x.py"], "-I keeps Python"),
+        (["python3", "-W", "error", "-E", "x.py"], "-E keeps Python"),
+        (["--run", "/proc/none", "x.py"], "cannot be written to"),
+    ],
+)
+def test_what_cannot_work(words: list[str], why: str, capsys: Any) -> None:
+    assert __main__.main(["run", *words]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--retries", "many", "x.py"], ["--expect-ranks", "0", "x.py"]])
+def test_a_bad_option(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["run", *words])
+    assert ended.value.code == 2
+    assert "invalid" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_there_is(capsys: Any) -> None:
+    assert __main__.main([]) == 2
+    assert "usage: python -m safeloader run" in capsys.readouterr().err
+    assert __main__.main(["--help"]) == 0
+    assert "usage: python -m safeloader run" in capsys.readouterr().out
