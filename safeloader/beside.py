@@ -14,6 +14,7 @@ each loader says what was recorded, and what was not and why.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -34,6 +35,8 @@ from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.run_folder import RunFolder
 from safeloader.settings import is_off
 
+_Which = tuple[int, int]  # the number of a notebook, and of an epoch in it
+_numbers = itertools.count()
 _TOLD_MAX = 50  # lines at the end
 _LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 
@@ -44,15 +47,16 @@ class _Notebook(Recorder):
     def __init__(self, line: _Line) -> None:
         super().__init__()
         self._line = line
+        self._number = next(_numbers)
 
     def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
         epoch = super().begin_epoch(audit)
-        self._line.begins(epoch, lambda: audit(epoch))
+        self._line.begins((self._number, epoch), lambda: audit(epoch))
         return epoch
 
     def audited(self, audit: EpochAudit) -> None:
         """An epoch is closed."""
-        self._line.ends(audit)
+        self._line.ends((self._number, audit.epoch), audit)
 
     def failed(self, failure: Failure) -> None:
         """An error is about to be raised."""
@@ -71,19 +75,16 @@ class _Line:
         self.epochs = self.drawn = self.delivered = self.failures = 0
         self.counts: dict[str, int] = {}
         self.unknown = 0
-        self._open: dict[int, tuple[int, Callable[[], EpochAudit]]] = {}
-        self._number = 0
+        self._open: dict[_Which, Callable[[], EpochAudit]] = {}
 
-    def begins(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
-        self._number += 1
-        self._open[self._number] = epoch, audit
-        self._write({"epoch": epoch, "audit": None})
+    def begins(self, which: _Which, audit: Callable[[], EpochAudit]) -> None:
+        """An epoch begins."""
+        self._open[which] = audit
+        self._write({"epoch": which[1], "audit": None})
 
-    def ends(self, audit: EpochAudit) -> None:
+    def ends(self, which: _Which, audit: EpochAudit) -> None:
         """Book what an epoch came to."""
-        ended = [number for number, (epoch, _) in self._open.items() if epoch == audit.epoch]
-        for number in ended[:1]:
-            del self._open[number]
+        self._open.pop(which, None)
         self.epochs += 1
         self.drawn += audit.drawn
         self.delivered += audit.delivered
@@ -96,8 +97,8 @@ class _Line:
 
     def close(self) -> None:
         """The process ends: epochs that run still are booked as they stand."""
-        for _, audit in list(self._open.values()):
-            self.ends(audit())
+        for which, audit in list(self._open.items()):
+            self.ends(which, audit())
 
     def _write(self, what: dict[str, Any]) -> None:
         if _state.folder is not None:
@@ -253,6 +254,7 @@ def _say() -> None:
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
     _tell("\n  ".join([f"loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
+    _state.folder = None  # what ends later than this is booked already
 
 
 def _tell(said: str) -> None:

@@ -147,3 +147,14 @@ def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
     first, second = (RunFolder(str(tmp_path / "runs"), 2) for _ in range(2))
     assert first.path.parent == second.path.parent == tmp_path / "runs" / "attempt=2" / "rank=0"
     assert (first.path.name[-2:], second.path.name[-2:]) == ("-0", "-1")
+
+
+def test_two_loaders_of_one_line_are_told_together_and_not_mixed_up(capsys: Any) -> None:
+    loaders = [plain() for _ in range(2)]
+    first, second = (recorded(loader) for loader in loaders)  # both of the line that asks here
+    next(first)
+    list(second)
+    beside._say()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "2 epochs, 10 of 10 delivered" in said[1]
