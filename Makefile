@@ -31,7 +31,7 @@ $(VENV)/mutation: $(VENV)/dev
 demo: $(VENV)/base
 	$(BIN)/python examples/train_digits.py
 
-# All tests, with coverage: about 20 minutes on two cores that have nothing else to do.
+# All tests, with coverage: about 25 minutes on two cores that have nothing else to do.
 test: $(VENV)/dev
 	$(BIN)/python -m tests.run
 

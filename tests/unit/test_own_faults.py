@@ -193,7 +193,7 @@ PARTS = {
     "end of the draws": (ledger.MapLedger, "draws_ended"),
     "what is dropped": (drawing, "_noting"),
     "use": (safeloader.loader, "watch_for_use"),
-    "line": (safeloader.loader, "_calling_line"),
+    "line": (safeloader.loader, "calling_line"),
 }
 
 

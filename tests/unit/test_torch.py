@@ -162,7 +162,7 @@ def test_the_default_stays_the_default(
     else:
         loader = way(loader)
     assert (loader.verify, repr(loader.verify), str(loader.verify)) == ("raise", "'raise'", "raise")
-    monkeypatch.setattr("safeloader.loader._why_unrecorded", lambda workers: f"for {way} {cls}")
+    monkeypatch.setattr("safeloader.loader.why_unrecorded", lambda workers: f"for {way} {cls}")
     if asked:
         with pytest.raises(Exception, match="verify='raise' was asked for"):
             iter(loader)
@@ -176,6 +176,6 @@ def test_a_loader_that_never_ran_our_init_asked_for_nothing(
 ) -> None:
     loader = SafeDataLoader.__new__(SafeDataLoader)
     torch.utils.data.DataLoader.__init__(loader, [1, 2])
-    monkeypatch.setattr("safeloader.loader._why_unrecorded", lambda workers: "for a bare loader")
+    monkeypatch.setattr("safeloader.loader.why_unrecorded", lambda workers: "for a bare loader")
     with pytest.warns(UserWarning, match="for a bare loader"):
         assert [batch.tolist() for batch in loader] == [[1], [2]]
