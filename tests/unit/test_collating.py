@@ -343,6 +343,7 @@ def test_mappings_that_are_no_dict_are_walked_too() -> None:
     assert explain([BrokenRecord({"a": 1})] * 3, [0, 1, 2]) is None
 
 
+@pytest.mark.slow
 def test_large_samples_are_looked_at_within_bounds() -> None:
     deep: Any = []
     for _ in range(100_000):

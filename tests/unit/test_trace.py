@@ -514,6 +514,7 @@ def test_a_loader_made_anew_on_the_same_recorder_writes_to_the_same_file(tmp_pat
     ] * 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
     loader = SafeDataLoader(
         range(400), batch_size=4, trace=tmp_path, recorder=Recorder(max_bytes=10_000)
