@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -95,6 +96,12 @@ class _Line:
         cut = {name: all_[:_LISTED_MAX] for name, all_ in told.items() if isinstance(all_, list)}
         self._write({"epoch": audit.epoch, "audit": told | cut})
 
+    def left_out(self, why: str) -> None:
+        """A loader, or an iterator, is not recorded."""
+        self.unrecorded += 1
+        if why not in self.why_not:
+            self.why_not.append(why)
+
     def close(self) -> None:
         """The process ends: epochs that run still are booked as they stand."""
         for which, audit in list(self._open.items()):
@@ -142,19 +149,13 @@ class _State:
         self.ready = True
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
-        if _is_child():  # these skip `atexit`
+        if multiprocessing.parent_process() is not None:  # these skip `atexit`
             _python.Finalize(None, _say, exitpriority=-100)
         else:
             atexit.register(_say)
 
     def line(self, kind: str, at: str) -> _Line:
         return self.lines.setdefault((kind, at), _Line(kind, at))
-
-
-def _is_child() -> bool:
-    import multiprocessing
-
-    return multiprocessing.parent_process() is not None
 
 
 _state = _State()
@@ -202,10 +203,7 @@ def made(iterator: Any, loader: Any) -> None:
         _state.begin()
     kind = type(loader).__qualname__
     line = _state.line(kind, calling_line())
-    line.unrecorded += 1
-    why = f"it makes its own iterators ({type(iterator).__qualname__})"
-    if why not in line.why_not:
-        line.why_not.append(why)
+    line.left_out(f"it makes its own iterators ({type(iterator).__qualname__})")
 
 
 def _not_ours(loader: Any) -> bool:
@@ -235,10 +233,7 @@ def _handle(loader: DataLoader[Any]) -> LoaderHandle:
 def _leave(handle: LoaderHandle, why: str) -> None:
     """Torch's own iterator serves this loader from now on; said once."""
     handle.why_not = why
-    line = _state.line(handle.kind, handle.line)
-    line.unrecorded += 1
-    if why not in line.why_not:
-        line.why_not.append(why)
+    _state.line(handle.kind, handle.line).left_out(why)
     if why not in _state.warned:
         _state.warned.add(why)
         _tell(f"{why}. Torch's own iterator serves: {handle.kind} at {handle.line}")

@@ -200,7 +200,7 @@ def _class_over(theirs: Any) -> Any:
 
     signature = inspect.signature(theirs.__init__)
     ours = [name for name in KEYWORDS if name not in signature.parameters]
-    __init__.__signature__ = with_our_keywords(signature)  # type: ignore[attr-defined]
+    __init__.__signature__ = with_our_keywords(signature)  # type: ignore[attr-defined]  # as inspect has it
     body = {
         "__module__": theirs.__module__,
         "__doc__": theirs.__doc__,

@@ -48,15 +48,24 @@ def create(folder: Path, stem: str, suffix: str, also: str = "") -> tuple[int, P
     Raises:
         OSError: if it cannot be made.
     """
-    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        with contextlib.suppress(FileExistsError):  # another rank made it just now
-            missing.mkdir(mode=0o700)
+    make_folder(folder)
     while True:
         path = folder / f"{stem}-{process_name()}-{next(_numbers)}{suffix}"
         if also and os.path.lexists(path.with_suffix(also)):
             continue
         with contextlib.suppress(FileExistsError):  # a link is there too, wherever it leads
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing, for their owner alone.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        with contextlib.suppress(FileExistsError):  # another rank made it just now
+            missing.mkdir(mode=0o700)
 
 
 def rank() -> int | None:
@@ -68,7 +77,16 @@ def rank() -> int | None:
 
 def process_name() -> str:
     """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
+    return f"{host_name()}-rank{rank_told()}-{os.getpid()}"
+
+
+def host_name() -> str:
+    """The name of this machine, as a part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
+
+
+def rank_told() -> int:
+    """Rank of this process by its group, else by what its launcher set; 0 where neither is."""
     known = rank()
     told = os.environ.get("RANK", "") if known is None else str(known)
-    host = re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
-    return f"{host}-rank{told if told.isdecimal() else 0}-{os.getpid()}"
+    return int(told) if told.isdecimal() else 0

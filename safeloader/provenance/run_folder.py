@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import sys
 import weakref
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
-from safeloader.introspect.files import rank
+from safeloader.introspect.files import host_name, make_folder, rank_told
 
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
@@ -37,21 +35,14 @@ class RunFolder:
 
     def __init__(self, run: str, attempt: int) -> None:
         self._fd = -1
-        known = rank()
-        told = os.environ.get("RANK", "") if known is None else str(known)
-        number = int(told) if told.isdecimal() else 0
-        parent = Path(run) / f"attempt={attempt}" / f"rank={number}"
-        host = re.sub(r"[^\w.]", "_", platform.node())[:64] or "host"
+        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told()}"
         try:
             boot = Path(_BOOT).read_text()[:8]
         except OSError:
             boot = "boot"
         try:
-            for missing in reversed(
-                [each for each in (parent, *parent.parents) if not each.exists()]
-            ):
-                missing.mkdir(mode=0o700, exist_ok=True)
-            self.path = _new_folder(parent, f"{host}-{os.getpid()}-{boot}")
+            make_folder(parent)
+            self.path = _new_folder(parent, f"{host_name()}-{os.getpid()}-{boot}")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(self.path / "epochs.jsonl", flags, 0o600)
             weakref.finalize(self, os.close, self._fd).atexit = False
