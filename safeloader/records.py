@@ -9,6 +9,7 @@ from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay
+from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.transport.stats import TransportStats
@@ -59,6 +60,45 @@ class Records:
         with guarded("the way to the audit", lambda: LoaderLog(self.dataset)):
             return self.recorder.audit()
         return EpochAudit(self.recorder.epochs - 1).not_checked(0, "the way to the audit")
+
+    def metrics(self, last: int | None = None) -> dict[str, float]:
+        """How the loading goes, in numbers for any logger: of the epoch begun last.
+
+        ==================== ======= ==============================================================
+        name                 unit
+        ==================== ======= ==============================================================
+        ``epoch``                    its number, from 0
+        ``batches``                  handed over
+        ``samples``                  handed over
+        ``wait_share``       0 to 1  of the time between asking for the first of these batches and
+                                     getting the last one, how much the training loop waited
+        ``samples_per_s``    1/s     handed over in that time
+        ``fetch_p50_ms``     ms      half of the samples took at most that long to fetch
+        ``fetch_p95_ms``     ms      19 of 20 samples took at most that long to fetch
+        ``skipped``                  samples left out because of an error, in the whole epoch
+        ``replaced``                 samples that another one stands in for, in the whole epoch
+        ``worker_memory_mib`` MiB    held by the workers together: pages that are shared count by
+                                     their share; as each last told, once a second
+        ==================== ======= ==============================================================
+
+        What is not known is left out: times before the first batch, memory in the first second and
+        without workers. Batches that the recorder has forgotten are not in it.
+
+        Args:
+            last: look at this many of the newest batches only; by default at all of the epoch. A
+                batch takes some 20 us to look at.
+
+        Example:
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> batches = list(loader)
+            >>> metrics = loader.metrics()
+            >>> metrics["batches"], metrics["samples"], metrics["skipped"]
+            (3.0, 10.0, 0.0)
+            >>> 0 < metrics["wait_share"] <= 1
+            True
+        """
+        return metrics_of(self._recorder_on_demand(), last)
 
     @property
     def transport_stats(self) -> TransportStats:

@@ -202,6 +202,8 @@ class WorkerPool:
             # Without its frames, which lead into torch's half made iterator.
             raise self.sampler.log.error(failure, exc.with_traceback(None)) from None
         results.all_started()
+        if flight is not None:
+            settings.recorder.memory_of_workers = weakref.WeakMethod(flight.memory)
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)

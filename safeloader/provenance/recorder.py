@@ -12,12 +12,12 @@ import logging
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.manifest import BatchManifest
+from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
 from safeloader.transport.stats import TransportCounts
@@ -32,11 +32,12 @@ UNIX_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
 
 
 class Delivery(NamedTuple):
-    """A batch as it was handed over."""
+    """A batch as it was handed over, ``wait_ns`` after it was asked for at ``began_ns``."""
 
     epoch: int
     batch: int
     wait_ns: int
+    began_ns: int
     manifest: BatchManifest
 
 
@@ -86,6 +87,9 @@ class Recorder:
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.transport = TransportCounts()
+        self.incidents: Counter[str] = Counter()
+        self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
+        self._memory_seen: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.max_bytes,)
@@ -102,6 +106,7 @@ class Recorder:
         self.epochs += 1
         _blank.pop(self._mark, None)
         self.newest_audit = lambda: audit(epoch)
+        self.incidents = Counter()
         return epoch
 
     def delivered(
@@ -116,10 +121,30 @@ class Recorder:
         nbytes += len(indices) if type(indices) is bytes else weight(indices)
         if incidents is not None:
             nbytes += weight(incidents)
-        self._deliveries[epoch << _BATCH_BITS | batch] = (nbytes, epoch, batch, wait_ns, *manifest)
+        record = (nbytes, epoch, batch, wait_ns, began_ns, *manifest)
+        self._deliveries[epoch << _BATCH_BITS | batch] = record
         self._held_bytes += nbytes
         if self._held_bytes > self.max_bytes:
             self._forget()
+
+    def skipped(
+        self, epoch: int, batch: int, incidents: Sequence[tuple[Any, SampleIncident]], _: Any
+    ) -> None:
+        """Count the samples left out, replaced or late, in the epoch begun last."""
+        if epoch == self.epochs - 1:
+            self.incidents.update(incident.what for _, incident in incidents)
+
+    def closed(self, epoch: int, notes: Sequence[str]) -> None:
+        """Nothing more comes in an epoch, and its workers may be about to go."""
+        self.worker_memory()
+
+    def worker_memory(self) -> int | None:
+        """What the workers hold, or held last, in bytes; None if that is not known."""
+        read = self.memory_of_workers()
+        now = None if read is None else read()
+        if now is not None:
+            self._memory_seen = now
+        return self._memory_seen
 
     def _forget(self) -> None:
         """Drop the oldest batches until a sixteenth of the bound is free.
@@ -142,6 +167,15 @@ class Recorder:
         last = next(reversed(self._deliveries.values()), None)
         return None if last is None else _as_delivery(last)
 
+    def newest(self, most: int | None = None) -> list[Delivery]:
+        """The newest batches of the epoch begun last, oldest first; those still held."""
+        found = []
+        for record in list(itertools.islice(reversed(self._deliveries.values()), most)):
+            if record[1] != self.epochs - 1:
+                break
+            found.append(_as_delivery(record))
+        return found[::-1]
+
     def find(self, batch: int, epoch: int | None) -> Delivery | None:
         """Batch number ``batch`` of ``epoch``, by default of the newest epoch."""
         at = self.epochs - 1 if epoch is None else epoch
@@ -157,8 +191,8 @@ _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
 def _as_delivery(record: tuple[Any, ...]) -> Delivery:
-    _, epoch, batch, wait_ns, *manifest = record
-    return Delivery(epoch, batch, wait_ns, BatchManifest(*manifest))
+    _, epoch, batch, wait_ns, began_ns, *manifest = record
+    return Delivery(epoch, batch, wait_ns, began_ns, BatchManifest(*manifest))
 
 
 # ── a notebook that nobody wrote in ──────────────────────────────────────────────────────────────

@@ -66,7 +66,7 @@ class BatchRecord:
 def record_of(delivery: Delivery) -> BatchRecord:
     """The delivery, decoded."""
     manifest = delivery.manifest
-    starts, fetches, collate_ns = _times(manifest, _places(manifest))
+    starts, fetches, collate_ns = times_of(manifest, places_of(manifest))
     return BatchRecord(
         epoch=delivery.epoch,
         batch=delivery.batch,
@@ -80,14 +80,14 @@ def record_of(delivery: Delivery) -> BatchRecord:
     )
 
 
-def _places(manifest: BatchManifest) -> Sequence[int]:
+def places_of(manifest: BatchManifest) -> Sequence[int]:
     """For each sample in the batch the position it came from."""
     if manifest.incidents is not None:
         return BatchContents.of(manifest).positions
     return range(count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0)
 
 
-def _times(manifest: BatchManifest, places: Sequence[int]) -> tuple[Numbers, Numbers, int]:
+def times_of(manifest: BatchManifest, places: Sequence[int]) -> tuple[Numbers, Numbers, int]:
     """Start (ns since 1970) and duration (ns) of each fetch, and of the collation."""
     stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
     size, collate_ns = len(places), int(stamps[-1] - stamps[-2])
@@ -120,7 +120,7 @@ class Provenance:
         self._recorder = recorder
 
     def __len__(self) -> int:
-        return sum(len(_places(delivery.manifest)) for delivery in self._recorder.deliveries())
+        return sum(len(places_of(delivery.manifest)) for delivery in self._recorder.deliveries())
 
     def __repr__(self) -> str:
         return f"Provenance({len(self)} samples, {self._recorder!r})"
@@ -211,14 +211,14 @@ class Provenance:
 def _rows(delivery: Delivery) -> npt.NDArray[Any]:
     """The part of the table that one batch is."""
     manifest = delivery.manifest
-    places = _places(manifest)
+    places = places_of(manifest)
     indices = _index_column(manifest, places)
     rows = np.empty(indices.size, dtype=_INTS if indices.dtype == np.int64 else _OBJECTS)
     rows["epoch"], rows["batch"] = delivery.epoch, delivery.batch
     rows["position"], rows["index"] = np.arange(indices.size), indices
     rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
     rows["pid"] = manifest.pid
-    rows["start_ns"], rows["fetch_ns"], _ = _times(manifest, places)
+    rows["start_ns"], rows["fetch_ns"], _ = times_of(manifest, places)
     return rows
 
 

@@ -58,7 +58,7 @@ class LogTrace:
         self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int
     ) -> None:
         """A line for each sample and one for the batch."""
-        record = record_of(Delivery(epoch, batch, wait_ns, manifest))
+        record = record_of(Delivery(epoch, batch, wait_ns, began_ns, manifest))
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
         said = f"epoch {epoch}: {who} (pid {record.pid}) fetched index"
         fetches = zip(record.indices, record.fetch_ns, strict=True)
@@ -177,7 +177,7 @@ class FileTrace:
     ) -> None:
         """Hot path when tracing: the events of a batch's samples are formatted by hand, which
         takes 0.7 µs each where json.dumps takes 4 (column "safe+trace" of benchmarks/)."""
-        record = record_of(Delivery(epoch, batch, wait_ns, manifest))
+        record = record_of(Delivery(epoch, batch, wait_ns, began_ns, manifest))
         tid = self._lane(manifest.worker_id)
         in_stream = manifest.ordinal is not None  # each index is a pair of ints
         head = f'{{"ph":"X","cat":"sample","pid":{self._pid},"tid":{tid},"ts":'

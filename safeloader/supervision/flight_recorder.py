@@ -79,6 +79,7 @@ class FlightRecorder(SharedCells):
 
     def __init__(self, workers: int) -> None:
         super().__init__(_SHARED + workers * ROW, workers * STACK_BYTES)
+        self._workers = workers
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 
@@ -130,6 +131,14 @@ class FlightRecorder(SharedCells):
             memory_first=(row[MEMORY], row[MEMORY + 1], row[MEMORY + 2]),
             memory_last=(row[MEMORY + 3], row[MEMORY + 4], row[MEMORY + 5]),
         )
+
+    def memory(self) -> int | None:
+        """What the workers hold together in bytes, of pages shared with others their share.
+
+        None until each has said so, which it does a second after its start.
+        """
+        sizes = [self.row(worker)[MEMORY + 4] for worker in range(self._workers)]
+        return sum(sizes) if min(sizes) > 0 else None
 
     def stacks(self, worker: int, *, after: int = 0) -> str:
         """What ``faulthandler`` wrote for ``worker``, from byte ``after`` on."""

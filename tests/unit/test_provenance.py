@@ -456,7 +456,7 @@ def stamped(*incidents: SampleIncident, lent: int = 0) -> Delivery:
     manifest = BatchManifest(
         0, 0, 1, pack([10, 11, 12, 13]), None, None, stamps, False, None, incidents
     )
-    return Delivery(0, 0, 5, manifest)
+    return Delivery(0, 0, 5, 0, manifest)
 
 
 def as_it_was_drawn(*stamps: int, at_once: bool = False, size: int = 4) -> Delivery:
@@ -467,7 +467,7 @@ def as_it_was_drawn(*stamps: int, at_once: bool = False, size: int = 4) -> Deliv
         fetched_at_once=at_once,
         incidents=None,
     )
-    return Delivery(0, 0, 5, manifest)
+    return Delivery(0, 0, 5, 0, manifest)
 
 
 @pytest.mark.parametrize("at_once", [True, False])  # not told, as with batch_size=None
