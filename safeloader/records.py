@@ -64,22 +64,22 @@ class Records:
     def metrics(self, last: int | None = None) -> dict[str, float]:
         """How the loading goes, in numbers for any logger: of the epoch begun last.
 
-        ==================== ======= ==============================================================
-        name                 unit
-        ==================== ======= ==============================================================
-        ``epoch``                    its number, from 0
-        ``batches``                  handed over
-        ``samples``                  handed over
-        ``wait_share``       0 to 1  of the time between asking for the first of these batches and
-                                     getting the last one, how much the training loop waited
-        ``samples_per_s``    1/s     handed over in that time
-        ``fetch_p50_ms``     ms      half of the samples took at most that long to fetch
-        ``fetch_p95_ms``     ms      19 of 20 samples took at most that long to fetch
-        ``skipped``                  samples left out because of an error, in the whole epoch
-        ``replaced``                 samples that another one stands in for, in the whole epoch
-        ``worker_memory_mib`` MiB    held by the workers together: pages that are shared count by
-                                     their share; as each last told, once a second
-        ==================== ======= ==============================================================
+        =====================  =======  ==========================================================
+        name                   unit
+        =====================  =======  ==========================================================
+        ``epoch``                       its number, from 0
+        ``batches``                     handed over
+        ``samples``                     handed over
+        ``wait_share``         0 to 1   of the time from asking for the first of these batches to
+                                        getting the last one, how much the training loop waited
+        ``samples_per_s``      1/s      handed over in that time
+        ``fetch_p50_ms``       ms       half of the samples took at most that long to fetch
+        ``fetch_p95_ms``       ms       19 of 20 samples took at most that long to fetch
+        ``skipped``                     samples left out because of an error, in the whole epoch
+        ``replaced``                    samples that another stands in for, in the whole epoch
+        ``worker_memory_mib``  MiB      held by all workers, as each last told, once a second;
+                                        pages that are shared count by their share
+        =====================  =======  ==========================================================
 
         What is not known is left out: times before the first batch, memory in the first second and
         without workers. Batches that the recorder has forgotten are not in it.

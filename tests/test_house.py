@@ -24,6 +24,7 @@ FLOORS = (
     "__main__",
     "commands",
     "hook",
+    "integrations",
     "beside",
     "instrumenting",
     "loader",

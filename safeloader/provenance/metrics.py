@@ -11,7 +11,7 @@ _MIB = 1 << 20
 
 
 def metrics_of(recorder: Recorder, last: int | None = None) -> dict[str, float]:
-    """The numbers that :meth:`safeloader.SafeDataLoader.metrics` tells.
+    """The numbers that :meth:`~safeloader.records.Records.metrics` tells.
 
     Raises:
         ValueError: if ``last`` is not a positive number.

@@ -1,0 +1,235 @@
+"""The integrations, on stand-ins for what they use of each framework.
+
+The frameworks themselves, with TensorBoard, are in ``tests/frameworks/test_integrations.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+import safeloader
+from safeloader import SafeDataLoader, integrations, loaders_of
+from safeloader.integrations.logged import LoggedLoaders, metrics_of_all
+
+FRAMEWORKS = ("accelerate", "lightning", "transformers")
+PER_BATCH = {"data/batches", "data/samples", "data/wait_share", "data/samples_per_s"}
+
+
+@pytest.fixture(autouse=True)
+def frameworks_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test imports the integrations with what it put in the framework's place."""
+    before = dict(vars(integrations))
+    for name in FRAMEWORKS:
+        monkeypatch.delitem(sys.modules, f"safeloader.integrations.{name}", raising=False)
+    yield
+    vars(integrations).clear()
+    vars(integrations).update(before)
+
+
+def in_place_of(monkeypatch: pytest.MonkeyPatch, framework: str, **names: Any) -> None:
+    module = types.ModuleType(framework)
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, framework, module)
+
+
+def loader_of(count: int = 12, **more: Any) -> SafeDataLoader[int]:
+    return SafeDataLoader(list(range(count)), batch_size=2, **more)
+
+
+# ── what is logged ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_logged_is_not_logged_again() -> None:
+    loader, logged = loader_of(), LoggedLoaders("data")
+    assert logged.since_last(loader) == {}  # before the first batch
+    found = []
+    for number, _ in enumerate(loader):
+        if number in (0, 3, 5):
+            found.append(logged.since_last(loader)["data/batches"])
+    assert found == [1, 3, 2]
+    assert logged.since_last(loader) == {}
+    next(iter(loader))
+    assert logged.since_last(loader)["data/batches"] == 1  # of the epoch that runs
+    assert logged.of_epoch(loader)["data_epoch/batches"] == 1
+
+
+def test_several_loaders_are_told_apart_by_their_numbers() -> None:
+    loaders = {"a": loader_of(12), "b": loader_of(6)}
+    for loader in loaders.values():
+        list(loader)
+    found = metrics_of_all(loaders, "data")
+    assert (found["data/0/samples"], found["data/1/samples"]) == (12, 6)
+    assert "data/samples" not in found
+    logged = LoggedLoaders("data")
+    assert logged.since_last(loaders)["data/1/batches"] == 3
+    list(loaders["b"])
+    assert logged.since_last(loaders)["data/batches"] == 3
+
+
+def test_what_is_not_recorded_is_said_once() -> None:
+    logged = LoggedLoaders("data")
+    with pytest.warns(UserWarning, match=r"the DataLoader that this training reads from is not"):
+        assert logged.since_last(DataLoader([1])) == {}
+    assert logged.since_last(DataLoader([1])) == {}
+
+
+def test_a_name_that_is_none_of_them() -> None:
+    assert {*integrations.__all__} <= {*dir(integrations)}
+    with pytest.raises(AttributeError, match="has no attribute 'KerasCallback'"):
+        integrations.KerasCallback  # type: ignore[attr-defined]
+
+
+def test_a_framework_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install transformers"):
+        integrations.TransformersCallback
+
+
+# ── Accelerate ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Accelerator:
+    def __init__(self) -> None:
+        self.told: list[tuple[dict[str, float], int | None]] = []
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.told.append((values, step))
+
+
+def test_accelerate_logs_the_newest_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "accelerate", Accelerator=Accelerator)
+    accelerator, loader = Accelerator(), safeloader.instrument(DataLoader(list(range(12))))
+    for step, _ in enumerate(loader):
+        if step % 4 == 3:
+            integrations.log_with_accelerate(accelerator, loader, step, last=4)
+    assert [step for _, step in accelerator.told] == [3, 7, 11]
+    for metrics, _ in accelerator.told:
+        assert metrics["data/batches"] == 4
+        assert "data/epoch" not in metrics
+        assert set(metrics) >= PER_BATCH
+
+
+def test_accelerate_says_that_its_loader_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "accelerate", Accelerator=Accelerator)
+    accelerator = Accelerator()
+    with pytest.warns(UserWarning, match="safeloader.instrument"):
+        integrations.log_with_accelerate(accelerator, DataLoader([1]))
+    assert accelerator.told == []
+
+
+# ── Transformers ─────────────────────────────────────────────────────────────────────────────────
+
+
+class TrainerCallback:
+    pass
+
+
+class Trainer:
+    """Calls back as Transformers' does, and logs every second step."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.callbacks: list[Any] = []
+        self.history: list[dict[str, float]] = []
+
+    def log(self, logs: dict[str, float]) -> None:
+        self.history.append(dict(logs))
+        self._tell("on_log", logs=logs)
+
+    def _tell(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(None, None, None, train_dataloader=self.loader, **more)
+
+    def train(self) -> None:
+        self._tell("on_train_begin")
+        for _ in range(2):
+            for step, _ in enumerate(self.loader):
+                if step % 2:
+                    self.log({"loss": 1.0})
+            self._tell("on_epoch_end")
+
+
+@pytest.mark.parametrize("kind", [DataLoader, SafeDataLoader])
+def test_transformers_logs_after_each_log_and_epoch(
+    monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    in_place_of(monkeypatch, "transformers", TrainerCallback=TrainerCallback)
+    trainer = Trainer(kind(list(range(12)), batch_size=3))
+    trainer.callbacks.append(integrations.TransformersCallback(trainer, on_error="skip"))
+    trainer.train()
+    epoch = ["loss", "data/batches", "loss", "data/batches", "data_epoch/batches"]
+    assert [next(iter(each)) for each in trainer.history] == epoch * 2
+    counts = [each.get("data/batches", each.get("data_epoch/batches")) for each in trainer.history]
+    assert counts == [None, 2, None, 2, 4] * 2
+    (recorded,) = loaders_of(trainer.loader)
+    assert recorded.on_error == ("skip" if kind is DataLoader else "raise")
+
+
+def test_transformers_holds_no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "transformers", TrainerCallback=TrainerCallback)
+    callback = integrations.TransformersCallback(Trainer(None))
+    loader = loader_of()
+    list(loader)
+    callback.on_log(None, None, None, train_dataloader=loader)  # the trainer is gone: no error
+    callback.on_log(None, None, None)
+    callback.on_epoch_end(None, None, None)
+    callback.on_train_begin(None, None, None)
+
+
+# ── Lightning ────────────────────────────────────────────────────────────────────────────────────
+
+
+class LightningTrainer:
+    """What the callback asks of Lightning's."""
+
+    log_every_n_steps = 2
+
+    def __init__(self, loader: Any, callback: Any) -> None:
+        self.train_dataloader, self.callback = loader, callback
+        self.loggers = [self]
+        self.global_step = 0
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.told.append((step, metrics))
+
+    def fit(self) -> None:
+        for number, batch in enumerate(self.train_dataloader):
+            self.global_step += 1
+            self.callback.on_train_batch_end(self, None, None, batch, number)
+        self.callback.on_train_epoch_end(self, None)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightning_logs_where_lightning_does(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    if package == "lightning.pytorch":
+        in_place_of(monkeypatch, "lightning")
+
+    class Callback:
+        pass
+
+    in_place_of(monkeypatch, package, Callback=Callback)
+    callback = integrations.LightningCallback()
+    assert isinstance(callback, Callback)
+    trainer = LightningTrainer(loader_of(10), callback)
+    trainer.fit()
+    assert [step for step, _ in trainer.told] == [1, 3, 4]
+    assert [metrics.get("data/batches") for _, metrics in trainer.told] == [2, 2, None]
+    assert trainer.told[-1][1]["data_epoch/samples"] == 10
+    trainer.log_every_n_steps = 0  # Lightning's word for never
+    trainer.fit()
+    assert [step for step, _ in trainer.told[3:]] == [9]
+
+
+def test_each_is_imported_when_it_is_asked_for() -> None:
+    importlib.import_module("safeloader.integrations")
+    assert not [name for name in FRAMEWORKS if f"safeloader.integrations.{name}" in sys.modules]
