@@ -6,6 +6,7 @@
     ├── WorkerInitError         the user's worker_init_fn raised
     ├── SamplerError            the sampler or batch sampler raised
     ├── SampleError             dataset[index], __getitems__ or the stream's next() raised
+    │   └── ValidationError     a check of validate= refused the sample
     ├── CollateError            collate_fn raised
     ├── TransportError          something could not be carried over between the processes
     ├── WorkerCrashError        a worker process died; also a RuntimeError
@@ -74,6 +75,10 @@ class SamplerError(SafeLoaderError):
 
 class SampleError(SafeLoaderError):
     """The dataset raised while a sample was fetched."""
+
+
+class ValidationError(SampleError):
+    """A check given as ``validate=`` refused a sample; checks of your own may raise it, or any."""
 
 
 class CollateError(SafeLoaderError):
@@ -166,7 +171,7 @@ def error_from(failure: Failure, exception: BaseException | None = None) -> Safe
     ``exception`` is the original where it is at hand (it happened in this process); its traceback
     then leads into the user's frames, as it would without us.
     """
-    ours = _ERROR_OF_PHASE[failure.phase]
+    ours = ValidationError if failure._refused_by else _ERROR_OF_PHASE[failure.phase]
     error = ours(failure.message)
     parts = failure._exception_parts
     theirs = first_importable(parts) if exception is None else type(exception)

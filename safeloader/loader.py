@@ -31,6 +31,7 @@ from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.records import Records
 from safeloader.settings import (
+    Check,
     Keywords,
     OnCrash,
     OnError,
@@ -70,6 +71,9 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
         key: called with each sample, before collation and in the worker; gives a hashable identity.
             Two indices that yield one sample, or two workers that read one stream, are then seen.
             The first two million keys of an epoch are kept and compared.
+        validate: a check, or a list of them, that each sample is to pass before collation: called
+            with ``(sample, index)`` where it was fetched. What it raises is that sample's failure,
+            a :class:`~safeloader.ValidationError`. See :mod:`safeloader.checks`.
         on_error: what a sample that fails does: ``"raise"``; ``"skip"`` leaves it out of its batch
             (an empty batch is left out whole); ``"replace"`` puts another sample of the batch in
             its place, or for a batch that fails whole an index drawn shortly before it in the
@@ -149,6 +153,7 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
             trace: bool | str | os.PathLike[str] | None = None,
             recorder: Recorder | None = None,
             key: Callable[[Any], Hashable] | None = None,
+            validate: Check | Sequence[Check] | None = None,
             on_error: OnError | Callable[[Failure], Any] = "raise",
             retries: int = 0,
             max_skipped: int | float | None = None,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset
 
+from safeloader.checks.unique import Unique
 from safeloader.introspect.files import folder_of, see_writable
 from safeloader.introspect.texts import bounded_text
 
@@ -21,6 +22,7 @@ Verify = Literal["raise", "warn", "off"]
 OnError = Literal["raise", "skip", "replace"]
 OnCrash = Literal["raise", "restart"]
 Transport = Literal["auto", "torch"]
+Check = Callable[[Any, Any], object]
 
 
 class Unasked(str):
@@ -54,6 +56,7 @@ class Keywords:
     trace: bool | str | os.PathLike[str] | None = None
     recorder: Any = None  # a Recorder, which its own room makes and knows
     key: Callable[[Any], Hashable] | None = None
+    validate: Check | Sequence[Check] | None = None
     on_error: OnError | Callable[[Failure], Any] = "raise"
     retries: int = 0
     max_skipped: int | float | None = None
@@ -87,6 +90,22 @@ class Settings(Keywords):
             return False
         return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """What each sample is to pass."""
+        given = self.validate
+        return () if given is None else (given,) if callable(given) else tuple(given)
+
+    @property
+    def identity(self) -> Callable[[Any], Hashable] | None:
+        """What gives samples an identity: ``key``, or that of ``checks.unique``."""
+        return next(iter(self._identities), None)
+
+    @property
+    def _identities(self) -> list[Callable[[Any], Hashable]]:
+        keys = [self.key, *(each.key for each in self.checks if type(each) is Unique)]
+        return [key for key in keys if key is not None]
+
     def refuse_bad(self, dataset: object) -> None:
         """Check every value, and that they go with the dataset.
 
@@ -101,6 +120,10 @@ class Settings(Keywords):
             if not is_good(value):
                 error = TypeError if name in _KINDS else ValueError
                 raise error(f"{name} must be {wanted}; got {bounded_text(value)}")
+        if len(self._identities) > 1:
+            raise ValueError(
+                "samples have one identity: give key=, or one checks.unique in validate=, not both"
+            )
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
@@ -144,7 +167,7 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in words
 
 
-_KINDS = ("trace", "key", "on_failure_dump")  # of which another kind is a TypeError
+_KINDS = ("trace", "key", "validate", "on_failure_dump")  # of which another kind is a TypeError
 _is_path = _is_a(str, os.PathLike)
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -160,6 +183,15 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or callable(value),
         "a callable that takes a sample and gives a hashable identity, such as "
         "lambda sample: sample['id']",
+    ),
+    "validate": (
+        lambda value: (
+            value is None
+            or callable(value)
+            or (isinstance(value, list | tuple) and all(map(callable, value)))
+        ),
+        "None, a check or a list of checks: callables that take (sample, index) and raise, such as "
+        "checks.finite()",
     ),
     "on_error": (
         lambda value: callable(value) or _one_of("raise", "skip", "replace")(value),

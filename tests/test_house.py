@@ -37,6 +37,7 @@ FLOORS = (
     "transport",
     "delivery",
     "failures",
+    "checks",
     "introspect",
     "_torch",
 )

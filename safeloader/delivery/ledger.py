@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import CLASSES, EpochAudit
@@ -82,6 +83,7 @@ class Ledger:
         self._index_of_key: dict[Any, Any] = {}
         self._keys_bytes = 0
         self._keys_past_limit = 0
+        self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
@@ -149,6 +151,31 @@ class Ledger:
             if incident.donor is not None and len(self.donors) < REASONS_LIMIT:
                 self.donors[index] = contents.sources[incident.donor]
         return len(contents.gone)
+
+    def unlike(self, manifest: BatchManifest) -> Discrepancy | None:
+        """What samples say of each other that came in different batches."""
+        if manifest.first_samples is not None and (found := self._other_schema(manifest)):
+            return found
+        return None if manifest.keys is None else self.same_key(manifest)
+
+    def _other_schema(self, manifest: BatchManifest) -> Discrepancy | None:
+        """A worker's first sample that is not like the first one of another worker."""
+        told = manifest.first_samples or ()
+        if self._first_samples is None:
+            self._first_samples = manifest.worker_id, told
+            return None
+        other, before = self._first_samples
+        for mine, theirs in zip(told, before, strict=False):
+            if mine[1] != theirs[1]:
+                said = _first_difference(mine[2], theirs[2])
+                return Discrepancy(
+                    f"the first samples of two workers are not alike: index {index_text(mine[0])} "
+                    f"of worker {manifest.worker_id} and index {index_text(theirs[0])} of worker "
+                    f"{other}: {said}",
+                    sound=BatchContents.of(manifest).indices,
+                    hint="checks.schema(like=...) says which of the two is as it should be",
+                )
+        return None
 
     def same_key(self, manifest: BatchManifest) -> Discrepancy | None:
         """Samples whose key came before under another index."""
@@ -281,7 +308,8 @@ class MapLedger(Ledger):
             number -= self.book_incidents(manifest)
         elif samples != number and samples is not None:
             return _miscounted(unpack(self._taken(seq) or ()), samples)
-        if manifest.keys is not None and (discrepancy := self.same_key(manifest)):
+        unlike = manifest.keys is not None or manifest.first_samples is not None
+        if unlike and (discrepancy := self.unlike(manifest)):
             self._taken(seq)
             return discrepancy
         self._handed = seq  # and no call from here on, see above
@@ -390,6 +418,13 @@ class MapLedger(Ledger):
                 repeated=self._coverage.repeated(length),
                 unvisited=self._coverage.unvisited(length),
             )
+
+
+def _first_difference(mine: str, theirs: str) -> str:
+    """Where two structures differ first, and how."""
+    pairs = zip_longest(mine.split("; "), theirs.split("; "), fillvalue="nothing")
+    unequal = next((pair for pair in pairs if pair[0] != pair[1]), (mine, theirs))
+    return f"{unequal[0]}, and {unequal[1]}"
 
 
 def _miscounted(drawn: tuple[Any, ...], samples: int) -> Discrepancy:

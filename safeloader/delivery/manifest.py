@@ -38,7 +38,8 @@ class BatchManifest(NamedTuple):
     numbers ``ordinal`` to ``ordinal + samples - 1`` of this worker's stream, and ``indices`` is
     empty. ``incidents`` are those of samples left out, replaced or late; None, as a rule, for none.
     ``fingerprints`` are those of its leaves, with ``checksum=True``; ``failures`` those of samples
-    left out or replaced, with ``on_failure_dump``.
+    left out or replaced, with ``on_failure_dump``. ``first_samples``, in a worker's first batch
+    under ``checks.schema()``: of its first sample the index, and the structure as number and text.
     """
 
     seq: int
@@ -53,6 +54,7 @@ class BatchManifest(NamedTuple):
     incidents: tuple[SampleIncident, ...] | None = None
     fingerprints: tuple[Leaf, ...] | None = None
     failures: tuple[Failure, ...] | None = None
+    first_samples: tuple[tuple[Any, int, str], ...] | None = None
 
 
 def expected_indices(manifest: BatchManifest) -> tuple[Any, ...]:

@@ -64,7 +64,9 @@ def attributes_of(exc: BaseException) -> Iterator[tuple[str, Any]]:
 
 def _is_copied(name: str) -> bool:
     """Not the machinery (``__class__``, ``__cause__``), nor what an error of ours carries."""
-    return name == "__notes__" or not (name.startswith("__") or name in ("failure", "_text"))
+    return name == "__notes__" or not (
+        name.startswith("__") or name in ("failure", "_text", "_refused_by")
+    )
 
 
 def first_importable(exception_parts: ExceptionParts | None) -> type[BaseException] | None:

@@ -100,6 +100,7 @@ class Failure:
     dataset_state: dict[str, Any] | None = None
     hint: str = ""
     _where: str = ""
+    _refused_by: str = ""  # the check of ``validate=`` that raised, on a sample that came
     _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
 
@@ -269,6 +270,8 @@ def _headline(failure: Failure) -> str:
     if parts:
         parts[-1] += ","
     doing = _DOING[failure.phase]
+    if failure._refused_by:
+        doing = f"refused by validate={failure._refused_by}"
     rank = "" if failure.rank is None else f", rank {failure.rank}"
     pid = f"(pid {failure.pid}{rank})"
     if failure.phase in ("crash", "timeout"):

@@ -80,7 +80,7 @@ class Epoch:
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
         self.events = Events(log, sinks)
-        ledger.compares_keys = settings.key is not None
+        ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path

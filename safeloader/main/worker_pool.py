@@ -153,7 +153,8 @@ class WorkerPool:
         dumps = settings.on_failure_dump is not None
         return FetchContext(
             progress=self._progress,
-            key=settings.key,
+            key=settings.identity,
+            checks=settings.checks,
             policy=Policy(settings.on_error, settings.retries, tells=dumps),
             checksum=settings.checksum,
             raised=None if self.workers else self.raised,
@@ -265,6 +266,7 @@ class WorkerPool:
             "collate_fn": loader.collate_fn,
             "worker_init_fn": loader.worker_init_fn,
             "key": self._settings.key,
+            "validate": self._settings.validate,
             "on_error": self._settings.on_error,
         }
         for name, thing in sent.items():

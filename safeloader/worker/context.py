@@ -25,6 +25,7 @@ class FetchContext:
         worker_id: None in the main process, where batches are not pickled.
         progress: where streams note how far they are.
         key: the user's, which gives samples an identity.
+        checks: what each sample is to pass.
         start_state: the dataset as it was when the worker started.
         policy: what to do about samples that fail.
         cells: this worker's row of the flight recorder, if there is one.
@@ -38,6 +39,7 @@ class FetchContext:
     worker_id: int | None = None
     progress: StreamProgress | None = None
     key: Callable[[Any], Any] | None = None
+    checks: tuple[Callable[[Any, Any], object], ...] = ()
     start_state: dict[str, Any] | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     cells: memoryview | None = None

@@ -23,15 +23,18 @@ from safeloader.introspect.texts import bounded_text, index_text, is_secret
 from safeloader.introspect.values import exception_text, fields, plain_length
 from safeloader.worker.context import FetchContext
 from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
+from safeloader.worker.validating import refused_by
 
-KEY_FAULT = "raised by key=, not by the dataset"
+KEY_FAULT = "raised by the key function, not by the dataset"
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
 _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 _NEXT_STEPS = {  # by phase, and by what was found in it
-    KEY_FAULT: "loader.key(loader.dataset[index]) repeats it; a key is an int, str or tuple of "
+    KEY_FAULT: "call it on loader.dataset[index] to repeat it; a key is an int, str or tuple of "
     "them",
+    "refused": "sample = loader.replay(error) makes the sample again, with the same random numbers",
+    "refused, of a stream": "mend the data, or leave such samples out: on_error='skip'",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
     STRUCK: "no sample is to blame; next() goes on with the next batch",
@@ -116,9 +119,10 @@ def hint_for(
     if short is not None:
         return "\n".join(part[:1000] for part in (found, short) if part)
     parts = [found] if found else []
+    refused = bool(refused_by(exc)[0])
     if type(index) is int:
         parts += _about_index(index, dataset, exc, length)
-    if isinstance(exc, StopIteration) and phase == "sample":
+    if isinstance(exc, StopIteration) and phase == "sample" and not refused:
         parts.append(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
             "have ended the epoch here without a word"
@@ -126,6 +130,8 @@ def hint_for(
     step, worker, ordinal = phase, None, None
     if found in _NEXT_STEPS:
         step = found
+    elif refused:
+        step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"
     elif phase != "sample":
         step = f"{phase}, found" if found else phase
     elif type(index) is tuple and (dataset is None or isinstance(dataset, IterableDataset)):
@@ -144,7 +150,7 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
     with suppress(Exception):  # a hint must not hide the error
         length = plain_length(dataset)
         length = known if length is None else length
-        if isinstance(exc, IndexError) and length is not None:
+        if isinstance(exc, IndexError) and length is not None and not refused_by(exc)[0]:
             said.append(
                 f"index {index} is below the length that the dataset gives, {length}: see whether "
                 "__len__ says more than there is"

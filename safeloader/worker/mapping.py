@@ -38,6 +38,7 @@ from safeloader.supervision.flight_recorder import (
 from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, struck
+from safeloader.worker.validating import ValidatedItems, refused_by
 
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
@@ -52,6 +53,8 @@ class MapFetcher(RecordingFetcher):
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
+        checked = self._validation
+        self._items = self._dataset if checked is None else ValidatedItems(self._dataset, checked)
         self._by_default = stock.collate_fn is default_collate
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
@@ -77,7 +80,7 @@ class MapFetcher(RecordingFetcher):
         return packed, None, at_once or not batched
 
     def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
-        dataset, stamps, asked, now = self._dataset, self._stamps, self._asked, clock
+        dataset, stamps, asked, now = self._items, self._stamps, self._asked, clock
         if self._at_once:
             self._asked = list(asked)
             samples = dataset.__getitems__(asked)
@@ -108,7 +111,9 @@ class MapFetcher(RecordingFetcher):
         if self._at_once and not came and failed is not None:
             if raises:
                 if phase == "sample" and type(self._asked) is list:
-                    failed = _find(self._dataset, self._asked, failed)
+                    at = refused_by(failed)[1]
+                    found = at is None and _find(self._items, self._asked, failed)
+                    failed = found or Unrepairable(at, failed)
                 return self._failed(failed, blank, phase)
             samples, failed, phase = [], None, "sample"  # each fails for itself, or comes
         if self._at_once:  # what came did so together: no time is known of each
@@ -129,8 +134,8 @@ class MapFetcher(RecordingFetcher):
 
     def _one(self, index: Any) -> Any:
         if not self._at_once:
-            return self._dataset[index]
-        (sample,) = self._dataset.__getitems__([index])
+            return self._items[index]
+        (sample,) = self._items.__getitems__([index])
         return sample
 
     def _donors(self, indices: tuple[Any, ...]) -> Donors:

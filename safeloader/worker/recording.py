@@ -52,6 +52,7 @@ from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import KEY_FAULT, failure_in, why_not_sent
 from safeloader.worker.repair import STRUCK, BatchRepair, Donors, Unrepairable, struck
 from safeloader.worker.stacking import collation_by
+from safeloader.worker.validating import Validation, refused_by
 
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
@@ -79,6 +80,7 @@ class RecordingFetcher:
         self._pid = os.getpid()
         self._worker_id = context.worker_id
         self._key = context.key
+        self._validation = Validation(context.checks) if context.checks else None
         self._policy = context.policy
         self._retries = context.policy.retries > 0
         self._cells = private_row() if context.cells is None else context.cells
@@ -171,13 +173,15 @@ class RecordingFetcher:
         cells[SINCE] = clock()
         cells[PHASE] = SEND
         try:
+            if self._validation is not None and (news := self._validation.news()):
+                manifest = manifest._replace(first_samples=news)
             if self._context.checksum:
                 manifest = manifest._replace(
                     fingerprints=fingerprint(batch, len(expected_indices(manifest)))
                 )
             return self._packer.seal(manifest, batch)
         except Exception as exc:
-            manifest = manifest._replace(keys=None, fingerprints=None)
+            manifest = manifest._replace(keys=None, fingerprints=None, first_samples=None)
             parts = samples if self._spread == 1 and isinstance(samples, list | tuple) else ()
             whole = len(parts) == len(expected_indices(manifest))
             why = why_not_sent(exc, batch, parts if whole else ())
@@ -276,6 +280,7 @@ class RecordingFetcher:
             index=None if position is None else indices[position],
             position=position,
             indices=indices,
+            _refused_by=refused_by(fault.cause)[0],
             _random=RandomState(*self._random),
         )
 

@@ -20,6 +20,7 @@ from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.policy import SKIP, Policy
+from safeloader.worker.validating import refused_by
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
@@ -101,7 +102,8 @@ class BatchRepair:
         """The next sample by ``get()``, asked for again if it fails.
 
         ``failed`` is what a first try, made elsewhere, raised. With ``may_end`` a ``StopIteration``
-        is the end of a stream and no failure. Before each further try the random numbers are put
+        is the end of a stream and no failure, and a sample that a check refused is not asked for
+        again: the next one would come. Before each further try the random numbers are put
         back, so that a sample that comes late is the one that would have come.
 
         Raises:
@@ -111,6 +113,8 @@ class BatchRepair:
         position, state = self.asked, self._marks.mark()
         tries, self.last_failure = 0 if failed is None else 1, failed
         while failed is None or (tries <= self._policy.retries and not never_skipped(failed)):
+            if may_end and failed is not None and refused_by(failed)[0]:
+                break
             if failed is not None:
                 time.sleep(min(_FIRST_PAUSE_S * 2 ** (tries - 1), _LONGEST_PAUSE_S))
                 RandomState(*state).set()

@@ -6,6 +6,7 @@ The index of a sample is its number in this worker's stream.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from time import perf_counter_ns as clock
 from typing import Any
 
@@ -15,6 +16,7 @@ from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Unrepairable
+from safeloader.worker.validating import ValidatedStream
 
 _CUT_SHORT = (
     "the stream ended right after a sample that failed. A generator is at its end once it raised, "
@@ -46,6 +48,11 @@ class StreamFetcher(RecordingFetcher):
         self._ended = False
         self._last_failed: Exception | None = None  # of the newest sample, if it was left out
         self._decides = _decides_itself(self._iterator)
+        self._so_far: Callable[[], int] = lambda: 0  # samples of the running batch
+        if self._validation is not None:
+            self._iterator = ValidatedStream(
+                self._iterator, self._validation, lambda: (self._row, self._first + self._so_far())
+            )
         self._note(0, ended=False)
 
     def fetch(self, task: Task) -> Made:
@@ -77,6 +84,7 @@ class StreamFetcher(RecordingFetcher):
 
     def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
         stamps, now = self._stamps, clock
+        self._so_far = came.__len__
         try:
             for k in range(1, self._wanted + 1):
                 try:
@@ -102,6 +110,7 @@ class StreamFetcher(RecordingFetcher):
             raise _EndOfStream
 
     def _ask(self, repair: BatchRepair, failed: Exception | None) -> None:
+        self._so_far = lambda: repair.asked
         try:
             for k in range(repair.asked, self._wanted):
                 try:

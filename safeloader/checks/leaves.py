@@ -1,0 +1,62 @@
+"""The leaves of a sample, each with its path: ``sample['image'][0]``. Runs in: both.
+
+Containers, named tuples, dataclasses and objects with attributes are walked through. Anything else
+is a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+Step = tuple[str, Any]  # "item" and a key or number, or "attribute" and a name
+Path = tuple[Step, ...]
+
+DEPTH_MAX = 32
+_LEAVES = (torch.Tensor, np.ndarray, np.generic, str, bytes, int, float, complex, type(None))
+
+
+def parts_of(whole: Any) -> list[tuple[Step, Any]] | None:
+    """What a container holds; None of a leaf."""
+    if isinstance(whole, _LEAVES):
+        return None
+    if isinstance(whole, Mapping):
+        return [(("item", key), whole[key]) for key in whole]
+    if isinstance(whole, tuple) and hasattr(whole, "_fields"):
+        return [(("attribute", name), getattr(whole, name)) for name in whole._fields]
+    if isinstance(whole, list | tuple):
+        return [(("item", k), each) for k, each in enumerate(whole)]
+    if isinstance(whole, type):
+        return None
+    slots = [name for name in getattr(whole, "__dataclass_fields__", ()) if hasattr(whole, name)]
+    named = {name: getattr(whole, name) for name in slots} | getattr(whole, "__dict__", {})
+    return [(("attribute", name), each) for name, each in named.items()] or None
+
+
+def leaves_of(sample: Any) -> Iterator[tuple[Path, Any]]:
+    """Every leaf, in order. What is held by several parts comes once, and so a circle ends."""
+    seen: set[int] = set()
+
+    def walk(whole: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+        parts = parts_of(whole)
+        if parts is None:
+            yield path, whole
+        elif id(whole) not in seen and len(path) < DEPTH_MAX:
+            seen.add(id(whole))
+            for step, each in parts:
+                yield from walk(each, (*path, step))
+
+    return walk(sample, ())
+
+
+def path_text(path: Path) -> str:
+    """A path as one would write it.
+
+    >>> path_text((("item", "image"), ("attribute", "boxes"), ("item", 0)))
+    "sample['image'].boxes[0]"
+    """
+    steps = (f".{at}" if kind == "attribute" else f"[{at!r}]" for kind, at in path)
+    return "sample" + "".join(steps)

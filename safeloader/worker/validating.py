@@ -1,0 +1,93 @@
+"""A dataset whose samples are checked as they come. Runs in: worker.
+
+A check that raises is like a dataset that raises, so ``retries`` and ``on_error`` apply. The
+exception remembers which check it was, for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from safeloader.checks.schema import FirstSample, Schema
+from safeloader.introspect.texts import bounded_text
+
+Check = Callable[[Any, Any], object]
+MARK = "_refused_by"  # on the exception
+
+
+class Validation:
+    """The checks of one worker, in their order."""
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self._checks = [each.for_one_worker() if type(each) is Schema else each for each in checks]
+        self._firsts = [each for each in self._checks if type(each) is FirstSample]
+
+    def __call__(self, sample: Any, index: Any, position: int | None = None) -> None:
+        """Raise what the first check raises that refuses the sample."""
+        for check in self._checks:
+            try:
+                check(sample, index)
+            except Exception as exc:
+                with suppress(Exception):  # a class that takes no attributes
+                    setattr(exc, MARK, (name_of(check), position))
+                raise
+
+    def news(self) -> tuple[tuple[Any, int, str], ...] | None:
+        """What this worker's first sample looks like, once; None as a rule."""
+        untold = [each.untold for each in self._firsts if each.untold is not None]
+        for each in self._firsts:
+            each.untold = None
+        return tuple(untold) or None
+
+
+class ValidatedItems:
+    """``dataset[index]`` and ``__getitems__`` of a map-style dataset, checked."""
+
+    def __init__(self, dataset: Any, validation: Validation) -> None:
+        self._dataset = dataset
+        self._validation = validation
+
+    def __getitem__(self, index: Any) -> Any:
+        sample = self._dataset[index]
+        self._validation(sample, index)
+        return sample
+
+    def __getitems__(self, indices: Any) -> Any:
+        asked = list(indices)
+        samples = self._dataset.__getitems__(indices)
+        if isinstance(samples, list | tuple):
+            for position, (sample, index) in enumerate(zip(samples, asked, strict=False)):
+                self._validation(sample, index, position)
+        return samples
+
+
+class ValidatedStream(Iterator[Any]):
+    """A worker's stream, checked; ``index`` tells that of the sample which is asked for."""
+
+    def __init__(
+        self, stream: Iterator[Any], validation: Validation, index: Callable[[], Any]
+    ) -> None:
+        self._stream = stream
+        self._validation = validation
+        self._index = index
+
+    def __next__(self) -> Any:
+        sample = next(self._stream)
+        self._validation(sample, self._index())
+        return sample
+
+
+def name_of(check: Any) -> str:
+    """A check as the user would name it."""
+    if type(check).__module__.startswith("safeloader."):
+        return repr(check)
+    name = getattr(check, "__qualname__", None)
+    return name if isinstance(name, str) else bounded_text(check)
+
+
+def refused_by(exc: BaseException) -> tuple[str, int | None]:
+    """Which check raised this, and on which position of a batch fetched at once; ``("", None)``."""
+    found = getattr(exc, MARK, None)
+    return found if type(found) is tuple else ("", None)

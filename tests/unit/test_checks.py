@@ -1,0 +1,317 @@
+"""The checks of ``safeloader.checks``, each alone, on samples of every kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from collections import OrderedDict, namedtuple
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safeloader import ValidationError, checks
+from safeloader.checks.leaves import leaves_of, path_text
+from safeloader.checks.schema import FirstSample, structure_of
+
+NAN, INF = math.nan, math.inf
+Pair = namedtuple("Pair", "left right")
+
+
+@dataclasses.dataclass
+class Boxes:
+    corners: Any
+    names: list[str]
+
+
+class Holder:
+    def __init__(self, **parts: Any) -> None:
+        vars(self).update(parts)
+
+
+def refused(check: Any, sample: Any) -> str:
+    with pytest.raises(ValidationError) as caught:
+        check(sample, 0)
+    return str(caught.value)
+
+
+# ── leaves ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_leaf_has_the_path_that_one_would_write() -> None:
+    sample = {
+        "image": torch.zeros(2),
+        "target": Boxes([1.0, 2.0], ["a"]),
+        3: Pair(Holder(depth=np.zeros(1)), None),
+    }
+    assert [path_text(path) for path, _ in leaves_of(sample)] == [
+        "sample['image']",
+        "sample['target'].corners[0]",
+        "sample['target'].corners[1]",
+        "sample['target'].names[0]",
+        "sample[3].left.depth",
+        "sample[3].right",
+    ]
+
+
+def test_a_circle_has_an_end() -> None:
+    circle: list[Any] = [1.0]
+    circle.append(circle)
+    assert [leaf for _, leaf in leaves_of(circle)] == [1.0]
+    checks.finite()(circle, 0)
+
+
+# ── finite ───────────────────────────────────────────────────────────────────────────────────────
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.complex64])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_number_that_is_not_finite_is_found_in_a_tensor(dtype: torch.dtype, bad: float) -> None:
+    tensor = torch.ones(3, 4, dtype=dtype)
+    checks.finite()(tensor, 0)
+    tensor[1, 2] = bad
+    said = refused(checks.finite(), {"x": [tensor]})
+    assert said.startswith("sample['x'][0]: 1 of 12 values is not finite: ")
+    assert said.endswith(" at [1, 2]")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_numbers_whose_sum_is_not_finite_are_finite(dtype: torch.dtype) -> None:
+    checks.finite()(torch.full((64,), torch.finfo(dtype).max, dtype=dtype), 0)
+    checks.finite()([torch.full((64,), torch.finfo(dtype).max, dtype=dtype)], 0)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        1,
+        "nan",
+        None,
+        b"x",
+        [1.5, 2],
+        torch.zeros(0),
+        torch.arange(3),
+        torch.tensor([True]),
+        torch.ones(2, device="meta") * NAN,  # has no numbers
+        np.array(["nan"]),
+        np.array([object()]),
+        np.array(["NaT"], dtype="datetime64[s]"),
+        np.float32(1),
+        Holder(x=torch.ones(1, requires_grad=True)),
+        [float],
+    ],
+    ids=repr,
+)
+def test_what_is_finite_passes(sample: Any) -> None:
+    checks.finite()(sample, 0)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (NAN, "sample: nan is not finite"),
+        ((1, -INF), "sample[1]: -inf is not finite"),
+        (complex(1, NAN), "sample: (1+nanj) is not finite"),
+        (np.float64(INF), "sample: inf is not finite"),
+        (torch.tensor(NAN), "sample: nan is not finite"),
+        (
+            np.array([[1, NAN], [INF, INF], [-INF, 1]]),
+            "sample: 4 of 6 values are not finite: nan at [0, 1], inf at [1, 0], inf at [1, 1], "
+            "...",
+        ),
+        (
+            np.array([(1, NAN)], dtype=[("a", "i4"), ("b", "f4")]),
+            "sample['b']: 1 of 1 values is not finite: nan at [0]",
+        ),
+        (Holder(x=np.float32("nan")), "sample.x: nan is not finite"),
+        (OrderedDict(a=Pair(1, NAN)), "sample['a'].right: nan is not finite"),
+        (
+            torch.tensor([[0, NAN]]).to_sparse(),
+            "sample: 1 of 1 values is not finite: nan at [0]",
+        ),
+    ],
+    ids=repr,
+)
+def test_what_is_not_finite_is_told_with_its_place(sample: Any, said: str) -> None:
+    assert refused(checks.finite(), sample) == said
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_number_that_is_not_finite_is_found_in_a_nested_tensor() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.tensor([1, NAN])])
+    said = refused(checks.finite(), nested)
+    assert said == "sample: 1 of 2 values is not finite: nan at [1]"
+
+
+@given(st.lists(st.floats(width=32), max_size=20), st.sampled_from(["torch", "numpy", "list"]))
+def test_finite_is_what_the_numbers_are(numbers: list[float], kind: str) -> None:
+    made = {"torch": torch.tensor, "numpy": np.array, "list": list}[kind](numbers)
+    if all(map(math.isfinite, numbers)):
+        checks.finite()(made, 0)
+    else:
+        refused(checks.finite(), made)
+
+
+# ── in_range ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [3, 0, 9.0, True, "x", None, [1, 2], torch.tensor([0, 9]), np.array([1.5]), torch.zeros(0)],
+    ids=repr,
+)
+def test_what_is_in_range_passes(sample: Any) -> None:
+    checks.in_range(0, 9)(sample, 0)
+    checks.in_range(0, 9, at=1)(("anything", sample), 0)
+
+
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        (-1, "sample: -1 is outside 0 to 9"),
+        (NAN, "sample: nan is outside 0 to 9"),
+        ([1, 9.5], "sample[1]: 9.5 is outside 0 to 9"),
+        (torch.tensor([1, 12, 10]), "sample: 2 of 3 values are outside 0 to 9: 12 at [1], 10 at "),
+        (torch.tensor([1.0, NAN]), "sample: 1 of 2 values is outside 0 to 9: nan at [1]"),
+        (np.array([[-2]]), "sample: 1 of 1 values is outside 0 to 9: -2 at [0, 0]"),
+        (torch.tensor(10, dtype=torch.bfloat16), "sample: 10.0 is outside 0 to 9"),
+    ],
+    ids=repr,
+)
+def test_what_is_outside_is_told_with_its_place(sample: Any, said: str) -> None:
+    assert refused(checks.in_range(0, 9), sample).startswith(said)
+
+
+def test_a_part_is_looked_at_by_keys_numbers_and_attributes() -> None:
+    sample = {"target": Boxes([[5, 11]], ["a"]), "id": 10**6}
+    check = checks.in_range(0, 9, at=("target", "corners", 0))
+    assert refused(check, sample) == "sample['target'].corners[0][1]: 11 is outside 0 to 9"
+    assert "sample has no part 'image'" in refused(checks.in_range(0, 9, at="image"), sample)
+    assert "sample has no part 4" in refused(checks.in_range(0, 9, at=4), (1, 2))
+
+
+def test_bounds_that_are_none_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"bounds of in_range must be numbers; got '0'"):
+        checks.in_range("0", 1)  # type: ignore[arg-type]
+    for low, high in ((2, 1), (NAN, 1)):
+        with pytest.raises(ValueError, match="the lower bound first"):
+            checks.in_range(low, high)
+
+
+# ── schema ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_structure_of_a_sample_in_words() -> None:
+    sample = {"x": torch.zeros(2, 3), "y": [np.zeros(4, dtype="i2"), 1, "a"], "z": Pair(None, 1.0)}
+    assert structure_of(sample) == {
+        "sample": "dict of 3",
+        "sample['x']": "tensor float32 (2, 3)",
+        "sample['y']": "list of 3",
+        "sample['y'][0]": "array int16 (4,)",
+        "sample['y'][1]": "int",
+        "sample['y'][2]": "str",
+        "sample['z']": "Pair of 2",
+        "sample['z'].left": "NoneType",
+        "sample['z'].right": "float",
+    }
+
+
+LIKE = {
+    "image": (torch.float32, (3, None, None)),
+    "label": int,
+    "mask": np.uint8,
+    "more": ...,
+    "box": [torch.zeros(4), (np.dtype("f4"), (None,))],
+}
+
+
+def fitting(**other: Any) -> dict[str, Any]:
+    sample: dict[str, Any] = {
+        "image": torch.zeros(3, 5, 7),
+        "label": 1,
+        "mask": np.zeros((2, 2), dtype=np.uint8),
+        "more": {"deep": [1]},
+        "box": [torch.ones(4), np.zeros(9, dtype="f4")],
+    }
+    return sample | other
+
+
+def test_a_sample_that_is_as_asked_for_passes() -> None:
+    check = checks.schema(like=LIKE)
+    check(fitting(), 0)
+    check(fitting(more=None, image=torch.zeros(3, 1, 1)), 0)
+    checks.schema(like=fitting())(fitting(), 0)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"image": torch.zeros(1, 5, 7)},
+            "sample['image'] is tensor float32 (1, 5, 7), not tensor float32 (3, any, any) as",
+        ),
+        ({"image": torch.zeros(3, 5)}, "sample['image'] is tensor float32 (3, 5), not tensor fl"),
+        ({"image": torch.zeros(3, 5, 7).half()}, "sample['image'] is tensor float16 (3, 5, 7), n"),
+        ({"label": 1.0}, "sample['label'] is float, not int as asked for"),
+        ({"mask": np.zeros(1)}, "sample['mask'] is array float64 (1,), not array uint8 anything"),
+        (
+            {"box": [torch.ones(4)]},
+            "sample['box'] is list of 1, not list of 2 as asked for; sample['box'][1] is not there",
+        ),
+        ({"odd": 1}, "sample is dict of 6, not dict of 5 as asked for; sample['odd'], int, is too"),
+    ],
+)
+def test_a_sample_that_is_not_as_asked_for_is_told_with_its_place(other: Any, said: str) -> None:
+    assert refused(checks.schema(like=LIKE), fitting(**other)).startswith(said)
+
+
+def test_without_a_structure_the_first_sample_is_the_measure() -> None:
+    check = checks.schema().for_one_worker()
+    assert isinstance(check, FirstSample)
+    check(torch.zeros(2), 7)
+    assert check.untold is not None
+    assert check.untold[0] == 7
+    check(torch.ones(2), 8)
+    assert refused(check, torch.zeros(3)) == (
+        "sample is tensor float32 (3,), not tensor float32 (2,) as in index 7"
+    )
+    another = checks.schema().for_one_worker()
+    another(torch.zeros(3), 1)  # each worker, and each loader, has one of its own
+
+
+# ── all ──────────────────────────────────────────────────────────────────────────────────────────
+
+ALL = [
+    checks.finite(),
+    checks.in_range(0, 9, at="x"),
+    checks.schema(),
+    checks.schema(like=LIKE),
+    checks.unique(repr),
+]
+
+
+@pytest.mark.parametrize("check", ALL, ids=repr)
+def test_each_check_crosses_to_a_worker_and_names_itself(check: Any) -> None:
+    again = pickle.loads(pickle.dumps(check))
+    assert repr(again) == repr(check)
+
+
+def test_their_names() -> None:
+    assert [repr(each) for each in ALL] == [
+        "finite()",
+        "in_range(0, 9, at='x')",
+        "schema()",
+        "schema(like=...)",
+        "unique(repr)",
+    ]
+
+
+def test_what_cannot_be_called_gives_no_key() -> None:
+    with pytest.raises(TypeError, match="unique takes a callable"):
+        checks.unique("id")  # type: ignore[arg-type]
