@@ -40,11 +40,11 @@ import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from time import monotonic
 from typing import Any
 
-from safeloader._python import Finalize, assert_spawning, extra_reducers
+from safeloader._python import DupFd, Finalize, assert_spawning, extra_reducers
 from safeloader.transport.messages import BatchMessage, Task
 
 MOST_FDS = 224  # in one message; Linux takes 253
@@ -168,6 +168,18 @@ class Sender:
             self._join.cancel()
 
 
+class _PipeEnd(Connection):
+    """An end of a pipe that is closed once.
+
+    The collector finalises what a cycle holds in any order. A ``Connection`` closes its descriptor
+    then and keeps the number; torch's iterator, finalised later, has it closed again, whosever file
+    has that number by then.
+    """
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class TaskQueue:
     """The way to one worker, and no thread: what torch's iterator and the worker use of a queue.
 
@@ -179,13 +191,17 @@ class TaskQueue:
     _poll: select.poll | None = None  # of the class: a worker makes its own
 
     def __init__(self, refused: Callable[[Task, Exception], Task]) -> None:
-        self._reader, writer = Pipe(duplex=False)
-        self._sender = Sender(writer)
+        reader, writer = os.pipe()
+        self._reader = _PipeEnd(reader, writable=False)
+        self._sender = Sender(_PipeEnd(writer, readable=False))
         self._refused = refused
 
     def __getstate__(self) -> dict[str, Any]:
         assert_spawning(self)
-        return {"_reader": self._reader}
+        return {"_reader": DupFd(self._reader.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reader = _PipeEnd(state["_reader"].detach(), writable=False)
 
     def put(self, item: Any) -> None:
         """Send what torch's iterator has for the worker; hot path."""

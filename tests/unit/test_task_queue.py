@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -95,3 +97,27 @@ def test_no_thread_outlives_its_queue() -> None:
     while threading.active_count() > before and time.monotonic() < give_up:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+class ClosesLate:
+    """As torch's iterator in a cycle that the collector finalises after the pipe's ends."""
+
+    def __init__(self, tasks: TaskQueue) -> None:
+        self.tasks = tasks
+        self.itself = self
+
+    def __del__(self) -> None:
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+        self.tasks.close()
+
+
+opened: list[int] = []
+
+
+def test_a_descriptor_is_closed_once_in_whatever_order_the_collector_finalises() -> None:
+    ClosesLate(TaskQueue(refuses))  # the older is finalised first
+    gc.collect()
+    first, second = opened
+    os.close(first)  # still ours
+    os.close(second)
