@@ -30,6 +30,8 @@ class WorkerEnd(NamedTuple):
         stack: what it left behind.
         oom_killed: how many processes the kernel killed for memory since the workers started.
         grown_bytes: how much its resident memory grew.
+        of_stream: whether ``index`` is (worker, ordinal) in a stream; a map-style dataset's sampler
+            may yield pairs too.
     """
 
     exit_code: int | None
@@ -38,6 +40,7 @@ class WorkerEnd(NamedTuple):
     stack: Stack
     oom_killed: int
     grown_bytes: int
+    of_stream: bool = False
 
 
 def _name(number: int) -> str:
@@ -46,12 +49,13 @@ def _name(number: int) -> str:
 
 
 def ended(exit_code: int | None) -> str:
-    """``"was killed by SIGKILL"``, ``"exited with code 3"``."""
+    """``"was killed by SIGKILL (signal 9)"``, ``"exited with code 3"``."""
     if exit_code is None:
         return "ended"
     if exit_code >= 0:
         return f"exited with code {exit_code}"
-    return f"was killed by {_name(-exit_code)}"
+    name, number = _name(-exit_code), f"signal {-exit_code}"
+    return f"was killed by {name}" + ("" if name == number else f" ({number})")
 
 
 def of_death(end: WorkerEnd) -> str:
@@ -75,16 +79,17 @@ def of_death(end: WorkerEnd) -> str:
         )
     return (
         f"something ended the process{at} without an exception: os._exit(), or exit() called by a "
-        f"native library. Search the dataset and what it calls; {_again(end.index)}"
+        f"native library. Search the dataset and what it calls; {_again(end)}"
     )
 
 
-def _again(index: Any, options: str = "") -> str:
+def _again(end: WorkerEnd, options: str = "") -> str:
     """How to have it happen again where nothing else is lost."""
+    index = end.index
     python = f" (python{options})" if options else ""
     if index is None:
         return f"run the same in the main process with num_workers=0{python}"
-    if type(index) is tuple and [*map(type, index)] == [int, int]:  # a stream's
+    if end.of_stream:
         return (
             f"iterating worker {index[0]}'s part of the dataset up to sample {index[1]} (from 0) "
             f"in a fresh process{python} repeats it"
@@ -112,7 +117,7 @@ def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
     if name == "SIGKILL":
         return _of_sigkill(end)
     if name == "SIGBUS":
-        return bus_error(at, f"; {_again(end.index)}")
+        return bus_error(at, f"; {_again(end)}")
     if name in _SENT:
         return _SENT[name]
     if name not in _FAULTS:
@@ -124,7 +129,7 @@ def _of_signal(name: str, end: WorkerEnd, at: str) -> str:
     top = next(iter(end.stack.frames), None)
     line = f", called from {top.filename}:{top.lineno} in {top.name}" if top else ""
     reason = _FAULTS[name].format(at=at, line=line)
-    again = _again(end.index, " -X faulthandler")
+    again = _again(end, " -X faulthandler")
     return f"{reason}. Look at that sample's data first, then at the library's version; {again}"
 
 

@@ -112,7 +112,10 @@ class Diagnosis:
         stack = stacks.left_behind(self._flight, first) if self._flight else stacks.Stack((), "")
         row = where.position
         killed = (oom_kills() or 0) - (self._oom_kills or 0)
-        end = WorkerEnd(process.exitcode, row.phase, where.index, stack, killed, row.grown_bytes)
+        of_stream = where.index is not None and not where.indices
+        end = WorkerEnd(
+            process.exitcode, row.phase, where.index, stack, killed, row.grown_bytes, of_stream
+        )
         found = [f"worker {first} was {where}"] if row.pid else []
         for other in sorted(set(dead) - {first})[:_WORKERS_SHOWN]:
             died, also = self._workers[other], self.location(other)

@@ -1143,7 +1143,7 @@ FAULTS: list[Fault] = [
     death(
         "SIGKILL of both workers at once",
         wait_to_be_killed,
-        r"worker \d \(pid \d+\) was killed by SIGKILL too while fetching index (8|13)",
+        r"worker \d \(pid \d+\) was killed by SIGKILL \(signal 9\) too while fetching index (8|13)",
         FROM_OUTSIDE,
         args=lambda scene: {"dataset": Faulty(scene, wait_to_be_killed, bad=(8, 13))},
         index={8, 13},
