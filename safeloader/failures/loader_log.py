@@ -23,17 +23,26 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     A program has several loaders, for training and validation at least. A handler of the user's
     that raises ends these lines, and not the training.
 
+    Args:
+        dataset: what the loader reads.
+        length: of the dataset; by default as it tells without any code of the user's.
+        kind: the name of the loader's class.
+
     Attributes:
+        kind: the name of the loader's class.
         length: of the dataset, as far as known.
         loader_name: the words before the colon.
     """
 
-    def __init__(self, dataset: Any, length: int | None = None) -> None:
+    def __init__(
+        self, dataset: Any, length: int | None = None, kind: str = "SafeDataLoader"
+    ) -> None:
         super().__init__(logging.getLogger("safeloader"), {})
         self.length = plain_length(dataset) if length is None else length
-        kind = short_type_name(type_name(type(dataset)))
+        self.kind = kind
+        over = short_type_name(type_name(type(dataset)))
         size = "" if self.length is None else f" ({self.length})"
-        self.loader_name = f"SafeDataLoader over {kind}{size}"
+        self.loader_name = f"{kind} over {over}{size}"
         self._broken = False
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:

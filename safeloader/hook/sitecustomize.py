@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LOADING = "torch.utils.data.dataloader"
+_TELLING = "safeloader.provenance.events"
 _LIKE_TORCHS = ("__module__", "__qualname__", "__doc__", "__annotations__", "__defaults__")
 
 
@@ -24,7 +25,7 @@ def _begin() -> None:
     sys.path[:] = [each for each in sys.path if os.path.abspath(each) != here]
     off = os.environ.get("SAFELOADER", "").strip().lower() == "off"
     if os.environ.get("SAFELOADER_LAUNCHED") and not off:
-        sys.meta_path.insert(0, _Notice())
+        sys.meta_path[:0] = [_Notice(_LOADING, _put_in), _Notice(_TELLING, _listen)]
     # The module that this one hides: the system's own, or a coverage tool's.
     mine = sys.modules.pop("sitecustomize", None)
     try:
@@ -38,31 +39,41 @@ def _begin() -> None:
 
 
 class _Notice:
-    """Finds no module of its own, but notices when torch's loader is looked for."""
+    """Finds no module of its own, but notices when one is looked for, and has it changed."""
+
+    def __init__(self, name: str, change: Any) -> None:
+        self._name = name
+        self._change = change
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """As :class:`importlib.abc.MetaPathFinder` has it."""
-        if name != _LOADING:
+        if name != self._name:
             return None
-        sys.meta_path.remove(self)
-        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path))
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(name, path, target) for finder in others)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loads(spec.loader)  # type: ignore[assignment]  # as good as one
+            spec.loader = _Loads(spec.loader, self._loaded)  # type: ignore[assignment]  # as good as one
         return spec
+
+    def _loaded(self, module: Any) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self._change(module)
 
 
 class _Loads:
-    """A loader of modules, that puts our methods into what it loaded."""
+    """A loader of modules, that tells of what it loaded."""
 
-    def __init__(self, theirs: Any) -> None:
+    def __init__(self, theirs: Any, loaded: Any) -> None:
         self._theirs = theirs
+        self._loaded = loaded
 
     def exec_module(self, module: Any) -> None:
         """As :class:`importlib.abc.Loader` has it."""
         module.__loader__ = module.__spec__.loader = self._theirs
         self._theirs.exec_module(module)
-        _put_in(module)
+        self._loaded(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs, name)
@@ -96,6 +107,14 @@ def _put_in(module: Any) -> None:
         ours.__wrapped__ = theirs
         setattr(owner, ours.__name__, ours)
     return None
+
+
+def _listen(module: Any) -> None:
+    def listens(loader: Any) -> Any:
+        engine = _engine()
+        return None if engine is None else engine.listens(loader)
+
+    module.listeners.append(listens)
 
 
 _found: list[Any] = []  # the engine, once it was looked for; None if it cannot be had

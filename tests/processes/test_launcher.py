@@ -147,6 +147,34 @@ list(loader)
     assert sum("Endless" in line for line in told.splitlines()) == 1
 
 
+def test_the_programs_own_safe_loaders_are_told_of_and_counted(tmp_path: Path) -> None:
+    body = """
+from safeloader import SafeDataLoader
+loader = SafeDataLoader(Numbers(6), batch_size=4, num_workers=1)
+list(loader); list(loader)
+print(loader.audit.epoch, loader.verify)
+"""
+    ours = launched(tmp_path, body, "--run", "runs", "--expect-ranks", "1")
+    assert (ours.returncode, ours.stdout) == (0, "1 raise\n"), ours.stderr
+    at = f"SafeDataLoader at {tmp_path / 'train.py'}:8"
+    assert f"{at}: 2 epochs, 12 of 12 delivered" in ours.stderr
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_lines_in_the_log_name_the_programs_class(tmp_path: Path) -> None:
+    body = """
+from torch.utils.data import IterableDataset
+class Stream(IterableDataset):
+    def __len__(self): return 3
+    def __iter__(self): return iter(range(3))
+class Mine(DataLoader): pass
+list(Mine(Stream(), num_workers=2))
+"""
+    said = launched(tmp_path, body).stderr
+    assert "Mine over Stream (3): epoch 0: len(dataset) says 3" in said
+    assert "SafeDataLoader" not in said
+
+
 def test_a_sample_that_fails_is_told_with_its_index(tmp_path: Path) -> None:
     body = """
 class Bad(Numbers):
