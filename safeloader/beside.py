@@ -18,7 +18,6 @@ import atexit
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from safeloader import _python, _torch
 from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
@@ -240,7 +240,7 @@ def _leave(handle: LoaderHandle, why: str) -> None:
     _state.line(handle.kind, handle.line).left_out(why)
     if why not in _state.warned:
         _state.warned.add(why)
-        _tell(f"{why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
+        say(f"safeloader: {why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
 
 
 def _say() -> None:
@@ -251,11 +251,6 @@ def _say() -> None:
         return
     lines = list(map(str, _state.lines.values()))
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
-    _tell("\n  ".join([f"loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    say("\n  ".join([f"safeloader: loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
     _state.folder = None  # what ends later than this is booked already
-
-
-def _tell(said: str) -> None:
-    if sys.stderr is not None:
-        print(f"safeloader: {said}", file=sys.stderr, flush=True)

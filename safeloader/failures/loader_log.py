@@ -55,12 +55,10 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
             if raised_by_signal(exc):
                 raise
             self._broken = True
-            if sys.stderr is not None:  # as logging itself tells of a handler that raises
-                print(
-                    f"{self.loader_name}: a logging handler raised, and this epoch has no more "
-                    f"lines in the log\n{text_of(exc)}",
-                    file=sys.stderr,
-                )
+            say(  # as logging itself tells of a handler that raises
+                f"{self.loader_name}: a logging handler raised, and this epoch has no more "
+                f"lines in the log\n{text_of(exc)}"
+            )
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -90,6 +88,16 @@ def guarded(part: str, log: Callable[[], LoaderLog]) -> Iterator[None]:
         if raised_by_signal(exc):  # the user's, which only struck here
             raise
         log().own_fault(part, exc)
+
+
+def say(said: str) -> None:
+    """A line on stderr; nothing where the program has closed it, or put there what fails."""
+    try:
+        if sys.stderr is not None:
+            print(said, file=sys.stderr, flush=True)
+    except Exception as exc:
+        if raised_by_signal(exc):
+            raise
 
 
 def text_of(exc: BaseException) -> str:

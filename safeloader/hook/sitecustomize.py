@@ -139,8 +139,11 @@ def _engine() -> Any:
 
 
 def _tell(why: str) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(f"safeloader: nothing is recorded in process {os.getpid()}: {why}\n")
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(f"safeloader: nothing is recorded in process {os.getpid()}: {why}\n")
+    except (OSError, ValueError):  # the program has closed it
+        pass
 
 
 _begin()

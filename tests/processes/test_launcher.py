@@ -127,6 +127,21 @@ def test_the_program_does_as_without_it(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in ours.stderr
 
 
+@pytest.mark.parametrize("closes", ["sys.stderr.close()", "os.close(2)", "sys.stderr = None"])
+def test_a_program_that_closes_stderr_goes_on(closes: str, tmp_path: Path) -> None:
+    body = f"""
+{closes}
+list(DataLoader(Numbers(6), batch_size=4))
+list(MakesItsOwn(Numbers(6), batch_size=4))
+loader = with_thread_workers()
+loader.num_workers = 0
+print(len(list(loader)), flush=True)
+"""
+    ours = launched(tmp_path, body, "--run", "runs")
+    assert (ours.returncode, ours.stdout) == (0, "3\n")
+    assert delivered(tmp_path / "runs") == [6]
+
+
 def test_each_loader_is_told_of_at_the_end_and_what_was_not_recorded_too(tmp_path: Path) -> None:
     body = """
 list(DataLoader(Numbers(), batch_size=4))
