@@ -154,6 +154,7 @@ class _State:
 
 
 _state = _State()
+_torch.moved()  # looked at now, while torch's names are torch's: the program may change them
 
 
 def _in_child() -> None:
@@ -190,14 +191,14 @@ def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
         return stock(loader)
 
 
-def made(iterator: Any, loader: Any) -> None:
+def made(kind: type, loader: Any) -> None:
     """An iterator of torch's is being made over ``loader``: by us, or by others behind us."""
     if isinstance(loader, _torch.LoaderView) or _out_of_reach() or handle_of(loader) is not None:
         return
     if not _state.ready:
         _state.begin()
     line = _state.line(type(loader).__qualname__, calling_line())
-    its_own = f"it makes its own iterators ({type(iterator).__qualname__})"
+    its_own = f"it makes its own iterators ({kind.__qualname__})"
     line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 

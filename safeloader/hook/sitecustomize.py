@@ -82,7 +82,7 @@ class _Loads:
 def _put_in(module: Any) -> None:
     try:
         loader, iterator = module.DataLoader, module._BaseDataLoaderIter
-        iterate, get, make = loader.__iter__, loader._get_iterator, iterator.__init__
+        iterate, get = loader.__iter__, loader._get_iterator
     except AttributeError as exc:
         return _tell(f"it does not know this torch: {exc}")
 
@@ -94,18 +94,21 @@ def _put_in(module: Any) -> None:
         engine = _engine()
         return get(self) if engine is None else engine.get_iterator(self, get)
 
-    def __init__(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
+    # Not `__init__`: that would be a frame more, to which torch's warnings and errors would point.
+    def __new__(cls: Any, loader: Any = None, *args: Any, **kwargs: Any) -> Any:
         engine = _engine()
-        if engine is not None:
-            engine.made(self, loader)
-        make(self, loader, *args, **kwargs)
+        if engine is not None and loader is not None:
+            engine.made(cls, loader)
+        return object.__new__(cls)
 
-    pairs: Any = ((__iter__, iterate, loader), (_get_iterator, get, loader))
-    for ours, theirs, owner in (*pairs, (__init__, make, iterator)):
+    pairs: Any = ((__iter__, iterate), (_get_iterator, get))
+    for ours, theirs in pairs:
         for name in _LIKE_TORCHS:
             setattr(ours, name, getattr(theirs, name))
         ours.__wrapped__ = theirs
-        setattr(owner, ours.__name__, ours)
+        setattr(loader, ours.__name__, ours)
+    iterator.__new__ = staticmethod(__new__)
+    _torchs[:] = (module, "DataLoader", loader), (loader, "_get_iterator", _get_iterator)
     return None
 
 
@@ -117,6 +120,7 @@ def _listen(module: Any) -> None:
     module.listeners.append(listens)
 
 
+_torchs: list[Any] = []  # where what stands of torch's that the engine builds on
 _found: list[Any] = []  # the engine, once it was looked for; None if it cannot be had
 
 
@@ -124,9 +128,7 @@ def _engine() -> Any:
     if not _found:
         _found.append(None)  # while it is imported, torch's own serves
         try:
-            from safeloader import beside
-
-            _found[0] = beside
+            _found[0] = _import_engine()
         except ModuleNotFoundError as exc:
             if exc.name != "safeloader":  # another Python than the launcher's may have none
                 _tell(f"{type(exc).__name__}: {exc}")
@@ -136,6 +138,23 @@ def _engine() -> Any:
             _found.clear()
             raise
     return _found[0]
+
+
+def _import_engine() -> Any:
+    """Load it with torch's own in its places: the program may have put other things there."""
+    places = [*_torchs, *((sys.modules["torch.utils.data"], *each[1:]) for each in _torchs[:1])]
+    theirs = [vars(owner).get(name, places) for owner, name, _ in places]
+    for owner, name, torchs in places:
+        setattr(owner, name, torchs)
+    try:
+        from safeloader import beside
+    finally:
+        for (owner, name, _), its in zip(places, theirs, strict=True):
+            if its is places:  # there was none
+                delattr(owner, name)
+            else:
+                setattr(owner, name, its)
+    return beside
 
 
 def _tell(why: str) -> None:

@@ -127,6 +127,49 @@ def test_the_program_does_as_without_it(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in ours.stderr
 
 
+REPLACED = {
+    "a subclass": "torch.utils.data.DataLoader = type('Mine', (DataLoader,), {})",
+    "a function": "torch.utils.data.DataLoader = lambda *words: DataLoader(*words)",
+    "nothing": "del torch.utils.data.DataLoader, torch.utils.data.dataloader.DataLoader",
+    "methods": """
+def patched(name, theirs):
+    def ours(self):
+        print(name)
+        return globals()["theirs " + name](self)
+    globals()["theirs " + name] = theirs
+    setattr(DataLoader, name, ours)
+for name in ("__iter__", "_get_iterator"):
+    patched(name, getattr(DataLoader, name))
+""",
+}
+
+
+@pytest.mark.parametrize("by", REPLACED)
+def test_a_program_that_puts_something_in_the_place_of_torchs(by: str, tmp_path: Path) -> None:
+    body = f"""
+{REPLACED[by]}
+places = torch.utils.data, torch.utils.data.dataloader
+before = [vars(place).get("DataLoader") for place in places]
+print(len(list(DataLoader(Numbers(6)))))
+print(before == [vars(place).get("DataLoader") for place in places])
+"""
+    alone, ours = both(tmp_path, body)
+    assert ours.stdout == alone.stdout
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+
+
+def test_a_warning_of_torchs_points_to_the_line_that_it_does_without_us(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("always")
+for workers in (0, 1):
+    list(DataLoader(Numbers(6), pin_memory=True, num_workers=workers))
+"""
+    alone, ours = both(tmp_path, body)
+    assert "pin_memory" in alone.stderr
+    assert ours.stderr.startswith(alone.stderr)
+
+
 @pytest.mark.parametrize("closes", ["sys.stderr.close()", "os.close(2)", "sys.stderr = None"])
 def test_a_program_that_closes_stderr_goes_on(closes: str, tmp_path: Path) -> None:
     body = f"""

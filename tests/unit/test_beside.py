@@ -169,7 +169,7 @@ def test_a_loader_of_ours_that_torch_serves_is_told_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(beside, "why_unrecorded", lambda workers: "it knows no such torch")
-    beside.made(iter(()), SafeDataLoader(range(3)))  # type: ignore[arg-type]
+    beside.made(object, SafeDataLoader(range(3)))  # type: ignore[arg-type]
     beside._say()
     said = capsys.readouterr().err
     assert "NOT recorded: SafeDataLoader at" in said
