@@ -30,6 +30,7 @@ from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
+from safeloader.introspect import fork_hazards
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
@@ -142,6 +143,7 @@ class _State:
     def begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self.ready = True
+        fork_hazards.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
         if multiprocessing.parent_process() is not None:  # these skip `atexit`
@@ -187,8 +189,10 @@ def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
     except SafeLoaderError:
         raise
     except Exception as exc:
-        _leave(handle, f"safeloader failed ({type(exc).__name__}: {exc}); please report it")
-        return stock(loader)
+        why = f"safeloader failed ({type(exc).__name__}: {exc}); please report it"
+    iterator = stock(loader)  # what is torch's own error or the program's is raised here, as it is
+    _leave(handle, why)
+    return iterator
 
 
 def made(kind: type, loader: Any) -> None:

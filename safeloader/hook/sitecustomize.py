@@ -107,6 +107,7 @@ def _put_in(module: Any) -> None:
             setattr(ours, name, getattr(theirs, name))
         ours.__wrapped__ = theirs
         setattr(loader, ours.__name__, ours)
+    __new__.__wrapped__ = iterator.__init__  # type: ignore[attr-defined]  # for its signature
     iterator.__new__ = staticmethod(__new__)
     _torchs[:] = (module, "DataLoader", loader), (loader, "_get_iterator", _get_iterator)
     return None

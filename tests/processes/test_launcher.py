@@ -116,6 +116,8 @@ print(len(pickle.dumps(loader)), type(pickle.loads(pickle.dumps(loader))).__name
 for name in ("__iter__", "_get_iterator"):
     method = getattr(DataLoader, name)
     print(method.__name__, method.__qualname__, method.__module__, method.__doc__)
+import inspect
+print(inspect.signature(torch.utils.data.dataloader._BaseDataLoaderIter))
 """,
 }
 
@@ -168,6 +170,21 @@ for workers in (0, 1):
     alone, ours = both(tmp_path, body)
     assert "pin_memory" in alone.stderr
     assert ours.stderr.startswith(alone.stderr)
+
+
+def test_where_warnings_are_errors_ours_are_none(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("error")
+class Draws(Numbers):
+    def __init__(self): super().__init__(6); self.mine = torch.Generator()
+print(len(list(DataLoader(Draws(), num_workers=2))))
+"""
+    ours = launched(tmp_path, body)
+    assert (ours.returncode, ours.stdout) == (0, "6\n"), ours.stderr
+    assert "safeloader: dataset.mine (torch.Generator) goes to the workers" in ours.stderr
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+    assert "please report" not in ours.stderr
 
 
 @pytest.mark.parametrize("closes", ["sys.stderr.close()", "os.close(2)", "sys.stderr = None"])

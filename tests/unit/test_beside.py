@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from safeloader import SKIP, Recorder, SafeDataLoader, beside
 from safeloader.handles import handle_of
+from safeloader.introspect import fork_hazards
 from safeloader.provenance import events
 from safeloader.provenance.run_folder import RunFolder
 
@@ -24,6 +25,7 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
+    monkeypatch.setattr(fork_hazards, "instead", None)
     events.listeners.append(beside.listens)  # as the hook does
     yield beside._state
     events.listeners.remove(beside.listens)
@@ -59,6 +61,17 @@ def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
     said = capsys.readouterr().err
     assert "NOT recorded: DataLoader" in said
     assert "1 epoch" not in said
+
+
+def test_an_error_of_torchs_own_is_raised_as_it_is_and_no_fault_of_ours(capsys: Any) -> None:
+    loader = plain()
+    loader.timeout = 5  # without workers, which torch's constructor does not take
+    with pytest.raises(AssertionError) as ours:
+        recorded(loader)
+    with pytest.raises(AssertionError) as theirs:
+        DataLoader._get_iterator(loader)
+    assert (str(ours.value), ours.value.__context__) == (str(theirs.value), None)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: Any) -> None:
