@@ -180,6 +180,8 @@ def start_method(loader: DataLoader[Any]) -> str:
     return str(context.get_start_method())
 
 
+# Torch's own, whatever the program puts there later; where there is none, `moved` says so.
+_get_iterator: Any = getattr(DataLoader, "_get_iterator", None)
 _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -191,7 +193,7 @@ def build_iterator(view: LoaderView) -> Any:
     """
     with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
         try:
-            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]  # as good as one
+            iterator: Any = _get_iterator(view)
         except BaseException as exc:
             _take_down(exc)
             raise

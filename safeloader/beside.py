@@ -7,18 +7,17 @@
                        LoaderHandle ◄── keywords, notebook, pool ──────────────┘
 
 The class of a loader, its attributes and its pickles stay the program's own. What fails here before
-the first batch is said once, and torch's own iterator serves. At the end of each process a line for
+the first batch is said once, and torch's own iterator serves. The program's own SafeDataLoaders are
+left as they are, and listened to. At the end of each process a line for
 each loader says what was recorded, and what was not and why.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,36 +27,33 @@ from safeloader import _python, _torch
 from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
+from safeloader.introspect import fork_hazards
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.run_folder import RunFolder
 from safeloader.settings import is_off
 
-_Which = tuple[int, int]  # the number of a notebook, and of an epoch in it
-_numbers = itertools.count()
 _TOLD_MAX = 50  # lines at the end
 _LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 
 
-class _Notebook(Recorder):
-    """A notebook that sums up its epochs, and writes each into the run folder."""
+class _Listener:
+    """The sink of one epoch: has it summed up, and written into the run folder."""
 
     def __init__(self, line: _Line) -> None:
-        super().__init__()
         self._line = line
-        self._number = next(_numbers)
 
-    def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
-        epoch = super().begin_epoch(audit)
-        self._line.begins((self._number, epoch), lambda: audit(epoch))
-        return epoch
+    def begun(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
+        """An epoch begins."""
+        self._line.begins(self, epoch, audit)
 
     def audited(self, audit: EpochAudit) -> None:
-        """An epoch is closed."""
-        self._line.ends((self._number, audit.epoch), audit)
+        """It is closed."""
+        self._line.ends(self, audit)
 
     def failed(self, failure: Failure) -> None:
         """An error is about to be raised."""
@@ -76,16 +72,16 @@ class _Line:
         self.epochs = self.drawn = self.delivered = self.failures = 0
         self.counts: dict[str, int] = {}
         self.unknown = 0
-        self._open: dict[_Which, Callable[[], EpochAudit]] = {}
+        self._open: dict[_Listener, Callable[[], EpochAudit]] = {}
 
-    def begins(self, which: _Which, audit: Callable[[], EpochAudit]) -> None:
+    def begins(self, listener: _Listener, epoch: int, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
-        self._open[which] = audit
-        self._write({"epoch": which[1], "audit": None})
+        self._open[listener] = audit
+        self._write({"epoch": epoch, "audit": None})
 
-    def ends(self, which: _Which, audit: EpochAudit) -> None:
+    def ends(self, listener: _Listener, audit: EpochAudit) -> None:
         """Book what an epoch came to."""
-        self._open.pop(which, None)
+        self._open.pop(listener, None)
         self.epochs += 1
         self.drawn += audit.drawn
         self.delivered += audit.delivered
@@ -104,8 +100,8 @@ class _Line:
 
     def close(self) -> None:
         """The process ends: epochs that run still are booked as they stand."""
-        for which, audit in list(self._open.items()):
-            self.ends(which, audit())
+        for listener, audit in list(self._open.items()):
+            self.ends(listener, audit())
 
     def _write(self, what: dict[str, Any]) -> None:
         if _state.folder is not None:
@@ -147,6 +143,7 @@ class _State:
     def begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self.ready = True
+        fork_hazards.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
         if multiprocessing.parent_process() is not None:  # these skip `atexit`
@@ -159,6 +156,7 @@ class _State:
 
 
 _state = _State()
+_torch.moved()  # looked at now, while torch's names are torch's: the program may change them
 
 
 def _in_child() -> None:
@@ -191,28 +189,39 @@ def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
     except SafeLoaderError:
         raise
     except Exception as exc:
-        _leave(handle, f"safeloader failed ({type(exc).__name__}: {exc}); please report it")
-        return stock(loader)
+        why = f"safeloader failed ({type(exc).__name__}: {exc}); please report it"
+    iterator = stock(loader)  # what is torch's own error or the program's is raised here, as it is
+    _leave(handle, why)
+    return iterator
 
 
-def made(iterator: Any, loader: Any) -> None:
+def made(kind: type, loader: Any) -> None:
     """An iterator of torch's is being made over ``loader``: by us, or by others behind us."""
-    if _not_ours(loader) or handle_of(loader) is not None:
+    if isinstance(loader, _torch.LoaderView) or _out_of_reach() or handle_of(loader) is not None:
         return
     if not _state.ready:
         _state.begin()
-    kind = type(loader).__qualname__
-    line = _state.line(kind, calling_line())
-    line.left_out(f"it makes its own iterators ({type(iterator).__qualname__})")
+    line = _state.line(type(loader).__qualname__, calling_line())
+    its_own = f"it makes its own iterators ({kind.__qualname__})"
+    line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
+
+
+def listens(loader: DataLoader[Any]) -> _Listener | None:
+    """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
+    if _out_of_reach():
+        return None
+    handle = _handle(loader)
+    return _Listener(_state.line(handle.kind, handle.line))
 
 
 def _not_ours(loader: Any) -> bool:
-    """Whether torch's own has to do: within our engine, in a worker, and where we are off."""
-    return (
-        isinstance(loader, _torch.LoaderView | SafeDataLoader)
-        or get_worker_info() is not None
-        or is_off()
-    )
+    """Whether torch's own has to do, or a loader records itself."""
+    return isinstance(loader, _torch.LoaderView | SafeDataLoader) or _out_of_reach()
+
+
+def _out_of_reach() -> bool:
+    """Whether nothing is recorded here: in a worker, and where we are off."""
+    return get_worker_info() is not None or is_off()
 
 
 def _handle(loader: DataLoader[Any]) -> LoaderHandle:
@@ -221,9 +230,9 @@ def _handle(loader: DataLoader[Any]) -> LoaderHandle:
         return handle
     if not _state.ready:
         _state.begin()
-    at = calling_line()
-    line = _state.line(type(loader).__qualname__, at)
-    handle = LoaderHandle(loader, _state.options, at, _Notebook(line))
+    handle = LoaderHandle(loader, _state.options, calling_line(), Recorder())
+    if isinstance(loader, SafeDataLoader):
+        return handle  # its records are its own
     why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
     if why:
         _leave(handle, why)
@@ -236,7 +245,7 @@ def _leave(handle: LoaderHandle, why: str) -> None:
     _state.line(handle.kind, handle.line).left_out(why)
     if why not in _state.warned:
         _state.warned.add(why)
-        _tell(f"{why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
+        say(f"safeloader: {why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
 
 
 def _say() -> None:
@@ -247,11 +256,6 @@ def _say() -> None:
         return
     lines = list(map(str, _state.lines.values()))
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
-    _tell("\n  ".join([f"loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    say("\n  ".join([f"safeloader: loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
     _state.folder = None  # what ends later than this is booked already
-
-
-def _tell(said: str) -> None:
-    if sys.stderr is not None:
-        print(f"safeloader: {said}", file=sys.stderr, flush=True)

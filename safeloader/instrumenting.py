@@ -20,6 +20,7 @@ from safeloader import _torch
 from safeloader.handles import handle_of
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import definitions, fields
 from safeloader.loader import (
     KEYWORDS,
     SafeDataLoader,
@@ -27,6 +28,7 @@ from safeloader.loader import (
     recorder_of,
     with_our_keywords,
 )
+from safeloader.settings import Settings
 
 _T = TypeVar("_T")
 _INNER = ("base_dataloader", "_dataloader", "loader", "_loader", "dataloader")
@@ -52,10 +54,12 @@ def instrument(obj: _T, **options: Any) -> _T:
 
     Raises:
         TypeError: if there is no loader in it, its class never asks torch's ``DataLoader`` for
-            batches, its workers are threads, or an option is not one of ours or of another kind
-            than is taken. Nothing is changed then.
+            batches, its workers are threads, it has an attribute of its own by the name of one of
+            our keywords, or an option is not one of ours or of another kind than is taken.
         ValueError: for an option out of range, or a loader that keeps an iterator of its own which
-            is in the middle of an epoch. Nothing is changed then.
+            is in the middle of an epoch.
+
+    Whatever is raised, nothing is changed then.
 
     Example:
         >>> import torch
@@ -84,29 +88,40 @@ def instrument(obj: _T, **options: Any) -> _T:
         for name, value in options.items():
             setattr(loader, name, value)
         return obj
-    why = why_not_recordable(loader)
+    why = why_not_recordable(loader) or _why_not_ours(loader)
     if why:
         raise TypeError(why)
     settings = checked(options, loader.dataset)
     kept = _torch.iterators_in(loader)
     for name, iterator in kept.items():
         _refuse_midway(loader, name, iterator)
+    theirs, before = type(loader), dict(vars(loader))
+    try:
+        _make_ours(loader, settings, kept)
+    except BaseException:  # their __setattr__, or what an iterator is made of
+        object.__setattr__(loader, "__class__", theirs)
+        vars(loader).clear()
+        vars(loader).update(before)
+        raise
+    return obj
+
+
+def _make_ours(loader: Any, settings: Settings, kept: dict[str, Any]) -> None:
     loader.__class__ = recorded_class(type(loader))
     for name in KEYWORDS:
         setattr(loader, name, getattr(settings, name))
-    recorder_of(loader)  # type: ignore[arg-type]  # it is ours now
     held = _torch.kept_iterator(loader)
     if held is not None and _torch.is_under_way(held):
         warnings.warn(
             "the epoch that this loader is in is finished unrecorded; records begin with the next",
-            stacklevel=2,
+            stacklevel=3,
         )
     for name in kept:
         # Made by the loader's constructor, for all epochs. Whoever made it drew from the generators
         # for it already.
         with preserved():
-            setattr(loader, name, SafeDataLoader.__iter__(loader))  # type: ignore[arg-type]
-    return obj
+            setattr(loader, name, SafeDataLoader.__iter__(loader))
+    recorder_of(loader)
 
 
 def loaders_of(obj: Any) -> list[Any]:
@@ -144,8 +159,9 @@ def _loader_in(obj: Any, outer: tuple[Any, ...] = ()) -> DataLoader[Any] | None:
     """The loader that batches come from: what a wrapper holds, or ``obj`` itself."""
     if any(obj is each for each in outer):
         return None
+    held = dict(fields(obj))
     for name in _INNER:
-        inner = getattr(obj, "__dict__", {}).get(name)
+        inner = held.get(name)
         found = None if inner is None else _loader_in(inner, (*outer, obj))
         if found is not None:
             return found
@@ -163,6 +179,18 @@ def why_not_recordable(loader: DataLoader[Any]) -> str:
             f"is {bounded_text(loader.multiprocessing_context)}); use process workers"
         )
     return ""
+
+
+def _why_not_ours(loader: DataLoader[Any]) -> str:
+    """Why a loader cannot become ours, in a sentence; empty if it can."""
+    names = [*KEYWORDS, "_pool"]
+    its = [name for name in names if name in vars(loader) or definitions(type(loader), name)]
+    if not its or set(its) >= set(KEYWORDS):  # all: copied with the attributes of one of ours
+        return ""
+    return (
+        f"this {type(loader).__qualname__} cannot become ours: it has {', '.join(its)} of its own, "
+        f"which would be lost; {_LAUNCHER}"
+    )
 
 
 def _refuse_midway(loader: DataLoader[Any], name: str, iterator: Any) -> None:

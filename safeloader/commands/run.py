@@ -8,6 +8,7 @@ of all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from safeloader._version import __version__
 
 _HOOK = Path(__file__).parent.parent / "hook"
 _CANNOT_WORK = "ISE"  # of python: no environment, or no module `site` to run the hook
+_INSTEAD = ("-m", "-c", "-")  # of a script, for python
 _ALIVE_S = 60.0  # a run that wrote within this time is taken to go on
 _NOT_RECORDED = 3
 _EXAMPLES = """\
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _parsed(words: list[str]) -> dict[str, Any]:
     """Our options, and under ``command`` all from the first word on that is none of them."""
     at = 0
-    while at < len(words) and words[at].startswith("-") and words[at] not in ("--", "-m", "-c"):
+    while at < len(words) and words[at].startswith("-") and words[at] not in ("--", *_INSTEAD):
         alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
         at += 1 if alone else 2
     return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
@@ -127,12 +129,12 @@ def _program(command: list[str]) -> list[str]:
             "records its loaders. Leave them out"
         )
     first = command[0]
-    if first.endswith(".py") or first in ("-m", "-c") or os.path.isdir(first):
+    if first.endswith(".py") or first in _INSTEAD or os.path.isdir(first):
         command = [sys.executable, *_own_flags(), *command]
     if re.fullmatch(r"python[0-9.]*(\.exe)?", os.path.basename(command[0])):
         words = iter(command[1:])
         for word in words:
-            if not word.startswith("-") or word.startswith("--") or word in ("-m", "-c"):
+            if not word.startswith("-") or word.startswith("--") or word in _INSTEAD:
                 break
             if word in ("-W", "-X"):
                 next(words, None)
@@ -252,4 +254,8 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
 
 
 def _has_audit(path: Path) -> bool:
-    return any(json.loads(line)["audit"] for line in path.read_text("utf-8").splitlines())
+    for line in path.read_text("utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line, where the disk was full
+            if json.loads(line)["audit"]:
+                return True
+    return False

@@ -102,6 +102,9 @@ def survey(
 
 _said: set[tuple[str, str]] = set()
 
+instead: Callable[[str], object] | None = None
+"""Who is told where warnings are errors, and the program did not ask for us; None: it is raised."""
+
 
 def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
     """Warn of each finding, once a process for each class of dataset and path.
@@ -122,7 +125,12 @@ def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1
             text += f" ... and {len(new) - TOLD_MAX} more like it."
         silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
         text += f" If the worker does so already: {silence}"
-        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        try:
+            warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        except RuntimeWarning:
+            if instead is None:
+                raise
+            instead(text)
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
 
 

@@ -45,13 +45,27 @@ _T = TypeVar("_T")
 class Epoch:
     """The accounts of one pass over the loader, and what follows from them.
 
+    Args:
+        dataset: what the loader reads.
+        settings: our keywords.
+        log: the loader's.
+        ledger: the accounts.
+        also: further sinks of its events.
+
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
-    def __init__(self, dataset: Any, settings: Settings, log: LoaderLog, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        settings: Settings,
+        log: LoaderLog,
+        ledger: Ledger,
+        also: Sequence[object] = (),
+    ) -> None:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
@@ -67,7 +81,7 @@ class Epoch:
         self._closed = False
         self._pid = os.getpid()
         recorder: Recorder = settings.recorder
-        sinks: list[object] = [LogLines(log)]
+        sinks: list[object] = [LogLines(log), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:
@@ -84,6 +98,8 @@ class Epoch:
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
+        if self.events.begun:
+            self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 

@@ -116,6 +116,8 @@ print(len(pickle.dumps(loader)), type(pickle.loads(pickle.dumps(loader))).__name
 for name in ("__iter__", "_get_iterator"):
     method = getattr(DataLoader, name)
     print(method.__name__, method.__qualname__, method.__module__, method.__doc__)
+import inspect
+print(inspect.signature(torch.utils.data.dataloader._BaseDataLoaderIter))
 """,
 }
 
@@ -125,6 +127,79 @@ def test_the_program_does_as_without_it(name: str, tmp_path: Path) -> None:
     alone, ours = both(tmp_path, SAME[name])
     assert (ours.stdout, ours.returncode) == (alone.stdout, alone.returncode)
     assert "Traceback" not in ours.stderr
+
+
+REPLACED = {
+    "a subclass": "torch.utils.data.DataLoader = type('Mine', (DataLoader,), {})",
+    "a function": "torch.utils.data.DataLoader = lambda *words: DataLoader(*words)",
+    "nothing": "del torch.utils.data.DataLoader, torch.utils.data.dataloader.DataLoader",
+    "methods": """
+def patched(name, theirs):
+    def ours(self):
+        print(name)
+        return globals()["theirs " + name](self)
+    globals()["theirs " + name] = theirs
+    setattr(DataLoader, name, ours)
+for name in ("__iter__", "_get_iterator"):
+    patched(name, getattr(DataLoader, name))
+""",
+}
+
+
+@pytest.mark.parametrize("by", REPLACED)
+def test_a_program_that_puts_something_in_the_place_of_torchs(by: str, tmp_path: Path) -> None:
+    body = f"""
+{REPLACED[by]}
+places = torch.utils.data, torch.utils.data.dataloader
+before = [vars(place).get("DataLoader") for place in places]
+print(len(list(DataLoader(Numbers(6)))))
+print(before == [vars(place).get("DataLoader") for place in places])
+"""
+    alone, ours = both(tmp_path, body)
+    assert ours.stdout == alone.stdout
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+
+
+def test_a_warning_of_torchs_points_to_the_line_that_it_does_without_us(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("always")
+for workers in (0, 1):
+    list(DataLoader(Numbers(6), pin_memory=True, num_workers=workers))
+"""
+    alone, ours = both(tmp_path, body)
+    assert "pin_memory" in alone.stderr
+    assert ours.stderr.startswith(alone.stderr)
+
+
+def test_where_warnings_are_errors_ours_are_none(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("error")
+class Draws(Numbers):
+    def __init__(self): super().__init__(6); self.mine = torch.Generator()
+print(len(list(DataLoader(Draws(), num_workers=2))))
+"""
+    ours = launched(tmp_path, body)
+    assert (ours.returncode, ours.stdout) == (0, "6\n"), ours.stderr
+    assert "safeloader: dataset.mine (torch.Generator) goes to the workers" in ours.stderr
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+    assert "please report" not in ours.stderr
+
+
+@pytest.mark.parametrize("closes", ["sys.stderr.close()", "os.close(2)", "sys.stderr = None"])
+def test_a_program_that_closes_stderr_goes_on(closes: str, tmp_path: Path) -> None:
+    body = f"""
+{closes}
+list(DataLoader(Numbers(6), batch_size=4))
+list(MakesItsOwn(Numbers(6), batch_size=4))
+loader = with_thread_workers()
+loader.num_workers = 0
+print(len(list(loader)), flush=True)
+"""
+    ours = launched(tmp_path, body, "--run", "runs")
+    assert (ours.returncode, ours.stdout) == (0, "3\n")
+    assert delivered(tmp_path / "runs") == [6]
 
 
 def test_each_loader_is_told_of_at_the_end_and_what_was_not_recorded_too(tmp_path: Path) -> None:
@@ -145,6 +220,34 @@ list(loader)
     assert f"NOT recorded: DataLoader {at}:11" in told
     assert "its workers are threads" in told
     assert sum("Endless" in line for line in told.splitlines()) == 1
+
+
+def test_the_programs_own_safe_loaders_are_told_of_and_counted(tmp_path: Path) -> None:
+    body = """
+from safeloader import SafeDataLoader
+loader = SafeDataLoader(Numbers(6), batch_size=4, num_workers=1)
+list(loader); list(loader)
+print(loader.audit.epoch, loader.verify)
+"""
+    ours = launched(tmp_path, body, "--run", "runs", "--expect-ranks", "1")
+    assert (ours.returncode, ours.stdout) == (0, "1 raise\n"), ours.stderr
+    at = f"SafeDataLoader at {tmp_path / 'train.py'}:8"
+    assert f"{at}: 2 epochs, 12 of 12 delivered" in ours.stderr
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_lines_in_the_log_name_the_programs_class(tmp_path: Path) -> None:
+    body = """
+from torch.utils.data import IterableDataset
+class Stream(IterableDataset):
+    def __len__(self): return 3
+    def __iter__(self): return iter(range(3))
+class Mine(DataLoader): pass
+list(Mine(Stream(), num_workers=2))
+"""
+    said = launched(tmp_path, body).stderr
+    assert "Mine over Stream (3): epoch 0: len(dataset) says 3" in said
+    assert "SafeDataLoader" not in said
 
 
 def test_a_sample_that_fails_is_told_with_its_index(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from safeloader import SKIP, beside
+from safeloader import SKIP, Recorder, SafeDataLoader, beside
 from safeloader.handles import handle_of
+from safeloader.introspect import fork_hazards
+from safeloader.provenance import events
 from safeloader.provenance.run_folder import RunFolder
 
 
@@ -23,7 +25,10 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
-    return beside._state
+    monkeypatch.setattr(fork_hazards, "instead", None)
+    events.listeners.append(beside.listens)  # as the hook does
+    yield beside._state
+    events.listeners.remove(beside.listens)
 
 
 def plain() -> Any:
@@ -56,6 +61,17 @@ def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
     said = capsys.readouterr().err
     assert "NOT recorded: DataLoader" in said
     assert "1 epoch" not in said
+
+
+def test_an_error_of_torchs_own_is_raised_as_it_is_and_no_fault_of_ours(capsys: Any) -> None:
+    loader = plain()
+    loader.timeout = 5  # without workers, which torch's constructor does not take
+    with pytest.raises(AssertionError) as ours:
+        recorded(loader)
+    with pytest.raises(AssertionError) as theirs:
+        DataLoader._get_iterator(loader)
+    assert (str(ours.value), ours.value.__context__) == (str(theirs.value), None)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: Any) -> None:
@@ -147,6 +163,30 @@ def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
     first, second = (RunFolder(str(tmp_path / "runs"), 2) for _ in range(2))
     assert first.path.parent == second.path.parent == tmp_path / "runs" / "attempt=2" / "rank=0"
     assert (first.path.name[-2:], second.path.name[-2:]) == ("-0", "-1")
+
+
+def test_loaders_of_ours_are_told_of_too_and_their_records_stay_their_own(capsys: Any) -> None:
+    recorder = Recorder()
+    loaders = [SafeDataLoader(range(n), recorder=recorder) for n in (2, 3)]  # type: ignore[arg-type]
+    for loader in loaders:
+        list(loader)
+    assert loaders[0].audit.drawn == 3  # they share a notebook
+    assert loaders[0].verify == "raise"
+    beside._say()
+    _, *said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in said] == ["2 epochs, 5 of 5 delivered"]
+    assert f"SafeDataLoader at {__file__}:" in said[0]
+
+
+def test_a_loader_of_ours_that_torch_serves_is_told_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(beside, "why_unrecorded", lambda workers: "it knows no such torch")
+    beside.made(object, SafeDataLoader(range(3)))  # type: ignore[arg-type]
+    beside._say()
+    said = capsys.readouterr().err
+    assert "NOT recorded: SafeDataLoader at" in said
+    assert said.rstrip().endswith("it knows no such torch")
 
 
 def test_two_loaders_of_one_line_are_told_together_and_not_mixed_up(capsys: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from safeloader import __main__
+from safeloader.commands import run
 
 
 class Became(BaseException):
@@ -45,6 +46,8 @@ def became(*words: str) -> tuple[list[str], dict[str, Any], dict[str, str]]:
         ["-c", "print(1)"],
         [sys.executable, "-u", "train.py"],
         ["--", "train.py"],
+        [sys.executable, "-u", "-", "x"],
+        ["-", "x"],
     ],
 )
 def test_what_follows_our_options_is_the_programs(words: list[str]) -> None:
@@ -116,6 +119,14 @@ def test_a_folder_of_another_run_that_lives(
 def test_what_cannot_work(words: list[str], why: str, capsys: Any) -> None:
     assert __main__.main(["run", *words]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_half_a_line_is_no_audit_and_no_end_of_the_launcher(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.jsonl"
+    path.write_text('{"epoch": 0, "audit": null}\n{"epoch": 0, "aud')
+    assert not run._has_audit(path)
+    path.write_text('{"epoch": 0, "aud\n{"epoch": 1, "audit": {"drawn": 3}}\n')
+    assert run._has_audit(path)
 
 
 @pytest.mark.parametrize("words", [["--retries", "many", "x.py"], ["--expect-ranks", "0", "x.py"]])
