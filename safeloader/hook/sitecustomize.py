@@ -71,7 +71,7 @@ class _Loads:
 def _put_in(module: Any) -> None:
     try:
         loader, iterator = module.DataLoader, module._BaseDataLoaderIter
-        iterate, get, make = loader.__iter__, loader._get_iterator, iterator.__init__
+        iterate, get = loader.__iter__, loader._get_iterator
     except AttributeError as exc:
         return _tell(f"it does not know this torch: {exc}")
 
@@ -83,18 +83,21 @@ def _put_in(module: Any) -> None:
         engine = _engine()
         return get(self) if engine is None else engine.get_iterator(self, get)
 
-    def __init__(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
+    # Not around `__init__`: torch's warnings would name a line of this file in place of torch's.
+    def __new__(cls: Any, loader: Any = None, *args: Any, **kwargs: Any) -> Any:
+        made = super(iterator, cls).__new__(cls)
         engine = _engine()
-        if engine is not None:
-            engine.made(self, loader)
-        make(self, loader, *args, **kwargs)
+        if engine is not None and loader is not None:
+            engine.made(made, loader)
+        return made
 
-    pairs: Any = ((__iter__, iterate, loader), (_get_iterator, get, loader))
-    for ours, theirs, owner in (*pairs, (__init__, make, iterator)):
+    pairs: Any = ((__iter__, iterate), (_get_iterator, get))
+    for ours, theirs in pairs:
         for name in _LIKE_TORCHS:
             setattr(ours, name, getattr(theirs, name))
         ours.__wrapped__ = theirs
-        setattr(owner, ours.__name__, ours)
+        setattr(loader, ours.__name__, ours)
+    iterator.__new__ = staticmethod(__new__)
     return None
 
 

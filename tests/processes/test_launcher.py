@@ -127,6 +127,12 @@ def test_the_program_does_as_without_it(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in ours.stderr
 
 
+def test_a_warning_of_torchs_names_torchs_line(tmp_path: Path) -> None:
+    alone, ours = both(tmp_path, "list(DataLoader(Numbers(), pin_memory=True))")
+    assert "UserWarning" in alone.stderr  # these machines have no accelerator
+    assert ours.stderr.startswith(alone.stderr)
+
+
 def test_each_loader_is_told_of_at_the_end_and_what_was_not_recorded_too(tmp_path: Path) -> None:
     body = """
 list(DataLoader(Numbers(), batch_size=4))
