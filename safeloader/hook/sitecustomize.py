@@ -99,7 +99,7 @@ def _put_in(module: Any) -> None:
         engine = _engine()
         if engine is not None and loader is not None:
             engine.made(cls, loader)
-        return object.__new__(cls)
+        return super(iterator, cls).__new__(cls)
 
     pairs: Any = ((__iter__, iterate), (_get_iterator, get))
     for ours, theirs in pairs:
