@@ -4,7 +4,7 @@ Each file of ``programs/`` is a script as a user of that framework writes it. It
 under ``python -m safeloader run``, with the class swapped, and with what the framework made of the
 loader instrumented. A comment behind a line says what the launcher is to say of that line::
 
-    for batch in loader:  # records DataLoaderShard
+    for batch in loader:  # records DataLoader
     for batch in loader:  # NOT recorded: StatefulDataLoader
 """
 
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +42,17 @@ class Case(NamedTuple):
         words: what stands behind ``python``; its first ``*.py`` is of ``programs/``.
         ways: what its user may do to a loader besides, so that it is recorded whole.
         workers: the numbers of workers that it is run with.
+        has_line: whether a line of the program iterates the loader, and not the library's alone;
+            the launcher names the program's file then.
+        has_report: whether what its processes say at their end is seen; Ray kills its workers.
     """
 
     needs: tuple[str, ...]
     words: str
     ways: tuple[str, ...] = ()
     workers: tuple[int, ...] = (0, 2)
+    has_line: bool = True
+    has_report: bool = True
 
 
 BOTH = ("swap", "instrument")
@@ -56,8 +60,10 @@ CASES = {
     "lightning": Case(("lightning", "torchmetrics"), "lightning_fit.py", BOTH),
     "lightning-fabric": Case(("lightning",), "lightning_fabric.py", BOTH),
     "lightning-ddp": Case(("lightning",), "lightning_ddp.py ddp", ("swap",), (0, 1)),
-    "lightning-ddp-spawn": Case(("lightning",), "lightning_ddp.py ddp_spawn", ("swap",), (0,)),
-    # Accelerate makes the loader again as its own class: a swapped class is not kept.
+    "lightning-ddp-spawn": Case(
+        ("lightning",), "lightning_ddp.py ddp_spawn", ("swap",), (0,), has_line=False
+    ),
+    # Accelerate makes the loader again as torch's class, in a wrapper: a swapped one is not kept.
     "accelerate": Case(("accelerate",), "accelerate_prepare.py", ("instrument",)),
     "accelerate-launch": Case(
         ("accelerate",),
@@ -67,7 +73,8 @@ CASES = {
     ),
     "transformers": Case(("transformers",), "transformers_trainer.py default", ("instrument",)),
     "transformers-own": Case(("transformers",), "transformers_trainer.py own", BOTH),
-    # To go on in mid-epoch, Accelerate makes the loader again as its own or torch's class.
+    # To go on in mid-epoch, the Trainer has Accelerate make the loader once more: only the launcher
+    # sees that one.
     "transformers-resumed": Case(("transformers",), "transformers_trainer.py default resumed"),
     "transformers-own-resumed": Case(("transformers",), "transformers_trainer.py own resumed"),
     "ignite": Case(("ignite",), "ignite_engine.py", BOTH),
@@ -77,7 +84,7 @@ CASES = {
     "monai": Case(("monai",), "monai_loaders.py", ("instrument",)),
     "torchio": Case(("torchio",), "torchio_loader.py", ("instrument",)),
     # Ray makes the loader again as torch's class.
-    "ray": Case(("ray",), "ray_workers.py", ("instrument",), (0, 1)),
+    "ray": Case(("ray",), "ray_workers.py", ("instrument",), (0, 1), has_report=False),
     "torchrun": Case(
         (),
         "-m torch.distributed.run --standalone --nproc-per-node 2 torchrun_ddp.py",
@@ -169,7 +176,8 @@ def announced(case: Case) -> set[str]:
         marked = re.search(r"# (records|NOT recorded:) (\w+)$", line)
         optional = "again.train" in line and "resumed" not in case.words
         if marked and not optional and (not functions or within in functions):
-            lines.add(f"{marked[1]} {marked[2]} at {program}:{number}")
+            line = f":{number}" if case.has_line else ""
+            lines.add(f"{marked[1]} {marked[2]} at {program}{line}")
     return lines
 
 
@@ -194,14 +202,16 @@ def told(stderr: str) -> set[str]:
     return lines
 
 
-def audits(run: Path) -> list[dict[str, Any]]:
+def written(run: Path) -> list[dict[str, Any]]:
+    """The epochs of all processes that came to an end; each that began did."""
     lines = [
         json.loads(line)
         for path in sorted(run.glob("attempt=*/rank=*/*/epochs.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    assert [line["audit"] is None for line in lines].count(True) * 2 == len(lines)
-    return [line["audit"] for line in lines if line["audit"]]
+    ended = [line for line in lines if line["audit"]]
+    assert 2 * len(ended) == len(lines)
+    return ended
 
 
 @each_that("stock")
@@ -211,10 +221,12 @@ def test_launched_it_does_the_same_and_every_sample_is_recorded(
     launcher = ["-m", "safeloader", "run", "--run", str(tmp_path / "run")]
     ours = ran(case, tmp_path, "stock", workers, *launcher)
     assert (ours.returncode, ours.stdout) == (0, stock(case, workers)), ours.stderr
-    seen = audits(tmp_path / "run")
-    assert sum(audit["delivered"] for audit in seen) == counted(case, workers)
-    assert Counter(audit["ok"] for audit in seen) == {True: len(seen)}
-    if name != "ray":  # it ends its workers with a signal
+    epochs = written(tmp_path / "run")
+    assert sum(each["audit"]["delivered"] for each in epochs) == counted(case, workers)
+    assert {each["audit"]["ok"] for each in epochs} == {True}
+    recorded = {line for line in announced(case) if line.startswith("records ")}
+    assert {f"records {each['loader']}" for each in epochs} == recorded
+    if case.has_report:
         assert told(ours.stderr) == announced(case)
 
 

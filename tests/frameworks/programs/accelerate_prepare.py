@@ -1,4 +1,4 @@
-"""Accelerate: it makes the loader again as a class of its own, also to go on in mid-epoch.
+"""Accelerate: it makes the loader again, in a wrapper of its own, also to go on in mid-epoch.
 
 As ``accelerate launch --cpu --num_processes 2`` runs it, each process has its share.
 """
@@ -32,16 +32,16 @@ def main() -> None:
     loader = DataLoader(Points(24), batch_size=4, shuffle=True, num_workers=WORKERS)
     shard = prepared(accelerator.prepare(loader))
     for epoch in range(2):
-        for batch in shard:  # records DataLoaderShard
+        for batch in shard:  # records DataLoader
             step(f"train {epoch}", batch)
     rest = prepared(accelerator.skip_first_batches(shard, num_batches=1))
-    for batch in rest:  # records DataLoaderShard
+    for batch in rest:  # records DataLoader
         step("went on", batch)
 
     accelerator.dataloader_config = DataLoaderConfiguration(dispatch_batches=True)
     loader = DataLoader(Points(16), batch_size=4, shuffle=True, num_workers=WORKERS)
     dispatched = prepared(accelerator.prepare(loader))
-    for batch in dispatched:  # records DataLoaderDispatcher
+    for batch in dispatched:  # records DataLoader
         step("dispatched", batch)
 
     if distributed.is_initialized():

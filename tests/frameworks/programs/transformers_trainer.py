@@ -100,12 +100,12 @@ def say(trainer: Any) -> None:
 
 def default() -> None:
     trainer = trainer_of(Told)
-    trainer.train()  # records DataLoaderShard
-    trainer.evaluate()  # records DataLoaderShard
+    trainer.train()  # records DataLoader
+    trainer.evaluate()  # records DataLoader
     say(trainer)
     if "resumed" in sys.argv:
         again = trainer_of(Told)
-        again.train(resume_from_checkpoint="out/checkpoint-8")  # records DataLoaderShard
+        again.train(resume_from_checkpoint="out/checkpoint-8")  # records DataLoader
         say(again)
     SEEN.end(*trainer.loaders)
 
