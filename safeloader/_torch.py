@@ -370,7 +370,12 @@ def _words(code: CodeType) -> Iterator[str]:
 def has_thread_workers(loader: DataLoader[Any]) -> bool:
     """Whether what stands for processes there may be threads of this one."""
     context: Any = loader.multiprocessing_context
-    return context is not None and not isinstance(context, multiprocessing.context.BaseContext)
+    if context is None:
+        return False
+    # MONAI's is a context for `spawn` in all but the class of its workers.
+    worker: Any = getattr(context, "Process", None)
+    processes = isinstance(worker, type) and issubclass(worker, multiprocessing.process.BaseProcess)
+    return not (processes and isinstance(context, multiprocessing.context.BaseContext))
 
 
 def iterators_in(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from safeloader.provenance.run_folder import RunFolder
 from safeloader.settings import is_off
 
 _TOLD_MAX = 50  # lines at the end
+_TOLD_APART = ("missing", "failed", "dropped", "skipped", "replaced")  # drawn, not delivered
 _LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 
 
@@ -116,8 +117,11 @@ class _Line:
         troubles = [
             f"{count} {name}"
             for name, count in self.counts.items()
-            if count and name not in ("unvisited", "repeated", "dropped")
+            if count and name not in ("unvisited", "repeated")
         ]
+        ahead = self.drawn - self.delivered - sum(self.counts.get(name, 0) for name in _TOLD_APART)
+        if ahead > 0:
+            troubles.append(f"{ahead} drawn ahead and not handed over")
         if self.unknown:
             troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
         if self.failures:

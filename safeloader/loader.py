@@ -272,7 +272,8 @@ _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 def calling_line() -> str:
     """File and line of the user's code that made a loader, or iterates it.
 
-    Where there is none among the callers, as in a process that a framework started, a library's.
+    Where there is none among the callers, as in a process that a framework started, the program's
+    file; of a program that is a library's, the library's line.
     """
     frame: FrameType | None = sys._getframe(1)
     first = "?"
@@ -284,7 +285,8 @@ def calling_line() -> str:
                 return here
             first = here if first == "?" else first
         frame = frame.f_back
-    return first
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    return first if program is None or program.startswith(_LIBRARIES) else program
 
 
 def recorder_of(loader: SafeDataLoader[Any]) -> Recorder:

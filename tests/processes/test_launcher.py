@@ -102,6 +102,9 @@ for cls in (Transforms, Endless, MakesItsOwn, NeverAsks):
         print([batch.tolist() for batch in loader])
     print(type(loader) is cls)
 """,
+    "workers that are threads": """
+print([batch[:, 0].tolist() for batch in with_thread_workers()])
+""",
     "spawn": """
 loader = DataLoader(Numbers(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
 print([batch[:, 0].tolist() for batch in loader])
@@ -207,9 +210,7 @@ def test_each_loader_is_told_of_at_the_end_and_what_was_not_recorded_too(tmp_pat
 list(DataLoader(Numbers(), batch_size=4))
 list(Endless(Numbers(), batch_size=4))
 list(MakesItsOwn(Numbers(), batch_size=4))
-loader = with_thread_workers()
-loader.num_workers = 0
-list(loader)
+list(with_thread_workers())
 """
     said = launched(tmp_path, body).stderr.splitlines()
     at = f"at {tmp_path / 'train.py'}"
@@ -217,7 +218,7 @@ list(loader)
     told = "\n".join(said[begins + 1 :])
     assert f"DataLoader {at}:6: 1 epoch, 10 of 10 delivered" in told
     assert f"NOT recorded: MakesItsOwn {at}:8" in told
-    assert f"NOT recorded: DataLoader {at}:11" in told
+    assert f"NOT recorded: DataLoader {at}:9" in told
     assert "its workers are threads" in told
     assert sum("Endless" in line for line in told.splitlines()) == 1
 
@@ -344,6 +345,17 @@ def test_children_are_recorded_too(how: str, tmp_path: Path) -> None:
     assert delivered(tmp_path / "runs") == [6, 6]
     assert ours.stderr.count("6 of 6 delivered") == 2
     assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/"))) == 2
+
+
+def test_a_loader_that_no_line_of_the_users_iterates_is_told_by_the_programs_file(
+    tmp_path: Path,
+) -> None:
+    body = """
+child = multiprocessing.get_context("spawn").Process(target=list, args=(DataLoader(Numbers(6)),))
+child.start(); child.join()
+"""
+    ours = launched(tmp_path, body)
+    assert f"DataLoader at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
 
 
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: A
     assert capsys.readouterr().err == ""
 
 
+def test_what_was_drawn_and_not_delivered_is_told_apart(capsys: Any) -> None:
+    dropping: Any = DataLoader(torch.arange(6), batch_size=4, drop_last=True)  # type: ignore[arg-type]
+    list(recorded(dropping))
+    loader: Any = DataLoader(torch.arange(60), batch_size=4, num_workers=1)  # type: ignore[arg-type]
+    next(recorded(loader))
+    beside._say()
+    said = capsys.readouterr().err
+    assert "8 of 18 delivered; 2 dropped, 8 drawn ahead and not handed over\n" in said
+
+
 def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: Any) -> None:
     class Bad:
         def __len__(self) -> int:
