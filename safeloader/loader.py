@@ -246,6 +246,12 @@ def why_unrecorded(workers: bool) -> str:
             f"safeloader does not know torch {torch.__version__}, which lacks {', '.join(moved)}. "
             "Upgrade safeloader, or use a torch that this release supports (see its CHANGELOG)"
         )
+    if _python.runs_threads_at_once():
+        return (
+            f"safeloader is not tested with a Python that runs without its global lock (this is "
+            f"{sys.version.split()[0]}, a free-threaded build). Start it with PYTHON_GIL=1 in the "
+            "environment to have records"
+        )
     if workers and (missing := _python.missing()):
         return (
             f"safeloader cannot follow worker processes with Python {sys.version.split()[0]} on "

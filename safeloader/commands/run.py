@@ -228,8 +228,9 @@ def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
 def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     """Run the program as a child, pass signals on, and look whether each rank was recorded."""
     child = subprocess.Popen(program, env=environment)  # noqa: S603  # the user's own words
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: child.send_signal(number))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first two
+            signal.signal(getattr(signal, name), lambda number, frame: child.send_signal(number))
     status = child.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
