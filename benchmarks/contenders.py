@@ -55,13 +55,18 @@ def _launcher(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) ->
     them, so that the stock loader beside it stays what it is.
     """
     from safeloader import beside
+    from safeloader.provenance.events import listeners
 
     class Launched(DataLoader[Any]):
         def __iter__(self) -> Any:
             return beside.iterate(self, DataLoader.__iter__)
 
         def _get_iterator(self) -> Any:
-            return beside.get_iterator(self, DataLoader._get_iterator)
+            listeners.append(beside.listens)  # for the report: of this loader's epochs alone
+            try:
+                return beside.get_iterator(self, DataLoader._get_iterator)
+            finally:
+                listeners.remove(beside.listens)
 
     return Launched(dataset, **kwargs)
 

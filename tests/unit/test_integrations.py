@@ -28,6 +28,8 @@ def frameworks_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(vars(integrations))
     for name in FRAMEWORKS:
         monkeypatch.delitem(sys.modules, f"safeloader.integrations.{name}", raising=False)
+    for name in integrations.__all__:
+        vars(integrations).pop(name, None)
     yield
     vars(integrations).clear()
     vars(integrations).update(before)

@@ -138,7 +138,7 @@ def test_what_was_used_already_is_not_kept(field: str) -> None:
     recorder = Recorder()
     recorder.delivered(0, 0, 5, plain._replace(**{field: ("of any size",)}))
     (delivery,) = recorder.deliveries()
-    assert delivery == (0, 0, 5, plain)
+    assert delivery == (0, 0, 5, 0, plain)
 
 
 def held_bytes(recorder: Recorder) -> int:

@@ -366,6 +366,7 @@ def test_a_loop_that_drops_its_batches_uses_few_slots(wired: Wired) -> None:
     assert wired.stats.bytes < 128 * KB
 
 
+@pytest.mark.slow
 def test_slots_grow_with_the_batches_and_shrink_again(wired: Wired) -> None:
     for size in (100 * KB, MB, 8 * MB):
         for k in range(3):
