@@ -228,9 +228,14 @@ def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
 def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     """Run the program as a child, pass signals on, and look whether each rank was recorded."""
     child = subprocess.Popen(program, env=environment)  # noqa: S603  # the user's own words
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT or not _in_foreground():
+            child.send_signal(number)
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows has the first two
-            signal.signal(getattr(signal, name), lambda number, frame: child.send_signal(number))
+            signal.signal(getattr(signal, name), pass_on)
     status = child.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
@@ -252,6 +257,14 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
         file=sys.stderr,
     )
     return _NOT_RECORDED
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal's Ctrl-C reaches the program itself: it must not come twice."""
+    for fd in (0, 1, 2):
+        with contextlib.suppress(OSError, AttributeError):  # no terminal, or none on this system
+            return os.tcgetpgrp(fd) == os.getpgrp()
+    return False
 
 
 def _has_audit(path: Path) -> bool:

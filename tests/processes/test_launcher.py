@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -421,6 +425,53 @@ def test_beside_the_program_its_end_is_the_launchers(how: str, tmp_path: Path) -
     end = "sys.exit(6)" if how == "exits" else "os.kill(os.getpid(), signal.SIGTERM)"
     ours = launched(tmp_path, end, "--expect-ranks", "1")
     assert ours.returncode == (6 if how == "exits" else -signal.SIGTERM)
+
+
+def test_an_interrupt_from_the_terminal_comes_once_and_one_sent_to_the_launcher_is_passed_on(
+    tmp_path: Path,
+) -> None:
+    body = """
+came = []
+for name in ("SIGINT", "SIGUSR1"):
+    signal.signal(getattr(signal, name), lambda number, frame: came.append(number))
+print("begun", flush=True)
+for number in (signal.SIGINT, signal.SIGUSR1):
+    while number not in came:
+        signal.pause()
+    print(number, flush=True)
+print(came.count(signal.SIGINT), flush=True)
+"""
+    program(tmp_path, body)
+    for at_terminal in (True, False):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "safeloader", "run", "--expect-ranks", "1", "train.py"],
+            cwd=tmp_path,
+            env=surroundings(),
+            stdin=theirs if at_terminal else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=functools.partial(_take_terminal, theirs) if at_terminal else None,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        if at_terminal:
+            os.write(ours, b"\x03")
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == f"{signal.SIGINT}\n"
+        process.send_signal(signal.SIGUSR1)  # passed on after what came before
+        assert process.stdout.readline() == f"{signal.SIGUSR1}\n"
+        assert process.stdout.readline() == "1\n"
+        process.communicate(timeout=PATIENCE_S)
+        os.close(ours)
+        os.close(theirs)
+
+
+def _take_terminal(terminal: int) -> None:
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
 def test_a_rank_that_was_not_recorded(tmp_path: Path) -> None:
