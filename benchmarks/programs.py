@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -237,6 +237,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join([markdown(head, [_cells(row) for row in rows]), *different, *said])
 
 
+def which(programs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each program: how it uses DataLoader, its revision, the versions it stands on."""
+    lines = []
+    for name, told in programs.items():
+        parts = [told["loader"]]
+        if "revision" in told:
+            parts.append(f"revision {told['revision']}")
+        parts += [f"{module} {version}" for module, version in told["versions"].items()]
+        lines.append(f"- {name}: {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     what = row.recorded
     return (
@@ -314,15 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if options.out is not None:
         stem = f"{whole['environment']['date']}-{environment.label()}-programs"
-        which = [
-            f"- {name}: {told['loader']}; "
-            + ", ".join(
-                [f"revision {told['revision']}"] * ("revision" in told)
-                + [f"{module} {version}" for module, version in told["versions"].items()]
-            )
-            for name, told in programs.items()
-        ]
-        for path in write_texts(options.out, stem, whole, "\n".join(which) + f"\n\n{table(rows)}"):
+        text = f"{which(programs)}\n\n{table(rows)}"
+        for path in write_texts(options.out, stem, whole, text):
             _say(f"wrote {path}")
     bad = [row for row in rows if row.verdict != "ok"]
     return 1 if bad or (options.only and left_out) else 0

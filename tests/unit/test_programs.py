@@ -209,6 +209,16 @@ def test_a_row_in_which_nothing_was_compared_or_recorded_is_not_ok() -> None:
     assert row(cpu_seconds=[4.0]).cpu_ratios == [0.5]
 
 
+def test_each_program_is_told_by_its_revision_or_its_versions() -> None:
+    told = {
+        "one": {"loader": "plain", "versions": {}, "revision": "abc"},
+        "two": {"loader": "its own", "versions": {"trl": "1.0", "datasets": "5.0"}},
+    }
+    one, two = programs.which(told).splitlines()
+    assert one == "- one: plain; revision abc"
+    assert two == "- two: its own; trl 1.0; datasets 5.0"
+
+
 # ── what the launcher costs ──────────────────────────────────────────────────────────────────────
 
 
