@@ -34,7 +34,7 @@ $(VENV)/mutation: $(VENV)/dev
 # a torch without it they cannot be imported as they are, and whatever sees one installed tries to.
 # So these two lie in a folder that only timm's program has on its path, without what they depend
 # on: torch and NumPy are there, and the rest comes with transformers and the tests.
-$(FRAMEWORKS)/ready: setup.cfg pyproject.toml Makefile
+$(FRAMEWORKS)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade pip
 	$(FRAMEWORKS)/bin/python -m pip install --quiet '$(TORCH)'
