@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast bench lint types docs mutation clean
+.PHONY: demo test test-fast test-versions bench lint types docs mutation clean
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
@@ -38,6 +38,11 @@ test: $(VENV)/dev
 # What needs one process and no long time: under a minute.
 test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest --one-process -m 'not slow and not lightning'
+
+# Every Python and torch that is claimed, each pair in an environment of its own (some GB, removed
+# after its run): minutes each. What came of it is docs/versions.csv.
+test-versions:
+	$(PYTHON) -m tests.versions --remove
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run
