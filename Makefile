@@ -8,7 +8,7 @@ FRAMEWORKS ?= .venv-frameworks
 # The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast test-frameworks bench lint types docs mutation clean
+.PHONY: demo test test-fast test-frameworks test-versions bench lint types docs mutation clean
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
@@ -34,7 +34,7 @@ $(VENV)/mutation: $(VENV)/dev
 # a torch without it they cannot be imported as they are, and whatever sees one installed tries to.
 # So these two lie in a folder that only timm's program has on its path, without what they depend
 # on: torch and NumPy are there, and the rest comes with transformers and the tests.
-$(FRAMEWORKS)/ready: setup.cfg pyproject.toml Makefile
+$(FRAMEWORKS)/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade pip
 	$(FRAMEWORKS)/bin/python -m pip install --quiet '$(TORCH)'
@@ -60,6 +60,11 @@ test-fast: $(VENV)/dev
 test-frameworks: $(FRAMEWORKS)/ready
 	$(FRAMEWORKS)/bin/python -m pip list --format=freeze
 	$(FRAMEWORKS)/bin/python -m pytest --need-frameworks -m frameworks tests/frameworks
+
+# Every Python and torch that is claimed, each pair in an environment of its own (some GB, removed
+# after its run): minutes each. What came of it is docs/versions.csv.
+test-versions:
+	$(PYTHON) -m tests.versions --remove
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run

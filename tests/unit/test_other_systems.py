@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 # used that stands in neither.
 WINDOWS = {
     "os": "fork register_at_fork memfd_create pidfd_open set_blocking sysconf getuid geteuid "
-    "O_CLOEXEC statvfs sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY O_NONBLOCK MFD_CLOEXEC "
+    "O_CLOEXEC statvfs sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY MFD_CLOEXEC "
     "eventfd mkfifo waitid posix_fallocate pread pwrite writev sendfile killpg getpgid setsid "
     "uname getloadavg",
     "signal": "SIGKILL SIGBUS SIGCHLD SIGRTMIN SIGRTMAX SIGHUP SIGQUIT SIGSYS SIGTRAP SIGXCPU "
