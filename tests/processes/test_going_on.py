@@ -838,11 +838,10 @@ def test_nor_where_restarts_are_asked_for_later(tmp_path: Path) -> None:
     # As the launcher asks for them, of every loader of a program.
     loader = SafeDataLoader(DiesOnce(tmp_path / "died"), 2, num_workers=1, verify="warn")
     loader.on_crash = "restart"
-    came: list[int] = []
+    came: list[list[int]] = []
     with pytest.raises(WorkerCrashError):
-        for batch in loader:
-            came += batch.tolist()
-    assert came == [0, 1, 2, 3]
+        came.extend(batch.tolist() for batch in loader)
+    assert came == [[0, 1], [2, 3]]
 
 
 def test_a_death_is_told_soon_though_the_other_worker_goes_on() -> None:
