@@ -109,7 +109,7 @@ class _Line:
         if _state.folder is None:
             return
         told = None
-        if audit is not None:  # a class may hold millions; the counts are whole
+        if audit is not None:  # a class may list a million; the counts are whole
             first = {name: getattr(audit, name)[:_LISTED_MAX] for name, _ in CLASSES}
             told = dataclasses.replace(audit, **first).to_dict()
         loader = f"{self.kind} at {self.line}"

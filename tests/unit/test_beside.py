@@ -191,7 +191,7 @@ def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> No
     assert told["skipped"] == list(range(1000))
 
 
-def test_without_a_folder_no_list_is_made_of_what_may_be_millions(
+def test_without_a_folder_no_list_is_made_of_what_may_be_a_million(
     state: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     state.where = None
