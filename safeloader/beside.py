@@ -8,25 +8,28 @@
 
 The class of a loader, its attributes and its pickles stay the program's own. What fails here before
 the first batch is said once, and torch's own iterator serves. The program's own SafeDataLoaders are
-left as they are, and listened to. At the end of each process a line for
-each loader says what was recorded, and what was not and why.
+left as they are, and listened to. At the end of each process a line for each loader says what was
+recorded, and what was not and why.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python, _torch
-from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit import CLASSES, EpochAudit
 from safeloader.errors import SafeLoaderError
-from safeloader.failures.failure import Failure
+from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
@@ -78,7 +81,7 @@ class _Line:
     def begins(self, listener: _Listener, epoch: int, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
         self._open[listener] = audit
-        self._write({"epoch": epoch, "audit": None})
+        self._write(epoch, None)
 
     def ends(self, listener: _Listener, audit: EpochAudit) -> None:
         """Book what an epoch came to."""
@@ -89,9 +92,7 @@ class _Line:
         self.unknown += audit.ok is None
         for name, count in audit.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        told = audit.to_dict()  # the counts are whole
-        cut = {name: all_[:_LISTED_MAX] for name, all_ in told.items() if isinstance(all_, list)}
-        self._write({"epoch": audit.epoch, "audit": told | cut})
+        self._write(audit.epoch, audit)
 
     def left_out(self, why: str) -> None:
         """A loader, or an iterator, is not recorded."""
@@ -104,9 +105,15 @@ class _Line:
         for listener, audit in list(self._open.items()):
             self.ends(listener, audit())
 
-    def _write(self, what: dict[str, Any]) -> None:
-        if _state.folder is not None:
-            _state.folder.epoch({"loader": f"{self.kind} at {self.line}"} | what)
+    def _write(self, epoch: int, audit: EpochAudit | None) -> None:
+        if _state.folder is None:
+            return
+        told = None
+        if audit is not None:  # a class may list a million; the counts are whole
+            first = {name: getattr(audit, name)[:_LISTED_MAX] for name, _ in CLASSES}
+            told = dataclasses.replace(audit, **first).to_dict()
+        loader = f"{self.kind} at {self.line}"
+        _state.folder.epoch({"loader": loader, "epoch": epoch, "audit": told})
 
     def __str__(self) -> str:
         if self.epochs == 0 and not self._open:
@@ -142,11 +149,12 @@ class _State:
         self.folder: RunFolder | None = None
         self.where: str | None = told.get("run")
         self.attempt: int = told.get("attempt", 0)
-        self.ready = False
+        self.lock = threading.RLock()  # two threads may iterate their first loaders at once
+        self._begun = False
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
-        self.ready = True
+        self._begun = True
         fork_hazards.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
@@ -156,7 +164,16 @@ class _State:
             atexit.register(_say)
 
     def line(self, kind: str, at: str) -> _Line:
-        return self.lines.setdefault((kind, at), _Line(kind, at))
+        with self.lock:
+            if not self._begun:
+                self._begin()
+            return self.lines.setdefault((kind, at), _Line(kind, at))
+
+    def say_once(self, why: str, more: str = "") -> None:
+        """Why something is not recorded."""
+        if why not in self.warned:
+            self.warned.add(why)
+            say(f"safeloader: {why}{more}")
 
 
 _state = _State()
@@ -176,24 +193,22 @@ _python.at_fork(after_in_child=_in_child)
 
 def iterate(loader: Any, stock: Callable[[Any], Any]) -> Any:
     """What ``iter(loader)`` gives; ``stock`` is torch's own method."""
-    if _not_ours(loader) or _handle(loader).why_not:
-        return stock(loader)
-    return _torch.ask_for_iterator(loader)
+    return stock(loader) if _recorded(loader) is None else _torch.ask_for_iterator(loader)
 
 
 def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
     """What ``loader._get_iterator()`` gives."""
-    if _not_ours(loader):
-        return stock(loader)
-    handle = _handle(loader)
-    if handle.why_not:
+    handle = _recorded(loader)
+    if handle is None:
         return stock(loader)
     try:
         return iterate_recorded(loader, handle)
     except SafeLoaderError:
         raise
     except Exception as exc:
-        why = f"safeloader failed ({type(exc).__name__}: {exc}); please report it"
+        if raised_by_signal(exc):  # a time limit of the program's, say
+            raise
+        why = _fault(exc)
     iterator = stock(loader)  # what is torch's own error or the program's is raised here, as it is
     _leave(handle, why)
     return iterator
@@ -203,11 +218,10 @@ def made(kind: type, loader: Any) -> None:
     """An iterator of torch's is being made over ``loader``: by us, or by others behind us."""
     if isinstance(loader, _torch.LoaderView) or _out_of_reach() or handle_of(loader) is not None:
         return
-    if not _state.ready:
-        _state.begin()
-    line = _state.line(type(loader).__qualname__, calling_line())
-    its_own = f"it makes its own iterators ({kind.__qualname__})"
-    line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
+    with _guarded():
+        line = _state.line(type(loader).__qualname__, calling_line())
+        its_own = f"it makes its own iterators ({kind.__qualname__})"
+        line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 
 def listens(loader: DataLoader[Any]) -> _Listener | None:
@@ -218,9 +232,14 @@ def listens(loader: DataLoader[Any]) -> _Listener | None:
     return _Listener(_state.line(handle.kind, handle.line))
 
 
-def _not_ours(loader: Any) -> bool:
-    """Whether torch's own has to do, or a loader records itself."""
-    return isinstance(loader, _torch.LoaderView | SafeDataLoader) or _out_of_reach()
+def _recorded(loader: Any) -> LoaderHandle | None:
+    """The handle of a loader; None where torch's own has to do, or the loader records itself."""
+    if isinstance(loader, _torch.LoaderView | SafeDataLoader) or _out_of_reach():
+        return None
+    with _guarded():
+        handle = _handle(loader)
+        return None if handle.why_not else handle
+    return None
 
 
 def _out_of_reach() -> bool:
@@ -232,24 +251,39 @@ def _handle(loader: DataLoader[Any]) -> LoaderHandle:
     handle = handle_of(loader)
     if handle is not None:
         return handle
-    if not _state.ready:
-        _state.begin()
-    handle = LoaderHandle(loader, _state.options, calling_line(), Recorder())
-    if isinstance(loader, SafeDataLoader):
-        return handle  # its records are its own
-    why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
-    if why:
-        _leave(handle, why)
-    return handle
+    with _state.lock:
+        handle = handle_of(loader)
+        if handle is not None:
+            return handle
+        why = ""
+        if not isinstance(loader, SafeDataLoader):  # whose records are its own
+            why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
+        handle = LoaderHandle(loader, _state.options, calling_line(), Recorder())
+        if why:
+            _leave(handle, why)
+        return handle
 
 
 def _leave(handle: LoaderHandle, why: str) -> None:
     """Torch's own iterator serves this loader from now on; said once."""
     handle.why_not = why
     _state.line(handle.kind, handle.line).left_out(why)
-    if why not in _state.warned:
-        _state.warned.add(why)
-        say(f"safeloader: {why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
+    _state.say_once(why, f". Torch's own iterator serves: {handle.kind} at {handle.line}")
+
+
+@contextlib.contextmanager
+def _guarded() -> Iterator[None]:
+    """What is done within is ours: a fault of it is said once, and the program goes on."""
+    try:
+        yield
+    except Exception as exc:
+        if raised_by_signal(exc):
+            raise
+        _state.say_once(_fault(exc))
+
+
+def _fault(exc: Exception) -> str:
+    return f"safeloader failed ({type(exc).__name__}: {exc}); please report it"
 
 
 def _say() -> None:

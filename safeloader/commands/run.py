@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +46,28 @@ class _Refused(Exception):
     """It cannot work; the text says why."""
 
 
+def _number(*kinds: type, good: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def number_of(word: str) -> Any:
+        for kind in kinds:
+            with contextlib.suppress(ValueError):
+                if good(number := kind(word)):
+                    return number
+        raise argparse.ArgumentTypeError(f"invalid value {word!r}: it must be {wanted}")
+
+    return number_of
+
+
+# As `settings.py` has them, which would load torch.
+_RANKS = _number(int, good=lambda number: number >= 1, wanted="1 or more")
+_RETRIES = _number(int, good=lambda number: number >= 0, wanted="0 or more")
+_SECONDS = _number(float, good=lambda number: number >= 0, wanted="0 or more")
+_BOUND = _number(
+    *(int, float),
+    good=lambda number: number >= 0 if type(number) is int else 0 < number <= 1,
+    wanted="a count, or a fraction from above 0 to 1.0",
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m safeloader run",
@@ -57,17 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", metavar="DIR", help="write an audit an epoch, and each failure, into this folder")
     add(
         "--expect-ranks",
-        type=_count,
+        type=_RANKS,
         metavar="N",
         help="stay beside the program; exit 3 if it ended well and fewer ranks were recorded",
     )
     add("--verify", choices=("raise", "warn", "off"), default="warn")
     add("--trace", metavar="DIR")
     add("--on-error", choices=("raise", "skip", "replace"))
-    add("--retries", type=int, metavar="N")
-    add("--max-skipped", type=_number, metavar="N")
-    add("--on-crash", choices=("raise", "restart"))
-    add("--stall-after", type=float, metavar="SECONDS")
+    add("--retries", type=_RETRIES, metavar="N")
+    add("--max-skipped", type=_BOUND, metavar="N")
+    add(
+        "--on-crash", choices=("raise", "restart"), help="of streams a death is raised all the same"
+    )
+    add("--stall-after", type=_SECONDS, metavar="SECONDS")
     add("--on-failure-dump", metavar="DIR")
     add("--transport", choices=("auto", "torch"))
     add("--checksum", action="store_true", default=None)
@@ -82,17 +107,6 @@ def _parsed(words: list[str]) -> dict[str, Any]:
         alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
         at += 1 if alone else 2
     return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
-
-
-def _count(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def _number(word: str) -> int | float:
-    return float(word) if "." in word else int(word)
 
 
 def main(words: list[str]) -> int:
@@ -128,6 +142,9 @@ def _program(command: list[str]) -> list[str]:
             "this Python was started with -I, -E or -S, which keep the program from reading what "
             "records its loaders. Leave them out"
         )
+    switch = os.environ.get("SAFELOADER", "")
+    if switch.strip().lower() not in ("", "on", "off"):
+        raise _Refused(f"the environment variable SAFELOADER is {switch!r}, and not 'on' or 'off'")
     first = command[0]
     if first.endswith(".py") or first in _INSTEAD or os.path.isdir(first):
         command = [sys.executable, *_own_flags(), *command]

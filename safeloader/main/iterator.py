@@ -62,7 +62,9 @@ class SafeIterator(Iterator[Any]):
         self.pool = pool or WorkerPool(loader, settings, log)
         ledger = self.pool.new_ledger(loader)
         self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger, also)
-        restarts = settings.on_crash == "restart" and self.pool.workers
+        # A stream cannot be asked again for what a dead worker had read.
+        again = self.pool.workers and not self.pool.stream
+        restarts = settings.on_crash == "restart" and again
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:
             self._stock = self.pool.begin(loader, settings, epoch)

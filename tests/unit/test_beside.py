@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,56 @@ def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
     said = capsys.readouterr().err
     assert "NOT recorded: DataLoader" in said
     assert "1 epoch" not in said
+
+
+@pytest.mark.parametrize("what", ["why_not_recordable", "calling_line"])
+def test_a_fault_before_the_loader_is_known_ends_no_program(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise LookupError("out of luck")
+
+    monkeypatch.setattr(beside, what, fails)
+    loader = plain()
+    for _ in range(2):
+        assert len(list(recorded(loader))) == 2
+        assert len(list(beside.iterate(loader, DataLoader.__iter__))) == 2
+    beside.made(object, loader)
+    assert capsys.readouterr().err.count("safeloader failed (LookupError: out of luck)") == 1
+
+
+def test_a_time_limit_that_strikes_meanwhile_is_the_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def too_long(*args: Any) -> Any:
+        raise TimeoutError("of the program's own")
+
+    before = signal.signal(signal.SIGUSR1, too_long)
+    monkeypatch.setattr(
+        beside, "iterate_recorded", lambda *args: os.kill(os.getpid(), signal.SIGUSR1)
+    )
+    try:
+        with pytest.raises(TimeoutError, match="the program's own"):
+            recorded(plain())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_thread_waits_until_it_is_known_where_to_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    second = threading.Thread(target=lambda: list(recorded(plain())))
+
+    def made_slowly(*args: Any) -> RunFolder:
+        second.start()
+        second.join(0.2)  # it ends only where it does not wait
+        return RunFolder(*args)
+
+    monkeypatch.setattr(beside, "RunFolder", made_slowly)
+    list(recorded(plain()))
+    second.join()
+    assert [told["delivered"] for told in audits(tmp_path) if told] == [6, 6]
 
 
 def test_an_error_of_torchs_own_is_raised_as_it_is_and_no_fault_of_ours(capsys: Any) -> None:
@@ -136,6 +188,17 @@ def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> No
     assert list(recorded(loader)) == []
     told = audits(tmp_path)[-1]
     assert (len(told["skipped"]), told["counts"]["skipped"]) == (1000, 1100)
+    assert told["skipped"] == list(range(1000))
+
+
+def test_without_a_folder_no_list_is_made_of_what_may_be_a_million(
+    state: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    state.where = None
+    monkeypatch.setattr(beside.EpochAudit, "to_dict", lambda self: pytest.fail("nobody reads it"))
+    list(recorded(plain()))
+    beside._say()
+    assert "1 epoch, 6 of 6 delivered" in capsys.readouterr().err
 
 
 def test_a_handle_goes_with_its_loader() -> None:

@@ -84,9 +84,7 @@ def test_folders_are_where_the_command_was_given(tmp_path: Path) -> None:
     assert (known["command"][-1], told["attempt"]) == ("train.py", 0)
 
 
-@pytest.mark.parametrize(
-    ("value", "number"), [("3", 3), ("0.5", 0.5)], ids=["a count", "a fraction"]
-)
+@pytest.mark.parametrize(("value", "number"), [("3", 3), ("0.5", 0.5), ("1e-3", 0.001)])
 def test_a_bound_is_a_count_or_a_fraction(value: str, number: float) -> None:
     told = became("--max-skipped", value, "train.py")[1]["options"]["max_skipped"]
     assert (told, type(told)) == (number, type(number))
@@ -121,6 +119,12 @@ def test_what_cannot_work(words: list[str], why: str, capsys: Any) -> None:
     assert why in capsys.readouterr().err
 
 
+def test_a_switch_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("SAFELOADER", "of")
+    assert __main__.main(["run", "x.py"]) == 2
+    assert "SAFELOADER is 'of', and not 'on' or 'off'" in capsys.readouterr().err
+
+
 def test_half_a_line_is_no_audit_and_no_end_of_the_launcher(tmp_path: Path) -> None:
     path = tmp_path / "epochs.jsonl"
     path.write_text('{"epoch": 0, "audit": null}\n{"epoch": 0, "aud')
@@ -129,10 +133,21 @@ def test_half_a_line_is_no_audit_and_no_end_of_the_launcher(tmp_path: Path) -> N
     assert run._has_audit(path)
 
 
-@pytest.mark.parametrize("words", [["--retries", "many", "x.py"], ["--expect-ranks", "0", "x.py"]])
-def test_a_bad_option(words: list[str], capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--retries", "many"),
+        ("--retries", "-1"),
+        ("--expect-ranks", "0"),
+        ("--max-skipped", "-1"),
+        ("--max-skipped", "1.5"),
+        ("--max-skipped", "nan"),
+        ("--stall-after", "-1"),
+    ],
+)
+def test_a_bad_option(option: str, value: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        __main__.main(["run", *words])
+        __main__.main(["run", option, value, "x.py"])
     assert ended.value.code == 2
     assert "invalid" in capsys.readouterr().err
 
