@@ -18,6 +18,7 @@ import pathlib
 import random
 import re
 import socket
+import sys
 import threading
 import types
 import warnings
@@ -106,7 +107,7 @@ instead: Callable[[str], object] | None = None
 """Who is told where warnings are errors, and the program did not ask for us; None: it is raised."""
 
 
-def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
+def warn_once(findings: list[Inherited], dataset: object) -> None:
     """Warn of each finding, once a process for each class of dataset and path.
 
     It does not guess whether the worker makes it anew: each warning begins with the path, and says
@@ -115,8 +116,8 @@ def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1
     Args:
         findings: what ``survey`` returned.
         dataset: the loader's; only its class is looked at.
-        stacklevel: as for ``warnings.warn``; 1 is the caller of this function.
     """
+    level = _level_of_caller()
     new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
     for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
         begins = f"safeloader: {path} "
@@ -126,12 +127,24 @@ def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1
         silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
         text += f" If the worker does so already: {silence}"
         try:
-            warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+            warnings.warn(text, RuntimeWarning, stacklevel=level)
         except RuntimeWarning:
             if instead is None:
                 raise
             instead(text)
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
+
+
+_BETWEEN = re.compile(r"safeloader(\.|$)|sitecustomize$|torch\.utils\.data\.dataloader$")
+
+
+def _level_of_caller() -> int:
+    """The ``stacklevel`` with which a warning of the caller's points to the line that asked for a
+    batch: ours and torch's frames differ between the ways in."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _BETWEEN.match(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 # ---- what is known

@@ -179,6 +179,24 @@ for workers in (0, 1):
     assert ours.stderr.startswith(alone.stderr)
 
 
+@pytest.mark.parametrize("kind", ["DataLoader", "SafeDataLoader"])
+def test_a_warning_of_ours_points_to_the_line_that_asks_for_batches(
+    kind: str, tmp_path: Path
+) -> None:
+    body = f"""
+from safeloader import SafeDataLoader
+class Draws(Numbers):
+    def __init__(self): super().__init__(6); self.mine = torch.Generator()
+for _ in {kind}(Draws(), num_workers=2): pass  # here
+"""
+    here = program(tmp_path, body).read_text().split("# here")[0].count("\n") + 1
+    for words in (["train.py"], ["-m", "safeloader", "run", "train.py"]):
+        ours = ran(tmp_path, *words)
+        if kind == "SafeDataLoader" or len(words) > 1:
+            said = f"train.py:{here}: RuntimeWarning: safeloader: dataset.mine (torch.Generator)"
+            assert said in ours.stderr
+
+
 def test_where_warnings_are_errors_ours_are_none(tmp_path: Path) -> None:
     body = """
 import warnings
