@@ -33,7 +33,7 @@ from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
-from safeloader.introspect import fork_hazards
+from safeloader.introspect import warned
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
@@ -155,7 +155,7 @@ class _State:
     def _begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self._begun = True
-        fork_hazards.instead = say
+        warned.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
         if multiprocessing.parent_process() is not None:  # these skip `atexit`

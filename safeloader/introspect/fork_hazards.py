@@ -18,10 +18,8 @@ import pathlib
 import random
 import re
 import socket
-import sys
 import threading
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -42,6 +40,7 @@ from safeloader.introspect.values import (
     mro_of,
     type_name,
 )
+from safeloader.introspect.warned import warn
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
@@ -103,9 +102,6 @@ def survey(
 
 _said: set[tuple[str, str]] = set()
 
-instead: Callable[[str], object] | None = None
-"""Who is told where warnings are errors, and the program did not ask for us; None: it is raised."""
-
 
 def warn_once(findings: list[Inherited], dataset: object) -> None:
     """Warn of each finding, once a process for each class of dataset and path.
@@ -117,7 +113,6 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
         findings: what ``survey`` returned.
         dataset: the loader's; only its class is looked at.
     """
-    level = _level_of_caller()
     new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
     for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
         begins = f"safeloader: {path} "
@@ -126,25 +121,8 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
             text += f" ... and {len(new) - TOLD_MAX} more like it."
         silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
         text += f" If the worker does so already: {silence}"
-        try:
-            warnings.warn(text, RuntimeWarning, stacklevel=level)
-        except RuntimeWarning:
-            if instead is None:
-                raise
-            instead(text)
+        warn(text)
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
-
-
-_BETWEEN = re.compile(r"safeloader(\.|$)|sitecustomize$|torch\.utils\.data\.dataloader$")
-
-
-def _level_of_caller() -> int:
-    """The ``stacklevel`` with which a warning of the caller's points to the line that asked for a
-    batch: ours and torch's frames differ between the ways in."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and _BETWEEN.match(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 # ---- what is known

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import operator
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
+from safeloader.introspect.warned import warn
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
@@ -179,9 +179,7 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def tell_discrepancy(
-        self, discrepancy: Discrepancy, manifest: BatchManifest | None, stacklevel: int = 4
-    ) -> None:
+    def tell_discrepancy(self, discrepancy: Discrepancy, manifest: BatchManifest | None) -> None:
         """Raise or warn, as the user asked for: what came is not what was drawn.
 
         Raises:
@@ -190,7 +188,7 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            warnings.warn(f"safeloader: {discrepancy.reason}", RuntimeWarning, stacklevel)
+            warn(f"safeloader: {discrepancy.reason}")
             return
         culprits = discrepancy.culprits
         raise self._error_in_place(

@@ -130,7 +130,7 @@ class SafeIterator(Iterator[Any]):
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:
-                        epoch.tell_discrepancy(discrepancy, manifest, stacklevel=3)
+                        epoch.tell_discrepancy(discrepancy, manifest)
                     number = epoch.batches
                     epoch.batches = number + 1
                     for told in epoch.events.delivered:

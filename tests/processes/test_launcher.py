@@ -204,9 +204,13 @@ warnings.simplefilter("error")
 class Draws(Numbers):
     def __init__(self): super().__init__(6); self.mine = torch.Generator()
 print(len(list(DataLoader(Draws(), num_workers=2))))
+class Fewer(Numbers):
+    def __getitems__(self, indices): return [self[index] for index in indices[1:]]
+print(len(list(DataLoader(Fewer(8), batch_size=4))))
 """
     ours = launched(tmp_path, body)
-    assert (ours.returncode, ours.stdout) == (0, "6\n"), ours.stderr
+    assert (ours.returncode, ours.stdout) == (0, "6\n2\n"), ours.stderr
+    assert "safeloader: __getitems__ was asked for 4 samples and gave 3" in ours.stderr
     assert "safeloader: dataset.mine (torch.Generator) goes to the workers" in ours.stderr
     assert "1 epoch, 6 of 6 delivered" in ours.stderr
     assert "please report" not in ours.stderr

@@ -37,7 +37,7 @@ from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, s
 from benchmarks.peers import PEERS, maker
 from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
 from safeloader import beside
-from safeloader.introspect import fork_hazards
+from safeloader.introspect import warned
 
 BATCHES = 3
 
@@ -47,7 +47,7 @@ def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a launched process knows, the contender `launcher` knows for one test."""
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
-    monkeypatch.setattr(fork_hazards, "instead", None)
+    monkeypatch.setattr(warned, "instead", None)
 
 
 def build(case: Case) -> tuple[Any, dict[str, Any]]:

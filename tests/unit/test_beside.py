@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from safeloader import SKIP, Recorder, SafeDataLoader, beside
 from safeloader.handles import handle_of
-from safeloader.introspect import fork_hazards
+from safeloader.introspect import warned
 from safeloader.provenance import events
 from safeloader.provenance.run_folder import RunFolder
 
@@ -27,7 +27,7 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
-    monkeypatch.setattr(fork_hazards, "instead", None)
+    monkeypatch.setattr(warned, "instead", None)
     events.listeners.append(beside.listens)  # as the hook does
     yield beside._state
     events.listeners.remove(beside.listens)
