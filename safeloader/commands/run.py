@@ -245,9 +245,14 @@ def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
 def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     """Run the program as a child, pass signals on, and look whether each rank was recorded."""
     child = subprocess.Popen(program, env=environment)  # noqa: S603  # the user's own words
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT or not _in_foreground():
+            child.send_signal(number)
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows has the first two
-            signal.signal(getattr(signal, name), lambda number, frame: child.send_signal(number))
+            signal.signal(getattr(signal, name), pass_on)
     status = child.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
@@ -269,6 +274,21 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
         file=sys.stderr,
     )
     return _NOT_RECORDED
+
+
+def _in_foreground() -> bool:
+    """Whether what the terminal's Ctrl-C sends comes to this process and its children alike.
+
+    A second one would strike while the program ends because of the first.
+    """
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:  # there is none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _has_audit(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -414,6 +415,45 @@ except KeyboardInterrupt:
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=PATIENCE_S)[0] == "interrupted\n"
     assert process.returncode == 4
+
+
+def test_an_interrupt_from_the_terminal_comes_once_beside_the_program_too(tmp_path: Path) -> None:
+    # The terminal gives it to the launcher and to the program. The launcher is stopped until the
+    # program has had it, and then gets a SIGTERM as well, which it passes on.
+    body = """
+came = []
+def interrupted(number, frame):
+    came.append(number)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGCONT)
+def ended(number, frame):
+    os.write(1, f"interrupts: {len(came)}\\n".encode())
+    os._exit(0)
+signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGTERM, ended)
+os.kill(os.getppid(), signal.SIGSTOP)
+print("begun", flush=True)
+while True:
+    signal.pause()
+"""
+    program(tmp_path, body)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        words = ["-m", "safeloader", "run", "--expect-ranks", "1", "train.py"]
+        os.execve(sys.executable, [sys.executable, *words], surroundings())
+    try:
+        said = b""
+        while b"begun" not in said:  # the test's time limit ends it
+            said += os.read(terminal, 1000)
+        os.write(terminal, b"\x03")
+        while b"interrupts:" not in said or not said.endswith(b"\n"):
+            said += os.read(terminal, 1000)
+        assert b"interrupts: 1" in said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("how", ["exits", "is killed"])
