@@ -532,6 +532,36 @@ print(any("hook" in path for path in sys.path))
     assert launched(tmp_path, body).stdout == "[]\nFalse\n"
 
 
+def test_threads_that_begin_at_once_are_all_recorded(tmp_path: Path) -> None:
+    body = """
+import importlib.abc, threading
+threads = [threading.Thread(target=lambda: list(DataLoader(Numbers(6)))) for _ in range(2)]
+class Second(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "safeloader.beside":
+            sys.meta_path.remove(self)
+            threads[1].start()
+            threads[1].join(0.5)  # it ends only where it does not wait
+sys.meta_path.insert(0, Second())
+threads[0].start()
+threads[0].join()
+threads[1].join()
+"""
+    assert launched(tmp_path, body, "--run", "runs").returncode == 0
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_finders_of_the_programs_that_are_of_an_older_kind_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Old:\n    def find_module(self, name, path=None): return None\n"
+        "sys.meta_path.insert(0, Old())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ours = launched(tmp_path, "print(len(list(DataLoader(Numbers()))))", PYTHONPATH=path)
+    assert ours.stdout == "10\n", ours.stderr
+    assert "10 of 10 delivered" in ours.stderr
+
+
 def test_the_sitecustomize_that_it_hides_is_run(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('the own one')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
