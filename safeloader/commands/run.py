@@ -277,11 +277,18 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
 
 
 def _in_foreground() -> bool:
-    """Whether a terminal's Ctrl-C reaches the program itself: it must not come twice."""
-    for fd in (0, 1, 2):
-        with contextlib.suppress(OSError, AttributeError):  # no terminal, or none on this system
-            return os.tcgetpgrp(fd) == os.getpgrp()
-    return False
+    """Whether what the terminal's Ctrl-C sends comes to this process and its children alike.
+
+    A second one would strike while the program ends because of the first.
+    """
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:  # there is none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def _has_audit(path: Path) -> bool:

@@ -8,6 +8,7 @@ loader is loaded its classes get three methods, which ask ``safeloader.beside`` 
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
@@ -49,8 +50,8 @@ class _Notice:
         """As :class:`importlib.abc.MetaPathFinder` has it."""
         if name != self._name:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
+        others = [getattr(each, "find_spec", None) for each in sys.meta_path if each is not self]
+        found = (find(name, path, target) for find in others if find is not None)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loads(spec.loader, self._loaded)  # type: ignore[assignment]  # as good as one
@@ -122,23 +123,32 @@ def _listen(module: Any) -> None:
 
 
 _torchs: list[Any] = []  # where what stands of torch's that the engine builds on
-_found: list[Any] = []  # the engine, once it was looked for; None if it cannot be had
+_found: list[Any] = []  # the engine, once it is looked for; None while it is not had
+_settled: list[bool] = []  # whether that is the last word
+_looking = _thread.RLock()  # `threading` is not loaded yet
 
 
 def _engine() -> Any:
-    if not _found:
-        _found.append(None)  # while it is imported, torch's own serves
-        try:
-            _found[0] = _import_engine()
-        except ModuleNotFoundError as exc:
-            if exc.name != "safeloader":  # another Python than the launcher's may have none
-                _tell(f"{type(exc).__name__}: {exc}")
-        except Exception as exc:  # the program goes on
-            _tell(f"{type(exc).__name__}: {exc}")
-        except BaseException:  # an interrupt: the next one who asks looks again
-            _found.clear()
-            raise
+    if not _settled:
+        with _looking:  # another thread's first loader waits
+            if not _found:
+                _look_for_engine()
     return _found[0]
+
+
+def _look_for_engine() -> None:
+    _found.append(None)  # while it is imported, torch's own serves this thread
+    try:
+        _found[0] = _import_engine()
+    except ModuleNotFoundError as exc:
+        if exc.name != "safeloader":  # another Python than the launcher's may have none
+            _tell(f"{type(exc).__name__}: {exc}")
+    except Exception as exc:  # the program goes on
+        _tell(f"{type(exc).__name__}: {exc}")
+    except BaseException:  # an interrupt: the next one who asks looks again
+        _found.clear()
+        raise
+    _settled.append(True)
 
 
 def _import_engine() -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import functools
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -442,58 +439,50 @@ except KeyboardInterrupt:
     assert process.returncode == 4
 
 
+def test_an_interrupt_from_the_terminal_comes_once_beside_the_program_too(tmp_path: Path) -> None:
+    # The terminal gives it to the launcher and to the program. The launcher is stopped until the
+    # program has had it, and then gets a SIGTERM as well, which it passes on.
+    body = """
+came = []
+def interrupted(number, frame):
+    came.append(number)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGCONT)
+def ended(number, frame):
+    os.write(1, f"interrupts: {len(came)}\\n".encode())
+    os._exit(0)
+signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGTERM, ended)
+os.kill(os.getppid(), signal.SIGSTOP)
+print("begun", flush=True)
+while True:
+    signal.pause()
+"""
+    program(tmp_path, body)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        words = ["-m", "safeloader", "run", "--expect-ranks", "1", "train.py"]
+        os.execve(sys.executable, [sys.executable, *words], surroundings())
+    try:
+        said = b""
+        while b"begun" not in said:  # the test's time limit ends it
+            said += os.read(terminal, 1000)
+        os.write(terminal, b"\x03")
+        while b"interrupts:" not in said or not said.endswith(b"\n"):
+            said += os.read(terminal, 1000)
+        assert b"interrupts: 1" in said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
 @pytest.mark.parametrize("how", ["exits", "is killed"])
 def test_beside_the_program_its_end_is_the_launchers(how: str, tmp_path: Path) -> None:
     end = "sys.exit(6)" if how == "exits" else "os.kill(os.getpid(), signal.SIGTERM)"
     ours = launched(tmp_path, end, "--expect-ranks", "1")
     assert ours.returncode == (6 if how == "exits" else -signal.SIGTERM)
-
-
-def test_an_interrupt_from_the_terminal_comes_once_and_one_sent_to_the_launcher_is_passed_on(
-    tmp_path: Path,
-) -> None:
-    body = """
-came = []
-for name in ("SIGINT", "SIGUSR1"):
-    signal.signal(getattr(signal, name), lambda number, frame: came.append(number))
-print("begun", flush=True)
-for number in (signal.SIGINT, signal.SIGUSR1):
-    while number not in came:
-        signal.pause()
-    print(number, flush=True)
-print(came.count(signal.SIGINT), flush=True)
-"""
-    program(tmp_path, body)
-    for at_terminal in (True, False):
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "safeloader", "run", "--expect-ranks", "1", "train.py"],
-            cwd=tmp_path,
-            env=surroundings(),
-            stdin=theirs if at_terminal else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            preexec_fn=functools.partial(_take_terminal, theirs) if at_terminal else None,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begun\n"
-        if at_terminal:
-            os.write(ours, b"\x03")
-        else:
-            process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == f"{signal.SIGINT}\n"
-        process.send_signal(signal.SIGUSR1)  # passed on after what came before
-        assert process.stdout.readline() == f"{signal.SIGUSR1}\n"
-        assert process.stdout.readline() == "1\n"
-        process.communicate(timeout=PATIENCE_S)
-        os.close(ours)
-        os.close(theirs)
-
-
-def _take_terminal(terminal: int) -> None:
-    os.setsid()
-    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
 def test_a_rank_that_was_not_recorded(tmp_path: Path) -> None:
@@ -563,6 +552,36 @@ print(sorted(name for name in sys.modules if name.startswith("safeloader")))
 print(any("hook" in path for path in sys.path))
 """
     assert launched(tmp_path, body).stdout == "[]\nFalse\n"
+
+
+def test_threads_that_begin_at_once_are_all_recorded(tmp_path: Path) -> None:
+    body = """
+import importlib.abc, threading
+threads = [threading.Thread(target=lambda: list(DataLoader(Numbers(6)))) for _ in range(2)]
+class Second(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "safeloader.beside":
+            sys.meta_path.remove(self)
+            threads[1].start()
+            threads[1].join(0.5)  # it ends only where it does not wait
+sys.meta_path.insert(0, Second())
+threads[0].start()
+threads[0].join()
+threads[1].join()
+"""
+    assert launched(tmp_path, body, "--run", "runs").returncode == 0
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_finders_of_the_programs_that_are_of_an_older_kind_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Old:\n    def find_module(self, name, path=None): return None\n"
+        "sys.meta_path.insert(0, Old())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ours = launched(tmp_path, "print(len(list(DataLoader(Numbers()))))", PYTHONPATH=path)
+    assert ours.stdout == "10\n", ours.stderr
+    assert "10 of 10 delivered" in ours.stderr
 
 
 def test_the_sitecustomize_that_it_hides_is_run(tmp_path: Path) -> None:

@@ -232,6 +232,30 @@ def test_lightning_logs_where_lightning_does(monkeypatch: pytest.MonkeyPatch, pa
     assert [step for step, _ in trainer.told[3:]] == [9]
 
 
+def test_lightnings_steps_are_those_of_the_training_and_not_of_an_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_place_of(monkeypatch, "lightning")
+    in_place_of(monkeypatch, "lightning.pytorch", Callback=object)
+    trainer = LightningTrainer(loader_of(6), integrations.LightningCallback())
+    trainer.log_every_n_steps = 4
+    for _ in range(3):  # of three steps each
+        trainer.fit()
+    logged = [(step, each) for step, each in trainer.told if "data/batches" in each]
+    assert [(step, each["data/batches"]) for step, each in logged] == [(3, 1), (7, 2)]
+
+
+def test_batches_of_one_step_are_logged_with_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "lightning")
+    in_place_of(monkeypatch, "lightning.pytorch", Callback=object)
+    callback = integrations.LightningCallback()
+    trainer = LightningTrainer(loader_of(12), callback)
+    for number, batch in enumerate(trainer.train_dataloader):
+        trainer.global_step = (number + 1) // 2  # gradients of two batches are a step
+        callback.on_train_batch_end(trainer, None, None, batch, number)
+    assert [(step, each["data/batches"]) for step, each in trainer.told] == [(1, 4)]
+
+
 def test_each_is_imported_when_it_is_asked_for() -> None:
     importlib.import_module("safeloader.integrations")
     assert not [name for name in FRAMEWORKS if f"safeloader.integrations.{name}" in sys.modules]

@@ -22,7 +22,7 @@ WINDOWS = {
     "os": "fork register_at_fork memfd_create pidfd_open set_blocking sysconf getuid geteuid "
     "O_CLOEXEC statvfs sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY MFD_CLOEXEC "
     "eventfd mkfifo waitid posix_fallocate pread pwrite writev sendfile killpg getpgid setsid "
-    "uname getloadavg",
+    "uname getloadavg tcgetpgrp getpgrp",
     "signal": "SIGKILL SIGBUS SIGCHLD SIGRTMIN SIGRTMAX SIGHUP SIGQUIT SIGSYS SIGTRAP SIGXCPU "
     "SIGXFSZ SIGUSR1 SIGUSR2 SIGALRM pidfd_send_signal pthread_kill pthread_sigmask sigwait",
     "select": "poll epoll POLLIN POLLOUT",
