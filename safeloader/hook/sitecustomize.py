@@ -54,7 +54,7 @@ class _Notice:
         found = (find(name, path, target) for find in others if find is not None)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loads(spec.loader, self._loaded)  # type: ignore[assignment]  # as good as one
+            spec.loader = _Loads(spec.loader, self._loaded)  # as good as one
         return spec
 
     def _loaded(self, module: Any) -> None:
