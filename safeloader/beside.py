@@ -31,6 +31,7 @@ from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import fork_hazards
+from safeloader.introspect.files import rank_told
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
@@ -64,10 +65,14 @@ class _Listener:
 
 
 class _Line:
-    """What is said at the end of the loaders of one class that one line first iterated."""
+    """What is said at the end of the loaders of one name that one line first iterated.
 
-    def __init__(self, kind: str, line: str) -> None:
-        self.kind, self.line = kind, line
+    The name is that of the log, ``DataLoader over ImageFolder (50000)``: one function often
+    iterates the loaders for training and for validation. What is not recorded has its class alone.
+    """
+
+    def __init__(self, name: str, line: str) -> None:
+        self.name, self.line = name, line
         self.why_not: list[str] = []
         self.unrecorded = 0
         self.epochs = self.drawn = self.delivered = self.failures = 0
@@ -106,14 +111,14 @@ class _Line:
 
     def _write(self, what: dict[str, Any]) -> None:
         if _state.folder is not None:
-            _state.folder.epoch({"loader": f"{self.kind} at {self.line}"} | what)
+            _state.folder.epoch({"loader": f"{self.name} at {self.line}"} | what)
 
     def __str__(self) -> str:
-        if self.epochs == 0 and not self._open:
+        if self.why_not:
             times = f", {self.unrecorded} times" if self.unrecorded > 1 else ""
-            return f"NOT recorded: {self.kind} at {self.line}{times}: {'; '.join(self.why_not)}"
+            return f"NOT recorded: {self.name} at {self.line}{times}: {'; '.join(self.why_not)}"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        said = f"{self.kind} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
+        said = f"{self.name} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
         troubles = [
             f"{count} {name}"
             for name, count in self.counts.items()
@@ -126,8 +131,6 @@ class _Line:
             troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
         if self.failures:
             troubles.append("1 error raised" if self.failures == 1 else f"{self.failures} raised")
-        for why in self.why_not:
-            troubles.append(f"{self.unrecorded} times NOT recorded: {why}")
         return f"{said}; {', '.join(troubles)}" if troubles else said
 
 
@@ -141,12 +144,14 @@ class _State:
         self.warned: set[str] = set()
         self.folder: RunFolder | None = None
         self.where: str | None = told.get("run")
+        self.rank: int | None = None
         self.attempt: int = told.get("attempt", 0)
         self.ready = False
 
     def begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self.ready = True
+        self.rank = rank_told()  # at its end the process group may be gone
         fork_hazards.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
@@ -155,8 +160,8 @@ class _State:
         else:
             atexit.register(_say)
 
-    def line(self, kind: str, at: str) -> _Line:
-        return self.lines.setdefault((kind, at), _Line(kind, at))
+    def line(self, name: str, at: str) -> _Line:
+        return self.lines.setdefault((name, at), _Line(name, at))
 
 
 _state = _State()
@@ -210,12 +215,14 @@ def made(kind: type, loader: Any) -> None:
     line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 
-def listens(loader: DataLoader[Any]) -> _Listener | None:
-    """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
+def listens(loader: DataLoader[Any], name: str) -> _Listener | None:
+    """Who listens to an epoch that begins: of a loader of ours, or of one from beside.
+
+    ``name`` is that of the loader's log.
+    """
     if _out_of_reach():
         return None
-    handle = _handle(loader)
-    return _Listener(_state.line(handle.kind, handle.line))
+    return _Listener(_state.line(name, _handle(loader).line))
 
 
 def _not_ours(loader: Any) -> bool:
@@ -260,6 +267,8 @@ def _say() -> None:
         return
     lines = list(map(str, _state.lines.values()))
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
-    say("\n  ".join([f"safeloader: loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    rank = "" if _state.rank is None else f", rank {_state.rank}"
+    heading = f"safeloader: loaders of process {os.getpid()}{rank}"
+    say("\n  ".join([heading, *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
     _state.folder = None  # what ends later than this is booked already

@@ -216,7 +216,7 @@ list(with_thread_workers())
     at = f"at {tmp_path / 'train.py'}"
     (begins,) = (k for k, line in enumerate(said) if "loaders of process" in line)
     told = "\n".join(said[begins + 1 :])
-    assert f"DataLoader {at}:6: 1 epoch, 10 of 10 delivered" in told
+    assert f"DataLoader over Numbers (10) {at}:6: 1 epoch, 10 of 10 delivered" in told
     assert f"NOT recorded: MakesItsOwn {at}:8" in told
     assert f"NOT recorded: DataLoader {at}:9" in told
     assert "its workers are threads" in told
@@ -232,7 +232,7 @@ print(loader.audit.epoch, loader.verify)
 """
     ours = launched(tmp_path, body, "--run", "runs", "--expect-ranks", "1")
     assert (ours.returncode, ours.stdout) == (0, "1 raise\n"), ours.stderr
-    at = f"SafeDataLoader at {tmp_path / 'train.py'}:8"
+    at = f"SafeDataLoader over Numbers (6) at {tmp_path / 'train.py'}:8"
     assert f"{at}: 2 epochs, 12 of 12 delivered" in ours.stderr
     assert delivered(tmp_path / "runs") == [6, 6]
 
@@ -355,7 +355,7 @@ child = multiprocessing.get_context("spawn").Process(target=list, args=(DataLoad
 child.start(); child.join()
 """
     ours = launched(tmp_path, body)
-    assert f"DataLoader at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
+    assert f"DataLoader over Numbers (6) at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
 
 
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
