@@ -34,6 +34,7 @@ from safeloader.failures.loader_log import say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import warned
+from safeloader.introspect.files import rank_told
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
@@ -67,10 +68,14 @@ class _Listener:
 
 
 class _Line:
-    """What is said at the end of the loaders of one class that one line first iterated."""
+    """What is said at the end of the loaders of one name that one line first iterated.
 
-    def __init__(self, kind: str, line: str) -> None:
-        self.kind, self.line = kind, line
+    The name is that of the log, ``DataLoader over ImageFolder (50000)``: one function often
+    iterates the loaders for training and for validation. What is not recorded has its class alone.
+    """
+
+    def __init__(self, name: str, line: str) -> None:
+        self.name, self.line = name, line
         self.why_not: list[str] = []
         self.unrecorded = 0
         self.epochs = self.drawn = self.delivered = self.failures = 0
@@ -112,15 +117,15 @@ class _Line:
         if audit is not None:  # a class may list a million; the counts are whole
             first = {name: getattr(audit, name)[:_LISTED_MAX] for name, _ in CLASSES}
             told = dataclasses.replace(audit, **first).to_dict()
-        loader = f"{self.kind} at {self.line}"
+        loader = f"{self.name} at {self.line}"
         _state.folder.epoch({"loader": loader, "epoch": epoch, "audit": told})
 
     def __str__(self) -> str:
-        if self.epochs == 0 and not self._open:
+        if self.why_not:
             times = f", {self.unrecorded} times" if self.unrecorded > 1 else ""
-            return f"NOT recorded: {self.kind} at {self.line}{times}: {'; '.join(self.why_not)}"
+            return f"NOT recorded: {self.name} at {self.line}{times}: {'; '.join(self.why_not)}"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        said = f"{self.kind} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
+        said = f"{self.name} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
         troubles = [
             f"{count} {name}"
             for name, count in self.counts.items()
@@ -133,8 +138,6 @@ class _Line:
             troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
         if self.failures:
             troubles.append("1 error raised" if self.failures == 1 else f"{self.failures} raised")
-        for why in self.why_not:
-            troubles.append(f"{self.unrecorded} times NOT recorded: {why}")
         return f"{said}; {', '.join(troubles)}" if troubles else said
 
 
@@ -148,6 +151,7 @@ class _State:
         self.warned: set[str] = set()
         self.folder: RunFolder | None = None
         self.where: str | None = told.get("run")
+        self.rank: int | None = None
         self.attempt: int = told.get("attempt", 0)
         self.lock = threading.RLock()  # two threads may iterate their first loaders at once
         self._begun = False
@@ -155,6 +159,7 @@ class _State:
     def _begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self._begun = True
+        self.rank = rank_told()  # at its end the process group may be gone
         warned.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
@@ -163,11 +168,11 @@ class _State:
         else:
             atexit.register(_say)
 
-    def line(self, kind: str, at: str) -> _Line:
+    def line(self, name: str, at: str) -> _Line:
         with self.lock:
             if not self._begun:
                 self._begin()
-            return self.lines.setdefault((kind, at), _Line(kind, at))
+            return self.lines.setdefault((name, at), _Line(name, at))
 
     def say_once(self, why: str, more: str = "") -> None:
         """Why something is not recorded."""
@@ -224,12 +229,14 @@ def made(kind: type, loader: Any) -> None:
         line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 
-def listens(loader: DataLoader[Any]) -> _Listener | None:
-    """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
+def listens(loader: DataLoader[Any], name: str) -> _Listener | None:
+    """Who listens to an epoch that begins: of a loader of ours, or of one from beside.
+
+    ``name`` is that of the loader's log.
+    """
     if _out_of_reach():
         return None
-    handle = _handle(loader)
-    return _Listener(_state.line(handle.kind, handle.line))
+    return _Listener(_state.line(name, _handle(loader).line))
 
 
 def _recorded(loader: Any) -> LoaderHandle | None:
@@ -294,6 +301,8 @@ def _say() -> None:
         return
     lines = list(map(str, _state.lines.values()))
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
-    say("\n  ".join([f"safeloader: loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    rank = "" if _state.rank is None else f", rank {_state.rank}"
+    heading = f"safeloader: loaders of process {os.getpid()}{rank}"
+    say("\n  ".join([heading, *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
     _state.folder = None  # what ends later than this is booked already

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,31 +46,21 @@ class _Refused(Exception):
     """It cannot work; the text says why."""
 
 
-def _number(*kinds: type, good: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def number_of(word: str) -> Any:
-        for kind in kinds:
-            with contextlib.suppress(ValueError):
-                if good(number := kind(word)):
-                    return number
-        raise argparse.ArgumentTypeError(f"invalid value {word!r}: it must be {wanted}")
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong before anything else, and names the option that was meant."""
 
-    return number_of
-
-
-# As `settings.py` has them, which would load torch.
-_RANKS = _number(int, good=lambda number: number >= 1, wanted="1 or more")
-_RETRIES = _number(int, good=lambda number: number >= 0, wanted="0 or more")
-_SECONDS = _number(float, good=lambda number: number >= 0, wanted="0 or more")
-_BOUND = _number(
-    *(int, float),
-    good=lambda number: number >= 0 if type(number) is int else 0 < number <= 1,
-    wanted="a count, or a fraction from above 0 to 1.0",
-)
+    def error(self, message: str) -> NoReturn:
+        known = [*self._option_string_actions]
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        meant = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        self.exit(2, f"{self.prog}: {message}{hint}. See {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m safeloader run",
+        usage="%(prog)s [--run DIR] [options] CMD...",
         description="Run a training program with every DataLoader of it recorded.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,22 +70,53 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", metavar="DIR", help="write an audit an epoch, and each failure, into this folder")
     add(
         "--expect-ranks",
-        type=_RANKS,
+        type=_count,
         metavar="N",
         help="stay beside the program; exit 3 if it ended well and fewer ranks were recorded",
     )
-    add("--verify", choices=("raise", "warn", "off"), default="warn")
-    add("--trace", metavar="DIR")
-    add("--on-error", choices=("raise", "skip", "replace"))
-    add("--retries", type=_RETRIES, metavar="N")
-    add("--max-skipped", type=_BOUND, metavar="N")
     add(
-        "--on-crash", choices=("raise", "restart"), help="of streams a death is raised all the same"
+        "--verify",
+        choices=("raise", "warn", "off"),
+        default="warn",
+        help="what a failed check does (default: warn)",
     )
-    add("--stall-after", type=_SECONDS, metavar="SECONDS")
-    add("--on-failure-dump", metavar="DIR")
-    add("--transport", choices=("auto", "torch"))
-    add("--checksum", action="store_true", default=None)
+    add("--trace", metavar="DIR", help="write a trace file for each loader into this folder")
+    add(
+        "--on-error",
+        choices=("raise", "skip", "replace"),
+        help="what a sample that fails does (default: raise)",
+    )
+    add("--retries", type=_natural, metavar="N", help="ask for it again first (default: 0)")
+    add(
+        "--max-skipped",
+        type=_bound,
+        metavar="N",
+        help="bound on skipped and replaced samples of an epoch: a count, or a fraction such as "
+        "0.01 (default: 0.01, and ten at least)",
+    )
+    add(
+        "--on-crash",
+        choices=("raise", "restart"),
+        help="what the death of a worker does; of a stream's it is raised (default: raise)",
+    )
+    add(
+        "--stall-after",
+        type=_seconds,
+        metavar="SECONDS",
+        help="log where the workers are after that long without a batch (default: 60; 0: never)",
+    )
+    add("--on-failure-dump", metavar="DIR", help="write each failure into this folder")
+    add(
+        "--transport",
+        choices=("auto", "torch"),
+        help="how batches cross from the workers; torch: in torch's own way (default: auto)",
+    )
+    add(
+        "--checksum",
+        action="store_true",
+        default=None,
+        help="compare what is handed over with what the workers made",
+    )
     add("command", nargs=argparse.REMAINDER, metavar="CMD...")
     return parser
 
@@ -107,6 +128,39 @@ def _parsed(words: list[str]) -> dict[str, Any]:
         alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
         at += 1 if alone else 2
     return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 on")
+    return int(word)
+
+
+def _natural(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 0 on")
+    return int(word)
+
+
+def _bound(word: str) -> int | float:
+    number = int(word) if word.isdecimal() else _real(word)
+    if isinstance(number, float) and not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a count nor a fraction up to 1")
+    return number
+
+
+def _seconds(word: str) -> float:
+    number = _real(word)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds from 0 on")
+    return number
+
+
+def _real(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return float("nan")  # out of every range
 
 
 def main(words: list[str]) -> int:
@@ -219,9 +273,9 @@ def _begin_run(run: Path, program: list[str]) -> tuple[str, int]:
     newest = max((each.stat().st_mtime for each in run.rglob("*")), default=0.0)
     if known != os.environ.get("SAFELOADER_RUN_ID") and time.time() - newest < _ALIVE_S:
         raise _Refused(
-            f"another run writes into {run} (id {known}, a sign of life "
-            f"{time.time() - newest:.0f} s ago). Give another folder, wait a minute, or set "
-            f"SAFELOADER_RUN_ID={known} to go on with it"
+            f"another run may still write into {run}: it did {time.time() - newest:.0f} s ago. "
+            "Give another folder; or, if that run has ended, wait until a minute has passed, or "
+            f"set SAFELOADER_RUN_ID={known} to begin its next attempt now"
         )
     while True:
         numbers = (each.name.partition("=")[2] for each in run.glob("attempt=*"))
@@ -268,9 +322,11 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     }
     if len(seen) >= ranks:
         return 0
-    known = ", ".join(sorted(seen)) or "none"
+    known = f": {', '.join(sorted(seen))}" if seen else ""
     print(
-        f"python -m safeloader run: {len(seen)} of {ranks} ranks were recorded ({known})",
+        f"python -m safeloader run: {len(seen)} of {ranks} ranks were recorded{known}. A rank is "
+        "recorded once it iterates a loader; the lines above say of each process what was not, "
+        "and why",
         file=sys.stderr,
     )
     return _NOT_RECORDED

@@ -115,9 +115,9 @@ def _put_in(module: Any) -> None:
 
 
 def _listen(module: Any) -> None:
-    def listens(loader: Any) -> Any:
+    def listens(loader: Any, name: str) -> Any:
         engine = _engine()
-        return None if engine is None else engine.listens(loader)
+        return None if engine is None else engine.listens(loader, name)
 
     module.listeners.append(listens)
 

@@ -35,7 +35,7 @@ class RunFolder:
 
     def __init__(self, run: str, attempt: int) -> None:
         self._fd = -1
-        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told()}"
+        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told() or 0}"
         try:
             boot = Path(_BOOT).read_text()[:8]
         except OSError:

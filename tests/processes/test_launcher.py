@@ -239,7 +239,7 @@ list(with_thread_workers())
     at = f"at {tmp_path / 'train.py'}"
     (begins,) = (k for k, line in enumerate(said) if "loaders of process" in line)
     told = "\n".join(said[begins + 1 :])
-    assert f"DataLoader {at}:6: 1 epoch, 10 of 10 delivered" in told
+    assert f"DataLoader over Numbers (10) {at}:6: 1 epoch, 10 of 10 delivered" in told
     assert f"NOT recorded: MakesItsOwn {at}:8" in told
     assert f"NOT recorded: DataLoader {at}:9" in told
     assert "its workers are threads" in told
@@ -255,7 +255,7 @@ print(loader.audit.epoch, loader.verify)
 """
     ours = launched(tmp_path, body, "--run", "runs", "--expect-ranks", "1")
     assert (ours.returncode, ours.stdout) == (0, "1 raise\n"), ours.stderr
-    at = f"SafeDataLoader at {tmp_path / 'train.py'}:8"
+    at = f"SafeDataLoader over Numbers (6) at {tmp_path / 'train.py'}:8"
     assert f"{at}: 2 epochs, 12 of 12 delivered" in ours.stderr
     assert delivered(tmp_path / "runs") == [6, 6]
 
@@ -378,7 +378,7 @@ child = multiprocessing.get_context("spawn").Process(target=list, args=(DataLoad
 child.start(); child.join()
 """
     ours = launched(tmp_path, body)
-    assert f"DataLoader at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
+    assert f"DataLoader over Numbers (6) at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
 
 
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_beside_the_program_its_end_is_the_launchers(how: str, tmp_path: Path) -
 def test_a_rank_that_was_not_recorded(tmp_path: Path) -> None:
     ours = launched(tmp_path, "list(DataLoader(Numbers(6)))", "--expect-ranks", "2")
     assert ours.returncode == 3
-    assert "1 of 2 ranks were recorded (rank=0)" in ours.stderr
+    assert "1 of 2 ranks were recorded: rank=0. A rank is" in ours.stderr
     assert launched(tmp_path, "list(DataLoader(Numbers(6)))", "--expect-ranks", "1").returncode == 0
 
 

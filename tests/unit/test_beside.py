@@ -145,7 +145,34 @@ def test_what_was_drawn_and_not_delivered_is_told_apart(capsys: Any) -> None:
     next(recorded(loader))
     beside._say()
     said = capsys.readouterr().err
-    assert "8 of 18 delivered; 2 dropped, 8 drawn ahead and not handed over\n" in said
+    assert "4 of 6 delivered; 2 dropped\n" in said
+    assert "4 of 12 delivered; 8 drawn ahead and not handed over\n" in said
+
+
+def test_loaders_that_one_line_iterates_are_told_apart_by_what_they_read(
+    tmp_path: Path, capsys: Any
+) -> None:
+    for length in (6, 2, 6):
+        list(recorded(DataLoader(torch.arange(length), batch_size=4)))  # type: ignore[arg-type]
+    beside._say()
+    _, *said = capsys.readouterr().err.splitlines()
+    at = said[0].partition(" at ")[2].partition(": ")[0]
+    assert said == [
+        f"  DataLoader over Tensor (6) at {at}: 2 epochs, 12 of 12 delivered",
+        f"  DataLoader over Tensor (2) at {at}: 1 epoch, 2 of 2 delivered",
+    ]
+    (path,) = tmp_path.glob("runs/attempt=0/rank=0/*/epochs.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    named = {line["loader"] for line in lines}
+    assert named == {f"DataLoader over Tensor ({length}) at {at}" for length in (6, 2)}
+
+
+def test_a_process_that_has_a_rank_says_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("RANK", "3")
+    list(recorded(plain()))
+    beside._say()
+    heading, _ = capsys.readouterr().err.splitlines()
+    assert heading == f"safeloader: loaders of process {os.getpid()}, rank 3"
 
 
 def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: Any) -> None:
@@ -240,15 +267,15 @@ def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
 
 def test_loaders_of_ours_are_told_of_too_and_their_records_stay_their_own(capsys: Any) -> None:
     recorder = Recorder()
-    loaders = [SafeDataLoader(range(n), recorder=recorder) for n in (2, 3)]  # type: ignore[arg-type]
+    loaders = [SafeDataLoader(range(3), recorder=recorder) for _ in range(2)]  # type: ignore[arg-type]
     for loader in loaders:
         list(loader)
     assert loaders[0].audit.drawn == 3  # they share a notebook
     assert loaders[0].verify == "raise"
     beside._say()
     _, *said = capsys.readouterr().err.splitlines()
-    assert [line.partition(": ")[2] for line in said] == ["2 epochs, 5 of 5 delivered"]
-    assert f"SafeDataLoader at {__file__}:" in said[0]
+    assert [line.partition(": ")[2] for line in said] == ["2 epochs, 6 of 6 delivered"]
+    assert f"SafeDataLoader over range (3) at {__file__}:" in said[0]
 
 
 def test_a_loader_of_ours_that_torch_serves_is_told_with_the_reason(

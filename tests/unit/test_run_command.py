@@ -101,7 +101,7 @@ def test_a_folder_of_another_run_that_lives(
     became("--run", "runs", "x.py")
     monkeypatch.setenv("SAFELOADER_RUN_ID", "mine")
     assert __main__.main(["run", "--run", "runs", "x.py"]) == 2
-    assert "another run writes into" in capsys.readouterr().err
+    assert "another run may still write into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -134,26 +134,33 @@ def test_half_a_line_is_no_audit_and_no_end_of_the_launcher(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("words", "why"),
     [
-        ("--retries", "many"),
-        ("--retries", "-1"),
-        ("--expect-ranks", "0"),
-        ("--max-skipped", "-1"),
-        ("--max-skipped", "1.5"),
-        ("--max-skipped", "nan"),
-        ("--stall-after", "-1"),
+        (["--retries", "many"], "--retries: 'many' is not a number from 0 on"),
+        (["--retries", "-1"], "--retries: '-1' is not a number from 0 on"),
+        (["--expect-ranks", "0"], "--expect-ranks: '0' is not a number from 1 on"),
+        (["--max-skipped", "1.5"], "--max-skipped: '1.5' is neither a count nor a fraction"),
+        (["--max-skipped", "-1"], "--max-skipped: '-1' is neither a count nor a fraction"),
+        (["--stall-after", "nan"], "--stall-after: 'nan' is not a number of seconds"),
+        (["--on-error", "skp"], "--on-error: invalid choice: 'skp'"),
+        (["--on-eror", "skip"], "--on-eror (did you mean --on-error?)"),
+        (["--quite-another", "x"], "unrecognized arguments: --quite-another. See"),
     ],
 )
-def test_a_bad_option(option: str, value: str, capsys: Any) -> None:
+def test_a_bad_option_is_told_in_one_line(words: list[str], why: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        __main__.main(["run", option, value, "x.py"])
+        __main__.main(["run", *words, "x.py"])
     assert ended.value.code == 2
-    assert "invalid" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert why in said
+    assert said.startswith("python -m safeloader run: ")
+    assert said.endswith("See python -m safeloader run --help")
 
 
 def test_the_command_line_says_what_there_is(capsys: Any) -> None:
     assert __main__.main([]) == 2
     assert "usage: python -m safeloader run" in capsys.readouterr().err
+    assert __main__.main(["rn", "train.py"]) == 2
+    assert "there is no command 'rn'" in capsys.readouterr().err
     assert __main__.main(["--help"]) == 0
     assert "usage: python -m safeloader run" in capsys.readouterr().out
