@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import safeloader
 from benchmarks import environment
 from benchmarks.cases import Unavailable
 from benchmarks.intervals import spread
@@ -314,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table(rows))
     whole = {
-        "environment": environment.describe(),
+        # The checkout's own: it need not be installed where the programs are.
+        "environment": environment.describe() | {"safeloader": safeloader.__version__},
         "settings": {"rounds": options.rounds},
         "programs": programs,
         "left_out": left_out,
