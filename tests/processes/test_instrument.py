@@ -143,6 +143,16 @@ class HasPool(DataLoader[Any]):
     _pool = "theirs"
 
 
+class HasMetrics(DataLoader[Any]):
+    metrics = ("theirs",)
+
+
+class HasAudit(DataLoader[Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.audit = "theirs"
+
+
 class SetsNothing(DataLoader[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "on_error":
@@ -163,6 +173,8 @@ class FailsToBegin(Endless):
         (HasKey, TypeError, "it has key of its own, which would be lost"),
         (HasRetries, TypeError, "it has retries of its own"),
         (HasPool, TypeError, "it has _pool of its own"),
+        (HasMetrics, TypeError, "it has metrics of its own, which would hide ours"),
+        (HasAudit, TypeError, "it has audit of its own, which would hide ours"),
         (SetsNothing, RuntimeError, "not here"),
         (FailsToBegin, RuntimeError, "not here"),
     ],
