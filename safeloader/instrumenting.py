@@ -225,7 +225,8 @@ def _class_over(theirs: Any) -> Any:
         theirs.__init__(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        make, args, *rest = super(cls, self).__reduce_ex__(protocol)
+        # Below 2 it would be told in a way that names the class, which nobody finds by its name.
+        make, args, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
         if make is cls:
             return _made, (theirs, *args), *rest
         if make is getattr(copyreg, "__newobj__") and args[0] is cls:  # noqa: B009  # no mangling

@@ -269,8 +269,12 @@ def through_pickle(loader: Any) -> Any:
     return pickle.loads(pickle.dumps(loader))
 
 
+def through_old_pickle(loader: Any) -> Any:
+    return pickle.loads(pickle.dumps(loader, protocol=0))
+
+
 @pytest.mark.parametrize("cls", [DataLoader, Transforms])
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle, through_old_pickle])
 def test_copies_are_recorded_too(cls: Any, way: Any) -> None:
     loader = instrument(cls(Numbers(), batch_size=4), verify="warn")
     list(loader)
