@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from benchmarks.cases import CASES
 from benchmarks.contenders import REFERENCE
 from benchmarks.intervals import Spread, spread
 from benchmarks.report import markdown, span, write_texts
-from benchmarks.timing import EpochTime, time_case
+from benchmarks.timing import EpochTime, childrens_cpu_seconds, time_case
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -107,7 +106,7 @@ def costs(case: str, bar: float, times: Mapping[str, Sequence[EpochTime]]) -> li
 def first_line_ms(words: Sequence[str]) -> tuple[float, float]:
     """The time from the start of a process to its first line, and its CPU time to its end."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    cpu_before, began = _childrens_cpu_ms(), time.perf_counter_ns()
+    cpu_before, began = childrens_cpu_seconds(), time.perf_counter_ns()
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
     ) as process:
@@ -115,12 +114,7 @@ def first_line_ms(words: Sequence[str]) -> tuple[float, float]:
         taken = time.perf_counter_ns() - began
     if line.strip() != "here":
         raise RuntimeError(f"{words} said {line!r} at first")
-    return taken / 1e6, _childrens_cpu_ms() - cpu_before
-
-
-def _childrens_cpu_ms() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return 1e3 * (used.ru_utime + used.ru_stime)
+    return taken / 1e6, 1e3 * (childrens_cpu_seconds() - cpu_before)
 
 
 def time_start(folder: Path, times: int) -> Start:

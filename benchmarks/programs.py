@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from benchmarks.printed import (
     shortened,
 )
 from benchmarks.report import markdown, span, write_texts
+from benchmarks.timing import childrens_cpu_seconds
 from benchmarks.training_programs import PROGRAMS, Program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ class Bench:
         elif words[0].endswith(".py"):
             words = [sys.executable, *words]
         self.work.mkdir()
-        began, cpu_began = time.perf_counter(), _childrens_cpu_seconds()
+        began, cpu_began = time.perf_counter(), childrens_cpu_seconds()
         try:
             done = subprocess.run(
                 words,
@@ -155,7 +155,7 @@ class Bench:
         return Ran(
             status=done.returncode,
             seconds=seconds,
-            cpu_seconds=_childrens_cpu_seconds() - cpu_began,
+            cpu_seconds=childrens_cpu_seconds() - cpu_began,
             lines=comparable(printed, self.program.varies),
             report=[shortened(line, self.roots) for line in report],
         )
@@ -206,12 +206,6 @@ def _row(program: str, way: str, runs: dict[str, list[Ran]]) -> Row:
         report=last.report,
         recorded=recorded(last.report) if way == LAUNCHER else None,
     )
-
-
-def _childrens_cpu_seconds() -> float:
-    """CPU time of the children that ended, and of theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _difference(expected: Ran, got: Ran) -> str | None:

@@ -28,10 +28,12 @@ from safeloader.loader import (
     recorder_of,
     with_our_keywords,
 )
+from safeloader.records import Records
 from safeloader.settings import Settings
 
 _T = TypeVar("_T")
 _INNER = ("base_dataloader", "_dataloader", "loader", "_loader", "dataloader")
+_TOLD = tuple(name for name in vars(Records) if name[0] != "_" and name not in KEYWORDS)
 _LAUNCHER = "python -m safeloader run records every loader of a program, however it was made"
 
 
@@ -55,7 +57,8 @@ def instrument(obj: _T, **options: Any) -> _T:
     Raises:
         TypeError: if there is no loader in it, its class never asks torch's ``DataLoader`` for
             batches, its workers are threads, it has an attribute of its own by the name of one of
-            our keywords, or an option is not one of ours or of another kind than is taken.
+            ours (a keyword, ``audit``, ``metrics``), or an option is not one of ours or of another
+            kind than is taken.
         ValueError: for an option out of range, or a loader that keeps an iterator of its own which
             is in the middle of an epoch.
 
@@ -183,14 +186,17 @@ def why_not_recordable(loader: DataLoader[Any]) -> str:
 
 def _why_not_ours(loader: DataLoader[Any]) -> str:
     """Why a loader cannot become ours, in a sentence; empty if it can."""
-    names = [*KEYWORDS, "_pool"]
-    its = [name for name in names if name in vars(loader) or definitions(type(loader), name)]
-    if not its or set(its) >= set(KEYWORDS):  # all: copied with the attributes of one of ours
-        return ""
-    return (
-        f"this {type(loader).__qualname__} cannot become ours: it has {', '.join(its)} of its own, "
-        f"which would be lost; {_LAUNCHER}"
+    kept, hides = (
+        [name for name in names if name in vars(loader) or definitions(type(loader), name)]
+        for names in ((*KEYWORDS, "_pool"), _TOLD)
     )
+    if kept and not set(kept) >= set(KEYWORDS):  # all: copied with the attributes of one of ours
+        of_its_own = f"{', '.join(kept)} of its own, which would be lost"
+    elif hides:
+        of_its_own = f"{', '.join(hides)} of its own, which would hide ours"
+    else:
+        return ""
+    return f"this {type(loader).__qualname__} cannot become ours: it has {of_its_own}; {_LAUNCHER}"
 
 
 def _refuse_midway(loader: DataLoader[Any], name: str, iterator: Any) -> None:
@@ -219,7 +225,8 @@ def _class_over(theirs: Any) -> Any:
         theirs.__init__(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        make, args, *rest = super(cls, self).__reduce_ex__(protocol)
+        # Below 2 it would be told in a way that names the class, which nobody finds by its name.
+        make, args, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
         if make is cls:
             return _made, (theirs, *args), *rest
         if make is getattr(copyreg, "__newobj__") and args[0] is cls:  # noqa: B009  # no mangling

@@ -143,6 +143,16 @@ class HasPool(DataLoader[Any]):
     _pool = "theirs"
 
 
+class HasMetrics(DataLoader[Any]):
+    metrics = ("theirs",)
+
+
+class HasAudit(DataLoader[Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.audit = "theirs"
+
+
 class SetsNothing(DataLoader[Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "on_error":
@@ -163,6 +173,8 @@ class FailsToBegin(Endless):
         (HasKey, TypeError, "it has key of its own, which would be lost"),
         (HasRetries, TypeError, "it has retries of its own"),
         (HasPool, TypeError, "it has _pool of its own"),
+        (HasMetrics, TypeError, "it has metrics of its own, which would hide ours"),
+        (HasAudit, TypeError, "it has audit of its own, which would hide ours"),
         (SetsNothing, RuntimeError, "not here"),
         (FailsToBegin, RuntimeError, "not here"),
     ],
@@ -257,8 +269,12 @@ def through_pickle(loader: Any) -> Any:
     return pickle.loads(pickle.dumps(loader))
 
 
+def through_old_pickle(loader: Any) -> Any:
+    return pickle.loads(pickle.dumps(loader, protocol=0))
+
+
 @pytest.mark.parametrize("cls", [DataLoader, Transforms])
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle, through_old_pickle])
 def test_copies_are_recorded_too(cls: Any, way: Any) -> None:
     loader = instrument(cls(Numbers(), batch_size=4), verify="warn")
     list(loader)
