@@ -30,7 +30,7 @@ from safeloader import _python, _torch
 from safeloader.delivery.audit import CLASSES, EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure, raised_by_signal
-from safeloader.failures.loader_log import say
+from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import warned
@@ -49,8 +49,8 @@ _LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 class _Listener:
     """The sink of one epoch: has it summed up, and written into the run folder."""
 
-    def __init__(self, line: _Line) -> None:
-        self._line = line
+    def __init__(self, line: _Line, log: LoaderLog) -> None:
+        self._line, self._log = line, log
 
     def begun(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
@@ -64,7 +64,7 @@ class _Listener:
         """An error is about to be raised."""
         self._line.failures += 1
         if _state.folder is not None:
-            _state.folder.failed(failure)
+            _state.folder.failed(failure, self._log)
 
 
 class _Line:
@@ -229,14 +229,11 @@ def made(kind: type, loader: Any) -> None:
         line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 
-def listens(loader: DataLoader[Any], name: str) -> _Listener | None:
-    """Who listens to an epoch that begins: of a loader of ours, or of one from beside.
-
-    ``name`` is that of the loader's log.
-    """
+def listens(loader: DataLoader[Any], log: LoaderLog) -> _Listener | None:
+    """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
     if _out_of_reach():
         return None
-    return _Listener(_state.line(name, _handle(loader).line))
+    return _Listener(_state.line(log.loader_name, _handle(loader).line), log)
 
 
 def _recorded(loader: Any) -> LoaderHandle | None:

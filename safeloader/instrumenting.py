@@ -76,9 +76,10 @@ def instrument(obj: _T, **options: Any) -> _T:
     """
     loader = _loader_in(obj)
     if loader is None:
+        several = isinstance(obj, dict | list | tuple)
         raise TypeError(
-            f"there is no DataLoader in {bounded_text(obj)}: neither is it one, nor does it hold "
-            f"one as {', '.join(_INNER)}. Give the loader itself; {_LAUNCHER}"
+            f"{bounded_text(obj)} is no DataLoader, and holds none as {', '.join(_INNER)}. Give "
+            f"{'each loader in it by' if several else 'the loader'} itself; {_LAUNCHER}"
         )
     unknown = [name for name in options if name not in KEYWORDS]
     if unknown:

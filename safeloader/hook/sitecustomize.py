@@ -115,9 +115,9 @@ def _put_in(module: Any) -> None:
 
 
 def _listen(module: Any) -> None:
-    def listens(loader: Any, name: str) -> Any:
+    def listens(loader: Any, log: Any) -> Any:
         engine = _engine()
-        return None if engine is None else engine.listens(loader, name)
+        return None if engine is None else engine.listens(loader, log)
 
     module.listeners.append(listens)
 

@@ -58,7 +58,7 @@ class SafeIterator(Iterator[Any]):
         log = LoaderLog(loader.dataset, length_of(loader.dataset), kind)
         also: list[object] = []
         with guarded("who listens to its events", lambda: log):
-            also = [listens(loader, log.loader_name) for listens in listeners]
+            also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
         ledger = self.pool.new_ledger(loader)
         self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger, also)

@@ -30,9 +30,8 @@ from safeloader.introspect.texts import index_text
 
 DUMPS_MAX = 100  # of an epoch's failures that end no batch
 
-listeners: list[Callable[[Any, str], object]] = []
-"""Each makes of a loader that begins an epoch, and of the name that its log lines begin with, a
-further sink for it; or None, if it has none."""
+listeners: list[Callable[[Any, LoaderLog], object]] = []
+"""Each makes of a loader that begins an epoch, and its log, a further sink; None if it has none."""
 
 Sinks = tuple[Callable[..., None], ...]
 Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index

@@ -19,7 +19,7 @@ from typing import Any
 
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import say
+from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.introspect.files import host_name, make_folder, rank_told
 
 _BOOT = "/proc/sys/kernel/random/boot_id"
@@ -58,10 +58,10 @@ class RunFolder:
         except (OSError, ValueError) as exc:
             self._broken(exc)
 
-    def failed(self, failure: Failure) -> None:
-        """Write a failure as a file of its own."""
+    def failed(self, failure: Failure, log: LoaderLog) -> None:
+        """Write a failure as a file of its own, which a line in the loader's log names."""
         if self._fd >= 0:
-            dump.write(failure, self.path / "failures")
+            dump.write(failure, self.path / "failures", log)
 
     def _broken(self, exc: BaseException) -> None:
         self._fd = -1

@@ -209,9 +209,13 @@ def circular() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no loader": (lambda: object(), "there is no DataLoader in"),
-    "wraps none": (lambda: Wraps([1, 2], "loader"), "there is no DataLoader in"),
-    "wraps itself": (circular, "there is no DataLoader in"),
+    "no loader": (lambda: object(), "is no DataLoader, and holds none as"),
+    "wraps none": (lambda: Wraps([1, 2], "loader"), "is no DataLoader, and holds none as"),
+    "a list": (
+        lambda: [DataLoader(Numbers())],  # type: ignore[arg-type]
+        "Give each loader in it by itself",
+    ),
+    "wraps itself": (circular, "is no DataLoader, and holds none as"),
     "iterators of its own": (
         lambda: MakesItsOwn(Numbers(), batch_size=4),  # type: ignore[arg-type]
         "MakesItsOwn._get_iterator makes its batches itself",

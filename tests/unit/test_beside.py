@@ -175,7 +175,9 @@ def test_a_process_that_has_a_rank_says_it(monkeypatch: pytest.MonkeyPatch, caps
     assert heading == f"safeloader: loaders of process {os.getpid()}, rank 3"
 
 
-def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: Any) -> None:
+def test_errors_of_the_users_own_are_raised_and_counted(
+    tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
     class Bad:
         def __len__(self) -> int:
             return 3
@@ -188,7 +190,8 @@ def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: 
         list(recorded(loader))
     beside._say()
     assert "1 error raised" in capsys.readouterr().err
-    assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json"))) == 1
+    (path,) = tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json")
+    assert caplog.messages == [f"DataLoader over Bad (3): the failure is written to {path}"]
 
 
 def test_many_lines_are_not_all_told(state: Any, capsys: Any) -> None:

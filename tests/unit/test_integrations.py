@@ -77,9 +77,17 @@ def test_several_loaders_are_told_apart_by_their_numbers() -> None:
 
 def test_what_is_not_recorded_is_said_once() -> None:
     logged = LoggedLoaders("data")
-    with pytest.warns(UserWarning, match=r"the DataLoader that this training reads from is not"):
+    with pytest.warns(UserWarning, match=r"this DataLoader is not recorded"):
         assert logged.since_last(DataLoader([1])) == {}
     assert logged.since_last(DataLoader([1])) == {}
+
+
+def test_a_loader_that_a_framework_left_aside_is_not_called_unrecorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_place_of(monkeypatch, "accelerate", Accelerator=Accelerator)
+    with pytest.warns(UserWarning, match=r"this SafeDataLoader has handed no batch over"):
+        integrations.log_with_accelerate(Accelerator(), safeloader.instrument(DataLoader([1])))
 
 
 def test_a_name_that_is_none_of_them() -> None:
