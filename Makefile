@@ -3,10 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The frameworks have an environment of their own: what they want of each other is not wanted here.
+FRAMEWORKS ?= .venv-frameworks
 # The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast bench lint types docs mutation clean
+.PHONY: demo test test-fast test-frameworks test-versions bench lint types docs mutation clean
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
@@ -28,6 +30,21 @@ $(VENV)/mutation: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet -e '.[mutation]'
 	touch $@
 
+# torch is held where it is. timm needs torchvision, whose wheels on PyPI are built for CUDA: beside
+# a torch without it they cannot be imported as they are, and whatever sees one installed tries to.
+# So these two lie in a folder that only timm's program has on its path, without what they depend
+# on: torch and NumPy are there, and the rest comes with transformers and the tests.
+$(FRAMEWORKS)/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade pip
+	$(FRAMEWORKS)/bin/python -m pip install --quiet '$(TORCH)'
+	$(FRAMEWORKS)/bin/python -m pip install --quiet '$(TORCH)' -e '.[test,frameworks]'
+	aside=$$($(FRAMEWORKS)/bin/python -c \
+	    'import sysconfig; print(sysconfig.get_path("purelib") + "/aside")') && \
+	    rm -rf "$$aside" && \
+	    $(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps --target "$$aside" timm torchvision
+	touch $@
+
 demo: $(VENV)/base
 	$(BIN)/python examples/train_digits.py
 
@@ -38,6 +55,16 @@ test: $(VENV)/dev
 # What needs one process and no long time: under a minute.
 test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest --one-process -m 'not slow and not lightning'
+
+# Programs with the real frameworks, each with us and without: half an hour on two cores.
+test-frameworks: $(FRAMEWORKS)/ready
+	$(FRAMEWORKS)/bin/python -m pip list --format=freeze
+	$(FRAMEWORKS)/bin/python -m pytest --need-frameworks -m frameworks tests/frameworks
+
+# Every Python and torch that is claimed, each pair in an environment of its own (some GB, removed
+# after its run): minutes each. What came of it is docs/versions.csv.
+test-versions:
+	$(PYTHON) -m tests.versions --remove
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run
@@ -60,4 +87,4 @@ mutation: $(VENV)/mutation
 	$(BIN)/mutmut results
 
 clean:
-	rm -rf $(VENV) .coverage* build docs/_build mutants *.egg-info
+	rm -rf $(VENV) $(FRAMEWORKS) .coverage* build docs/_build mutants *.egg-info

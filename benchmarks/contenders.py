@@ -48,6 +48,29 @@ def _torch_way(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) -
     return SafeDataLoader(dataset, **kwargs, trace=False, transport="torch")
 
 
+def _launcher(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) -> DataLoader[Any]:
+    """A stock loader as it is in a program that `python -m safeloader run` started.
+
+    There the hook puts these methods into torch's class, once for all. Here a class of its own has
+    them, so that the stock loader beside it stays what it is.
+    """
+    from safeloader import beside
+    from safeloader.provenance.events import listeners
+
+    class Launched(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return beside.iterate(self, DataLoader.__iter__)
+
+        def _get_iterator(self) -> Any:
+            listeners.append(beside.listens)  # for the report: of this loader's epochs alone
+            try:
+                return beside.get_iterator(self, DataLoader._get_iterator)
+            finally:
+                listeners.remove(beside.listens)
+
+    return Launched(dataset, **kwargs)
+
+
 CONTENDERS: dict[str, Factory] = {
     REFERENCE: _stock,
     # The stock loader once more: its ratio is 1 by nature, its interval is this machine's noise.
@@ -57,4 +80,6 @@ CONTENDERS: dict[str, Factory] = {
     "safe+checksum": _safe_checksum,
     # Everything but the transport: against `safe`, what the transport is worth.
     "torch-way": _torch_way,
+    # The other way in: against `safe`, what it costs to be recorded from beside.
+    "launcher": _launcher,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -117,3 +118,9 @@ def time_case(
             for name in loaders if turn % 2 == 0 else reversed(loaders):
                 times[name].append(time_epoch(loaders[name], whole=case.fresh))
     return times, left_out
+
+
+def childrens_cpu_seconds() -> float:
+    """CPU time of the processes that this one started and that ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -7,7 +7,7 @@ import sys
 _USAGE = """\
 usage: python -m safeloader run [--run DIR] [options] CMD...
 
-run    a training program, with every DataLoader of it recorded; --help says more
+run    a training program, with every DataLoader of it recorded; `run --help` says more
 """
 
 
@@ -18,6 +18,8 @@ def main(words: list[str]) -> int:
 
         return run.main(words[1:])
     asked = words[:1] in (["-h"], ["--help"])
+    if words and not asked:
+        print(f"python -m safeloader: there is no command {words[0]!r}", file=sys.stderr)
     print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 

@@ -11,6 +11,8 @@ import functools
 import importlib
 import operator
 import os
+import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler as ForkingPickler
@@ -30,6 +32,12 @@ def find(module: str, path: str, missing: list[str]) -> Any:
 def missing() -> tuple[str, ...]:
     """The names that loaders with workers need and that are not there."""
     return tuple(_missing)
+
+
+def runs_threads_at_once() -> bool:
+    """Whether this Python was built without the global lock, and runs without it."""
+    has_lock: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and not has_lock()
 
 
 _find = functools.partial(find, missing=_missing)

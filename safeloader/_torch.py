@@ -180,6 +180,8 @@ def start_method(loader: DataLoader[Any]) -> str:
     return str(context.get_start_method())
 
 
+# Torch's own, whatever the program puts there later; where there is none, `moved` says so.
+_get_iterator: Any = getattr(DataLoader, "_get_iterator", None)
 _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -191,7 +193,7 @@ def build_iterator(view: LoaderView) -> Any:
     """
     with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
         try:
-            iterator: Any = DataLoader._get_iterator(view)  # type: ignore[arg-type]  # as good as one
+            iterator: Any = _get_iterator(view)
         except BaseException as exc:
             _take_down(exc)
             raise
@@ -368,7 +370,12 @@ def _words(code: CodeType) -> Iterator[str]:
 def has_thread_workers(loader: DataLoader[Any]) -> bool:
     """Whether what stands for processes there may be threads of this one."""
     context: Any = loader.multiprocessing_context
-    return context is not None and not isinstance(context, multiprocessing.context.BaseContext)
+    if context is None:
+        return False
+    # MONAI's is a context for `spawn` in all but the class of its workers.
+    worker: Any = getattr(context, "Process", None)
+    processes = isinstance(worker, type) and issubclass(worker, multiprocessing.process.BaseProcess)
+    return not (processes and isinstance(context, multiprocessing.context.BaseContext))
 
 
 def iterators_in(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -7,94 +7,97 @@
                        LoaderHandle ◄── keywords, notebook, pool ──────────────┘
 
 The class of a loader, its attributes and its pickles stay the program's own. What fails here before
-the first batch is said once, and torch's own iterator serves. At the end of each process a line for
-each loader says what was recorded, and what was not and why.
+the first batch is said once, and torch's own iterator serves. The program's own SafeDataLoaders are
+left as they are, and listened to. At the end of each process a line for each loader says what was
+recorded, and what was not and why.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python, _torch
-from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit import CLASSES, EpochAudit
 from safeloader.errors import SafeLoaderError
-from safeloader.failures.failure import Failure
+from safeloader.failures.failure import Failure, raised_by_signal
+from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
+from safeloader.introspect import warned
+from safeloader.introspect.files import rank_told
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.run_folder import RunFolder
 from safeloader.settings import is_off
 
-_Which = tuple[int, int]  # the number of a notebook, and of an epoch in it
-_numbers = itertools.count()
 _TOLD_MAX = 50  # lines at the end
+_TOLD_APART = ("missing", "failed", "dropped", "skipped", "replaced")  # drawn, not delivered
 _LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 
 
-class _Notebook(Recorder):
-    """A notebook that sums up its epochs, and writes each into the run folder."""
+class _Listener:
+    """The sink of one epoch: has it summed up, and written into the run folder."""
 
-    def __init__(self, line: _Line) -> None:
-        super().__init__()
-        self._line = line
-        self._number = next(_numbers)
+    def __init__(self, line: _Line, log: LoaderLog) -> None:
+        self._line, self._log = line, log
 
-    def begin_epoch(self, audit: Callable[[int], EpochAudit]) -> int:
-        epoch = super().begin_epoch(audit)
-        self._line.begins((self._number, epoch), lambda: audit(epoch))
-        return epoch
+    def begun(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
+        """An epoch begins."""
+        self._line.begins(self, epoch, audit)
 
     def audited(self, audit: EpochAudit) -> None:
-        """An epoch is closed."""
-        self._line.ends((self._number, audit.epoch), audit)
+        """It is closed."""
+        self._line.ends(self, audit)
 
     def failed(self, failure: Failure) -> None:
         """An error is about to be raised."""
         self._line.failures += 1
         if _state.folder is not None:
-            _state.folder.failed(failure)
+            _state.folder.failed(failure, self._log)
 
 
 class _Line:
-    """What is said at the end of the loaders of one class that one line first iterated."""
+    """What is said at the end of the loaders of one name that one line first iterated.
 
-    def __init__(self, kind: str, line: str) -> None:
-        self.kind, self.line = kind, line
+    The name is that of the log, ``DataLoader over ImageFolder (50000)``: one function often
+    iterates the loaders for training and for validation. What is not recorded has its class alone.
+    """
+
+    def __init__(self, name: str, line: str) -> None:
+        self.name, self.line = name, line
         self.why_not: list[str] = []
         self.unrecorded = 0
         self.epochs = self.drawn = self.delivered = self.failures = 0
         self.counts: dict[str, int] = {}
         self.unknown = 0
-        self._open: dict[_Which, Callable[[], EpochAudit]] = {}
+        self._open: dict[_Listener, Callable[[], EpochAudit]] = {}
 
-    def begins(self, which: _Which, audit: Callable[[], EpochAudit]) -> None:
+    def begins(self, listener: _Listener, epoch: int, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
-        self._open[which] = audit
-        self._write({"epoch": which[1], "audit": None})
+        self._open[listener] = audit
+        self._write(epoch, None)
 
-    def ends(self, which: _Which, audit: EpochAudit) -> None:
+    def ends(self, listener: _Listener, audit: EpochAudit) -> None:
         """Book what an epoch came to."""
-        self._open.pop(which, None)
+        self._open.pop(listener, None)
         self.epochs += 1
         self.drawn += audit.drawn
         self.delivered += audit.delivered
         self.unknown += audit.ok is None
         for name, count in audit.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        told = audit.to_dict()  # the counts are whole
-        cut = {name: all_[:_LISTED_MAX] for name, all_ in told.items() if isinstance(all_, list)}
-        self._write({"epoch": audit.epoch, "audit": told | cut})
+        self._write(audit.epoch, audit)
 
     def left_out(self, why: str) -> None:
         """A loader, or an iterator, is not recorded."""
@@ -104,30 +107,37 @@ class _Line:
 
     def close(self) -> None:
         """The process ends: epochs that run still are booked as they stand."""
-        for which, audit in list(self._open.items()):
-            self.ends(which, audit())
+        for listener, audit in list(self._open.items()):
+            self.ends(listener, audit())
 
-    def _write(self, what: dict[str, Any]) -> None:
-        if _state.folder is not None:
-            _state.folder.epoch({"loader": f"{self.kind} at {self.line}"} | what)
+    def _write(self, epoch: int, audit: EpochAudit | None) -> None:
+        if _state.folder is None:
+            return
+        told = None
+        if audit is not None:  # a class may list a million; the counts are whole
+            first = {name: getattr(audit, name)[:_LISTED_MAX] for name, _ in CLASSES}
+            told = dataclasses.replace(audit, **first).to_dict()
+        loader = f"{self.name} at {self.line}"
+        _state.folder.epoch({"loader": loader, "epoch": epoch, "audit": told})
 
     def __str__(self) -> str:
-        if self.epochs == 0 and not self._open:
+        if self.why_not:
             times = f", {self.unrecorded} times" if self.unrecorded > 1 else ""
-            return f"NOT recorded: {self.kind} at {self.line}{times}: {'; '.join(self.why_not)}"
+            return f"NOT recorded: {self.name} at {self.line}{times}: {'; '.join(self.why_not)}"
         epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
-        said = f"{self.kind} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
+        said = f"{self.name} at {self.line}: {epochs}, {self.delivered} of {self.drawn} delivered"
         troubles = [
             f"{count} {name}"
             for name, count in self.counts.items()
-            if count and name not in ("unvisited", "repeated", "dropped")
+            if count and name not in ("unvisited", "repeated")
         ]
+        ahead = self.drawn - self.delivered - sum(self.counts.get(name, 0) for name in _TOLD_APART)
+        if ahead > 0:
+            troubles.append(f"{ahead} drawn ahead and not handed over")
         if self.unknown:
             troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
         if self.failures:
             troubles.append("1 error raised" if self.failures == 1 else f"{self.failures} raised")
-        for why in self.why_not:
-            troubles.append(f"{self.unrecorded} times NOT recorded: {why}")
         return f"{said}; {', '.join(troubles)}" if troubles else said
 
 
@@ -141,12 +151,16 @@ class _State:
         self.warned: set[str] = set()
         self.folder: RunFolder | None = None
         self.where: str | None = told.get("run")
+        self.rank: int | None = None
         self.attempt: int = told.get("attempt", 0)
-        self.ready = False
+        self.lock = threading.RLock()  # two threads may iterate their first loaders at once
+        self._begun = False
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
-        self.ready = True
+        self._begun = True
+        self.rank = rank_told()  # at its end the process group may be gone
+        warned.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)
         if multiprocessing.parent_process() is not None:  # these skip `atexit`
@@ -154,11 +168,21 @@ class _State:
         else:
             atexit.register(_say)
 
-    def line(self, kind: str, at: str) -> _Line:
-        return self.lines.setdefault((kind, at), _Line(kind, at))
+    def line(self, name: str, at: str) -> _Line:
+        with self.lock:
+            if not self._begun:
+                self._begin()
+            return self.lines.setdefault((name, at), _Line(name, at))
+
+    def say_once(self, why: str, more: str = "") -> None:
+        """Why something is not recorded."""
+        if why not in self.warned:
+            self.warned.add(why)
+            say(f"safeloader: {why}{more}")
 
 
 _state = _State()
+_torch.moved()  # looked at now, while torch's names are torch's: the program may change them
 
 
 def _in_child() -> None:
@@ -174,69 +198,96 @@ _python.at_fork(after_in_child=_in_child)
 
 def iterate(loader: Any, stock: Callable[[Any], Any]) -> Any:
     """What ``iter(loader)`` gives; ``stock`` is torch's own method."""
-    if _not_ours(loader) or _handle(loader).why_not:
-        return stock(loader)
-    return _torch.ask_for_iterator(loader)
+    return stock(loader) if _recorded(loader) is None else _torch.ask_for_iterator(loader)
 
 
 def get_iterator(loader: Any, stock: Callable[[Any], Any]) -> Any:
     """What ``loader._get_iterator()`` gives."""
-    if _not_ours(loader):
-        return stock(loader)
-    handle = _handle(loader)
-    if handle.why_not:
+    handle = _recorded(loader)
+    if handle is None:
         return stock(loader)
     try:
         return iterate_recorded(loader, handle)
     except SafeLoaderError:
         raise
     except Exception as exc:
-        _leave(handle, f"safeloader failed ({type(exc).__name__}: {exc}); please report it")
-        return stock(loader)
+        if raised_by_signal(exc):  # a time limit of the program's, say
+            raise
+        why = _fault(exc)
+    iterator = stock(loader)  # what is torch's own error or the program's is raised here, as it is
+    _leave(handle, why)
+    return iterator
 
 
-def made(iterator: Any, loader: Any) -> None:
+def made(kind: type, loader: Any) -> None:
     """An iterator of torch's is being made over ``loader``: by us, or by others behind us."""
-    if _not_ours(loader) or handle_of(loader) is not None:
+    if isinstance(loader, _torch.LoaderView) or _out_of_reach() or handle_of(loader) is not None:
         return
-    if not _state.ready:
-        _state.begin()
-    kind = type(loader).__qualname__
-    line = _state.line(kind, calling_line())
-    line.left_out(f"it makes its own iterators ({type(iterator).__qualname__})")
+    with _guarded():
+        line = _state.line(type(loader).__qualname__, calling_line())
+        its_own = f"it makes its own iterators ({kind.__qualname__})"
+        line.left_out(why_unrecorded(loader.num_workers > 0) or its_own)
 
 
-def _not_ours(loader: Any) -> bool:
-    """Whether torch's own has to do: within our engine, in a worker, and where we are off."""
-    return (
-        isinstance(loader, _torch.LoaderView | SafeDataLoader)
-        or get_worker_info() is not None
-        or is_off()
-    )
+def listens(loader: DataLoader[Any], log: LoaderLog) -> _Listener | None:
+    """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
+    if _out_of_reach():
+        return None
+    return _Listener(_state.line(log.loader_name, _handle(loader).line), log)
+
+
+def _recorded(loader: Any) -> LoaderHandle | None:
+    """The handle of a loader; None where torch's own has to do, or the loader records itself."""
+    if isinstance(loader, _torch.LoaderView | SafeDataLoader) or _out_of_reach():
+        return None
+    with _guarded():
+        handle = _handle(loader)
+        return None if handle.why_not else handle
+    return None
+
+
+def _out_of_reach() -> bool:
+    """Whether nothing is recorded here: in a worker, and where we are off."""
+    return get_worker_info() is not None or is_off()
 
 
 def _handle(loader: DataLoader[Any]) -> LoaderHandle:
     handle = handle_of(loader)
     if handle is not None:
         return handle
-    if not _state.ready:
-        _state.begin()
-    at = calling_line()
-    line = _state.line(type(loader).__qualname__, at)
-    handle = LoaderHandle(loader, _state.options, at, _Notebook(line))
-    why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
-    if why:
-        _leave(handle, why)
-    return handle
+    with _state.lock:
+        handle = handle_of(loader)
+        if handle is not None:
+            return handle
+        why = ""
+        if not isinstance(loader, SafeDataLoader):  # whose records are its own
+            why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
+        handle = LoaderHandle(loader, _state.options, calling_line(), Recorder())
+        if why:
+            _leave(handle, why)
+        return handle
 
 
 def _leave(handle: LoaderHandle, why: str) -> None:
     """Torch's own iterator serves this loader from now on; said once."""
     handle.why_not = why
     _state.line(handle.kind, handle.line).left_out(why)
-    if why not in _state.warned:
-        _state.warned.add(why)
-        _tell(f"{why}. Torch's own iterator serves: {handle.kind} at {handle.line}")
+    _state.say_once(why, f". Torch's own iterator serves: {handle.kind} at {handle.line}")
+
+
+@contextlib.contextmanager
+def _guarded() -> Iterator[None]:
+    """What is done within is ours: a fault of it is said once, and the program goes on."""
+    try:
+        yield
+    except Exception as exc:
+        if raised_by_signal(exc):
+            raise
+        _state.say_once(_fault(exc))
+
+
+def _fault(exc: Exception) -> str:
+    return f"safeloader failed ({type(exc).__name__}: {exc}); please report it"
 
 
 def _say() -> None:
@@ -247,11 +298,8 @@ def _say() -> None:
         return
     lines = list(map(str, _state.lines.values()))
     more = [f"and {len(lines) - _TOLD_MAX} more"] if len(lines) > _TOLD_MAX else []
-    _tell("\n  ".join([f"loaders of process {os.getpid()}", *lines[:_TOLD_MAX], *more]))
+    rank = "" if _state.rank is None else f", rank {_state.rank}"
+    heading = f"safeloader: loaders of process {os.getpid()}{rank}"
+    say("\n  ".join([heading, *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
     _state.folder = None  # what ends later than this is booked already
-
-
-def _tell(said: str) -> None:
-    if sys.stderr is not None:
-        print(f"safeloader: {said}", file=sys.stderr, flush=True)

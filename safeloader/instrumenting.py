@@ -20,6 +20,7 @@ from safeloader import _torch
 from safeloader.handles import handle_of
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import definitions, fields
 from safeloader.loader import (
     KEYWORDS,
     SafeDataLoader,
@@ -27,9 +28,12 @@ from safeloader.loader import (
     recorder_of,
     with_our_keywords,
 )
+from safeloader.records import Records
+from safeloader.settings import Settings
 
 _T = TypeVar("_T")
 _INNER = ("base_dataloader", "_dataloader", "loader", "_loader", "dataloader")
+_TOLD = tuple(name for name in vars(Records) if name[0] != "_" and name not in KEYWORDS)
 _LAUNCHER = "python -m safeloader run records every loader of a program, however it was made"
 
 
@@ -52,10 +56,13 @@ def instrument(obj: _T, **options: Any) -> _T:
 
     Raises:
         TypeError: if there is no loader in it, its class never asks torch's ``DataLoader`` for
-            batches, its workers are threads, or an option is not one of ours or of another kind
-            than is taken. Nothing is changed then.
+            batches, its workers are threads, it has an attribute of its own by the name of one of
+            ours (a keyword, ``audit``, ``metrics``), or an option is not one of ours or of another
+            kind than is taken.
         ValueError: for an option out of range, or a loader that keeps an iterator of its own which
-            is in the middle of an epoch. Nothing is changed then.
+            is in the middle of an epoch.
+
+    Whatever is raised, nothing is changed then.
 
     Example:
         >>> import torch
@@ -69,9 +76,10 @@ def instrument(obj: _T, **options: Any) -> _T:
     """
     loader = _loader_in(obj)
     if loader is None:
+        several = isinstance(obj, dict | list | tuple)
         raise TypeError(
-            f"there is no DataLoader in {bounded_text(obj)}: neither is it one, nor does it hold "
-            f"one as {', '.join(_INNER)}. Give the loader itself; {_LAUNCHER}"
+            f"{bounded_text(obj)} is no DataLoader, and holds none as {', '.join(_INNER)}. Give "
+            f"{'each loader in it by' if several else 'the loader'} itself; {_LAUNCHER}"
         )
     unknown = [name for name in options if name not in KEYWORDS]
     if unknown:
@@ -84,29 +92,40 @@ def instrument(obj: _T, **options: Any) -> _T:
         for name, value in options.items():
             setattr(loader, name, value)
         return obj
-    why = why_not_recordable(loader)
+    why = why_not_recordable(loader) or _why_not_ours(loader)
     if why:
         raise TypeError(why)
     settings = checked(options, loader.dataset)
     kept = _torch.iterators_in(loader)
     for name, iterator in kept.items():
         _refuse_midway(loader, name, iterator)
+    theirs, before = type(loader), dict(vars(loader))
+    try:
+        _make_ours(loader, settings, kept)
+    except BaseException:  # their __setattr__, or what an iterator is made of
+        object.__setattr__(loader, "__class__", theirs)
+        vars(loader).clear()
+        vars(loader).update(before)
+        raise
+    return obj
+
+
+def _make_ours(loader: Any, settings: Settings, kept: dict[str, Any]) -> None:
     loader.__class__ = recorded_class(type(loader))
     for name in KEYWORDS:
         setattr(loader, name, getattr(settings, name))
-    recorder_of(loader)  # type: ignore[arg-type]  # it is ours now
     held = _torch.kept_iterator(loader)
     if held is not None and _torch.is_under_way(held):
         warnings.warn(
             "the epoch that this loader is in is finished unrecorded; records begin with the next",
-            stacklevel=2,
+            stacklevel=3,
         )
     for name in kept:
         # Made by the loader's constructor, for all epochs. Whoever made it drew from the generators
         # for it already.
         with preserved():
-            setattr(loader, name, SafeDataLoader.__iter__(loader))  # type: ignore[arg-type]
-    return obj
+            setattr(loader, name, SafeDataLoader.__iter__(loader))
+    recorder_of(loader)
 
 
 def loaders_of(obj: Any) -> list[Any]:
@@ -144,8 +163,9 @@ def _loader_in(obj: Any, outer: tuple[Any, ...] = ()) -> DataLoader[Any] | None:
     """The loader that batches come from: what a wrapper holds, or ``obj`` itself."""
     if any(obj is each for each in outer):
         return None
+    held = dict(fields(obj))
     for name in _INNER:
-        inner = getattr(obj, "__dict__", {}).get(name)
+        inner = held.get(name)
         found = None if inner is None else _loader_in(inner, (*outer, obj))
         if found is not None:
             return found
@@ -163,6 +183,21 @@ def why_not_recordable(loader: DataLoader[Any]) -> str:
             f"is {bounded_text(loader.multiprocessing_context)}); use process workers"
         )
     return ""
+
+
+def _why_not_ours(loader: DataLoader[Any]) -> str:
+    """Why a loader cannot become ours, in a sentence; empty if it can."""
+    kept, hides = (
+        [name for name in names if name in vars(loader) or definitions(type(loader), name)]
+        for names in ((*KEYWORDS, "_pool"), _TOLD)
+    )
+    if kept and not set(kept) >= set(KEYWORDS):  # all: copied with the attributes of one of ours
+        of_its_own = f"{', '.join(kept)} of its own, which would be lost"
+    elif hides:
+        of_its_own = f"{', '.join(hides)} of its own, which would hide ours"
+    else:
+        return ""
+    return f"this {type(loader).__qualname__} cannot become ours: it has {of_its_own}; {_LAUNCHER}"
 
 
 def _refuse_midway(loader: DataLoader[Any], name: str, iterator: Any) -> None:
@@ -191,7 +226,8 @@ def _class_over(theirs: Any) -> Any:
         theirs.__init__(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        make, args, *rest = super(cls, self).__reduce_ex__(protocol)
+        # Below 2 it would be told in a way that names the class, which nobody finds by its name.
+        make, args, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
         if make is cls:
             return _made, (theirs, *args), *rest
         if make is getattr(copyreg, "__newobj__") and args[0] is cls:  # noqa: B009  # no mangling

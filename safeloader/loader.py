@@ -251,6 +251,12 @@ def why_unrecorded(workers: bool) -> str:
             f"safeloader does not know torch {torch.__version__}, which lacks {', '.join(moved)}. "
             "Upgrade safeloader, or use a torch that this release supports (see its CHANGELOG)"
         )
+    if _python.runs_threads_at_once():
+        return (
+            f"safeloader is not tested with a Python that runs without its global lock (this is "
+            f"{sys.version.split()[0]}, a free-threaded build). Start it with PYTHON_GIL=1 in the "
+            "environment to have records"
+        )
     if workers and (missing := _python.missing()):
         return (
             f"safeloader cannot follow worker processes with Python {sys.version.split()[0]} on "
@@ -277,7 +283,8 @@ _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 def calling_line() -> str:
     """File and line of the user's code that made a loader, or iterates it.
 
-    Where there is none among the callers, as in a process that a framework started, a library's.
+    Where there is none among the callers, as in a process that a framework started, the program's
+    file; of a program that is a library's, the library's line.
     """
     frame: FrameType | None = sys._getframe(1)
     first = "?"
@@ -289,7 +296,8 @@ def calling_line() -> str:
                 return here
             first = here if first == "?" else first
         frame = frame.f_back
-    return first
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    return first if program is None or program.startswith(_LIBRARIES) else program
 
 
 def recorder_of(loader: SafeDataLoader[Any]) -> Recorder:

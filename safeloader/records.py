@@ -70,8 +70,9 @@ class Records:
         ``epoch``                       its number, from 0
         ``batches``                     handed over
         ``samples``                     handed over
-        ``wait_share``         0 to 1   of the time from asking for the first of these batches to
-                                        getting the last one, how much the training loop waited
+        ``wait_share``         0 to 1   of the time from asking for the first batch (with ``last``:
+                                        from getting the one before these) to getting the last one,
+                                        how much the training loop waited
         ``samples_per_s``      1/s      handed over in that time
         ``fetch_p50_ms``       ms       half of the samples took at most that long to fetch
         ``fetch_p95_ms``       ms       19 of 20 samples took at most that long to fetch

@@ -30,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="hypothesis tries N times as many examples of each property",
     )
+    parser.addoption(
+        "--need-frameworks",
+        action="store_true",
+        help="what is marked `frameworks` fails, and is not skipped, where its library is missing",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

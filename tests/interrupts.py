@@ -39,6 +39,7 @@ class _Bomb:
         code = frame.f_code
         if not code.co_filename.endswith(self._files) or code.co_name in _FINALIZERS:
             return None
+        frame.f_trace = self._stepped  # from 3.13 on, opcodes of a frame that has one are traced
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         return self._stepped
@@ -77,6 +78,7 @@ def at_every_moment(
         def run(bomb: _Bomb = bomb, before: Any = before) -> Any:
             while True:
                 if not bomb.went_off:
+                    sys._getframe().f_trace_opcodes = True  # 3.12: before the tracing begins
                     sys.settrace(bomb.called)
                 try:
                     return deed()

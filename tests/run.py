@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
         return run("pytest", *arguments)
     print(ABOUT, flush=True)
     began = time.monotonic()
-    plain = run("pytest", *WITHOUT_COVERAGE)
+    # Programs with real frameworks have an environment of their own: `make test-frameworks`.
+    plain = run("pytest", "-m", "not frameworks", *WITHOUT_COVERAGE)
     run("coverage", "erase")
     status = run(
         "coverage", "run", "-m", "pytest", *(f"--ignore={part}" for part in WITHOUT_COVERAGE)

@@ -8,6 +8,8 @@ of all.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from safeloader._version import __version__
 
 _HOOK = Path(__file__).parent.parent / "hook"
 _CANNOT_WORK = "ISE"  # of python: no environment, or no module `site` to run the hook
+_INSTEAD = ("-m", "-c", "-")  # of a script, for python
 _ALIVE_S = 60.0  # a run that wrote within this time is taken to go on
 _NOT_RECORDED = 3
 _EXAMPLES = """\
@@ -43,9 +46,21 @@ class _Refused(Exception):
     """It cannot work; the text says why."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong before anything else, and names the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [*self._option_string_actions]
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        meant = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        self.exit(2, f"{self.prog}: {message}{hint}. See {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m safeloader run",
+        usage="%(prog)s [--run DIR] [options] CMD...",
         description="Run a training program with every DataLoader of it recorded.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,16 +74,49 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stay beside the program; exit 3 if it ended well and fewer ranks were recorded",
     )
-    add("--verify", choices=("raise", "warn", "off"), default="warn")
-    add("--trace", metavar="DIR")
-    add("--on-error", choices=("raise", "skip", "replace"))
-    add("--retries", type=int, metavar="N")
-    add("--max-skipped", type=_number, metavar="N")
-    add("--on-crash", choices=("raise", "restart"))
-    add("--stall-after", type=float, metavar="SECONDS")
-    add("--on-failure-dump", metavar="DIR")
-    add("--transport", choices=("auto", "torch"))
-    add("--checksum", action="store_true", default=None)
+    add(
+        "--verify",
+        choices=("raise", "warn", "off"),
+        default="warn",
+        help="what a failed check does (default: warn)",
+    )
+    add("--trace", metavar="DIR", help="write a trace file for each loader into this folder")
+    add(
+        "--on-error",
+        choices=("raise", "skip", "replace"),
+        help="what a sample that fails does (default: raise)",
+    )
+    add("--retries", type=_natural, metavar="N", help="ask for it again first (default: 0)")
+    add(
+        "--max-skipped",
+        type=_bound,
+        metavar="N",
+        help="bound on skipped and replaced samples of an epoch: a count, or a fraction such as "
+        "0.01 (default: 0.01, and ten at least)",
+    )
+    add(
+        "--on-crash",
+        choices=("raise", "restart"),
+        help="what the death of a worker does; of a stream's it is raised (default: raise)",
+    )
+    add(
+        "--stall-after",
+        type=_seconds,
+        metavar="SECONDS",
+        help="log where the workers are after that long without a batch (default: 60; 0: never)",
+    )
+    add("--on-failure-dump", metavar="DIR", help="write each failure into this folder")
+    add(
+        "--transport",
+        choices=("auto", "torch"),
+        help="how batches cross from the workers; torch: in torch's own way (default: auto)",
+    )
+    add(
+        "--checksum",
+        action="store_true",
+        default=None,
+        help="compare what is handed over with what the workers made",
+    )
     add("command", nargs=argparse.REMAINDER, metavar="CMD...")
     return parser
 
@@ -76,21 +124,43 @@ def _parser() -> argparse.ArgumentParser:
 def _parsed(words: list[str]) -> dict[str, Any]:
     """Our options, and under ``command`` all from the first word on that is none of them."""
     at = 0
-    while at < len(words) and words[at].startswith("-") and words[at] not in ("--", "-m", "-c"):
+    while at < len(words) and words[at].startswith("-") and words[at] not in ("--", *_INSTEAD):
         alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
         at += 1 if alone else 2
     return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
 
 
 def _count(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise ValueError
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 on")
+    return int(word)
+
+
+def _natural(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from 0 on")
+    return int(word)
+
+
+def _bound(word: str) -> int | float:
+    number = int(word) if word.isdecimal() else _real(word)
+    if isinstance(number, float) and not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither a count nor a fraction up to 1")
     return number
 
 
-def _number(word: str) -> int | float:
-    return float(word) if "." in word else int(word)
+def _seconds(word: str) -> float:
+    number = _real(word)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of seconds from 0 on")
+    return number
+
+
+def _real(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return float("nan")  # out of every range
 
 
 def main(words: list[str]) -> int:
@@ -126,13 +196,16 @@ def _program(command: list[str]) -> list[str]:
             "this Python was started with -I, -E or -S, which keep the program from reading what "
             "records its loaders. Leave them out"
         )
+    switch = os.environ.get("SAFELOADER", "")
+    if switch.strip().lower() not in ("", "on", "off"):
+        raise _Refused(f"the environment variable SAFELOADER is {switch!r}, and not 'on' or 'off'")
     first = command[0]
-    if first.endswith(".py") or first in ("-m", "-c") or os.path.isdir(first):
+    if first.endswith(".py") or first in _INSTEAD or os.path.isdir(first):
         command = [sys.executable, *_own_flags(), *command]
     if re.fullmatch(r"python[0-9.]*(\.exe)?", os.path.basename(command[0])):
         words = iter(command[1:])
         for word in words:
-            if not word.startswith("-") or word.startswith("--") or word in ("-m", "-c"):
+            if not word.startswith("-") or word.startswith("--") or word in _INSTEAD:
                 break
             if word in ("-W", "-X"):
                 next(words, None)
@@ -200,9 +273,9 @@ def _begin_run(run: Path, program: list[str]) -> tuple[str, int]:
     newest = max((each.stat().st_mtime for each in run.rglob("*")), default=0.0)
     if known != os.environ.get("SAFELOADER_RUN_ID") and time.time() - newest < _ALIVE_S:
         raise _Refused(
-            f"another run writes into {run} (id {known}, a sign of life "
-            f"{time.time() - newest:.0f} s ago). Give another folder, wait a minute, or set "
-            f"SAFELOADER_RUN_ID={known} to go on with it"
+            f"another run may still write into {run}: it did {time.time() - newest:.0f} s ago. "
+            "Give another folder; or, if that run has ended, wait until a minute has passed, or "
+            f"set SAFELOADER_RUN_ID={known} to begin its next attempt now"
         )
     while True:
         numbers = (each.name.partition("=")[2] for each in run.glob("attempt=*"))
@@ -226,8 +299,14 @@ def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
 def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     """Run the program as a child, pass signals on, and look whether each rank was recorded."""
     child = subprocess.Popen(program, env=environment)  # noqa: S603  # the user's own words
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: child.send_signal(number))
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT or not _in_foreground():
+            child.send_signal(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first two
+            signal.signal(getattr(signal, name), pass_on)
     status = child.wait()
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
@@ -243,13 +322,34 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     }
     if len(seen) >= ranks:
         return 0
-    known = ", ".join(sorted(seen)) or "none"
+    known = f": {', '.join(sorted(seen))}" if seen else ""
     print(
-        f"python -m safeloader run: {len(seen)} of {ranks} ranks were recorded ({known})",
+        f"python -m safeloader run: {len(seen)} of {ranks} ranks were recorded{known}. A rank is "
+        "recorded once it iterates a loader; the lines above say of each process what was not, "
+        "and why",
         file=sys.stderr,
     )
     return _NOT_RECORDED
 
 
+def _in_foreground() -> bool:
+    """Whether what the terminal's Ctrl-C sends comes to this process and its children alike.
+
+    A second one would strike while the program ends because of the first.
+    """
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:  # there is none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
+
+
 def _has_audit(path: Path) -> bool:
-    return any(json.loads(line)["audit"] for line in path.read_text("utf-8").splitlines())
+    for line in path.read_text("utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line, where the disk was full
+            if json.loads(line)["audit"]:
+                return True
+    return False

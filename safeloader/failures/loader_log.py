@@ -23,17 +23,26 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     A program has several loaders, for training and validation at least. A handler of the user's
     that raises ends these lines, and not the training.
 
+    Args:
+        dataset: what the loader reads.
+        length: of the dataset; by default as it tells without any code of the user's.
+        kind: the name of the loader's class.
+
     Attributes:
+        kind: the name of the loader's class.
         length: of the dataset, as far as known.
         loader_name: the words before the colon.
     """
 
-    def __init__(self, dataset: Any, length: int | None = None) -> None:
+    def __init__(
+        self, dataset: Any, length: int | None = None, kind: str = "SafeDataLoader"
+    ) -> None:
         super().__init__(logging.getLogger("safeloader"), {})
         self.length = plain_length(dataset) if length is None else length
-        kind = short_type_name(type_name(type(dataset)))
+        self.kind = kind
+        over = short_type_name(type_name(type(dataset)))
         size = "" if self.length is None else f" ({self.length})"
-        self.loader_name = f"SafeDataLoader over {kind}{size}"
+        self.loader_name = f"{kind} over {over}{size}"
         self._broken = False
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
@@ -46,12 +55,10 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
             if raised_by_signal(exc):
                 raise
             self._broken = True
-            if sys.stderr is not None:  # as logging itself tells of a handler that raises
-                print(
-                    f"{self.loader_name}: a logging handler raised, and this epoch has no more "
-                    f"lines in the log\n{text_of(exc)}",
-                    file=sys.stderr,
-                )
+            say(  # as logging itself tells of a handler that raises
+                f"{self.loader_name}: a logging handler raised, and this epoch has no more "
+                f"lines in the log\n{text_of(exc)}"
+            )
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -81,6 +88,16 @@ def guarded(part: str, log: Callable[[], LoaderLog]) -> Iterator[None]:
         if raised_by_signal(exc):  # the user's, which only struck here
             raise
         log().own_fault(part, exc)
+
+
+def say(said: str) -> None:
+    """A line on stderr; nothing where the program has closed it, or put there what fails."""
+    try:
+        if sys.stderr is not None:
+            print(said, file=sys.stderr, flush=True)
+    except Exception as exc:
+        if raised_by_signal(exc):
+            raise
 
 
 def text_of(exc: BaseException) -> str:

@@ -8,6 +8,7 @@ loader is loaded its classes get three methods, which ask ``safeloader.beside`` 
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _LOADING = "torch.utils.data.dataloader"
+_TELLING = "safeloader.provenance.events"
 _LIKE_TORCHS = ("__module__", "__qualname__", "__doc__", "__annotations__", "__defaults__")
 
 
@@ -24,7 +26,7 @@ def _begin() -> None:
     sys.path[:] = [each for each in sys.path if os.path.abspath(each) != here]
     off = os.environ.get("SAFELOADER", "").strip().lower() == "off"
     if os.environ.get("SAFELOADER_LAUNCHED") and not off:
-        sys.meta_path.insert(0, _Notice())
+        sys.meta_path[:0] = [_Notice(_LOADING, _put_in), _Notice(_TELLING, _listen)]
     # The module that this one hides: the system's own, or a coverage tool's.
     mine = sys.modules.pop("sitecustomize", None)
     try:
@@ -38,31 +40,41 @@ def _begin() -> None:
 
 
 class _Notice:
-    """Finds no module of its own, but notices when torch's loader is looked for."""
+    """Finds no module of its own, but notices when one is looked for, and has it changed."""
+
+    def __init__(self, name: str, change: Any) -> None:
+        self._name = name
+        self._change = change
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """As :class:`importlib.abc.MetaPathFinder` has it."""
-        if name != _LOADING:
+        if name != self._name:
             return None
-        sys.meta_path.remove(self)
-        found = (finder.find_spec(name, path, target) for finder in list(sys.meta_path))
+        others = [getattr(each, "find_spec", None) for each in sys.meta_path if each is not self]
+        found = (find(name, path, target) for find in others if find is not None)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loads(spec.loader)  # type: ignore[assignment]  # as good as one
+            spec.loader = _Loads(spec.loader, self._loaded)  # as good as one
         return spec
+
+    def _loaded(self, module: Any) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self._change(module)
 
 
 class _Loads:
-    """A loader of modules, that puts our methods into what it loaded."""
+    """A loader of modules, that tells of what it loaded."""
 
-    def __init__(self, theirs: Any) -> None:
+    def __init__(self, theirs: Any, loaded: Any) -> None:
         self._theirs = theirs
+        self._loaded = loaded
 
     def exec_module(self, module: Any) -> None:
         """As :class:`importlib.abc.Loader` has it."""
         module.__loader__ = module.__spec__.loader = self._theirs
         self._theirs.exec_module(module)
-        _put_in(module)
+        self._loaded(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs, name)
@@ -71,7 +83,7 @@ class _Loads:
 def _put_in(module: Any) -> None:
     try:
         loader, iterator = module.DataLoader, module._BaseDataLoaderIter
-        iterate, get, make = loader.__iter__, loader._get_iterator, iterator.__init__
+        iterate, get = loader.__iter__, loader._get_iterator
     except AttributeError as exc:
         return _tell(f"it does not know this torch: {exc}")
 
@@ -83,45 +95,85 @@ def _put_in(module: Any) -> None:
         engine = _engine()
         return get(self) if engine is None else engine.get_iterator(self, get)
 
-    def __init__(self: Any, loader: Any, *args: Any, **kwargs: Any) -> None:
+    # Not `__init__`: that would be a frame more, to which torch's warnings and errors would point.
+    def __new__(cls: Any, loader: Any = None, *args: Any, **kwargs: Any) -> Any:
         engine = _engine()
-        if engine is not None:
-            engine.made(self, loader)
-        make(self, loader, *args, **kwargs)
+        if engine is not None and loader is not None:
+            engine.made(cls, loader)
+        return super(iterator, cls).__new__(cls)
 
-    pairs: Any = ((__iter__, iterate, loader), (_get_iterator, get, loader))
-    for ours, theirs, owner in (*pairs, (__init__, make, iterator)):
+    pairs: Any = ((__iter__, iterate), (_get_iterator, get))
+    for ours, theirs in pairs:
         for name in _LIKE_TORCHS:
             setattr(ours, name, getattr(theirs, name))
         ours.__wrapped__ = theirs
-        setattr(owner, ours.__name__, ours)
+        setattr(loader, ours.__name__, ours)
+    __new__.__wrapped__ = iterator.__init__  # type: ignore[attr-defined]  # for its signature
+    iterator.__new__ = staticmethod(__new__)
+    _torchs[:] = (module, "DataLoader", loader), (loader, "_get_iterator", _get_iterator)
     return None
 
 
-_found: list[Any] = []  # the engine, once it was looked for; None if it cannot be had
+def _listen(module: Any) -> None:
+    def listens(loader: Any, log: Any) -> Any:
+        engine = _engine()
+        return None if engine is None else engine.listens(loader, log)
+
+    module.listeners.append(listens)
+
+
+_torchs: list[Any] = []  # where what stands of torch's that the engine builds on
+_found: list[Any] = []  # the engine, once it is looked for; None while it is not had
+_settled: list[bool] = []  # whether that is the last word
+_looking = _thread.RLock()  # `threading` is not loaded yet
 
 
 def _engine() -> Any:
-    if not _found:
-        _found.append(None)  # while it is imported, torch's own serves
-        try:
-            from safeloader import beside
-
-            _found[0] = beside
-        except ModuleNotFoundError as exc:
-            if exc.name != "safeloader":  # another Python than the launcher's may have none
-                _tell(f"{type(exc).__name__}: {exc}")
-        except Exception as exc:  # the program goes on
-            _tell(f"{type(exc).__name__}: {exc}")
-        except BaseException:  # an interrupt: the next one who asks looks again
-            _found.clear()
-            raise
+    if not _settled:
+        with _looking:  # another thread's first loader waits
+            if not _found:
+                _look_for_engine()
     return _found[0]
 
 
+def _look_for_engine() -> None:
+    _found.append(None)  # while it is imported, torch's own serves this thread
+    try:
+        _found[0] = _import_engine()
+    except ModuleNotFoundError as exc:
+        if exc.name != "safeloader":  # another Python than the launcher's may have none
+            _tell(f"{type(exc).__name__}: {exc}")
+    except Exception as exc:  # the program goes on
+        _tell(f"{type(exc).__name__}: {exc}")
+    except BaseException:  # an interrupt: the next one who asks looks again
+        _found.clear()
+        raise
+    _settled.append(True)
+
+
+def _import_engine() -> Any:
+    """Load it with torch's own in its places: the program may have put other things there."""
+    places = [*_torchs, *((sys.modules["torch.utils.data"], *each[1:]) for each in _torchs[:1])]
+    theirs = [vars(owner).get(name, places) for owner, name, _ in places]
+    for owner, name, torchs in places:
+        setattr(owner, name, torchs)
+    try:
+        from safeloader import beside
+    finally:
+        for (owner, name, _), its in zip(places, theirs, strict=True):
+            if its is places:  # there was none
+                delattr(owner, name)
+            else:
+                setattr(owner, name, its)
+    return beside
+
+
 def _tell(why: str) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(f"safeloader: nothing is recorded in process {os.getpid()}: {why}\n")
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(f"safeloader: nothing is recorded in process {os.getpid()}: {why}\n")
+    except (OSError, ValueError):  # the program has closed it
+        pass
 
 
 _begin()

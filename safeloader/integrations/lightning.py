@@ -17,8 +17,8 @@ else:
 class LightningCallback(Callback):
     """Logs :meth:`loader.metrics() <safeloader.records.Records.metrics>` of the training's loader.
 
-    Every ``log_every_n_steps`` of the trainer those of the batches since then, as
-    ``data/wait_share`` and so on; at the end of an epoch those of all of it, as
+    Every ``log_every_n_steps`` of the trainer those of the batches since then, within the epoch
+    that runs, as ``data/wait_share`` and so on; at the end of an epoch those of all of it, as
     ``data_epoch/wait_share``. They go to every logger of the trainer, TensorBoard or another.
 
     Args:
@@ -38,13 +38,16 @@ class LightningCallback(Callback):
 
     def __init__(self, prefix: str = "data") -> None:
         self._logged = LoggedLoaders(prefix)
+        self._step = 0  # that was logged last
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log where Lightning logs its own."""
-        every = trainer.log_every_n_steps
-        if every and (batch_idx + 1) % every == 0:
+        every, step = trainer.log_every_n_steps, trainer.global_step
+        # Of the training and not of its epoch, which may be shorter; several batches may be a step.
+        if every and step % every == 0 and step != self._step:
+            self._step = step
             _log(trainer, self._logged.since_last(trainer.train_dataloader))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -62,9 +62,15 @@ class LoggedLoaders:
 
 
 def unrecorded(obj: Any) -> str:
-    """What to do where no loader is recorded."""
+    """What to do where there is nothing to log: no loader is recorded, or none was read from."""
+    if loaders_of(obj):
+        return (
+            f"this {type(obj).__name__} has handed no batch over, so nothing is logged of it. If "
+            "the training has begun, it reads from what the framework made of it: give that to "
+            "safeloader.instrument and here"
+        )
     return (
-        f"the {type(obj).__name__} that this training reads from is not recorded, so nothing is "
-        "logged of it. Make it a SafeDataLoader; or, where the framework makes it, give it to "
-        "safeloader.instrument, or start the program with python -m safeloader run"
+        f"this {type(obj).__name__} is not recorded, so nothing is logged of it. Make it a "
+        "SafeDataLoader; or, where the framework makes it or makes yours again, give what it made "
+        "to safeloader.instrument and here; or start the program with python -m safeloader run"
     )

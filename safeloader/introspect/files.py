@@ -77,7 +77,7 @@ def rank() -> int | None:
 
 def process_name() -> str:
     """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
-    return f"{host_name()}-rank{rank_told()}-{os.getpid()}"
+    return f"{host_name()}-rank{rank_told() or 0}-{os.getpid()}"
 
 
 def host_name() -> str:
@@ -85,8 +85,8 @@ def host_name() -> str:
     return re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
 
 
-def rank_told() -> int:
-    """Rank of this process by its group, else by what its launcher set; 0 where neither is."""
+def rank_told() -> int | None:
+    """Rank of this process by its group, else by what its launcher set; None where neither is."""
     known = rank()
     told = os.environ.get("RANK", "") if known is None else str(known)
-    return int(told) if told.isdecimal() else 0
+    return int(told) if told.isdecimal() else None

@@ -20,7 +20,6 @@ import re
 import socket
 import threading
 import types
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -41,6 +40,7 @@ from safeloader.introspect.values import (
     mro_of,
     type_name,
 )
+from safeloader.introspect.warned import warn
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
@@ -103,7 +103,7 @@ def survey(
 _said: set[tuple[str, str]] = set()
 
 
-def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1) -> None:
+def warn_once(findings: list[Inherited], dataset: object) -> None:
     """Warn of each finding, once a process for each class of dataset and path.
 
     It does not guess whether the worker makes it anew: each warning begins with the path, and says
@@ -112,7 +112,6 @@ def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1
     Args:
         findings: what ``survey`` returned.
         dataset: the loader's; only its class is looked at.
-        stacklevel: as for ``warnings.warn``; 1 is the caller of this function.
     """
     new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
     for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
@@ -122,7 +121,7 @@ def warn_once(findings: list[Inherited], dataset: object, *, stacklevel: int = 1
             text += f" ... and {len(new) - TOLD_MAX} more like it."
         silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
         text += f" If the worker does so already: {silence}"
-        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel + 1)
+        warn(text)
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
 
 

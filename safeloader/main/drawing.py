@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -49,7 +50,10 @@ class RecordingSampler:
     in_main: bool = False
     lends: bool = False
     log: Epoch = dataclasses.field(init=False)
-    _numbers: Iterator[int] = dataclasses.field(init=False, default_factory=itertools.count)
+    # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
+    _numbers: Iterator[int] = dataclasses.field(
+        init=False, default_factory=lambda: iter(range(sys.maxsize))
+    )
     _open: dict[int, Task] = dataclasses.field(init=False, default_factory=dict)
     _rest: Iterator[Task] = dataclasses.field(init=False, default=iter(()))
     # Open, and rest, while a new pool takes them.

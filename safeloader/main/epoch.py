@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import operator
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.files import rank
+from safeloader.introspect.warned import warn
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
@@ -45,13 +45,27 @@ _T = TypeVar("_T")
 class Epoch:
     """The accounts of one pass over the loader, and what follows from them.
 
+    Args:
+        dataset: what the loader reads.
+        settings: our keywords.
+        log: the loader's.
+        ledger: the accounts.
+        also: further sinks of its events.
+
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
-    def __init__(self, dataset: Any, settings: Settings, log: LoaderLog, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        settings: Settings,
+        log: LoaderLog,
+        ledger: Ledger,
+        also: Sequence[object] = (),
+    ) -> None:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
@@ -67,7 +81,7 @@ class Epoch:
         self._closed = False
         self._pid = os.getpid()
         recorder: Recorder = settings.recorder
-        sinks: list[object] = [LogLines(log)]
+        sinks: list[object] = [LogLines(log), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:
@@ -84,6 +98,8 @@ class Epoch:
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
+        if self.events.begun:
+            self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -163,9 +179,7 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def tell_discrepancy(
-        self, discrepancy: Discrepancy, manifest: BatchManifest | None, stacklevel: int = 4
-    ) -> None:
+    def tell_discrepancy(self, discrepancy: Discrepancy, manifest: BatchManifest | None) -> None:
         """Raise or warn, as the user asked for: what came is not what was drawn.
 
         Raises:
@@ -174,7 +188,7 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            warnings.warn(f"safeloader: {discrepancy.reason}", RuntimeWarning, stacklevel)
+            warn(f"safeloader: {discrepancy.reason}")
             return
         culprits = discrepancy.culprits
         raise self._error_in_place(

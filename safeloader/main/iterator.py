@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
-from safeloader.failures.loader_log import LoaderLog, length_of
+from safeloader.failures.loader_log import LoaderLog, guarded, length_of
+from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.epoch import Epoch
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
+from safeloader.provenance.events import listeners
 from safeloader.settings import Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
@@ -52,10 +54,17 @@ class SafeIterator(Iterator[Any]):
 
     def _begin(self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
-        log = LoaderLog(loader.dataset, length_of(loader.dataset))
+        kind = short_type_name(type_name(type(loader)))
+        log = LoaderLog(loader.dataset, length_of(loader.dataset), kind)
+        also: list[object] = []
+        with guarded("who listens to its events", lambda: log):
+            also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
-        self._epoch = epoch = Epoch(loader.dataset, settings, log, self.pool.new_ledger(loader))
-        restarts = settings.on_crash == "restart" and self.pool.workers
+        ledger = self.pool.new_ledger(loader)
+        self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger, also)
+        # A stream cannot be asked again for what a dead worker had read.
+        again = self.pool.workers and not self.pool.stream
+        restarts = settings.on_crash == "restart" and again
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
@@ -121,7 +130,7 @@ class SafeIterator(Iterator[Any]):
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:
-                        epoch.tell_discrepancy(discrepancy, manifest, stacklevel=3)
+                        epoch.tell_discrepancy(discrepancy, manifest)
                     number = epoch.batches
                     epoch.batches = number + 1
                     for told in epoch.events.delivered:

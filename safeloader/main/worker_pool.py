@@ -251,7 +251,7 @@ class WorkerPool:
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
-        warn_once(found, loader.dataset, stacklevel=8)
+        warn_once(found, loader.dataset)
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""

@@ -5,6 +5,7 @@ lines are sinks. Each is called directly. One that raises is told once in the lo
 training goes on.
 
 ========================================================  ==========================================
+``begun(epoch, audit)``                                   an epoch begins; ``audit()`` sums it up
 ``drawn(epoch, seq, indices)``                            the sampler drew a batch
 ``delivered(epoch, batch, wait_ns, manifest, began_ns)``  a batch is handed over; hot path
 ``skipped(epoch, batch, incidents, failures)``            samples were left out, replaced or late
@@ -29,6 +30,9 @@ from safeloader.introspect.texts import index_text
 
 DUMPS_MAX = 100  # of an epoch's failures that end no batch
 
+listeners: list[Callable[[Any, LoaderLog], object]] = []
+"""Each makes of a loader that begins an epoch, and its log, a further sink; None if it has none."""
+
 Sinks = tuple[Callable[..., None], ...]
 Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index
 
@@ -36,6 +40,7 @@ Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index
 class Events:
     """One epoch's stream of events: for each the methods to call, and none where nobody listens."""
 
+    begun: Sinks
     drawn: Sinks
     delivered: Sinks
     skipped: Sinks

@@ -226,8 +226,9 @@ def _say_blank() -> None:
     logger.warning(
         "%d SafeDataLoader(s) never delivered a batch in this process, so nothing was recorded or "
         "checked for them here: made at %s. That is as it should be where the program did not use "
-        "them. Where it did, a framework rebuilt them as torch's own DataLoader (look at "
-        "type(loader) where it hands them back), or another process used them.",
+        "them, or another process did. Else a framework made them again as torch's own DataLoader: "
+        "give what it hands back to safeloader.instrument, or start the program with "
+        "python -m safeloader run",
         len(loaders),
         ", ".join(sorted(set(loaders))[:3]),
     )

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
+from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.introspect.files import host_name, make_folder, rank_told
 
 _BOOT = "/proc/sys/kernel/random/boot_id"
@@ -35,7 +35,7 @@ class RunFolder:
 
     def __init__(self, run: str, attempt: int) -> None:
         self._fd = -1
-        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told()}"
+        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told() or 0}"
         try:
             boot = Path(_BOOT).read_text()[:8]
         except OSError:
@@ -44,7 +44,7 @@ class RunFolder:
             make_folder(parent)
             self.path = _new_folder(parent, f"{host_name()}-{os.getpid()}-{boot}")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-            self._fd = os.open(self.path / "epochs.jsonl", flags, 0o600)
+            self._fd = _not_stderr(os.open(self.path / "epochs.jsonl", flags, 0o600))
             weakref.finalize(self, os.close, self._fd).atexit = False
         except OSError as exc:
             self._broken(exc)
@@ -58,15 +58,26 @@ class RunFolder:
         except (OSError, ValueError) as exc:
             self._broken(exc)
 
-    def failed(self, failure: Failure) -> None:
-        """Write a failure as a file of its own."""
+    def failed(self, failure: Failure, log: LoaderLog) -> None:
+        """Write a failure as a file of its own, which a line in the loader's log names."""
         if self._fd >= 0:
-            dump.write(failure, self.path / "failures")
+            dump.write(failure, self.path / "failures", log)
 
     def _broken(self, exc: BaseException) -> None:
         self._fd = -1
-        if sys.stderr is not None:
-            print(f"safeloader: nothing more is written for this run: {exc}", file=sys.stderr)
+        say(f"safeloader: nothing more is written for this run: {exc}")
+
+
+def _not_stderr(fd: int) -> int:
+    """The file under a number above 2: in a program that has closed these, lines for stderr would
+    go into it."""
+    low = []
+    while fd <= 2:
+        low.append(fd)
+        fd = os.dup(fd)
+    for each in low:
+        os.close(each)
+    return fd
 
 
 def _new_folder(parent: Path, stem: str) -> Path:

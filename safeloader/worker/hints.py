@@ -38,8 +38,8 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
     STRUCK: "no sample is to blame; next() goes on with the next batch",
-    "sample": "loader.replay(error) repeats the call here with the same random numbers, "
-    "loader.dataset[{index}] with others",
+    "sample": "safeloader.replay(error, loader.dataset) repeats the call here with the same random "
+    "numbers, loader.dataset[{index}] with others",
     "sample of a stream": "sample {ordinal} (from 0) of worker {worker}'s stream: iterate the "
     "dataset up to it to repeat the call. In the main process get_worker_info() is None: a dataset "
     "that shares itself out by it has to be given worker {worker}'s share by hand",

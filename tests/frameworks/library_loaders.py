@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
+import queue
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,17 +88,28 @@ class NeverAsks(DataLoader[Any]):
         return map(torch.tensor, range(3))
 
 
-class ThreadContext:
+class ThreadWorker(threading.Thread):
+    pid = 0
+
+
+class ThreadQueue(queue.Queue[Any]):
+    def close(self) -> None:
+        pass
+
+    def cancel_join_thread(self) -> None:
+        pass
+
+
+class ThreadContext(multiprocessing.context.SpawnContext):
     """MONAI's ThreadDataLoader: what stands for a process is a thread."""
 
-    def get_start_method(self) -> str:
-        return "fork"
+    Process = ThreadWorker  # type: ignore[assignment]
+    Queue = ThreadQueue  # type: ignore[assignment]
 
 
 def with_thread_workers() -> DataLoader[Any]:
-    loader: DataLoader[Any] = DataLoader(Numbers(), batch_size=4)  # type: ignore[arg-type]
-    vars(loader)["_DataLoader__multiprocessing_context"] = ThreadContext()
-    return loader
+    threads = {"num_workers": 1, "multiprocessing_context": ThreadContext()}
+    return DataLoader(Numbers(), batch_size=4, **threads)  # type: ignore[arg-type]
 
 
 class Wraps:

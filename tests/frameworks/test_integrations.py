@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import safeloader
 from safeloader import SafeDataLoader, integrations, loaders_of
 
-pytest.importorskip("tensorboard")
-
 pytestmark = [
     pytest.mark.frameworks,
     pytest.mark.filterwarnings("ignore"),  # of the frameworks; ours are looked for by name
@@ -21,6 +21,21 @@ pytestmark = [
 
 SAMPLES, BATCH, EVERY = 80, 4, 5
 A_WINDOW = {"batches": 5.0, "samples": 20.0, "skipped": 0.0}
+
+
+@pytest.fixture
+def library(request: pytest.FixtureRequest) -> str:
+    """One that is there, and TensorBoard too."""
+    name: str = request.param
+    for needed in (name, "tensorboard"):
+        if importlib.util.find_spec(needed) is None:
+            if request.config.getoption("--need-frameworks"):
+                pytest.fail(f"{needed} is not installed")
+            pytest.skip(f"{needed} is not installed")
+    return name
+
+
+only = functools.partial(pytest.mark.parametrize, "library", indirect=True)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -44,8 +59,9 @@ def check(found: dict[str, dict[int, float]], steps: list[int], before: str = ""
         assert all(value > 0 for value in found[f"{before}data/{name}"].values())
 
 
-def test_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
+@only(argvalues=["lightning"])
+def test_lightning(library: str, tmp_path: Path) -> None:
+    import lightning
 
     class Model(lightning.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -75,8 +91,10 @@ def test_lightning(tmp_path: Path) -> None:
     assert found["data_epoch/samples"] == {19: SAMPLES, 39: SAMPLES}
 
 
-def test_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+@only(argvalues=["transformers"])
+def test_transformers(library: str, tmp_path: Path) -> None:
+    import transformers
+
     draws = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 50, (SAMPLES, 8), generator=draws)
     config = transformers.GPT2Config(
@@ -108,8 +126,10 @@ def test_transformers(tmp_path: Path) -> None:
     assert loader.audit.ok
 
 
-def test_accelerate(tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
+@only(argvalues=["accelerate"])
+def test_accelerate(library: str, tmp_path: Path) -> None:
+    import accelerate
+
     accelerator = accelerate.Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
     data = TensorDataset(torch.randn(SAMPLES, 4))

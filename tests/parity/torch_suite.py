@@ -1,22 +1,28 @@
-"""PyTorch's own DataLoader tests, with the class swapped.
+"""PyTorch's own DataLoader tests, with the class swapped or under the launcher.
 
 The file is PyTorch's and not kept here. Get ``test/test_dataloader.py`` of a PyTorch checkout (or
 ``test/stateful_dataloader/test_dataloader.py`` of meta-pytorch/data, which tests the same) and run
 ``python -m tests.parity.torch_suite PATH``: it runs the file twice, with the stock loader and with
-ours, and compares what passed. It takes some twelve minutes on two cores.
+ours, and compares what passed. It takes some twelve minutes on two cores. With ``--launcher`` the
+second run is that of the stock loader under ``python -m safeloader run``, and what that recorded is
+counted too.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STOCK = "from torch.utils.data import DataLoader  # the class under test"
+FEWEST_EPOCHS = 100  # that the launcher records; some 330 are
 OURS = "from safeloader import SafeDataLoader as DataLoader  # the class under test"
 
 
@@ -37,11 +43,13 @@ def with_class(source: str, line: str) -> str:
     return swapped
 
 
-def outcomes(source: str, folder: Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped."""
+def outcomes(source: str, folder: Path, run: Path | None = None) -> dict[str, int]:
+    """How many tests passed, failed and were skipped; ``run``: by the launcher, recorded there."""
     path = folder / "test_dataloader.py"
     path.write_text(source)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder]
+    launcher = [] if run is None else ["-m", "safeloader", "run", "--run", run]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder]
+    command = [sys.executable, *launcher, *tests]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [*map(str, command), str(path)],
@@ -57,17 +65,37 @@ def outcomes(source: str, folder: Path) -> dict[str, int]:
     }
 
 
+def recorded(run: Path) -> tuple[int, int]:
+    """How many lines of the tests iterate loaders that were recorded, and how many epochs."""
+    told: list[dict[str, Any]] = []
+    for path in run.rglob("epochs.jsonl"):
+        told += map(json.loads, path.read_text("utf-8").splitlines())
+    epochs = [each for each in told if each["audit"] is not None]
+    return len({each["loader"] for each in epochs}), len(epochs)
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print(__doc__)
-        return 2
-    source = Path(arguments[0]).read_text()
-    found = {}
-    for name, line in (("stock", STOCK), ("safeloader", OURS)):
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = outcomes(with_class(source, line), Path(folder))
-        print(name, found[name], flush=True)
-    return 0 if found["stock"] == found["safeloader"] else 1
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.parity.torch_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", type=Path, help="the test file")
+    parser.add_argument("--launcher", action="store_true", help="not swapped, but recorded")
+    options = parser.parse_args(arguments)
+    source = options.path.read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        stock = outcomes(with_class(source, STOCK), Path(folder))
+    print("stock", stock, flush=True)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as run:
+        if not options.launcher:
+            ours = outcomes(with_class(source, OURS), Path(folder))
+            print("safeloader", ours)
+            return 0 if ours == stock else 1
+        ours = outcomes(with_class(source, STOCK), Path(folder), Path(run))
+        lines, epochs = recorded(Path(run))
+    print(f"launcher {ours}, {epochs} epochs recorded of loaders in {lines} lines")
+    return 0 if ours == stock and epochs >= FEWEST_EPOCHS else 1
 
 
 if __name__ == "__main__":

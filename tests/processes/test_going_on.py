@@ -822,6 +822,28 @@ def test_a_stream_cannot_be_restarted() -> None:
         SafeDataLoader(Numbers(), SIZE, num_workers=2, on_crash="restart")
 
 
+class DiesOnce(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(8):
+            if number == 5 and not self.flag.exists():
+                self.flag.touch()
+                os._exit(9)
+            yield number
+
+
+def test_nor_where_restarts_are_asked_for_later(tmp_path: Path) -> None:
+    # As the launcher asks for them, of every loader of a program.
+    loader = SafeDataLoader(DiesOnce(tmp_path / "died"), 2, num_workers=1, verify="warn")
+    loader.on_crash = "restart"
+    came: list[list[int]] = []
+    with pytest.raises(WorkerCrashError):
+        came.extend(batch.tolist() for batch in loader)
+    assert came == [[0, 1], [2, 3]]
+
+
 def test_a_death_is_told_soon_though_the_other_worker_goes_on() -> None:
     loader = SafeDataLoader(Sound(2000), SIZE, num_workers=2, in_order=False)
     iterator: Any = iter(loader)

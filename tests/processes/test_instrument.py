@@ -116,6 +116,87 @@ def test_a_wrapper_that_is_a_loader_by_its_attributes() -> None:
     assert [loader.audit.delivered for loader in loaders_of({"train": wrapper})] == [10]
 
 
+def test_the_loader_in_a_wrapper_with_slots() -> None:
+    class Slots:
+        __slots__ = ("loader",)
+
+    wrapper = Slots()
+    wrapper.loader = DataLoader(Numbers(), batch_size=4)  # type: ignore[attr-defined,arg-type]
+    instrument(wrapper)
+    list(wrapper.loader)  # type: ignore[attr-defined]
+    assert [loader.audit.delivered for loader in loaders_of(wrapper)] == [10]
+
+
+class HasKey(DataLoader[Any]):
+    def __init__(self, *args: Any, key: str = "image", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.key = key
+
+
+class HasRetries(DataLoader[Any]):
+    @property
+    def retries(self) -> int:
+        raise AssertionError("nobody asks")
+
+
+class HasPool(DataLoader[Any]):
+    _pool = "theirs"
+
+
+class HasMetrics(DataLoader[Any]):
+    metrics = ("theirs",)
+
+
+class HasAudit(DataLoader[Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.audit = "theirs"
+
+
+class SetsNothing(DataLoader[Any]):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "on_error":
+            raise RuntimeError("not here")
+        super().__setattr__(name, value)
+
+
+class FailsToBegin(Endless):
+    def _get_iterator(self) -> Any:
+        if isinstance(self, SafeDataLoader):
+            raise RuntimeError("not here")
+        return super()._get_iterator()
+
+
+@pytest.mark.parametrize(
+    ("cls", "error", "why"),
+    [
+        (HasKey, TypeError, "it has key of its own, which would be lost"),
+        (HasRetries, TypeError, "it has retries of its own"),
+        (HasPool, TypeError, "it has _pool of its own"),
+        (HasMetrics, TypeError, "it has metrics of its own, which would hide ours"),
+        (HasAudit, TypeError, "it has audit of its own, which would hide ours"),
+        (SetsNothing, RuntimeError, "not here"),
+        (FailsToBegin, RuntimeError, "not here"),
+    ],
+)
+def test_what_cannot_become_ours_stays_as_it_was(cls: Any, error: type, why: str) -> None:
+    loader = cls(Numbers(), batch_size=4)
+    before = dict(vars(loader))
+    with pytest.raises(error, match=why):
+        instrument(loader)
+    assert type(loader) is cls
+    assert vars(loader) == before
+    assert [len(batch) for batch in loader] == [4, 4, 2]
+
+
+def test_a_loader_with_the_attributes_of_one_of_ours_may_become_ours() -> None:
+    ours = instrument(DataLoader(Numbers(), batch_size=4))  # type: ignore[arg-type]
+    copied: Any = DataLoader.__new__(DataLoader)
+    vars(copied).update(vars(ours) | {"recorder": None})
+    list(instrument(copied))
+    assert copied.audit.delivered == 10
+
+
 def test_loaders_that_are_not_recorded_are_left_out() -> None:
     plain: Any = DataLoader(Numbers(), batch_size=4)  # type: ignore[arg-type]
     assert loaders_of([plain, object(), None]) == []
@@ -128,9 +209,13 @@ def circular() -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no loader": (lambda: object(), "there is no DataLoader in"),
-    "wraps none": (lambda: Wraps([1, 2], "loader"), "there is no DataLoader in"),
-    "wraps itself": (circular, "there is no DataLoader in"),
+    "no loader": (lambda: object(), "is no DataLoader, and holds none as"),
+    "wraps none": (lambda: Wraps([1, 2], "loader"), "is no DataLoader, and holds none as"),
+    "a list": (
+        lambda: [DataLoader(Numbers())],  # type: ignore[arg-type]
+        "Give each loader in it by itself",
+    ),
+    "wraps itself": (circular, "is no DataLoader, and holds none as"),
     "iterators of its own": (
         lambda: MakesItsOwn(Numbers(), batch_size=4),  # type: ignore[arg-type]
         "MakesItsOwn._get_iterator makes its batches itself",
@@ -188,8 +273,12 @@ def through_pickle(loader: Any) -> Any:
     return pickle.loads(pickle.dumps(loader))
 
 
+def through_old_pickle(loader: Any) -> Any:
+    return pickle.loads(pickle.dumps(loader, protocol=0))
+
+
 @pytest.mark.parametrize("cls", [DataLoader, Transforms])
-@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_pickle, through_old_pickle])
 def test_copies_are_recorded_too(cls: Any, way: Any) -> None:
     loader = instrument(cls(Numbers(), batch_size=4), verify="warn")
     list(loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -102,6 +103,9 @@ for cls in (Transforms, Endless, MakesItsOwn, NeverAsks):
         print([batch.tolist() for batch in loader])
     print(type(loader) is cls)
 """,
+    "workers that are threads": """
+print([batch[:, 0].tolist() for batch in with_thread_workers()])
+""",
     "spawn": """
 loader = DataLoader(Numbers(), batch_size=4, num_workers=1, multiprocessing_context="spawn")
 print([batch[:, 0].tolist() for batch in loader])
@@ -116,6 +120,8 @@ print(len(pickle.dumps(loader)), type(pickle.loads(pickle.dumps(loader))).__name
 for name in ("__iter__", "_get_iterator"):
     method = getattr(DataLoader, name)
     print(method.__name__, method.__qualname__, method.__module__, method.__doc__)
+import inspect
+print(inspect.signature(torch.utils.data.dataloader._BaseDataLoaderIter))
 """,
 }
 
@@ -127,24 +133,145 @@ def test_the_program_does_as_without_it(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in ours.stderr
 
 
+REPLACED = {
+    "a subclass": "torch.utils.data.DataLoader = type('Mine', (DataLoader,), {})",
+    "a function": "torch.utils.data.DataLoader = lambda *words: DataLoader(*words)",
+    "nothing": "del torch.utils.data.DataLoader, torch.utils.data.dataloader.DataLoader",
+    "methods": """
+def patched(name, theirs):
+    def ours(self):
+        print(name)
+        return globals()["theirs " + name](self)
+    globals()["theirs " + name] = theirs
+    setattr(DataLoader, name, ours)
+for name in ("__iter__", "_get_iterator"):
+    patched(name, getattr(DataLoader, name))
+""",
+}
+
+
+@pytest.mark.parametrize("by", REPLACED)
+def test_a_program_that_puts_something_in_the_place_of_torchs(by: str, tmp_path: Path) -> None:
+    body = f"""
+{REPLACED[by]}
+places = torch.utils.data, torch.utils.data.dataloader
+before = [vars(place).get("DataLoader") for place in places]
+print(len(list(DataLoader(Numbers(6)))))
+print(before == [vars(place).get("DataLoader") for place in places])
+"""
+    alone, ours = both(tmp_path, body)
+    assert ours.stdout == alone.stdout
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+
+
+def test_a_warning_of_torchs_points_to_the_line_that_it_does_without_us(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("always")
+for workers in (0, 1):
+    list(DataLoader(Numbers(6), pin_memory=True, num_workers=workers))
+"""
+    alone, ours = both(tmp_path, body)
+    assert "pin_memory" in alone.stderr
+    assert ours.stderr.startswith(alone.stderr)
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "SafeDataLoader"])
+def test_a_warning_of_ours_points_to_the_line_that_asks_for_batches(
+    kind: str, tmp_path: Path
+) -> None:
+    body = f"""
+from safeloader import SafeDataLoader
+class Draws(Numbers):
+    def __init__(self): super().__init__(6); self.mine = torch.Generator()
+for _ in {kind}(Draws(), num_workers=2): pass  # here
+"""
+    here = program(tmp_path, body).read_text().split("# here")[0].count("\n") + 1
+    for words in (["train.py"], ["-m", "safeloader", "run", "train.py"]):
+        ours = ran(tmp_path, *words)
+        if kind == "SafeDataLoader" or len(words) > 1:
+            said = f"train.py:{here}: RuntimeWarning: safeloader: dataset.mine (torch.Generator)"
+            assert said in ours.stderr
+
+
+def test_where_warnings_are_errors_ours_are_none(tmp_path: Path) -> None:
+    body = """
+import warnings
+warnings.simplefilter("error")
+class Draws(Numbers):
+    def __init__(self): super().__init__(6); self.mine = torch.Generator()
+print(len(list(DataLoader(Draws(), num_workers=2))))
+class Fewer(Numbers):
+    def __getitems__(self, indices): return [self[index] for index in indices[1:]]
+print(len(list(DataLoader(Fewer(8), batch_size=4))))
+"""
+    ours = launched(tmp_path, body)
+    assert (ours.returncode, ours.stdout) == (0, "6\n2\n"), ours.stderr
+    assert "safeloader: __getitems__ was asked for 4 samples and gave 3" in ours.stderr
+    assert "safeloader: dataset.mine (torch.Generator) goes to the workers" in ours.stderr
+    assert "1 epoch, 6 of 6 delivered" in ours.stderr
+    assert "please report" not in ours.stderr
+
+
+@pytest.mark.parametrize("closes", ["sys.stderr.close()", "os.close(2)", "sys.stderr = None"])
+def test_a_program_that_closes_stderr_goes_on(closes: str, tmp_path: Path) -> None:
+    body = f"""
+{closes}
+list(DataLoader(Numbers(6), batch_size=4))
+list(MakesItsOwn(Numbers(6), batch_size=4))
+loader = with_thread_workers()
+loader.num_workers = 0
+print(len(list(loader)), flush=True)
+"""
+    ours = launched(tmp_path, body, "--run", "runs")
+    assert (ours.returncode, ours.stdout) == (0, "3\n")
+    assert delivered(tmp_path / "runs") == [6]
+
+
 def test_each_loader_is_told_of_at_the_end_and_what_was_not_recorded_too(tmp_path: Path) -> None:
     body = """
 list(DataLoader(Numbers(), batch_size=4))
 list(Endless(Numbers(), batch_size=4))
 list(MakesItsOwn(Numbers(), batch_size=4))
-loader = with_thread_workers()
-loader.num_workers = 0
-list(loader)
+list(with_thread_workers())
 """
     said = launched(tmp_path, body).stderr.splitlines()
     at = f"at {tmp_path / 'train.py'}"
     (begins,) = (k for k, line in enumerate(said) if "loaders of process" in line)
     told = "\n".join(said[begins + 1 :])
-    assert f"DataLoader {at}:6: 1 epoch, 10 of 10 delivered" in told
+    assert f"DataLoader over Numbers (10) {at}:6: 1 epoch, 10 of 10 delivered" in told
     assert f"NOT recorded: MakesItsOwn {at}:8" in told
-    assert f"NOT recorded: DataLoader {at}:11" in told
+    assert f"NOT recorded: DataLoader {at}:9" in told
     assert "its workers are threads" in told
     assert sum("Endless" in line for line in told.splitlines()) == 1
+
+
+def test_the_programs_own_safe_loaders_are_told_of_and_counted(tmp_path: Path) -> None:
+    body = """
+from safeloader import SafeDataLoader
+loader = SafeDataLoader(Numbers(6), batch_size=4, num_workers=1)
+list(loader); list(loader)
+print(loader.audit.epoch, loader.verify)
+"""
+    ours = launched(tmp_path, body, "--run", "runs", "--expect-ranks", "1")
+    assert (ours.returncode, ours.stdout) == (0, "1 raise\n"), ours.stderr
+    at = f"SafeDataLoader over Numbers (6) at {tmp_path / 'train.py'}:8"
+    assert f"{at}: 2 epochs, 12 of 12 delivered" in ours.stderr
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_lines_in_the_log_name_the_programs_class(tmp_path: Path) -> None:
+    body = """
+from torch.utils.data import IterableDataset
+class Stream(IterableDataset):
+    def __len__(self): return 3
+    def __iter__(self): return iter(range(3))
+class Mine(DataLoader): pass
+list(Mine(Stream(), num_workers=2))
+"""
+    said = launched(tmp_path, body).stderr
+    assert "Mine over Stream (3): epoch 0: len(dataset) says 3" in said
+    assert "SafeDataLoader" not in said
 
 
 def test_a_sample_that_fails_is_told_with_its_index(tmp_path: Path) -> None:
@@ -156,10 +283,10 @@ class Bad(Numbers):
 try:
     list(DataLoader(Bad(), batch_size=4))
 except KeyError as error:
-    print(type(error).__mro__[1:3], error.index)
+    print(type(error).__name__, error.index)
 """
     ours = launched(tmp_path, body, "--run", "runs")
-    assert "6" in ours.stdout
+    assert ours.stdout == "SampleError(KeyError) 6\n"
     assert "1 error raised" in ours.stderr
     assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json"))) == 1
 
@@ -243,6 +370,17 @@ def test_children_are_recorded_too(how: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/"))) == 2
 
 
+def test_a_loader_that_no_line_of_the_users_iterates_is_told_by_the_programs_file(
+    tmp_path: Path,
+) -> None:
+    body = """
+child = multiprocessing.get_context("spawn").Process(target=list, args=(DataLoader(Numbers(6)),))
+child.start(); child.join()
+"""
+    ours = launched(tmp_path, body)
+    assert f"DataLoader over Numbers (6) at {tmp_path / 'train.py'}: 1 epoch" in ours.stderr
+
+
 def test_torchrun_with_two_ranks(tmp_path: Path) -> None:
     program(tmp_path, "list(DataLoader(Numbers(6), batch_size=4, num_workers=1))")
     ranks = ["--nproc-per-node=2", "--master-port=0"]
@@ -301,6 +439,45 @@ except KeyboardInterrupt:
     assert process.returncode == 4
 
 
+def test_an_interrupt_from_the_terminal_comes_once_beside_the_program_too(tmp_path: Path) -> None:
+    # The terminal gives it to the launcher and to the program. The launcher is stopped until the
+    # program has had it, and then gets a SIGTERM as well, which it passes on.
+    body = """
+came = []
+def interrupted(number, frame):
+    came.append(number)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGCONT)
+def ended(number, frame):
+    os.write(1, f"interrupts: {len(came)}\\n".encode())
+    os._exit(0)
+signal.signal(signal.SIGINT, interrupted)
+signal.signal(signal.SIGTERM, ended)
+os.kill(os.getppid(), signal.SIGSTOP)
+print("begun", flush=True)
+while True:
+    signal.pause()
+"""
+    program(tmp_path, body)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        words = ["-m", "safeloader", "run", "--expect-ranks", "1", "train.py"]
+        os.execve(sys.executable, [sys.executable, *words], surroundings())
+    try:
+        said = b""
+        while b"begun" not in said:  # the test's time limit ends it
+            said += os.read(terminal, 1000)
+        os.write(terminal, b"\x03")
+        while b"interrupts:" not in said or not said.endswith(b"\n"):
+            said += os.read(terminal, 1000)
+        assert b"interrupts: 1" in said
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
 @pytest.mark.parametrize("how", ["exits", "is killed"])
 def test_beside_the_program_its_end_is_the_launchers(how: str, tmp_path: Path) -> None:
     end = "sys.exit(6)" if how == "exits" else "os.kill(os.getpid(), signal.SIGTERM)"
@@ -311,7 +488,7 @@ def test_beside_the_program_its_end_is_the_launchers(how: str, tmp_path: Path) -
 def test_a_rank_that_was_not_recorded(tmp_path: Path) -> None:
     ours = launched(tmp_path, "list(DataLoader(Numbers(6)))", "--expect-ranks", "2")
     assert ours.returncode == 3
-    assert "1 of 2 ranks were recorded (rank=0)" in ours.stderr
+    assert "1 of 2 ranks were recorded: rank=0. A rank is" in ours.stderr
     assert launched(tmp_path, "list(DataLoader(Numbers(6)))", "--expect-ranks", "1").returncode == 0
 
 
@@ -327,7 +504,7 @@ def test_the_same_run_goes_on_as_its_next_attempt_and_another_is_refused(tmp_pat
     assert delivered(runs) == [6, 6]
     other = launched(tmp_path, body, "--run", "runs", SAFELOADER_RUN_ID="two")
     assert other.returncode == 2
-    assert "another run writes into" in other.stderr
+    assert "another run may still write into" in other.stderr
     long_ago = time.time() - 3600
     for path in [runs, *runs.rglob("*")]:
         os.utime(path, (long_ago, long_ago))
@@ -375,6 +552,36 @@ print(sorted(name for name in sys.modules if name.startswith("safeloader")))
 print(any("hook" in path for path in sys.path))
 """
     assert launched(tmp_path, body).stdout == "[]\nFalse\n"
+
+
+def test_threads_that_begin_at_once_are_all_recorded(tmp_path: Path) -> None:
+    body = """
+import importlib.abc, threading
+threads = [threading.Thread(target=lambda: list(DataLoader(Numbers(6)))) for _ in range(2)]
+class Second(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "safeloader.beside":
+            sys.meta_path.remove(self)
+            threads[1].start()
+            threads[1].join(0.5)  # it ends only where it does not wait
+sys.meta_path.insert(0, Second())
+threads[0].start()
+threads[0].join()
+threads[1].join()
+"""
+    assert launched(tmp_path, body, "--run", "runs").returncode == 0
+    assert delivered(tmp_path / "runs") == [6, 6]
+
+
+def test_finders_of_the_programs_that_are_of_an_older_kind_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nclass Old:\n    def find_module(self, name, path=None): return None\n"
+        "sys.meta_path.insert(0, Old())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ours = launched(tmp_path, "print(len(list(DataLoader(Numbers()))))", PYTHONPATH=path)
+    assert ours.stdout == "10\n", ours.stderr
+    assert "10 of 10 delivered" in ours.stderr
 
 
 def test_the_sitecustomize_that_it_hides_is_run(tmp_path: Path) -> None:

@@ -36,8 +36,18 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
 from benchmarks.peers import PEERS, maker
 from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
+from safeloader import beside
+from safeloader.introspect import warned
 
 BATCHES = 3
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launched process knows, the contender `launcher` knows for one test."""
+    monkeypatch.setattr(beside, "_state", beside._State())
+    monkeypatch.setattr(beside.atexit, "register", lambda function: None)
+    monkeypatch.setattr(warned, "instead", None)
 
 
 def build(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -73,6 +83,7 @@ def leaves(batch: Any) -> int:
 # -------------------------------------------------------------------------------------- cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_contender_yields_the_same_batches(case: Case, tmp_path: Path) -> None:
     """The ratio of two speeds means something only if both sides did the same work."""

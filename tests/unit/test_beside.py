@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from safeloader import SKIP, beside
+from safeloader import SKIP, Recorder, SafeDataLoader, beside
 from safeloader.handles import handle_of
+from safeloader.introspect import warned
+from safeloader.provenance import events
 from safeloader.provenance.run_folder import RunFolder
 
 
@@ -23,7 +27,10 @@ def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
-    return beside._state
+    monkeypatch.setattr(warned, "instead", None)
+    events.listeners.append(beside.listens)  # as the hook does
+    yield beside._state
+    events.listeners.remove(beside.listens)
 
 
 def plain() -> Any:
@@ -58,6 +65,67 @@ def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
     assert "1 epoch" not in said
 
 
+@pytest.mark.parametrize("what", ["why_not_recordable", "calling_line"])
+def test_a_fault_before_the_loader_is_known_ends_no_program(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise LookupError("out of luck")
+
+    monkeypatch.setattr(beside, what, fails)
+    loader = plain()
+    for _ in range(2):
+        assert len(list(recorded(loader))) == 2
+        assert len(list(beside.iterate(loader, DataLoader.__iter__))) == 2
+    beside.made(object, loader)
+    assert capsys.readouterr().err.count("safeloader failed (LookupError: out of luck)") == 1
+
+
+def test_a_time_limit_that_strikes_meanwhile_is_the_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def too_long(*args: Any) -> Any:
+        raise TimeoutError("of the program's own")
+
+    before = signal.signal(signal.SIGUSR1, too_long)
+    monkeypatch.setattr(
+        beside, "iterate_recorded", lambda *args: os.kill(os.getpid(), signal.SIGUSR1)
+    )
+    try:
+        with pytest.raises(TimeoutError, match="the program's own"):
+            recorded(plain())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_thread_waits_until_it_is_known_where_to_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    second = threading.Thread(target=lambda: list(recorded(plain())))
+
+    def made_slowly(*args: Any) -> RunFolder:
+        second.start()
+        second.join(0.2)  # it ends only where it does not wait
+        return RunFolder(*args)
+
+    monkeypatch.setattr(beside, "RunFolder", made_slowly)
+    list(recorded(plain()))
+    second.join()
+    assert [told["delivered"] for told in audits(tmp_path) if told] == [6, 6]
+
+
+def test_an_error_of_torchs_own_is_raised_as_it_is_and_no_fault_of_ours(capsys: Any) -> None:
+    loader = plain()
+    loader.timeout = 5  # without workers, which torch's constructor does not take
+    with pytest.raises(AssertionError) as ours:
+        recorded(loader)
+    with pytest.raises(AssertionError) as theirs:
+        DataLoader._get_iterator(loader)
+    assert (str(ours.value), ours.value.__context__) == (str(theirs.value), None)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: Any) -> None:
     loader = plain()
     next(recorded(loader))
@@ -70,7 +138,46 @@ def test_an_epoch_that_runs_still_is_told_as_it_stands(tmp_path: Path, capsys: A
     assert capsys.readouterr().err == ""
 
 
-def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: Any) -> None:
+def test_what_was_drawn_and_not_delivered_is_told_apart(capsys: Any) -> None:
+    dropping: Any = DataLoader(torch.arange(6), batch_size=4, drop_last=True)  # type: ignore[arg-type]
+    list(recorded(dropping))
+    loader: Any = DataLoader(torch.arange(60), batch_size=4, num_workers=1)  # type: ignore[arg-type]
+    next(recorded(loader))
+    beside._say()
+    said = capsys.readouterr().err
+    assert "4 of 6 delivered; 2 dropped\n" in said
+    assert "4 of 12 delivered; 8 drawn ahead and not handed over\n" in said
+
+
+def test_loaders_that_one_line_iterates_are_told_apart_by_what_they_read(
+    tmp_path: Path, capsys: Any
+) -> None:
+    for length in (6, 2, 6):
+        list(recorded(DataLoader(torch.arange(length), batch_size=4)))  # type: ignore[arg-type]
+    beside._say()
+    _, *said = capsys.readouterr().err.splitlines()
+    at = said[0].partition(" at ")[2].partition(": ")[0]
+    assert said == [
+        f"  DataLoader over Tensor (6) at {at}: 2 epochs, 12 of 12 delivered",
+        f"  DataLoader over Tensor (2) at {at}: 1 epoch, 2 of 2 delivered",
+    ]
+    (path,) = tmp_path.glob("runs/attempt=0/rank=0/*/epochs.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    named = {line["loader"] for line in lines}
+    assert named == {f"DataLoader over Tensor ({length}) at {at}" for length in (6, 2)}
+
+
+def test_a_process_that_has_a_rank_says_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("RANK", "3")
+    list(recorded(plain()))
+    beside._say()
+    heading, _ = capsys.readouterr().err.splitlines()
+    assert heading == f"safeloader: loaders of process {os.getpid()}, rank 3"
+
+
+def test_errors_of_the_users_own_are_raised_and_counted(
+    tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
     class Bad:
         def __len__(self) -> int:
             return 3
@@ -83,7 +190,8 @@ def test_errors_of_the_users_own_are_raised_and_counted(tmp_path: Path, capsys: 
         list(recorded(loader))
     beside._say()
     assert "1 error raised" in capsys.readouterr().err
-    assert len(list(tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json"))) == 1
+    (path,) = tmp_path.glob("runs/attempt=0/rank=0/*/failures/*.json")
+    assert caplog.messages == [f"DataLoader over Bad (3): the failure is written to {path}"]
 
 
 def test_many_lines_are_not_all_told(state: Any, capsys: Any) -> None:
@@ -110,6 +218,17 @@ def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> No
     assert list(recorded(loader)) == []
     told = audits(tmp_path)[-1]
     assert (len(told["skipped"]), told["counts"]["skipped"]) == (1000, 1100)
+    assert told["skipped"] == list(range(1000))
+
+
+def test_without_a_folder_no_list_is_made_of_what_may_be_a_million(
+    state: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    state.where = None
+    monkeypatch.setattr(beside.EpochAudit, "to_dict", lambda self: pytest.fail("nobody reads it"))
+    list(recorded(plain()))
+    beside._say()
+    assert "1 epoch, 6 of 6 delivered" in capsys.readouterr().err
 
 
 def test_a_handle_goes_with_its_loader() -> None:
@@ -147,6 +266,30 @@ def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
     first, second = (RunFolder(str(tmp_path / "runs"), 2) for _ in range(2))
     assert first.path.parent == second.path.parent == tmp_path / "runs" / "attempt=2" / "rank=0"
     assert (first.path.name[-2:], second.path.name[-2:]) == ("-0", "-1")
+
+
+def test_loaders_of_ours_are_told_of_too_and_their_records_stay_their_own(capsys: Any) -> None:
+    recorder = Recorder()
+    loaders = [SafeDataLoader(range(3), recorder=recorder) for _ in range(2)]  # type: ignore[arg-type]
+    for loader in loaders:
+        list(loader)
+    assert loaders[0].audit.drawn == 3  # they share a notebook
+    assert loaders[0].verify == "raise"
+    beside._say()
+    _, *said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in said] == ["2 epochs, 6 of 6 delivered"]
+    assert f"SafeDataLoader over range (3) at {__file__}:" in said[0]
+
+
+def test_a_loader_of_ours_that_torch_serves_is_told_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(beside, "why_unrecorded", lambda workers: "it knows no such torch")
+    beside.made(object, SafeDataLoader(range(3)))  # type: ignore[arg-type]
+    beside._say()
+    said = capsys.readouterr().err
+    assert "NOT recorded: SafeDataLoader at" in said
+    assert said.rstrip().endswith("it knows no such torch")
 
 
 def test_two_loaders_of_one_line_are_told_together_and_not_mixed_up(capsys: Any) -> None:

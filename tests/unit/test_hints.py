@@ -102,7 +102,7 @@ def test_a_sample_of_a_stream_is_repeated_in_its_workers_share() -> None:
 
 def test_a_pair_drawn_for_a_map_style_dataset_is_no_sample_of_a_stream() -> None:
     (line,) = hint_for(KeyError("image"), "sample", (1, 68), "", Holding()).splitlines()
-    assert line.startswith("loader.replay(error) repeats the call here")
+    assert line.startswith("safeloader.replay(error, loader.dataset) repeats the call here")
 
 
 def test_a_fault_of_on_error_is_no_fault_of_the_sample() -> None:

@@ -28,6 +28,8 @@ def frameworks_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = dict(vars(integrations))
     for name in FRAMEWORKS:
         monkeypatch.delitem(sys.modules, f"safeloader.integrations.{name}", raising=False)
+    for name in integrations.__all__:
+        vars(integrations).pop(name, None)
     yield
     vars(integrations).clear()
     vars(integrations).update(before)
@@ -75,9 +77,17 @@ def test_several_loaders_are_told_apart_by_their_numbers() -> None:
 
 def test_what_is_not_recorded_is_said_once() -> None:
     logged = LoggedLoaders("data")
-    with pytest.warns(UserWarning, match=r"the DataLoader that this training reads from is not"):
+    with pytest.warns(UserWarning, match=r"this DataLoader is not recorded"):
         assert logged.since_last(DataLoader([1])) == {}
     assert logged.since_last(DataLoader([1])) == {}
+
+
+def test_a_loader_that_a_framework_left_aside_is_not_called_unrecorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_place_of(monkeypatch, "accelerate", Accelerator=Accelerator)
+    with pytest.warns(UserWarning, match=r"this SafeDataLoader has handed no batch over"):
+        integrations.log_with_accelerate(Accelerator(), safeloader.instrument(DataLoader([1])))
 
 
 def test_a_name_that_is_none_of_them() -> None:
@@ -228,6 +238,30 @@ def test_lightning_logs_where_lightning_does(monkeypatch: pytest.MonkeyPatch, pa
     trainer.log_every_n_steps = 0  # Lightning's word for never
     trainer.fit()
     assert [step for step, _ in trainer.told[3:]] == [9]
+
+
+def test_lightnings_steps_are_those_of_the_training_and_not_of_an_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_place_of(monkeypatch, "lightning")
+    in_place_of(monkeypatch, "lightning.pytorch", Callback=object)
+    trainer = LightningTrainer(loader_of(6), integrations.LightningCallback())
+    trainer.log_every_n_steps = 4
+    for _ in range(3):  # of three steps each
+        trainer.fit()
+    logged = [(step, each) for step, each in trainer.told if "data/batches" in each]
+    assert [(step, each["data/batches"]) for step, each in logged] == [(3, 1), (7, 2)]
+
+
+def test_batches_of_one_step_are_logged_with_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "lightning")
+    in_place_of(monkeypatch, "lightning.pytorch", Callback=object)
+    callback = integrations.LightningCallback()
+    trainer = LightningTrainer(loader_of(12), callback)
+    for number, batch in enumerate(trainer.train_dataloader):
+        trainer.global_step = (number + 1) // 2  # gradients of two batches are a step
+        callback.on_train_batch_end(trainer, None, None, batch, number)
+    assert [(step, each["data/batches"]) for step, each in trainer.told] == [(1, 4)]
 
 
 def test_each_is_imported_when_it_is_asked_for() -> None:

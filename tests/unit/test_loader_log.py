@@ -19,12 +19,13 @@ class Images:
 
 
 def test_lines_name_class_and_length(caplog: pytest.LogCaptureFixture) -> None:
-    for log in (LoaderLog(Images(), 1000), LoaderLog(Images()), LoaderLog([1, 2, 3])):
+    several = LoaderLog(Images(), 1000), LoaderLog(Images()), LoaderLog([1, 2, 3], kind="Mine")
+    for log in several:
         log.warning("epoch %d", 3)
     assert caplog.messages == [
         "SafeDataLoader over Images (1000): epoch 3",
         "SafeDataLoader over Images: epoch 3",
-        "SafeDataLoader over list (3): epoch 3",
+        "Mine over list (3): epoch 3",
     ]
 
 

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from safeloader import _python
+from tests.lacking import START_METHODS
 
 ROOT = Path(__file__).parents[2]
-# What Windows lacks, macOS lacks, and this Python could.
+# What Windows lacks, macOS lacks, and this Python could. A test below asks mypy whether anything is
+# used that stands in neither.
 WINDOWS = {
-    "os": "register_at_fork memfd_create pidfd_open set_blocking sysconf getuid O_CLOEXEC statvfs "
-    "sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY MFD_CLOEXEC eventfd mkfifo waitid",
+    "os": "fork register_at_fork memfd_create pidfd_open set_blocking sysconf getuid geteuid "
+    "O_CLOEXEC statvfs sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY MFD_CLOEXEC "
+    "eventfd mkfifo waitid posix_fallocate pread pwrite writev sendfile killpg getpgid setsid "
+    "uname getloadavg tcgetpgrp getpgrp",
     "signal": "SIGKILL SIGBUS SIGCHLD SIGRTMIN SIGRTMAX SIGHUP SIGQUIT SIGSYS SIGTRAP SIGXCPU "
     "SIGXFSZ SIGUSR1 SIGUSR2 SIGALRM pidfd_send_signal pthread_kill pthread_sigmask sigwait",
-    "select": "poll epoll",
+    "select": "poll epoll POLLIN POLLOUT",
     "socket": "SCM_RIGHTS AF_UNIX CMSG_SPACE CMSG_LEN MSG_CMSG_CLOEXEC",
+    "mmap": "MAP_PRIVATE MAP_ANONYMOUS MAP_SHARED",
+    "faulthandler": "register",
     "multiprocessing.reduction": "DupFd",
+    START_METHODS: "fork forkserver",
 }
 WINDOWS_MODULES = (
     "resource fcntl pwd grp termios multiprocessing.popen_fork multiprocessing.forkserver"
 )
 MACOS = {
-    "os": "memfd_create MFD_CLOEXEC pidfd_open eventfd sched_getaffinity",
+    "os": "memfd_create MFD_CLOEXEC pidfd_open eventfd sched_getaffinity posix_fallocate",
     "signal": "SIGRTMIN SIGRTMAX pidfd_send_signal",
     "select": "epoll",
     "socket": "MSG_CMSG_CLOEXEC",
@@ -67,34 +78,89 @@ def printed(text: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("system", ["windows", "macos"])
-def test_without_workers_any_system_will_do(system: str) -> None:
-    lacks, modules = (WINDOWS | {"os": f"{WINDOWS['os']} fork"}, WINDOWS_MODULES)
-    if system == "macos":
-        lacks, modules = MACOS, ""
-    said = printed(
-        program(
-            lacks,
-            modules,
-            """
-from safeloader import *
-loader = SafeDataLoader(Samples(), batch_size=4, checksum=True)
-print([batch.tolist() for batch in loader], loader.last_batch.indices, loader.audit)
-class Bad(Samples):
-    def __getitem__(self, i):
-        return i // (i - 5)
-try:
-    list(SafeDataLoader(Bad()))
-except ZeroDivisionError as error:
-    print(error.index, loader.replay(2), loader.provenance.to_numpy().shape)
-""",
-        )
+Case = tuple[dict[str, list[str]], list[str]]  # names to take away by module, and modules
+
+
+def whole(lacks: dict[str, str], modules: str) -> Case:
+    return {module: names.split() for module, names in lacks.items()}, modules.split()
+
+
+SYSTEMS = {"none": ({}, []), "windows": whole(WINDOWS, WINDOWS_MODULES), "macos": whole(MACOS, "")}
+SINGLE: dict[str, Case] = {
+    f"{module}.{name}": ({module: [name]}, [])
+    for module, names in WINDOWS.items()
+    if module != START_METHODS
+    for name in names.split()
+}
+SINGLE |= {START_METHODS: ({START_METHODS: WINDOWS[START_METHODS].split()}, [])}
+SINGLE |= {module: ({}, [module]) for module in WINDOWS_MODULES.split()}
+
+
+def told(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lacking"],
+        input=json.dumps(list(cases.values())),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
-    assert said.splitlines()[-2:] == [
-        "[[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0]] (8, 9) "
-        "epoch 0: complete, ok; 10 drawn, 10 delivered",
-        "5 tensor(2.) (10,)",
-    ]
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+COMPLETE = "epoch 0: complete, ok; 10 drawn, 10 delivered"
+
+
+def works(said: dict[str, Any]) -> bool:
+    """Whether all ways in do as they should: loader, error, dump, ``instrument`` and launcher."""
+    statuses, became, launchers = said.pop("launcher", ([], False, ""))
+    return (
+        said
+        == {
+            "batches": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]],
+            "audit": COMPLETE,
+            "error": [5, 2.0],
+            "dumps": 1,
+            "instrument": [True, 3, COMPLETE],
+        }
+        and (statuses, became) == ([2, 2, 3], True)
+        and "no program was given" in launchers
+        and "0 of 1 ranks were recorded" in launchers
+    )
+
+
+@pytest.mark.timeout(600)
+def test_without_workers_any_system_will_do() -> None:
+    assert {name: said for name, said in told(SYSTEMS).items() if not works(said)} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_single_name_is_needed_without_workers() -> None:
+    assert {name: said for name, said in told(SINGLE).items() if not works(said)} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("platform", "lacks"), [("win32", WINDOWS), ("darwin", MACOS)])
+def test_every_name_used_that_another_system_lacks_is_tried(
+    platform: str, lacks: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("mypy")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--platform", platform, "--cache-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    used = set(re.findall(r'Module has no attribute "(\w+)"', done.stdout))
+    modules = WINDOWS_MODULES.split() if platform == "win32" else []
+    of_modules = {name for module in modules for name in vars(importlib.import_module(module))}
+    assert used, done.stdout + done.stderr
+    assert used - {name for names in lacks.values() for name in names.split()} - of_modules == set()
 
 
 # On this system torch's own way of starting a worker needs the others.

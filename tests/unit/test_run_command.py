@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from safeloader import __main__
+from safeloader.commands import run
 
 
 class Became(BaseException):
@@ -45,6 +46,8 @@ def became(*words: str) -> tuple[list[str], dict[str, Any], dict[str, str]]:
         ["-c", "print(1)"],
         [sys.executable, "-u", "train.py"],
         ["--", "train.py"],
+        [sys.executable, "-u", "-", "x"],
+        ["-", "x"],
     ],
 )
 def test_what_follows_our_options_is_the_programs(words: list[str]) -> None:
@@ -81,9 +84,7 @@ def test_folders_are_where_the_command_was_given(tmp_path: Path) -> None:
     assert (known["command"][-1], told["attempt"]) == ("train.py", 0)
 
 
-@pytest.mark.parametrize(
-    ("value", "number"), [("3", 3), ("0.5", 0.5)], ids=["a count", "a fraction"]
-)
+@pytest.mark.parametrize(("value", "number"), [("3", 3), ("0.5", 0.5), ("1e-3", 0.001)])
 def test_a_bound_is_a_count_or_a_fraction(value: str, number: float) -> None:
     told = became("--max-skipped", value, "train.py")[1]["options"]["max_skipped"]
     assert (told, type(told)) == (number, type(number))
@@ -100,7 +101,7 @@ def test_a_folder_of_another_run_that_lives(
     became("--run", "runs", "x.py")
     monkeypatch.setenv("SAFELOADER_RUN_ID", "mine")
     assert __main__.main(["run", "--run", "runs", "x.py"]) == 2
-    assert "another run writes into" in capsys.readouterr().err
+    assert "another run may still write into" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,16 +119,48 @@ def test_what_cannot_work(words: list[str], why: str, capsys: Any) -> None:
     assert why in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--retries", "many", "x.py"], ["--expect-ranks", "0", "x.py"]])
-def test_a_bad_option(words: list[str], capsys: Any) -> None:
+def test_a_switch_that_is_none(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("SAFELOADER", "of")
+    assert __main__.main(["run", "x.py"]) == 2
+    assert "SAFELOADER is 'of', and not 'on' or 'off'" in capsys.readouterr().err
+
+
+def test_half_a_line_is_no_audit_and_no_end_of_the_launcher(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.jsonl"
+    path.write_text('{"epoch": 0, "audit": null}\n{"epoch": 0, "aud')
+    assert not run._has_audit(path)
+    path.write_text('{"epoch": 0, "aud\n{"epoch": 1, "audit": {"drawn": 3}}\n')
+    assert run._has_audit(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--retries", "many"], "--retries: 'many' is not a number from 0 on"),
+        (["--retries", "-1"], "--retries: '-1' is not a number from 0 on"),
+        (["--expect-ranks", "0"], "--expect-ranks: '0' is not a number from 1 on"),
+        (["--max-skipped", "1.5"], "--max-skipped: '1.5' is neither a count nor a fraction"),
+        (["--max-skipped", "-1"], "--max-skipped: '-1' is neither a count nor a fraction"),
+        (["--stall-after", "nan"], "--stall-after: 'nan' is not a number of seconds"),
+        (["--on-error", "skp"], "--on-error: invalid choice: 'skp'"),
+        (["--on-eror", "skip"], "--on-eror (did you mean --on-error?)"),
+        (["--quite-another", "x"], "unrecognized arguments: --quite-another. See"),
+    ],
+)
+def test_a_bad_option_is_told_in_one_line(words: list[str], why: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        __main__.main(["run", *words])
+        __main__.main(["run", *words, "x.py"])
     assert ended.value.code == 2
-    assert "invalid" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert why in said
+    assert said.startswith("python -m safeloader run: ")
+    assert said.endswith("See python -m safeloader run --help")
 
 
 def test_the_command_line_says_what_there_is(capsys: Any) -> None:
     assert __main__.main([]) == 2
     assert "usage: python -m safeloader run" in capsys.readouterr().err
+    assert __main__.main(["rn", "train.py"]) == 2
+    assert "there is no command 'rn'" in capsys.readouterr().err
     assert __main__.main(["--help"]) == 0
     assert "usage: python -m safeloader run" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import shared_cache
 
 from safeloader.transport import forks, leaves, slot_reader
 from safeloader.transport import slot_writer as worker_slots
@@ -228,6 +229,10 @@ def test_what_was_exported_stays_when_a_storage_is_given_other_memory(
     assert [print_of(each) for each in held] == fingerprints
     table, unpacker = wired.cells, wired.unpacker
     del held
+    # Torch 2.6 leaves a storage that it saved in a cycle, and one that it sent in a list of the
+    # weakly referred to: its Python object, which holds the slot, goes when that is cleared.
+    gc.collect()
+    shared_cache.free_dead_references()
     unpacker.settle(all_of_them=True)
     assert LENT not in list(table)
 
@@ -361,6 +366,7 @@ def test_a_loop_that_drops_its_batches_uses_few_slots(wired: Wired) -> None:
     assert wired.stats.bytes < 128 * KB
 
 
+@pytest.mark.slow
 def test_slots_grow_with_the_batches_and_shrink_again(wired: Wired) -> None:
     for size in (100 * KB, MB, 8 * MB):
         for k in range(3):

@@ -248,7 +248,7 @@ class Loop(RuleBasedStateMachine):
             assert set(self.wired.states) <= {FREE, GONE}
 
 
-TestLoop = Loop.TestCase
+TestLoop = pytest.mark.slow(Loop.TestCase)
 TestLoop.settings = settings(
     max_examples=30,
     stateful_step_count=30,
