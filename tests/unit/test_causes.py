@@ -63,7 +63,11 @@ INTERRUPT = Stack((), "Traceback (most recent call last):\n  ...\nKeyboardInterr
             {"exit_code": 3},
             [r"os\._exit\(\)", "at index 137", r"dataset\[137\] in a fresh process rep"],
         ),
-        ({"exit_code": 3, "index": (1, 5)}, ["worker 1's part .* up to sample 5 .* repeats"]),
+        (
+            {"exit_code": 3, "index": (1, 5), "of_stream": True},
+            ["worker 1's part .* up to sample 5 .* repeats"],
+        ),
+        ({"exit_code": 3, "index": (1, 5)}, [r"dataset\[\(1, 5\)\] in a fresh process repeats"]),
         ({"exit_code": 0, "index": None}, [r"os\._exit\(\)", "num_workers=0"]),
         (
             {"exit_code": 1, "phase": "starting", "index": None},
