@@ -8,7 +8,6 @@ loader is loaded its classes get three methods, which ask ``safeloader.beside`` 
 
 from __future__ import annotations
 
-import _thread
 import os
 import sys
 
@@ -54,12 +53,16 @@ class _Notice:
         found = (find(name, path, target) for find in others if find is not None)
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loads(spec.loader, self._loaded)  # as good as one
+            spec.loader = _Loads(spec.loader, self._loaded)
         return spec
 
     def _loaded(self, module: Any) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
+        if not _looking:
+            import threading  # which torch, by now, has loaded
+
+            _looking.append(threading.RLock())
         self._change(module)
 
 
@@ -125,12 +128,12 @@ def _listen(module: Any) -> None:
 _torchs: list[Any] = []  # where what stands of torch's that the engine builds on
 _found: list[Any] = []  # the engine, once it is looked for; None while it is not had
 _settled: list[bool] = []  # whether that is the last word
-_looking = _thread.RLock()  # `threading` is not loaded yet
+_looking: list[Any] = []  # the lock of who looks for it
 
 
 def _engine() -> Any:
     if not _settled:
-        with _looking:  # another thread's first loader waits
+        with _looking[0]:  # another thread's first loader waits
             if not _found:
                 _look_for_engine()
     return _found[0]

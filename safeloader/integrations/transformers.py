@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -48,8 +49,10 @@ class TransformersCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Have the loader recorded."""
-        if train_dataloader is not None and not loaders_of(train_dataloader):
+        """Have the loader recorded; in a launched program it is, with the options given there."""
+        if train_dataloader is None or os.environ.get("SAFELOADER_LAUNCHED"):
+            return
+        if not loaders_of(train_dataloader):
             instrument(train_dataloader, **self._options)
 
     def on_log(

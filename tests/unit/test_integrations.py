@@ -182,6 +182,15 @@ def test_transformers_logs_after_each_log_and_epoch(
     assert recorded.on_error == ("skip" if kind is DataLoader else "raise")
 
 
+def test_a_launched_trainers_loader_keeps_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of(monkeypatch, "transformers", TrainerCallback=TrainerCallback)
+    monkeypatch.setenv("SAFELOADER_LAUNCHED", "{}")
+    loader = DataLoader(list(range(12)))
+    callback = integrations.TransformersCallback(Trainer(loader))
+    callback.on_train_begin(None, None, None, train_dataloader=loader)
+    assert type(loader) is DataLoader
+
+
 def test_transformers_holds_no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     in_place_of(monkeypatch, "transformers", TrainerCallback=TrainerCallback)
     callback = integrations.TransformersCallback(Trainer(None))
