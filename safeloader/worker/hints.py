@@ -25,7 +25,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
 from safeloader.worker.validating import refused_by
 
-KEY_FAULT = "raised by the key function, not by the dataset"
+KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
@@ -33,7 +33,8 @@ _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 _NEXT_STEPS = {  # by phase, and by what was found in it
     KEY_FAULT: "call it on loader.dataset[index] to repeat it; a key is an int, str or tuple of "
     "them",
-    "refused": "sample = loader.replay(error) makes the sample again, with the same random numbers",
+    "refused": "sample = safeloader.replay(error, loader.dataset) makes the sample again, with the "
+    "same random numbers",
     "refused, of a stream": "mend the data, or leave such samples out: on_error='skip'",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",

@@ -775,7 +775,9 @@ class Fault:
 
 def in_sample(name: str, deed: Deed, also: type[Exception], *says: str, **more: Any) -> Fault:
     place = more.pop("place", Faulty)
-    next_step = more.pop("next_step", r"next: .*loader\.replay\(error\) repeats")
+    next_step = more.pop(
+        "next_step", r"next: .*safeloader\.replay\(error, loader\.dataset\) repeats"
+    )
     return Fault(
         name,
         lambda scene: {"dataset": place(scene, deed)},
@@ -1019,7 +1021,7 @@ FAULTS: list[Fault] = [
         lambda scene: {"dataset": Holding(), "key": Identifying(scene, key_error)},
         SampleError,
         "sample",
-        (AT_13, "raised by key=", r"next: loader\.key\("),
+        (AT_13, "raised by key=", r"next: call it on loader\.dataset"),
         also=KeyError,
     ),
     # ── set-up and samplers ──

@@ -96,7 +96,7 @@ def test_the_sample_that_is_refused_is_named(way: str, dataset: Any) -> None:
         assert "sample['x']: 3 of 3 values are not finite: nan at [0]" in failure.message
         assert "dataset index 5 (position 2, batch 1" in str(error)
         assert "refused by validate=finite()" in str(error)
-        assert "sample = loader.replay(error)" in failure.hint
+        assert "sample = safeloader.replay(error, loader.dataset)" in failure.hint
         assert loader.replay(error)["index"] == 5
         assert loader.audit.failed.tolist() == [3, 4, 5]
 
