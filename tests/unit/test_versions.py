@@ -73,9 +73,7 @@ def test_a_newer_line_takes_the_place_of_an_older_one(
         ("3.11.7", "2.9.1", "2"),
         ("3.13.4", "2.10.0+cu126", "3"),
     ):
-        versions.note(
-            line | {"python": python, "torch": torch, "passed": passed, "tests": "quick"}
-        )
+        versions.note(line | {"python": python, "torch": torch, "passed": passed, "tests": "quick"})
     assert [row["passed"] for row in versions.rows()] == ["2", "3"]
 
 
