@@ -445,6 +445,26 @@ forget: Any = getattr(torch.UntypedStorage, "_free_weak_ref", None)
 """Free a weak reference."""
 
 
+_sent: Any = getattr(torch.multiprocessing.reductions, "shared_cache", {})
+_SENT_MAX = 8
+_sent_enough = _SENT_MAX
+
+
+def forget_what_was_sent() -> None:
+    """Have torch clear its list of storages sent to processes, of those that are gone; hot path.
+
+    It does so itself when there are more than 128. Up to 2.9 it keeps their Python objects till
+    then, and with these the slots that they lie in.
+    """
+    global _sent_enough
+    if len(_sent) > _sent_enough and _sent.lock.acquire(blocking=False):
+        try:
+            _sent.free_dead_references()
+            _sent_enough = max(_SENT_MAX, 2 * len(_sent))  # those that live are not looked at often
+        finally:
+            _sent.lock.release()
+
+
 def collates_tuples_of_tensors_itself() -> bool:
     """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
     collate = _utils.collate

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from safeloader._torch import forget_what_was_sent
 from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.introspect.fingerprint import difference
@@ -91,6 +92,7 @@ class Unpacker:
             opening.now = came
             came.brought = []
             if slot_layout.slots or slot_layout.given_up:
+                forget_what_was_sent()
                 self._lease(manifest.worker_id or 0, slot_layout, came)
             if slot_layout.stream is None:
                 payload = pickle.loads(came.payload)
