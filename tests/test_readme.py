@@ -90,9 +90,13 @@ def test_what_is_said_of_six_faults_is_real(fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "unsendable"])
 def test_torch_says_one_of_the_things_that_are_quoted(fault: str) -> None:
-    """Chance decides which, where a worker dies; of what cannot be sent it says nothing, ever."""
-    real, said = printed(fault, "torch"), quoted(said_of_faults()[fault][0])
-    assert any(words in real for words in said), real
+    """Chance decides which, where a worker dies, and the second death may strike while the first is
+    told; of what cannot be sent it says nothing, ever."""
+    said = quoted(said_of_faults()[fault][0])
+    tries = [printed(fault, "torch")]
+    while not any(words in tries[-1] for words in said):
+        assert len(tries) < 5, tries
+        tries.append(printed(fault, "torch"))
 
 
 def test_the_import_to_change_works() -> None:
