@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -20,7 +20,7 @@ from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.texts import bounded_text, index_text, is_secret
-from safeloader.introspect.values import exception_text, fields, plain_length
+from safeloader.introspect.values import definitions, exception_text, fields, plain_length
 from safeloader.worker.context import FetchContext
 from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
 from safeloader.worker.validating import refused_by
@@ -29,6 +29,7 @@ KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
+_SHOWN = (str, np.str_, int)  # entries that tell a person which sample it is
 _PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
 _NEXT_STEPS = {  # by phase, and by what was found in it
     KEY_FAULT: "call it on loader.dataset[index] to repeat it; a key is an int, str or tuple of "
@@ -151,13 +152,10 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
     with suppress(Exception):  # a hint must not hide the error
         length = plain_length(dataset)
         length = known if length is None else length
-        if isinstance(exc, IndexError) and length is not None and not refused_by(exc)[0]:
-            said.append(
-                f"index {index} is below the length that the dataset gives, {length}: see whether "
-                "__len__ says more than there is"
-                if -length <= index < length
-                else f"index {index} is outside the dataset (length {length}): look at the sampler"
-            )
+        of_index = isinstance(exc, IndexError) and not refused_by(exc)[0]
+        if of_index and length is not None and not -length <= index < length:
+            outside = f"index {index} is outside the dataset (length {length})"
+            said.append(f"{outside}: look at the sampler")
         inner: Any = dataset
         at, path = index, "dataset"
         while type(inner) in (Subset, ConcatDataset):
@@ -175,30 +173,54 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
             said.append(
                 f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
             )
-        said += _file(at, inner, path, exc, length if inner is dataset else plain_length(inner))
+        length = length if inner is dataset else plain_length(inner)
+        if of_index and length is not None and 0 <= at < length:
+            said += _too_short(at, inner, path, length)
+        said += _source(at, inner, path, exc, length)
     return said
 
 
-def _file(at: int, dataset: Any, path: str, exc: BaseException, length: int | None) -> list[str]:
-    """The attribute that holds the file of this index: ``dataset.files[37] = 'x.jpg'``.
-
-    That is one whose file the error speaks of. Failing that, where the error is one of the system's
-    or of a reader of files, one with as many files as the dataset has samples.
-    """
-    named, likely = [], []
-    held: Any
-    spoken = f"{exc.filename if isinstance(exc, OSError) else None} {exception_text(exc)}"
+def _rows(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """What the dataset holds that may have an entry for each sample."""
     for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
-        rows = type(held) in (list, tuple) or (type(held) is np.ndarray and held.ndim == 1)
-        if not rows or not 0 <= at < len(held) or is_secret(str(name), held):
+        rows: Any = held
+        if type(held) in (list, tuple) or (type(held) is np.ndarray and rows.ndim == 1):
+            yield str(name), rows
+
+
+def _too_short(at: int, dataset: Any, path: str, length: int) -> list[str]:
+    """What the index went past, though the dataset's length admits it."""
+    for name, held in _rows(dataset):
+        if 0 < len(held) <= at:
+            return [
+                f"{path}.{name} has {len(held)} entries, and the dataset's length is {length}: "
+                "__len__ says more than there is"
+            ]
+    return []
+
+
+def _source(at: int, dataset: Any, path: str, exc: BaseException, length: int | None) -> list[str]:
+    """Where the sample of this index comes from, in a line; none where nothing tells.
+
+    The dataset's own ``__safeloader_source__(index)`` says so. Else it is the entry of an
+    attribute, ``dataset.files[37] = 'x.jpg'``: one whose file the error speaks of; failing that,
+    of those with as many entries as the dataset has samples one with files, then any.
+    """
+    if definitions(type(dataset), "__safeloader_source__"):
+        return [f"source of the sample: {bounded_text(dataset.__safeloader_source__(at))}"]
+    named, files, others = [], [], []
+    spoken = f"{exc.filename if isinstance(exc, OSError) else None} {exception_text(exc)}"
+    for name, held in _rows(dataset):
+        if not 0 <= at < len(held) or is_secret(name, held):
             continue
         entry = held[at]  # (file, label) in an ImageFolder
         file = entry[0] if type(entry) in (list, tuple) and entry else entry
-        if type(file) not in _PATHS or not (os.path.dirname(file) or os.path.splitext(file)[1]):
-            continue
         line = f"{path}.{name}[{at}] = {bounded_text(entry)}"
-        if str(file) in spoken:
+        if type(file) not in _PATHS or not (os.path.dirname(file) or os.path.splitext(file)[1]):
+            if len(held) == length and type(file) in _SHOWN:
+                others.append(line)
+        elif str(file) in spoken:
             named.append(line)
-        elif isinstance(exc, OSError) and len(held) == length:
-            likely.append(line)
-    return (named or likely)[:1]
+        elif len(held) == length:
+            files.append(line)
+    return (named or files or others)[:1]

@@ -977,7 +977,7 @@ FAULTS: list[Fault] = [
         (
             AT_13,
             "list index out of range",
-            r"below the length that the dataset gives, 40: see whether __len__ says more",
+            r"dataset\.items has 13 entries, and the dataset's length is 40: __len__ says more",
             r"next: \w+",
         ),
         also=IndexError,

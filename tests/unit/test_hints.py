@@ -67,14 +67,11 @@ def test_under_a_subset_too() -> None:
     ("exc", "held"),
     [
         (TRUNCATED, {"files": FILES[:-1]}),  # not one for each sample
-        (TRUNCATED, {"labels": ["cat"] * LENGTH}),
-        (TRUNCATED, {"numbers": list(range(LENGTH))}),
+        (TRUNCATED, {"losses": [0.5] * LENGTH}),  # tell nobody which sample it is
         (TRUNCATED, {"files": np.array(FILES).reshape(2, -1)}),
         (TRUNCATED, {"files": Forbidden()}),
         (TRUNCATED, {"passwords": FILES}),
-        (ValueError("bad header"), {"files": FILES}),  # may be about anything
         (MISSING, {"files": FILES[:37]}),
-        (MISSING, {"files": [""] * LENGTH}),
     ],
 )
 def test_nothing_is_said_where_nothing_is_known(exc: Exception, held: dict[str, Any]) -> None:
@@ -82,15 +79,53 @@ def test_nothing_is_said_where_nothing_is_known(exc: Exception, held: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("index", "words"),
+    ("held", "said"),
     [
-        (37, "below the length that the dataset gives, 40: see whether __len__ says more"),
-        (40, "outside the dataset (length 40): look at the sampler"),
+        ({"files": FILES, "labels": ["cat"] * LENGTH}, "dataset.files[37] = 'img/37.jpg'"),
+        ({"labels": ["cat"] * LENGTH, "files": FILES}, "dataset.files[37] = 'img/37.jpg'"),
+        ({"labels": ["cat"] * LENGTH}, "dataset.labels[37] = 'cat'"),
+        ({"numbers": list(range(LENGTH))}, "dataset.numbers[37] = 37"),
+        ({"pairs": [("cat", 0.5)] * LENGTH}, "dataset.pairs[37] = ('cat', 0.5)"),
     ],
 )
-def test_an_index_error_is_the_datasets_or_the_samplers(index: int, words: str) -> None:
-    (said,) = hint(IndexError("list index out of range"), Holding(), index)
-    assert words in said
+def test_whatever_is_raised_the_entry_of_the_sample_is_named(held: Any, said: str) -> None:
+    assert hint(ValueError("bad header"), Holding(**held)) == [said]
+
+
+class Says(Holding):
+    def __safeloader_source__(self, index: int) -> str:
+        if index == 5:
+            raise KeyError(index)
+        return f"s3://bucket/{index}.jpg"
+
+
+def test_a_dataset_that_says_where_its_samples_come_from_is_asked() -> None:
+    told = "source of the sample: 's3://bucket/37.jpg'"
+    assert hint(ValueError("x"), Says(files=FILES)) == [told]
+    assert hint(ValueError("x"), Subset(Says(files=FILES), range(30, 40)), 7)[1:] == [told]
+    assert hint(ValueError("x"), Says(files=FILES), 5) == []  # a hint must not hide the error
+
+
+OUT_OF_RANGE = IndexError("list index out of range")
+
+
+def test_an_index_outside_is_the_samplers() -> None:
+    (said,) = hint(OUT_OF_RANGE, Holding(), 40)
+    assert "outside the dataset (length 40): look at the sampler" in said
+
+
+def test_an_index_within_is_the_datasets_where_what_it_holds_is_shorter() -> None:
+    (said,) = hint(OUT_OF_RANGE, Holding(items=[0] * 30))
+    assert said == (
+        "dataset.items has 30 entries, and the dataset's length is 40: __len__ says more than "
+        "there is"
+    )
+
+
+@pytest.mark.parametrize("held", [{}, {"items": [0.5] * LENGTH}, {"cache": []}])
+def test_an_index_error_of_another_sequence_says_nothing_of_the_length(held: Any) -> None:
+    # ``a[0]`` of an empty tensor, say.
+    assert hint(IndexError("index 0 is out of bounds"), Holding(**held)) == []
 
 
 def test_a_sample_of_a_stream_is_repeated_in_its_workers_share() -> None:
