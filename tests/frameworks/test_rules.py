@@ -869,7 +869,7 @@ def test_loader_never_used_says_so_once_at_the_end_of_the_program(
     assert said.count(SAYS_SO) == 1
     assert said.startswith("1 SafeDataLoader(s)")
     assert "training.py:5" in said
-    assert "a framework rebuilt them" in said
+    assert "a framework made them again" in said
 
 
 def test_loaders_never_used_say_so_in_one_line(tmp_path: Path) -> None:
