@@ -460,7 +460,7 @@ def forget_what_was_sent() -> None:
     if len(_sent) > _sent_enough and _sent.lock.acquire(blocking=False):
         try:
             _sent.free_dead_references()
-            _sent_enough = max(_SENT_MAX, 2 * len(_sent))  # those that live are not looked at often
+            _sent_enough = max(_SENT_MAX, 2 * len(_sent))  # no look at the living each time
         finally:
             _sent.lock.release()
 
