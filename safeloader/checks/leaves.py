@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from safeloader.introspect.fingerprint import held_under_names
+
 Step = tuple[str, Any]  # "item" and a key or number, or "attribute" and a name
 Path = tuple[Step, ...]
 
@@ -31,9 +33,7 @@ def parts_of(whole: Any) -> list[tuple[Step, Any]] | None:
         return [(("item", k), each) for k, each in enumerate(whole)]
     if isinstance(whole, type):
         return None
-    slots = [name for name in getattr(whole, "__dataclass_fields__", ()) if hasattr(whole, name)]
-    named = {name: getattr(whole, name) for name in slots} | getattr(whole, "__dict__", {})
-    return [(("attribute", name), each) for name, each in named.items()] or None
+    return [(("attribute", name), each) for name, each in held_under_names(whole).items()] or None
 
 
 def leaves_of(sample: Any) -> Iterator[tuple[Path, Any]]:

@@ -111,7 +111,7 @@ class _Walk:
             for k, each in enumerate(part):
                 self.into(each, f"{path}[{k}]", depth + 1)
         elif not _pickles_its_own_way(type(part)):
-            for name, each in _attributes(part).items():
+            for name, each in held_under_names(part).items():
                 self.into(each, f"{path}.{name}", depth + 1)
 
     def _leaf(self, path: str, kind: str, fingerprints: tuple[int, ...]) -> None:
@@ -160,7 +160,8 @@ def _pickles_its_own_way(cls: type) -> bool:
     return False
 
 
-def _attributes(part: Any) -> dict[str, Any]:
+def held_under_names(part: Any) -> dict[str, Any]:
+    """What an object holds: the fields of a dataclass, also one with slots, and its own dict."""
     slots = [name for name in getattr(part, "__dataclass_fields__", ()) if hasattr(part, name)]
     return {name: getattr(part, name) for name in slots} | getattr(part, "__dict__", {})
 
