@@ -50,10 +50,11 @@ class StreamLedger(Ledger):
                 duplicated=tuple((row, k) for k in range(first, min(due, end))),
                 sound=tuple((row, k) for k in range(max(due, first), end)),
             )
-        if manifest.keys is not None and (discrepancy := self.same_key(manifest)):
+        unlike = manifest.keys is not None or manifest.first_samples is not None
+        if unlike and (discrepancy := self.unlike(manifest)):
             known = self._index_of_key
-            others = any(known.get(key, (row,))[0] != row for key in manifest.keys)
-            return discrepancy._replace(hint=_SHARE if others else "")
+            others = any(known.get(key, (row,))[0] != row for key in manifest.keys or ())
+            return discrepancy._replace(hint=discrepancy.hint or (_SHARE if others else ""))
         if manifest.incidents is not None:
             samples -= self.book_incidents(manifest)
         self._handed = manifest.seq

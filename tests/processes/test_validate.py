@@ -212,6 +212,21 @@ def test_workers_whose_first_samples_differ_are_both_named(way: str) -> None:
         assert [*chain(*indices(loader))] == list(range(12))
 
 
+class SizedStream(IterableDataset):  # type: ignore[type-arg]
+    """Samples of the second worker are larger."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        for _ in range(4):
+            yield torch.zeros(3 if info is None else 3 + info.id)
+
+
+def test_workers_whose_streams_differ_are_both_named() -> None:
+    said = "the first samples of two workers are not alike: index .1, 0. of worker 1"
+    with pytest.raises(DeliveryError, match=said):
+        list(loader_of("fork", SizedStream(), batch_size=2, validate=[checks.schema()]))
+
+
 @pytest.mark.parametrize("way", ["main", "fork", "persistent"])
 def test_workers_whose_samples_are_alike_are_silent(way: str) -> None:
     loader = loader_of(way, validate=[checks.schema()])
