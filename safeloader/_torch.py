@@ -276,6 +276,11 @@ def expects_end_of(iterator: weakref.ref[Any]) -> Callable[[int], bool]:
     return expected
 
 
+def task_queues(iterator: Any) -> list[Any]:
+    """What an iterator puts its workers' tasks into, in order."""
+    return list(iterator._index_queues)
+
+
 def shut_down(iterator: Any) -> None:
     """End an iterator's workers now, whatever they are at; those of another process never."""
     for worker in iterator._workers:

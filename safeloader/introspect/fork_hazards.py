@@ -125,6 +125,11 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
 
 
+def was_told(dataset: object, path: str) -> bool:
+    """Whether :func:`warn_once` has told of what lies at ``path`` in this dataset."""
+    return (type_name(type(dataset)), path) in _said
+
+
 # ---- what is known
 
 _Hazard = tuple[str, str]  # why it is one, and what to do

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import mmap
 import os
 import re
 import tempfile
@@ -134,6 +135,25 @@ def process_memory() -> ProcessMemory | None:
         return ProcessMemory(found.rss, getattr(found, "pss", None), found.uss)
     uss = held["Private_Clean"] + held["Private_Dirty"]
     return ProcessMemory(held["Rss"] * 1024, held["Pss"] * 1024, uss * 1024)
+
+
+@or_none
+def resident_bytes() -> int | None:
+    """Resident memory of this process by the kernel's cheapest account; None if unknown."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+@or_none
+def anonymous_bytes() -> int | None:
+    """Memory of this process that no file stands behind, in bytes; None if unknown.
+
+    In a forked process it begins with all that was inherited, whoever writes to it, so what it
+    grows by is what the process itself has allocated.
+    """
+    with open("/proc/self/statm", "rb") as file:
+        resident, shared = map(int, file.read().split()[1:3])
+    return (resident - shared) * mmap.PAGESIZE
 
 
 @or_none

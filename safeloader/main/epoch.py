@@ -179,8 +179,15 @@ class Epoch:
 
     # arrivals ───────────────────────────────────────────────────────────────────────────────────
 
-    def tell_discrepancy(self, discrepancy: Discrepancy, manifest: BatchManifest | None) -> None:
+    def tell_discrepancy(
+        self,
+        discrepancy: Discrepancy,
+        manifest: BatchManifest | None,
+        beside: Sequence[str] = (),
+    ) -> None:
         """Raise or warn, as the user asked for: what came is not what was drawn.
+
+        ``beside`` is what else is known that may be the cause.
 
         Raises:
             DeliveryError: under ``verify="raise"``.
@@ -188,7 +195,7 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            warn(f"safeloader: {discrepancy.reason}")
+            warn("\n".join([f"safeloader: {discrepancy.reason}", *beside]))
             return
         culprits = discrepancy.culprits
         raise self._error_in_place(
@@ -198,7 +205,7 @@ class Epoch:
             message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + discrepancy.sound,
-            hint=discrepancy.hint or _SEE_AUDIT,
+            hint="\n".join([*beside, discrepancy.hint or _SEE_AUDIT]),
         )
 
     def came_empty(self, manifest: BatchManifest) -> None:
@@ -263,8 +270,10 @@ class Epoch:
         so_far += ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
         return self._skip_budget.exceeded(manifest, so_far)
 
-    def came_failed(self, came: FailedBatch, raised: list[BaseException]) -> SafeLoaderError:
-        """The error for a batch that could not be made.
+    def came_failed(
+        self, came: FailedBatch, raised: list[BaseException], beside: Sequence[str] = ()
+    ) -> SafeLoaderError:
+        """The error for a batch that could not be made; ``beside`` is what may be the cause.
 
         ``raised`` holds the exception where it was raised in this process; it is taken out.
         """
@@ -277,6 +286,8 @@ class Epoch:
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
+        if beside:
+            failure = dataclasses.replace(failure, hint="\n".join([*beside, failure.hint or ""]))
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
         return self.error(failure, exception, batch=batch, dataset_state=state)

@@ -23,6 +23,7 @@ from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.epoch import Epoch
+from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.events import listeners
@@ -66,6 +67,8 @@ class SafeIterator(Iterator[Any]):
         again = self.pool.workers and not self.pool.stream
         restarts = settings.on_crash == "restart" and again
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
+        self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
+        self._looks.begin(log, self.pool.workers, self.pool.stream)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
         except WorkersDied as sign:
@@ -101,6 +104,7 @@ class SafeIterator(Iterator[Any]):
                     try:
                         came = self._advance(self._stock)
                     except StopIteration:
+                        self._looks.at_end()
                         self._epoch.ended(broken=self.pool.broken is not None)
                         raise
                     except (WorkersDied, TimedOut) as sign:
@@ -130,9 +134,12 @@ class SafeIterator(Iterator[Any]):
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:
-                        epoch.tell_discrepancy(discrepancy, manifest)
+                        beside = self._looks.before_failure()
+                        epoch.tell_discrepancy(discrepancy, manifest, beside)
                     number = epoch.batches
                     epoch.batches = number + 1
+                    if number >= self._looks.due:
+                        self._looks.at_batch(epoch.number, number, payload)
                     for told in epoch.events.delivered:
                         try:
                             told(epoch.number, number, wait_ns, manifest, began)
@@ -167,7 +174,8 @@ class SafeIterator(Iterator[Any]):
         elif type(came) is FailedBatch:
             if not self._lost_with_worker(came):
                 self.pool.sampler.answered(came.manifest.seq)
-                raise self._epoch.came_failed(came, self.pool.raised)
+                beside = self._looks.before_failure()
+                raise self._epoch.came_failed(came, self.pool.raised, beside)
         elif self.pool.broken is not None:
             raise error_from(self.pool.broken)
         else:

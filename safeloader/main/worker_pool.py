@@ -17,6 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,6 +33,7 @@ from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
+from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
@@ -57,6 +59,7 @@ class WorkerPool:
         workers: how many; 0: torch's iterator fetches in this process.
         stream: whether the dataset is iterable-style.
         persistent: whether they stay from epoch to epoch.
+        looks: at what its workers report.
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
@@ -65,6 +68,7 @@ class WorkerPool:
     """
 
     live: weakref.ref[Any]
+    looks: Looks
 
     def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
         self.workers = loader.num_workers
@@ -145,7 +149,8 @@ class WorkerPool:
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
         context = self._context()
-        _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
+        looks = self.looks
+        _torch.replace_fetcher(stock, lambda fetcher: looks.over(fetcher_for(fetcher, context)))
         return stock
 
     def _context(self) -> FetchContext:
@@ -185,12 +190,14 @@ class WorkerPool:
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
+                forks=_torch.start_method(loader) == "fork",
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
             self._view = functools.partial(
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )
+            began = perf_counter()
             self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
         except Exception as exc:
             failure_was_told()
@@ -204,6 +211,14 @@ class WorkerPool:
             raise self.sampler.log.error(failure, exc.with_traceback(None)) from None
         results.all_started()
         if flight is not None:
+            self.looks.on(
+                flight,
+                stock,
+                stay=self.persistent,
+                start_method=_torch.start_method(loader),
+                began=began,
+                started=perf_counter(),
+            )
             settings.recorder.memory_of_workers = weakref.WeakMethod(flight.memory)
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):

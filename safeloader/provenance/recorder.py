@@ -88,6 +88,7 @@ class Recorder:
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
+        self.looks: list[Any] = []  # at the workers of the loaders that write into it
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
         self._memory_seen: int | None = None
 

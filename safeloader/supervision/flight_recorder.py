@@ -11,7 +11,8 @@ them. Main reads only when something went wrong; the draws turn (batch, position
 
 The memory is one anonymous file (``memfd``; elsewhere an unlinked temporary one) that goes to
 workers under every start method. Behind the numbers lies room for the Python stacks that
-``faulthandler`` writes when a worker crashes, or when main asks a stuck one for it.
+``faulthandler`` writes when a worker crashes, or when main asks a stuck one for it, and for what
+the worker reports of itself (:mod:`~safeloader.supervision.self_report`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from safeloader.transport.shared_memory import SharedCells
 
 STAMPS_MAX = 4094  # stamps of a batch that have room in shared memory; larger ones are counted
 STACK_BYTES = 1 << 20  # room for a worker's stacks: sparse, so it costs nothing until it is written
+REPORT_BYTES = 1 << 16  # room for what it reports of itself
 
 # A worker's row, in cells of int64; the stamps follow.
 PHASE, SEQ, SINCE, PID, SIGNAL, COUNTED, ORDINAL = range(7)
+REPORTED = 7  # how often it has written its report, times two; odd while it is writing
 MEMORY = 8  # six cells: rss, pss, uss at the start, then as last sampled; bytes
+READY = 14  # when its set-up was done
 STAMPS = 16
 ROW = STAMPS + STAMPS_MAX + 2  # a stamp before the first sample, and one after collation
 _SHARED = 16  # cells at the head that belong to no worker; the first: the workers are to end
@@ -78,7 +82,7 @@ class FlightRecorder(SharedCells):
     """
 
     def __init__(self, workers: int) -> None:
-        super().__init__(_SHARED + workers * ROW, workers * STACK_BYTES)
+        super().__init__(_SHARED + workers * ROW, workers * (STACK_BYTES + REPORT_BYTES))
         self._workers = workers
 
     # in a worker ────────────────────────────────────────────────────────────────────────────────
@@ -94,6 +98,17 @@ class FlightRecorder(SharedCells):
         fd = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
         os.lseek(fd, self._stacks_at(worker), os.SEEK_SET)
         return fd
+
+    def write_report(self, worker: int, report: bytes) -> bool:
+        """Put a worker's report in the place of its last one; False if there is no room for it."""
+        if len(report) > REPORT_BYTES - 8:
+            return False
+        row = self.row(worker)
+        row[REPORTED] += 1
+        whole = len(report).to_bytes(8, "little") + report
+        written = os.pwrite(self._fd, whole, self._report_at(worker)) == len(whole)
+        row[REPORTED] += 1
+        return written
 
     def is_set(self) -> bool:
         """Whether main wants the workers to end: torch takes this for its ``Event``."""
@@ -140,6 +155,23 @@ class FlightRecorder(SharedCells):
         sizes = [self.row(worker)[MEMORY + 4] for worker in range(self._workers)]
         return sum(sizes) if min(sizes) > 0 else None
 
+    def reported(self, worker: int) -> int:
+        """How often ``worker`` has written a report, times two."""
+        return int(self.row(worker)[REPORTED])
+
+    def report(self, worker: int) -> bytes | None:
+        """What ``worker`` wrote last; None before that, and while it is writing."""
+        before = self.reported(worker)
+        if before == 0 or before % 2:
+            return None
+        raw = os.pread(self._fd, REPORT_BYTES, self._report_at(worker))
+        size = int.from_bytes(raw[:8], "little")
+        return raw[8 : 8 + size] if self.reported(worker) == before else None
+
+    def ready_ns(self, worker: int) -> int:
+        """When ``worker`` was ready for its first task; 0 while it is not."""
+        return int(self.row(worker)[READY])
+
     def stacks(self, worker: int, *, after: int = 0) -> str:
         """What ``faulthandler`` wrote for ``worker``, from byte ``after`` on."""
         raw = os.pread(self._fd, STACK_BYTES - after, self._stacks_at(worker) + after)
@@ -147,6 +179,9 @@ class FlightRecorder(SharedCells):
 
     def _stacks_at(self, worker: int) -> int:
         return self._mapped_bytes + worker * STACK_BYTES
+
+    def _report_at(self, worker: int) -> int:
+        return self._mapped_bytes + self._workers * STACK_BYTES + worker * REPORT_BYTES
 
 
 def _stamps_since(row: memoryview) -> int:

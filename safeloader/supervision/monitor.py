@@ -8,17 +8,17 @@ also ask a worker that hangs for its stack, by a signal that nobody else uses.
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import signal
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
 from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.failures.failure import without_ours
-from safeloader.introspect.resources import or_none, process_memory
+from safeloader.introspect.resources import process_memory, resident_bytes
 from safeloader.supervision.flight_recorder import (
     IDLE,
     MEMORY,
@@ -30,7 +30,7 @@ from safeloader.supervision.flight_recorder import (
 
 _RESIDENT_EVERY_S = 0.1
 _SHARED_EVERY_S = 1.0
-_MEMORY_SHARE = 0.005  # of the time at most: the kernel takes 10 to 30 ms for each GiB
+_MEMORY_SHARE = 0.001  # of the time at most: the kernel takes 10 to 30 ms for each GiB
 
 
 class WorkerMonitor:
@@ -39,6 +39,7 @@ class WorkerMonitor:
     def __init__(self, flight: FlightRecorder | None, worker: int, cells: memoryview) -> None:
         self._cells = cells
         self._stacks = None if flight is None else flight.open_stacks(worker)
+        self.notes: Callable[[], None] = lambda: None  # is called after each message
         self._sampled_at = float("-inf")
         self._sample_shared_at = perf_counter() + _SHARED_EVERY_S
         for k in range(6):
@@ -68,6 +69,7 @@ class WorkerMonitor:
         cells = self._cells
         cells[SINCE] = clock()
         cells[PHASE] = IDLE
+        self.notes()
         now = perf_counter()
         if now - self._sampled_at > _RESIDENT_EVERY_S:
             try:
@@ -83,12 +85,17 @@ class WorkerMonitor:
             known = process_memory() or ()
             took = perf_counter() - now
             self._sample_shared_at = now + max(_SHARED_EVERY_S, took / _MEMORY_SHARE)
-        for k, value in enumerate(known or (_resident_bytes(),)):
+        for k, value in enumerate(known or (resident_bytes(),)):
             if value is not None:
                 cells[MEMORY + 3 + k] = value
                 if cells[MEMORY + k] < 0:
                     cells[MEMORY + k] = value
         self._sampled_at = now
+
+    def private_bytes(self) -> int | None:
+        """Private memory as last sampled; None if it was not yet."""
+        private = self._cells[MEMORY + 5]
+        return private if private > 0 else None
 
     def __enter__(self) -> None:
         """Watch what is done here: it may end this process."""
@@ -100,13 +107,6 @@ class WorkerMonitor:
         users = without_ours(frames)
         text = "".join(traceback.format_exception(type(raised), raised, users))
         os.write(self._stacks, text.encode("utf-8", "replace"))
-
-
-@or_none
-def _resident_bytes() -> int | None:
-    """Resident memory of this process by the kernel's cheapest account; None if unknown."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _write_stacks_to(fd: int) -> int:

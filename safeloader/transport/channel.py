@@ -48,6 +48,7 @@ from safeloader._python import DupFd, Finalize, assert_spawning, extra_reducers
 from safeloader.transport.messages import BatchMessage, Task
 
 MOST_FDS = 224  # in one message; Linux takes 253
+PAUSE = "pause"  # to a worker in the place of a task: say how things are, and go on waiting
 _LONGEST_S = 1e6  # of one ``poll``, which takes milliseconds as a C int
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
 _BYTES = operator.itemgetter(0)  # of what one call of recvmsg gave
@@ -189,6 +190,9 @@ class TaskQueue:
     """
 
     _poll: select.poll | None = None  # of the class: a worker makes its own
+    pauses: Callable[[], None] = staticmethod(lambda: None)
+    """Of a worker, set there: is called where something else than a task comes, at the end of an
+    epoch and where main asks."""
 
     def __init__(self, refused: Callable[[Task, Exception], Task]) -> None:
         reader, writer = os.pipe()
@@ -226,7 +230,12 @@ class TaskQueue:
         if not self._poll.poll(None if timeout is None else timeout * 1000):
             raise queue.Empty
         item = pickle.loads(self._reader.recv_bytes())
-        return (item[0], Task(*item[1:])) if type(item) is tuple else item
+        if type(item) is tuple:
+            return item[0], Task(*item[1:])
+        self.pauses()
+        if item == PAUSE:
+            raise queue.Empty  # torch asks again
+        return item
 
     def cancel_join_thread(self) -> None:
         """Do not wait at this process's end for what is not sent yet."""

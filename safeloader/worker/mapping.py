@@ -36,6 +36,7 @@ from safeloader.supervision.flight_recorder import (
     SINCE,
 )
 from safeloader.worker.context import FetchContext
+from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, struck
 from safeloader.worker.validating import ValidatedItems, refused_by
@@ -54,10 +55,17 @@ class MapFetcher(RecordingFetcher):
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
         checked = self._validation
-        self._items = self._dataset if checked is None else ValidatedItems(self._dataset, checked)
+        self._asked_of = dataset = self._dataset
+        if checked is not None:
+            self._asked_of = ValidatedItems(dataset, checked)
+        self._items: Any = self._asked_of
         self._by_default = stock.collate_fn is default_collate
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
+
+    def by_way_of(self, first: FirstSamples | None) -> None:
+        """As :class:`RecordingFetcher` has it."""
+        self._items = self._asked_of if first is None else first.around(self._asked_of)
 
     def _begin(self) -> tuple[Packed, int | None, bool]:
         task, batched = self._task, self._batched

@@ -49,6 +49,7 @@ from safeloader.transport.messages import (
     Task,
 )
 from safeloader.worker.context import FetchContext, private_row
+from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.hints import KEY_FAULT, failure_in, why_not_sent
 from safeloader.worker.repair import STRUCK, BatchRepair, Donors, Unrepairable, struck
 from safeloader.worker.stacking import collation_by
@@ -129,6 +130,10 @@ class RecordingFetcher:
             task.seq, worker_id, pid, indices, number, first, times, at_once, keys
         )
         return self._handed_over(manifest, batch, samples)
+
+    def by_way_of(self, first: FirstSamples | None) -> None:
+        """Fetch by way of what looks at the first samples; None: the dataset itself again."""
+        raise NotImplementedError
 
     def _blank(self, indices: Packed, first: int | None, at_once: bool) -> BatchManifest:
         """The manifest of the running batch, without what became of it."""

@@ -7,8 +7,11 @@ puts our fetcher in the place of torch's, in this process alone. All of it dies 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter_ns
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -17,9 +20,10 @@ from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.introspect.dataset_state import describe
-from safeloader.supervision.flight_recorder import IDLE, INIT, OPEN, PID, FlightRecorder
+from safeloader.introspect.file_positions import read_positions
+from safeloader.supervision.flight_recorder import IDLE, INIT, OPEN, PID, READY, FlightRecorder
 from safeloader.supervision.monitor import WorkerMonitor
-from safeloader.transport.channel import ResultQueue
+from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
@@ -27,6 +31,7 @@ from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import failure_in
 from safeloader.worker.mapping import MapFetcher
+from safeloader.worker.observing import Observer, into_flight_recorder
 from safeloader.worker.recording import RecordingFetcher
 from safeloader.worker.streaming import StreamFetcher
 
@@ -47,9 +52,11 @@ class WorkerStartup:
     flight: FlightRecorder | None
     slots: SlotTable | None = None
     no_slots: str = ""
+    forks: bool = False
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
+        inherited = read_positions() if self.forks else None
         cells = private_row() if self.flight is None else self.flight.row(worker_id)
         cells[PID] = os.getpid()
         monitor = WorkerMonitor(self.flight, worker_id, cells)
@@ -75,6 +82,10 @@ class WorkerStartup:
         packer.install()
         start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
+        observer = self._observer(worker_id, dataset, inherited, monitor)
+        if observer is not None:
+            monitor.notes = observer.sent
+            TaskQueue.pauses = staticmethod(observer.paused)
 
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
@@ -82,13 +93,34 @@ class WorkerStartup:
             monitor.begins(OPEN)
             try:
                 with monitor:
-                    return monitor.over(fetcher_for(create(), context))
+                    fetcher = fetcher_for(create(), context)
+                    return monitor.over(fetcher if observer is None else observer.over(fetcher))
             except Exception as exc:
                 return refusing(exc, "sample", "iter(dataset) raised, before any sample")
             finally:
                 monitor.begins(IDLE)
 
         _torch.install_fetcher(make)
+        cells[READY] = perf_counter_ns()
+
+    def _observer(
+        self, worker_id: int, dataset: Any, inherited: Any, monitor: WorkerMonitor
+    ) -> Observer | None:
+        """What notices what becomes of this worker's copy; None where it cannot be told to main."""
+        if self.flight is None:
+            return None
+        with suppress(Exception):  # of ours: the worker does without
+            return Observer(
+                dataset,
+                length=self.context.length,
+                stream=self.context.progress is not None,
+                inherited=inherited,
+                private=monitor.private_bytes,
+                publish=into_flight_recorder(
+                    functools.partial(self.flight.write_report, worker_id)
+                ),
+            )
+        return None
 
 
 @dataclasses.dataclass

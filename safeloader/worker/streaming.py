@@ -14,6 +14,7 @@ from safeloader.delivery.indices import Packed
 from safeloader.supervision.flight_recorder import FETCH, ORDINAL, PHASE, SINCE
 from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
+from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Unrepairable
 from safeloader.worker.validating import ValidatedStream
@@ -53,7 +54,12 @@ class StreamFetcher(RecordingFetcher):
             self._iterator = ValidatedStream(
                 self._iterator, self._validation, lambda: (self._row, self._first + self._so_far())
             )
+        self._asked_of = self._iterator
         self._note(0, ended=False)
+
+    def by_way_of(self, first: FirstSamples | None) -> None:
+        """As :class:`RecordingFetcher` has it."""
+        self._iterator = self._asked_of if first is None else first.around(self._asked_of)
 
     def fetch(self, task: Task) -> Made:
         """The next batch with its manifest; ``StopIteration`` at the end of the stream."""

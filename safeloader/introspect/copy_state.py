@@ -1,0 +1,333 @@
+"""What a copy of the dataset is at, small enough to be compared between processes. Runs in: both.
+
+Each worker has a copy of the dataset, and copies drift apart: an epoch number that one side alone
+sets, an order that each shuffles for itself, a cache that each fills. :func:`copy_state` reads in a
+millisecond or two what can be compared: plain numbers and words, the order of long lists, and how
+much each container holds. It runs no code of the user's.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from time import monotonic
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from safeloader._torch import without_overrides
+from safeloader.introspect.texts import is_secret
+from safeloader.introspect.values import (
+    container_base,
+    definitions,
+    fields,
+    held_by,
+    inherits,
+    mro_of,
+    type_name,
+)
+
+OBJECTS_MAX = 200
+DEPTH_MAX = 3
+WITHIN_MAX = 8  # elements looked into of one container: transforms, parts of a ConcatDataset
+SAMPLED = 64  # elements of an order that are compared
+SORTED_MAX = 20_000  # elements of an order that are compared in no order
+WORD_MAX = 80  # characters of a text that is compared
+
+_PLAIN = (bool, int, float, str, type(None))
+_LEFT_ALONE = ("torch.", "numpy.", "builtins.", "multiprocessing.", "threading.", "logging.")
+
+
+class Order(NamedTuple):
+    """What a list or an array with an element for each sample holds, in its order.
+
+    Attributes:
+        length: how many elements.
+        sampled: digests of at most 64 of them, evenly spread; 0 for None and for what is unknown.
+        contents: a digest of all elements in no order; None where that was not looked at.
+        held_as: tells this object from another in the same place, in one process.
+    """
+
+    length: int
+    sampled: tuple[int, ...]
+    contents: int | None
+    held_as: int
+
+
+class CopyState(NamedTuple):
+    """What one copy of a dataset is at; picklable, and equal where nothing changed.
+
+    Attributes:
+        scalars: numbers, words, truth values by their path, as ``dataset.epoch``.
+        orders: by their path, lists and arrays that have an element for each sample.
+        lengths: how much each list, dict or set holds.
+    """
+
+    scalars: dict[str, Any]
+    orders: dict[str, Order]
+    lengths: dict[str, int]
+
+
+class Attribute(NamedTuple):
+    """An attribute that was found by a walk: who has it, under which name, and where."""
+
+    path: str
+    owner: Any
+    name: str
+    value: Any
+
+
+def attributes(root: Any, name: str = "dataset", bound_s: float = 0.002) -> Iterator[Attribute]:
+    """The attributes of an object and of the objects in it, breadth first and bounded.
+
+    Objects of torch, NumPy and the interpreter are not looked into, but for datasets and samplers.
+
+    >>> class Inner: ...
+    >>> inner = Inner(); inner.epoch = 3
+    >>> class Outer: ...
+    >>> outer = Outer(); outer.inner = inner
+    >>> [each.path for each in attributes(outer)]
+    ['dataset.inner', 'dataset.inner.epoch']
+    """
+    seen = {id(root)}
+    queue: deque[tuple[str, Any, int]] = deque([(name, root, 0)])
+    end = monotonic() + bound_s
+    for _ in range(OBJECTS_MAX):
+        if not queue or monotonic() > end:
+            return
+        path, owner, depth = queue.popleft()
+        for key, value in fields(owner)[:OBJECTS_MAX]:
+            if type(key) is not str:
+                continue
+            at = f"{path}.{key}"
+            yield Attribute(at, owner, key, value)
+            if depth < DEPTH_MAX:
+                for step, each in _within(value):
+                    if id(each) not in seen and _looked_into(type(each)):
+                        seen.add(id(each))
+                        queue.append((at + step, each, depth + 1))
+
+
+def _within(value: Any) -> Iterator[tuple[str, Any]]:
+    base = container_base(type(value))
+    if base in (list, tuple):
+        for place, each in held_by(value, WITHIN_MAX):
+            yield f"[{place}]", each
+    elif base is None:
+        yield "", value
+
+
+def _looked_into(cls: type) -> bool:
+    if id(cls) in _NEVER or inherits(cls, torch.nn.Module, torch.Tensor, np.ndarray):
+        return False
+    name = type_name(cls)
+    if name.startswith(("torch.utils.data.", "torch.utils.data")):
+        return not name.endswith("DataLoader")
+    return "." in name and not name.startswith(_LEFT_ALONE)
+
+
+_NEVER = frozenset(map(id, (type, types.ModuleType, types.FunctionType, types.MethodType)))
+
+
+def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -> CopyState:
+    """What this copy of ``dataset`` is at; never raises.
+
+    Args:
+        dataset: any object.
+        length: how many samples it has, as far as known: what has as many elements is an order.
+        name: what it is called in the paths.
+
+    >>> class Numbers:
+    ...     def __init__(self):
+    ...         self.epoch, self.order, self.cache = 2, [3, 1, 2], {}
+    >>> state = copy_state(Numbers(), 3)
+    >>> state.scalars, list(state.orders), state.lengths
+    ({'dataset.epoch': 2}, ['dataset.order'], {'dataset.order': 3, 'dataset.cache': 0})
+    """
+    state = CopyState({}, {}, {})
+    try:
+        for path, _, key, value in attributes(dataset, name):
+            cls = type(value)
+            if any(cls is each for each in _PLAIN):
+                if not is_secret(key, value):
+                    state.scalars[path] = value[:WORD_MAX] if cls is str else value
+                continue
+            base = container_base(cls)
+            if base is not None:
+                state.lengths[path] = base.__len__(value)
+            order = None if length is None else _order(value, base, length)
+            if order is not None:
+                state.orders[path] = order
+    except Exception:  # what was read until then is compared
+        return state
+    return state
+
+
+def _order(value: Any, base: Any, length: int) -> Order | None:
+    """The order that a value is, if it has an element for each of ``length`` samples."""
+    if length < 2:
+        return None
+    if base in (list, tuple):
+        if base.__len__(value) != length:
+            return None
+        step = max(1, -(-length // SAMPLED))
+        some = list(islice(base.__iter__(value), 0, None, step))
+        return Order(length, tuple(map(_element, some)), _contents(value, base, length), id(value))
+    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iuS":
+        numbers = value
+    elif type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
+        with without_overrides():
+            if value.dim() != 1 or value.is_floating_point() or value.is_complex():
+                return None
+            numbers = value.detach().numpy()
+    else:
+        return None
+    if len(numbers) != length:
+        return None
+    step = max(1, -(-length // SAMPLED))
+    sampled = tuple(crc32(each.tobytes()) or 1 for each in numbers[::step])
+    contents = None
+    if length <= SORTED_MAX:
+        contents = crc32(np.sort(numbers).tobytes())
+    return Order(length, sampled, contents, id(value))
+
+
+_IN_AN_ORDER = (bool, int, float, str, bytes)
+
+
+def _element(value: Any) -> int:
+    """The digest of an element; 0 for None and for what is no plain value."""
+    if any(type(value) is each for each in _IN_AN_ORDER):
+        return crc32(repr(value).encode("utf-8", "replace")) or 1
+    if type(value) in (tuple, list) and len(value) <= 16:
+        parts = tuple(map(_element, value))
+        return crc32(repr(parts).encode()) or 1 if all(parts) else 0
+    return 0
+
+
+def _contents(value: Any, base: Any, length: int) -> int | None:
+    """A digest of the elements in no order; None of too many, or of no numbers or words."""
+    if length > SORTED_MAX:
+        return None
+    kinds = set(map(type, base.__iter__(value)))
+    if kinds == {int}:
+        try:
+            numbers = np.fromiter(base.__iter__(value), np.int64, length)
+        except OverflowError:
+            return None
+        return crc32(np.sort(numbers).tobytes())
+    if kinds == {str} and length <= SORTED_MAX // 10:
+        return crc32("\0".join(sorted(base.__iter__(value))).encode("utf-8", "replace"))
+    return None
+
+
+# ---- which attributes the code of a class uses
+
+
+def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
+    """Whether the code that makes samples reads an attribute; told from names in its byte code.
+
+    Args:
+        owner: the object that has the attribute.
+        name: of the attribute.
+        whole: True to look at all methods but the constructor, for what is no dataset itself.
+
+    >>> class Seeded:
+    ...     def __getitem__(self, i):
+    ...         return self._at() + i
+    ...     def _at(self):
+    ...         return self.epoch
+    ...     def set_epoch(self, epoch):
+    ...         self.epoch = self.asked = epoch
+    >>> loads(Seeded(), "epoch"), loads(Seeded(), "asked")
+    (True, False)
+    """
+    return any(
+        step.argval == name and step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        for code in _reached(type(owner), whole)
+        for step in dis.get_instructions(code)
+    )
+
+
+def stores_elements(owner: Any, name: str) -> bool:
+    """Whether a method assigns elements of an attribute (``self.seen[i] += 1``), by its byte code.
+
+    >>> class Counts:
+    ...     def __getitem__(self, i):
+    ...         self.seen[i] += 1
+    >>> stores_elements(Counts(), "seen"), stores_elements(Counts(), "other")
+    (True, False)
+    """
+    return any(name in _written(code) for code in _reached(type(owner), whole=True))
+
+
+def _written(code: types.CodeType) -> set[str]:
+    """The attributes of which a function assigns elements.
+
+    The stack is followed from line to line, as far as that goes without running anything: what an
+    instruction leaves there is unknown, unless it is an attribute or a copy of one.
+    """
+    found: set[str] = set()
+    stack: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            found.update(stack[-2:-1])
+        effect = dis.stack_effect(step.opcode, step.arg, jump=False)
+        if step.opname == "COPY" and step.arg is not None:
+            stack.append(stack[-step.arg] if step.arg <= len(stack) else "")
+        elif step.opname == "SWAP" and step.arg is not None:
+            if step.arg <= len(stack):
+                stack[-1], stack[-step.arg] = stack[-step.arg], stack[-1]
+        elif step.opname == "LOAD_ATTR":
+            stack[-1:] = [str(step.argval), *[""] * effect]
+        elif effect > 0:
+            stack += [""] * effect
+        elif step.opname not in ("CACHE", "NOP", "RESUME", "PRECALL", "EXTENDED_ARG"):
+            del stack[max(0, len(stack) + effect - 1) :]
+            stack.append("")
+    return found - {""}
+
+
+_ENTRIES = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
+
+
+def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
+    """The code of the methods that make samples, and of those that they name."""
+    if whole:
+        todo = [
+            name
+            for each in mro_of(cls)
+            if "." in type_name(each) and not type_name(each).startswith(_LEFT_ALONE)
+            for name in type.__dict__["__dict__"].__get__(each)
+            if name != "__init__"
+        ]
+    else:
+        todo = list(_ENTRIES)
+    seen: set[str] = set()
+    while todo and len(seen) < OBJECTS_MAX:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for found in definitions(cls, name):
+            function = getattr(found, "fget", None) if type(found) is property else found
+            if type(found) in (classmethod, staticmethod):
+                function = found.__func__
+            if type(function) is not types.FunctionType:
+                continue
+            for code in _codes(function.__code__):
+                yield code
+                if not whole:
+                    todo += code.co_names
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for each in code.co_consts:
+        if type(each) is types.CodeType:
+            yield from _codes(each)

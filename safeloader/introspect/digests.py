@@ -1,0 +1,157 @@
+"""Digests of what a person keeps in a dataset, by kinds of leaf that are known. Runs in: both.
+
+Two samples are compared between processes, and an element of a dataset before and after it was
+fetched. Nothing of the user's is run: a leaf of a kind that is not known has no digest, and what
+holds one is passed over. Digests are CRC-32 (``zlib``), of the first 64 KiB of a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from safeloader._torch import without_overrides
+from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import container_base, fields, held_by, inherits, type_name
+
+LEAF_BYTES = 1 << 16
+LEAVES_MAX = 64
+DEPTH_MAX = 4
+
+_SCALARS = (bool, int, float, complex, str, bytes)
+
+
+class Unknown(Exception):
+    """A leaf of a kind that is not known, or too many of them."""
+
+
+def leaves(value: Any, path: str = "", depth: int = DEPTH_MAX) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested containers, each with its path; an object is one leaf.
+
+    >>> list(leaves({"a": [1, None]}))
+    [("['a'][0]", 1), ("['a'][1]", None)]
+    """
+    base = container_base(type(value))
+    if base is None or depth == 0:
+        yield path, value
+        return
+    if base in (set, frozenset):  # in no order that two processes share
+        raise Unknown
+    for key, each in held_by(value, LEAVES_MAX + 1):
+        yield from leaves(each, f"{path}[{key!r}]" if type(key) in (str, int) else path, depth - 1)
+
+
+def leaf_digest(leaf: Any) -> int:
+    """The digest of one leaf.
+
+    Raises:
+        Unknown: for a kind that is not known.
+    """
+    cls = type(leaf)
+    if leaf is None or cls in _SCALARS:
+        return crc32(repr(leaf if cls is not str else leaf[:LEAF_BYTES]).encode("utf-8", "replace"))
+    if cls is bytearray:
+        return crc32(leaf[:LEAF_BYTES])
+    if inherits(cls, np.generic) and cls.__module__ == "numpy":
+        return crc32(np.generic.tobytes(leaf))
+    if cls is np.ndarray and leaf.dtype.kind in "biufcSUmM" and leaf.dtype.char not in "gG":
+        part = leaf.reshape(-1)[: LEAF_BYTES // max(1, leaf.itemsize)] if leaf.size else leaf
+        return crc32(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(part).tobytes())
+    if inherits(cls, torch.Tensor) and type_name(cls).startswith("torch."):
+        return _of_tensor(leaf)
+    raise Unknown
+
+
+def _of_tensor(tensor: torch.Tensor) -> int:
+    with without_overrides():
+        if not (tensor.is_cpu and tensor.layout is torch.strided) or tensor.is_quantized:
+            raise Unknown
+        if tensor.is_nested:
+            raise Unknown
+        tensor = tensor.detach()
+        head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+        if not tensor.numel():
+            return crc32(head)
+        first = LEAF_BYTES // tensor.element_size()
+        part = tensor.reshape(-1)[:first] if tensor.is_contiguous() else _some(tensor, first)
+        part = part.resolve_conj().resolve_neg().contiguous()
+        return crc32(head + part.view(torch.uint8).numpy().tobytes())
+
+
+def _some(tensor: torch.Tensor, most: int) -> torch.Tensor:
+    """The first rows of a tensor that is no contiguous memory, flat; not all of it is copied."""
+    row = max(1, tensor.numel() // max(1, tensor.shape[0]))
+    return tensor[: max(1, most // row)].reshape(-1)[:most]
+
+
+def digest(value: Any) -> int | None:
+    """One digest of a sample; None where a leaf is of a kind that is not known.
+
+    >>> digest({"x": torch.zeros(2), "y": 3}) == digest({"x": torch.zeros(2), "y": 3})
+    True
+    >>> digest(object()) is None
+    True
+    """
+    found = by_leaf(value)
+    if found is None:
+        return None
+    return crc32(repr(list(found.items())).encode("utf-8", "replace"))
+
+
+def by_leaf(value: Any) -> dict[str, int] | None:
+    """The digest of each leaf by its path; None where one is of a kind that is not known.
+
+    >>> sorted(by_leaf({"a": 1, "b": [2]}))
+    ["['a']", "['b'][0]"]
+    """
+    found: dict[str, int] = {}
+    try:
+        for path, leaf in leaves(value):
+            found[path] = leaf_digest(leaf)
+            if len(found) > LEAVES_MAX:
+                return None
+    except (Unknown, RuntimeError, TypeError, ValueError):
+        return None
+    return found
+
+
+def known_leaves(value: Any) -> dict[str, tuple[int, str]]:
+    """As :func:`by_leaf`, but leaves of other kinds are left out; an object is its attributes.
+
+    Returns:
+        By path the digest, and a word for a person: a number, or the first of an array.
+
+    >>> class Item:
+    ...     def __init__(self):
+    ...         self.x, self.handle = np.array([3, 4]), object()
+    >>> {path: word for path, (_, word) in known_leaves(Item()).items()}
+    {'.x': '[3, ...]'}
+    """
+    found: dict[str, tuple[int, str]] = {}
+    roots = [("", value)]
+    if container_base(type(value)) is None and fields(value):
+        roots = [(f".{name}", each) for name, each in fields(value)[:LEAVES_MAX]]
+    for root, each in roots:
+        try:
+            parts = list(leaves(each, root))[:LEAVES_MAX]
+        except Unknown:
+            continue
+        for path, leaf in parts:
+            try:
+                found[path] = leaf_digest(leaf), _word(leaf)
+            except (Unknown, RuntimeError, TypeError, ValueError):
+                continue
+    return found
+
+
+def _word(leaf: Any) -> str:
+    if inherits(type(leaf), torch.Tensor, np.ndarray):
+        with without_overrides():
+            some = leaf.reshape(-1)[:2].tolist()
+        first = bounded_text(some[0]) if some else ""
+        return f"[{first}, ...]" if len(some) > 1 else f"[{first}]"
+    return bounded_text(leaf)

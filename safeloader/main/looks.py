@@ -1,0 +1,329 @@
+"""When main looks at what its workers report, and tells what it finds. Runs in: main.
+
+::
+
+    workers: SelfReport ──► flight recorder ──► Looks ──► wrong_data, growth ──► a line in the log
+
+It looks after the first batches, then each time twice as many were handed over, at the end of an
+epoch and before a failure is told. Each thing is told once for a loader. After the first epochs
+looking takes a two hundredth of the time at most. A fault of this part ends it, and not the epoch.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from time import monotonic, perf_counter, sleep
+from typing import Any
+
+from safeloader import _torch
+from safeloader.failures.failure import raised_by_signal
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.copy_state import attributes, copy_state, loads
+from safeloader.introspect.file_positions import Position, read_positions
+from safeloader.introspect.fork_hazards import was_told
+from safeloader.introspect.heaviest import heaviest
+from safeloader.provenance.recorder import Recorder
+from safeloader.supervision.flight_recorder import FlightRecorder
+from safeloader.supervision.growth import growth, slow_start
+from safeloader.supervision.kept_batches import EVERY, KeptBatches
+from safeloader.supervision.self_report import Opening, SelfReport
+from safeloader.supervision.wrong_data import Finding, Seen, findings
+from safeloader.transport.channel import PAUSE
+from safeloader.worker.observing import Observer
+
+ALWAYS = 3  # epochs, in each of which it looks
+SHARE = 0.005  # of the time, at most, that looking may take afterwards
+ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
+FAILURES_MAX = 3  # of a loader, before which it looks
+LOADERS_MAX = 8  # of one recorder
+CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
+EARLIER_MAX = 3  # epochs of workers that are gone, of which the beginnings are kept
+
+
+class Looks:
+    """What main sees of one loader's workers, from epoch to epoch.
+
+    Attributes:
+        due: number of the next batch that :meth:`at_batch` wants to see.
+    """
+
+    def __init__(self, dataset: Any, length: int | None) -> None:
+        self._dataset = weakref.ref(dataset) if _refers_weakly(dataset) else lambda: dataset
+        self._length = length
+        self._stream = False
+        self._told: set[tuple[str, ...]] = set()
+        self._earlier: dict[int, tuple[Opening, ...]] = {}
+        self._kept = KeptBatches()
+        self._epochs = 0
+        self._began = monotonic()
+        self._spent = 0.0
+        self._on = True
+        self.due = sys.maxsize
+        self._look_at = 0
+        self._failures = 0
+        self._workers: _Workers | None = None
+        self._observer: Observer | None = None
+        self._own: SelfReport | None = None
+        self._log: LoaderLog | None = None
+
+    def over_dataset(self, dataset: Any) -> bool:
+        """Whether these are the looks at loaders over ``dataset``."""
+        return self._dataset() is dataset
+
+    # an epoch ───────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, log: LoaderLog, num_workers: int, stream: bool) -> None:
+        """An epoch begins."""
+        self._log = log
+        self._stream = stream
+        self._epochs += 1
+        self._look_at = 4 * max(1, num_workers)
+        self.due = 0 if self._on else sys.maxsize
+
+    def on(self, *about: Any, **more: Any) -> None:
+        """From now on it is these workers; as :class:`_Workers` takes them."""
+        with self._guarded():
+            self._workers = _Workers(*about, **more)
+
+    def over(self, fetcher: Any) -> Any:
+        """In main, without workers: begin an epoch on ``fetcher``, which is given back."""
+        with self._guarded():
+            if self._has_time():
+                if self._observer is None:
+                    self._observer = Observer(
+                        self._dataset(),
+                        length=self._length,
+                        stream=self._stream,
+                        inherited=None,
+                        publish=self._publish,
+                    )
+                began = perf_counter()
+                self._observer.over(fetcher)
+                self._spent += perf_counter() - began
+        return fetcher
+
+    def _publish(self, report: SelfReport) -> None:
+        self._own = report
+
+    def at_batch(self, epoch: int, number: int, batch: Any) -> None:
+        """Batch ``number`` is about to be handed over; called where it is ``due``."""
+        with self._guarded():
+            self._kept.note(epoch, number, batch)
+            if number >= self._look_at:
+                self._look_at = 2 * number
+                self._look(asking=False)
+        self.due = number + EVERY if self._on else sys.maxsize
+
+    def at_end(self) -> None:
+        """The epoch is at its end."""
+        with self._guarded():
+            if self._has_time():
+                self._look(asking=self._workers is not None and self._workers.stay)
+                self._remember()
+
+    def before_failure(self) -> list[str]:
+        """What is known that may be the cause of a failure, in sentences; told with it."""
+        said: list[str] = []
+        self._failures += 1
+        if not self._on or self._failures > FAILURES_MAX:
+            return said
+        with self._guarded():
+            for each in self._findings(asking=self._failures == 1):
+                if each.about[0] in CAUSES and self._is_new(each):
+                    said.append(each.text)
+            if self._workers is not None:
+                said += self._workers.moved_positions(said)
+        return said
+
+    def _has_time(self) -> bool:
+        enough = self._spent <= SHARE * (monotonic() - self._began)
+        return self._on and (self._epochs <= ALWAYS or enough)
+
+    # looking ────────────────────────────────────────────────────────────────────────────────────
+
+    def _look(self, *, asking: bool) -> None:
+        began = perf_counter()
+        for finding in self._findings(asking=asking):
+            if self._is_new(finding) and self._log is not None:
+                self._log.warning("%s", finding.text)
+        self._spent += perf_counter() - began
+
+    def _is_new(self, finding: Finding) -> bool:
+        new = finding.about not in self._told
+        self._told.add(finding.about)
+        return new
+
+    def _findings(self, *, asking: bool) -> Iterator[Finding]:
+        workers = self._workers
+        if workers is None:
+            if self._observer is not None:
+                self._observer.report()
+            reports = {} if self._own is None else {0: self._own}
+        else:
+            if asking:
+                workers.ask()
+            reports = workers.reports()
+        dataset = self._dataset()
+        seen = Seen(
+            reports,
+            copy_state(dataset, self._length),
+            self._length,
+            stream=self._stream,
+            persistent=workers is not None and workers.stay,
+            workers=workers.number if workers else 0,
+            epochs=self._epochs,
+        )
+        for finding in findings(seen, self._earlier):
+            if self._counts(finding, dataset):
+                yield finding
+        if workers is not None:
+            yield from growth(reports, workers.forked)
+            yield from workers.slow_start(dataset)
+        yield from self._kept.finding()
+
+    def _counts(self, finding: Finding, dataset: Any) -> bool:
+        """Whether a finding is worth a word: of what samples are made by, and not told already."""
+        kind, *about = finding.about
+        if kind == "stale":
+            return any(
+                loads(each.owner, each.name, whole=each.owner is not dataset)
+                for each in attributes(dataset)
+                if each.path == about[0]
+            )
+        return kind != "same numbers" or not was_told(dataset, about[0])
+
+    def _remember(self) -> None:
+        """Workers that go take their beginnings with them."""
+        if self._workers is None or self._workers.stay:
+            return
+        for worker, report in self._workers.reports().items():
+            earlier = self._earlier.get(worker, ())
+            self._earlier[worker] = (*earlier, *report.openings)[-EARLIER_MAX:]
+
+    def _guarded(self) -> _Guard:
+        return _Guard(self)
+
+    def failed(self, exc: Exception) -> None:
+        """This part is at fault: it is off for good, and the log says so once."""
+        self._on = False
+        self.due = sys.maxsize
+        if self._log is not None:
+            self._log.own_fault("the look at what workers report", exc)
+
+
+class _Guard:
+    def __init__(self, looks: Looks) -> None:
+        self._looks = looks
+
+    def __enter__(self) -> None:
+        """A fault within is ours."""
+
+    def __exit__(self, kind: object, exc: BaseException | None, frames: object) -> bool:
+        if not isinstance(exc, Exception) or raised_by_signal(exc):
+            return False
+        self._looks.failed(exc)
+        return True
+
+
+class _Workers:
+    """The workers of one pool, as far as their reports go.
+
+    Attributes:
+        number: how many.
+        stay: whether they stay for the next epoch.
+        forked: whether they began as copies of main.
+    """
+
+    def __init__(
+        self,
+        flight: FlightRecorder,
+        stock: Any,
+        *,
+        stay: bool,
+        start_method: str,
+        began: float,
+        started: float,
+    ) -> None:
+        # Weakly: what it looks at goes with the workers.
+        self._flight: Callable[[], FlightRecorder | None] = weakref.ref(flight)
+        self._stock: weakref.ref[Any] = weakref.ref(stock)
+        self.number = len(_torch.workers_of(stock))
+        self.stay = stay
+        self.forked = start_method == "fork"
+        self._start_method = start_method
+        self._began, self._started = began, started
+        self._start_told = False
+        several = self.forked and self.number > 1
+        self._at_fork: dict[int, Position] = read_positions() if several else {}
+
+    def ask(self) -> None:
+        """Have the workers report, and wait for those that do so at once."""
+        stock, flight = self._stock(), self._flight()
+        if stock is None or flight is None:
+            return
+        ended, queues = _torch.expects_end_of(self._stock), _torch.task_queues(stock)
+        asked = {w: flight.reported(w) for w in range(self.number) if not ended(w)}
+        for worker in asked:
+            queues[worker].put(PAUSE)
+        give_up = monotonic() + ANSWER_S
+        while asked and monotonic() < give_up:
+            now = {worker: flight.reported(worker) for worker in asked}
+            asked = {w: was for w, was in asked.items() if now[w] == was or now[w] % 2}
+            sleep(0.0002)
+
+    def reports(self) -> dict[int, SelfReport]:
+        """The newest report of each worker that has made one."""
+        flight = self._flight()
+        if flight is None:
+            return {}
+        raw = {worker: flight.report(worker) for worker in range(self.number)}
+        return {worker: pickle.loads(each) for worker, each in raw.items() if each}
+
+    def moved_positions(self, said: list[str]) -> list[str]:
+        """Read positions that moved since the workers were forked, unless told already."""
+        now = read_positions()
+        return [
+            f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
+            f"since the workers were forked: the {self.number} workers share it, and what one "
+            "reads, the others skip. Open it in the worker, at first use. replay() in the main "
+            "process reads alone, and passes"
+            for fd, before in self._at_fork.items()
+            if fd in now
+            and now[fd].path == before.path
+            and now[fd].offset != before.offset
+            and not any(before.path in each for each in said)
+        ]
+
+    def slow_start(self, dataset: Any) -> Iterator[Finding]:
+        """What took long as the workers began, once they have."""
+        flight = self._flight()
+        if flight is None or self._start_told:
+            return
+        ready = [flight.ready_ns(worker) / 1e9 for worker in range(self.number)]
+        if not all(ready):
+            return
+        self._start_told = True
+        seconds = max(ready) - self._began
+        heavy = heaviest(dataset) if seconds > 5 and not self.forked else []
+        yield from slow_start(seconds, self._started - self._began, self._start_method, heavy)
+
+
+def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
+    """The looks at a loader over ``dataset`` that writes into ``recorder``, from epoch to epoch."""
+    for looks in recorder.looks:
+        if looks.over_dataset(dataset):
+            return looks  # type: ignore[no-any-return]
+    looks = Looks(dataset, length)
+    recorder.looks = [*recorder.looks[-LOADERS_MAX + 1 :], looks]
+    return looks
+
+
+def _refers_weakly(thing: Any) -> bool:
+    try:
+        weakref.ref(thing)
+    except TypeError:
+        return False
+    return True

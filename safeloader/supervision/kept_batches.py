@@ -1,0 +1,76 @@
+"""How much memory the batches hold that the training loop keeps. Runs in: main.
+
+A loop may keep each batch without meaning to: ``itertools.cycle(loader)``, a list of outputs. One
+batch in sixteen is watched by a weak reference and stands for the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from safeloader.introspect.resources import cgroup_memory, human_bytes, machine_memory
+from safeloader.introspect.values import container_base, held_by
+from safeloader.supervision.wrong_data import Finding
+
+EVERY = 16  # batches, of which one is watched
+SHARE = 0.1  # of the machine's memory
+WATCHED_MAX = 4096
+_PARTS_MAX = 64
+
+
+class KeptBatches:
+    """Of the batches handed over, those that somebody still holds."""
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[int, int, weakref.ref[torch.Tensor], int]] = []
+
+    def note(self, epoch: int, number: int, batch: Any) -> None:
+        """A batch is about to be handed over."""
+        tensors = list(_tensors(batch, 4))[:_PARTS_MAX]
+        if tensors:
+            size = sum(each.nbytes for each in tensors if each.layout is torch.strided)
+            largest = max(tensors, key=lambda each: each.numel())
+            self._watched.append((epoch, number, weakref.ref(largest), size))
+            if len(self._watched) > WATCHED_MAX:
+                self._forget()
+
+    def _forget(self) -> None:
+        self._watched = [each for each in self._watched if each[2]() is not None][-WATCHED_MAX:]
+
+    def finding(self) -> Iterator[Finding]:
+        """What is to be told, once the batches that are kept hold a tenth of the memory."""
+        self._forget()
+        held = EVERY * sum(size for *_, size in self._watched)
+        total = _memory_bytes()
+        if total is None or held <= SHARE * total:
+            return
+        epoch, number, _, _ = self._watched[0]
+        yield Finding(
+            ("kept batches",),
+            f"about {EVERY * len(self._watched):,} batches that were handed over are still held, "
+            f"with {human_bytes(held)} of the machine's {human_bytes(total)}; the oldest is batch "
+            f"{number} of epoch {epoch}. Something in the program keeps each batch: a list, or "
+            "itertools.cycle(loader), which keeps a copy of all it gave (write two loops instead). "
+            "Keep of a batch what is needed of it: .item(), or a clone of a part",
+        )
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and container_base(type(value)) in (dict, list, tuple):
+        for _, each in held_by(value, _PARTS_MAX):
+            yield from _tensors(each, depth - 1)
+
+
+@functools.cache
+def _memory_bytes() -> int | None:
+    """Of the machine or of the container, whichever is smaller."""
+    machine, group = machine_memory(), cgroup_memory()
+    limits = [None if machine is None else machine.total, None if group is None else group.limit]
+    return min((each for each in limits if each is not None), default=None)

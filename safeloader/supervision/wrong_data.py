@@ -1,0 +1,367 @@
+"""What the workers' reports say of data that is wrong behind right indices. Runs in: main.
+
+Pure: reports in, findings out. Each finding is certain by what was seen, or is not told. It says
+first what is so, then by what that is known, then what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import NamedTuple
+
+from safeloader.introspect.copy_state import CopyState, Order
+from safeloader.introspect.texts import plain_text
+from safeloader.introspect.values import cut
+from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport
+
+LOST_MIN = 16  # entries that a cache must have gained
+FILLED_MIN = 4  # elements of a list, looked at, most of which must have been filled
+STREAM_MIN = 2  # samples of a stream, different ones, that have to be equal in two workers
+
+
+class Finding(NamedTuple):
+    """Something that is so: ``about`` names it, so that it is told once."""
+
+    about: tuple[str, ...]
+    text: str
+
+
+class Seen(NamedTuple):
+    """What is known of one loader as main looks.
+
+    Attributes:
+        reports: of each process that makes samples, by worker; without workers that of main, by 0.
+        main: main's copy of the dataset, as it is now.
+        length: of the dataset, where it has one.
+        stream: whether the dataset is iterable-style.
+        persistent: whether the workers stay for the next epoch.
+        workers: how many there are; 0: main makes the samples.
+        epochs: how many the loader has begun.
+    """
+
+    reports: Mapping[int, SelfReport]
+    main: CopyState
+    length: int | None
+    stream: bool
+    persistent: bool
+    workers: int
+    epochs: int
+
+
+def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
+    """What is to be told, in the order of weight.
+
+    Args:
+        seen: the state of the loader.
+        earlier: by worker, the openings of earlier epochs by workers that are gone.
+    """
+    rules = (_diverged, _same_stream, _shared_files, _stale, _same_numbers, _in_place, _lost)
+    found = [each for rule in rules for each in rule(seen)]
+    return found + list(_repeated_numbers(seen, earlier or {}))
+
+
+# ── copies ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _diverged(seen: Seen) -> Iterator[Finding]:
+    """Orders that each worker shuffled, cut or drew for itself."""
+    if seen.stream or seen.workers < 2:
+        return
+    for (u, one), (v, other) in combinations(seen.reports.items(), 2):
+        for path, here in one.now.orders.items():
+            there = other.now.orders.get(path)
+            if there is None or not _differ(here, there):
+                continue
+            if _reordered(one.start.orders.get(path), here, there) or _replaced(one, other, path):
+                yield Finding(
+                    ("diverged", path),
+                    f"{path} is in another order in worker {u} than in worker {v}: one index is "
+                    f"two samples, so some samples come twice and others never. Each worker has a "
+                    f"copy of its own and changed it (a shuffle in the dataset?). Make the order "
+                    "in the main process before iter(loader), and with persistent_workers=False; "
+                    "or leave it to the loader's sampler",
+                )
+        for path, length in one.now.lengths.items():
+            start, there_length = one.start.orders.get(path), other.now.lengths.get(path)
+            if start is None or there_length is None or length == there_length:
+                continue
+            yield Finding(
+                ("diverged", path),
+                f"{path} has {length} entries in worker {u} and {there_length} in worker {v}; both "
+                f"began with {start.length}, one for each sample. Each worker changed its copy, so "
+                "one index is two samples. Change it in the main process, before iter(loader)",
+            )
+
+
+def _differ(one: Order, other: Order) -> bool:
+    pairs = list(zip(one.sampled, other.sampled, strict=False))
+    return one.length == other.length and any(a != b for a, b in pairs if a and b)
+
+
+def _reordered(start: Order | None, here: Order, there: Order) -> bool:
+    """Whether two workers hold the same elements in different orders."""
+    return here.contents is not None and here.contents == there.contents
+
+
+def _replaced(one: SelfReport, other: SelfReport, path: str) -> bool:
+    """Whether each worker made a list of its own where one was inherited, or none was."""
+
+    def replaced(report: SelfReport) -> bool:
+        start = report.start.orders.get(path)
+        return start is None or start.held_as != report.now.orders[path].held_as
+
+    return replaced(one) and replaced(other)
+
+
+def _stale(seen: Seen) -> Iterator[Finding]:
+    """Numbers and words that main has changed, and the workers' copies have not."""
+    if not seen.workers or not seen.reports:
+        return
+    reports = list(seen.reports.values())
+    for path, here in seen.main.scalars.items():
+        if not all(path in each.start.scalars and path in each.now.scalars for each in reports):
+            continue
+        theirs = {repr(each.now.scalars[path]) for each in reports}
+        untouched = all(
+            each.start.scalars[path] == each.now.scalars[path]
+            and type(each.start.scalars[path]) is type(each.now.scalars[path])
+            for each in reports
+        )
+        if not untouched or len(theirs) != 1 or theirs == {repr(here)}:
+            continue
+        if type(reports[0].now.scalars[path]) is not type(here):
+            continue  # None: made at first use, wherever that is
+        (there,) = theirs
+        if seen.persistent:
+            cure = (
+                "Persistent workers never get another copy: hold it in shared memory "
+                "(multiprocessing.Value), or have a new copy each epoch by persistent_workers=False"
+            )
+        else:
+            cure = (
+                "Set it before iter(loader): the sampler's __iter__ runs when the workers have "
+                "their copies already"
+            )
+        yield Finding(
+            ("stale", path),
+            f"{path} is {cut(plain_text(repr(here)), 60)} here and {cut(plain_text(there), 60)} in "
+            f"the workers: it was changed after they had got their copies of the dataset, and what "
+            f"they make is by the old value. {cure}",
+        )
+
+
+def _lost(seen: Seen) -> Iterator[Finding]:
+    """Caches that workers filled, and took with them."""
+    if not seen.workers or seen.persistent or seen.epochs < 2:
+        return
+    gained: dict[str, int] = {}
+    filled: dict[str, tuple[int, int]] = {}
+    made = 0
+    for report in seen.reports.values():
+        made += report.batches
+        for path, length in report.now.lengths.items():
+            before = report.start.lengths.get(path)
+            if before is not None and length > before:
+                gained[path] = gained.get(path, 0) + length - before
+        for path, empty, full in report.filled:
+            were, are = filled.get(path, (0, 0))
+            filled[path] = were + empty, are + full
+    for path, entries in gained.items():
+        if entries < LOST_MIN or entries < made:
+            continue
+        yield Finding(
+            ("lost", path),
+            f"{path} grew in the workers by {entries} entries and is lost with them at the end of "
+            "each epoch: what it was to save is done again. persistent_workers=True keeps it",
+        )
+    for path, (empty, full) in filled.items():
+        if empty >= FILLED_MIN and full * 2 > empty:
+            yield Finding(
+                ("lost", path),
+                f"{path} was filled in the workers ({full} of {empty} elements that were looked "
+                "at) and is lost with them at the end of each epoch: what it was to save is done "
+                "again. persistent_workers=True keeps it",
+            )
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _same_stream(seen: Seen) -> Iterator[Finding]:
+    """Workers whose first samples are the same."""
+    if not seen.stream or seen.workers < 2 or seen.length is not None:
+        return  # with a length the ledger counts what was read, and says it with numbers
+    for (u, one), (v, other) in combinations(seen.reports.items(), 2):
+        number = min(len(one.stream), len(other.stream))
+        mine, theirs = one.stream[:number], other.stream[:number]
+        if None in mine or mine != theirs or len(set(mine)) < STREAM_MIN:
+            continue
+        others = "" if seen.workers == 2 else f" (and so may others of the {seen.workers})"
+        yield Finding(
+            ("same stream",),
+            f"workers {u} and {v} read the same stream{others}: their first {number} samples are "
+            f"equal, so the loop gets each sample {seen.workers} times. Give each worker its part: "
+            "torch.utils.data.get_worker_info().id and .num_workers in __iter__ "
+            "(itertools.islice(stream, id, None, num_workers)), or the library's own splitting by "
+            "worker",
+        )
+        return
+
+
+# ── random numbers ──────────────────────────────────────────────────────────────────────────────
+
+
+def _cure(name: str) -> str:
+    if not name.startswith("dataset"):
+        return (
+            "Do not seed it by a fixed number, in worker_init_fn or in the dataset: torch gives "
+            "each worker and each epoch a seed of its own (torch.initial_seed())"
+        )
+    return f"Make it in the worker, from torch.initial_seed(): {name} is a copy of main's"
+
+
+def _openings(seen: Seen) -> Iterator[tuple[tuple[int, Opening], tuple[int, Opening]]]:
+    """Pairs of openings of one epoch in two workers."""
+    for (u, one), (v, other) in combinations(seen.reports.items(), 2):
+        by_epoch = {each.epoch: each for each in other.openings}
+        for mine in one.openings:
+            if mine.epoch in by_epoch:
+                yield (u, mine), (v, by_epoch[mine.epoch])
+
+
+def _moved(draws: FirstDraws) -> bool:
+    return draws.before != draws.after
+
+
+def _same_numbers(seen: Seen) -> Iterator[Finding]:
+    """Two workers that draw the same numbers."""
+    for (u, mine), (v, theirs) in _openings(seen):
+        for name in mine.draws.keys() & theirs.draws.keys():
+            a, b = mine.draws[name], theirs.draws[name]
+            if seen.stream:
+                # The first sample of a stream is where it is set up: a shuffle by a seed that all
+                # workers share is as it should be.
+                same = a.second is not None and a.second == b.second
+                moved = a.second != a.after_second and b.second != b.after_second
+            else:
+                same, moved = a.before == b.before, _moved(a) and _moved(b)
+            reseeded = (
+                not seen.stream
+                and a.before != b.before
+                and a.after == b.after
+                and _moved(a)
+                and _moved(b)
+                and mine.indices[:1] != theirs.indices[:1]
+            )
+            if same and moved:
+                yield Finding(
+                    ("same numbers", name),
+                    f"workers {u} and {v} draw the same random numbers from {name}: it stood at "
+                    f"the same place in both before {_first(seen)}. What one worker's samples get "
+                    f"at random, the other's get too. {_cure(name)}",
+                )
+            elif reseeded:
+                yield Finding(
+                    ("same numbers", name),
+                    f"each sample draws the same random numbers from {name}: after "
+                    f"{_sample(mine)} in worker {u} and {_sample(theirs)} in worker {v} it stood "
+                    "at the same place, though it came from different ones. It is seeded by a "
+                    "fixed number where samples are made. Leave that out: torch seeds each worker",
+                )
+
+
+def _first(seen: Seen) -> str:
+    return "their second samples" if seen.stream else "their first samples"
+
+
+def _sample(opening: Opening) -> str:
+    return f"index {opening.indices[0]}" if opening.indices else "the first sample"
+
+
+def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) -> Iterator[Finding]:
+    """A worker that draws in one epoch what it drew in another."""
+    if seen.stream:
+        return
+    for worker, report in seen.reports.items():
+        gone = earlier.get(worker, ())
+        epochs = [*gone, *report.openings] if not seen.persistent else list(report.openings)
+        for one, other in combinations(epochs, 2):
+            for name in one.draws.keys() & other.draws.keys():
+                a, b = one.draws[name], other.draws[name]
+                # A validation that is the same each time may be meant so: it begins with one index.
+                if one.indices[:1] == other.indices[:1] or not (_moved(a) and _moved(b)):
+                    continue
+                who = f"worker {worker}" if seen.workers else "the dataset"
+                if a.before == b.before:
+                    yield Finding(
+                        ("same numbers", name),
+                        f"{who} draws the same random numbers from {name} in each epoch: it stood "
+                        f"at the same place before {_sample(one)} and, in a later epoch, before "
+                        f"{_sample(other)}. {_cure(name)}",
+                    )
+                elif a.after == b.after:
+                    yield Finding(
+                        ("same numbers", name),
+                        f"each sample draws the same random numbers from {name}: after "
+                        f"{_sample(one)} and, in a later epoch, after {_sample(other)} it stood at "
+                        "the same place, though it came from different ones. It is seeded by a "
+                        "fixed number where samples are made. Leave that out",
+                    )
+
+
+# ── what is written to, and what is shared ──────────────────────────────────────────────────────
+
+
+def _in_place(seen: Seen) -> Iterator[Finding]:
+    """Elements of the dataset that fetching them changed, and that are fetched again."""
+    if seen.epochs < 2 or (seen.workers and not seen.persistent):
+        return  # what a worker changed in its copy went with it
+    for worker, report in seen.reports.items():
+        if not report.in_place or report.epochs < 2:
+            continue
+        first = report.in_place[0]
+        where = f" in worker {worker}" if seen.workers else ""
+        more = len(report.in_place) - 1
+        others = f"; so did {more} more of those looked at" if more else ""
+        yield Finding(
+            ("in place",),
+            f"index {first.asked_as} was changed in place{where}: {first.path} was {first.was} "
+            f"before it was fetched first and is {first.now} now{others}. Each epoch gets what the "
+            "one before made of it. A transform (or __getitem__) writes into the dataset's own "
+            "data: let it work on a copy (.clone(), .copy(), copy.deepcopy)",
+        )
+        return
+
+
+def _shared_files(seen: Seen) -> Iterator[Finding]:
+    """Read positions that several workers move."""
+    if seen.workers < 2:
+        return
+    by_path: dict[str, list[tuple[int, int, int, str]]] = {}
+    for worker, report in seen.reports.items():
+        for each in report.files:
+            by_path.setdefault(each.path, []).append((worker, each.mine, each.others, each.holder))
+    for path, movers in by_path.items():
+        if len(movers) < 2:
+            continue
+        holder = next((each[3] for each in movers if each[3]), "")
+        named = f"{path} ({holder})" if holder else path
+        numbers = " and ".join(str(each[0]) for each in movers[:2])
+        crossed = all(each[2] for each in movers[:2])
+        if crossed:
+            said = (
+                f"workers {numbers} share one read position of {named}, and each moved it between "
+                "the other's batches: what one reads, the other skips, so samples are wrong unless "
+                "a lock is held from seek to read"
+            )
+        else:
+            said = (
+                f"workers {numbers} share one read position of {named}: it was open before they "
+                "were forked, and both moved it"
+            )
+        yield Finding(
+            ("shared file", path),
+            f"{said}. Open it in the worker, at first use: None in __init__, and opened in "
+            "__getitem__ where it is None. replay() in the main process reads alone, and passes",
+        )

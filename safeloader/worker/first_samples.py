@@ -1,0 +1,149 @@
+"""Stands for the dataset while the first samples of an epoch are made. Runs in: worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safeloader.failures.failure import raised_by_signal
+from safeloader.introspect.digests import digest
+from safeloader.introspect.texts import index_text
+from safeloader.supervision.self_report import FirstDraws
+
+if TYPE_CHECKING:
+    from safeloader.introspect.stored_elements import Store
+
+STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker's
+WATCHED_MAX = 64  # samples of an epoch
+
+
+class Notes(Protocol):
+    """Who wants to know about them."""
+
+    @property
+    def wants_elements(self) -> bool:
+        """Whether further elements of the dataset are to be noted."""
+
+    def stores(self) -> list[Store]:
+        """Lists and arrays of the dataset that have an element for each sample."""
+
+    def generators(self) -> dict[str, Callable[[], int]]:
+        """By name, what gives the digest of each generator's state."""
+
+    def note_element(self, store: Store, index: Any, at: int) -> bool:
+        """Note an element before it is fetched for the first time; False once there are enough."""
+
+    def note_stream(self, digests: tuple[int | None, ...]) -> None:
+        """The first samples of the stream."""
+
+    def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
+        """The first samples of an epoch were made."""
+
+
+class FirstSamples:
+    """Stands for the dataset, or for its iterator, until the first samples are made."""
+
+    def __init__(self, observer: Notes, fetcher: Any) -> None:
+        self._observer = observer
+        self._fetcher = fetcher
+        self._inner: Any = None
+        self._indices: list[str] = []
+        self._states: list[tuple[dict[str, int], dict[str, int]]] = []
+        self._digests: list[int | None] = []
+        self._made = 0
+        self._done = False
+
+    def around(self, inner: Any) -> FirstSamples:
+        """Take the place of ``inner``."""
+        self._inner = inner
+        return self
+
+    # map-style
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._done:
+            return self._inner[index]
+        before = self._before((index,))
+        sample = self._inner[index]
+        self._after((index,), before)
+        return sample
+
+    def __getitems__(self, indices: Any) -> Any:
+        if self._done:
+            return self._inner.__getitems__(indices)
+        asked = list(indices)
+        before = self._before(asked)
+        samples = self._inner.__getitems__(indices)
+        self._after(asked, before)
+        return samples
+
+    # a stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._done:
+            return next(self._inner)
+        before = self._before(())
+        sample = next(self._inner)
+        self._digest(sample)
+        self._after((), before)
+        return sample
+
+    def _before(self, indices: Sequence[Any]) -> dict[str, int] | None:
+        try:
+            for store in self._observer.stores():
+                for index in indices:
+                    at = store.place_of(index)
+                    if at is not None and not self._observer.note_element(store, index, at):
+                        break
+            if len(self._states) < 2:
+                return {name: read() for name, read in self._observer.generators().items()}
+        except Exception as exc:
+            self._fails(exc)
+        return None
+
+    def _digest(self, sample: Any) -> None:
+        if len(self._digests) < STREAM_SAMPLES:
+            self._digests.append(digest(sample))
+
+    def _after(self, indices: Sequence[Any], before: dict[str, int] | None) -> None:
+        if self._done:
+            return
+        try:
+            if before is not None:
+                reads = self._observer.generators()
+                self._states.append((before, {name: reads[name]() for name in before}))
+                self._indices += map(index_text, list(indices)[:2])
+                if len(self._states) <= 2:
+                    self._observer.opened(self._indices[:2], self._draws())
+            self._observer.note_stream(tuple(self._digests))
+            self._made += max(1, len(indices))
+            more = len(self._digests) if self._digests else STREAM_SAMPLES
+            wants = more < STREAM_SAMPLES or self._observer.wants_elements
+            if (len(self._states) >= 2 and not wants) or self._made >= WATCHED_MAX:
+                self._end()
+        except Exception as exc:
+            self._fails(exc)
+
+    def _fails(self, exc: Exception) -> None:
+        """A fault of this part ends it; what a signal handler raises is the user's."""
+        if raised_by_signal(exc):
+            raise exc
+        self._end()
+
+    def _draws(self) -> dict[str, FirstDraws]:
+        before, after = self._states[0]
+        if len(self._states) < 2:
+            return {name: FirstDraws(before[name], after[name]) for name in before}
+        second, after_second = self._states[1]
+        return {
+            name: FirstDraws(before[name], after[name], second.get(name), after_second.get(name))
+            for name in before
+        }
+
+    def _end(self) -> None:
+        """The fetcher has its own way from now on."""
+        self._done = True
+        self._fetcher.by_way_of(None)

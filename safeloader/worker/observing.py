@@ -1,0 +1,215 @@
+"""What a worker notices about itself, at its first samples and in between. Runs in: worker.
+
+::
+
+    fetcher ── by way of ──► FirstSamples ──► Observer ── SelfReport ──► flight recorder
+
+Each check of the indices can be right, and the data wrong: copies of the dataset drift apart, two
+workers draw the same random numbers, a transform writes into its dataset. What tells is looked at
+where it costs nothing: at the first samples of an epoch, and when there is nothing to do. After
+that the fetcher has its own way back, and a count of batches is all that is left.
+
+Nothing of the user's is run here, and no random number is drawn. A fault of this part ends it, and
+the worker goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+from safeloader.failures.failure import raised_by_signal
+from safeloader.introspect.copy_state import CopyState, copy_state
+from safeloader.introspect.file_positions import Position
+from safeloader.introspect.generators import global_generators, own_generators
+from safeloader.introspect.resources import anonymous_bytes
+from safeloader.introspect.stored_elements import Element, Store, changed, looked_at, stores_of
+from safeloader.introspect.texts import index_text
+from safeloader.supervision.self_report import FirstDraws, InPlace, Opening, SelfReport
+from safeloader.worker.first_samples import FirstSamples
+from safeloader.worker.shared_files import InheritedFiles
+
+ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
+OPENINGS_MAX = 2  # kept, and the newest
+SHARE = 0.005  # of the time, at most, that reports may take after the first two
+
+
+class Observer:
+    """Notices what one process's copy of the dataset becomes; one a worker.
+
+    Args:
+        dataset: as it is in this process.
+        length: how many samples it has, as far as main knows; None for a stream.
+        stream: whether it is iterable-style.
+        inherited: read positions of files that were open as the process began; None where it did
+            not inherit any.
+        publish: is given each report.
+        private: gives the private memory of this process in bytes, as last sampled, or None.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        length: int | None,
+        stream: bool,
+        inherited: dict[int, Position] | None,
+        publish: Callable[[SelfReport], object],
+        private: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._dataset = dataset
+        self._length = None if stream else length
+        self._stream = stream
+        self._publish = publish
+        self._private = private
+        self._epochs = self._batches = self._reported = 0
+        self._due = 1
+        self._began = perf_counter()
+        self._spent = 0.0
+        self._on = True
+        self._openings: list[Opening] = []
+        self._first: tuple[int | None, ...] = ()
+        self._elements: dict[tuple[str, Any], Element] = {}
+        self._stores: list[Store] | None = None
+        self._generators: dict[str, Callable[[], int]] | None = None
+        self._files = InheritedFiles(inherited, dataset) if inherited else None
+        self._memory: list[tuple[int, int, int | None]] = []
+        self._start = self._state()
+
+    def _state(self) -> CopyState:
+        return copy_state(self._dataset, self._length)
+
+    # an epoch begins ────────────────────────────────────────────────────────────────────────────
+
+    def over(self, fetcher: Any) -> Any:
+        """Begin an epoch on ``fetcher``, which is given back."""
+        if not self._on:
+            return fetcher
+        self._epochs += 1
+        try:
+            fetcher.by_way_of(FirstSamples(self, fetcher))
+            if self._files is not None and self._files.open:
+                self._files.watch(fetcher)
+        except Exception as exc:
+            self._fails(exc)
+        return fetcher
+
+    def _fails(self, exc: Exception) -> None:
+        """A fault of this part ends it; what a signal handler raises is the user's."""
+        if raised_by_signal(exc):
+            raise exc
+        self._on = False
+
+    def generators(self) -> dict[str, Callable[[], int]]:
+        """By name, what gives the digest of each generator's state."""
+        if self._generators is None:
+            self._generators = global_generators()
+            if not self._stream:
+                self._generators |= own_generators(self._dataset)
+        return self._generators
+
+    def stores(self) -> list[Store]:
+        """Lists and arrays of the dataset that have an element for each sample."""
+        if self._stores is None:
+            known = self._length is not None
+            self._stores = list(stores_of(self._dataset, self._length)) if known else []
+        return self._stores
+
+    def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
+        """The first samples of an epoch were made."""
+        epoch = self._epochs - 1
+        kept = [each for each in self._openings if each.epoch != epoch][:OPENINGS_MAX]
+        self._openings = [*kept, Opening(epoch, tuple(indices), draws)]
+
+    def note_element(self, store: Store, index: Any, at: Any) -> bool:
+        """Note an element before it is fetched for the first time; False once there are enough."""
+        if len(self._elements) >= ELEMENTS_MAX:
+            return False
+        key = store.path, at
+        if key not in self._elements:
+            element = store.get(at)
+            self._elements[key] = Element(store, index_text(index), at, element, looked_at(element))
+        return True
+
+    @property
+    def wants_elements(self) -> bool:
+        """Whether further elements are to be noted."""
+        return bool(self.stores()) and len(self._elements) < ELEMENTS_MAX
+
+    def note_stream(self, digests: tuple[int | None, ...]) -> None:
+        """The first samples of the stream, in the first epoch."""
+        if self._epochs <= 1:
+            self._first = digests
+
+    # in between ─────────────────────────────────────────────────────────────────────────────────
+
+    def sent(self) -> None:
+        """A batch was made; hot path."""
+        self._batches += 1
+        if self._batches >= self._due:
+            self._due = 2 * self._batches
+            self._remember_memory()
+            if self._batches <= 2 or self._spent < SHARE * (perf_counter() - self._began):
+                self.report()
+
+    def paused(self) -> None:
+        """There is nothing to do for now: an epoch is at its end, or main asks."""
+        if self._batches > self._reported:
+            self.report()
+
+    def report(self) -> None:
+        """Say what was noticed so far; a fault of this ends it."""
+        if not self._on:
+            return
+        began = perf_counter()
+        try:
+            self._publish(self._report())
+            self._reported = self._batches
+        except Exception as exc:
+            self._fails(exc)
+        self._spent += perf_counter() - began
+
+    def _report(self) -> SelfReport:
+        in_place: list[InPlace] = []
+        filled: dict[str, tuple[int, int]] = {}
+        for each in self._elements.values():
+            now = each.store.get(each.at)
+            if each.before is None:
+                empty, full = filled.get(each.store.path, (0, 0))
+                filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
+            elif found := changed(each, now):
+                in_place.append(InPlace(each.asked_as, *found))
+        if self._memory[-1:] and self._memory[-1][0] != self._batches:
+            self._remember_memory()
+        return SelfReport(
+            os.getpid(),
+            self._epochs,
+            self._batches,
+            self._start,
+            self._state(),
+            tuple(self._openings),
+            self._first,
+            tuple(in_place),
+            tuple((path, *counts) for path, counts in filled.items()),
+            () if self._files is None else self._files.moved(),
+            tuple(self._memory),
+        )
+
+    def _remember_memory(self) -> None:
+        own = anonymous_bytes()
+        if own is not None:
+            self._memory = [*self._memory[-15:], (self._batches, own, self._private())]
+
+
+def into_flight_recorder(write: Callable[[bytes], bool]) -> Callable[[SelfReport], None]:
+    """What publishes a report by ``write``, without the orders where they are too large for it."""
+
+    def publish(report: SelfReport) -> None:
+        if not write(pickle.dumps(report)):
+            bare = CopyState({}, {}, {})
+            write(pickle.dumps(report._replace(start=bare, now=bare)))
+
+    return publish

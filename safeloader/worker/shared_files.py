@@ -1,0 +1,85 @@
+"""Whether this worker, and others, move read positions that all inherited. Runs in: worker."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+from safeloader.introspect.copy_state import attributes
+from safeloader.introspect.file_positions import Position, offset_of
+from safeloader.supervision.self_report import SharedFile
+
+POSITIONS_FOR = 64  # batches in which read positions are looked at
+
+
+class InheritedFiles:
+    """Inherited read positions: whether this process moves them, and whether others do."""
+
+    def __init__(self, inherited: dict[int, Position], dataset: Any) -> None:
+        self.open = dict(inherited)
+        self._dataset = dataset
+        self._at = {fd: each.offset for fd, each in inherited.items()}
+        self._mine = dict.fromkeys(inherited, 0)
+        self._others = dict.fromkeys(inherited, 0)
+        self._batches = 0
+
+    def watch(self, fetcher: Any) -> None:
+        """Look at the positions before and after each batch of ``fetcher``, for some batches."""
+        fetch = fetcher.fetch
+
+        def watched(task: Any) -> Any:
+            if not self.open:
+                return fetch(task)
+            for fd in self.open:
+                offset = offset_of(fd)
+                if offset != self._at[fd]:
+                    self._others[fd] += 1
+                    self._at[fd] = offset or 0
+            try:
+                return fetch(task)
+            finally:
+                self._look_after()
+
+        fetcher.fetch = watched
+
+    def _look_after(self) -> None:
+        self._batches += 1
+        for fd in list(self.open):
+            offset = offset_of(fd)
+            if offset != self._at[fd]:
+                self._mine[fd] += 1
+                self._at[fd] = offset or 0
+            elif self._batches >= 4 and not self._mine[fd]:
+                del self.open[fd]  # this process does not read it
+        if self._batches >= POSITIONS_FOR:
+            self.open.clear()
+
+    def moved(self) -> tuple[SharedFile, ...]:
+        """Those that this process moved."""
+        moved = [fd for fd, count in self._mine.items() if count]
+        return tuple(
+            SharedFile(self._path(fd), _holder(self._dataset, fd), self._mine[fd], self._others[fd])
+            for fd in moved[:8]
+        )
+
+    def _path(self, fd: int) -> str:
+        try:
+            return os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            return "a file"
+
+
+_READERS = (io.FileIO, io.BufferedReader, io.TextIOWrapper)
+
+
+def _holder(dataset: Any, fd: int) -> str:
+    """The path of the attribute that holds an open file; empty if none does."""
+    for each in attributes(dataset):
+        for cls in _READERS:
+            try:
+                if type(each.value) is cls and cls.fileno(each.value) == fd:
+                    return each.path
+            except (ValueError, OSError):  # closed
+                continue
+    return ""
