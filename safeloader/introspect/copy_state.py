@@ -33,6 +33,7 @@ from safeloader.introspect.values import (
 )
 
 OBJECTS_MAX = 200
+ATTRIBUTES_MAX = 1000  # in all
 DEPTH_MAX = 3
 WITHIN_MAX = 8  # elements looked into of one container: transforms, parts of a ConcatDataset
 SAMPLED = 64  # elements of an order that are compared
@@ -82,7 +83,7 @@ class Attribute(NamedTuple):
     value: Any
 
 
-def attributes(root: Any, name: str = "dataset", bound_s: float = 0.002) -> Iterator[Attribute]:
+def attributes(root: Any, name: str = "dataset", bound_s: float = 0.05) -> Iterator[Attribute]:
     """The attributes of an object and of the objects in it, breadth first and bounded.
 
     Objects of torch, NumPy and the interpreter are not looked into, but for datasets and samplers.
@@ -97,11 +98,15 @@ def attributes(root: Any, name: str = "dataset", bound_s: float = 0.002) -> Iter
     seen = {id(root)}
     queue: deque[tuple[str, Any, int]] = deque([(name, root, 0)])
     end = monotonic() + bound_s
+    left = ATTRIBUTES_MAX
     for _ in range(OBJECTS_MAX):
         if not queue or monotonic() > end:
             return
         path, owner, depth = queue.popleft()
         for key, value in fields(owner)[:OBJECTS_MAX]:
+            left -= 1
+            if left < 0:
+                return
             if type(key) is not str:
                 continue
             at = f"{path}.{key}"

@@ -15,6 +15,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
@@ -28,7 +29,7 @@ from safeloader.introspect.heaviest import heaviest
 from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
-from safeloader.supervision.kept_batches import EVERY, KeptBatches
+from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.self_report import Opening, SelfReport
 from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
@@ -115,7 +116,7 @@ class Looks:
             if number >= self._look_at:
                 self._look_at = 2 * number
                 self._look(asking=False)
-        self.due = number + EVERY if self._on else sys.maxsize
+        self.due = number + self._kept.every if self._on else sys.maxsize
 
     def at_end(self) -> None:
         """The epoch is at its end."""
@@ -132,7 +133,8 @@ class Looks:
             return said
         with self._guarded():
             for each in self._findings(asking=self._failures == 1):
-                if each.about[0] in CAUSES and self._is_new(each):
+                if each.about[0] in CAUSES:  # each error is read alone: told again
+                    self._told.add(each.about)
                     said.append(each.text)
             if self._workers is not None:
                 said += self._workers.moved_positions(said)
@@ -307,7 +309,7 @@ class _Workers:
             return
         self._start_told = True
         seconds = max(ready) - self._began
-        heavy = heaviest(dataset) if seconds > 5 and not self.forked else []
+        heavy = list if self.forked else partial(heaviest, dataset)
         yield from slow_start(seconds, self._started - self._began, self._start_method, heavy)
 
 

@@ -5,7 +5,7 @@ Pure, as :mod:`~safeloader.supervision.wrong_data`: reports in, findings out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from operator import itemgetter
 
@@ -92,7 +92,7 @@ def _copied(report: SelfReport) -> str:
 
 
 def slow_start(
-    seconds: float, in_main_s: float, start_method: str, heavy: Sequence[str]
+    seconds: float, in_main_s: float, start_method: str, heavy: Callable[[], Sequence[str]]
 ) -> Iterator[Finding]:
     """Workers that took long until they could begin.
 
@@ -100,7 +100,7 @@ def slow_start(
         seconds: until the last of them was ready.
         in_main_s: seconds of these in which main pickled and started them.
         start_method: of the workers.
-        heavy: the heaviest attributes of the dataset, in words.
+        heavy: gives the heaviest attributes of the dataset, in words.
     """
     if seconds <= SLOW_START_S:
         return
@@ -109,7 +109,8 @@ def slow_start(
         cure = "worker_init_fn or iter(dataset) takes the time, or main's memory, which is copied"
     else:
         spent = f"{in_main_s:.1f} s of it to pickle the dataset for each and start them"
-        most = f" Most is {', '.join(heavy)}." if heavy else ""
+        most = ", ".join(heavy())
+        most = most and f" Most is {most}."
         cure = (
             f"under {start_method} each worker imports the program anew and gets its own copy of "
             f"the dataset.{most} One array (NumPy, Arrow, torch) or a file that is opened in the "

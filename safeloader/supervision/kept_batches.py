@@ -17,7 +17,8 @@ from safeloader.introspect.resources import cgroup_memory, human_bytes, machine_
 from safeloader.introspect.values import container_base, held_by
 from safeloader.supervision.wrong_data import Finding
 
-EVERY = 16  # batches, of which one is watched
+EVERY = 16  # batches, of which one is watched; each where one holds a thousandth of the memory
+FEW = 4  # that are watched and held: the loop may well hold one or two
 SHARE = 0.1  # of the machine's memory
 WATCHED_MAX = 4096
 _PARTS_MAX = 64
@@ -27,15 +28,17 @@ class KeptBatches:
     """Of the batches handed over, those that somebody still holds."""
 
     def __init__(self) -> None:
-        self._watched: list[tuple[int, int, weakref.ref[torch.Tensor], int]] = []
+        self._watched: list[tuple[int, int, weakref.ref[torch.Tensor], int, int]] = []
+        self.every = EVERY
 
     def note(self, epoch: int, number: int, batch: Any) -> None:
-        """A batch is about to be handed over."""
+        """A batch is about to be handed over; the next to be told of is ``every`` batches on."""
         tensors = list(_tensors(batch, 4))[:_PARTS_MAX]
         if tensors:
             size = sum(each.nbytes for each in tensors if each.layout is torch.strided)
             largest = max(tensors, key=lambda each: each.numel())
-            self._watched.append((epoch, number, weakref.ref(largest), size))
+            self.every = 1 if size > (_memory_bytes() or 0) // 1000 > 0 else EVERY
+            self._watched.append((epoch, number, weakref.ref(largest), size, self.every))
             if len(self._watched) > WATCHED_MAX:
                 self._forget()
 
@@ -45,14 +48,15 @@ class KeptBatches:
     def finding(self) -> Iterator[Finding]:
         """What is to be told, once the batches that are kept hold a tenth of the memory."""
         self._forget()
-        held = EVERY * sum(size for *_, size in self._watched)
+        held = sum(size * every for *_, size, every in self._watched)
+        batches = sum(every for *_, every in self._watched)
         total = _memory_bytes()
-        if total is None or held <= SHARE * total:
+        if total is None or len(self._watched) < FEW or held <= SHARE * total:
             return
-        epoch, number, _, _ = self._watched[0]
+        epoch, number, *_ = self._watched[0]
         yield Finding(
             ("kept batches",),
-            f"about {EVERY * len(self._watched):,} batches that were handed over are still held, "
+            f"about {batches:,} batches that were handed over are still held, "
             f"with {human_bytes(held)} of the machine's {human_bytes(total)}; the oldest is batch "
             f"{number} of epoch {epoch}. Something in the program keeps each batch: a list, or "
             "itertools.cycle(loader), which keeps a copy of all it gave (write two loops instead). "

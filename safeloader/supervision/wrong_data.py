@@ -100,8 +100,9 @@ def _differ(one: Order, other: Order) -> bool:
 
 
 def _reordered(start: Order | None, here: Order, there: Order) -> bool:
-    """Whether two workers hold the same elements in different orders."""
-    return here.contents is not None and here.contents == there.contents
+    """Whether two workers hold what they began with, in different orders."""
+    contents = None if start is None else start.contents
+    return contents is not None and contents == here.contents == there.contents
 
 
 def _replaced(one: SelfReport, other: SelfReport, path: str) -> bool:

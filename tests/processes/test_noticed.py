@@ -1,0 +1,629 @@
+"""Wrong data behind right indices is noticed unasked, and of sound data nothing is said."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset, Sampler, Subset, get_worker_info
+
+from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError
+from safeloader.main import looks
+from safeloader.supervision import growth, kept_batches
+
+N = 24
+FRESH: dict[str, dict[str, Any]] = {
+    way: {"num_workers": 2, "multiprocessing_context": way}
+    for way in ("fork", "spawn", "forkserver")
+}
+LASTING = {f"{way}, persistent": more | {"persistent_workers": True} for way, more in FRESH.items()}
+MAIN: dict[str, dict[str, Any]] = {"main": {}}
+ALL = MAIN | FRESH | LASTING
+
+
+def ways(among: dict[str, dict[str, Any]]) -> Any:
+    return pytest.mark.parametrize("way", among)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers answer at once unless the machine is busy: then they are waited for."""
+    monkeypatch.setattr(looks, "ANSWER_S", 30.0)
+
+
+def said(
+    caplog: pytest.LogCaptureFixture, loader: Any, epochs: int = 3, keep: list[Any] | None = None
+) -> list[str]:
+    """What the log says of some epochs of a loader."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "safeloader"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(epochs):
+            for batch in loader:
+                if keep is not None:
+                    keep.append(batch)
+    return [record.getMessage().partition(": ")[2] for record in caplog.records]
+
+
+def loader_of(dataset: Any, way: str, **more: Any) -> SafeDataLoader[Any]:
+    return SafeDataLoader(dataset, **({"batch_size": 4} | ALL[way] | more))
+
+
+class Indexed:
+    def __len__(self) -> int:
+        return N
+
+
+# ── copies that drift apart ──────────────────────────────────────────────────────────────────────
+
+
+class Reshuffles(Indexed):
+    """Shuffles its order in each worker, or with a shared seed in the same way in each."""
+
+    def __init__(self, seed: int | None = None, words: bool = False) -> None:
+        self.order: Any = [f"{k}.jpg" for k in range(N)] if words else list(range(N))
+        self.seed = seed
+        self.shuffled = False
+
+    def __getitem__(self, index: int) -> Any:
+        if not self.shuffled:
+            self.shuffled = True
+            random.Random(self.seed or torch.initial_seed()).shuffle(self.order)
+        return self.order[index]
+
+
+class DrawsAtFirstUse(Indexed):
+    """Each worker draws a list of its own."""
+
+    def __init__(self) -> None:
+        self.chosen: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        if self.chosen is None:
+            self.chosen = np.random.default_rng(torch.initial_seed()).permutation(N)
+        return self.chosen[index]
+
+
+class Drops(Indexed):
+    """Each worker leaves out what it had, so the copies have different lengths."""
+
+    def __init__(self) -> None:
+        self.items = list(range(N))
+
+    def __getitem__(self, index: int) -> Any:
+        info = get_worker_info()
+        if info is not None and info.id == 0 and len(self.items) == N:
+            self.items.pop()
+        return self.items[index % len(self.items)]
+
+
+class CountsAndCaches(Indexed):
+    """What a dataset may well keep for itself in each worker."""
+
+    def __init__(self) -> None:
+        self.seen = [0] * N
+        self.last = torch.zeros(N)
+        self.cache: list[Any] = [None] * N
+        self.steps = list(range(5))
+        self.calls = 0
+        self.worker: Any = None
+        self.log: list[str] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen[index] += 1
+        self.last[index] = random.random()
+        if self.cache[index] is None:
+            self.cache[index] = torch.full((2,), float(index))
+        random.shuffle(self.steps)
+        self.calls += 1
+        self.worker = getattr(get_worker_info(), "id", None)
+        self.log = [*self.log[-3:], str(index)]
+        return self.cache[index].clone()
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("dataset", [Reshuffles(), Reshuffles(words=True), DrawsAtFirstUse()])
+def test_an_order_that_each_worker_made_for_itself(dataset: Any, way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(dataset, way))
+    name = "dataset.chosen" if isinstance(dataset, DrawsAtFirstUse) else "dataset.order"
+    assert told.startswith(f"{name} is in another order in worker 0 than in worker 1: one index")
+    assert "in the main process" in told
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_list_that_each_worker_cut_for_itself(way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Drops(), way))
+    assert told.startswith(f"dataset.items has {N - 1} entries in worker 0 and {N} in worker 1")
+
+
+@ways(ALL)
+def test_what_a_copy_keeps_for_itself_is_not_told(way: str, caplog: Any) -> None:
+    told = said(caplog, loader_of(CountsAndCaches(), way))
+    assert [each for each in told if "is lost with them" not in each] == []
+
+
+@ways(ALL)
+def test_one_order_for_all_is_not_told(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Reshuffles(seed=3), way)) == []
+
+
+class Keyed(Reshuffles):
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor(super().__getitem__(index))
+
+
+def test_with_a_key_the_cause_is_told_with_the_error() -> None:
+    loader = loader_of(Keyed(), "fork", key=int)
+    with pytest.raises(DeliveryError, match=r"dataset\.order is in another order in worker 0"):
+        list(loader)
+
+
+# ── a copy that is behind ────────────────────────────────────────────────────────────────────────
+
+
+class Seeded(Indexed):
+    """Its samples depend on the epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.unused = 0
+        self.transform = Strength()
+
+    def __getitem__(self, index: int) -> int:
+        return 1000 * self.epoch + index + self.transform()
+
+
+class Strength:
+    def __init__(self) -> None:
+        self.strength = 0
+
+    def __call__(self) -> int:
+        return self.strength
+
+
+class Behind(Sampler[int]):
+    """Sets the epoch of the dataset when it is iterated: workers that fork have their copy."""
+
+    def __init__(self, dataset: Seeded) -> None:
+        self.dataset = dataset
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        self.dataset.epoch = self.epoch
+        yield from range(N)
+
+
+@ways(FRESH | LASTING)
+def test_an_epoch_number_that_does_not_reach_the_workers(way: str, caplog: Any) -> None:
+    dataset = Seeded()
+    [told] = said(caplog, loader_of(dataset, way, sampler=Behind(dataset)))
+    assert told.startswith("dataset.epoch is 1 here and 0 in the workers")
+    assert ("persistent_workers=False" in told) == ("persistent" in way)
+
+
+@ways(LASTING)
+def test_what_is_set_between_epochs_does_not_reach_workers_that_stay(way: str, caplog: Any) -> None:
+    dataset = Seeded()
+    loader = loader_of(dataset, way)
+    assert said(caplog, loader, epochs=1) == []
+    dataset.transform.strength = 5
+    [told] = said(caplog, loader, epochs=1)
+    assert told.startswith("dataset.transform.strength is 5 here and 0 in the workers")
+
+
+@ways(ALL)
+def test_what_is_set_before_an_epoch_reaches_new_workers(way: str, caplog: Any) -> None:
+    dataset = Seeded()
+    loader = loader_of(dataset, way)
+    told: list[str] = []
+    for epoch in range(3):
+        if "persistent" not in way:
+            dataset.epoch = epoch
+        dataset.unused = epoch  # no sample is made by it
+        told += said(caplog, loader, epochs=1)
+    assert told == []
+
+
+# ── random numbers ───────────────────────────────────────────────────────────────────────────────
+
+
+class Draws(Indexed):
+    def __init__(self, name: str = "random", seed: Any = None) -> None:
+        self.name, self.seed = name, seed
+
+    def __getitem__(self, index: int) -> float:
+        if self.seed is not None:
+            set_seed(self.name, index if self.seed == "index" else self.seed)
+        if self.name == "random":
+            return random.random()
+        return float(np.random.rand()) if self.name == "numpy.random" else float(torch.rand(()))
+
+
+def set_seed(name: str, seed: int) -> None:
+    {"random": random.seed, "numpy.random": np.random.seed, "torch": torch.manual_seed}[name](seed)
+
+
+class SeedAlike:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, worker: int) -> None:
+        set_seed(self.name, 7)
+
+
+class SeedApart(SeedAlike):
+    def __call__(self, worker: int) -> None:
+        set_seed(self.name, torch.initial_seed() % 2**31)
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("name", ["random", "numpy.random", "torch"])
+def test_workers_that_are_seeded_alike(name: str, way: str, caplog: Any) -> None:
+    loader = loader_of(Draws(name), way, shuffle=True, worker_init_fn=SeedAlike(name))
+    [told] = said(caplog, loader)
+    assert told.startswith(f"workers 0 and 1 draw the same random numbers from {name}")
+
+
+def test_one_worker_that_begins_each_epoch_alike(caplog: Any) -> None:
+    torch.manual_seed(0)
+    init = SeedAlike("numpy.random")
+    loader = loader_of(
+        Draws("numpy.random"), "fork", num_workers=1, shuffle=True, worker_init_fn=init
+    )
+    [told] = said(caplog, loader)
+    assert told.startswith("worker 0 draws the same random numbers from numpy.random in each epoch")
+
+
+@ways(ALL)
+def test_seeding_where_samples_are_made(way: str, caplog: Any) -> None:
+    torch.manual_seed(0)
+    # Without workers nothing but the dataset moves the other generators: then it cannot be seen.
+    name = "torch" if way == "main" else "random"
+    [told] = said(caplog, loader_of(Draws(name, seed=5), way, shuffle=True))
+    assert told.startswith(f"each sample draws the same random numbers from {name}")
+
+
+@ways(ALL)
+@pytest.mark.parametrize("seed", [None, "index"])
+def test_numbers_that_do_not_repeat_are_not_told(seed: Any, way: str, caplog: Any) -> None:
+    init = SeedApart("random") if ALL[way] else None
+    assert said(caplog, loader_of(Draws(seed=seed), way, shuffle=True, worker_init_fn=init)) == []
+
+
+def test_a_dataset_that_draws_nothing_may_be_seeded_alike(caplog: Any) -> None:
+    loader = loader_of(Seeded(), "fork", worker_init_fn=SeedAlike("torch"))
+    assert said(caplog, loader) == []
+
+
+def test_a_validation_that_is_the_same_each_time_is_not_told(caplog: Any) -> None:
+    loader = loader_of(Draws(), "fork", num_workers=1, worker_init_fn=SeedAlike("random"))
+    assert said(caplog, loader) == []
+
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Words(IterableDataset):  # type: ignore[type-arg]
+    """A stream of dicts, whole in each worker or shared out."""
+
+    def __init__(self, shared: bool, constant: bool = False) -> None:
+        self.shared, self.constant = shared, constant
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        first, step = (info.id, info.num_workers) if info and self.shared else (0, 1)
+        for k in range(first, 40, step):
+            yield {"text": "x" if self.constant else f"word {k}", "x": torch.zeros(2)}
+
+
+@ways(FRESH | LASTING)
+def test_a_stream_that_each_worker_reads_whole(way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Words(shared=False), way))
+    assert told.startswith("workers 0 and 1 read the same stream")
+    assert "get_worker_info()" in told
+
+
+@ways(ALL)
+def test_a_stream_that_is_shared_out_is_not_told(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Words(shared=True), way)) == []
+
+
+def test_equal_samples_say_nothing_of_a_stream(caplog: Any) -> None:
+    assert said(caplog, loader_of(Words(shared=False, constant=True), "fork")) == []
+
+
+class ShuffledAlike(IterableDataset):  # type: ignore[type-arg]
+    """Each worker shuffles by the same seed and takes its own part, as it should."""
+
+    def __iter__(self) -> Iterator[int]:
+        random.seed(11)
+        order = list(range(40))
+        random.shuffle(order)
+        info = get_worker_info()
+        yield from order[info.id :: info.num_workers] if info else order
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_shuffle_that_workers_share_is_not_told(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(ShuffledAlike(), way)) == []
+
+
+# ── what is written to ───────────────────────────────────────────────────────────────────────────
+
+
+class InPlace(Indexed):
+    """A transform that works in place on what the dataset holds."""
+
+    def __init__(self, kind: str, copies: bool = False) -> None:
+        self.copies = copies
+        self.data: Any = {
+            "tensor": torch.ones(N, 3),
+            "flat tensor": torch.arange(1.0, N + 1),
+            "array": np.ones((N, 3)),
+            "dicts": [{"x": torch.ones(3), "label": k} for k in range(N)],
+            "lists": [[1.0, 2.0] for _ in range(N)],
+        }[kind]
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.data[index]
+        if isinstance(sample, dict):
+            sample["seen"] = True  # a key that is added harms nobody
+            x = sample["x"].clone() if self.copies else sample["x"]
+            x *= 2
+            return x
+        if self.copies:
+            return sample * 2 if not isinstance(sample, list) else [2 * each for each in sample]
+        if isinstance(sample, list):
+            sample[0] *= 2
+            return torch.tensor(sample)
+        sample *= 2
+        return sample
+
+
+KINDS = ["tensor", "flat tensor", "array", "dicts", "lists"]
+
+
+@ways(MAIN | LASTING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_that_writes_into_its_dataset(kind: str, way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(InPlace(kind), way))
+    assert told.startswith("index 0 was changed in place")
+    assert "dataset.data[0]" in told
+
+
+@ways(MAIN | LASTING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_that_works_on_a_copy_is_not_told(kind: str, way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(InPlace(kind, copies=True), way)) == []
+
+
+def test_under_a_subset_the_element_is_that_of_the_dataset(caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Subset(InPlace("tensor"), [7, 3, 9]), "main"))
+    assert told.startswith("index 0 was changed in place: dataset.dataset.data[7]")
+
+
+# ── a read position that is shared ───────────────────────────────────────────────────────────────
+
+
+class Lines(Indexed):
+    """Reads a file by position; opened before the fork, or in the worker."""
+
+    def __init__(self, path: Path, lazy: bool, buffering: int = 0) -> None:
+        self.path, self.buffering = path, buffering
+        self.file: Any = None if lazy else open(path, "rb", buffering=buffering)  # noqa: SIM115
+
+    def __getitem__(self, index: int) -> int:
+        if self.file is None:
+            self.file = open(self.path, "rb", buffering=self.buffering)  # noqa: SIM115
+        self.file.seek(1000 * index)
+        return len(self.file.read(1000))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "frames.bin"
+    path.write_bytes(bytes(1000 * N))
+    return path
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+@pytest.mark.filterwarnings("ignore:safeloader:RuntimeWarning")  # told at the start as well
+def test_a_read_position_that_workers_share(way: str, file: Path, caplog: Any) -> None:
+    dataset = Lines(file, lazy=False)
+    caplog.clear()
+    with dataset.file:
+        list(loader_of(dataset, way, batch_size=2))
+    [told] = [each.getMessage() for each in caplog.records]
+    assert f"share one read position of {file} (dataset.file)" in told
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_file_that_is_opened_in_the_worker_is_not_told(way: str, file: Path, caplog: Any) -> None:
+    assert said(caplog, loader_of(Lines(file, lazy=True), way)) == []
+
+
+def test_a_file_that_nobody_reads_is_not_told(file: Path, caplog: Any) -> None:
+    with open(file, "rb", buffering=0):
+        assert said(caplog, loader_of(Seeded(), "fork")) == []
+
+
+class Fails(Lines):
+    """Reads past the end of the file sooner or later, as decoders do."""
+
+    def __getitem__(self, index: int) -> int:
+        if len(self.file.read(3000)) < 3000:
+            raise ValueError("invalid data")
+        return index
+
+
+@pytest.mark.filterwarnings("ignore:safeloader:RuntimeWarning")
+def test_a_failure_tells_of_the_position_that_moved(file: Path) -> None:
+    dataset = Fails(file, lazy=False)
+    told = re.escape(f"read position of {file}")
+    with dataset.file, pytest.raises(SafeLoaderError, match=told) as caught:
+        list(loader_of(dataset, "fork", batch_size=2))
+    assert "replay() in the main process" in str(caught.value)
+
+
+# ── caches, memory, batches that are kept, slow starts ───────────────────────────────────────────
+
+
+class Cached(Indexed):
+    def __init__(self) -> None:
+        self.cache: dict[int, Any] = {}
+
+    def __getitem__(self, index: int) -> Any:
+        return self.cache.setdefault(index, float(index))
+
+
+@ways(FRESH)
+def test_a_cache_that_is_lost_with_the_workers(way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Cached(), way))
+    assert told.startswith(f"dataset.cache grew in the workers by {N} entries and is lost")
+
+
+@ways(MAIN | LASTING)
+def test_a_cache_that_stays_is_not_told(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Cached(), way)) == []
+
+
+class Leaks(Indexed):
+    def __init__(self, entry_bytes: int, first_bytes: int = 0) -> None:
+        self.kept: list[bytearray] = []
+        self.entry_bytes, self.first_bytes = entry_bytes, first_bytes
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, index: int) -> int:
+        if self.entry_bytes:
+            self.kept.append(bytearray(self.entry_bytes))
+        if not self.kept and self.first_bytes:
+            self.kept.append(bytearray(self.first_bytes))
+        return index
+
+
+@ways({"fork": {}, "spawn": {}})
+def test_a_worker_whose_memory_grows(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "GREW_MIN", 24 << 20)
+    loader = loader_of(Leaks(1 << 20), way, num_workers=1)
+    [told] = said(caplog, loader, epochs=1)
+    assert told.startswith("the memory of worker 0 grows with every batch")
+    assert "dataset.kept grew meanwhile from 0 to" in told
+
+
+@pytest.mark.parametrize("first", [0, 64 << 20])
+def test_memory_that_is_taken_once_is_not_told(
+    first: int, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "GREW_MIN", 24 << 20)
+    assert said(caplog, loader_of(Leaks(0, first), "fork", num_workers=1), epochs=1) == []
+
+
+@ways({"main": {}, "fork": {}})
+def test_batches_that_the_loop_keeps(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_batches, "_memory_bytes", lambda: 200_000)
+    loader = loader_of([torch.zeros(1000) for _ in range(300)], way)
+    [told] = said(caplog, loader, epochs=1, keep=[])
+    assert told.startswith("about ")
+    assert "the oldest is batch 0 of epoch 0" in told
+
+
+@ways({"main": {}, "fork": {}})
+def test_batches_that_the_loop_lets_go_are_not_told(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_batches, "_memory_bytes", lambda: 2_000_000)
+    loader = loader_of([torch.zeros(1000) for _ in range(300)], way)
+    assert said(caplog, loader, epochs=1) == []
+
+
+class Rows(Indexed):
+    def __init__(self) -> None:
+        self.rows = [{"file": f"{k:08d}.jpg"} for k in range(20_000)]
+
+    def __getitem__(self, index: int) -> str:
+        return self.rows[index]["file"]
+
+
+@ways({"spawn": {}, "fork": {}})
+def test_workers_that_take_long_to_start(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "SLOW_START_S", 0.0)
+    [told] = said(caplog, loader_of(Rows(), way, persistent_workers=True))
+    assert told.startswith("the workers took ")
+    assert ("dataset.rows (list of 20,000, about" in told) == (way == "spawn")
+
+
+# ── what it may not do ───────────────────────────────────────────────────────────────────────────
+
+
+class Guarded(Indexed):
+    """Raises if anything of it is run but what torch runs."""
+
+    def __init__(self) -> None:
+        self.items = [Touchy() for _ in range(N)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AssertionError(f"{name} was asked for")
+
+    @property
+    def epoch(self) -> int:
+        raise AssertionError("a property was read")
+
+    def __getitem__(self, index: int) -> int:
+        self.items[index].read = index
+        return index
+
+
+class Touchy:
+    read: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("was compared")
+
+    def __hash__(self) -> int:
+        raise AssertionError("was hashed")
+
+    def __len__(self) -> int:
+        raise AssertionError("was measured")
+
+    def __repr__(self) -> str:
+        raise AssertionError("was described")
+
+
+@ways({"main": {}, "fork": {}, "fork, persistent": {}})
+def test_nothing_of_the_dataset_is_run(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Guarded(), way)) == []
+
+
+@ways({"main": {}, "fork": {}})
+def test_a_fault_of_this_part_ends_it_and_not_the_epoch(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(looks, "findings", fails)
+    told = said(caplog, loader_of(Seeded(), way))
+    assert len(told) == 1
+    assert told[0].startswith("the look at what workers report failed and is off")

@@ -1,0 +1,357 @@
+"""What reports say of wrong data, rule by rule, and the looks at a dataset that they are made of."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from safeloader.introspect.copy_state import (
+    CopyState,
+    attributes,
+    copy_state,
+    loads,
+    stores_elements,
+)
+from safeloader.introspect.digests import by_leaf, digest, known_leaves
+from safeloader.introspect.generators import own_generators
+from safeloader.introspect.stored_elements import Element, changed, looked_at, stores_of
+from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
+from safeloader.supervision.growth import growth, slow_start
+from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport, SharedFile
+from safeloader.supervision.wrong_data import Seen, findings
+
+EMPTY = CopyState({}, {}, {})
+
+
+def report(
+    start: Any = None, now: Any = None, length: int | None = None, **more: Any
+) -> SelfReport:
+    """Of a worker whose dataset had these attributes at its start, and has these now."""
+    before = EMPTY if start is None else copy_state(Held(start), length)
+    after = before if now is None else copy_state(Held(now), length)
+    return SelfReport(**({"pid": 1, "epochs": 1, "batches": 10} | more), start=before, now=after)
+
+
+class Held:
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        vars(self).update(attributes)
+
+
+def told(*reports: SelfReport, main: dict[str, Any] | None = None, **more: Any) -> list[str]:
+    known = {"length": None, "stream": False, "persistent": False, "epochs": 1}
+    seen = Seen(
+        dict(enumerate(reports)),
+        copy_state(Held(main or {})),
+        workers=len(reports),
+        **(known | more),
+    )
+    return [each.text for each in findings(seen)]
+
+
+# ── copies ───────────────────────────────────────────────────────────────────────────────────────
+
+ORDER = {"order": [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("start", "one", "other", "drifted"),
+    [
+        (ORDER, {"order": [3, 1, 2, 0]}, {"order": [2, 1, 3, 0]}, True),
+        (ORDER, {"order": [3, 1, 2, 0]}, {"order": [3, 1, 2, 0]}, False),
+        (ORDER, {"order": [0, 5, 2, 3]}, {"order": [0, 1, 9, 3]}, True),  # lists of their own
+        ({"seen": [0] * 4}, None, None, False),
+        ({"order": None}, {"order": [3, 1, 2, 0]}, {"order": [2, 1, 3, 0]}, True),
+        ({"order": torch.arange(4)}, {"order": torch.tensor([1, 0, 2, 3])}, None, True),
+        ({"few": [1, 2]}, {"few": [2, 1]}, {"few": [1, 2]}, False),  # no element for each sample
+        ({"cache": [None] * 4}, {"cache": [None, 1, None, None]}, None, False),
+    ],
+)
+def test_orders_that_drift_apart(start: Any, one: Any, other: Any, drifted: bool) -> None:
+    said = told(report(start, one or start, 4), report(start, other or start, 4))
+    assert len(said) == drifted
+    assert all("in worker 0 than in worker 1" in each for each in said)
+
+
+def test_marks_that_each_worker_sets_in_its_own_list_are_no_order() -> None:
+    reports = []
+    for mine in (0, 1):
+        seen = [0] * 4
+        before = copy_state(Held({"seen": seen}), 4)
+        for k in range(mine, 4, 2):
+            seen[k] = 1
+        reports.append(SelfReport(1, 1, 10, before, copy_state(Held({"seen": seen}), 4)))
+    assert told(*reports) == []
+
+
+def test_a_stream_may_shuffle_its_shards_in_each_worker() -> None:
+    one, other = report(ORDER, {"order": [3, 1, 2, 0]}, 4), report(ORDER, ORDER, 4)
+    assert told(one, other, stream=True) == []
+
+
+@pytest.mark.parametrize(
+    ("main", "start", "now", "behind"),
+    [
+        ({"epoch": 3}, {"epoch": 0}, {"epoch": 0}, True),
+        ({"epoch": 3}, {"epoch": 0}, {"epoch": 3}, False),
+        ({"epoch": 3}, {"epoch": 3}, {"epoch": 3}, False),
+        ({"calls": 1}, {"calls": 0}, {"calls": 7}, False),
+        ({"size": 5}, {"size": None}, {"size": None}, False),  # made at first use
+        ({"training": False}, {"training": True}, {"training": True}, True),
+        ({"api_key": "a"}, {"api_key": "b"}, {"api_key": "b"}, False),
+    ],
+)
+def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) -> None:
+    assert len(told(report(start, now), report(start, now), main=main)) == behind
+
+
+# ── random numbers ───────────────────────────────────────────────────────────────────────────────
+
+
+def opening(*states: int | None, index: str = "0", epoch: int = 0) -> tuple[Opening, ...]:
+    return (Opening(epoch, (index,), {"random": FirstDraws(*states)}),)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "repeats"),
+    [
+        (opening(1, 2), opening(1, 2, index="9"), True),
+        (opening(1, 2), opening(1, 3, index="9"), True),  # they draw different amounts
+        (opening(1, 1), opening(1, 1, index="9"), False),  # nothing is drawn
+        (opening(1, 2), opening(3, 4, index="9"), False),
+        (opening(1, 2), opening(3, 2, index="9"), True),  # seeded where samples are made
+        (opening(1, 2), opening(3, 2), False),  # by the index
+    ],
+)
+def test_numbers_that_two_workers_share(one: Any, other: Any, repeats: bool) -> None:
+    assert len(told(report(openings=one), report(openings=other))) == repeats
+
+
+def test_of_a_stream_only_what_its_second_samples_draw_counts() -> None:
+    drawn = [report(openings=opening(1, 2, 2, 3)), report(openings=opening(1, 2, 2, 4))]
+    assert len(told(*drawn, stream=True)) == 1
+    shuffled = [report(openings=opening(1, 2, 2, 2)), report(openings=opening(1, 2, 2, 2))]
+    assert told(*shuffled, stream=True) == []
+
+
+@pytest.mark.parametrize("second", [(1, 2), (7, 2)])
+def test_numbers_that_come_again_in_each_epoch(second: Any) -> None:
+    both = opening(1, 2) + opening(*second, index="5", epoch=1)
+    assert len(told(report(openings=both), persistent=True)) == 1
+    same_order = opening(1, 2) + opening(*second, epoch=1)
+    assert told(report(openings=same_order), persistent=True) == []
+
+
+# ── streams, files ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ((1, 2, 3), (1, 2, 3), True),
+        ((1, 2, 3), (1, 2), True),
+        ((1, 1, 1), (1, 1, 1), False),
+        ((1, 2, 3), (1, 2, 4), False),
+        ((1, None), (1, None), False),
+        ((), (), False),
+    ],
+)
+def test_first_samples_of_two_workers(one: Any, other: Any, same: bool) -> None:
+    assert len(told(report(stream=one), report(stream=other), stream=True)) == same
+    assert told(report(stream=one), report(stream=other), stream=True, length=9) == []
+
+
+def test_read_positions() -> None:
+    crossed = SharedFile("/v.mp4", "dataset.file", 3, 2)
+    both = SharedFile("/v.mp4", "", 3, 0)
+    [said] = told(report(files=(crossed,)), report(files=(crossed,)))
+    assert "each moved it between the other's batches" in said
+    [said] = told(report(files=(both,)), report(files=(both,)))
+    assert "/v.mp4: it was open before they were forked, and both moved it" in said
+    assert told(report(files=(both,)), report()) == []
+
+
+# ── growth ───────────────────────────────────────────────────────────────────────────────────────
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("series", "grows"),
+    [
+        ([(1, 100), (2, 102), (4, 106), (8, 114), (64, 226), (128, 354)], True),
+        ([(1, 100), (2, 300), (4, 300), (8, 300), (64, 301), (128, 301)], False),
+        ([(1, 100), (2, 150), (4, 220), (8, 230), (64, 250), (128, 255)], False),  # it levels off
+        ([(1, 100), (2, 101), (4, 102), (8, 103)], False),  # too little to tell
+        ([(1, 100), (2, 900)], False),
+    ],
+)
+def test_a_steady_growth(series: Any, grows: bool) -> None:
+    memory = tuple((n, mib * MIB, None) for n, mib in series)
+    assert len(list(growth({0: report(memory=memory)}, forked=True))) == grows
+
+
+def test_pages_that_are_copied() -> None:
+    memory = tuple((n, 100 * MIB, (50 + n) * MIB) for n in (1, 2, 4, 8, 16, 64, 128))
+    start = {"names": [str(k) for k in range(200_000)]}
+    found = list(growth({0: report(start, memory=memory)}, forked=True))
+    assert "dataset.names (200,000 Python objects)" in found[0].text
+    assert list(growth({0: report(start, memory=memory)}, forked=False)) == []
+
+
+def test_a_start_that_is_quick_is_not_told() -> None:
+    assert list(slow_start(4.0, 1.0, "spawn", list)) == []
+    [said] = slow_start(22.0, 14.0, "spawn", lambda: ["dataset.rows (list of 9)"])
+    assert "took 22.0 s until they were ready, 14.0 s of it to pickle" in said.text
+    assert "Most is dataset.rows (list of 9)." in said.text
+
+
+# ── looks at a dataset ───────────────────────────────────────────────────────────────────────────
+
+
+class Writes:
+    def __init__(self) -> None:
+        self.read, self.seen, self.set = [1], [0], [0]
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen[index] += 1
+        self.set[index] = self.read[index] = 3
+        del self.gone[index]  # type: ignore[attr-defined]
+        mine = {}
+        mine[index] = self.only_read[index] + self.last_read  # type: ignore[attr-defined]
+        return mine
+
+    def __init_subclass__(cls) -> None:
+        cls.never = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["seen", "set", "read", "gone"])
+def test_elements_that_a_method_assigns(name: str) -> None:
+    assert stores_elements(Writes(), name)
+
+
+@pytest.mark.parametrize("name", ["only_read", "last_read", "elsewhere"])
+def test_elements_that_no_method_assigns(name: str) -> None:
+    assert not stores_elements(Writes(), name)
+
+
+def test_what_is_only_set_is_not_read() -> None:
+    class Dataset:
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+            self.logged = self.other  # type: ignore[attr-defined]
+
+        @property
+        def seed(self) -> int:
+            return self.base + self.epoch  # type: ignore[attr-defined,no-any-return]
+
+        def __getitem__(self, index: int) -> int:
+            return sum(self.seed for _ in range(2))
+
+    dataset = Dataset()
+    assert [loads(dataset, name) for name in ("epoch", "base", "logged", "other")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_walk_is_bounded_and_goes_once_over_a_circle() -> None:
+    one, other = Held({}), Held({})
+    vars(one).update(other=other, number=1, net=torch.nn.Linear(2, 2), many=list(range(10_000)))
+    vars(other).update(one=one, number=2)
+    assert [each.path for each in attributes(one)] == [
+        "dataset.other",
+        "dataset.number",
+        "dataset.net",
+        "dataset.many",
+        "dataset.other.one",
+        "dataset.other.number",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3, "a", b"a", None, [1, 2], {"a": torch.ones(2)}, np.ones(3), np.float32(2), (True, 2.0)],
+)
+def test_a_digest_tells_values_apart_and_not_objects(value: Any) -> None:
+    import copy
+
+    assert digest(value) == digest(copy.deepcopy(value)) is not None
+    assert digest(value) != digest([value])
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, [object()], torch.ones(2).to_sparse()])
+def test_what_is_not_known_has_no_digest(value: Any) -> None:
+    assert digest(value) is None
+
+
+def test_views_have_the_digest_of_what_they_show() -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    assert digest(base.t()) == digest(base.t().contiguous())
+    assert digest(base[:, 1]) != digest(base[:, 2])
+    assert by_leaf(OrderedDict(a=[1]))
+
+
+def test_elements_under_a_subset_and_none_of_what_has_no_list() -> None:
+    class Rows:
+        def __init__(self) -> None:
+            self.rows = [{"x": 1.0} for _ in range(5)]
+
+        def __getitem__(self, index: int) -> Any:
+            return self.rows[index]
+
+    [store] = stores_of(Subset(Rows(), [4, 2]), 2)  # type: ignore[type-var]
+    assert (store.path, store.place_of(0), store.place_of(7)) == ("dataset.dataset.rows", 4, None)
+    assert list(stores_of(ConcatDataset([[1, 2], [3]]), 3)) == []  # type: ignore[list-item]
+    assert list(stores_of(object(), 3)) == []
+
+
+def test_an_element_counts_as_changed_where_it_was_written_into() -> None:
+    rows = [{"x": torch.ones(2), "name": "a"}]
+
+    class Rows:
+        def __init__(self) -> None:
+            self.rows = rows
+
+        def __getitem__(self, index: int) -> Any:
+            return self.rows[index]
+
+    [store] = stores_of(Rows(), 1)
+    element = Element(store, "0", 0, rows[0], looked_at(rows[0]))
+    assert changed(element, rows[0]) is None
+    rows[0]["more"] = 3
+    assert changed(element, rows[0]) is None
+    rows[0]["x"] *= 2  # type: ignore[operator]
+    assert changed(element, rows[0]) == ("dataset.rows[0]['x']", "[1.0, ...]", "[2.0, ...]")
+    assert changed(element, {"x": torch.zeros(2)}) is None  # another object was put there
+    assert looked_at(torch.zeros(3)) is None
+    assert list(known_leaves(Held({"x": 1, "y": object()}))) == [".x"]
+
+
+def test_own_generators_are_found_and_not_moved() -> None:
+    held = Held({"a": random.Random(1), "b": Held({"c": np.random.default_rng(2)})})
+    vars(held).update(d=torch.Generator().manual_seed(3), e=np.random.RandomState(4))
+    reads = own_generators(held)
+    assert set(reads) == {"dataset.a", "dataset.b.c", "dataset.d", "dataset.e"}
+    before = {name: read() for name, read in reads.items()}
+    assert before == {name: read() for name, read in reads.items()}
+    held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
+    assert all(read() != before[name] for name, read in reads.items())
+
+
+def test_a_report_is_read_whole_or_not_at_all() -> None:
+    flight = FlightRecorder(2)
+    assert flight.report(1) is None
+    assert flight.write_report(1, b"first")
+    assert (flight.report(0), flight.report(1)) == (None, b"first")
+    assert not flight.write_report(1, bytes(REPORT_BYTES))
+    assert flight.report(1) == b"first"
+    flight.row(1)[7] += 1  # it is writing, or was killed while it did
+    assert flight.report(1) is None
