@@ -1,4 +1,4 @@
-"""What reports say of wrong data, rule by rule, and the looks at a dataset that they are made of."""
+"""What reports say of wrong data, rule by rule, and the looks that they are made of."""
 
 from __future__ import annotations
 
