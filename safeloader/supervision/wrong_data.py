@@ -102,13 +102,11 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
 
 
 def _differ(start: Order | None, one: Order, other: Order) -> bool:
-    pairs = [(a, b) for a, b in zip(one.sampled, other.sampled, strict=False) if a and b]
-    if one.length != other.length or pairs:
-        return any(a != b for a, b in pairs)
-    # Of no known kind: told by which of the elements that all were forked with.
     total = None if start is None else start.all_of_them
-    same = total is not None and total == one.all_of_them == other.all_of_them
-    return same and one.which != other.which
+    if total is not None and total == one.all_of_them == other.all_of_them:
+        return one.which != other.which  # the elements that both were forked with
+    pairs = zip(one.sampled, other.sampled, strict=False)
+    return one.length == other.length and any(a != b for a, b in pairs if a and b)
 
 
 def _change(report: SelfReport, path: str) -> str:
