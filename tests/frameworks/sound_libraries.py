@@ -180,7 +180,7 @@ class Polars(Dataset[Any]):
         return self.frame.row(index, named=True)
 
 
-@with_library("polars", spawn=True, fork=False)
+@with_library("polars", modes=("persistent", "main"), spawn=True, fork=False)
 def polars_frame(folder: Path) -> dict[str, Any]:
     """Not under fork: polars has threads, and says so itself."""
     return {"dataset": Polars(), "batch_size": 4, "shuffle": True}
@@ -254,7 +254,7 @@ class Zarr(Dataset[Any]):
         return torch.from_numpy(np.asarray(self.array[index])), index
 
 
-@with_library("zarr", spawn=True, fork=False)
+@with_library("zarr", modes=("persistent", "main"), spawn=True, fork=False)
 def zarr_opened_in_the_worker(folder: Path) -> dict[str, Any]:
     import zarr
 

@@ -208,7 +208,9 @@ def test_a_start_that_is_quick_is_not_told() -> None:
     assert list(slow_start(4.0, 1.0, "spawn", list)) == []
     [said] = slow_start(22.0, 14.0, "spawn", lambda: ["dataset.rows (list of 9)"])
     assert "took 22.0 s until they were ready, 14.0 s of it to pickle" in said.text
-    assert "Most is dataset.rows (list of 9)." in said.text
+    assert "Most is dataset.rows (list of 9). One array" in said.text
+    [said] = slow_start(22.0, 0.1, "spawn", list)
+    assert "libraries anew. persistent_workers=True" in said.text  # there is nothing to shrink
 
 
 # ── looks at a dataset ───────────────────────────────────────────────────────────────────────────
