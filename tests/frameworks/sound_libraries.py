@@ -330,18 +330,22 @@ def pil_in_memory(folder: Path) -> dict[str, Any]:
     return {"dataset": PicturesInMemory(), "batch_size": 4, "shuffle": True}
 
 
-@with_library("PIL", "albumentations")
-def albumentations(folder: Path) -> dict[str, Any]:
-    import albumentations as A
+class Augmented(Pictures):
+    """The pipeline is made in each worker: its generators would be the same in all otherwise."""
 
+    def __getitem__(self, index: int) -> Any:
+        import albumentations as A
+
+        if self.transform is None:
+            flip, turn = A.HorizontalFlip(p=0.5), A.Rotate(10, p=0.5)
+            self.transform = A.Compose([flip, A.RandomCrop(8, 8), turn])
+        return super().__getitem__(index)
+
+
+@with_library("PIL", "albumentations")
+def albumentations_made_in_the_worker(folder: Path) -> dict[str, Any]:
     _draw(folder)
-    augment = A.Compose([A.HorizontalFlip(p=0.5), A.RandomCrop(8, 8), A.Rotate(10, p=0.5)])
-    return {
-        "dataset": Pictures(folder, augment),
-        "batch_size": 4,
-        "shuffle": True,
-        "compared": False,
-    }
+    return {"dataset": Augmented(folder), "batch_size": 4, "shuffle": True, "compared": False}
 
 
 class ByOpenCV(Dataset[Any]):
@@ -537,7 +541,7 @@ def webdataset_resampled(folder: Path) -> dict[str, Any]:
 
 @with_library("torch_geometric")
 def graphs(folder: Path) -> dict[str, Any]:
-    from torch_geometric.data import Batch, Data
+    from torch_geometric.data import Data
 
     dataset = [
         Data(x=torch.rand(i % 3 + 2, 4), edge_index=torch.tensor([[0, 1], [1, 0]]), y=i)
@@ -547,8 +551,14 @@ def graphs(folder: Path) -> dict[str, Any]:
         "dataset": dataset,
         "batch_size": 4,
         "shuffle": True,
-        "collate_fn": Batch.from_data_list,
+        "collate_fn": _graphs,
     }
+
+
+def _graphs(samples: list[Any]) -> Any:
+    from torch_geometric.data import Batch
+
+    return Batch.from_data_list(samples).to_dict()
 
 
 @with_library("monai")
