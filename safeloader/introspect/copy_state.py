@@ -9,6 +9,7 @@ much each container holds. It runs no code of the user's.
 from __future__ import annotations
 
 import dis
+import sys
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -19,10 +20,13 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from safeloader._torch import without_overrides
+from safeloader.introspect.digests import Unknown, leaf_digest
 from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
+    array_facts,
     container_base,
     definitions,
     fields,
@@ -36,6 +40,7 @@ OBJECTS_MAX = 200
 ATTRIBUTES_MAX = 1000  # in all
 DEPTH_MAX = 3
 WITHIN_MAX = 8  # elements looked into of one container: transforms, parts of a ConcatDataset
+ORDERS_MAX = 32
 SAMPLED = 64  # elements of an order that are compared
 SORTED_MAX = 20_000  # elements of an order that are compared in no order
 WORD_MAX = 80  # characters of a text that is compared
@@ -52,12 +57,17 @@ class Order(NamedTuple):
         sampled: digests of at most 64 of them, evenly spread; 0 for None and for what is unknown.
         contents: a digest of all elements in no order; None where that was not looked at.
         held_as: tells this object from another in the same place, in one process.
+        which: tells the same elements from others, whatever they are, in one process and in its
+            forks; empty for an array.
+        all_of_them: of all elements in no order, in the same way; None of too many.
     """
 
     length: int
     sampled: tuple[int, ...]
     contents: int | None
     held_as: int
+    which: tuple[int, ...] = ()
+    all_of_them: int | None = None
 
 
 class CopyState(NamedTuple):
@@ -156,7 +166,7 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     """
     state = CopyState({}, {}, {})
     try:
-        for path, _, key, value in attributes(dataset, name):
+        for path, owner, key, value in attributes(dataset, name):
             cls = type(value)
             if any(cls is each for each in _PLAIN):
                 if not is_secret(key, value):
@@ -165,7 +175,11 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
             base = container_base(cls)
             if base is not None:
                 state.lengths[path] = base.__len__(value)
-            order = None if length is None else _order(value, base, length)
+            order = None
+            if length is not None and len(state.orders) < ORDERS_MAX:
+                order = _order(value, base, length)
+                if order is None and owner is not dataset and inherits(type(owner), Dataset):
+                    order = _order(value, base, _own_length(value, base))  # under a Subset
             if order is not None:
                 state.orders[path] = order
     except Exception:  # what was read until then is compared
@@ -173,17 +187,32 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     return state
 
 
+def _own_length(value: Any, base: Any) -> int:
+    if base in (list, tuple):
+        return int(base.__len__(value))
+    return int(((array_facts(value) or {}).get("shape") or [0])[0])
+
+
 def _order(value: Any, base: Any, length: int) -> Order | None:
     """The order that a value is, if it has an element for each of ``length`` samples."""
     if length < 2:
         return None
     if base in (list, tuple):
-        if base.__len__(value) != length:
+        if base.__len__(value) != length or type(value) is torch.Size:
             return None
         step = max(1, -(-length // SAMPLED))
         some = list(islice(base.__iter__(value), 0, None, step))
-        return Order(length, tuple(map(_element, some)), _contents(value, base, length), id(value))
-    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iuS":
+        return Order(
+            length,
+            tuple(map(_element, some)),
+            _contents(value, base, length),
+            id(value),
+            tuple(map(id, some)),
+            sum(map(id, base.__iter__(value))) if length <= SORTED_MAX else None,
+        )
+    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind == "O":
+        return _order(np.ndarray.tolist(value), list, length) if len(value) <= SORTED_MAX else None
+    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iuSUM":
         numbers = value
     elif type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
         with without_overrides():
@@ -191,7 +220,7 @@ def _order(value: Any, base: Any, length: int) -> Order | None:
                 return None
             numbers = value.detach().numpy()
     else:
-        return None
+        return _of_table(value, length)
     if len(numbers) != length:
         return None
     step = max(1, -(-length // SAMPLED))
@@ -202,16 +231,51 @@ def _order(value: Any, base: Any, length: int) -> Order | None:
     return Order(length, sampled, contents, id(value))
 
 
+def _of_table(value: Any, length: int) -> Order | None:
+    """The order of the rows of a table of pandas, by its first column of numbers or words."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None or type(value) is not getattr(pandas, "DataFrame", None):
+        return None
+    if len(value) != length or length > SORTED_MAX:
+        return None
+    for k in range(min(value.shape[1], WITHIN_MAX)):
+        column = value.iloc[:, k]
+        if column.dtype.kind in "iuf":
+            numbers = column.to_numpy()
+            step = max(1, -(-length // SAMPLED))
+            sampled = tuple(crc32(each.tobytes()) or 1 for each in numbers[::step])
+            return Order(length, sampled, crc32(np.sort(numbers).tobytes()), id(value))
+        if column.dtype.kind == "O" and all(type(each) is str for each in column[:SAMPLED]):
+            found = _order(column.tolist(), list, length)
+            return found and found._replace(which=(), all_of_them=None, held_as=id(value))
+    return None
+
+
 _IN_AN_ORDER = (bool, int, float, str, bytes)
 
 
 def _element(value: Any) -> int:
-    """The digest of an element; 0 for None and for what is no plain value."""
+    """The digest of an element; 0 for None and for what is not known.
+
+    Of a dict and of an object it is that of the first plain values in it: what is added comes last.
+    """
     if any(type(value) is each for each in _IN_AN_ORDER):
         return crc32(repr(value).encode("utf-8", "replace")) or 1
     if type(value) in (tuple, list) and len(value) <= 16:
         parts = tuple(map(_element, value))
         return crc32(repr(parts).encode()) or 1 if all(parts) else 0
+    if type(value) in (np.ndarray, torch.Tensor):
+        try:
+            return leaf_digest(value) or 1
+        except (Unknown, RuntimeError, TypeError, ValueError):
+            return 0
+    if container_base(type(value)) in (dict, None):
+        plain = [each for _, each in held_by(value, WITHIN_MAX)]
+        known = [each for each in plain if any(type(each) is kind for kind in _IN_AN_ORDER)]
+        if known:
+            return crc32(repr(known[:2]).encode("utf-8", "replace")) or 1
+        arrays = [each for each in plain if type(each) in (np.ndarray, torch.Tensor)]
+        return _element(arrays[0]) if arrays else 0
     return 0
 
 

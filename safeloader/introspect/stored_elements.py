@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.copy_state import loads, stores_elements
+from safeloader.introspect.copy_state import attributes, loads, stores_elements
 from safeloader.introspect.digests import known_leaves
 from safeloader.introspect.values import array_facts, container_base, fields, plain_length
 
@@ -32,14 +32,82 @@ class Store(NamedTuple):
     of_array: bool
 
 
-class Element(NamedTuple):
-    """An element as it was before it was fetched; ``before`` is None for one that was empty."""
+class Element:
+    """An element that is looked at again and again, from before it was fetched first.
 
-    store: Store
-    asked_as: str  # the index
-    at: int
-    held: Any
-    before: dict[str, tuple[int, str]] | None
+    Args:
+        store: what it is an element of.
+        asked_as: the index of the sample, as text.
+        at: its place in the store.
+        epoch: in which it is about to be fetched first.
+    """
+
+    def __init__(self, store: Store, asked_as: str, at: int, epoch: int) -> None:
+        self.store, self.asked_as, self.at = store, asked_as, at
+        self.held = store.get(at)
+        self.before = looked_at(self.held)
+        self._last = self.before or {}
+        self._changed_in: dict[str, list[int]] = {}
+        self._by_fetching: set[str] | None = None
+        self._fetched_in = epoch
+
+    @property
+    def was_empty(self) -> bool:
+        """Whether it was None or zeros before."""
+        return self.before is None
+
+    def look(self, epoch: int, *, fetched: bool = False) -> Any:
+        """Look at it now; ``fetched``: it was fetched a moment ago, for the first time."""
+        now = self.store.get(self.at)
+        if self.before is None or (not self.store.of_array and now is not self.held):
+            return now  # put there, and not written into
+        found = known_leaves(now)
+        for path, (digest, _) in self._last.items():
+            if found.get(path, (digest,))[0] != digest:
+                epochs = self._changed_in.setdefault(path, [])
+                if epoch not in epochs:
+                    epochs.append(epoch)
+        if fetched:
+            self._by_fetching = set(self._changed_in)
+        self._last = found
+        return now
+
+    def change(self, only_fetching: bool) -> Change | None:
+        """How it was changed in each of two epochs; None if it was not.
+
+        What is made ready in its place once, counted up, or put in another order is no harm.
+
+        Args:
+            only_fetching: whether the program may have written there too; what fetching it first
+                left alone is not told then.
+        """
+        if self.before is None or _digests(self.before) == _digests(self._last):
+            return None
+        for path, epochs in self._changed_in.items():
+            if len(epochs) < 2 or path not in self.before or path not in self._last:
+                continue
+            if only_fetching and path not in (self._by_fetching or ()):
+                continue
+            was, now = self.before[path][1], self._last[path][1]
+            if was != "None" and not _counted(was, now, epochs[-1] - self._fetched_in + 1):
+                return Change(f"{self.store.path}[{self.at}]{path}", was, now)
+        return None
+
+
+def _digests(leaves: dict[str, tuple[int, str]]) -> list[int]:
+    return sorted(digest for digest, _ in leaves.values())
+
+
+COUNTED_MAX = 8  # times an epoch that a sample is fetched, at most, where it is counted
+
+
+def _counted(was: str, now: str, epochs: int) -> bool:
+    """Whether a number is one that was counted up, or a mark."""
+    if {was, now} <= {"True", "False"}:
+        return True
+    if not (was.lstrip("-").isdecimal() and now.lstrip("-").isdecimal()):
+        return False
+    return 0 < int(now) - int(was) <= COUNTED_MAX * epochs
 
 
 class Change(NamedTuple):
@@ -73,30 +141,58 @@ def stores_of(
     ['dataset.items']
     """
     own = dict(fields(dataset)[:256])
-    if type(dataset) is Subset and inner is None:
+    if type(dataset) is Subset:
         under, chosen = own.get("dataset"), own.get("indices")
-        if type(chosen) in (list, tuple, range):
-            yield from stores_of(
-                under, plain_length(under) or _longest(under), f"{name}.dataset", _chosen(chosen)
-            )
+        if type(chosen) in (list, tuple, range, torch.Tensor, np.ndarray):
+            place = _composed(inner or _plain_place(length), _chosen(chosen))
+            size = plain_length(under) or _longest(under)
+            yield from stores_of(under, size, f"{name}.dataset", place)
+        return
+    if type(dataset) is ConcatDataset:
+        parts, ends = own.get("datasets"), own.get("cumulative_sizes")
+        if type(parts) is list and type(ends) is list:
+            for k, (part, end) in enumerate(list(zip(parts, ends, strict=False))[:STORES_MAX]):
+                begin = ends[k - 1] if k else 0
+                place = _composed(inner or _plain_place(length), _shifted(begin, end))
+                yield from stores_of(part, end - begin, f"{name}.datasets[{k}]", place)
         return
     if length is None:
         return
     place_of = inner or _plain_place(length)
     found = 0
-    for key, value in own.items():
-        if type(key) is not str or found >= STORES_MAX:
+    within: list[str] = []
+    for path, owner, key, value in attributes(dataset, name):
+        if found >= STORES_MAX:
+            return
+        if path.startswith(tuple(within)):
+            continue  # of a dataset that was looked into
+        if type(value) in (Subset, ConcatDataset) and plain_length(value) == length:
+            within.append(f"{path}.")
+            if loads(owner, key):
+                yield from stores_of(value, length, path, place_of)
             continue
-        parts = [(f"{name}.{key}", value)]
-        if type(dataset) is TensorDataset and key == "tensors" and type(value) is tuple:
-            parts = [(f"{name}.tensors[{k}]", each) for k, each in enumerate(value)]
-        elif not loads(dataset, key):
+        parts = [(path, value)]
+        if type(owner) is TensorDataset and key == "tensors" and type(value) is tuple:
+            parts = [(f"{path}[{k}]", each) for k, each in enumerate(value)]
+        elif not _may_store(value, length) or not _reads(dataset, owner, key):
             continue
-        for path, each in parts:
-            get = _getter(dataset, key, each, length)
+        for at, each in parts:
+            get = _getter(owner, key, each, length)
             if get is not None:
                 found += 1
-                yield Store(path, get, place_of, container_base(type(each)) is None)
+                yield Store(at, get, place_of, container_base(type(each)) is None)
+
+
+def _reads(dataset: Any, owner: Any, key: str) -> bool:
+    """Whether samples are made by what stands under a name; ``self.table.rows`` is read here."""
+    return loads(dataset, key) or (owner is not dataset and loads(owner, key, whole=True))
+
+
+def _may_store(value: Any, length: int) -> bool:
+    base: Any = container_base(type(value))
+    if base in (list, tuple):
+        return bool(base.__len__(value) == length)
+    return type(value) in (np.ndarray, torch.Tensor)
 
 
 def _longest(dataset: Any) -> int | None:
@@ -105,15 +201,29 @@ def _longest(dataset: Any) -> int | None:
     return max(lengths, default=0) or None
 
 
-def _plain_place(length: int) -> Callable[[Any], int | None]:
-    return lambda index: index if type(index) is int and 0 <= index < length else None
+Place = Callable[[Any], "int | None"]
 
 
-def _chosen(indices: Any) -> Callable[[Any], int | None]:
-    def place_of(index: Any) -> int | None:
-        if type(index) is not int or not 0 <= index < len(indices):
+def _plain_place(length: int | None) -> Place:
+    most = float("inf") if length is None else length
+    return lambda index: index if type(index) is int and 0 <= index < most else None
+
+
+def _composed(outer: Place, inner: Place) -> Place:
+    return lambda index: None if (at := outer(index)) is None else inner(at)
+
+
+def _shifted(begin: int, end: int) -> Place:
+    return lambda at: at - begin if begin <= at < end else None
+
+
+def _chosen(indices: Any) -> Place:
+    def place_of(at: Any) -> int | None:
+        if not 0 <= at < len(indices):
             return None
-        under = indices[index]
+        with without_overrides():
+            under = indices[at]
+            under = under if type(under) is int else getattr(under, "item", lambda: None)()
         return under if type(under) is int and under >= 0 else None
 
     return place_of
@@ -161,18 +271,3 @@ def _is_blank(element: Any) -> bool:
     if type(element) is np.ndarray and element.dtype.kind in "biufc":
         return not element.any() or bool((element != element).all())
     return False
-
-
-def changed(element: Element, now: Any) -> Change | None:
-    """How an element differs from what it was; what was added to it is no difference.
-
-    Another object in its place is none either: that was put there, and not written into.
-    """
-    if not element.store.of_array and now is not element.held:
-        return None
-    found = known_leaves(now)
-    for path, (digest, word) in (element.before or {}).items():
-        is_now = found.get(path, (0, "gone"))
-        if is_now[0] != digest:
-            return Change(f"{element.store.path}[{element.at}]{path}", word, is_now[1])
-    return None

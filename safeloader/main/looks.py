@@ -14,7 +14,7 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import monotonic, perf_counter, sleep
@@ -23,10 +23,11 @@ from typing import Any
 from safeloader import _torch
 from safeloader.failures.failure import raised_by_signal
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.copy_state import attributes, copy_state, loads
+from safeloader.introspect.copy_state import attributes, copy_state, loads, stores_elements
 from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest
+from safeloader.introspect.values import container_base
 from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
@@ -101,6 +102,7 @@ class Looks:
                         stream=self._stream,
                         inherited=None,
                         publish=self._own.append,  # no way back to this: no cycle
+                        alone=False,
                     )
                 began = perf_counter()
                 self._observer.over(fetcher)
@@ -189,10 +191,21 @@ class Looks:
         kind, *about = finding.about
         if kind == "stale":
             return any(
-                loads(each.owner, each.name, whole=each.owner is not dataset)
+                loads(dataset, each.name)
+                or (each.owner is not dataset and loads(each.owner, each.name, whole=True))
                 for each in attributes(dataset)
                 if each.path == about[0]
             )
+        if kind == "lost":
+            return any(
+                _may_be_cache(each.value) for each in attributes(dataset) if each.path == about[0]
+            )
+        if kind == "diverged" and about[1:]:
+            # Notes for each sample, that a worker began itself, are no order.
+            path, _, name = about[0].rpartition(".")
+            owners = [each.owner for each in attributes(dataset) if each.path == about[0]]
+            owners += [dataset] if path == "dataset" else []
+            return not any(stores_elements(owner, name) for owner in owners)
         return kind != "same numbers" or not was_told(dataset, about[0])
 
     def _remember(self) -> None:
@@ -319,6 +332,17 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     looks = Looks(dataset, length)
     recorder.looks = [*recorder.looks[-LOADERS_MAX + 1 :], looks]
     return looks
+
+
+def _may_be_cache(value: Any) -> bool:
+    """Whether a container may save work: a history and counts are not read to save any."""
+    base = container_base(type(value))
+    if base is not dict:
+        # A list has places for what is made: the first is there already.
+        return base is list and bool(list.__len__(value))
+    counts = (int, float, list, set)
+    factory = getattr(value, "default_factory", None) if type(value) is defaultdict else None
+    return type(value) is not Counter and not any(factory is each for each in counts)
 
 
 def _refers_weakly(thing: Any) -> bool:

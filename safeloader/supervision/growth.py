@@ -110,12 +110,12 @@ def slow_start(
     else:
         spent = f"{in_main_s:.1f} s of it to pickle the dataset for each and start them"
         most = ", ".join(heavy())
-        most = most and f" Most is {most}."
-        cure = (
-            f"under {start_method} each worker imports the program anew and gets its own copy of "
-            f"the dataset.{most} One array (NumPy, Arrow, torch) or a file that is opened in the "
-            "worker takes the place of many objects"
-        )
+        cure = f"under {start_method} each worker imports the program and its libraries anew"
+        if most:
+            cure += (
+                f" and gets its own copy of the dataset. Most is {most}. One array (NumPy, Arrow, "
+                "torch) or a file that is opened in the worker takes the place of many objects"
+            )
     yield Finding(
         ("slow start",),
         f"the workers took {seconds:.1f} s until they were ready, {spent}: {cure}. "

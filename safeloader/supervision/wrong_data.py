@@ -69,13 +69,18 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
     if seen.stream or seen.workers < 2:
         return
     for (u, one), (v, other) in combinations(seen.reports.items(), 2):
+        if one.epochs != other.epochs:
+            continue  # each may be at the order that all have in its epoch
         for path, here in one.now.orders.items():
             there = other.now.orders.get(path)
-            if there is None or not _differ(here, there):
+            if there is None or not _differ(one.start.orders.get(path), here, there):
                 continue
-            if _reordered(one.start.orders.get(path), here, there) or _replaced(one, other, path):
+            changes = {_change(one, path), _change(other, path)}
+            reordered = "reordered" in changes and changes <= {"", "reordered"}
+            made = changes == {"replaced"} and here.length == seen.length
+            if reordered or (made and _both_made(one, other, path)):
                 yield Finding(
-                    ("diverged", path),
+                    ("diverged", path, *changes & {"replaced"}),
                     f"{path} is in another order in worker {u} than in worker {v}: one index is "
                     f"two samples, so some samples come twice and others never. Each worker has a "
                     f"copy of its own and changed it (a shuffle in the dataset?). Make the order "
@@ -86,6 +91,8 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             start, there_length = one.start.orders.get(path), other.now.lengths.get(path)
             if start is None or there_length is None or length == there_length:
                 continue
+            if start.length != seen.length:
+                continue
             yield Finding(
                 ("diverged", path),
                 f"{path} has {length} entries in worker {u} and {there_length} in worker {v}; both "
@@ -94,25 +101,49 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             )
 
 
-def _differ(one: Order, other: Order) -> bool:
-    pairs = list(zip(one.sampled, other.sampled, strict=False))
+def _differ(start: Order | None, one: Order, other: Order) -> bool:
+    total = None if start is None else start.all_of_them
+    if total is not None and total == one.all_of_them == other.all_of_them:
+        return one.which != other.which  # the elements that both were forked with
+    pairs = zip(one.sampled, other.sampled, strict=False)
     return one.length == other.length and any(a != b for a, b in pairs if a and b)
 
 
-def _reordered(start: Order | None, here: Order, there: Order) -> bool:
-    """Whether two workers hold what they began with, in different orders."""
-    contents = None if start is None else start.contents
-    return contents is not None and contents == here.contents == there.contents
+def _change(report: SelfReport, path: str) -> str:
+    """What a worker made of an order that it began with: "", "reordered", "replaced", "other".
+
+    What is counted or noted for each sample in its place (visits, losses) is no order.
+    """
+    start, now = report.start.orders.get(path), report.now.orders[path]
+    if start is None:
+        return "replaced"
+    if start.sampled == now.sampled and start.which == now.which:
+        return ""
+    if start.contents is not None and start.contents == now.contents:
+        return "reordered"
+    if start.all_of_them is not None and start.all_of_them == now.all_of_them:
+        return "reordered" if start.which != now.which else ""
+    if start.held_as != now.held_as:
+        return "replaced"
+    if start.contents is None and start.all_of_them is None and _elsewhere(start, now):
+        return "reordered"
+    return "other"
 
 
-def _replaced(one: SelfReport, other: SelfReport, path: str) -> bool:
-    """Whether each worker made a list of its own where one was inherited, or none was."""
+def _elsewhere(start: Order, now: Order) -> bool:
+    """Of too many to look at all: whether none comes twice, and most are in other places."""
+    moved = sum(a != b for a, b in zip(start.sampled, now.sampled, strict=False))
+    distinct = len(set(start.sampled)) == len(start.sampled) == len(set(now.sampled))
+    return distinct and moved * 2 > len(start.sampled)
 
-    def replaced(report: SelfReport) -> bool:
-        start = report.start.orders.get(path)
-        return start is None or start.held_as != report.now.orders[path].held_as
 
-    return replaced(one) and replaced(other)
+def _both_made(one: SelfReport, other: SelfReport, path: str) -> bool:
+    """Whether two workers made what is an order; a list that grew to that length is none."""
+    for report in (one, other):
+        if path not in report.start.orders and path in report.start.lengths:
+            contents = one.now.orders[path].contents
+            return contents is not None and contents == other.now.orders[path].contents
+    return True
 
 
 def _stale(seen: Seen) -> Iterator[Finding]:

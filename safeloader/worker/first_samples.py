@@ -34,6 +34,9 @@ class Notes(Protocol):
     def note_element(self, store: Store, index: Any, at: int) -> bool:
         """Note an element before it is fetched for the first time; False once there are enough."""
 
+    def fetched(self) -> None:
+        """The elements that were noted last have been fetched."""
+
     def note_stream(self, digests: tuple[int | None, ...]) -> None:
         """The first samples of the stream."""
 
@@ -113,6 +116,7 @@ class FirstSamples:
         if self._done:
             return
         try:
+            self._observer.fetched()
             if before is not None:
                 reads = self._observer.generators()
                 self._states.append((before, {name: reads[name]() for name in before}))

@@ -26,7 +26,7 @@ from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.file_positions import Position
 from safeloader.introspect.generators import global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
-from safeloader.introspect.stored_elements import Element, Store, changed, looked_at, stores_of
+from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.self_report import FirstDraws, InPlace, Opening, SelfReport
 from safeloader.worker.first_samples import FirstSamples
@@ -48,6 +48,7 @@ class Observer:
             not inherit any.
         publish: is given each report.
         private: gives the private memory of this process in bytes, as last sampled, or None.
+        alone: whether no code but that which makes samples writes to this copy of the dataset.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Observer:
         inherited: dict[int, Position] | None,
         publish: Callable[[SelfReport], object],
         private: Callable[[], int | None] = lambda: None,
+        alone: bool = True,
     ) -> None:
         self._dataset = dataset
         self._length = None if stream else length
         self._stream = stream
         self._publish = publish
         self._private = private
+        self._alone = alone
         self._epochs = self._batches = self._reported = 0
         self._due = 1
         self._began = perf_counter()
@@ -73,6 +76,7 @@ class Observer:
         self._openings: list[Opening] = []
         self._first: tuple[int | None, ...] = ()
         self._elements: dict[tuple[str, Any], Element] = {}
+        self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
         self._generators: dict[str, Callable[[], int]] | None = None
         self._files = InheritedFiles(inherited, dataset) if inherited else None
@@ -130,9 +134,15 @@ class Observer:
             return False
         key = store.path, at
         if key not in self._elements:
-            element = store.get(at)
-            self._elements[key] = Element(store, index_text(index), at, element, looked_at(element))
+            self._elements[key] = Element(store, index_text(index), at, self._epochs)
+            self._fetching.append(self._elements[key])
         return True
+
+    def fetched(self) -> None:
+        """The elements that were noted last have been fetched."""
+        for each in self._fetching:
+            each.look(self._epochs, fetched=True)
+        self._fetching = []
 
     @property
     def wants_elements(self) -> bool:
@@ -176,11 +186,11 @@ class Observer:
         in_place: list[InPlace] = []
         filled: dict[str, tuple[int, int]] = {}
         for each in self._elements.values():
-            now = each.store.get(each.at)
-            if each.before is None:
+            now = each.look(self._epochs)
+            if each.was_empty:
                 empty, full = filled.get(each.store.path, (0, 0))
                 filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
-            elif found := changed(each, now):
+            elif found := each.change(only_fetching=not self._alone):
                 in_place.append(InPlace(each.asked_as, *found))
         if self._memory[-1:] and self._memory[-1][0] != self._batches:
             self._remember_memory()

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from safeloader.introspect.copy_state import attributes
-from safeloader.introspect.file_positions import Position, offset_of
+from safeloader.introspect.file_positions import Position, bytes_read, offset_of
 from safeloader.supervision.self_report import SharedFile
 
 POSITIONS_FOR = 64  # batches in which read positions are looked at
@@ -23,6 +23,7 @@ class InheritedFiles:
         self._mine = dict.fromkeys(inherited, 0)
         self._others = dict.fromkeys(inherited, 0)
         self._batches = 0
+        self._read: int | None = None
 
     def watch(self, fetcher: Any) -> None:
         """Look at the positions before and after each batch of ``fetcher``, for some batches."""
@@ -36,6 +37,7 @@ class InheritedFiles:
                 if offset != self._at[fd]:
                     self._others[fd] += 1
                     self._at[fd] = offset or 0
+            self._read = bytes_read()
             try:
                 return fetch(task)
             finally:
@@ -45,10 +47,13 @@ class InheritedFiles:
 
     def _look_after(self) -> None:
         self._batches += 1
+        reads = self._read is None or bytes_read() != self._read
         for fd in list(self.open):
             offset = offset_of(fd)
-            if offset != self._at[fd]:
+            if offset != self._at[fd] and reads:
                 self._mine[fd] += 1
+                self._at[fd] = offset or 0
+            elif offset != self._at[fd]:  # while this process read nothing at all: main reads on
                 self._at[fd] = offset or 0
             elif self._batches >= 4 and not self._mine[fd]:
                 del self.open[fd]  # this process does not read it

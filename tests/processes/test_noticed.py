@@ -37,6 +37,7 @@ def ways(among: dict[str, dict[str, Any]]) -> Any:
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers answer at once unless the machine is busy: then they are waited for."""
     monkeypatch.setattr(looks, "ANSWER_S", 30.0)
+    monkeypatch.setattr(growth, "SLOW_START_S", 600.0)  # how long they take is the machine's
 
 
 def said(

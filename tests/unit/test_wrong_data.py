@@ -20,7 +20,7 @@ from safeloader.introspect.copy_state import (
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
 from safeloader.introspect.generators import own_generators
-from safeloader.introspect.stored_elements import Element, changed, looked_at, stores_of
+from safeloader.introspect.stored_elements import Element, looked_at, stores_of
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
 from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport, SharedFile
@@ -73,7 +73,7 @@ ORDER = {"order": [0, 1, 2, 3]}
     ],
 )
 def test_orders_that_drift_apart(start: Any, one: Any, other: Any, drifted: bool) -> None:
-    said = told(report(start, one or start, 4), report(start, other or start, 4))
+    said = told(report(start, one or start, 4), report(start, other or start, 4), length=4)
     assert len(said) == drifted
     assert all("in worker 0 than in worker 1" in each for each in said)
 
@@ -208,7 +208,9 @@ def test_a_start_that_is_quick_is_not_told() -> None:
     assert list(slow_start(4.0, 1.0, "spawn", list)) == []
     [said] = slow_start(22.0, 14.0, "spawn", lambda: ["dataset.rows (list of 9)"])
     assert "took 22.0 s until they were ready, 14.0 s of it to pickle" in said.text
-    assert "Most is dataset.rows (list of 9)." in said.text
+    assert "Most is dataset.rows (list of 9). One array" in said.text
+    [said] = slow_start(22.0, 0.1, "spawn", list)
+    assert "libraries anew. persistent_workers=True" in said.text  # there is nothing to shrink
 
 
 # ── looks at a dataset ───────────────────────────────────────────────────────────────────────────
@@ -324,15 +326,183 @@ def test_an_element_counts_as_changed_where_it_was_written_into() -> None:
             return self.rows[index]
 
     [store] = stores_of(Rows(), 1)
-    element = Element(store, "0", 0, rows[0], looked_at(rows[0]))
-    assert changed(element, rows[0]) is None
+    element = Element(store, "0", 0, epoch=1)
+
+    def now(epoch: int, only_fetching: bool = False) -> Any:
+        element.look(epoch)
+        return element.change(only_fetching)
+
+    assert now(1) is None
     rows[0]["more"] = 3
-    assert changed(element, rows[0]) is None
+    assert now(1) is None
     rows[0]["x"] *= 2  # type: ignore[operator]
-    assert changed(element, rows[0]) == ("dataset.rows[0]['x']", "[1.0, ...]", "[2.0, ...]")
-    assert changed(element, {"x": torch.zeros(2)}) is None  # another object was put there
+    assert now(1) is None  # it may be made ready, once
+    assert now(2) is None
+    rows[0]["x"] *= 2  # type: ignore[operator]
+    assert now(3) == ("dataset.rows[0]['x']", "[1.0, ...]", "[4.0, ...]")
+    assert now(3, only_fetching=True) is None  # the training loop may have written there
+    rows[0] = {"x": torch.zeros(2)}  # another object was put there
+    assert now(4) is not None
     assert looked_at(torch.zeros(3)) is None
     assert list(known_leaves(Held({"x": 1, "y": object()}))) == [".x"]
+
+
+class Items:
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def changes(item: Any, write: Any) -> Any:
+    """What is told of an element that is fetched once in each of three epochs."""
+    [store] = stores_of(Items([item]), 1)
+    element = Element(store, "0", 0, epoch=1)
+    for epoch in (1, 2, 3):
+        write(item)
+        element.look(epoch, fetched=epoch == 1)
+    return element.change(only_fetching=True)
+
+
+def halve(item: Any) -> None:
+    item["x"] /= 2
+
+
+def test_what_each_fetch_writes_into_an_element_is_told() -> None:
+    for value in (np.ones(2), torch.ones(2), 1.0):
+        assert changes({"x": value, "n": 1}, halve).path == "dataset.items[0]['x']"
+
+
+@pytest.mark.parametrize(
+    ("item", "write"),
+    [
+        ({"visits": 0}, lambda item: item.update(visits=item["visits"] + 1)),
+        ({"done": False}, lambda item: item.update(done=not item["done"])),
+        ({"image": None}, lambda item: item.update(image=torch.rand(2))),
+        ({"x": np.array([2.0])}, lambda item: np.clip(item["x"], 0, 1, out=item["x"])),
+        ({"words": ["b", "c", "a"]}, lambda item: item["words"].append(item["words"].pop(0))),
+        ({"losses": []}, lambda item: item["losses"].append(random.random())),
+    ],
+)
+def test_what_an_element_keeps_of_its_fetches_is_not_told(item: Any, write: Any) -> None:
+    assert changes(item, write) is None
+
+
+class Around:
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+
+class Table:
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+
+class OfTable:
+    def __init__(self, rows: Any) -> None:
+        self.table = Table(rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.table.rows[index]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "index", "path", "at"),
+    [
+        (ConcatDataset([Items([1, 2]), Items([3, 4])]), 3, "dataset.datasets[1].items", 1),
+        (
+            Subset(ConcatDataset([Items([1, 2]), Items([3, 4])]), [1, 3, 0, 2]),
+            1,
+            "dataset.dataset.datasets[1].items",
+            1,
+        ),
+        (Around(Subset(Items([5, 6, 7]), [2, 0, 1])), 0, "dataset.dataset.dataset.items", 2),
+        (Around(Items([5, 6])), 1, "dataset.dataset.items", 1),
+        (OfTable([5, 6]), 1, "dataset.table.rows", 1),
+    ],
+)
+def test_where_the_elements_of_nested_datasets_lie(
+    dataset: Any, index: int, path: str, at: int
+) -> None:
+    length = len(dataset) if hasattr(dataset, "__len__") else None
+    if length is None:
+        length = {Around: lambda: len(dataset.dataset), OfTable: lambda: 2}[type(dataset)]()
+    places = {store.path: store.place_of(index) for store in stores_of(dataset, length)}
+    assert places.get(path) == at
+    assert [each for each in places if each != path and places[each] is not None] == []
+
+
+class Shuffled:
+    """Two workers' copies, each shuffled by a seed of its own."""
+
+    def __init__(self, make: Any, length: int, seeds: tuple[int, int] = (1, 2)) -> None:
+        shared = make()
+        self.reports = []
+        for seed in seeds:
+            mine = shared.copy()
+            start = copy_state(Held({"items": mine}), length)
+            random.Random(seed).shuffle(mine)
+            self.reports.append(
+                SelfReport(1, 1, 9, start, copy_state(Held({"items": mine}), length))
+            )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [{"x": torch.zeros(2)} for _ in range(9)],
+        lambda: [object() for _ in range(9)],
+        lambda: [Held({"name": str(k)}) for k in range(9)],
+        lambda: [k / 7 for k in range(9)],
+        lambda: np.array([{"x": k} for k in range(9)], dtype=object),
+        lambda: np.arange(9),
+        lambda: list(range(50_000)),
+    ],
+)
+def test_elements_of_any_kind_that_workers_shuffle(make: Any) -> None:
+    length = len(make())
+    [said] = told(*Shuffled(make, length).reports, length=length)
+    assert "dataset.items is in another order in worker 0 than in worker 1" in said
+    assert told(*Shuffled(make, length, (3, 3)).reports, length=length) == []
+
+
+def test_workers_in_different_epochs_are_not_compared() -> None:
+    one, other = Shuffled(lambda: list(range(9)), 9).reports
+    assert told(one, other._replace(epochs=2), length=9) == []
+
+
+def test_notes_and_histories_that_differ_are_no_orders() -> None:
+    items = [{"x": k, "seen": 0} for k in range(4)]
+    before = copy_state(Held({"items": items, "last": []}), 4)
+    reports = []
+    for mine in (0, 1):
+        for k in range(mine, 4, 2):
+            items[k] |= {"x": k + 10, "seen": mine, "loaded": True}
+        now = copy_state(Held({"items": items, "last": [mine, 5, 6, 7]}), 4)
+        reports.append(SelfReport(1, 1, 10, before, now))
+    assert told(*reports, length=4) == []
+
+
+def test_the_order_under_a_subset_is_compared() -> None:
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.rows = list(range(9))
+
+    reports = []
+    for seed in (1, 2):
+        dataset = Rows()
+        start = copy_state(Subset(dataset, [1, 3, 5]), 3)
+        random.Random(seed).shuffle(dataset.rows)
+        reports.append(SelfReport(1, 1, 9, start, copy_state(Subset(dataset, [1, 3, 5]), 3)))
+    [said] = told(*reports, length=3)
+    assert "dataset.dataset.rows is in another order" in said
 
 
 def test_own_generators_are_found_and_not_moved() -> None:
