@@ -11,6 +11,7 @@ import datetime
 import enum
 import math
 import pathlib
+import re
 import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,10 +29,12 @@ from safeloader.introspect.redaction import (
     scrub,
     secrecy,
 )
+from safeloader.introspect.tables import table_facts, table_name
 from safeloader.introspect.values import (
     TEXT_MAX,
     Opaque,
     array_facts,
+    bounded,
     container_base,
     cut,
     definitions,
@@ -46,6 +49,8 @@ INDEX_MAX = 200  # characters of an index
 KEY_MAX = 40  # characters of a key in a path
 ITEMS_MAX = 5  # elements of one container shown in a text
 ENTRIES_MAX = 20  # elements of one container that is told as a container (``told_by_dataset``)
+COLUMNS_SHOWN = 12  # of a table
+TABLE_MAX = 300  # characters of a table's columns and index
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
 DEPTH = 2
 _HIDDEN = Opaque(REDACTED)  # in the place of a secret
@@ -61,7 +66,8 @@ def bounded_text(value: object) -> str:
     >>> bounded_text([1.5, "a", {"token": "hf_123"}, None, True, 6, 7])
     "[1.5, 'a', {'token': [redacted]}, None, True, ... 2 more]"
     """
-    return cut(_text(value, DEPTH))
+    most = TABLE_MAX if table_name(value) else TEXT_MAX
+    return cut(_text(value, DEPTH), most)
 
 
 def index_text(index: object, most: int = INDEX_MAX) -> str:
@@ -73,6 +79,37 @@ def index_text(index: object, most: int = INDEX_MAX) -> str:
     cls = type(index)
     told = _string(cls, most - 20)(index) if cls is str or cls is bytes else _text(index, DEPTH)
     return cut(told, most)
+
+
+def is_path(value: object) -> bool:
+    """Say whether a value is a path or a text that looks like the path or URL of a file.
+
+    >>> [is_path(each) for each in ("a/b.png", "s3://bucket/7", "x.tar.gz", pathlib.Path("a"))]
+    [True, True, True, True]
+    >>> [is_path(each) for each in ("a cat and/or a dog", "3.14", "image/png", "", 7, "Hi. You")]
+    [False, False, False, False, False, False]
+    """
+    cls: Any = type(value)
+    if any(cls is each for each in _PATHS):  # a metaclass may define ``__eq__``
+        return True
+    if cls is not str and cls is not np.str_:
+        return False
+    text = str.__str__(value)
+    return len(text) <= PATH_MAX and _PATH.fullmatch(text) is not None
+
+
+def path_text(value: object) -> str:
+    """Return the text of what :func:`is_path`, whole but for secrets, or without its middle.
+
+    >>> path_text(pathlib.PurePosixPath("a/b.png")), path_text("https://me:x123@host/a.png")
+    ("PurePosixPath('a/b.png')", "'https://me:[redacted]@host/a.png'")
+    """
+    if type(value) is str or type(value) is np.str_:
+        text = repr(scrub(str.__str__(value)))
+        text = text if type(value) is str else f"str_({text})"
+    else:
+        text = scrub(repr(value))
+    return cut(bounded(text, PATH_MAX), PATH_MAX + 60)
 
 
 def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False) -> str:
@@ -245,7 +282,33 @@ def _text(value: Any, depth: int) -> str:
         return " ".join([type_name(cls), *told, *_elements(value, facts)])
     if inherits(cls, type):
         return f"<class {type_name(value)}>"
+    if (table := table_facts(value)) is not None:
+        return _table_text(table_name(value), table)
     return _parts_text(value, container_base(cls), depth)
+
+
+def _table_text(name: str, facts: dict[str, Any]) -> str:
+    told = [" ".join([name, *(str(facts[fact]) for fact in ("dtype", "shape") if fact in facts)])]
+    if "columns" in facts:
+        shown = [_text(each, 0) for each in facts["columns"][:COLUMNS_SHOWN]]
+        left = facts["shape"][1] - len(shown)
+        told.append("columns " + ", ".join([*shown, *_more(left)]))
+    if "index" in facts:
+        told.append(index_of_table_text(facts["index"]))
+    return "; ".join(told)
+
+
+def index_of_table_text(index: tuple[Any, ...]) -> str:
+    """Return the text of the ``index`` of :func:`~safeloader.introspect.tables.table_facts`.
+
+    >>> index_of_table_text(("RangeIndex", None, 0, 9)), index_of_table_text(("Index", "id"))
+    ('RangeIndex from 0 to 9', "Index 'id', empty")
+    """
+    kind, name, *ends = index
+    named = kind if name is None else f"{kind} {_text(name, 0)}"
+    if not ends:
+        return f"{named}, empty"
+    return f"{named} from {_text(ends[0], 0)} to {_text(ends[1], 0)}"
 
 
 def _parts_text(value: Any, base: Any, depth: int) -> str:
@@ -313,6 +376,13 @@ def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
     return text
 
 
+PATH_MAX = 400  # characters of a path or URL
+_PATH = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://\S+"  # a URL
+    r"|(?:~|\.{1,2}|[A-Za-z]:)?[\\/][^\n]*[^\s\\/][^\n]*"  # from a root, or from here
+    r"|(?=\S*\d|(?:[^\s\\/]+[\\/]){2})(?=.*[A-Za-z])[^\s\\/]{2,}[\\/]\S{3,}"  # below a folder
+    r"|[^\n]*[^\s\\/.]\.(?=\d{0,3}[A-Za-z])[A-Za-z0-9]{1,8}(?:\.(?:gz|bz2|xz|zst|zip))?"
+)
 LOOKED_AT = 1024  # characters of a text that are looked through for secrets
 _BRACKETS: dict[Any, str] = {dict: "{}", list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
 _BRACKETS[collections.deque] = "[]"

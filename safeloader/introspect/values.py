@@ -56,6 +56,19 @@ def type_name(cls: type) -> str:
     return f"{'__main__' if module == '__mp_main__' else module}.{name}"
 
 
+def module_of(cls: type) -> str:
+    """Name the module that a class says it is from; "" of one that says none.
+
+    >>> module_of(collections.OrderedDict)
+    'collections'
+    """
+    with suppress(AttributeError):
+        module = _module_of(cls)
+        if type(module) is str:
+            return module
+    return ""
+
+
 def inherits(cls: type, *bases: type) -> bool:
     """Say whether one of ``bases`` is among the ancestors of ``cls``, without asking any metaclass.
 
