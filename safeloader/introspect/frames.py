@@ -60,12 +60,26 @@ def is_users_class(cls: type) -> bool:
     >>> is_users_class(Raised), is_users_class(torch.Generator)
     (False, False)
     """
-    name = module_of(cls)
-    if name.partition(".")[0] in sys.builtin_module_names:
+    if module_of(cls).partition(".")[0] in sys.builtin_module_names:
         return False
-    module = sys.modules.get(name)
+    file = _file_of(cls)
+    return not file or is_users(file)
+
+
+def is_third_party(cls: type) -> bool:
+    """Say whether a class is from an installed library, which the standard library is not.
+
+    >>> is_third_party(Raised), is_third_party(re.Pattern)
+    (False, False)
+    """
+    file = _file_of(cls)
+    return _THIRD_PARTY.search(file) is not None and not file.startswith(OURS)
+
+
+def _file_of(cls: type) -> str:
+    module = sys.modules.get(module_of(cls))
     file = vars(module).get("__file__") if type(module) is types.ModuleType else None
-    return type(file) is not str or is_users(file)
+    return file if type(file) is str else ""
 
 
 def frames_of(exc: BaseException) -> list[Raised]:
@@ -227,5 +241,3 @@ def _locals(frame: types.FrameType) -> Iterator[tuple[str, Any]]:
     for name, value in list(dict.items(dict(frame.f_locals))):
         if name.isidentifier() and not name.startswith("__"):
             yield name, value
-
-

@@ -26,6 +26,7 @@ from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
+from safeloader.introspect.advice import FORK_DOES_WITHOUT
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -273,9 +274,10 @@ class WorkerPool:
             if culprit := find_unpicklable(thing, name):
                 hint = (
                     f"{culprit} cannot be pickled, and {method} sends it to every worker "
-                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}; "
-                    "multiprocessing_context='fork' does without pickling, where forking is safe"
+                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}"
                 )
+                if culprit.forks:  # never of what does not survive a fork either
+                    hint += f"; {FORK_DOES_WITHOUT}"
                 return failure_of(exc, phase="transport", where="", hint=hint)
         return None
 

@@ -169,9 +169,7 @@ def _about_number(index: int, dataset: Any, exc: BaseException, known: int | Non
         yield from _too_short(at, inner, path, exc, length)
 
 
-def _too_short(
-    at: int, dataset: Any, path: str, exc: BaseException, length: int
-) -> Iterator[str]:
+def _too_short(at: int, dataset: Any, path: str, exc: BaseException, length: int) -> Iterator[str]:
     """What the index went past, though the dataset's length admits it.
 
     Only where the error came from asking that for this index: ``a[0]`` of an empty tensor is

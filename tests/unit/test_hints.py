@@ -131,11 +131,7 @@ class Lying(Holding):
 
     def by_an_alias(self, index: int) -> Any:
         held = self.items
-        return (
-            held[
-                index
-            ]
-        )
+        return held[index]
 
     def in_a_list(self, indices: list[int]) -> Any:
         return [self.items[each] for each in indices]
