@@ -25,7 +25,7 @@ from safeloader.failures.exception_parts import (
     first_importable,
     own_state,
 )
-from safeloader.introspect.frames import OURS, user_frame
+from safeloader.introspect.frames import OURS, is_users, user_frame
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import (
@@ -104,6 +104,7 @@ class Failure:
     user_frame: dict[str, Any] | None = None
     hint: str = ""
     _where: str = ""
+    _inherited: str = ""  # the first suspect, of what was warned of when the workers were forked
     _refused_by: str = ""  # the check of ``validate=`` that raised, on a sample that came
     _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
@@ -155,7 +156,7 @@ def failure_of(
         dataset: what ``dataset_state`` describes: not told again among the locals.
         known: further fields of :class:`Failure`.
     """
-    known.setdefault("user_frame", _frame_of(exc, dataset))
+    known.setdefault("user_frame", _frame_of(exc, dataset, phase))
     # In the error of a loader within the dataset: what the user's code raised.
     inner = own_state(exc).get("failure")
     parts = inner._exception_parts if isinstance(inner, Failure) else None
@@ -197,9 +198,11 @@ def raised_by_signal(exc: BaseException) -> types.FrameType | None:
     return None
 
 
-def _frame_of(exc: BaseException, dataset: object) -> dict[str, Any] | None:
+def _frame_of(exc: BaseException, dataset: object, phase: str) -> dict[str, Any] | None:
     try:
-        return user_frame(exc, dataset)
+        found = user_frame(exc, dataset)
+        # What a library raises as it is pickled says nothing by its locals.
+        return found if phase != "transport" or found is None or is_users(found["file"]) else None
     except Exception:  # a fault of ours must not take the place of the user's error
         return None
 

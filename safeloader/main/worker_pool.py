@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -31,10 +31,13 @@ from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.introspect.suspects import Inherited
+from safeloader.introspect.threads import threads_here
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
+from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
@@ -149,7 +152,7 @@ class WorkerPool:
         _torch.replace_fetcher(stock, lambda fetcher: fetcher_for(fetcher, context))
         return stock
 
-    def _context(self) -> FetchContext:
+    def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
         settings = self._settings
         dumps = settings.on_failure_dump is not None
         return FetchContext(
@@ -160,6 +163,7 @@ class WorkerPool:
             checksum=settings.checksum,
             raised=None if self.workers else self.raised,
             length=self._log.length,
+            inherited=tuple(inherited),
         )
 
     def _start(self, loader: DataLoader[Any]) -> Any:
@@ -169,7 +173,9 @@ class WorkerPool:
             TransportError: if something cannot be pickled for them, or the machine has no room.
         """
         settings, workers = self._settings, self.workers
-        self._warn_of_hazards(loader)
+        method = _torch.start_method(loader)
+        inherited = self._warn_of_hazards(loader)
+        threads = threads_here() if method == "fork" else {}
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()
@@ -181,7 +187,7 @@ class WorkerPool:
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=self._context(),
+                context=self._context(inherited if method == "fork" else ()),
                 results=results,
                 flight=flight,
                 slots=table,
@@ -209,9 +215,12 @@ class WorkerPool:
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
-        draws, method = self.sampler, _torch.start_method(loader)
+        draws = self.sampler
+        forked = Forked(tuple(inherited), threads) if method == "fork" else None
         # Not by way of the pool, which holds it: a cycle.
-        self.diagnosis = Diagnosis(flight, processes, method, lambda seq: draws.log.opened(seq))
+        self.diagnosis = Diagnosis(
+            flight, processes, method, lambda seq: draws.log.opened(seq), forked
+        )
         ends, stalls = _torch.expects_end_of(weakref.ref(stock)), Stalls(self.diagnosis, self._log)
         waiting: Any = results, processes, ends, self.timeout_s, settings.stall_after, stalls
 
@@ -241,9 +250,9 @@ class WorkerPool:
             self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
-    def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
+    def _warn_of_hazards(self, loader: DataLoader[Any]) -> list[Inherited]:
         """Warn of what the workers inherit from this process and had better not."""
-        found: list[Any] = []
+        found: list[Inherited] = []
         with guarded("the look at what workers inherit", lambda: self._log):
             found = survey(
                 loader.dataset,
@@ -253,6 +262,7 @@ class WorkerPool:
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
         warn_once(found, loader.dataset)
+        return found
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""

@@ -15,6 +15,8 @@ from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.frames import subscripted
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.introspect.suspects import NEXT_STEP as INHERITED_STEP
+from safeloader.introspect.suspects import suspect_of
 from safeloader.introspect.tables import table_rows
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import fields, plain_length
@@ -45,6 +47,7 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "collate, found": "mend the sample, or have collate_fn= take it",
     "transport": "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices])) may repeat it here",
+    "inherited": INHERITED_STEP,
     "init": "no sample was fetched yet: call worker_init_fn by itself to repeat it",
 }
 
@@ -63,7 +66,11 @@ def failure_in(
         state = describe(dataset, length=context.length)
         if context.start_state is not None:
             state["changed_since_worker_start"] = changes(context.start_state, state)
-        hint = hint_for(exc, phase, known.get("index"), found, dataset, context.length)
+        index, suspect = known.get("index"), ""
+        if context.inherited:
+            suspect = suspect_of(exc, context.inherited, dataset)
+        known["_inherited"] = suspect
+        hint = hint_for(exc, phase, index, found, dataset, context.length, suspect)
         return failure_of(
             exc, where=where, dataset=dataset, dataset_state=state, hint=hint, **known
         )
@@ -109,10 +116,12 @@ def hint_for(
     found: str,
     dataset: Any = None,
     length: int | None = None,
+    suspect: str = "",
 ) -> str:
     """Lines: what was found out beyond the exception, and last the next step.
 
     ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
+    ``suspect`` is said of an inherited object that the exception came out of.
     """
     short = shortage(exc)
     if short is not None:
@@ -127,7 +136,10 @@ def hint_for(
             "have ended the epoch here without a word"
         )
     step, worker, ordinal = phase, None, None
-    if found in _NEXT_STEPS:
+    if suspect:
+        parts.append(suspect)
+        step = "inherited"
+    elif found in _NEXT_STEPS:
         step = found
     elif refused:
         step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"

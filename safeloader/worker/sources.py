@@ -90,7 +90,8 @@ def inner_dataset(dataset: Any, index: int) -> tuple[Any, int, str]:
     >>> inner_dataset(Subset([7, 8, 9], [2, 0]), 0)
     ([7, 8, 9], 2, 'dataset.dataset')
     """
-    inner, at, path = dataset, index, "dataset"
+    inner: Any = dataset
+    at, path = index, "dataset"
     while type(inner) in (Subset, ConcatDataset):
         if type(inner) is Subset:
             if type(inner.indices) not in _SEQUENCES:
