@@ -199,14 +199,10 @@ def _library_in(frames: Sequence[FrameSummary]) -> str:
 
 def _is_native(package: str) -> bool:
     """Whether compiled code of a package is loaded here."""
-    suffixes = (".so", ".pyd")
-    return (
-        any(
-            name.partition(".")[0] == package
-            and str(getattr(module, "__file__", "")).endswith(suffixes)
-            for name, module in list(sys.modules.items())
-        )
-        or library_called(package) != package
+    return package in aliases() or any(
+        name.partition(".")[0] == package
+        and str(getattr(module, "__file__", "")).endswith((".so", ".pyd"))
+        for name, module in list(sys.modules.items())
     )
 
 
