@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, Subset
 
 from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
@@ -33,6 +33,7 @@ from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.threads import threads_here
+from safeloader.introspect.two_ways import passed_by
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.provenance.recorder import failure_was_told
@@ -52,6 +53,10 @@ from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
+_ASK_OTHERS = (Subset, StackDataset)  # whose own class tells nothing of the datasets in them
+# Classes of datasets; weakly, as some are made anew each time.
+_looked_at: weakref.WeakSet[type] = weakref.WeakSet()
+_passed_by: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class WorkerPool:
@@ -126,6 +131,9 @@ class WorkerPool:
         """
         self._settings = settings
         self.sampler.log = epoch
+        if not self.stream and _torch.batches_itself(loader):
+            with guarded("the look at __getitems__", lambda: self._log):
+                self._tell_of_passed_by(loader.dataset)
         if not self.workers:
             return self._build_in_main(loader)
         stock = self.stock
@@ -263,6 +271,16 @@ class WorkerPool:
             )
         warn_once(found, loader.dataset)
         return found
+
+    def _tell_of_passed_by(self, dataset: Any) -> None:
+        """Warn, once a process for each class, of a ``__getitem__`` that never runs."""
+        if type(dataset) in _looked_at and type(dataset) not in _ASK_OTHERS:
+            return
+        _looked_at.add(type(dataset))
+        for found in passed_by(dataset):
+            if found.cls not in _passed_by:
+                _passed_by.add(found.cls)
+                self._log.warning("%s", found.says)
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""
