@@ -157,7 +157,7 @@ def _uses(code: types.CodeType, me: str) -> bool:
     steps = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "NOP")]
     for step, after in zip(steps, [*steps[1:], None], strict=True):
         loaded = step.argval if type(step.argval) is tuple else (step.argval,)
-        if not step.opname.startswith("LOAD_") or me not in loaded:
+        if "LOAD_" not in step.opname or me not in loaded:
             continue
         if step.opname == "LOAD_CLOSURE":  # for the code inside, which is looked at by itself
             continue
