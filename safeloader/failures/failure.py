@@ -334,14 +334,15 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     if told:
         yield f"    says of itself: {bounded(str(told), 400)}"
     attributes = state.get("attributes") or {}
-    for name, about in list(attributes.items())[:8]:
+    most = 9 if len(attributes) == 9 and not state.get("omitted_attributes") else 8
+    for name, about in list(attributes.items())[:most]:
         facts = [str(about.get("type", "?"))]
         facts += [f"{key} {about[key]}" for key in ("shape", "dtype", "length") if key in about]
         shown = about.get("repr", "")
         # An array's text repeats its type and shape unless it is small enough to be shown.
         text = "" if not shown or shown.startswith(facts[0]) else f" = {shown}"
-        yield f"    .{name}: {', '.join(facts)}{bounded(text, 100)}"
-    unshown = len(attributes) - 8 + int(state.get("omitted_attributes", 0))
+        yield f"    .{name}: {', '.join(facts)}{bounded(text, 320)}"
+    unshown = len(attributes) - most + int(state.get("omitted_attributes", 0))
     if unshown > 0 and len(attributes) >= 8:
         yield f"    and {unshown} more attributes (exc.failure.dataset_state)"
     for key, words in (
