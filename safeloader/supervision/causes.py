@@ -252,10 +252,13 @@ def of_silence(
     waits = any(word in f"{top.name} {top.line}".lower() for word in _LOCKISH)
     forked = forked or Forked()
     if suspect := _suspect(stack, waits, forked.inherited):
+        deadlock = (
+            "it waits for a lock or thread at {}. A deadlock inherited through fork is likely"
+        )
+        begins = deadlock if suspect.is_waited_for else "it hangs at {}"
         return (
-            f"it hangs at {line}. First suspect: {suspect.path} ({suspect.kind}), inherited over "
-            f"the fork, as was warned of at the start: {suspect.why}. "
-            f"{_sentence(suspect.advice)}"
+            f"{begins.format(line)}; first suspect: {suspect.path} ({suspect.kind}), as was warned "
+            f"of at the start: {suspect.why}. {_sentence(suspect.advice)}"
         )
     if waits and start_method == "fork":
         held = f" (it had {_threads_text(forked.threads)})" if forked.threads else ""

@@ -240,11 +240,11 @@ def test_what_was_warned_of_at_the_start_is_the_first_suspect() -> None:
     waiting = Frame("/usr/lib/python3.11/threading.py", 320, "wait")
     stack = Stack((waiting, Frame("/data/table.py", 7, "read", line="self.submit()")), "")
     said = of_silence(stack, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL)))
-    assert "First suspect: dataset.pool (concurrent.futures.ThreadPoolExecutor)" in said
+    assert "first suspect: dataset.pool (concurrent.futures.ThreadPoolExecutor)" in said
     assert "on first use" in said
     named = line("self.archive.read(name)")
     said = of_silence(named, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL)))
-    assert "First suspect: dataset.archive" in said
+    assert "first suspect: dataset.archive" in said
     other = line("time.sleep(3)")
     assert "suspect" not in of_silence(
         other, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL))

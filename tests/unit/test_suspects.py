@@ -166,7 +166,7 @@ def test_an_inherited_pool_is_the_first_suspect_at_the_hang() -> None:
             list(loader)
     dataset.pool.shutdown()
     hint = caught.value.failure.hint  # type: ignore[union-attr]
-    assert "First suspect: dataset.pool (concurrent.futures.thread.ThreadPoolExecutor)" in hint
+    assert "first suspect: dataset.pool (concurrent.futures.thread.ThreadPoolExecutor)" in hint
     assert LAZILY[1:] in hint
 
 
