@@ -119,6 +119,7 @@ _THREADS = (
     (r"dali.*|\[?DALI.*", "DALI"),
     (r"duckdb.*", "duckdb"),
 )
+_THREAD = re.compile("|".join(f"({pattern})" for pattern, _ in _THREADS))
 # What the top package of a frame, or the name in a line, says of whose code hangs.
 _OWN_NAMES = {
     "av": "PyAV (FFmpeg)",
@@ -143,7 +144,8 @@ def library_of_thread(name: str) -> str:
     >>> [library_of_thread(name) for name in ("polars-3", "av:mpeg4:df0", "python")]
     ['polars', 'PyAV (FFmpeg)', '']
     """
-    return next((library for pattern, library in _THREADS if re.fullmatch(pattern, name)), "")
+    found = _THREAD.fullmatch(name)
+    return _THREADS[found.lastindex - 1][1] if found and found.lastindex else ""
 
 
 def library_called(package: str) -> str:

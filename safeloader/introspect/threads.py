@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 
 from safeloader.introspect.advice import library_of_thread
 from safeloader.introspect.resources import or_none
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import type_name
 
-_THREADS_MAX = 256  # looked at: 10 us each
+_THREADS_MAX = 256  # looked at
 _NAMES_MAX = 3  # told of one library
 
 
@@ -24,9 +25,9 @@ def threads_here() -> dict[str, tuple[str, ...]]:
     False
     """
     found: dict[str, list[str]] = {}
-    for thread in threading.enumerate():
+    for thread in threading.enumerate()[:_THREADS_MAX]:
         if thread is not threading.main_thread() and thread is not threading.current_thread():
-            name = plain_text(str(getattr(thread, "_name", "")), 40)
+            name = str(vars(thread).get("_name"))
             library = library_of_thread(name[:15])
             if not library:
                 library, kind = "Python", type_name(type(thread))
@@ -41,13 +42,20 @@ def threads_here() -> dict[str, tuple[str, ...]]:
 def _few(names: list[str]) -> tuple[str, ...]:
     names = sorted(set(names))
     left = len(names) - _NAMES_MAX
-    return (*names[:_NAMES_MAX], f"{left} more") if left > 1 else tuple(names[: _NAMES_MAX + 1])
+    shown = names if left < 2 else names[:_NAMES_MAX]
+    return tuple([plain_text(name, 60) for name in shown] + [f"{left} more"] * (left > 1))
 
 
 @or_none  # no such folder but on Linux, or it is not to be read
 def _native_names() -> list[str]:
     names = []
     for thread in os.listdir("/proc/self/task")[:_THREADS_MAX]:
-        with open(f"/proc/self/task/{thread}/comm", encoding="utf-8", errors="replace") as file:
-            names.append(file.read().strip())
+        with suppress(OSError):  # it has ended
+            fd = os.open(
+                f"/proc/self/task/{thread}/comm", os.O_RDONLY
+            )  # 3 us; a text file takes 20
+            try:
+                names.append(os.read(fd, 32).decode("utf-8", "replace").strip())
+            finally:
+                os.close(fd)
     return names
