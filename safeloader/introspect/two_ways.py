@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch.utils.data import StackDataset, Subset
+from torch.utils.data import Dataset, StackDataset, Subset
 
 from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import definitions, fields, held_by, mro_of, type_name
@@ -84,7 +84,7 @@ def _how(path: str, thing: Any) -> str | None:
     lineage = list(mro_of(cls))
     one = next((k for k, each in enumerate(lineage) if _ONE in vars(each)), None)
     many = next((k for k, each in enumerate(lineage) if _MANY in vars(each)), None)
-    if one is None or _MANY in dict(fields(thing)):
+    if one is None or lineage[one] is Dataset or _MANY in dict(fields(thing)):
         return None
     own = vars(lineage[one])[_ONE]
     if type(own) is not types.FunctionType or _hands_on(own.__code__):

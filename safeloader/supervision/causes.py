@@ -188,13 +188,32 @@ def _line_in(frames: Sequence[FrameSummary]) -> str:
 def _library_in(frames: Sequence[FrameSummary]) -> str:
     """The library with native code that is at the top of the stack; "" where none is known."""
     top = frames[0]
-    package = _PACKAGE.search(top.filename)
-    if package is not None:
-        return library_called(package[1]) if _is_native(package[1]) else ""
+    if (found := _PACKAGE.search(top.filename)) is not None:
+        package = found[1]
+        known_native = package not in _SILENT and _is_native(package)
+        return library_called(package) if known_native else ""
     if not is_users(top.filename):
         return ""
-    called = re.findall(r"\b([A-Za-z_]\w*)\.", top.line or "")
-    return next((library_called(name) for name in called if name in aliases()), "")
+    known = _globals_of(top.filename)
+    for name in re.findall(r"\b([A-Za-z_]\w*)\.", top.line or ""):
+        module = known.get(name)
+        package = name if module is None else str(getattr(module, "__name__", "")).partition(".")[0]
+        if name in aliases() and module is None:
+            return library_called(name)
+        if type(module) is types.ModuleType and package not in _SILENT and _is_native(package):
+            return library_called(package)
+    return ""
+
+
+_SILENT = ("torch", "numpy", "safeloader")  # at work in every program: their name tells nothing
+
+
+def _globals_of(file: str) -> dict[str, Any]:
+    """What a module of the user's calls things, as far as it is imported here too."""
+    for module in list(sys.modules.values()):
+        if type(module) is types.ModuleType and vars(module).get("__file__") == file:
+            return vars(module)
+    return {}
 
 
 def _is_native(package: str) -> bool:

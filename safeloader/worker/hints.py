@@ -129,7 +129,7 @@ def hint_for(
     parts = [found] if found else []
     refused = bool(refused_by(exc)[0])
     if index is not None and dataset is not None:
-        parts += _about_index(index, dataset, exc, length)
+        parts += _about_index(index, dataset, exc, length, phase)
     if isinstance(exc, StopIteration) and phase == "sample" and not refused:
         parts.append(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
@@ -155,13 +155,16 @@ def hint_for(
     return "\n".join(part[:1000] for part in parts)
 
 
-def _about_index(index: Any, dataset: Any, exc: BaseException, known: int | None) -> list[str]:
+def _about_index(
+    index: Any, dataset: Any, exc: BaseException, known: int | None, phase: str
+) -> list[str]:
     """What the index means to the dataset: its range, its number in what is under it, its file."""
     said: list[str] = []
     with suppress(Exception):  # a hint must not hide the error
         if type(index) is int:
             said += _about_number(index, dataset, exc, known)
-    if source := source_of(dataset, index, exc, known):
+    # The locals of a collate function are those of any sample.
+    if source := source_of(dataset, index, exc if phase == "sample" else None, known):
         said.append(source)
     return said
 

@@ -213,7 +213,7 @@ class RecordingFetcher:
         def explained(exc: Exception, position: int) -> Failure:
             return self._failure(Unrepairable(position, exc), "sample", indices)
 
-        def sourced(exc: Exception, position: int) -> str:
+        def sourced(exc: Exception | None, position: int) -> str:
             known = position < len(indices) and not together
             length = self._context.length
             return source_of(self._dataset, indices[position], exc, length) if known else ""

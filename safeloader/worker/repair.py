@@ -78,7 +78,7 @@ class BatchRepair:
         explain: Callable[[Exception, int], Failure],
         donors: Donors = (),
         spread: int = 1,
-        source: Callable[[Exception, int], str] = lambda exc, position: "",
+        source: Callable[[Exception | None, int], str] = lambda exc, position: "",
     ) -> None:
         self._policy = policy
         self._explain = explain
@@ -151,7 +151,8 @@ class BatchRepair:
             text = f"it failed in each of {tries} tries, all under the same random numbers"
             raise Unrepairable(position, failed, text if tries > 1 else "")
         reason = bounded(scrub(found), 300) or self._reason(failed)
-        reason = self._with_source(reason, failed, position)
+        # The locals of a collate function are those of any sample.
+        reason = self._with_source(reason, None if found else failed, position)
         self._skip(position, failed, reason)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
@@ -173,7 +174,7 @@ class BatchRepair:
         self._incidents[position] = SampleIncident("skipped", position, reason)
         self._first = self._first or Unrepairable(position, cause, NO_DONOR)
 
-    def _with_source(self, reason: str, cause: Exception, position: int) -> str:
+    def _with_source(self, reason: str, cause: Exception | None, position: int) -> str:
         source = self._source(cause, position)
         return f"{reason}; {source}" if source else reason
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import queue
 import re
 import signal
+import sys
+import types
 from pathlib import Path
 from traceback import FrameSummary as Frame
 from typing import Any
 
+import numpy as np
 import pytest
 
 from safeloader.introspect import resources
@@ -209,6 +212,20 @@ def test_the_threads_of_the_library_that_hangs_are_named(stack: Stack) -> None:
     assert "Use polars in the workers alone" in said
     assert "cv2" not in said
     assert "zarr" not in said
+
+
+def test_a_library_is_known_by_whatever_name_the_program_has_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, native, plain = (types.ModuleType(name) for name in ("program", "decoding", "plain"))
+    program.__file__, native.__file__ = "/data/table.py", "/venv/decoding.so"
+    vars(program).update(dec=native, pl=plain, np=np)
+    for module in (program, native, plain):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    said = of_silence(line("frame = dec.read(path)"), None, "fetch", 137, "fork")
+    assert "in decoding; if that ran in the training process" in said
+    for text in ("pl.scan(path)", "np.sort(rows)", "self.rows.sort()"):
+        assert of_silence(line(text), None, "fetch", 137, "fork").endswith("for index 137")
 
 
 def test_a_library_without_known_threads_is_named_by_the_stack() -> None:

@@ -220,6 +220,27 @@ def decides(failure: Any) -> Any:
     return torch.tensor(0) if named else None
 
 
+def pads(samples: list[Any]) -> torch.Tensor:
+    for sample in samples:
+        cache = "/tmp/cache.bin"
+        if sample is None:
+            raise TypeError(f"nothing to pad for {len(cache)}")
+    return torch.tensor(len(samples))
+
+
+class SomeNone(Reads):
+    def __getitem__(self, index: int) -> Any:
+        return None if index == BAD else index
+
+
+def test_the_locals_of_a_collate_function_are_those_of_any_sample() -> None:
+    loader = SafeDataLoader(SomeNone(), batch_size=4, collate_fn=pads, on_error="skip")
+    list(loader)
+    assert loader.audit.skipped.tolist() == [BAD]
+    assert "cache" not in str(loader.audit)
+    assert "dataset.files[13] = 'scans/0013.png'" in str(loader.audit)
+
+
 def test_a_sound_epoch_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     loader = SafeDataLoader(Reads(broken=-1), batch_size=4)
     assert len(list(loader)) == 10

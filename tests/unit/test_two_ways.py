@@ -99,6 +99,19 @@ class Refuses(Wrapper):
         return getattr(self.__dict__["inner"], name)
 
 
+class HasNone(Dataset[int]):
+    """Its samples come in batches alone."""
+
+    def __init__(self, inner: Dataset[int]) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+
 class Forbidden(Table):
     def __getattribute__(self, name: str) -> Any:
         pytest.fail("the user's code was called")
@@ -118,6 +131,7 @@ SOUND = {
     "self as an argument": OfMap,
     "both": lambda: Both(),
     "nothing but handing on": lambda: HandsOn(Table()),
+    "no __getitem__ of its own": lambda: HasNone(Table()),
     "refuses such names": lambda: Refuses(Table()),
     "nothing to be found": lambda: Wrapper(ConcatDataset([Table()])),
     "one by one": lambda: ConcatDataset([Negated()]),
