@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from safeloader import SafeDataLoader, SampleError
+from safeloader import SafeDataLoader, SampleError, WorkerCrashError
 from safeloader.worker.sources import source_of
 
 LENGTH = 40
@@ -218,6 +219,24 @@ def test_errors_skips_and_on_error_name_the_file_alike(
 def decides(failure: Any) -> Any:
     named = "path = '/data/scans/0026.png'" in failure.hint
     return torch.tensor(0) if named else None
+
+
+class Kills(Reads):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == BAD:
+            os._exit(3)
+        return torch.tensor(index)
+
+
+def test_a_worker_that_died_cannot_say_its_file_and_the_copy_here_can() -> None:
+    with pytest.raises(WorkerCrashError) as caught:
+        list(SafeDataLoader(Kills(), batch_size=4, num_workers=1))
+    assert caught.value.index == BAD
+    assert "\n  dataset.files[13] = 'scans/0013.png'\n" in str(caught.value)
+    told = SafeDataLoader(Kills(), batch_size=4, num_workers=1, on_error="skip", on_crash="restart")
+    list(told)
+    assert told.audit.skipped.tolist() == [BAD]
+    assert "died at it twice; dataset.files[13] = 'scans/0013.png'" in str(told.audit)
 
 
 def pads(samples: list[Any]) -> torch.Tensor:
