@@ -26,6 +26,7 @@ from safeloader.worker.sources import inner_dataset, source_of
 from safeloader.worker.validating import refused_by
 
 KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
+LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for what an index went past
 _NEXT_STEPS = {  # by phase, and by what was found in it
@@ -174,7 +175,7 @@ def _about_number(index: int, dataset: Any, exc: BaseException, known: int | Non
     length = known if length is None else length
     of_index = isinstance(exc, IndexError) and not refused_by(exc)[0]
     if of_index and length is not None and not -length <= index < length:
-        yield f"index {index} is outside the dataset (length {length}): look at the sampler"
+        yield f"index {index} is outside the dataset (length {length}){LOOK_AT_SAMPLER}"
     inner, at, path = inner_dataset(dataset, index)
     if inner is not dataset:
         outer = type(dataset).__name__
