@@ -17,7 +17,8 @@ from safeloader.introspect.frames import frames_of, is_users
 from safeloader.introspect.values import fields, held_by, module_of
 
 _STEP = re.compile(r"\.(\w+)|\[(\d+|'[^']*')\]")
-_EVERYWHERE = ("torch", "numpy", "io", "builtins")  # errors pass through these for any reason
+# Errors pass through these for any reason.
+_EVERYWHERE = {"torch", "numpy", "io", "builtins", "threading", "queue", "concurrent", "socket"}
 
 
 NEXT_STEP = (
@@ -79,7 +80,7 @@ def suspect_of(exc: BaseException, inherited: Iterable[Inherited], dataset: Any)
     ]
     passed = {str(each.frame.f_globals.get("__name__", "")).partition(".")[0] for each in frames}
     passed.add(module_of(type(exc)).partition(".")[0])
-    passed -= {*_EVERYWHERE}
+    passed -= _EVERYWHERE
     for each in inherited:
         package = each.kind.partition(".")[0]
         blamed = each.by_fork and (each.is_named_in(lines) or package in passed)
