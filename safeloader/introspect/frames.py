@@ -175,7 +175,8 @@ def paths_in(exc: BaseException) -> Iterator[tuple[str, Any, str]]:
 def subscripted(exc: BaseException) -> tuple[Any, Any] | None:
     """Return what was asked for what, where the user's innermost frame raised in ``x[key]``.
 
-    Read from the expression that was being evaluated; None where it is another, or runs code.
+    Read from the expression that was being evaluated; None where it is another, or runs code. What
+    was asked is None where it is gone.
 
     >>> files = ["a", "b"]
     >>> def third():
@@ -205,7 +206,9 @@ def subscripted(exc: BaseException) -> tuple[Any, Any] | None:
         if not isinstance(tree, ast.Subscript):
             return None
         held = dict(_locals(frame))
-        return _value(tree.value, held), _value(tree.slice, held)
+        # From Python 3.12 on the names of a comprehension are gone when it has raised.
+        gone = isinstance(tree.slice, ast.Name) and tree.slice.id not in held
+        return _value(tree.value, held), None if gone else _value(tree.slice, held)
     except (SyntaxError, ValueError, LookupError):
         return None
 

@@ -192,7 +192,7 @@ def _too_short(at: int, dataset: Any, path: str, exc: BaseException, length: int
     another matter.
     """
     found = subscripted(exc)
-    if found is None or type(found[1]) is not int or found[1] != at:
+    if found is None or (found[1] is not None and (type(found[1]) is not int or found[1] != at)):
         return
     sequence = found[0]
     for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:

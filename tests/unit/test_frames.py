@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,8 @@ def test_it_is_the_innermost_of_the_users_own_code() -> None:
 def test_a_comprehension_is_part_of_the_function_around_it() -> None:
     found = frame_of(makes_a_list, ["7", "x"])
     assert found["function"] == "makes_a_list"
-    assert {"each": "'x'", "size": "3"}.items() <= texts(found).items()
+    told = {"size": "3"} | ({"each": "'x'"} if sys.version_info < (3, 12) else {})
+    assert told.items() <= texts(found).items()
 
 
 def test_secrets_are_not_told() -> None:
