@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from safeloader.delivery.audit import EpochAudit
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.failures.replay import replay
+from safeloader.failures.replay import replay, replay_index
+from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
@@ -31,12 +34,85 @@ class Records:
             self.recorder = Recorder()
         return self.recorder
 
-    def replay(self, what: SafeLoaderError | Failure | Any) -> Any:
-        """``dataset[index]`` once more, here, under the random numbers it failed with.
+    def replay(
+        self,
+        what: SafeLoaderError | Failure | BatchRecord | Any,
+        *,
+        position: int | None = None,
+        epoch: int | None = None,
+    ) -> Any:
+        """``dataset[index]`` once more, here: of a failure under the random numbers it failed with.
 
-        See :func:`safeloader.replay`.
+        See :func:`safeloader.replay`. A delivered sample is called by its place: the log then says
+        which epoch, batch and worker gave it, and that the random numbers it had are not kept.
+
+        Args:
+            what: an error, its failure, an index, or the record of a batch.
+            position: with a record, which of its samples, from 0.
+            epoch: with an index, the epoch in which it was delivered.
+
+        Returns:
+            The sample, if it comes this time.
+
+        Raises:
+            LookupError: if no such delivery is known, or it is forgotten by now.
+            TypeError: for an iterable dataset; for a record without position, or what does not go
+                with the other.
+            ValueError: for a failure that names no index.
+
+        Example:
+            >>> import logging
+            >>> from safeloader import SafeDataLoader
+            >>> logging.getLogger("safeloader").setLevel(logging.ERROR)  # what it tells
+            >>> loader = SafeDataLoader("abcdef", batch_size=3, shuffle=False)
+            >>> batches = list(loader)
+            >>> loader.replay(loader.last_batch, position=1), loader.replay(2, epoch=0)
+            ('e', 'c')
+            >>> logging.getLogger("safeloader").setLevel(logging.NOTSET)
         """
-        return replay(what, self.dataset)
+        if isinstance(what, BatchRecord):
+            if position is None or epoch is not None:
+                raise TypeError(
+                    "of a record say which sample: loader.replay(record, position=0), from 0 to "
+                    f"{len(what.indices) - 1}; it knows its epoch"
+                )
+            if not 0 <= position < len(what.indices):
+                raise LookupError(
+                    f"batch {what.batch} of epoch {what.epoch} has the positions 0 to "
+                    f"{len(what.indices) - 1}, and no {position}"
+                )
+            return self._replay_delivered(what, position)
+        if position is not None:
+            raise TypeError("position= goes with the record of a batch, as loader.last_batch is")
+        if epoch is None:
+            return replay(what, self.dataset)
+        row = self._delivered_in(what, epoch)
+        return self._replay_delivered(self.provenance.batch(int(row[0]), epoch), int(row[1]))
+
+    def _delivered_in(self, index: Any, epoch: int) -> tuple[int, int]:
+        """The batch and position in which an epoch gave ``index``."""
+        if isinstance(index, SafeLoaderError | Failure):
+            raise TypeError("epoch= goes with an index; a failure knows its own epoch")
+        rows = self.provenance.lookup(index)
+        for row in rows[rows["epoch"] == epoch][:1]:
+            return int(row["batch"]), int(row["position"])
+        known = sorted({int(each) for each in rows["epoch"]})
+        others = f"it was in epoch {', '.join(map(str, known))}; " if known else ""
+        raise LookupError(
+            f"index {index_text(index)} is not known to have been delivered in epoch {epoch}: "
+            f"{others}the recorder holds {self._recorder_on_demand()!r}. Epochs count from 0; to "
+            "keep more, pass recorder=Recorder(max_bytes=...)"
+        )
+
+    def _replay_delivered(self, record: BatchRecord, position: int) -> Any:
+        if isinstance(self.dataset, IterableDataset):
+            return replay(None, self.dataset)  # which tells what to do instead
+        by = "in the main process" if record.worker_id is None else f"by worker {record.worker_id}"
+        told = (
+            f"delivered in epoch {record.epoch}, batch {record.batch}, position {position} {by} "
+            f"(pid {record.pid})"
+        )
+        return replay_index(record.indices[position], self.dataset, told)
 
     @property
     def last_batch(self) -> BatchRecord | Any:

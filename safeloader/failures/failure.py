@@ -25,6 +25,7 @@ from safeloader.failures.exception_parts import (
     first_importable,
     own_state,
 )
+from safeloader.introspect.frames import OURS, is_users, user_frame
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import (
@@ -38,7 +39,6 @@ from safeloader.introspect.values import bounded, exception_text, short_type_nam
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 40_000
 _PART_CHARS = 1000  # one text among the indices
-_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -66,6 +66,9 @@ class Failure:
         traceback: the traceback in the process where it happened, as text, without secrets too.
         dataset_state: the dataset in that process: ``class``, ``length``, ``attributes``,
             ``changed_since_worker_start``, ``differs_from_main``.
+        user_frame: the innermost frame of the user's own code in which the exception was raised:
+            ``file``, ``line``, ``function`` and ``locals``, described as attributes are, those that
+            tell most first; None where no such frame is known.
         hint: what to do next.
 
     Example:
@@ -98,8 +101,10 @@ class Failure:
     worker_id: int | None = None
     pid: int = dataclasses.field(default_factory=os.getpid)
     dataset_state: dict[str, Any] | None = None
+    user_frame: dict[str, Any] | None = None
     hint: str = ""
     _where: str = ""
+    _inherited: str = ""  # the first suspect, of what was warned of when the workers were forked
     _refused_by: str = ""  # the check of ``validate=`` that raised, on a sample that came
     _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
@@ -139,15 +144,19 @@ class Failure:
             return f"{self.exception_type}: {self.message}"
 
 
-def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> Failure:
+def failure_of(
+    exc: BaseException, *, phase: str, where: str, dataset: object = None, **known: Any
+) -> Failure:
     """The failure that ``exc`` is; call it in the process where it was raised.
 
     Args:
         exc: what was raised, with its traceback.
         phase: see :class:`Failure`.
         where: as torch words it, ``"in DataLoader worker process 3"``; empty in the main process.
+        dataset: what ``dataset_state`` describes: not told again among the locals.
         known: further fields of :class:`Failure`.
     """
+    known.setdefault("user_frame", _frame_of(exc, dataset, phase))
     # In the error of a loader within the dataset: what the user's code raised.
     inner = own_state(exc).get("failure")
     parts = inner._exception_parts if isinstance(inner, Failure) else None
@@ -164,7 +173,7 @@ def failure_of(exc: BaseException, *, phase: str, where: str, **known: Any) -> F
 
 def is_ours(frame: types.FrameType) -> bool:
     """Whether code of this package runs in it."""
-    return frame.f_code.co_filename.startswith(_OURS)
+    return frame.f_code.co_filename.startswith(OURS)
 
 
 def without_ours(frames: types.TracebackType | None) -> types.TracebackType | None:
@@ -189,6 +198,15 @@ def raised_by_signal(exc: BaseException) -> types.FrameType | None:
     return None
 
 
+def _frame_of(exc: BaseException, dataset: object, phase: str) -> dict[str, Any] | None:
+    try:
+        found = user_frame(exc, dataset)
+        # What a library raises as it is pickled says nothing by its locals.
+        return found if phase != "transport" or found is None or is_users(found["file"]) else None
+    except Exception:  # a fault of ours must not take the place of the user's error
+        return None
+
+
 def _traceback_of(exc: BaseException) -> str:
     try:
         said = traceback_module.TracebackException.from_exception(exc, compact=True)
@@ -201,7 +219,7 @@ def _traceback_of(exc: BaseException) -> str:
 
 def _leave_out_ours(said: traceback_module.TracebackException) -> None:
     """Drop our frames above the user's, and what a second try raised exactly as the first did."""
-    while len(said.stack) > 1 and said.stack[0].filename.startswith(_OURS):
+    while len(said.stack) > 1 and said.stack[0].filename.startswith(OURS):
         del said.stack[0]
     behind = said.__cause__ or said.__context__
     if behind is None:
@@ -237,6 +255,8 @@ def report(failure: Failure) -> Iterator[str]:
     if failure.phase in ("crash", "timeout") and failure.traceback:
         yield "  Python stack, most recent call last:" if failure.phase == "crash" else "  stacks:"
         yield from (f"  {line}" for line in failure.traceback.splitlines())
+    if failure.user_frame and failure.user_frame["locals"]:
+        yield from _frame_lines(failure.user_frame)
     if failure.dataset_state:
         yield from _state_lines(failure.dataset_state)
     if next_step:
@@ -291,6 +311,22 @@ def _headline(failure: Failure) -> str:
     return "safeloader: " + " ".join(parts) + (" ..." if rest else "")
 
 
+_LOCALS_SHOWN = 5
+
+
+def _frame_lines(frame: dict[str, Any]) -> Iterator[str]:
+    held = frame["locals"]
+    file = os.path.basename(str(frame["file"]))
+    yield f"  in {frame['function']} ({file}:{frame['line']}):"
+    shown = list(held.items())
+    if len(shown) > _LOCALS_SHOWN + 1:  # a line that says "1 more" could show it
+        shown = shown[:_LOCALS_SHOWN]
+    for name, about in shown:
+        yield f"    {name} = {bounded(str(about.get('repr', '')), 200)}"
+    if left := len(held) - len(shown):
+        yield f"    and {left} more locals (exc.failure.user_frame)"
+
+
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     length = "" if state.get("length") is None else f", length {state['length']}"
     yield f"  dataset: {state.get('class')}{length}"
@@ -298,14 +334,15 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     if told:
         yield f"    says of itself: {bounded(str(told), 400)}"
     attributes = state.get("attributes") or {}
-    for name, about in list(attributes.items())[:8]:
+    most = 9 if len(attributes) == 9 and not state.get("omitted_attributes") else 8
+    for name, about in list(attributes.items())[:most]:
         facts = [str(about.get("type", "?"))]
         facts += [f"{key} {about[key]}" for key in ("shape", "dtype", "length") if key in about]
         shown = about.get("repr", "")
         # An array's text repeats its type and shape unless it is small enough to be shown.
         text = "" if not shown or shown.startswith(facts[0]) else f" = {shown}"
-        yield f"    .{name}: {', '.join(facts)}{bounded(text, 100)}"
-    unshown = len(attributes) - 8 + int(state.get("omitted_attributes", 0))
+        yield f"    .{name}: {', '.join(facts)}{bounded(text, 320)}"
+    unshown = len(attributes) - most + int(state.get("omitted_attributes", 0))
     if unshown > 0 and len(attributes) >= 8:
         yield f"    and {unshown} more attributes (exc.failure.dataset_state)"
     for key, words in (

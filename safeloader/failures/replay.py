@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.utils.data import IterableDataset
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.random_state import preserved
+from safeloader.introspect.dataset_state import changes, describe
+from safeloader.introspect.random_state import RandomState, preserved
 from safeloader.introspect.texts import index_text, indices_text
 
 _NOT_BY_US = (
@@ -31,6 +33,9 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
     stood when the batch was begun, and the samples before it are fetched, so that the sample draws
     the numbers it drew there. Afterwards the generators are put back. What the dataset raises is
     raised as it is: run it under a debugger (``python -m pdb``, or a ``breakpoint()`` there).
+
+    Where the sample comes although it failed there, a warning in the log says so, and what differs
+    here; where it cannot have the random numbers that it had, as for a bare index, one says that.
 
     Args:
         what: an error of this package, its ``failure``, or an index.
@@ -79,7 +84,9 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
             f"{type(what).__name__}. {_NOT_BY_US if isinstance(what, BaseException) else _NO_JSON}"
         )
     if not isinstance(what, Failure):
-        return dataset[what]
+        if "collate_ns" in getattr(type(what), "__dataclass_fields__", ()):
+            raise TypeError(_BY_LOADER)
+        return replay_index(what, dataset)
     if what.index is None or what.position is None:
         at = f"the indices of its batch are {indices_text(what.indices, most=16)}: replay one"
         raise ValueError(
@@ -98,4 +105,71 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
             for index in what.indices[: what.position]:
                 with suppress(Exception):  # skipped there too, with the numbers it drew until then
                     dataset[index]
-        return dataset[what.index]
+        sample = dataset[what.index]
+    # Of what failed in collation or on the way the sample came there too.
+    if what.phase in _OF_SAMPLE and not what._refused_by:
+        LoaderLog(dataset).warning("%s", _passes(what, dataset))
+    return sample
+
+
+def replay_index(index: Any, dataset: Any, told: str = "") -> Any:
+    """``dataset[index]``, and a word on the random numbers: it draws what comes next here.
+
+    ``told`` is what is known of its delivery.
+    """
+    before = _generators()
+    sample = dataset[index]
+    drawn = "it draws some here" if _generators() != before else _DRAWS_NONE
+    kept = "those of a delivered sample are not kept" if told else "a bare index tells none"
+    LoaderLog(dataset).warning(
+        "index %s%s: this is not a call with the random numbers that it had (%s; those of a "
+        "failure are kept), %s",
+        index_text(index),
+        f", {told}" if told else "",
+        kept,
+        drawn,
+    )
+    return sample
+
+
+def _generators() -> bytes:
+    state = RandomState.now()
+    return pickle.dumps((state.python, state.numpy, state.torch.numpy()))
+
+
+def _passes(failure: Failure, dataset: Any) -> str:
+    """That a sample comes here which failed there, and what differs."""
+    here = f"here the main process (pid {os.getpid()})"
+    there = f"it was worker {failure.worker_id} (pid {failure.pid})"
+    if failure.worker_id is None:
+        there = f"it was the main process (pid {failure.pid})"
+    differs = [] if failure.pid == os.getpid() else [f"the process: {there}, {here}"]
+    with suppress(Exception):  # it came, and that is said all the same
+        was = failure.dataset_state or {}
+        now = describe(dataset, length=was.get("length"))
+        differs += [f"dataset: {name} {how}" for name, how in changes(was, now).items()][:_SHOWN]
+    if failure._random is None:
+        differs.append("the random numbers, which this failure does not carry")
+    said = f"index {index_text(failure.index)} passes here: {_DID[failure.phase]} there. "
+    said += f"What differs is {'; '.join(differs)}. " if differs else ""
+    if failure._random is not None:
+        said += "The random numbers are the same. "
+    if failure._inherited:
+        inherited = failure._inherited.removeprefix("first suspect: ")
+        return f"{said}That it passes says nothing: {inherited}; {_NOT_SEEN_HERE}"
+    return said + _MORE
+
+
+_OF_SAMPLE = ("sample", "crash", "timeout")
+_DID = {"sample": "it raised", "crash": "it killed its worker", "timeout": "it hung"}
+_SHOWN = 5  # attributes that differ
+_DRAWS_NONE = "and here it draws none of Python's, NumPy's or torch's own generators"
+_NOT_SEEN_HERE = "in the main process, to which it belongs, it does not show"
+_MORE = (
+    "Not seen from here: what it reads (a file, a share, a service) may be another by now, and "
+    "what the worker did before it"
+)
+_BY_LOADER = (
+    "the record of a batch is replayed by its loader, which knows the epoch and the worker: "
+    "loader.replay(loader.last_batch, position=0)"
+)

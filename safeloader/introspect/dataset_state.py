@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from safeloader.introspect.redaction import REDACTED
+from safeloader.introspect.tables import table_facts
 from safeloader.introspect.texts import (
     DEPTH,
     ENTRIES_MAX,
     bounded_text,
+    is_path,
     is_secret,
     name_of,
+    path_text,
     plain,
     plain_text,
 )
@@ -181,19 +184,31 @@ def _told(name: str, value: object) -> object:
 
 def _attribute(name: str, value: Any) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": cut(type_name(type(value))), **(array_facts(value) or {})}
+    table = table_facts(value) or {}
+    entry |= {fact: table[fact] for fact in ("shape", "dtype") if fact in table}
     if is_secret(name, value):
         return entry | {"repr": REDACTED}
     if (length := own_length(value)) is not None:
         entry["length"] = length
-    return entry | {"repr": bounded_text(value)}
+    return entry | {"repr": path_text(value) if is_path(value) else bounded_text(value)}
+
+
+def described(pairs: list[tuple[Any, object]], most_bytes: int) -> dict[str, Any]:
+    """Describe values by name as attributes are, as many as fit into so many bytes of JSON.
+
+    >>> described([("rate", 0.5), ("api_key", "x")], 1000)["api_key"]
+    {'type': 'str', 'repr': '[redacted]'}
+    """
+    return _fitting(pairs, _attribute, most_bytes)
 
 
 def _fitting(
-    pairs: list[tuple[Any, object]], describe_one: Callable[[str, Any], object]
+    pairs: list[tuple[Any, object]],
+    describe_one: Callable[[str, Any], object],
+    room: int = JSON_MAX_BYTES,
 ) -> dict[str, Any]:
     """Describe as many pairs as fit into the bounds."""
     kept: dict[str, Any] = {}
-    room = JSON_MAX_BYTES
     for key, value in pairs[:ATTRIBUTES_MAX]:
         name = name_of(key)
         try:

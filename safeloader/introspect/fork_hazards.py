@@ -24,11 +24,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.data
 
+from safeloader.introspect.advice import (
+    CONNECTION,
+    GENERATOR,
+    HAZARDS,
+    Hazard,
+    class_key,
+)
+from safeloader.introspect.frames import is_third_party, is_users_class
+from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
@@ -37,6 +47,7 @@ from safeloader.introspect.values import (
     definitions,
     fields,
     held_by,
+    inherits,
     mro_of,
     type_name,
 )
@@ -45,15 +56,6 @@ from safeloader.introspect.warned import warn
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
 TOLD_MAX = 8  # findings spelled out in one warning
-
-
-class Inherited(NamedTuple):
-    """Something that a worker had better not inherit: where it is, and what to do about it."""
-
-    path: str
-    kind: str
-    why: str
-    advice: str
 
 
 def survey(
@@ -97,6 +99,7 @@ def survey(
                 break
             with suppress(Exception):  # another thread may change what is read here
                 walk.look(walk.queue.popleft())
+        return walk.end()
     return walk.found
 
 
@@ -114,7 +117,7 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
         dataset: the loader's; only its class is looked at.
     """
     new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
-    for number, (path, kind, why, advice) in enumerate(new[:TOLD_MAX], 1):
+    for number, (path, kind, why, advice, _) in enumerate(new[:TOLD_MAX], 1):
         begins = f"safeloader: {path} "
         text = f"{begins}({kind}) goes to the workers: {why}. {advice[0].upper()}{advice[1:]}."
         if number == TOLD_MAX < len(new):
@@ -131,20 +134,6 @@ def was_told(dataset: object, path: str) -> bool:
 
 
 # ---- what is known
-
-_Hazard = tuple[str, str]  # why it is one, and what to do
-
-_LAZILY = "set it up in the worker at first use, and keep None here until then"
-_CONNECTION = ("after a fork all use this one connection: replies get mixed up or lost", _LAZILY)
-_HANDLE = ("its library rules out use after a fork: reads can fail, hang or be wrong", _LAZILY)
-_FILE = (
-    "forked processes share one read position: what one reads, the others skip",
-    f"{_LAZILY}; or use os.pread or np.memmap, which share no position",
-)
-_CUDA = ("CUDA cannot be re-initialized in a forked process", "keep what is here on the CPU")
-_LOCK = ("held now: the copy in the worker will never be released", _LAZILY)
-_THREAD = ("threads do not exist in a forked process: what waits for one waits for ever", _LAZILY)
-_GENERATOR = ("all workers get a copy in the same state", "seed it per worker")  # in full below
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -175,27 +164,21 @@ def _runs(value: Any) -> bool:
     return live and value is not threading.current_thread()
 
 
-# What it is, whether it is in use, and its classes: by top package and own name, as what lies
-# between moves with releases. (``Environment`` is lmdb's compiled one, which tells no module.)
-_CATALOGUE: list[tuple[_Hazard, Callable[[Any], bool], str]] = [
-    (_GENERATOR, lambda value: True, "numpy.Generator numpy.RandomState numpy.BitGenerator"),
-    (_GENERATOR, lambda value: True, "random.Random torch.Generator"),
-    (_CONNECTION, _connected, "asyncpg.Connection pymongo.MongoClient botocore.BaseClient"),
-    (_CONNECTION, _connected, "boto3.ServiceResource grpc.Channel fsspec.AsyncFileSystem"),
-    (_CONNECTION, _connected, "psycopg2.connection psycopg.BaseConnection pymysql.Connection"),
-    (_CONNECTION, _connected, "MySQLdb.connection mysql.MySQLConnectionAbstract"),
-    (_CONNECTION, _sqlite_connected, "sqlite3.Connection"),
-    (_CONNECTION, lambda value: socket.socket.fileno(value) != -1, "_socket.socket"),
-    (_HANDLE, lambda value: True, "lmdb.Environment Environment _duckdb.DuckDBPyConnection"),
-    (_HANDLE, lambda value: bool(_attributes(value)["_id"].id), "h5py.HLObject"),
-    (_FILE, lambda value: io.FileIO.readable(value), "_io.FileIO"),  # raises if it is closed
-    (_CUDA, _on_cuda, "torch.Tensor"),
-    (_LOCK, lambda value: bool(value.locked()), "_thread.lock"),
-    (_LOCK, _owned_by_another, "_thread.RLock"),
-    (_THREAD, lambda value: len(_attributes(value)["_waiters"]) > 0, "threading.Condition"),
-    (_THREAD, _runs, "threading.Thread multiprocessing.DummyProcess"),
-]
-_KNOWN = {name: row[:2] for row in _CATALOGUE for name in row[2].split()}
+# Whether what is of a class that the table of advice knows is in use; where none is given, it is.
+_IN_USE: dict[str, Callable[[Any], bool]] = {
+    **{name: _connected for name, hazard in HAZARDS.items() if hazard is CONNECTION},
+    "sqlite3.Connection": _sqlite_connected,
+    "_socket.socket": lambda value: socket.socket.fileno(value) != -1,
+    "h5py.HLObject": lambda value: bool(_attributes(value)["_id"].id),
+    "_io.FileIO": io.FileIO.readable,  # raises if it is closed
+    "torch.Tensor": _on_cuda,
+    "_thread.lock": lambda value: bool(value.locked()),
+    "_thread.RLock": _owned_by_another,
+    "threading.Condition": lambda value: len(_attributes(value)["_waiters"]) > 0,
+    "threading.Thread": _runs,
+    "multiprocessing.DummyProcess": _runs,
+}
+_KNOWN = {name: (hazard, _IN_USE.get(name, lambda _: True)) for name, hazard in HAZARDS.items()}
 
 _ROLES = {
     # What lives in one of these is told in its name; with nothing live inside, it is harmless.
@@ -217,12 +200,11 @@ _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.P
 
 
 # Of a class: the built-in container that it is, what is known of it, and its role.
-_Verdict = tuple[Any, tuple[_Hazard, Callable[[Any], bool]] | None, str]
+_Verdict = tuple[Any, tuple[Hazard, Callable[[Any], bool]] | None, str]
 
 
 def _verdict_on(cls: type) -> _Verdict:
-    for name in map(type_name, mro_of(cls)):
-        key = re.sub(r"\..*\.", ".", name)
+    for key in map(class_key, mro_of(cls)):
         if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):
             return None, _KNOWN.get(key), _ROLE_OF.get(key, "left alone")
     return container_base(cls), None, ""
@@ -231,10 +213,25 @@ def _verdict_on(cls: type) -> _Verdict:
 # ---- the walk
 
 
+class _Owner(NamedTuple):
+    """Something that is told in the place of what it holds."""
+
+    path: str
+    kind: str
+    token: int
+    cls: Any = None
+
+    @classmethod
+    def of(cls, value: Any, path: str) -> _Owner:
+        return cls(path, _kind(type(value)), id(value), type(value))
+
+
 class _Item(NamedTuple):
     value: Any
     path: str
-    part_of: tuple[str, str] | None = None  # path and kind of the wrapper around it
+    part_of: _Owner | None = None  # the wrapper around it
+    library: _Owner | None = None  # that of a library's objects around it which the user holds
+    private: bool = False  # whether it is in the private state of a library's object
 
 
 class _Walk:
@@ -244,6 +241,8 @@ class _Walk:
         self.found: list[Inherited] = []
         self.queue: deque[_Item] = deque()
         self._forks, self._workers = forks, workers
+        self._generators: dict[_Owner, list[str]] = {}
+        self._users: dict[int, bool] = {}  # by id: a metaclass may define ``__hash__``
         # The process-wide generators, which torch seeds in each worker, are no finding.
         own = (getattr(draw, "__self__", None) for draw in (random.random, np.random.rand))
         self._seen = {id(each) for each in (torch.default_generator, *own)}
@@ -254,22 +253,84 @@ class _Walk:
             self.queue.append(item)
 
     def look(self, item: _Item) -> None:
-        value, path, part_of = item
+        value, path, part_of, library, private = item
         base, known, role = _verdict_on(cls := type(value))
-        if known is not None and (self._forks or known[0] is _GENERATOR) and known[1](value):
+        if known is not None and (self._forks or known[0] is GENERATOR) and known[1](value):
             return self._tell(item, known[0])
         if role == "wrapper" and part_of is None:
-            part_of = path, _kind(cls)
+            part_of = _Owner.of(value, path)
+        if base is None and self._is_users(cls):
+            library = None
+        elif base is None and library is None and is_third_party(cls):
+            library = _Owner.of(value, path)
         for step, child in _parts(value, base, self._forks) if role != "left alone" else ():
-            self.add(_Item(child, path + step, part_of))
+            hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
+            self.add(_Item(child, path + step, part_of, library, hidden))
 
-    def _tell(self, item: _Item, hazard: _Hazard) -> None:
-        path, kind = item.part_of or (item.path, _kind(type(item.value)))
-        if hazard is _GENERATOR:
+    def end(self) -> list[Inherited]:
+        """All that was found: of a library's object with several generators, the object."""
+        for owner, paths in self._generators.items():
+            if len(paths) > 1:
+                first = next(k for k, each in enumerate(self.found) if each.path in paths)
+                told = Inherited(
+                    owner.path, owner.kind, *_for_owner(owner, self._workers), owner.token
+                )
+                self.found = [each for each in self.found if each.path not in paths]
+                self.found.insert(first, told)
+        return self.found
+
+    def _tell(self, item: _Item, hazard: Hazard) -> None:
+        whole = item.part_of or _Owner.of(item.value, item.path)
+        path, kind, token, _ = whole
+        if hazard is GENERATOR:
+            if item.private:
+                return  # the library's business: what it draws, it draws as it means to
             hazard = _for_generator(path, kind, self._workers)
-        found = Inherited(path, kind, *hazard)
+            if item.library is not None:
+                self._generators.setdefault(item.library, []).append(path)
+        found = Inherited(path, kind, *hazard, token)
         if found not in self.found:  # a wrapper may have several live parts
             self.found.append(found)
+
+    def _is_users(self, cls: type) -> bool:
+        known = self._users.get(id(cls))
+        if known is None:
+            known = self._users[id(cls)] = is_users_class(cls)
+        return known
+
+    def _is_private(self, cls: Any, name: str) -> bool:
+        """Whether an attribute of this name is what a library keeps for itself.
+
+        So is one of the user's own class that derives from a library's, unless its code names it.
+        """
+        if inherits(cls, *_CALLED):
+            return False
+        if not self._is_users(cls):
+            return True
+        lineage = [each for each in mro_of(cls)[:-1] if id(each) not in _NO_STATE]
+        users = [each for each in lineage if self._is_users(each)]
+        return len(users) < len(lineage) and not any(_names(each, name) for each in users)
+
+
+_CALLED = (types.FunctionType, types.MethodType, types.BuiltinMethodType)  # steps of their own
+_NO_STATE = {*map(id, (torch.utils.data.Dataset, torch.utils.data.IterableDataset, Generic))}
+
+
+def _names(cls: type, name: str) -> bool:
+    """Whether a method that the class defines has the name in its code."""
+    return any(
+        name in code.co_names
+        for each in vars(cls).values()
+        if type(each) is types.FunctionType
+        for code in _codes(each.__code__)
+    )
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for inner in code.co_consts:
+        if type(inner) is types.CodeType:
+            yield from _codes(inner)
 
 
 def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
@@ -314,14 +375,28 @@ def _kind(cls: type) -> str:
     return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
 
 
-def _for_generator(path: str, kind: str, workers: int) -> _Hazard:
-    why = "the worker starts each epoch from a copy in the same state: the same numbers again"
+def _for_generator(path: str, kind: str, workers: int) -> Hazard:
+    why = f"the worker starts each epoch from {GENERATOR.why}: unless something seeds it there, "
+    why += "the same numbers again"
     if workers > 1:
-        why = f"the {workers} workers get copies in the same state: all draw the same numbers"
+        why = f"each of the {workers} workers gets {GENERATOR.why}: unless something seeds it "
+        why += "there, all draw the same numbers"
     seed = "get_worker_info().seed"
     if not path.startswith("dataset.") or "__" in path or "{" in path:
-        return why, f"make it in the worker from {seed}"
+        return Hazard(why, f"make it in the worker from {seed}")
     again = f".{'manual_seed' if kind == 'torch.Generator' else 'seed'}({seed} % 2**32)"
     if kind.startswith("numpy.random.") and not kind.endswith("RandomState"):
         again = f" = np.random.default_rng({seed})"
-    return why, f"seed it per worker: in worker_init_fn, get_worker_info().{path}{again}"
+    return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, get_worker_info().{path}{again}")
+
+
+def _for_owner(owner: _Owner, workers: int) -> Hazard:
+    """Of a library's object that holds several generators."""
+    each = f"each of the {workers} workers gets" if workers > 1 else "the worker starts from"
+    why = f"of the random generators in it, {each} {GENERATOR.why}: unless something seeds them "
+    why += "there, " + ("all draw the same numbers" if workers > 1 else "each epoch is the same")
+    seed, here = "get_worker_info().seed", owner.path.startswith("dataset.")
+    if here and "__" not in owner.path and definitions(owner.cls, "set_random_seed"):
+        again = f"get_worker_info().{owner.path}.set_random_seed({seed} % 2**32)"
+        return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")
+    return Hazard(why, f"make it in the worker, or seed it there from {seed}")

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from safeloader._python import ForkingPickler, as_if_spawning
+from safeloader.introspect import advice
+from safeloader.introspect.advice import is_handle
 from safeloader.introspect.texts import key_text, name_of, plain_text
 from safeloader.introspect.values import (
     bounded,
@@ -60,6 +62,7 @@ class UnpicklablePart(NamedTuple):
     kind: str  # its type, mostly
     reason: str  # what the pickler said
     advice: str
+    forks: bool = False  # whether a fork, which pickles nothing, would carry it over soundly
 
     def __str__(self) -> str:
         return f"{self.path}: {self.kind}"
@@ -95,9 +98,11 @@ def find_unpicklable(
         pass
     if (found := search.deepest) is None:
         return None
+    cure, forks = _advice(found, spawning)
     kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
     reason = cut(found.reason, REASON_MAX - len(note)) + note
-    return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, _advice(found, spawning))
+    cure = f"{cure[0].upper()}{cure[1:]}."
+    return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, cure, forks)
 
 
 # ---- one trial
@@ -259,33 +264,32 @@ def _names(value: Any, cls: type) -> dict[int, str]:
 
 # ---- in words
 
+# What a fork would carry over soundly, by its base classes.
 _ADVICE: tuple[tuple[Any, str], ...] = (
-    ((type,), "Define it at module level."),
-    ((types.FunctionType,), "Define it at module level; functools.partial binds arguments."),
-    ((types.GeneratorType,), "Make a list of it, list(...), before it is sent."),
-    ((types.ModuleType,), "Import it where it is used, and leave it out in __getstate__."),
-    ((torch.Tensor,), "Call .detach() on it, or compute it under torch.no_grad()."),
-    ((torch.UntypedStorage,), "Copy it to the CPU, .cpu(), first."),
-)
-_OPEN_LAZILY = (
-    "Open or make it in the worker, on first use in __getitem__ or in worker_init_fn "
-    "(get_worker_info().dataset); leave it out in __getstate__."
+    ((type,), advice.MODULE_LEVEL),
+    ((types.FunctionType,), advice.FUNCTION),
+    ((types.GeneratorType,), advice.LIST_FIRST),
+    ((types.ModuleType,), advice.IMPORT_THERE),
+    ((torch.Tensor,), advice.DETACH),
+    ((torch.UntypedStorage,), advice.TO_CPU),
 )
 
 
-def _advice(failed: _Failed, spawning: bool) -> str:
+def _advice(failed: _Failed, spawning: bool) -> tuple[str, bool]:
+    """What to do, and whether a fork, which pickles nothing, would do instead."""
     cls = type(failed.value)
     if failed.too_deep:
-        return "Keep its parts in one flat list, referring to each other by their places in it."
-    if known := [advice for bases, advice in _ADVICE if inherits(cls, *bases)]:
-        return known[0]
+        return advice.FLAT, True
+    if known := [each for bases, each in _ADVICE if inherits(cls, *bases)]:
+        return known[0], True
     if "fork context" in failed.reason:
-        return "Make it by the context that starts the workers: get_context('spawn').Lock()."
+        return advice.MP_CONTEXT, False
     if "through inheritance" in failed.reason:
-        return "Only a process that is being started can be given it: make it part of the dataset."
-    if failed.hook and not _opaque_base(cls):
-        return f"Mend its {failed.hook}, or leave it out in __getstate__ of what holds it."
-    return _OPEN_LAZILY if spawning else "Leave it out, or give what was read from it in its place."
+        return advice.PART_OF_DATASET, False
+    handle = bool(_opaque_base(cls)) or is_handle(cls)
+    if failed.hook and not handle:
+        return advice.MEND_HOOK.format(hook=failed.hook), not handle
+    return (advice.LAZILY if spawning else advice.NOT_IN_BATCH), False
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ import datetime
 import enum
 import math
 import pathlib
+import re
 import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,10 +29,12 @@ from safeloader.introspect.redaction import (
     scrub,
     secrecy,
 )
+from safeloader.introspect.tables import table_facts, table_name
 from safeloader.introspect.values import (
     TEXT_MAX,
     Opaque,
     array_facts,
+    bounded,
     container_base,
     cut,
     definitions,
@@ -45,7 +48,10 @@ LEAF_MAX = 48  # characters of one string inside a longer text
 INDEX_MAX = 200  # characters of an index
 KEY_MAX = 40  # characters of a key in a path
 ITEMS_MAX = 5  # elements of one container shown in a text
+_REST_MAX = 4  # further ones looked at: they may take no more room than saying how many
 ENTRIES_MAX = 20  # elements of one container that is told as a container (``told_by_dataset``)
+COLUMNS_SHOWN = 12  # of a table
+TABLE_MAX = 300  # characters of a table's columns and index
 VALUES_MAX = 8  # a tensor or array of at most this many elements shows them
 DEPTH = 2
 _HIDDEN = Opaque(REDACTED)  # in the place of a secret
@@ -58,10 +64,11 @@ _NUMBERS = (int, float, complex, np.number, np.bool_, range, torch.Tensor)
 def bounded_text(value: object) -> str:
     """Return a text like ``repr`` of 120 characters at most for any object; run no foreign code.
 
-    >>> bounded_text([1.5, "a", {"token": "hf_123"}, None, True, 6, 7])
+    >>> bounded_text([1.5, "a", {"token": "hf_123"}, None, True, 600, 700000])
     "[1.5, 'a', {'token': [redacted]}, None, True, ... 2 more]"
     """
-    return cut(_text(value, DEPTH))
+    most = TABLE_MAX if table_name(value) else TEXT_MAX
+    return cut(_text(value, DEPTH), most)
 
 
 def index_text(index: object, most: int = INDEX_MAX) -> str:
@@ -75,15 +82,47 @@ def index_text(index: object, most: int = INDEX_MAX) -> str:
     return cut(told, most)
 
 
+def is_path(value: object) -> bool:
+    """Say whether a value is a path or a text that looks like the path or URL of a file.
+
+    >>> [is_path(each) for each in ("a/b.png", "s3://bucket/7", "x.tar.gz", pathlib.Path("a"))]
+    [True, True, True, True]
+    >>> [is_path(each) for each in ("a cat and/or a dog", "3.14", "image/png", "", 7, "Hi. You")]
+    [False, False, False, False, False, False]
+    """
+    cls: Any = type(value)
+    if any(cls is each for each in _PATHS):  # a metaclass may define ``__eq__``
+        return True
+    if cls is not str and cls is not np.str_:
+        return False
+    text = str.__str__(value)
+    return len(text) <= PATH_MAX and _PATH.fullmatch(text) is not None
+
+
+def path_text(value: object) -> str:
+    """Return the text of what :func:`is_path`, whole but for secrets, or without its middle.
+
+    >>> path_text(pathlib.PurePosixPath("a/b.png")), path_text("https://me:x123@host/a.png")
+    ("PurePosixPath('a/b.png')", "'https://me:[redacted]@host/a.png'")
+    """
+    if type(value) is str or type(value) is np.str_:
+        text = repr(scrub(str.__str__(value)))
+        text = text if type(value) is str else f"str_({text})"
+    else:
+        text = scrub(repr(value))
+    return cut(bounded(text, PATH_MAX), PATH_MAX + 60)
+
+
 def indices_text(indices: Sequence[Any], most: int = 8, *, counted: bool = False) -> str:
     """Return the text of some indices, the first ones in full.
 
     >>> indices_text(range(20), most=3), indices_text(range(20), most=3, counted=True)
     ('[0, 1, 2, ...]', '[0, 1, 2, ... 20 in all]')
     """
-    shown = [*map(index_text, indices[:most])]
-    if len(indices) > most:
-        shown.append(f"... {len(indices)} in all" if counted else "...")
+    shown = [*map(index_text, indices[: most + _REST_MAX])]
+    more = f"... {len(indices)} in all" if counted else "..."
+    if len(shown) < len(indices) or len(", ".join(shown[most:])) > len(more):
+        shown = [*shown[:most], more]
     return f"[{', '.join(shown)}]"
 
 
@@ -101,8 +140,8 @@ def plain(value: Any, *, depth: int, items: int | None, chars: int) -> Any:
         items: of one container, the rest is counted; None for all.
         chars: of one text.
 
-    >>> plain({"a": (1, 2, 3), "password": "x"}, depth=2, items=2, chars=80)
-    {'a': [1, 2, '... 1 more'], 'password': '[redacted]'}
+    >>> plain({"a": (1, 2, 3, 4), "password": "x"}, depth=2, items=2, chars=80)
+    {'a': [1, 2, '... 2 more'], 'password': '[redacted]'}
     """
     cls, base = type(value), container_base(type(value))
     finite = cls is float and math.isfinite(value)
@@ -112,6 +151,8 @@ def plain(value: Any, *, depth: int, items: int | None, chars: int) -> Any:
         return plain_text(value, chars)
     if depth == 0 or base not in (dict, list, tuple):
         return index_text(value, min(chars, INDEX_MAX))
+    if items is not None and base.__len__(value) == items + 1:
+        items += 1  # as much as to say that there is 1 more
     names, shown = shown_parts(value, base, items)
     told = [plain(part, depth=depth - 1, items=items, chars=chars) for part in shown]
     left = base.__len__(value) - len(shown)
@@ -245,7 +286,33 @@ def _text(value: Any, depth: int) -> str:
         return " ".join([type_name(cls), *told, *_elements(value, facts)])
     if inherits(cls, type):
         return f"<class {type_name(value)}>"
+    if (table := table_facts(value)) is not None:
+        return _table_text(table_name(value), table)
     return _parts_text(value, container_base(cls), depth)
+
+
+def _table_text(name: str, facts: dict[str, Any]) -> str:
+    told = [" ".join([name, *(str(facts[fact]) for fact in ("dtype", "shape") if fact in facts)])]
+    if "columns" in facts:
+        shown = [_text(each, 0) for each in facts["columns"][:COLUMNS_SHOWN]]
+        left = facts["shape"][1] - len(shown)
+        told.append("columns " + ", ".join([*shown, *_more(left)]))
+    if "index" in facts:
+        told.append(index_of_table_text(facts["index"]))
+    return "; ".join(told)
+
+
+def index_of_table_text(index: tuple[Any, ...]) -> str:
+    """Return the text of the ``index`` of :func:`~safeloader.introspect.tables.table_facts`.
+
+    >>> index_of_table_text(("RangeIndex", None, 0, 9)), index_of_table_text(("Index", "id"))
+    ('RangeIndex from 0 to 9', "Index 'id', empty")
+    """
+    kind, name, *ends = index
+    named = kind if name is None else f"{kind} {_text(name, 0)}"
+    if not ends:
+        return f"{named}, empty"
+    return f"{named} from {_text(ends[0], 0)} to {_text(ends[1], 0)}"
 
 
 def _parts_text(value: Any, base: Any, depth: int) -> str:
@@ -253,24 +320,44 @@ def _parts_text(value: Any, base: Any, depth: int) -> str:
     if base is None and depth < DEPTH:
         return f"<{type_name(cls)}>"
     if depth == 0 and count:
-        return f"{type_name(cls)} of {count}"
-    names, shown = shown_parts(value, base, ITEMS_MAX)
+        return f"{type_name(cls)} of {count}{_field_names(value, base)}"
+    names, shown = shown_parts(value, base, ITEMS_MAX + _REST_MAX)
     told = [_text(part, depth - 1) for part in shown]
     if base is dict:
         told = [f"{_text(key, 0)}: {part}" for key, part in zip(names, told, strict=True)]
     elif names:
         told = [f"{name_of(name)}={part}" for name, part in zip(names, told, strict=True)]
+    if base in (set, frozenset):
+        told = sorted(told) if count <= len(told) else []
+    told = _worth_showing(told, count, ITEMS_MAX)
     if base is None:
         return f"<{' '.join([type_name(cls), *told, *_more(count - len(told))])}>"
-    if base in (set, frozenset):
-        # The order of a set differs between processes: shown in part it would seem to have changed.
-        told = sorted(told) if count <= ITEMS_MAX else []
+    if base in (set, frozenset) and len(told) < count:
+        told = []  # its order differs between processes: a part would seem to have changed
     brackets = _BRACKETS[base]
     comma = "," if base is tuple and count == 1 and cls is base else ""
     text = f"{brackets[0]}{', '.join([*told, *_more(count - len(told))])}{comma}{brackets[1]}"
     if cls is base and base in (dict, list, tuple, set):
         return text
     return f"{type_name(cls)}{text}" if base is tuple else f"{type_name(cls)}({text})"
+
+
+def _worth_showing(told: list[str], count: int, most: int) -> list[str]:
+    """The first texts; all of ``count``, where saying how many are left out takes as long."""
+    rest = told[most:]
+    if len(told) == count and len(", ".join(rest)) <= len(_more(len(rest) or 1)[0]):
+        return told
+    return told[:most]
+
+
+def _field_names(value: Any, base: Any) -> str:
+    """What the parts of a named tuple are called."""
+    named = definitions(type(value), "_fields")[:1] if base is tuple else []
+    if not named or type(named[0]) is not tuple:
+        return ""
+    names = [name_of(name) for name in named[0][:ENTRIES_MAX]]
+    told = _worth_showing(names, len(named[0]), ITEMS_MAX)
+    return f" ({', '.join([*told, *_more(len(named[0]) - len(told))])})"
 
 
 def _more(left: int) -> list[str]:
@@ -307,12 +394,21 @@ def _string(base: Any, most: int = LEAF_MAX) -> Callable[[Any], str]:
         clean = scrub(said)  # before it is cut: half a secret is not known for one
         if clean != said:
             shown, count = clean if base is str else base(clean, "latin-1"), len(clean)
-        shown = repr(base.__getitem__(shown, slice(0, most)))
-        return shown if count <= most else f"{shown}... of {count}"
+        more = f"... of {count}"
+        if count <= most + len(more):  # it would leave out less than it says
+            return repr(base.__getitem__(shown, slice(0, count)))
+        return repr(base.__getitem__(shown, slice(0, most))) + more
 
     return text
 
 
+PATH_MAX = 400  # characters of a path or URL
+_PATH = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://\S+"  # a URL
+    r"|(?:~|\.{1,2}|[A-Za-z]:)?[\\/][^\n]*[^\s\\/][^\n]*"  # from a root, or from here
+    r"|(?=\S*\d|(?:[^\s\\/]+[\\/]){2})(?=.*[A-Za-z])[^\s\\/]{2,}[\\/]\S{3,}"  # below a folder
+    r"|[^\n]*[^\s\\/.]\.(?=\d{0,3}[A-Za-z])[A-Za-z0-9]{1,8}(?:\.(?:gz|bz2|xz|zst|zip))?"
+)
 LOOKED_AT = 1024  # characters of a text that are looked through for secrets
 _BRACKETS: dict[Any, str] = {dict: "{}", list: "[]", tuple: "()", set: "{}", frozenset: "{}"}
 _BRACKETS[collections.deque] = "[]"

@@ -56,6 +56,19 @@ def type_name(cls: type) -> str:
     return f"{'__main__' if module == '__mp_main__' else module}.{name}"
 
 
+def module_of(cls: type) -> str:
+    """Name the module that a class says it is from; "" of one that says none.
+
+    >>> module_of(collections.OrderedDict)
+    'collections'
+    """
+    with suppress(AttributeError):
+        module = _module_of(cls)
+        if type(module) is str:
+            return module
+    return ""
+
+
 def inherits(cls: type, *bases: type) -> bool:
     """Say whether one of ``bases`` is among the ancestors of ``cls``, without asking any metaclass.
 
@@ -237,8 +250,17 @@ def short_type_name(exception_type: str) -> str:
 
 
 def bounded(text: str, limit: int) -> str:
-    """``text``, its middle left out where it is longer than ``limit`` characters."""
+    """``text`` in ``limit`` characters: where it is longer, its middle is left out and counted.
+
+    What says so is never longer than what it stands for.
+
+    >>> bounded("a" * 60 + "b" * 60, 80)
+    'aaaaaaaaaaaaaaaaaaaaaaa ... 74 characters left out ... bbbbbbbbbbbbbbbbbbbbbbb'
+    """
     if len(text) <= limit:
         return text
-    half = limit // 2
+    said = f" ... {len(text)} characters left out ... "  # the number is no longer than this one
+    half = (limit - len(said)) // 2
+    if half < 1:
+        return cut(text, limit)
     return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"

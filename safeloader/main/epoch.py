@@ -31,6 +31,7 @@ from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
+from safeloader.worker.sources import source_of
 
 SHOWN_SKIPPED = 12
 _IN_COMMON = (
@@ -314,10 +315,21 @@ class Epoch:
             state = describe(self._dataset, length=self.log.length)
             mine = "the main process's copy: the worker's own cannot be read from here"
             state["notes"] = [*(state.get("notes") or []), mine]
+            failure = self._with_source(failure)
         error = self.error(failure, dataset_state=state)
         if at is not None:
             self.close()
         return error
+
+    def _with_source(self, failure: Failure) -> Failure:
+        """A worker that died or hangs cannot say which file it was at: the copy here can."""
+        source = ""
+        if failure.index is not None:
+            source = source_of(self._dataset, failure.index, None, self.log.length)
+        if not source:
+            return failure
+        *found, cause = failure.hint.split("\n")
+        return dataclasses.replace(failure, hint="\n".join([*found, source, cause]))
 
     def _placed(self, failure: Failure, **more: Any) -> Failure:
         return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)

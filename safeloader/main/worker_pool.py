@@ -16,26 +16,31 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, Subset
 
 from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
+from safeloader.introspect.advice import FORK_DOES_WITHOUT
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.introspect.suspects import Inherited
+from safeloader.introspect.threads import threads_here
+from safeloader.introspect.two_ways import passed_by
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
 from safeloader.settings import Settings
+from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
@@ -50,6 +55,10 @@ from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
+_ASK_OTHERS = (Subset, StackDataset)  # whose own class tells nothing of the datasets in them
+# Classes of datasets; weakly, as some are made anew each time.
+_looked_at: weakref.WeakSet[type] = weakref.WeakSet()
+_passed_by: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class WorkerPool:
@@ -126,6 +135,9 @@ class WorkerPool:
         """
         self._settings = settings
         self.sampler.log = epoch
+        if not self.stream and _torch.batches_itself(loader):
+            with guarded("the look at __getitems__", lambda: self._log):
+                self._tell_of_passed_by(loader.dataset)
         if not self.workers:
             return self._build_in_main(loader)
         stock = self.stock
@@ -153,7 +165,7 @@ class WorkerPool:
         _torch.replace_fetcher(stock, lambda fetcher: looks.over(fetcher_for(fetcher, context)))
         return stock
 
-    def _context(self) -> FetchContext:
+    def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
         settings = self._settings
         dumps = settings.on_failure_dump is not None
         return FetchContext(
@@ -164,6 +176,7 @@ class WorkerPool:
             checksum=settings.checksum,
             raised=None if self.workers else self.raised,
             length=self._log.length,
+            inherited=tuple(inherited),
         )
 
     def _start(self, loader: DataLoader[Any]) -> Any:
@@ -173,7 +186,9 @@ class WorkerPool:
             TransportError: if something cannot be pickled for them, or the machine has no room.
         """
         settings, workers = self._settings, self.workers
-        self._warn_of_hazards(loader)
+        method = _torch.start_method(loader)
+        inherited = self._warn_of_hazards(loader)
+        threads = threads_here() if method == "fork" else {}
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()
@@ -185,7 +200,7 @@ class WorkerPool:
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=self._context(),
+                context=self._context(inherited if method == "fork" else ()),
                 results=results,
                 flight=flight,
                 slots=table,
@@ -223,9 +238,12 @@ class WorkerPool:
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
-        draws, method = self.sampler, _torch.start_method(loader)
+        draws = self.sampler
+        forked = Forked(tuple(inherited), threads) if method == "fork" else None
         # Not by way of the pool, which holds it: a cycle.
-        self.diagnosis = Diagnosis(flight, processes, method, lambda seq: draws.log.opened(seq))
+        self.diagnosis = Diagnosis(
+            flight, processes, method, lambda seq: draws.log.opened(seq), forked
+        )
         ends, stalls = _torch.expects_end_of(weakref.ref(stock)), Stalls(self.diagnosis, self._log)
         waiting: Any = results, processes, ends, self.timeout_s, settings.stall_after, stalls
 
@@ -255,9 +273,9 @@ class WorkerPool:
             self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
-    def _warn_of_hazards(self, loader: DataLoader[Any]) -> None:
+    def _warn_of_hazards(self, loader: DataLoader[Any]) -> list[Inherited]:
         """Warn of what the workers inherit from this process and had better not."""
-        found: list[Any] = []
+        found: list[Inherited] = []
         with guarded("the look at what workers inherit", lambda: self._log):
             found = survey(
                 loader.dataset,
@@ -267,6 +285,17 @@ class WorkerPool:
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
         warn_once(found, loader.dataset)
+        return found
+
+    def _tell_of_passed_by(self, dataset: Any) -> None:
+        """Warn, once a process for each class, of a ``__getitem__`` that never runs."""
+        if type(dataset) in _looked_at and type(dataset) not in _ASK_OTHERS:
+            return
+        _looked_at.add(type(dataset))
+        for found in passed_by(dataset):
+            if found.cls not in _passed_by:
+                _passed_by.add(found.cls)
+                self._log.warning("%s", found.says)
 
     def _why_not_started(self, loader: DataLoader[Any], exc: Exception) -> Failure | None:
         """The failure that kept the workers from starting; None if it is not ours to explain."""
@@ -288,9 +317,10 @@ class WorkerPool:
             if culprit := find_unpicklable(thing, name):
                 hint = (
                     f"{culprit} cannot be pickled, and {method} sends it to every worker "
-                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}; "
-                    "multiprocessing_context='fork' does without pickling, where forking is safe"
+                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}"
                 )
+                if culprit.forks:  # never of what does not survive a fork either
+                    hint += f"; {FORK_DOES_WITHOUT}"
                 return failure_of(exc, phase="transport", where="", hint=hint)
         return None
 

@@ -7,13 +7,19 @@ counters they mostly leave one explanation, and that is said first.
 from __future__ import annotations
 
 import os
+import re
 import signal
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Mapping, Sequence
 from traceback import FrameSummary
 from typing import Any, NamedTuple
 
+from safeloader.introspect.advice import aliases, library_called, without_threads
+from safeloader.introspect.frames import is_users
 from safeloader.introspect.resource_exhaustion import bus_error
 from safeloader.introspect.resources import machine_memory
+from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.stacks import Stack
 
@@ -41,6 +47,18 @@ class WorkerEnd(NamedTuple):
     oom_killed: int
     grown_bytes: int
     of_stream: bool = False
+
+
+class Forked(NamedTuple):
+    """What the training process had when its workers were forked, and they do not have alive.
+
+    Attributes:
+        inherited: what was warned of.
+        threads: names of threads, by the library that they are of.
+    """
+
+    inherited: tuple[Inherited, ...] = ()
+    threads: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
 
 
 def _name(number: int) -> str:
@@ -156,13 +174,55 @@ def _of_sigkill(end: WorkerEnd) -> str:
 
 
 def _line_in(frames: Sequence[FrameSummary]) -> str:
-    """Where the user's code is; and what of the standard library it called, if it is in there."""
-    at = next((at for at, frame in enumerate(frames) if not _is_stdlib(frame.filename)), 0)
+    """Where the user's code is; and what it called there, if it is not at the top."""
+    places = range(len(frames))
+    own = (at for at in places if is_users(frames[at].filename))
+    at = next(own, next((at for at in places if not _is_stdlib(frames[at].filename)), 0))
     line = f"{frames[at].filename}:{frames[at].lineno} in {frames[at].name}"
     if not at:
         return line
     called = frames[at - 1]
     return f"{line}, in {os.path.basename(called.filename)}:{called.lineno} {called.name}"
+
+
+def _library_in(frames: Sequence[FrameSummary]) -> str:
+    """The library with native code that is at the top of the stack; "" where none is known."""
+    top = frames[0]
+    if (found := _PACKAGE.search(top.filename)) is not None:
+        package = found[1]
+        known_native = package not in _SILENT and _is_native(package)
+        return library_called(package) if known_native else ""
+    if not is_users(top.filename):
+        return ""
+    known = _globals_of(top.filename)
+    for name in re.findall(r"\b([A-Za-z_]\w*)\.", top.line or ""):
+        module = known.get(name)
+        package = name if module is None else str(getattr(module, "__name__", "")).partition(".")[0]
+        if name in aliases() and module is None:
+            return library_called(name)
+        if type(module) is types.ModuleType and package not in _SILENT and _is_native(package):
+            return library_called(package)
+    return ""
+
+
+_SILENT = ("torch", "numpy", "safeloader")  # at work in every program: their name tells nothing
+
+
+def _globals_of(file: str) -> dict[str, Any]:
+    """What a module of the user's calls things, as far as it is imported here too."""
+    for module in list(sys.modules.values()):
+        if type(module) is types.ModuleType and vars(module).get("__file__") == file:
+            return vars(module)
+    return {}
+
+
+def _is_native(package: str) -> bool:
+    """Whether compiled code of a package is loaded here."""
+    return package in aliases() or any(
+        name.partition(".")[0] == package
+        and str(getattr(module, "__file__", "")).endswith((".so", ".pyd"))
+        for name, module in list(sys.modules.items())
+    )
 
 
 def _is_stdlib(file: str) -> bool:
@@ -171,6 +231,7 @@ def _is_stdlib(file: str) -> bool:
 
 
 _STDLIB = os.path.join(os.path.dirname(os.__file__), "")
+_PACKAGE = re.compile(r"[\\/](?:site|dist)-packages[\\/]([^\\/.]+)")
 _LOCKISH = ("acquire", "lock", ".wait(", ".join(", "semaphore", "condition", ".get(")
 # By the state of the process, or by the phase.
 _HELD_UP = {
@@ -190,8 +251,12 @@ def of_silence(
     start_method: str,
     *,
     timeout: bool = True,
+    forked: Forked | None = None,
 ) -> str:
-    """The probable cause of a worker's silence, and what to do, in one or two sentences."""
+    """The probable cause of a worker's silence, and what to do, in one or two sentences.
+
+    ``forked`` is what the training process had when the worker was forked from it.
+    """
     if phase == "unknown":
         return (
             "no worker is at work although batches are due: look for a worker_init_fn, sampler or "
@@ -204,19 +269,69 @@ def of_silence(
     line = _line_in(stack.frames)
     top = stack.frames[0]
     waits = any(word in f"{top.name} {top.line}".lower() for word in _LOCKISH)
+    forked = forked or Forked()
+    if suspect := _suspect(stack, waits, forked.inherited):
+        deadlock = (
+            "it waits for a lock or thread at {}. A deadlock inherited through fork is likely"
+        )
+        begins = deadlock if suspect.is_waited_for else "it hangs at {}"
+        return (
+            f"{begins.format(line)}; first suspect: {suspect.path} ({suspect.kind}), as was warned "
+            f"of at the start: {suspect.why}. {_sentence(suspect.advice)}"
+        )
     if waits and start_method == "fork":
+        held = f" (it had {_threads_text(forked.threads)})" if forked.threads else ""
         return (
             f"it waits for a lock at {line}. A deadlock inherited through fork is likely: a lock "
-            "that another thread of the training process held when the worker was forked stays "
-            "locked in the worker for ever. Make the lock in the worker (worker_init_fn), start "
-            "threads after the workers, or use multiprocessing_context='forkserver'"
+            f"that another thread of the training process{held} held when the worker was forked "
+            "stays locked in the worker for ever. Make the lock in the worker (worker_init_fn), "
+            "start threads after the workers, or use multiprocessing_context='forkserver'"
         )
     if waits:
         return f"it waits for a lock, queue or thread at {line}: see who is to release it"
     at = "" if index is None else f" for index {index_text(index)}"
-    forked = (
-        "; if that is a native library with threads of its own (OpenCV, OpenMP, BLAS), these did "
-        "not survive the fork: cv2.setNumThreads(0), or multiprocessing_context='forkserver'"
-    ) * (start_method == "fork")
     longer = "then wait longer by timeout=" if timeout else "timeout= would end this with an error"
-    return f"it is stuck, or only slow ({longer}), at {line}{at}{forked}"
+    said = f"it is stuck, or only slow ({longer}), at {line}{at}"
+    return said + (_of_library(stack, forked) if start_method == "fork" else "")
+
+
+def _suspect(stack: Stack, waits: bool, inherited: Sequence[Inherited]) -> Inherited | None:
+    """What was warned of at the start, and is named in a line that hangs, or is waited for."""
+    lines = [frame.line or "" for frame in stack.frames if is_users(frame.filename)]
+    forked = [each for each in inherited if each.by_fork]
+    named = [each for each in forked if each.is_named_in(lines)]
+    waited_for = [each for each in forked if waits and each.is_waited_for]
+    return next(iter([*named, *waited_for]), None)
+
+
+def _of_library(stack: Stack, forked: Forked) -> str:
+    """Which library's threads are missing in the worker: those of the one at the top, if known."""
+    library = _library_in(stack.frames)
+    names = forked.threads.get(library)
+    if names:
+        return (
+            f", in {library}. Its threads ({', '.join(names)}) ran in the training process when "
+            "the worker was forked, and do not exist in the worker: what waits for them waits for "
+            f"ever. {_sentence(without_threads(library))}"
+        )
+    if library:
+        return (
+            f", in {library}; if that ran in the training process before the workers were forked, "
+            f"its threads and locks there did not survive: {without_threads(library)}"
+        )
+    if forked.threads:
+        return (
+            f". When it was forked, the training process had {_threads_text(forked.threads)}: none "
+            "of them exists in the worker. If it waits for one, start them after the workers, or "
+            "use multiprocessing_context='forkserver'"
+        )
+    return ""
+
+
+def _threads_text(threads: Mapping[str, Sequence[str]]) -> str:
+    told = [f"{library} ({', '.join(names)})" for library, names in threads.items()]
+    return f"threads of {', '.join(told)}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"

@@ -17,7 +17,7 @@ from safeloader.failures.loader_log import LoaderLog, text_of
 from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills, or_none
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import stacks
-from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
+from safeloader.supervision.causes import Forked, WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
@@ -76,6 +76,7 @@ class Diagnosis:
         workers: their processes.
         start_method: how they were started.
         opened: gives what is known of a draw, by its number.
+        forked: what this process had when they were forked from it; None if they were not.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Diagnosis:
         workers: Sequence[Any],
         start_method: str,
         opened: Callable[[int], PendingBatch | None],
+        forked: Forked | None = None,
     ) -> None:
         self._flight = flight
         self._workers = workers
         self._signals = [Signals(worker) for worker in workers]
         self._start_method = start_method
         self._opened = opened
+        self._forked = forked
         self._oom_kills = oom_kills()
 
     def location(self, worker: int) -> WorkerLocation:
@@ -157,7 +160,10 @@ class Diagnosis:
         first = busy[0] if busy else WorkerLocation(0, FlightRow())
         stack, status = told.get(first.worker), self._status(first.worker)
         phase = first.position.phase
-        cause = of_silence(stack, status, phase, first.index, self._start_method, timeout=timeout)
+        method, forked = self._start_method, self._forked
+        cause = of_silence(
+            stack, status, phase, first.index, method, timeout=timeout, forked=forked
+        )
         message = f"DataLoader timed out after {waited_s:g} seconds"
         if not timeout:
             message = f"no batch came for {waited_s:.0f} seconds; the loader goes on waiting"

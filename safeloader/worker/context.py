@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import flight_recorder
 from safeloader.transport.packing import Packer
 from safeloader.transport.stream_progress import StreamProgress
@@ -34,6 +35,7 @@ class FetchContext:
         raised: in the main process, where the exception of a failed batch is left for the iterator.
             The batch must not carry it: frames that its traceback leads back to hold the batch.
         length: the dataset's as main knew it when the epoch began; None if it has none.
+        inherited: what was warned of as the workers were forked.
     """
 
     worker_id: int | None = None
@@ -47,3 +49,4 @@ class FetchContext:
     packer: Packer = dataclasses.field(default_factory=Packer)
     raised: list[BaseException] | None = None
     length: int | None = None
+    inherited: tuple[Inherited, ...] = ()

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import bisect
-import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from torch.utils.data import IterableDataset
 
 from safeloader.failures.exception_parts import exception_parts_of
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.dataset_state import changes, describe
+from safeloader.introspect.frames import subscripted
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
-from safeloader.introspect.texts import bounded_text, index_text, is_secret
-from safeloader.introspect.values import definitions, exception_text, fields, plain_length
+from safeloader.introspect.suspects import NEXT_STEP as INHERITED_STEP
+from safeloader.introspect.suspects import suspect_of
+from safeloader.introspect.tables import table_rows
+from safeloader.introspect.texts import index_text
+from safeloader.introspect.values import fields, plain_length
 from safeloader.worker.context import FetchContext
 from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
+from safeloader.worker.sources import inner_dataset, source_of
 from safeloader.worker.validating import refused_by
 
 KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
+LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
-_ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
-_SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
-_SHOWN = (str, np.str_, int)  # entries that tell a person which sample it is
-_PATHS = (str, np.str_, type(pathlib.Path()), type(pathlib.PurePath()))
+_ATTRIBUTES_MAX = 64  # of the dataset, looked through for what an index went past
 _NEXT_STEPS = {  # by phase, and by what was found in it
     KEY_FAULT: "call it on loader.dataset[index] to repeat it; a key is an int, str or tuple of "
     "them",
@@ -50,6 +48,7 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "collate, found": "mend the sample, or have collate_fn= take it",
     "transport": "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices])) may repeat it here",
+    "inherited": INHERITED_STEP,
     "init": "no sample was fetched yet: call worker_init_fn by itself to repeat it",
 }
 
@@ -68,8 +67,14 @@ def failure_in(
         state = describe(dataset, length=context.length)
         if context.start_state is not None:
             state["changed_since_worker_start"] = changes(context.start_state, state)
-        hint = hint_for(exc, phase, known.get("index"), found, dataset, context.length)
-        return failure_of(exc, where=where, dataset_state=state, hint=hint, **known)
+        index, suspect = known.get("index"), ""
+        if context.inherited:
+            suspect = suspect_of(exc, context.inherited, dataset)
+        known["_inherited"] = suspect
+        hint = hint_for(exc, phase, index, found, dataset, context.length, suspect)
+        return failure_of(
+            exc, where=where, dataset=dataset, dataset_state=state, hint=hint, **known
+        )
     except Exception:  # a fault of ours must not take the place of the user's error
         with suppress(Exception):
             known["_exception_parts"] = exception_parts_of(exc)
@@ -112,25 +117,30 @@ def hint_for(
     found: str,
     dataset: Any = None,
     length: int | None = None,
+    suspect: str = "",
 ) -> str:
     """Lines: what was found out beyond the exception, and last the next step.
 
     ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
+    ``suspect`` is said of an inherited object that the exception came out of.
     """
     short = shortage(exc)
     if short is not None:
         return "\n".join(part[:1000] for part in (found, short) if part)
     parts = [found] if found else []
     refused = bool(refused_by(exc)[0])
-    if type(index) is int:
-        parts += _about_index(index, dataset, exc, length)
+    if index is not None and dataset is not None:
+        parts += _about_index(index, dataset, exc, length, phase)
     if isinstance(exc, StopIteration) and phase == "sample" and not refused:
         parts.append(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
             "have ended the epoch here without a word"
         )
     step, worker, ordinal = phase, None, None
-    if found in _NEXT_STEPS:
+    if suspect:
+        parts.append(suspect)
+        step = "inherited"
+    elif found in _NEXT_STEPS:
         step = found
     elif refused:
         step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"
@@ -146,81 +156,51 @@ def hint_for(
     return "\n".join(part[:1000] for part in parts)
 
 
-def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None) -> list[str]:
-    """What the index means to the dataset: its range, its file, its number in what is under it."""
+def _about_index(
+    index: Any, dataset: Any, exc: BaseException, known: int | None, phase: str
+) -> list[str]:
+    """What the index means to the dataset: its range, its number in what is under it, its file."""
     said: list[str] = []
     with suppress(Exception):  # a hint must not hide the error
-        length = plain_length(dataset)
-        length = known if length is None else length
-        of_index = isinstance(exc, IndexError) and not refused_by(exc)[0]
-        if of_index and length is not None and not -length <= index < length:
-            outside = f"index {index} is outside the dataset (length {length})"
-            said.append(f"{outside}: look at the sampler")
-        inner: Any = dataset
-        at, path = index, "dataset"
-        while type(inner) in (Subset, ConcatDataset):
-            if type(inner) is Subset:
-                if type(inner.indices) not in _SEQUENCES:
-                    break
-                inner, at, path = inner.dataset, int(inner.indices[at]), f"{path}.dataset"
-            else:
-                at = range(inner.cumulative_sizes[-1])[at]  # a negative one counts from the end
-                part = bisect.bisect_right(inner.cumulative_sizes, at)
-                at -= inner.cumulative_sizes[part - 1] if part else 0
-                inner, path = inner.datasets[part], f"{path}.datasets[{part}]"
-        if inner is not dataset:
-            outer = type(dataset).__name__
-            said.append(
-                f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
-            )
-        length = length if inner is dataset else plain_length(inner)
-        if of_index and length is not None and 0 <= at < length:
-            said += _too_short(at, inner, path, length)
-        said += _source(at, inner, path, exc, length)
+        if type(index) is int:
+            said += _about_number(index, dataset, exc, known)
+    # The locals of a collate function are those of any sample.
+    if source := source_of(dataset, index, exc if phase == "sample" else None, known):
+        said.append(source)
     return said
 
 
-def _rows(dataset: Any) -> Iterator[tuple[str, Any]]:
-    """What the dataset holds that may have an entry for each sample."""
-    for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
-        rows: Any = held
-        if type(held) in (list, tuple) or (type(held) is np.ndarray and rows.ndim == 1):
-            yield str(name), rows
+def _about_number(index: int, dataset: Any, exc: BaseException, known: int | None) -> Iterator[str]:
+    length = plain_length(dataset)
+    length = known if length is None else length
+    of_index = isinstance(exc, IndexError) and not refused_by(exc)[0]
+    if of_index and length is not None and not -length <= index < length:
+        yield f"index {index} is outside the dataset (length {length}){LOOK_AT_SAMPLER}"
+    inner, at, path = inner_dataset(dataset, index)
+    if inner is not dataset:
+        outer = type(dataset).__name__
+        yield f"index {index} of the {outer} is index {at} of the dataset under it, {path}"
+    length = length if inner is dataset else plain_length(inner)
+    if of_index and length is not None and 0 <= at < length:
+        yield from _too_short(at, inner, path, exc, length)
 
 
-def _too_short(at: int, dataset: Any, path: str, length: int) -> list[str]:
-    """What the index went past, though the dataset's length admits it."""
-    for name, held in _rows(dataset):
-        if 0 < len(held) <= at:
-            return [
-                f"{path}.{name} has {len(held)} entries, and the dataset's length is {length}: "
-                "__len__ says more than there is"
-            ]
-    return []
+def _too_short(at: int, dataset: Any, path: str, exc: BaseException, length: int) -> Iterator[str]:
+    """What the index went past, though the dataset's length admits it.
 
-
-def _source(at: int, dataset: Any, path: str, exc: BaseException, length: int | None) -> list[str]:
-    """Where the sample of this index comes from, in a line; none where nothing tells.
-
-    The dataset's own ``__safeloader_source__(index)`` says so. Else it is the entry of an
-    attribute, ``dataset.files[37] = 'x.jpg'``: one whose file the error speaks of; failing that,
-    of those with as many entries as the dataset has samples one with files, then any.
+    Only where the error came from asking that for this index: ``a[0]`` of an empty tensor is
+    another matter.
     """
-    if definitions(type(dataset), "__safeloader_source__"):
-        return [f"source of the sample: {bounded_text(dataset.__safeloader_source__(at))}"]
-    named, files, others = [], [], []
-    spoken = f"{exc.filename if isinstance(exc, OSError) else None} {exception_text(exc)}"
-    for name, held in _rows(dataset):
-        if not 0 <= at < len(held) or is_secret(name, held):
-            continue
-        entry = held[at]  # (file, label) in an ImageFolder
-        file = entry[0] if type(entry) in (list, tuple) and entry else entry
-        line = f"{path}.{name}[{at}] = {bounded_text(entry)}"
-        if type(file) not in _PATHS or not (os.path.dirname(file) or os.path.splitext(file)[1]):
-            if len(held) == length and type(file) in _SHOWN:
-                others.append(line)
-        elif str(file) in spoken:
-            named.append(line)
-        elif len(held) == length:
-            files.append(line)
-    return (named or files or others)[:1]
+    found = subscripted(exc)
+    if found is None or (found[1] is not None and (type(found[1]) is not int or found[1] != at)):
+        return
+    sequence = found[0]
+    for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
+        size = plain_length(held)
+        size = table_rows(held) if size is None else size
+        if held is sequence and size is not None and size <= at < length:
+            yield (
+                f"{path}.{name} has {size} entries, and the dataset's length is {length}: "
+                "__len__ says more than there is"
+            )
+            return

@@ -183,8 +183,6 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
     again, so the random-number generators are put back afterwards: the batches that follow are what
     they would have been.
     """
-    if len(indices) == 1:
-        return Unrepairable(0, raised)
     give_up = monotonic() + _ASKED_AGAIN_S
     number, found = len(indices), None
     text = f", but for none of the {number} indices asked for one at a time: look at what they "
@@ -198,9 +196,25 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
             try:
                 dataset.__getitems__([index])
             except type(raised):
+                if _comes_alone(dataset, index):
+                    shown = index_text(index)
+                    text = f"; __getitems__([{shown}]) raises too, and dataset[{shown}] does not: "
+                    text += "__getitems__ is at fault, and no index"
+                    break
                 found, text = position, f"; index {index_text(index)} was found by asking for "
                 text += f"the {number} samples one at a time"
                 break
             except Exception:  # another fault of the same call: not the one to explain
                 continue
+    if number == 1 and found == 0:
+        return Unrepairable(0, raised)
     return Unrepairable(found, raised, f"__getitems__ raised for the whole batch{text}")
+
+
+def _comes_alone(dataset: Any, index: Any) -> bool:
+    """Whether ``dataset[index]`` comes where ``__getitems__`` raises for it."""
+    try:
+        dataset[index]
+    except Exception:
+        return False
+    return True

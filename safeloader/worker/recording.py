@@ -52,6 +52,7 @@ from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.hints import KEY_FAULT, failure_in, why_not_sent
 from safeloader.worker.repair import STRUCK, BatchRepair, Donors, Unrepairable, struck
+from safeloader.worker.sources import source_of
 from safeloader.worker.stacking import collation_by
 from safeloader.worker.validating import Validation, refused_by
 
@@ -217,6 +218,11 @@ class RecordingFetcher:
         def explained(exc: Exception, position: int) -> Failure:
             return self._failure(Unrepairable(position, exc), "sample", indices)
 
+        def sourced(exc: Exception | None, position: int) -> str:
+            known = position < len(indices) and not together
+            length = self._context.length
+            return source_of(self._dataset, indices[position], exc, length) if known else ""
+
         def collate(samples: Any) -> Any:
             if repair.lent:
                 stamps[repair.asked + 1] = clock()
@@ -226,7 +232,8 @@ class RecordingFetcher:
 
         stamps = self._stamps
         together = self._spread != 1  # one sample stands for many indices
-        repair = BatchRepair(self._policy, explained, self._donors(indices), self._spread)
+        donors = self._donors(indices)
+        repair = BatchRepair(self._policy, explained, donors, self._spread, sourced)
         repair.have(samples)
         try:
             if phase == "sample":

@@ -64,6 +64,7 @@ class BatchRepair:
         donors: identities and sample of what was drawn earlier and comes, the nearest first; read
             only where no sample of the batch came.
         spread: how many indices the one sample stands for, which the dataset makes together.
+        source: tells the file or entry of the sample at a position, for what is said of it.
 
     Attributes:
         places: the position of each sample of :meth:`batch`.
@@ -77,9 +78,11 @@ class BatchRepair:
         explain: Callable[[Exception, int], Failure],
         donors: Donors = (),
         spread: int = 1,
+        source: Callable[[Exception | None, int], str] = lambda exc, position: "",
     ) -> None:
         self._policy = policy
         self._explain = explain
+        self._source = source
         self._donors = iter(donors)
         self.spread = spread
         self._samples: list[Any] = []
@@ -136,7 +139,8 @@ class BatchRepair:
     def leave_out(self, reason: str) -> None:
         """The next sample is not to be asked for at all."""
         self._samples.append(_GAP)
-        self._skip(self.asked - 1, RuntimeError(reason), reason)
+        cause, position = RuntimeError(reason), self.asked - 1
+        self._skip(position, cause, self._with_source(reason, cause, position))
 
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
@@ -147,6 +151,8 @@ class BatchRepair:
             text = f"it failed in each of {tries} tries, all under the same random numbers"
             raise Unrepairable(position, failed, text if tries > 1 else "")
         reason = bounded(scrub(found), 300) or self._reason(failed)
+        # The locals of a collate function are those of any sample.
+        reason = self._with_source(reason, None if found else failed, position)
         self._skip(position, failed, reason)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
@@ -167,6 +173,10 @@ class BatchRepair:
         self._samples[position] = _GAP
         self._incidents[position] = SampleIncident("skipped", position, reason)
         self._first = self._first or Unrepairable(position, cause, NO_DONOR)
+
+    def _with_source(self, reason: str, cause: Exception | None, position: int) -> str:
+        source = self._source(cause, position)
+        return f"{reason}; {source}" if source else reason
 
     def _reason(self, failed: Exception) -> str:
         tries = f", {self._policy.retries + 1} tries" if self._policy.retries else ""

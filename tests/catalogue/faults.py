@@ -858,7 +858,9 @@ def unsendable(name: str, make: Callable[[], Any], *says: str, **more: Any) -> F
     )
 
 
-def unstartable(name: str, args: Callable[[], dict[str, Any]], path: str) -> Fault:
+def unstartable(
+    name: str, args: Callable[[], dict[str, Any]], path: str, cure: str = "context='fork'"
+) -> Fault:
     return Fault(
         name,
         lambda scene: {"dataset": Faulty(scene, value_error)} | args(),
@@ -868,7 +870,7 @@ def unstartable(name: str, args: Callable[[], dict[str, Any]], path: str) -> Fau
             "while starting the workers",
             path,
             r"cannot be pickled, and (spawn|forkserver) sends it to every worker",
-            r"next: .*multiprocessing_context='fork'",
+            f"next: .*{cure}",
         ),
         index=None,
         modes=(SPAWN, FORKSERVER, SPAWN_PINNED),
@@ -1531,16 +1533,19 @@ FAULTS: list[Fault] = [
         "dataset with a database connection",
         lambda: {"dataset": Holding(settings={"db": sqlite3.connect(":memory:")})},
         r"dataset\.settings\['db'\]: sqlite3\.Connection",
+        "in the worker, on first use",
     ),
     unstartable(
         "dataset with a lock",
         lambda: {"dataset": Holding(lock=threading.Lock())},
         r"dataset\.lock: (_thread|threading)\.[lL]ock",
+        "in the worker, on first use",
     ),
     unstartable(
         "dataset with an open file",
         lambda: {"dataset": Holding(shards=[open_until_told()])},
         r"dataset\.shards\[0\]: .*TextIOWrapper",
+        "in the worker, on first use",
     ),
     unstartable(
         "dataset of a local class",

@@ -5,15 +5,20 @@ from __future__ import annotations
 import queue
 import re
 import signal
+import sys
+import types
 from pathlib import Path
 from traceback import FrameSummary as Frame
 from typing import Any
 
+import numpy as np
 import pytest
 
 from safeloader.introspect import resources
+from safeloader.introspect.advice import FILE, THREAD
+from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import causes
-from safeloader.supervision.causes import WorkerEnd, ended, of_death, of_silence
+from safeloader.supervision.causes import Forked, WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.stacks import Stack
 
 NO_STACK = Stack((), "")
@@ -153,7 +158,7 @@ def at(name: str, file: str = "/data.py") -> Stack:
         (NO_STACK, None, "fetch", "spawn", ["timeout="]),
         (at("acquire"), None, "fetch", "fork", ["lock", "inherited through fork", "forkserver"]),
         (at("acquire"), None, "fetch", "spawn", ["lock", "who is to release it"]),
-        (at("resize"), None, "fetch", "fork", ["stuck", "index 137", "cv2.setNumThreads"]),
+        (at("resize"), None, "fetch", "fork", ["stuck", "index 137", r"/data\.py:7 in resize"]),
         (at("resize"), None, "fetch", "forkserver", ["stuck", r"/data\.py:7 in resize"]),
     ],
 )
@@ -180,6 +185,87 @@ def test_a_wait_names_the_line_that_is_the_users() -> None:
     assert f"thread at /data/faces.py:7 in read, in queue.py:{waits[0]} get: see" in said
     alone = of_silence(Stack((waiting,), ""), None, "fetch", 137, "spawn")
     assert f"thread at {queue.__file__}:{waits[0]} in get: see" in alone
+
+
+# ── what the training process had when the worker was forked ─────────────────────────────────────
+
+POLARS = Forked(threads={"polars": ("polars-0", "polars-1"), "Python": ("zarr_io",)})
+USERS = Frame("/data/table.py", 7, "read")
+
+
+def library(package: str) -> Stack:
+    """Stuck in a library's Python code, called from the user's."""
+    inside = Frame(f"/venv/lib/python3.11/site-packages/{package}/frame.py", 90, "collect")
+    return Stack((inside, USERS), "")
+
+
+def line(text: str) -> Stack:
+    """Stuck in native code that the user's line calls: no frame tells which."""
+    return Stack((Frame("/data/table.py", 7, "read", line=text),), "")
+
+
+@pytest.mark.parametrize("stack", [library("polars"), line("row = pl.scan(path).collect()")])
+def test_the_threads_of_the_library_that_hangs_are_named(stack: Stack) -> None:
+    said = of_silence(stack, None, "fetch", 137, "fork", forked=POLARS)
+    assert "at /data/table.py:7 in read" in said
+    assert "in polars. Its threads (polars-0, polars-1) ran in the training process" in said
+    assert "Use polars in the workers alone" in said
+    assert "cv2" not in said
+    assert "zarr" not in said
+
+
+def test_a_library_is_known_by_whatever_name_the_program_has_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, native, plain = (types.ModuleType(name) for name in ("program", "decoding", "plain"))
+    program.__file__, native.__file__ = "/data/table.py", "/venv/decoding.so"
+    vars(program).update(dec=native, pl=plain, np=np)
+    for module in (program, native, plain):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    said = of_silence(line("frame = dec.read(path)"), None, "fetch", 137, "fork")
+    assert "in decoding; if that ran in the training process" in said
+    for text in ("pl.scan(path)", "np.sort(rows)", "self.rows.sort()"):
+        assert of_silence(line(text), None, "fetch", 137, "fork").endswith("for index 137")
+
+
+def test_a_library_without_known_threads_is_named_by_the_stack() -> None:
+    said = of_silence(library("cv2"), None, "fetch", 137, "fork")
+    assert "in OpenCV; if that ran in the training process" in said
+    assert "cv2.setNumThreads(0)" in said
+    said = of_silence(line("cv2.resize(image, size)"), None, "fetch", 137, "fork")
+    assert "cv2.setNumThreads(0)" in said
+
+
+@pytest.mark.parametrize("stack", [library("requests_of_no_kind"), line("total = sum(rows)")])
+def test_no_library_is_guessed(stack: Stack) -> None:
+    said = of_silence(stack, None, "fetch", 137, "fork")
+    assert said.endswith("for index 137")
+    said = of_silence(stack, None, "fetch", 137, "fork", forked=POLARS)
+    assert "had threads of polars (polars-0, polars-1), Python (zarr_io)" in said
+
+
+def test_nothing_is_said_of_forks_where_there_was_none() -> None:
+    for stack in (library("polars"), line("cv2.resize(image, size)")):
+        assert "fork" not in of_silence(stack, None, "fetch", 137, "spawn", forked=POLARS)
+
+
+POOL = Inherited("dataset.pool", "concurrent.futures.ThreadPoolExecutor", *THREAD)
+ARCHIVE = Inherited("dataset.archive", "zipfile.ZipFile", *FILE)
+
+
+def test_what_was_warned_of_at_the_start_is_the_first_suspect() -> None:
+    waiting = Frame("/usr/lib/python3.11/threading.py", 320, "wait")
+    stack = Stack((waiting, Frame("/data/table.py", 7, "read", line="self.submit()")), "")
+    said = of_silence(stack, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL)))
+    assert "first suspect: dataset.pool (concurrent.futures.ThreadPoolExecutor)" in said
+    assert "on first use" in said
+    named = line("self.archive.read(name)")
+    said = of_silence(named, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL)))
+    assert "first suspect: dataset.archive" in said
+    other = line("time.sleep(3)")
+    assert "suspect" not in of_silence(
+        other, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL))
+    )
 
 
 def test_an_unknown_index_is_not_named() -> None:

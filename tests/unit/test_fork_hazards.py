@@ -50,7 +50,9 @@ from torch.utils.data import (
 from torch.utils.data.datapipes.iter import IterableWrapper
 
 from safeloader.introspect import fork_hazards
-from safeloader.introspect.fork_hazards import Inherited, survey, warn_once
+from safeloader.introspect.advice import CUDA, LOCK
+from safeloader.introspect.fork_hazards import survey, warn_once
+from safeloader.introspect.suspects import Inherited
 
 
 class Holding(Dataset[Any]):
@@ -146,7 +148,7 @@ def test_the_wording_goes_by_the_number_of_workers() -> None:
     dataset = Holding(rng=np.random.default_rng())
     [several] = survey(dataset, "dataset", start_method="spawn", num_workers=4)
     [single] = survey(dataset, "dataset", start_method="spawn", num_workers=1)
-    assert "the 4 workers" in several.why
+    assert "each of the 4 workers" in several.why
     assert "the worker starts each epoch" in single.why
 
 
@@ -245,7 +247,7 @@ def test_sqlite_connections_are_told_while_open(cleanup: ExitStack) -> None:
     found = only(connection)
     assert found.kind == "sqlite3.Connection"
     assert "replies get mixed up" in found.why
-    assert "at first use" in found.advice
+    assert "on first use" in found.advice
     cursor = connection.cursor()
     assert only(cursor).kind == "sqlite3.Cursor"
     assert told([connection, cursor]) == {"dataset.x[0]": "sqlite3.Connection"}
@@ -464,7 +466,7 @@ def test_tensors_on_cuda_are_told() -> None:
 
 def test_tensors_are_asked_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told([torch.zeros(2), torch.nn.Linear(2, 2), torch.zeros(2, device="meta")]) == {}
-    known = (fork_hazards._CUDA, lambda tensor: tensor.shape == (3,))
+    known = (CUDA, lambda tensor: tensor.shape == (3,))
     monkeypatch.setitem(fork_hazards._KNOWN, "torch.Tensor", known)
     module = torch.nn.Linear(1, 3)
     assert told([torch.zeros(2), module]) == {
@@ -480,7 +482,7 @@ def test_locks_are_told_while_held() -> None:
     semaphore = threading.Semaphore(0)  # born without a permit, as those of executors are
     assert told([lock, condition, semaphore, threading.BoundedSemaphore(), threading.Event()]) == {}
     with lock, condition:
-        assert only(lock) == Inherited("dataset.x", "threading.Lock", *fork_hazards._LOCK)
+        assert only(lock) == Inherited("dataset.x", "threading.Lock", *LOCK, id(lock))
         assert "held now" in only(lock).why
         assert only(condition).kind == "threading.Condition"
     assert told([lock, condition]) == {}
@@ -500,7 +502,7 @@ def test_a_reentrant_lock_is_told_while_another_thread_holds_it() -> None:
     thread.start()
     try:
         assert taken.wait(60)
-        assert only(lock).why == fork_hazards._LOCK[0]
+        assert only(lock).why == LOCK.why
     finally:
         done.set()
         thread.join()
@@ -880,7 +882,9 @@ def test_it_warns_of_each_and_only_once() -> None:
         dataset = Holding(connection=connection, rng=random.Random("a secret seed"))
         one, two = sorted(said(found_in(dataset), dataset))
         assert one.startswith("safeloader: dataset.connection (sqlite3.Connection) goes to")
-        assert two.startswith("safeloader: dataset.rng (random.Random) goes to the workers: the 2")
+        assert two.startswith(
+            "safeloader: dataset.rng (random.Random) goes to the workers: each of the 2"
+        )
         assert "Seed it per worker: in worker_init_fn, get_worker_info().dataset.rng.seed(" in two
         assert "secret" not in one + two
         again = Holding(connection=connection, rng=random.Random())

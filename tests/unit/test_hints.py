@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from safeloader.worker.hints import hint_for
@@ -114,18 +115,66 @@ def test_an_index_outside_is_the_samplers() -> None:
     assert "outside the dataset (length 40): look at the sampler" in said
 
 
-def test_an_index_within_is_the_datasets_where_what_it_holds_is_shorter() -> None:
-    (said,) = hint(OUT_OF_RANGE, Holding(items=[0] * 30))
+def raised_by(get: Any, *args: Any) -> Exception:
+    try:
+        get(*args)
+    except Exception as exc:
+        return exc
+    pytest.fail("nothing was raised")
+
+
+class Lying(Holding):
+    """Its length is 40, and it holds less."""
+
+    def direct(self, index: int) -> Any:
+        return self.items[index]
+
+    def by_an_alias(self, index: int) -> Any:
+        held = self.items
+        return held[index]
+
+    def in_a_list(self, indices: list[int]) -> Any:
+        return [self.items[each] for each in indices]
+
+    def of_an_empty_tensor(self, index: int) -> Any:
+        boxes = torch.zeros(0)
+        return boxes[0]
+
+    def of_another_list(self, index: int) -> Any:
+        return self.classes[7]
+
+    def of_a_shorter_part(self, index: int) -> Any:
+        return self.items[3][index]
+
+    def raises_itself(self, index: int) -> Any:
+        raise IndexError("the image has no face")
+
+
+SHORT = [[0]] * 30
+
+
+@pytest.mark.parametrize(
+    ("get", "asked"), [("direct", 37), ("by_an_alias", 37), ("in_a_list", [3, 37])]
+)
+@pytest.mark.parametrize("items", [SHORT, np.zeros((30, 2)), torch.zeros(30, 2)], ids=type)
+def test_an_index_error_of_what_the_dataset_holds_shows_that_its_length_is_too_long(
+    items: Any, get: str, asked: Any
+) -> None:
+    dataset = Lying(items=items, classes=["cat", "dog"])
+    (said,) = hint(raised_by(getattr(dataset, get), asked), dataset)
     assert said == (
         "dataset.items has 30 entries, and the dataset's length is 40: __len__ says more than "
         "there is"
     )
 
 
-@pytest.mark.parametrize("held", [{}, {"items": [0.5] * LENGTH}, {"cache": []}])
-def test_an_index_error_of_another_sequence_says_nothing_of_the_length(held: Any) -> None:
-    # ``a[0]`` of an empty tensor, say.
-    assert hint(IndexError("index 0 is out of bounds"), Holding(**held)) == []
+@pytest.mark.parametrize(
+    "get", ["of_an_empty_tensor", "of_a_shorter_part", "raises_itself", "of_another_list"]
+)
+def test_an_index_error_of_something_else_says_nothing_of_the_length(get: str) -> None:
+    dataset = Lying(items=[[0]] * 40, classes=["cat", "dog"], cache=[])
+    said = hint(raised_by(getattr(dataset, get), 37), dataset)
+    assert not [line for line in said if "__len__" in line]
 
 
 def test_a_sample_of_a_stream_is_repeated_in_its_workers_share() -> None:

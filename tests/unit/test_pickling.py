@@ -181,7 +181,7 @@ def located(thing: object, name: str = "dataset", **keywords: Any) -> str:
 
 
 def checked(found: UnpicklablePart) -> UnpicklablePart:
-    for text in found:
+    for text in found[:4]:
         assert type(text) is str
         assert text
         assert SECRET not in text

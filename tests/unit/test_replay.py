@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 import safeloader
 from safeloader import SKIP, Failure, SafeDataLoader, SampleError, replay
@@ -201,7 +201,149 @@ def test_the_warning_names_the_loader(caplog: pytest.LogCaptureFixture) -> None:
         phase="crash", exception_type="WorkerCrashError", message="x", index=1, position=0
     )
     replay(failure, [5, 6])
-    assert caplog.messages == [
+    assert caplog.messages[0] == (
         "SafeDataLoader over list (2): index 1 killed its worker: replaying it here may do the "
         "same to this process"
-    ]
+    )
+
+
+# ── what is told of it ───────────────────────────────────────────────────────────────────────────
+
+
+class Flaky(Dataset[float]):
+    """Sample 13 fails in a worker, and where it is not mended."""
+
+    def __init__(self, draws: bool = True) -> None:
+        self.mended, self.draws = False, draws
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> float:
+        drawn = random.random() if self.draws else 0.0
+        if index == BAD and not self.mended:
+            raise Bad(drawn)
+        return drawn
+
+
+def failed(dataset: Any, **options: Any) -> tuple[SafeDataLoader[Any], SampleError]:
+    loader: SafeDataLoader[Any] = SafeDataLoader(dataset, batch_size=4, **options)
+    with pytest.raises(SampleError) as info:
+        list(loader)
+    return loader, info.value
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_that_it_passes_is_told_and_what_differs(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = Flaky()
+    loader, error = failed(dataset, num_workers=workers)
+    dataset.mended = True
+    assert loader.replay(error) > 0
+    (said,) = caplog.messages
+    assert "index 13 passes here: it raised there. What differs is " in said
+    assert "dataset: mended was False, now True" in said
+    assert "The random numbers are the same" in said
+    assert ("it was worker 1 (pid" in said) is (workers == 2)
+
+
+def test_one_that_fails_again_is_told_by_its_error_alone(caplog: pytest.LogCaptureFixture) -> None:
+    loader, error = failed(Flaky())
+    with pytest.raises(Bad):
+        loader.replay(error)
+    assert caplog.messages == []
+
+
+def test_that_a_sample_refused_or_not_collated_comes_is_nothing_to_tell(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuses(sample: Any, index: int) -> None:
+        if index == BAD:
+            raise ValueError("no")
+
+    sound = list(range(40))
+    loader, error = failed(sound, validate=refuses)
+    assert loader.replay(error) == BAD
+    assert caplog.messages == []
+
+
+def test_of_what_was_inherited_it_is_no_way_to_see_it(caplog: pytest.LogCaptureFixture) -> None:
+    failure = Failure(
+        phase="sample",
+        exception_type="BadZipFile",
+        message="x",
+        index=1,
+        position=0,
+        worker_id=0,
+        pid=1,
+        _inherited="first suspect: dataset.archive (zipfile.ZipFile), inherited over the fork",
+    )
+    replay(failure, [5, 6])
+    said = caplog.messages[-1]
+    assert "That it passes says nothing: dataset.archive (zipfile.ZipFile), inherited" in said
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_a_bare_index_has_other_random_numbers(
+    draws: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader: SafeDataLoader[Any] = SafeDataLoader(Flaky(draws))
+    loader.replay(5)
+    (said,) = caplog.messages
+    assert "index 5: this is not a call with the random numbers that it had" in said
+    assert ("it draws some here" in said) is draws
+
+
+# ── what was delivered ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def delivered() -> SafeDataLoader[Any]:
+    numbered = [number * 10 for number in range(40)]
+    loader: SafeDataLoader[Any] = SafeDataLoader(
+        numbered, batch_size=4, shuffle=True, num_workers=2
+    )
+    for _ in range(2):
+        list(loader)
+    return loader
+
+
+def test_a_sample_of_a_batch(
+    delivered: SafeDataLoader[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = delivered.last_batch
+    assert delivered.replay(record, position=2) == record.indices[2] * 10
+    (said,) = caplog.messages
+    by = f"delivered in epoch 1, batch 9, position 2 by worker {record.worker_id} (pid {record.pid}"
+    assert f"index {record.indices[2]}, {by}" in said
+    assert "those of a delivered sample are not kept" in said
+
+
+def test_an_index_of_an_epoch(
+    delivered: SafeDataLoader[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = delivered.provenance.batch(3, epoch=0)
+    assert delivered.replay(first.indices[1], epoch=0) == first.indices[1] * 10
+    assert "epoch 0, batch 3, position 1 by worker 1" in caplog.messages[0]
+
+
+def test_what_is_not_known_is_a_clear_error(delivered: SafeDataLoader[Any]) -> None:
+    record = delivered.last_batch
+    for call, words in (
+        (
+            lambda: delivered.replay(3, epoch=2),
+            "not known to have been delivered in epoch 2: it wa",
+        ),
+        (lambda: delivered.replay(99, epoch=1), "index 99 is not known"),
+        (lambda: delivered.replay(record, position=4), "has the positions 0 to 3, and no 4"),
+    ):
+        with pytest.raises(LookupError, match=words):
+            call()
+    for call, words in (
+        (lambda: delivered.replay(record), "say which sample"),
+        (lambda: delivered.replay(3, position=1), "goes with the record of a batch"),
+        (lambda: replay(record, delivered.dataset), "replayed by its loader"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()

@@ -1,0 +1,227 @@
+"""One table of advice: under every start method the same cure, which cures under each."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import Dataset, get_worker_info
+
+from safeloader import SafeDataLoader, TransportError
+from safeloader.introspect.advice import FORK_DOES_WITHOUT, HAZARDS, LAZILY, without_threads
+from safeloader.introspect.fork_hazards import survey
+from safeloader.introspect.pickling import find_unpicklable
+from safeloader.introspect.suspects import Inherited
+
+
+class Holding(Dataset[Any]):
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def found_in(dataset: object, workers: int = 2) -> list[Inherited]:
+    return survey(dataset, "dataset", start_method="fork", num_workers=workers, bound_s=60)
+
+
+# ── pickling and forking ─────────────────────────────────────────────────────────────────────────
+
+
+class HLObject:
+    """As h5py's: it says itself that it cannot be pickled."""
+
+    def __init__(self) -> None:
+        self._id = types.SimpleNamespace(id=3)
+
+    def __getnewargs__(self) -> Any:
+        raise TypeError("h5py objects cannot be pickled")
+
+
+HLObject.__module__ = "h5py._hl.base"
+
+HANDLES: dict[str, Callable[[Path], Any]] = {
+    "h5py": lambda path: HLObject(),
+    "a file": lambda path: path.open("rb"),
+    "a connection": lambda path: sqlite3.connect(":memory:"),
+    "a lock": lambda path: held_lock(),
+}
+
+
+def held_lock() -> Any:
+    lock = threading.Lock()
+    assert lock.acquire()
+    return lock
+
+
+@pytest.mark.parametrize("name", HANDLES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_handle_has_one_cure_and_no_start_method_to_go_to(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    handle = HANDLES[name](tmp_path / "x")
+    dataset = Holding(handle=handle)
+    forked, pickled = found_in(dataset), find_unpicklable(dataset, "dataset")
+    assert pickled is not None
+    assert LAZILY in forked[0].advice
+    assert LAZILY[1:] in pickled.advice
+    assert not pickled.forks
+    dataset.handle = None  # as it says
+    assert found_in(dataset) == []
+    assert find_unpicklable(dataset, "dataset") is None
+    if hasattr(handle, "close"):
+        handle.close()
+
+
+@pytest.mark.parametrize(
+    ("held", "forks"),
+    [({"scale": lambda x: x}, True), ({"lock": threading.Lock()}, False)],
+    ids=["a lambda", "a lock"],
+)
+@pytest.mark.slow
+def test_forking_is_advised_of_what_bears_it_alone(held: dict[str, Any], forks: bool) -> None:
+    loader = SafeDataLoader(Holding(**held), num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(TransportError) as caught:
+        list(loader)
+    assert (FORK_DOES_WITHOUT in str(caught.value)) is forks
+    if forks:
+        again = SafeDataLoader(Holding(**held), num_workers=1, multiprocessing_context="fork")
+        assert len(list(again)) == 4
+
+
+def test_every_hazard_has_a_cure() -> None:
+    assert all(hazard.why and hazard.cure for hazard in HAZARDS.values())
+    assert "cv2" in without_threads("OpenCV")
+    assert "cv2" not in without_threads("polars")
+
+
+# ── generators of libraries ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An installed library, as far as its file tells."""
+    module: Any = types.ModuleType("augmenting")
+    module.__file__ = "/venv/lib/python3.11/site-packages/augmenting/__init__.py"
+    monkeypatch.setitem(sys.modules, "augmenting", module)
+
+    def of_library(cls: Any) -> Any:
+        cls.__module__ = "augmenting"
+        return cls
+
+    @of_library
+    class Flip:
+        def __init__(self) -> None:
+            self.rng, self.py_random = np.random.default_rng(3), random.Random(3)
+
+        def set_random_seed(self, seed: int) -> None:
+            self.rng, self.py_random = np.random.default_rng(seed), random.Random(seed)
+
+    @of_library
+    class Compose(Flip):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transforms = [Flip() for _ in range(5)]
+
+        def set_random_seed(self, seed: int) -> None:
+            super().set_random_seed(seed)
+            for each in self.transforms:
+                each.set_random_seed(seed)
+
+    @of_library
+    class Stream:
+        def __init__(self) -> None:
+            self._shuffling = types.SimpleNamespace(generator=np.random.default_rng(3))
+
+    @of_library
+    class Public:
+        def __init__(self) -> None:
+            self.generator = np.random.default_rng(3)
+
+    @of_library
+    class Base:
+        def __init__(self) -> None:
+            self._rng = np.random.default_rng(3)
+
+    module.Compose, module.Stream, module.Base, module.Public = Compose, Stream, Base, Public
+    return module
+
+
+def test_many_generators_of_one_object_are_one_warning_with_one_cure(library: Any) -> None:
+    (found,) = found_in(Holding(transform=library.Compose()))
+    assert found.path == "dataset.transform"
+    assert found.kind.startswith("augmenting.")
+    assert (
+        "each of the 2 workers gets a copy in the same state: unless something seeds" in found.why
+    )
+    line = found.advice.partition("in worker_init_fn, ")[2]
+    assert line.count("get_worker_info()") == 2
+
+
+class Drawing(Holding):
+    def __getitem__(self, index: int) -> float:
+        draws = [each.rng.random() for each in [self.transform, *self.transform.transforms]]
+        return float(sum(draws))
+
+
+def test_the_cure_of_it_cures(library: Any) -> None:
+    dataset = Drawing(transform=library.Compose())
+    (found,) = found_in(dataset)
+    line = found.advice.partition("in worker_init_fn, ")[2]
+    names: dict[str, Any] = {"get_worker_info": get_worker_info}
+    exec(f"def initialise(worker_id): {line}", names)
+    for initialise, distinct in ((None, 2), (names["initialise"], 4)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            loader = SafeDataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=2,
+                worker_init_fn=initialise,
+                multiprocessing_context="fork",
+            )
+            assert len(set(loader)) == distinct
+
+
+def test_private_state_of_a_library_is_its_own_business(library: Any) -> None:
+    assert found_in(library.Stream()) == []
+    assert found_in(Holding(stream=library.Stream())) == []
+    (public,) = found_in(Holding(stream=library.Public()))
+    assert public.path == "dataset.stream.generator"
+
+
+def test_private_state_of_the_users_own_class_is_told(library: Any) -> None:
+    class Own(Holding):
+        pass
+
+    class Child(library.Base):  # type: ignore[misc]
+        pass
+
+    class Uses(library.Base):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> float:
+            return float(self._rng.random())
+
+    assert [each.path for each in found_in(Own(_rng=random.Random(3)))] == ["dataset._rng"]
+    assert found_in(Child()) == []
+    assert [each.path for each in found_in(Uses())] == ["dataset._rng"]
+
+
+def test_other_private_things_of_a_library_are_told_all_the_same(library: Any) -> None:
+    stream = library.Stream()
+    with sqlite3.connect(":memory:") as connection:
+        stream._shuffling.database = connection
+        (found,) = found_in(stream)
+        assert found.path == "dataset._shuffling.database"
+    connection.close()
