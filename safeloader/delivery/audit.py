@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,41 @@ CLASSES = (
 _TROUBLES = ("missing", "duplicated", "unexpected", "failed")
 _SHOWN = 8
 _REASONS_SHOWN = 5
+_KEYS_SHOWN = 3
+_BATCHES_EACH = 8  # of each worker: with fewer, uneven shares tell nothing
+
+
+ONE_WORKER_GAVE_BOTH = (
+    "one worker gave both: its stream samples with replacement (resampled=True), or has a shard "
+    "twice"
+)
+
+
+class SameKey(NamedTuple):
+    """Two indices that ``key`` gave one identity: one sample, for all that is known.
+
+    Attributes:
+        key: as text.
+        first: the index that it was given for first; ``(worker, ordinal)`` in a stream.
+        again: the index that it was given for again.
+        first_worker: the worker that gave the first; -1 in the main process.
+        worker: the worker that gave it again.
+
+    Example:
+        >>> print(SameKey("'a'", 4, 7, 0, 1))
+        index 7 and index 4 are one sample (key 'a'): worker 0 gave one and worker 1 the other
+    """
+
+    key: str
+    first: Any
+    again: Any
+    first_worker: int
+    worker: int
+
+    def __str__(self) -> str:
+        names = f"index {index_text(self.again)} and index {index_text(self.first)}"
+        who = f": worker {self.first_worker} gave one and worker {self.worker} the other"
+        return f"{names} are one sample (key {self.key})" + who * (self.first_worker != self.worker)
 
 
 _none = functools.partial(np.empty, 0, dtype=np.int64)
@@ -65,6 +100,14 @@ class EpochAudit:
         donors: the index of the sample that stands in for a replaced one, for the first 1000; none
             where an ``on_error`` callable gave it.
         notes: other things worth knowing, such as a worker that delivered nothing.
+        delivered_by: how many of the samples delivered came from each worker; empty without
+            workers.
+        stream: whether the dataset is iterable-style.
+        batches: how many batches were handed over.
+        announced: how many ``len(loader)`` said as the epoch began; None where that is not known.
+        same_keys: with ``key``, the first 1000 pairs of indices that are one sample: see
+            ``duplicated``.
+        unchecked: what nobody looked at, in a phrase each; ``ok`` says nothing of that.
         unchecked_since: the batch from which on nothing was checked, because of a fault of
             safeloader's own, which the log tells; None as a rule. Such an epoch is never complete.
 
@@ -98,6 +141,12 @@ class EpochAudit:
     reasons: dict[Any, str] = dataclasses.field(default_factory=dict)
     donors: dict[Any, Any] = dataclasses.field(default_factory=dict)
     unchecked_since: int | None = None
+    delivered_by: dict[int, int] = dataclasses.field(default_factory=dict)
+    stream: bool = False
+    batches: int = 0
+    announced: int | None = None
+    same_keys: tuple[SameKey, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool | None:
@@ -125,6 +174,12 @@ class EpochAudit:
             "ok": self.ok,
             "counts": dict(self.counts),
             "notes": list(self.notes),
+            "delivered_by": {str(worker): number for worker, number in self.delivered_by.items()},
+            "same_keys": [
+                pair._asdict() | {"first": _plain(pair.first), "again": _plain(pair.again)}
+                for pair in self.same_keys
+            ],
+            "unchecked": list(self.unchecked),
             "reasons": {index_text(index): reason for index, reason in self.reasons.items()},
             "donors": {index_text(index): _plain(donor) for index, donor in self.donors.items()},
         }
@@ -140,6 +195,8 @@ class EpochAudit:
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete"
         verdict = "ok" if self.ok else "NOT OK"
+        if self.unchecked:
+            verdict += f" (not checked: {'; '.join(self.unchecked)})"
         if self.unchecked_since is not None:
             verdict = f"not checked since batch {self.unchecked_since}"
         lines = [
@@ -155,9 +212,30 @@ class EpochAudit:
                 first = ", ".join(text(tuple(k) if type(k) is list else k) for k in shown)
                 more = ", ..." if total > _SHOWN else ""
                 lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
+                if name == "duplicated":
+                    pairs = self.same_keys[:_KEYS_SHOWN]
+                    lines += [f"    {pair}" for pair in pairs]
+                    if len(self.same_keys) > len(pairs):
+                        lines.append("    and more in audit.same_keys")
+                    if self.stream and any(pair.first[0] == pair.again[0] for pair in pairs):
+                        lines.append(f"    {ONE_WORKER_GAVE_BOTH}")
         lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
+        lines += self._by_worker()
+        differs = self.announced not in (None, self.batches)
+        if self.complete and differs and not self.counts.get("failed"):
+            said = f"len(loader) says {self.announced}, {self.batches} were handed over"
+            lines.append(f"  batches: {said}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _by_worker(self) -> list[str]:
+        """The samples of each worker, where that tells something: of streams, and of idle ones."""
+        numbers = list(self.delivered_by.values())
+        few = self.batches < _BATCHES_EACH * len(numbers)
+        if len(numbers) < 2 or not (self.stream or (not few and 2 * min(numbers) < max(numbers))):
+            return []
+        shown = [f"worker {k}: {n}" for k, n in islice(self.delivered_by.items(), _SHOWN)]
+        return [f"  samples by {', '.join(shown)}{', ...' * (len(numbers) > _SHOWN)}"]
 
     def _with_donor(self, index: Any) -> str:
         """A replaced index, with what stands in for it."""

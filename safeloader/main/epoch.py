@@ -51,6 +51,7 @@ class Epoch:
         log: the loader's.
         ledger: the accounts.
         also: further sinks of its events.
+        announced: how many batches ``len(loader)`` says; None where that is not known.
 
     Attributes:
         number: as the recorder counts.
@@ -65,15 +66,17 @@ class Epoch:
         log: LoaderLog,
         ledger: Ledger,
         also: Sequence[object] = (),
+        announced: int | None = None,
     ) -> None:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self.number = self.batches = 0
+        self.number = self.batches = self._lost = 0
         self.unchecked_since: int | None = None
         self._off: list[str] = []  # parts that failed
         self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
+        self._announced = announced
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
@@ -279,6 +282,7 @@ class Epoch:
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
+        self._lost += 1
         return self.error(failure, exception, batch=batch, dataset_state=state)
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
@@ -288,6 +292,7 @@ class Epoch:
         self._book(lambda ledger: ledger.interrupted(manifest))
         if manifest is None and failed.count > before:  # it was raised in the place of a batch
             self.batches += 1
+            self._lost += 1
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """New workers are about to take over from those that died."""
@@ -316,6 +321,7 @@ class Epoch:
         if manifest is not None:
             fields |= {"batch": self.batches, "worker_id": manifest.worker_id, "pid": manifest.pid}
             self.batches += 1
+            self._lost += 1
         return self.error(Failure(**fields))
 
     def error(
@@ -365,5 +371,7 @@ class Epoch:
         audit = EpochAudit(number)
         with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
+            batches = self.batches - self._lost
+            audit = dataclasses.replace(audit, batches=batches, announced=self._announced)
         since = self.unchecked_since
         return audit if since is None else audit.not_checked(since, *self._off)

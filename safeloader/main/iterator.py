@@ -126,7 +126,10 @@ class SafeIterator(Iterator[Any]):
                             discrepancy = epoch.check(manifest)
                             if discrepancy is not None:
                                 handed_over = epoch.verify != "raise"
-                                epoch.ledger.settle(discrepancy, handed_over=handed_over)
+                                worker = manifest.worker_id
+                                epoch.ledger.settle(
+                                    discrepancy, handed_over=handed_over, worker=worker
+                                )
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:
