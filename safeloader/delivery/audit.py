@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from safeloader.introspect.ranks import Place
+from safeloader.introspect.sharding import Shard
 from safeloader.introspect.texts import index_text
 
 IndexArray = npt.NDArray[Any]
@@ -104,7 +106,15 @@ class EpochAudit:
             workers.
         stream: whether the dataset is iterable-style.
         batches: how many batches were handed over.
+        batches_drawn: how many the sampler gave; None for a stream.
         announced: how many ``len(loader)`` said as the epoch began; None where that is not known.
+        rank: of this process in distributed training, or of the sampler's share; None outside.
+        world_size: how many ranks there are; None where that is not known.
+        shard: of a sampler that draws one of several shares: the number of this one, and of all.
+        elsewhere: in distributed training, how many indices of the dataset were not drawn here:
+            they are for other ranks to draw, and ``unvisited`` is empty.
+        padding: how many indices all ranks together draw a second time, so that each has as many as
+            the others.
         same_keys: with ``key``, the first 1000 pairs of indices that are one sample: see
             ``duplicated``.
         unchecked: what nobody looked at, in a phrase each; ``ok`` says nothing of that.
@@ -144,7 +154,13 @@ class EpochAudit:
     delivered_by: dict[int, int] = dataclasses.field(default_factory=dict)
     stream: bool = False
     batches: int = 0
+    batches_drawn: int | None = None
     announced: int | None = None
+    rank: int | None = None
+    world_size: int | None = None
+    shard: tuple[int, int] | None = None
+    elsewhere: int = 0
+    padding: int = 0
     same_keys: tuple[SameKey, ...] = ()
     unchecked: tuple[str, ...] = ()
 
@@ -164,6 +180,17 @@ class EpochAudit:
         notes = (*self.notes, note)
         return dataclasses.replace(self, complete=False, notes=notes, unchecked_since=since)
 
+    def of_rank(self, at: Place, shard: Shard | None) -> EpochAudit:
+        """The same of one rank's share: what it did not draw, others may have drawn."""
+        known: dict[str, Any] = {"rank": at.rank, "world_size": at.world_size}
+        if shard is not None:
+            known |= {"shard": (shard.rank, shard.replicas), "padding": shard.padding}
+        if at.world_size != 1 or (shard is not None and shard.replicas > 1):
+            counts = self.counts | {"unvisited": 0}
+            elsewhere = self.counts.get("unvisited", 0)
+            known |= {"unvisited": _none(), "counts": counts, "elsewhere": elsewhere}
+        return dataclasses.replace(self, **known)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists that ``json.dumps`` takes; indices that are objects as text."""
         out = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -174,6 +201,7 @@ class EpochAudit:
             "ok": self.ok,
             "counts": dict(self.counts),
             "notes": list(self.notes),
+            "shard": None if self.shard is None else list(self.shard),
             "delivered_by": {str(worker): number for worker, number in self.delivered_by.items()},
             "same_keys": [
                 pair._asdict() | {"first": _plain(pair.first), "again": _plain(pair.again)}
@@ -199,8 +227,10 @@ class EpochAudit:
             verdict += f" (not checked: {'; '.join(self.unchecked)})"
         if self.unchecked_since is not None:
             verdict = f"not checked since batch {self.unchecked_since}"
+        at = Place(self.rank, self.world_size)
+        rank = f", {at}" if str(at) else ""
         lines = [
-            f"epoch {self.epoch}: {state}, {verdict}; "
+            f"epoch {self.epoch}{rank}: {state}, {verdict}; "
             f"{self.drawn} drawn, {self.delivered} delivered"
         ]
         if replaced := self.counts.get("replaced"):
@@ -220,13 +250,31 @@ class EpochAudit:
                     if self.stream and any(pair.first[0] == pair.again[0] for pair in pairs):
                         lines.append(f"    {ONE_WORKER_GAVE_BOTH}")
         lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
+        lines += self._among_ranks(at)
         lines += self._by_worker()
-        differs = self.announced not in (None, self.batches)
-        if self.complete and differs and not self.counts.get("failed"):
-            said = f"len(loader) says {self.announced}, {self.batches} were handed over"
-            lines.append(f"  batches: {said}")
+        if self.complete and not self.counts.get("failed"):
+            said = of_batches(self.announced, self.batches_drawn, self.batches)
+            lines += [f"  batches: {said}"] if said else []
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _among_ranks(self, at: Place) -> list[str]:
+        """What is for other ranks to draw, and what all of them draw twice."""
+        lines = []
+        if self.elsewhere:
+            share = ""
+            if self.shard is not None and self.shard != at:
+                share = " (this is share {} of {})".format(*self.shard)
+            few = "index" if self.elsewhere == 1 else "indices"
+            said = f"{self.elsewhere} {few}, which cannot be checked from here{share}"
+            lines.append(f"  for other ranks: {said}")
+        if self.padding:
+            few = "index is" if self.padding == 1 else "indices are"
+            lines.append(
+                f"  padding: {self.padding} {few} drawn twice over all ranks, so that each has as "
+                "many; an evaluation counts them twice"
+            )
+        return lines
 
     def _by_worker(self) -> list[str]:
         """The samples of each worker, where that tells something: of streams, and of idle ones."""
@@ -241,6 +289,21 @@ class EpochAudit:
         """A replaced index, with what stands in for it."""
         by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
         return index_text(index) + by
+
+
+def of_batches(said: int | None, gave: int | None, handed_over: int | None) -> str:
+    """What ``len(loader)`` said, where an epoch that ended by itself gave another number."""
+    if said is None:
+        return ""
+    if gave is not None and said != gave:
+        follows = "waits for ever" if gave < said else "stops before the end"
+        return (
+            f"the sampler says {said} batches and gave {gave}: whoever counts on len(loader) "
+            f"{follows}. Have its __len__ say what its __iter__ gives"
+        )
+    if handed_over is not None and said != handed_over:
+        return f"len(loader) says {said}, and {handed_over} were handed over"
+    return ""
 
 
 def first_reasons(reasons: dict[Any, str], most: int) -> list[str]:

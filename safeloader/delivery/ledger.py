@@ -7,6 +7,7 @@ the keys of the first samples are kept: two million of them, or 256 MiB.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from array import array
 from collections.abc import Callable
@@ -69,6 +70,8 @@ class Ledger:
         donors: what stands in for an index that was replaced.
         compares_keys: whether keys are compared. Without ``key=`` workers of an earlier epoch may
             go on to send some.
+        first_drawn: the indices of the first batch; None before, and of a stream.
+        all_drawn: whether the sampler came to its end.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
             plain attribute, because it is read with every batch. In a stream it stays False: the
             end of a stream is known when it is asked for.
@@ -80,6 +83,8 @@ class Ledger:
         self.delivered_by = array("q", [0])
         self.same_keys: list[SameKey] = []
         self.settled = False
+        self.first_drawn: Packed | None = None
+        self.all_drawn = False
         self.by_class = {name: IndexSet() for name, _ in CLASSES}
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
@@ -94,6 +99,11 @@ class Ledger:
         self._keys_bytes = 0
         self._keys_past_limit = 0
         self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
+
+    @property
+    def batches_drawn(self) -> int | None:
+        """How many batches the sampler gave; None for a stream."""
+        return None
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
@@ -291,9 +301,12 @@ class MapLedger(Ledger):
         self._pending: dict[int, Packed] = {}
         self._first_seq: int | None = None
         self._last_seq = -1
-        self._draws_ended = False
         self._drawn = 0
         self._coverage = Coverage()
+
+    @property
+    def batches_drawn(self) -> int:
+        return 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
 
     def drawn(self, seq: int, indices: Packed) -> None:
         # Hot path: of ours nothing is called here, nor in `check` where all is as it should be.
@@ -302,6 +315,7 @@ class MapLedger(Ledger):
         with self.lock:
             if self._first_seq is None:
                 self._first_seq = seq
+                self.first_drawn = indices
             # Interrupts come with calls: none between these, or the accounts would not add up.
             self._pending[seq] = indices
             self._last_seq = seq
@@ -316,8 +330,8 @@ class MapLedger(Ledger):
         self._out_of_batches(lost, "failed")
 
     def draws_ended(self, dropped: Packed) -> None:
-        if not self._draws_ended:
-            self._draws_ended = True
+        if not self.all_drawn:
+            self.all_drawn = True
             self._out_of_batches(dropped, "dropped")
             self.settled = not self._pending
 
@@ -350,14 +364,14 @@ class MapLedger(Ledger):
         self.delivered_count += number
         self.delivered_by[row] += number
         del self._pending[seq]
-        if self._draws_ended and not self._pending:
+        if self.all_drawn and not self._pending:
             self.settled = True
         return None
 
     def _taken(self, seq: int) -> Packed | None:
         """The indices of batch ``seq``, which is no longer waited for; None if it was not."""
         indices = self._pending.pop(seq, None)
-        self.settled = self._draws_ended and not self._pending
+        self.settled = self.all_drawn and not self._pending
         return indices
 
     def _compare(self, expected: Packed | None, manifest: BatchManifest) -> Discrepancy:
@@ -415,7 +429,7 @@ class MapLedger(Ledger):
             )
             self.by_class["missing"].add(missing)
             return Discrepancy(reason, tuple(missing))
-        if not (broken or self._draws_ended or self._sampler_failed or self._interrupts):
+        if not (broken or self.all_drawn or self._sampler_failed or self._interrupts):
             return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"
@@ -438,14 +452,14 @@ class MapLedger(Ledger):
         # Code of the user's, perhaps: not under the lock.
         expected = None if self._expected_batches is None else self._expected_batches()
         with self.lock:
-            batches = 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
-            ended = self._draws_ended or batches == expected
+            batches = self.batches_drawn
+            ended = self.all_drawn or batches == expected
             notes = self.notes(length)
             if ahead := sum(map(count, self._pending.values())):
                 notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
-            if self._expected_batches and expected is None and not self._draws_ended:
+            if self._expected_batches and expected is None and not self.all_drawn:
                 notes.append("the sampler was not asked whether it has more")
-            return self.as_audit(
+            audit = self.as_audit(
                 epoch,
                 ended and not (self._pending or self._sampler_failed),
                 self._drawn,
@@ -453,6 +467,7 @@ class MapLedger(Ledger):
                 repeated=self._coverage.repeated(length),
                 unvisited=self._coverage.unvisited(length),
             )
+            return dataclasses.replace(audit, batches_drawn=batches)
 
 
 def _first_difference(mine: str, theirs: str) -> str:

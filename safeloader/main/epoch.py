@@ -13,10 +13,10 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from safeloader.delivery.audit import EpochAudit, first_reasons
-from safeloader.delivery.indices import Packed, pack
+from safeloader.delivery.audit import EpochAudit, first_reasons, of_batches
+from safeloader.delivery.indices import Packed, pack, unpack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
@@ -24,7 +24,9 @@ from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
-from safeloader.introspect.files import rank
+from safeloader.introspect.ranks import place
+from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.texts import indices_text
 from safeloader.introspect.warned import warn
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
@@ -42,6 +44,21 @@ _SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over al
 _T = TypeVar("_T")
 
 
+class Announced(NamedTuple):
+    """How many batches ``len(loader)`` says.
+
+    Attributes:
+        batches: their number; None where that is not known.
+        proven: whether it is what the sampler gives, because both are torch's.
+    """
+
+    batches: int | None = None
+    proven: bool = False
+
+
+NOT_ANNOUNCED = Announced()
+
+
 class Epoch:
     """The accounts of one pass over the loader, and what follows from them.
 
@@ -51,7 +68,8 @@ class Epoch:
         log: the loader's.
         ledger: the accounts.
         also: further sinks of its events.
-        announced: how many batches ``len(loader)`` says; None where that is not known.
+        announced: what ``len(loader)`` says.
+        sampler: what the indices come from; of a stream the dataset.
 
     Attributes:
         number: as the recorder counts.
@@ -66,7 +84,8 @@ class Epoch:
         log: LoaderLog,
         ledger: Ledger,
         also: Sequence[object] = (),
-        announced: int | None = None,
+        announced: Announced = NOT_ANNOUNCED,
+        sampler: Any = None,
     ) -> None:
         self.log = log
         self.ledger = ledger
@@ -76,14 +95,21 @@ class Epoch:
         self._off: list[str] = []  # parts that failed
         self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
-        self._announced = announced
+        self._announced, self._length_is_true = announced
+        self._sampler = sampler
+        self._shard: Shard | None = None
+        with guarded("the look at the sampler", lambda: log):
+            self._shard = shard_of(sampler, dataset, log.length)
+            log.at = place(self._shard)
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
         self._pid = os.getpid()
+        self._notes: list[str] = []
         recorder: Recorder = settings.recorder
+        self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
@@ -220,7 +246,7 @@ class Epoch:
         if discrepancy := self._book(check):
             self.tell_discrepancy(discrepancy, manifest)
         said = "epoch %d: every sample of what would be batch %d failed: it is left out whole"
-        if rank() is not None:
+        if self.log.at.rank is not None:
             said += ", and other ranks may wait for it; on_error='replace' keeps them in step"
         self.log.warning(said, self.number, self.batches)
         if self.ledger.settled:
@@ -314,7 +340,7 @@ class Epoch:
         return error
 
     def _placed(self, failure: Failure, **more: Any) -> Failure:
-        return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)
+        return dataclasses.replace(failure, epoch=self.number, rank=self.log.at.rank, **more)
 
     def _error_in_place(self, manifest: BatchManifest | None, **fields: Any) -> SafeLoaderError:
         """An error that is ours to tell, and ends the batch of ``manifest``."""
@@ -354,16 +380,48 @@ class Epoch:
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
+        with guarded("the look at the sampler", lambda: self.log):
+            if same_order := self._same_order():
+                self._notes.append(same_order)
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
-        self._tell("closed", self.number, notes)
+        self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
             self._tell("audited", self.audit(self.number))
+
+    def _lengths(self) -> list[str]:
+        """What the sampler says of its length, where it gave another number of batches."""
+        ledger = self.ledger
+        if not ledger.all_drawn or ledger.by_class["failed"].count:
+            return []
+        said = of_batches(self._announced, ledger.batches_drawn, None)
+        return [said] if said else []
+
+    def _same_order(self) -> str:
+        """A sentence, once for a sampler, where nobody told it the number of the epoch."""
+        shard, sampler, first = self._shard, self._sampler, self.ledger.first_drawn
+        self._sampler = None
+        if shard is None or shard.epoch is None or first is None or not self.ledger.all_drawn:
+            return ""
+        now = shard_of(sampler)
+        if now is None or now.epoch != shard.epoch:  # told meanwhile
+            return ""
+        orders = self._orders
+        before = orders.get(id(self._dataset))
+        orders[id(self._dataset)] = now.epoch, first, before is not None and before[2]
+        if before is None or before[2] or before[:2] != (now.epoch, first):
+            return ""
+        orders[id(self._dataset)] = now.epoch, first, True
+        return (
+            f"this epoch had the order of the one before: the epoch of {now.kind}(shuffle=True) is "
+            f"{now.epoch} still, and both began with {indices_text(unpack(first))}. Call its "
+            "set_epoch(epoch) before each epoch"
+        )
 
     def release(self) -> None:
         """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to
         the audit, outlives the iterator, and they would keep each other alive."""
         self.close()
-        self._dataset = None
+        self._dataset = self._sampler = None
         self.events = Events(self.log, ())
 
     def audit(self, number: int) -> EpochAudit:
@@ -372,6 +430,12 @@ class Epoch:
         with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
             batches = self.batches - self._lost
-            audit = dataclasses.replace(audit, batches=batches, announced=self._announced)
+            said = self._announced
+            if said is None and self._length_is_true and audit.complete:
+                said = audit.batches_drawn
+            notes = (*audit.notes, *self._notes)
+            audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
+            if self.log.at.rank is not None or self._shard is not None:
+                audit = audit.of_rank(self.log.at, self._shard)
         since = self.unchecked_since
         return audit if since is None else audit.not_checked(since, *self._off)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.indices import Packed
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
@@ -71,6 +72,7 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
+    asks_lengths: bool = True  # whether the user's samplers are asked how long they are
     _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -88,6 +90,8 @@ class Recorder:
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
+        # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
+        self.orders: dict[int, tuple[int, Packed, bool]] = {}
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
         self._memory_seen: int | None = None
 
