@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from safeloader.introspect.ranks import Place
 from safeloader.introspect.sharding import Shard
 from safeloader.introspect.texts import index_text
+from safeloader.introspect.underlying import Underlying
 
 IndexArray = npt.NDArray[Any]
 
@@ -32,6 +34,7 @@ _TROUBLES = ("missing", "duplicated", "unexpected", "failed")
 _SHOWN = 8
 _REASONS_SHOWN = 5
 _KEYS_SHOWN = 3
+_REASONS = 100  # of which the indices in the dataset under a Subset are looked up
 _BATCHES_EACH = 8  # of each worker: with fewer, uneven shares tell nothing
 
 
@@ -117,6 +120,10 @@ class EpochAudit:
             the others.
         same_keys: with ``key``, the first 1000 pairs of indices that are one sample: see
             ``duplicated``.
+        under: the class of a dataset that only points into others, ``"Subset"`` or
+            ``"ConcatDataset"``; else empty.
+        under_indices: of the indices that are shown, those in the dataset under it; where it has
+            several parts, ``(part, index)``.
         unchecked: what nobody looked at, in a phrase each; ``ok`` says nothing of that.
         unchecked_since: the batch from which on nothing was checked, because of a fault of
             safeloader's own, which the log tells; None as a rule. Such an epoch is never complete.
@@ -162,6 +169,8 @@ class EpochAudit:
     elsewhere: int = 0
     padding: int = 0
     same_keys: tuple[SameKey, ...] = ()
+    under: str = ""
+    under_indices: dict[int, Any] = dataclasses.field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
 
     @property
@@ -179,6 +188,29 @@ class EpochAudit:
         note = f"{', '.join(parts)} failed: a fault of safeloader's own, which the log tells"
         notes = (*self.notes, note)
         return dataclasses.replace(self, complete=False, notes=notes, unchecked_since=since)
+
+    def cut(self, most: int) -> EpochAudit:
+        """The same with at most so many indices of each class, and reasons."""
+        first: dict[str, Any] = {}
+        for name, _ in CLASSES:
+            if (array := getattr(self, name)).size > most:
+                first[name] = array[:most].copy()  # of the rest nothing is held
+        for name in ("reasons", "donors", "under_indices"):
+            first[name] = dict(islice(getattr(self, name).items(), most // 10))
+        return dataclasses.replace(self, same_keys=self.same_keys[: most // 10], **first)
+
+    def naming(self, under: Underlying) -> EpochAudit:
+        """The same with what the indices that it shows are in the dataset under the Subset."""
+        shown = {*islice(self.reasons, _REASONS)}
+        for name, _ in CLASSES:
+            shown.update(getattr(self, name)[:_SHOWN].tolist())
+        places = {index: under.of(index) for index in sorted(filter(_is_int, shown))}
+        named = {
+            index: place.at if under.parts == 1 else (place.part, place.at)
+            for index, place in places.items()
+            if place is not None
+        }
+        return dataclasses.replace(self, under=under.name, under_indices=named)
 
     def of_rank(self, at: Place, shard: Shard | None) -> EpochAudit:
         """The same of one rank's share: what it did not draw, others may have drawn."""
@@ -207,6 +239,9 @@ class EpochAudit:
                 pair._asdict() | {"first": _plain(pair.first), "again": _plain(pair.again)}
                 for pair in self.same_keys
             ],
+            "under_indices": {
+                str(index): _plain(place) for index, place in self.under_indices.items()
+            },
             "unchecked": list(self.unchecked),
             "reasons": {index_text(index): reason for index, reason in self.reasons.items()},
             "donors": {index_text(index): _plain(donor) for index, donor in self.donors.items()},
@@ -239,9 +274,10 @@ class EpochAudit:
             if total := self.counts.get(name):
                 text = self._with_donor if name == "replaced" else index_text
                 shown = getattr(self, name)[:_SHOWN].tolist()  # a stream's: (worker, ordinal)
-                first = ", ".join(text(tuple(k) if type(k) is list else k) for k in shown)
+                shown = [tuple(k) if type(k) is list else k for k in shown]
                 more = ", ..." if total > _SHOWN else ""
-                lines.append(f"  {name}: {total}, {meaning}: {first}{more}")
+                first = ", ".join(map(text, shown)) + more
+                lines.append(f"  {name}: {total}, {meaning}: {first}{self._beneath(*shown)}")
                 if name == "duplicated":
                     pairs = self.same_keys[:_KEYS_SHOWN]
                     lines += [f"    {pair}" for pair in pairs]
@@ -249,7 +285,8 @@ class EpochAudit:
                         lines.append("    and more in audit.same_keys")
                     if self.stream and any(pair.first[0] == pair.again[0] for pair in pairs):
                         lines.append(f"    {ONE_WORKER_GAVE_BOTH}")
-        lines += [f"    {line}" for line in first_reasons(self.reasons, _REASONS_SHOWN)]
+        reasons = first_reasons(self.reasons, _REASONS_SHOWN, self._beneath)
+        lines += [f"    {line}" for line in reasons]
         lines += self._among_ranks(at)
         lines += self._by_worker()
         if self.complete and not self.counts.get("failed"):
@@ -285,6 +322,19 @@ class EpochAudit:
         shown = [f"worker {k}: {n}" for k, n in islice(self.delivered_by.items(), _SHOWN)]
         return [f"  samples by {', '.join(shown)}{', ...' * (len(numbers) > _SHOWN)}"]
 
+    def _beneath(self, *indices: Any) -> str:
+        """What indices are in the dataset under a Subset, in brackets; empty elsewhere."""
+        if not self.under:
+            return ""
+        places = [self.under_indices.get(each) for each in indices if type(each) is int]
+        known = [place for place in places if place is not None]
+        if not known:
+            return ""
+        if type(known[0]) is tuple:
+            told = ", ".join(f"index {index} of part {part}" for part, index in known)
+            return f" ({told} under the {self.under})"
+        return f" (index {', '.join(map(str, known))} of the dataset under the {self.under})"
+
     def _with_donor(self, index: Any) -> str:
         """A replaced index, with what stands in for it."""
         by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
@@ -306,12 +356,22 @@ def of_batches(said: int | None, gave: int | None, handed_over: int | None) -> s
     return ""
 
 
-def first_reasons(reasons: dict[Any, str], most: int) -> list[str]:
-    """The first ``most`` reasons of an audit, a line each, and how many more there are."""
-    lines = [f"index {index_text(index)}: {why}" for index, why in islice(reasons.items(), most)]
+def first_reasons(
+    reasons: dict[Any, str], most: int, beneath: Callable[[Any], str] = lambda index: ""
+) -> list[str]:
+    """The first ``most`` reasons of an audit, a line each, and how many more there are.
+
+    ``beneath`` says, in brackets, what an index is in the dataset under a Subset.
+    """
+    first = islice(reasons.items(), most)
+    lines = [f"index {index_text(index)}{beneath(index)}: {why}" for index, why in first]
     if len(reasons) > most:
         lines.append(f"and {len(reasons) - most} more in audit.reasons")
     return lines
+
+
+def _is_int(index: Any) -> bool:
+    return type(index) is int
 
 
 def _plain(item: Any) -> Any:

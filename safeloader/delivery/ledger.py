@@ -97,7 +97,7 @@ class Ledger:
         self._keyed: list[Any] = []  # the index that it was first given for, and by which worker
         self._keyed_by = array("i")
         self._keys_bytes = 0
-        self._keys_past_limit = 0
+        self._keys_kept = self._keys_past_limit = 0
         self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
 
     @property
@@ -225,7 +225,8 @@ class Ledger:
             if place is not None:
                 continue
             if len(places) < KEYS_LIMIT and self._keys_bytes < KEYS_BYTES:
-                places[key] = len(places)
+                places[key] = self._keys_kept
+                self._keys_kept += 1
                 self._keyed.append(index)
                 self._keyed_by.append(_IN_MAIN if worker is None else worker)
                 self._keys_bytes += weight(key) + weight(index)
@@ -262,9 +263,18 @@ class Ledger:
         if not self._keys_past_limit:
             return []
         return [
-            f"the keys of the first {len(self._place_of_key)} samples were compared; "
+            f"the keys of the first {self._keys_kept} samples were compared; "
             f"{self._keys_past_limit} later ones only against these"
         ]
+
+    def put_away(self) -> int | None:
+        """Nothing more comes: let go of what the audit does not need.
+
+        Returns:
+            How many samples were drawn; None where the accounts rest on what does not stay.
+        """
+        self._place_of_key, self._keyed, self._keyed_by = {}, [], array("i")
+        return None
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         """The accounts as they stand; ``length`` is that of the dataset."""
@@ -332,6 +342,8 @@ class MapLedger(Ledger):
     def draws_ended(self, dropped: Packed) -> None:
         if not self.all_drawn:
             self.all_drawn = True
+            if self._expected_batches is not None:  # of no interest now, and it holds the dataset
+                self._expected_batches = lambda: None
             self._out_of_batches(dropped, "dropped")
             self.settled = not self._pending
 
@@ -435,6 +447,13 @@ class MapLedger(Ledger):
                 "more to draw"
             )
         return None
+
+    def put_away(self) -> int:
+        super().put_away()
+        if self._expected_batches is not None:
+            said = self._expected_batches()
+            self._expected_batches = lambda: said  # without the sampler, which holds the dataset
+        return self._drawn
 
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)

@@ -27,9 +27,10 @@ from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.sharding import Shard, shard_of
 from safeloader.introspect.texts import indices_text
+from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
 from safeloader.provenance.events import Dumps, Events, LogLines
-from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
@@ -98,9 +99,11 @@ class Epoch:
         self._announced, self._length_is_true = announced
         self._sampler = sampler
         self._shard: Shard | None = None
+        self._under: Underlying | None = None
         with guarded("the look at the sampler", lambda: log):
             self._shard = shard_of(sampler, dataset, log.length)
             log.at = place(self._shard)
+            self._under = underlying(dataset)
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
@@ -110,7 +113,7 @@ class Epoch:
         self._notes: list[str] = []
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
-        sinks: list[object] = [LogLines(log), *also]
+        sinks: list[object] = [LogLines(log, self._beneath), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:
@@ -122,6 +125,9 @@ class Epoch:
             self.at_fault("the recorder", exc)
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
+        with guarded("the earlier audits", lambda: log):
+            recorder.history.begins(self.number, self)
+            recorder.note_facts(self.number, EpochFacts(log.at.rank, self._under))
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
@@ -276,7 +282,9 @@ class Epoch:
             index=None if at is None else asked[at],
             position=at,
             indices=asked,
-            hint="\n".join([*first_reasons(self.ledger.reasons, SHOWN_SKIPPED), _IN_COMMON]),
+            hint="\n".join(
+                [*first_reasons(self.ledger.reasons, SHOWN_SKIPPED, self._beneath), _IN_COMMON]
+            ),
         )
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
@@ -340,7 +348,17 @@ class Epoch:
         return error
 
     def _placed(self, failure: Failure, **more: Any) -> Failure:
+        index, under = failure.index, self._under
+        if under is not None and index is not None and (text := under.text(index)):
+            said = f"index {index} of the {under.name} is "
+            if said not in failure.hint:
+                more = {"hint": f"{said}{text}\n{more.pop('hint', failure.hint)}"} | more
         return dataclasses.replace(failure, epoch=self.number, rank=self.log.at.rank, **more)
+
+    def _beneath(self, index: Any) -> str:
+        """What an index is in the dataset under a Subset, in brackets; empty elsewhere."""
+        text = "" if self._under is None else self._under.text(index)
+        return f" ({text})" if text else ""
 
     def _error_in_place(self, manifest: BatchManifest | None, **fields: Any) -> SafeLoaderError:
         """An error that is ours to tell, and ends the batch of ``manifest``."""
@@ -417,6 +435,15 @@ class Epoch:
             "set_epoch(epoch) before each epoch"
         )
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more will come."""
+        return self._closed
+
+    def put_away(self) -> int | None:
+        """Let go of what the audit does not need; how many samples were drawn, if that may wait."""
+        return self._book(lambda ledger: ledger.put_away())
+
     def release(self) -> None:
         """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to
         the audit, outlives the iterator, and they would keep each other alive."""
@@ -435,6 +462,8 @@ class Epoch:
                 said = audit.batches_drawn
             notes = (*audit.notes, *self._notes)
             audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
+            if self._under is not None:
+                audit = audit.naming(self._under)
             if self.log.at.rank is not None or self._shard is not None:
                 audit = audit.of_rank(self.log.at, self._shard)
         since = self.unchecked_since

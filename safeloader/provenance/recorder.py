@@ -20,7 +20,9 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.underlying import Underlying
 from safeloader.introspect.values import weight
+from safeloader.provenance.audits import AuditHistory
 from safeloader.transport.stats import TransportCounts
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -40,6 +42,17 @@ class Delivery(NamedTuple):
     wait_ns: int
     began_ns: int
     manifest: BatchManifest
+
+
+class EpochFacts(NamedTuple):
+    """What holds for all batches of an epoch.
+
+    ``rank`` is that of the process, in distributed training; ``under`` the way to the dataset under
+    a Subset.
+    """
+
+    rank: int | None
+    under: Underlying | None
 
 
 class Recorder:
@@ -88,6 +101,8 @@ class Recorder:
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
+        self.history = AuditHistory()
+        self.facts: dict[int, EpochFacts] = {}
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
         # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
@@ -112,6 +127,11 @@ class Recorder:
         self.newest_audit = lambda: audit(epoch)
         self.incidents = Counter()
         return epoch
+
+    def note_facts(self, epoch: int, facts: EpochFacts) -> None:
+        """Keep what holds for all of an epoch that begins."""
+        self.facts[epoch] = facts
+        self.facts.pop(epoch - _FACTS_MAX, None)
 
     def delivered(
         self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int = 0
@@ -190,7 +210,12 @@ class Recorder:
         """The audit of the epoch begun last, as it stands; None before the first."""
         return None if self.newest_audit is None else self.newest_audit()
 
+    def audits(self) -> list[EpochAudit]:
+        """The audits of the newest epochs, oldest first."""
+        return self.history.audits()
 
+
+_FACTS_MAX = 1024  # epochs
 _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
