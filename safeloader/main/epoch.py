@@ -34,6 +34,7 @@ from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_tol
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
+from safeloader.worker.hints import LOOK_AT_SAMPLER
 
 SHOWN_SKIPPED = 12
 _IN_COMMON = (
@@ -314,10 +315,32 @@ class Epoch:
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
+        failure = self._behind(failure)
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
         self._lost += 1
         return self.error(failure, exception, batch=batch, dataset_state=state)
+
+    def _behind(self, failure: Failure) -> Failure:
+        """The failure of a worker, with what main knows: its copy of the dataset is an old one."""
+        index, mine = failure.index, self.log.length
+        known = (failure.dataset_state or {}).get("length")
+        if (
+            failure.worker_id is None
+            or failure.phase != "sample"
+            or not (type(index) is int and type(known) is int and type(mine) is int)
+            or not known <= index < mine
+        ):
+            return failure
+        *found, _ = failure.hint.split("\n")
+        found = [line for line in found if not line.endswith(LOOK_AT_SAMPLER)]
+        found.insert(
+            0,
+            f"index {index} is beyond the worker's copy of the dataset: the workers' copy has "
+            f"{known} samples, yours {mine}, since it grew after they started",
+        )
+        step = "make the loader anew once the dataset has grown, or leave persistent_workers off"
+        return dataclasses.replace(failure, hint="\n".join([*found, step]))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""

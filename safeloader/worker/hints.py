@@ -26,6 +26,7 @@ from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
 from safeloader.worker.validating import refused_by
 
 KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
+LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for the file of an index
 _SEQUENCES = (list, tuple, range, np.ndarray, torch.Tensor)
@@ -155,7 +156,7 @@ def _about_index(index: int, dataset: Any, exc: BaseException, known: int | None
         of_index = isinstance(exc, IndexError) and not refused_by(exc)[0]
         if of_index and length is not None and not -length <= index < length:
             outside = f"index {index} is outside the dataset (length {length})"
-            said.append(f"{outside}: look at the sampler")
+            said.append(f"{outside}{LOOK_AT_SAMPLER}")
         inner: Any = dataset
         at, path = index, "dataset"
         while type(inner) in (Subset, ConcatDataset):
