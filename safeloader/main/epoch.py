@@ -37,6 +37,7 @@ from safeloader.transport.messages import FailedBatch
 from safeloader.worker.hints import LOOK_AT_SAMPLER
 
 SHOWN_SKIPPED = 12
+_ORDERS_MAX = 64
 _IN_COMMON = (
     "look at what these samples have in common (a disk, a shard, a file format); "
     "max_skipped= allows more: a count, or a fraction of the samples"
@@ -447,6 +448,8 @@ class Epoch:
         if now is None or now.epoch != shard.epoch:  # told meanwhile
             return ""
         orders = self._orders
+        if len(orders) > _ORDERS_MAX:  # of datasets long gone
+            orders.clear()
         before = orders.get(id(self._dataset))
         orders[id(self._dataset)] = now.epoch, first, before is not None and before[2]
         if before is None or before[2] or before[:2] != (now.epoch, first):
