@@ -18,6 +18,7 @@ from safeloader.introspect.underlying import Underlying
 
 IndexArray = npt.NDArray[Any]
 
+_NONE: IndexArray = np.empty(0, dtype=np.int64)
 CLASSES = (
     ("missing", "drawn, but never handed over"),
     ("duplicated", "handed over twice, or one sample under two indices"),
@@ -195,6 +196,8 @@ class EpochAudit:
         for name, _ in CLASSES:
             if (array := getattr(self, name)).size > most:
                 first[name] = array[:most].copy()  # of the rest nothing is held
+            elif not array.size and array.dtype == np.int64:
+                first[name] = _NONE
         for name in ("reasons", "donors", "under_indices"):
             first[name] = dict(islice(getattr(self, name).items(), most // 10))
         return dataclasses.replace(self, same_keys=self.same_keys[: most // 10], **first)

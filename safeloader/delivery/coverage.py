@@ -247,6 +247,14 @@ class Coverage:
             except Exception:  # an __eq__ of the user's that raises
                 self._others_left_out += 1
 
+    def compact(self) -> bool:
+        """Hold what waits as one piece; False where there is more than that."""
+        pieces = [item for item in self.waiting if type(item) is bytes]
+        if self._seen.row or self._other_seen or len(pieces) < len(self.waiting):
+            return False
+        self.waiting = [b"".join(pieces)]  # a batch of one would take 50 bytes, and not 8
+        return True
+
     @property
     def unmapped(self) -> int:
         """How many draws were not noted: too many, too far apart, or ``interrupted``."""

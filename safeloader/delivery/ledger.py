@@ -271,7 +271,8 @@ class Ledger:
         """Nothing more comes: let go of what the audit does not need.
 
         Returns:
-            How many samples were drawn; None where the accounts rest on what does not stay.
+            How many samples were drawn; None where the accounts rest on what does not stay, or
+            hold more than an audit.
         """
         self._place_of_key, self._keyed, self._keyed_by = {}, [], array("i")
         return None
@@ -448,12 +449,13 @@ class MapLedger(Ledger):
             )
         return None
 
-    def put_away(self) -> int:
+    def put_away(self) -> int | None:
         super().put_away()
         if self._expected_batches is not None:
             said = self._expected_batches()
             self._expected_batches = lambda: said  # without the sampler, which holds the dataset
-        return self._drawn
+        # With the pages that somebody's look at the audit has made it would hold 400 KB and more.
+        return self._drawn if self._coverage.compact() else None
 
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)

@@ -26,8 +26,8 @@ class Accounts(Protocol):
         """Whether nothing more comes."""
 
     def put_away(self) -> int | None:
-        """Let go of what an audit does not need. How many samples were drawn; None if the accounts
-        rest on what does not stay."""
+        """Let go of what an audit does not need. How many samples were drawn; None if an audit is
+        to be made at once."""
 
     def audit(self, number: int) -> EpochAudit:
         """What they come to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -180,3 +181,36 @@ def test_keys_are_let_go_of_with_their_epoch() -> None:
     ledgers = [each.ledger for each, _ in loader.recorder.history._small.values()]
     assert [len(ledger._place_of_key) + len(ledger._keyed) for ledger in ledgers] == [0]
     assert loader.audits[0].ok
+
+
+def test_what_is_held_of_small_batches_is_small() -> None:
+    loader = SafeDataLoader(range(3000), batch_size=1, recorder=Recorder(max_bytes=10_000))
+    run(loader, 2)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        run(loader, 1)
+        before = tracemalloc.get_traced_memory()[0]
+        run(loader, 4)
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert held < 4 * 50_000  # and not 50 bytes a batch
+    assert told(loader.audits) == [(epoch, 3000, True) for epoch in range(7)]
+
+
+def test_an_audit_that_was_read_leaves_no_map_behind() -> None:
+    loader = SafeDataLoader(range(300), batch_size=100)
+    for _ in range(4):
+        run(loader, 1)
+        assert loader.audit.complete
+    assert len(loader.recorder.history._small) == 0
+    assert told(loader.audits) == [(epoch, 300, True) for epoch in range(4)]
+
+
+def test_indices_that_are_names_make_an_audit_at_once() -> None:
+    names = {"a": 1, "b": 2}
+    loader = SafeDataLoader(names, sampler=["a", "b", "a"], batch_size=2)  # type: ignore[arg-type]
+    run(loader, 3)
+    assert [audit.repeated.tolist() for audit in loader.audits] == [["a"]] * 3
