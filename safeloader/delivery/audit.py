@@ -309,10 +309,10 @@ class EpochAudit:
             said = f"{self.elsewhere} {few}, which cannot be checked from here{share}"
             lines.append(f"  for other ranks: {said}")
         if self.padding:
-            few = "index is" if self.padding == 1 else "indices are"
+            few, these = ("index is", "it") if self.padding == 1 else ("indices are", "them")
             lines.append(
                 f"  padding: {self.padding} {few} drawn twice over all ranks, so that each has as "
-                "many; an evaluation counts them twice"
+                f"many; an evaluation counts {these} twice"
             )
         return lines
 

@@ -65,7 +65,7 @@ class SafeIterator(Iterator[Any]):
         ledger = self.pool.new_ledger(loader)
         with guarded("the look at the loader's length", lambda: log):
             recorder, stream = settings.recorder, self.pool.stream
-            said = announced(loader, stream, log.length, recorder)
+            said = announced(loader, stream, log.length, recorder, log.at)
         sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
         self._epoch = epoch = Epoch(
             loader.dataset, settings, log, ledger, also, announced=said, sampler=sampler

@@ -206,3 +206,15 @@ def test_a_batch_left_out_whole_is_missing_from_the_count() -> None:
     for _ in loader:
         pass
     assert "\n  batches: len(loader) says 12, and 11 were handed over" in str(loader.audit)
+
+
+def test_in_distributed_training_a_sampler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sampler = Announces(3, 7)
+    loader = SafeDataLoader(DATA, batch_sampler=sampler)
+    for _ in range(3):
+        for _ in loader:
+            pass
+    assert sampler.asked == 1
+    assert "the sampler says 7 batches and gave 3" in str(loader.audits[0])
