@@ -19,6 +19,7 @@ from safeloader.introspect.underlying import Underlying
 IndexArray = npt.NDArray[Any]
 
 _NONE: IndexArray = np.empty(0, dtype=np.int64)
+_NONE.flags.writeable = False  # it is in many audits
 CLASSES = (
     ("missing", "drawn, but never handed over"),
     ("duplicated", "handed over twice, or one sample under two indices"),
@@ -204,10 +205,11 @@ class EpochAudit:
 
     def naming(self, under: Underlying) -> EpochAudit:
         """The same with what the indices that it shows are in the dataset under the Subset."""
-        shown = {*islice(self.reasons, _REASONS)}
+        shown = [*islice(self.reasons, _REASONS)]
         for name, _ in CLASSES:
-            shown.update(getattr(self, name)[:_SHOWN].tolist())
-        places = {index: under.of(index) for index in sorted(filter(_is_int, shown))}
+            shown += getattr(self, name)[:_SHOWN].tolist()
+        ints = sorted({index for index in shown if type(index) is int})
+        places = {index: under.of(index) for index in ints}
         named = {
             index: place.at if under.parts == 1 else (place.part, place.at)
             for index, place in places.items()
@@ -371,10 +373,6 @@ def first_reasons(
     if len(reasons) > most:
         lines.append(f"and {len(reasons) - most} more in audit.reasons")
     return lines
-
-
-def _is_int(index: Any) -> bool:
-    return type(index) is int
 
 
 def _plain(item: Any) -> Any:

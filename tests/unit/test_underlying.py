@@ -271,3 +271,18 @@ def test_fresh_workers_have_what_grew() -> None:
     list(loader)
     dataset.items += [4, 5]
     assert sorted(int(batch) for batch in loader) == [0, 1, 2, 3, 4, 5]
+
+
+def test_indices_that_are_no_ints_have_nothing_under_them() -> None:
+    class Pairs:
+        def __getitem__(self, index: tuple[int, int]) -> int:
+            return sum(index)
+
+    subset = Subset(Pairs(), [0])  # type: ignore[arg-type]
+    subset.indices = [(1, 2)]  # type: ignore[list-item]
+    pairs = [(0, 0), (0, 0)]
+    loader = SafeDataLoader(subset, sampler=pairs, on_error="skip")
+    list(loader)
+    assert loader.audit.ok
+    assert loader.audit.skipped.tolist() == [[0, 0], [0, 0]]
+    assert "under" not in str(loader.audit)
