@@ -58,9 +58,10 @@ class StreamLedger(Ledger):
             return discrepancy
         if manifest.incidents is not None:
             samples -= self.book_incidents(manifest)
-        self._handed = manifest.seq
+        place = self._row_of(manifest.worker_id)
+        self._handed = manifest.seq  # and no call from here on: an interrupt takes all of it back
         self.delivered_count += samples
-        self.delivered_by[self._row_of(manifest.worker_id)] += samples
+        self.delivered_by[place] += samples
         return None
 
     def why_again(self, pairs: list[SameKey]) -> tuple[str, str]:
