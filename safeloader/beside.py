@@ -34,7 +34,7 @@ from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import warned
-from safeloader.introspect.files import rank_told
+from safeloader.introspect.ranks import rank
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
@@ -159,7 +159,7 @@ class _State:
     def _begin(self) -> None:
         """Before the first epoch of this process: where it writes, and who speaks at its end."""
         self._begun = True
-        self.rank = rank_told()  # at its end the process group may be gone
+        self.rank = rank()  # at its end the process group may be gone
         warned.instead = say
         if self.where:
             self.folder = RunFolder(self.where, self.attempt)

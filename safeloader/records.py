@@ -137,6 +137,27 @@ class Records:
             return self.recorder.audit()
         return EpochAudit(self.recorder.epochs - 1).not_checked(0, "the way to the audit")
 
+    @property
+    def audits(self) -> list[EpochAudit]:
+        """The audits of the newest 256 epochs, oldest first; of a running one as it stands.
+
+        Those of earlier epochs list the first 1000 indices of each class. Their counts are exact.
+
+        Example:
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> for epoch in range(3):
+            ...     for batch in loader:
+            ...         pass
+            >>> [(audit.epoch, audit.delivered, audit.ok) for audit in loader.audits]
+            [(0, 10, True), (1, 10, True), (2, 10, True)]
+        """
+        if self.recorder is None:
+            return []
+        with guarded("the earlier audits", lambda: LoaderLog(self.dataset)):
+            return self.recorder.audits()
+        return []
+
     def metrics(self, last: int | None = None) -> dict[str, float]:
         """How the loading goes, in numbers for any logger: of the epoch begun last.
 

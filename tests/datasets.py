@@ -88,6 +88,15 @@ class UnsharedStream(IterableDataset):  # type: ignore[type-arg]
         return self.length
 
 
+class Resampled(IterableDataset):  # type: ignore[type-arg]
+    """Every worker draws from a share of its own, with replacement."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        share = 100 * (info.id if info else 0)
+        return iter([share + 4, share + 1, share + 4])
+
+
 class OneShotStream(IterableDataset):  # type: ignore[type-arg]
     """Not a generator: iter() itself draws random numbers."""
 

@@ -304,6 +304,10 @@ def key_value(sample: Any) -> int:
     return int(sample)
 
 
+def key_constant(sample: Any) -> int:
+    return 0
+
+
 class PinningFails:
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -133,7 +133,7 @@ def test_the_public_attributes_of_the_classes() -> None:
     def public(cls: type) -> set[str]:
         return {name for name in vars(cls) if not name.startswith("_")}
 
-    added = {"last_batch", "provenance", "audit", "replay", "transport_stats", "metrics"}
+    added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}

@@ -59,11 +59,14 @@ class _Pages:
         self.row: dict[int, int] = {}  # of each page that is held
         self._bits = np.zeros((0, _PAGE_BYTES), dtype=np.uint8)
         # Of each page the row, where its last bits say: what numpy finds without asking the dict.
-        self._near = np.full(_NEAR, _NO_PAGE)
-        self._near_row = np.zeros(_NEAR, dtype=np.int32)
+        # Made for the first number: most of an empty set's bytes, and of the time to make one.
+        self._near: Numbers | None = None
+        self._near_row: npt.NDArray[np.int32]
 
     def add(self, numbers: Numbers) -> Numbers:
         """Take in ``numbers``; gives those that were there before, or come twice."""
+        if not numbers.size:  # as of what was drawn twice, as a rule
+            return numbers
         at, bit = self._bytes_of(numbers, grow=True), _BIT[numbers & 7]
         there = at >= 0
         if not there.all():
@@ -78,6 +81,10 @@ class _Pages:
         np.bitwise_or.at(flat, at[lost], bit[lost])
         return np.concatenate([before, *_twice(numbers)])
 
+    def has_room_for(self, number: int) -> bool:
+        """Whether so many numbers find a page each, whatever they are."""
+        return len(self.row) + number <= self._limit
+
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Which of ``numbers`` are in the set."""
         at = self._bytes_of(numbers)
@@ -87,16 +94,21 @@ class _Pages:
 
     def _bytes_of(self, numbers: Numbers, *, grow: bool = False) -> Numbers:
         """In which byte the bit of each number is; negative where its page is not held."""
+        if self._near is None:
+            if not grow:
+                return np.full(numbers.size, -1)
+            self._near_row = np.zeros(_NEAR, dtype=np.int32)
+            self._near = np.full(_NEAR, _NO_PAGE)
         pages = numbers >> _SHIFT
         slot = pages & (_NEAR - 1)
         rows = self._near_row[slot]
         far = np.flatnonzero(self._near[slot] != pages)
         if far.size:
-            rows[far] = self._rows(pages[far], grow=grow)
+            rows[far] = self._rows(pages[far], self._near, grow=grow)
         at: Numbers = rows * _PAGE_BYTES + ((numbers >> 3) & (_PAGE_BYTES - 1))
         return at
 
-    def _rows(self, pages: Numbers, *, grow: bool) -> npt.NDArray[np.int32]:
+    def _rows(self, pages: Numbers, near: Numbers, *, grow: bool) -> npt.NDArray[np.int32]:
         """The row of each page, -1 where it is not held."""
         runs = np.append(np.flatnonzero(pages[1:] != pages[:-1]), pages.size - 1)
         wanted, row = np.unique(pages[runs]), self.row
@@ -111,7 +123,7 @@ class _Pages:
         rows = np.array([row.get(page, -1) for page in wanted.tolist()], dtype=np.int32)
         held = rows >= 0
         slot = wanted[held] & (_NEAR - 1)
-        self._near[slot], self._near_row[slot] = wanted[held], rows[held]
+        near[slot], self._near_row[slot] = wanted[held], rows[held]
         return rows[np.searchsorted(wanted, pages)]
 
     def page(self, number: int) -> npt.NDArray[np.bool_]:
@@ -119,6 +131,11 @@ class _Pages:
         if number not in self.row:
             return np.zeros(_PAGE_BITS, dtype=bool)
         return np.unpackbits(self._bits[self.row[number]], bitorder="little").view(bool)
+
+    def counted(self) -> tuple[Numbers, Numbers]:
+        """The pages held, and how many numbers each has."""
+        pages = np.fromiter(self.row, dtype=np.int64, count=len(self.row))
+        return pages, _ones(self._bits[: pages.size])  # rows are given out in their order
 
     def held(self, numbers: range) -> list[int]:
         """The pages held, of ``numbers``, in their order."""
@@ -128,6 +145,18 @@ class _Pages:
         """What is in the set, in its order, a page at a time."""
         for page in self.held(numbers):
             yield np.flatnonzero(self.page(page)) + (page << _SHIFT)
+
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+
+
+def _ones(bits: npt.NDArray[np.uint8]) -> Numbers:
+    """How many bits are set in each row."""
+    count_bits = getattr(np, "bitwise_count", None)  # from NumPy 2 on
+    pieces = [bits[at : at + 1024] for at in range(0, len(bits), 1024)]  # half a MB each
+    each = [_ONES[p] if count_bits is None else count_bits(p.view(np.uint64)) for p in pieces]
+    ones = [piece.sum(1, dtype=np.int64) for piece in each]
+    return np.concatenate([np.empty(0, dtype=np.int64), *ones])
 
 
 def _twice(numbers: Numbers) -> tuple[Numbers, ...]:
@@ -218,10 +247,24 @@ class Coverage:
             except Exception:  # an __eq__ of the user's that raises
                 self._others_left_out += 1
 
+    def compact(self) -> bool:
+        """Hold what waits as one piece; False where there is more than that."""
+        pieces = [item for item in self.waiting if type(item) is bytes]
+        if self._seen.row or self._other_seen or len(pieces) < len(self.waiting):
+            return False
+        self.waiting = [b"".join(pieces)]  # a batch of one would take 50 bytes, and not 8
+        return True
+
     @property
     def unmapped(self) -> int:
         """How many draws were not noted: too many, too far apart, or ``interrupted``."""
-        self.flush()
+        waiting = _FLUSH - self.room
+        if not (
+            all(type(item) is bytes for item in self.waiting)
+            and self._seen.has_room_for(waiting)
+            and self._twice.has_room_for(waiting)
+        ):
+            self.flush()  # else that can wait: an epoch of a few batches ends here
         return self._others_left_out + self._seen.left_out + self._twice.left_out
 
     def repeated(self, length: int | None) -> Listed:
@@ -250,10 +293,12 @@ class Coverage:
         names_only = self._other_seen and not self._seen.row
         if length is None or names_only or self._seen.left_out:
             return np.empty(0, dtype=np.int64), 0
+        within = range(-(-length >> _SHIFT))
+        if not self._seen.held(_NEGATIVE):
+            return self._gaps(length, within)
         negative = _Pages(_PAGES_LIMIT)
         for piece in self._seen.pieces(_NEGATIVE):
             negative.add(piece[piece >= -length] + length)
-        within = range(-(-length >> _SHIFT))
 
         def visited(page: int) -> npt.NDArray[np.bool_]:
             drawn = self._seen.page(page) | negative.page(page)
@@ -263,6 +308,21 @@ class Coverage:
         number = length - sum(int(np.count_nonzero(visited(page))) for page in held)
         gaps = (np.flatnonzero(~visited(page)) + (page << _SHIFT) for page in within)
         return _listed(gaps, number)[0], number
+
+    def _gaps(self, length: int, within: range) -> Listed:
+        """What was never drawn, where no index is negative: all pages are counted at once."""
+        last = within[-1] if within else 0
+        pages, ones = self._seen.counted()
+        of_last = length - (last << _SHIFT)
+        number = length - int(ones[(pages >= 0) & (pages < last)].sum())
+        number -= int(np.count_nonzero(self._seen.page(last)[:of_last]))
+        full = set(pages[ones == _PAGE_BITS].tolist())
+
+        def gaps(page: int) -> Numbers:
+            bits = self._seen.page(page)[: length - (page << _SHIFT)]
+            return np.flatnonzero(~bits) + (page << _SHIFT)
+
+        return _listed((gaps(page) for page in within if page not in full), number)[0], number
 
 
 def _listed(pieces: Iterator[Numbers], known: int | None = None) -> tuple[Numbers, int]:

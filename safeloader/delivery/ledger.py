@@ -7,12 +7,14 @@ the keys of the first samples are kept: two million of them, or 256 MiB.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from array import array
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.delivery.audit import CLASSES, EpochAudit, SameKey
 from safeloader.delivery.coverage import Coverage, IndexSet, Listed
 from safeloader.delivery.indices import Packed, count, same, unpack
 from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
@@ -23,7 +25,9 @@ KEYS_LIMIT = 2_000_000
 KEYS_BYTES = 1 << 28  # of keys and their indices together
 REASONS_LIMIT = 1000
 REASONS_BYTES = 1 << 20  # of indices and reasons together
+SAME_KEYS_LIMIT = 1000  # pairs of indices that are one sample, listed in the audit
 _KEYS_SHOWN = 3
+_IN_MAIN = -1  # of the worker that gave a sample
 _ONE_EACH = (
     "have __getitems__ give one sample for each index, in their order: "
     "len(loader.dataset.__getitems__(indices)) has to be len(indices)"
@@ -59,10 +63,15 @@ class Ledger:
     Attributes:
         lock: held while the accounts change, and while another thread reads them.
         delivered_count: samples drawn and handed over.
+        delivered_by: the same for the main process, and then for each worker.
+        same_keys: the first pairs of indices that one key was given for.
         by_class: the indices of each class of the audit; of what is repeated or unvisited none.
         reasons: why an index was skipped, replaced or late.
         donors: what stands in for an index that was replaced.
-        compares_keys: whether keys that workers of an earlier epoch go on to send are looked at.
+        compares_keys: whether keys are compared. Without ``key=`` workers of an earlier epoch may
+            go on to send some.
+        first_drawn: the indices of the first batch; None before, and of a stream.
+        all_drawn: whether the sampler came to its end.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
             plain attribute, because it is read with every batch. In a stream it stays False: the
             end of a stream is known when it is asked for.
@@ -71,7 +80,11 @@ class Ledger:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
         self.delivered_count = 0
+        self.delivered_by = array("q", [0])
+        self.same_keys: list[SameKey] = []
         self.settled = False
+        self.first_drawn: Packed | None = None
+        self.all_drawn = False
         self.by_class = {name: IndexSet() for name, _ in CLASSES}
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
@@ -80,10 +93,17 @@ class Ledger:
         self._interrupts = 0  # may have lost batches that are not known to be lost
         self._sampler_failed = False
         self.compares_keys = True
-        self._index_of_key: dict[Any, Any] = {}
+        self._place_of_key: dict[Any, int] = {}  # among these two:
+        self._keyed: list[Any] = []  # the index that it was first given for, and by which worker
+        self._keyed_by = array("i")
         self._keys_bytes = 0
-        self._keys_past_limit = 0
+        self._keys_kept = self._keys_past_limit = 0
         self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
+
+    @property
+    def batches_drawn(self) -> int | None:
+        """How many batches the sampler gave; None for a stream."""
+        return None
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
@@ -101,15 +121,24 @@ class Ledger:
         A batch without a discrepancy counts as delivered.
         """
 
-    def settle(self, discrepancy: Discrepancy, *, handed_over: bool) -> None:
+    def settle(
+        self, discrepancy: Discrepancy, *, handed_over: bool, worker: int | None = None
+    ) -> None:
         """Book a batch with a discrepancy: handed over all the same, or lost with the error."""
         for name in ("missing", "duplicated", "unexpected"):
             self.by_class[name].add(getattr(discrepancy, name))
         if handed_over:
-            extra = len(discrepancy.unexpected) + len(discrepancy.duplicated)
-            self.delivered_count += len(discrepancy.sound) + extra
+            came = len(discrepancy.sound + discrepancy.unexpected + discrepancy.duplicated)
+            self.delivered_count += came
+            self.delivered_by[self._row_of(worker)] += came
         else:
             self.by_class["failed"].add(discrepancy.sound)
+
+    def _row_of(self, worker: int | None) -> int:
+        row = 0 if worker is None else worker + 1
+        if row >= len(self.delivered_by):
+            self.delivered_by.extend([0] * (row + 1 - len(self.delivered_by)))
+        return row
 
     def failed(self, manifest: BatchManifest) -> None:
         """A batch was lost with an error that is raised to the user."""
@@ -128,6 +157,7 @@ class Ledger:
         elif manifest.seq == self._handed:  # it counts as delivered, and was lost after all
             kept = BatchContents.of(manifest).kept
             self.delivered_count -= len(kept)
+            self.delivered_by[self._row_of(manifest.worker_id)] -= len(kept)
             self.by_class["failed"].add(kept)
         else:
             self.failed(manifest)
@@ -181,31 +211,41 @@ class Ledger:
         """Samples whose key came before under another index."""
         if not self.compares_keys:
             return None
-        known = self._index_of_key
-        again: list[Any] = []
+        places, worker = self._place_of_key, manifest.worker_id
+        pairs: list[SameKey] = []
         sound: list[Any] = []
-        said: list[str] = []
         indices = BatchContents.of(manifest).indices
         for key, index in zip(manifest.keys or (), indices, strict=False):
-            first = known.get(key, index)
-            if first != index:
-                again.append(index)
-                names = f"index {index_text(index)} and index {index_text(first)}"
-                said.append(f"{names} are one sample (key {index_text(key, 60)})")
+            place = places.get(key)
+            if place is not None and (first := self._keyed[place]) != index:
+                workers = self._keyed_by[place], _IN_MAIN if worker is None else worker
+                pairs.append(SameKey(index_text(key, 60), first, index, *workers))
                 continue
             sound.append(index)
-            if key in known:
+            if place is not None:
                 continue
-            if len(known) < KEYS_LIMIT and self._keys_bytes < KEYS_BYTES:
-                known[key] = index
+            if len(places) < KEYS_LIMIT and self._keys_bytes < KEYS_BYTES:
+                places[key] = self._keys_kept
+                self._keys_kept += 1
+                self._keyed.append(index)
+                self._keyed_by.append(_IN_MAIN if worker is None else worker)
                 self._keys_bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
-        if not again:
+        if not pairs:
             return None
-        if len(again) > _KEYS_SHOWN:
-            said[_KEYS_SHOWN:] = [f"and {len(again) - _KEYS_SHOWN} more"]
-        return Discrepancy("; ".join(said), duplicated=tuple(again), sound=tuple(sound))
+        self.same_keys += pairs[: SAME_KEYS_LIMIT - len(self.same_keys)]
+        said = [*map(str, pairs[:_KEYS_SHOWN])]
+        if len(pairs) > _KEYS_SHOWN:
+            said.append(f"and {len(pairs) - _KEYS_SHOWN} more")
+        found, hint = self.why_again(pairs)
+        again = tuple(pair.again for pair in pairs)
+        reason = "; ".join(said) + found
+        return Discrepancy(reason, duplicated=again, sound=tuple(sound), hint=hint)
+
+    def why_again(self, pairs: list[SameKey]) -> tuple[str, str]:
+        """Why one key came under two indices, as far as the indices tell, and what to do."""
+        return "", ""
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come: of a stream's nothing."""
@@ -223,9 +263,19 @@ class Ledger:
         if not self._keys_past_limit:
             return []
         return [
-            f"the keys of the first {len(self._index_of_key)} samples were compared; "
+            f"the keys of the first {self._keys_kept} samples were compared; "
             f"{self._keys_past_limit} later ones only against these"
         ]
+
+    def put_away(self) -> int | None:
+        """Nothing more comes: let go of what the audit does not need.
+
+        Returns:
+            How many samples were drawn; None where the accounts rest on what does not stay, or
+            hold more than an audit.
+        """
+        self._place_of_key, self._keyed, self._keyed_by = {}, [], array("i")
+        return None
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
         """The accounts as they stand; ``length`` is that of the dataset."""
@@ -248,6 +298,8 @@ class Ledger:
             notes=tuple(notes),
             reasons=dict(self.reasons),
             donors=dict(self.donors),
+            delivered_by=dict(enumerate(self.delivered_by[1:])),
+            same_keys=tuple(self.same_keys),
         )
 
 
@@ -260,9 +312,12 @@ class MapLedger(Ledger):
         self._pending: dict[int, Packed] = {}
         self._first_seq: int | None = None
         self._last_seq = -1
-        self._draws_ended = False
         self._drawn = 0
         self._coverage = Coverage()
+
+    @property
+    def batches_drawn(self) -> int:
+        return 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
 
     def drawn(self, seq: int, indices: Packed) -> None:
         # Hot path: of ours nothing is called here, nor in `check` where all is as it should be.
@@ -271,6 +326,7 @@ class MapLedger(Ledger):
         with self.lock:
             if self._first_seq is None:
                 self._first_seq = seq
+                self.first_drawn = indices
             # Interrupts come with calls: none between these, or the accounts would not add up.
             self._pending[seq] = indices
             self._last_seq = seq
@@ -285,8 +341,10 @@ class MapLedger(Ledger):
         self._out_of_batches(lost, "failed")
 
     def draws_ended(self, dropped: Packed) -> None:
-        if not self._draws_ended:
-            self._draws_ended = True
+        if not self.all_drawn:
+            self.all_drawn = True
+            if self._expected_batches is not None:  # of no interest now, and it holds the dataset
+                self._expected_batches = lambda: None
             self._out_of_batches(dropped, "dropped")
             self.settled = not self._pending
 
@@ -312,17 +370,21 @@ class MapLedger(Ledger):
         if unlike and (discrepancy := self.unlike(manifest)):
             self._taken(seq)
             return discrepancy
+        row = 0 if manifest.worker_id is None else manifest.worker_id + 1
+        if row >= len(self.delivered_by):
+            self._row_of(manifest.worker_id)
         self._handed = seq  # and no call from here on, see above
         self.delivered_count += number
+        self.delivered_by[row] += number
         del self._pending[seq]
-        if self._draws_ended and not self._pending:
+        if self.all_drawn and not self._pending:
             self.settled = True
         return None
 
     def _taken(self, seq: int) -> Packed | None:
         """The indices of batch ``seq``, which is no longer waited for; None if it was not."""
         indices = self._pending.pop(seq, None)
-        self.settled = self._draws_ended and not self._pending
+        self.settled = self.all_drawn and not self._pending
         return indices
 
     def _compare(self, expected: Packed | None, manifest: BatchManifest) -> Discrepancy:
@@ -380,12 +442,20 @@ class MapLedger(Ledger):
             )
             self.by_class["missing"].add(missing)
             return Discrepancy(reason, tuple(missing))
-        if not (broken or self._draws_ended or self._sampler_failed or self._interrupts):
+        if not (broken or self.all_drawn or self._sampler_failed or self._interrupts):
             return Discrepancy(
                 f"the epoch ended after {self.delivered_count} samples although the sampler has "
                 "more to draw"
             )
         return None
+
+    def put_away(self) -> int | None:
+        super().put_away()
+        if self._expected_batches is not None:
+            said = self._expected_batches()
+            self._expected_batches = lambda: said  # without the sampler, which holds the dataset
+        # With the pages that somebody's look at the audit has made it would hold 400 KB and more.
+        return self._drawn if self._coverage.compact() else None
 
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
@@ -403,14 +473,14 @@ class MapLedger(Ledger):
         # Code of the user's, perhaps: not under the lock.
         expected = None if self._expected_batches is None else self._expected_batches()
         with self.lock:
-            batches = 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
-            ended = self._draws_ended or batches == expected
+            batches = self.batches_drawn
+            ended = self.all_drawn or batches == expected
             notes = self.notes(length)
             if ahead := sum(map(count, self._pending.values())):
                 notes.append(f"not handed over: {ahead}, in batches drawn ahead for the workers")
-            if self._expected_batches and expected is None and not self._draws_ended:
+            if self._expected_batches and expected is None and not self.all_drawn:
                 notes.append("the sampler was not asked whether it has more")
-            return self.as_audit(
+            audit = self.as_audit(
                 epoch,
                 ended and not (self._pending or self._sampler_failed),
                 self._drawn,
@@ -418,6 +488,7 @@ class MapLedger(Ledger):
                 repeated=self._coverage.repeated(length),
                 unvisited=self._coverage.unvisited(length),
             )
+            return dataclasses.replace(audit, batches_drawn=batches)
 
 
 def _first_difference(mine: str, theirs: str) -> str:

@@ -6,9 +6,10 @@ and exactly once means no gap in any worker's stream and none at its end.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
-from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit import ONE_WORKER_GAVE_BOTH, EpochAudit, SameKey
 from safeloader.delivery.ledger import Discrepancy, Ledger
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 
@@ -16,6 +17,7 @@ _SHARE = (
     "two workers read the same part of the stream: have __iter__ share it out by "
     'get_worker_info(); verify="warn" hands over all the same'
 )
+_NO_IDENTITY = "samples have no identity; key= gives them one"
 
 
 class Progress(Protocol):
@@ -33,6 +35,7 @@ class StreamLedger(Ledger):
         self._progress = progress
         self._in_main = workers == 0
         self._next = [0] * max(workers, 1)
+        self.delivered_by.extend([0] * workers)
         self._finished = False
         self._read = 0  # by all workers, once they are at their ends
 
@@ -52,14 +55,19 @@ class StreamLedger(Ledger):
             )
         unlike = manifest.keys is not None or manifest.first_samples is not None
         if unlike and (discrepancy := self.unlike(manifest)):
-            known = self._index_of_key
-            others = any(known.get(key, (row,))[0] != row for key in manifest.keys or ())
-            return discrepancy._replace(hint=discrepancy.hint or (_SHARE if others else ""))
+            return discrepancy
         if manifest.incidents is not None:
             samples -= self.book_incidents(manifest)
-        self._handed = manifest.seq
+        place = self._row_of(manifest.worker_id)
+        self._handed = manifest.seq  # and no call from here on: an interrupt takes all of it back
         self.delivered_count += samples
+        self.delivered_by[place] += samples
         return None
+
+    def why_again(self, pairs: list[SameKey]) -> tuple[str, str]:
+        apart = {pair.first[0] != pair.again[0] for pair in pairs}
+        found = f"; {ONE_WORKER_GAVE_BOTH}" if False in apart else ""
+        return found, _SHARE if True in apart else ""
 
     def failed(self, manifest: BatchManifest) -> None:
         if manifest.ordinal is not None:
@@ -143,4 +151,6 @@ class StreamLedger(Ledger):
             notes = self.notes(length)
             if not complete and self._in_main and not self._sampler_failed:
                 notes.append("the stream was not asked whether it has more")
-            return self.as_audit(epoch, complete, self._drawn(), notes)
+            audit = self.as_audit(epoch, complete, self._drawn(), notes)
+            unchecked = () if self.compares_keys else (_NO_IDENTITY,)
+            return dataclasses.replace(audit, stream=True, unchecked=unchecked)

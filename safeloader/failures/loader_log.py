@@ -11,6 +11,7 @@ from typing import Any
 
 from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.random_state import preserved
+from safeloader.introspect.ranks import Place, place
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
 
@@ -20,6 +21,8 @@ _TRACEBACK_CHARS = 40_000
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
     """The package's logger; each line begins with ``SafeDataLoader over ImageFolder (50000): ``.
 
+    In distributed training the rank stands before the colon: ``..., rank 1: ``.
+
     A program has several loaders, for training and validation at least. A handler of the user's
     that raises ends these lines, and not the training.
 
@@ -27,15 +30,21 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         dataset: what the loader reads.
         length: of the dataset; by default as it tells without any code of the user's.
         kind: the name of the loader's class.
+        at: where this process stands among the ranks.
 
     Attributes:
         kind: the name of the loader's class.
         length: of the dataset, as far as known.
-        loader_name: the words before the colon.
+        loader_name: the words before the colon, without the rank.
+        at: where this process stands among the ranks.
     """
 
     def __init__(
-        self, dataset: Any, length: int | None = None, kind: str = "SafeDataLoader"
+        self,
+        dataset: Any,
+        length: int | None = None,
+        kind: str = "SafeDataLoader",
+        at: Place | None = None,
     ) -> None:
         super().__init__(logging.getLogger("safeloader"), {})
         self.length = plain_length(dataset) if length is None else length
@@ -43,6 +52,7 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         over = short_type_name(type_name(type(dataset)))
         size = "" if self.length is None else f" ({self.length})"
         self.loader_name = f"{kind} over {over}{size}"
+        self.at = place() if at is None else at
         self._broken = False
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +74,8 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter` has it."""
-        return f"{self.loader_name.replace('%', '%%')}: {msg}", kwargs
+        rank = f", rank {self.at.rank}" if str(self.at) else ""
+        return f"{self.loader_name.replace('%', '%%')}{rank}: {msg}", kwargs
 
     def own_fault(self, part: str, exc: BaseException) -> None:
         """A part of ours failed, and is off for the rest of the epoch."""

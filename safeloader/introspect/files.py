@@ -10,7 +10,7 @@ import re
 import tempfile
 from pathlib import Path
 
-import torch.distributed
+from safeloader.introspect.ranks import rank
 
 _numbers = itertools.count()
 
@@ -68,25 +68,11 @@ def make_folder(folder: Path) -> None:
             missing.mkdir(mode=0o700)
 
 
-def rank() -> int | None:
-    """Rank of this process where a process group runs; None otherwise."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return None
-
-
 def process_name() -> str:
     """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
-    return f"{host_name()}-rank{rank_told() or 0}-{os.getpid()}"
+    return f"{host_name()}-rank{rank() or 0}-{os.getpid()}"
 
 
 def host_name() -> str:
     """The name of this machine, as a part of a file's name."""
     return re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"
-
-
-def rank_told() -> int | None:
-    """Rank of this process by its group, else by what its launcher set; None where neither is."""
-    known = rank()
-    told = os.environ.get("RANK", "") if known is None else str(known)
-    return int(told) if told.isdecimal() else None

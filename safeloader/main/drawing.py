@@ -242,7 +242,12 @@ def proven_length(sampler: Any) -> int | None:
     What other samplers announce proves nothing: they may have more.
     """
     inner = sampler.sampler if type(sampler) is BatchSampler else sampler
-    return length_of(sampler) if type(inner) in _OWN_KINDS else None
+    return length_of(sampler) if is_torchs_own(inner) else None
+
+
+def is_torchs_own(sampler: Any) -> bool:
+    """Whether a sampler is one of torch's, and no subclass: its length is true."""
+    return type(sampler) in _OWN_KINDS
 
 
 def _noting(sampler: Any, tail: list[Any]) -> Any:

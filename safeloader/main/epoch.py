@@ -13,10 +13,10 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from safeloader.delivery.audit import EpochAudit, first_reasons
-from safeloader.delivery.indices import Packed, pack
+from safeloader.delivery.audit import EpochAudit, first_reasons, of_batches
+from safeloader.delivery.indices import Packed, pack, unpack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
@@ -24,16 +24,21 @@ from safeloader.errors import SafeLoaderError, error_from
 from safeloader.failures.failure import Failure, raised_by_signal
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
-from safeloader.introspect.files import rank
+from safeloader.introspect.ranks import place
+from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.texts import indices_text
+from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
 from safeloader.provenance.events import Dumps, Events, LogLines
-from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.transport.messages import FailedBatch
+from safeloader.worker.hints import LOOK_AT_SAMPLER
 from safeloader.worker.sources import source_of
 
 SHOWN_SKIPPED = 12
+_ORDERS_MAX = 64
 _IN_COMMON = (
     "look at what these samples have in common (a disk, a shard, a file format); "
     "max_skipped= allows more: a count, or a fraction of the samples"
@@ -41,6 +46,21 @@ _IN_COMMON = (
 _SEE_AUDIT = 'print(loader.audit) sums up the epoch; verify="warn" hands over all the same'
 
 _T = TypeVar("_T")
+
+
+class Announced(NamedTuple):
+    """How many batches ``len(loader)`` says.
+
+    Attributes:
+        batches: their number; None where that is not known.
+        proven: whether it is what the sampler gives, because both are torch's.
+    """
+
+    batches: int | None = None
+    proven: bool = False
+
+
+NOT_ANNOUNCED = Announced()
 
 
 class Epoch:
@@ -52,6 +72,8 @@ class Epoch:
         log: the loader's.
         ledger: the accounts.
         also: further sinks of its events.
+        announced: what ``len(loader)`` says.
+        sampler: what the indices come from; of a stream the dataset.
 
     Attributes:
         number: as the recorder counts.
@@ -66,23 +88,35 @@ class Epoch:
         log: LoaderLog,
         ledger: Ledger,
         also: Sequence[object] = (),
+        announced: Announced = NOT_ANNOUNCED,
+        sampler: Any = None,
     ) -> None:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self.number = self.batches = 0
+        self.number = self.batches = self._lost = 0
         self.unchecked_since: int | None = None
         self._off: list[str] = []  # parts that failed
         self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
+        self._announced, self._length_is_true = announced
+        self._sampler = sampler
+        self._shard: Shard | None = None
+        self._under: Underlying | None = None
+        with guarded("the look at the sampler", lambda: log):
+            self._shard = shard_of(sampler, dataset, log.length)
+            log.at = place(self._shard)
+            self._under = underlying(dataset)
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
         self._ended = False
         self._closed = False
         self._pid = os.getpid()
+        self._notes: list[str] = []
         recorder: Recorder = settings.recorder
-        sinks: list[object] = [LogLines(log), *also]
+        self._orders = recorder.orders  # not the recorder: it holds the way to this
+        sinks: list[object] = [LogLines(log, self._beneath), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:
@@ -94,6 +128,9 @@ class Epoch:
             self.at_fault("the recorder", exc)
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
+        with guarded("the earlier audits", lambda: log):
+            recorder.history.begins(self.number, self)
+            recorder.note_facts(self.number, EpochFacts(log.at.rank, self._under))
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
@@ -225,7 +262,7 @@ class Epoch:
         if discrepancy := self._book(check):
             self.tell_discrepancy(discrepancy, manifest)
         said = "epoch %d: every sample of what would be batch %d failed: it is left out whole"
-        if rank() is not None:
+        if self.log.at.rank is not None:
             said += ", and other ranks may wait for it; on_error='replace' keeps them in step"
         self.log.warning(said, self.number, self.batches)
         if self.ledger.settled:
@@ -255,7 +292,9 @@ class Epoch:
             index=None if at is None else asked[at],
             position=at,
             indices=asked,
-            hint="\n".join([*first_reasons(self.ledger.reasons, SHOWN_SKIPPED), _IN_COMMON]),
+            hint="\n".join(
+                [*first_reasons(self.ledger.reasons, SHOWN_SKIPPED, self._beneath), _IN_COMMON]
+            ),
         )
 
     def _too_many(self, manifest: BatchManifest) -> str | None:
@@ -287,11 +326,34 @@ class Epoch:
         if state is not None and failure.worker_id is not None and self._dataset is not None:
             with contextlib.suppress(Exception):  # the error is told all the same
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
+        failure = self._behind(failure)
         if beside:
             failure = dataclasses.replace(failure, hint="\n".join([*beside, failure.hint or ""]))
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
+        self._lost += 1
         return self.error(failure, exception, batch=batch, dataset_state=state)
+
+    def _behind(self, failure: Failure) -> Failure:
+        """The failure of a worker, with what main knows: its copy of the dataset is an old one."""
+        index, mine = failure.index, self.log.length
+        known = (failure.dataset_state or {}).get("length")
+        if (
+            failure.worker_id is None
+            or failure.phase != "sample"
+            or not (type(index) is int and type(known) is int and type(mine) is int)
+            or not known <= index < mine
+        ):
+            return failure
+        *found, _ = failure.hint.split("\n")
+        found = [line for line in found if not line.endswith(LOOK_AT_SAMPLER)]
+        found.insert(
+            0,
+            f"index {index} is beyond the worker's copy of the dataset: the workers' copy has "
+            f"{known} samples, yours {mine}, since it grew after they started",
+        )
+        step = "make the loader anew once the dataset has grown, or leave persistent_workers off"
+        return dataclasses.replace(failure, hint="\n".join([*found, step]))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         """The user got an exception that is not ours; on the way was the batch of ``manifest``."""
@@ -300,6 +362,7 @@ class Epoch:
         self._book(lambda ledger: ledger.interrupted(manifest))
         if manifest is None and failed.count > before:  # it was raised in the place of a batch
             self.batches += 1
+            self._lost += 1
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:
         """New workers are about to take over from those that died."""
@@ -332,13 +395,24 @@ class Epoch:
         return dataclasses.replace(failure, hint="\n".join([*found, source, cause]))
 
     def _placed(self, failure: Failure, **more: Any) -> Failure:
-        return dataclasses.replace(failure, epoch=self.number, rank=rank(), **more)
+        index, under = failure.index, self._under
+        if under is not None and index is not None and (text := under.text(index)):
+            said = f"index {index} of the {under.name} is "
+            if said not in failure.hint:
+                more = {"hint": f"{said}{text}\n{more.pop('hint', failure.hint)}"} | more
+        return dataclasses.replace(failure, epoch=self.number, rank=self.log.at.rank, **more)
+
+    def _beneath(self, index: Any) -> str:
+        """What an index is in the dataset under a Subset, in brackets; empty elsewhere."""
+        text = "" if self._under is None else self._under.text(index)
+        return f" ({text})" if text else ""
 
     def _error_in_place(self, manifest: BatchManifest | None, **fields: Any) -> SafeLoaderError:
         """An error that is ours to tell, and ends the batch of ``manifest``."""
         if manifest is not None:
             fields |= {"batch": self.batches, "worker_id": manifest.worker_id, "pid": manifest.pid}
             self.batches += 1
+            self._lost += 1
         return self.error(Failure(**fields))
 
     def error(
@@ -371,16 +445,61 @@ class Epoch:
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
+        with guarded("the look at the sampler", lambda: self.log):
+            if same_order := self._same_order():
+                self._notes.append(same_order)
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
-        self._tell("closed", self.number, notes)
+        self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
             self._tell("audited", self.audit(self.number))
+
+    def _lengths(self) -> list[str]:
+        """What the sampler says of its length, where it gave another number of batches."""
+        ledger = self.ledger
+        if not ledger.all_drawn or ledger.by_class["failed"].count:
+            return []
+        said = of_batches(self._announced, ledger.batches_drawn, None)
+        return [said] if said else []
+
+    def _same_order(self) -> str:
+        """A sentence, once for a sampler, where nobody told it the number of the epoch."""
+        shard, sampler, first = self._shard, self._sampler, self.ledger.first_drawn
+        self._sampler = None
+        if shard is None or shard.epoch is None or not self.ledger.all_drawn:
+            return ""
+        if type(first) is not bytes:  # no ints: code of the user's would have to compare them
+            return ""
+        now = shard_of(sampler)
+        if now is None or now.epoch != shard.epoch:  # told meanwhile
+            return ""
+        orders = self._orders
+        if len(orders) > _ORDERS_MAX:  # of datasets long gone
+            orders.clear()
+        before = orders.get(id(self._dataset))
+        orders[id(self._dataset)] = now.epoch, first, before is not None and before[2]
+        if before is None or before[2] or before[:2] != (now.epoch, first):
+            return ""
+        orders[id(self._dataset)] = now.epoch, first, True
+        return (
+            f"this epoch had the order of the one before: the epoch of {now.kind}(shuffle=True) is "
+            f"{now.epoch} still, and both began with {indices_text(unpack(first))}. Call its "
+            "set_epoch(epoch) before each epoch"
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more will come."""
+        return self._closed
+
+    def put_away(self) -> int | None:
+        """Let go of what the audit does not need; how many samples were drawn, if that may wait."""
+        return self._book(lambda ledger: ledger.put_away())
 
     def release(self) -> None:
         """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to
         the audit, outlives the iterator, and they would keep each other alive."""
         self.close()
-        self._dataset = None
+        self._dataset = self._sampler = None
         self.events = Events(self.log, ())
 
     def audit(self, number: int) -> EpochAudit:
@@ -388,5 +507,15 @@ class Epoch:
         audit = EpochAudit(number)
         with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
+            batches = self.batches - self._lost
+            said = self._announced
+            if said is None and self._length_is_true and audit.complete:
+                said = audit.batches_drawn
+            notes = (*audit.notes, *self._notes)
+            audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
+            if self._under is not None:
+                audit = audit.naming(self._under)
+            if self.log.at.rank is not None or self._shard is not None:
+                audit = audit.of_rank(self.log.at, self._shard)
         since = self.unchecked_since
         return audit if since is None else audit.not_checked(since, *self._off)

@@ -22,7 +22,8 @@ from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
 from safeloader.introspect.values import short_type_name, type_name
-from safeloader.main.epoch import Epoch
+from safeloader.main.announcing import announced
+from safeloader.main.epoch import NOT_ANNOUNCED, Epoch
 from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
@@ -58,11 +59,18 @@ class SafeIterator(Iterator[Any]):
         kind = short_type_name(type_name(type(loader)))
         log = LoaderLog(loader.dataset, length_of(loader.dataset), kind)
         also: list[object] = []
+        said = NOT_ANNOUNCED
         with guarded("who listens to its events", lambda: log):
             also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
         ledger = self.pool.new_ledger(loader)
-        self._epoch = epoch = Epoch(loader.dataset, settings, log, ledger, also)
+        with guarded("the look at the loader's length", lambda: log):
+            recorder, stream = settings.recorder, self.pool.stream
+            said = announced(loader, stream, log.length, recorder, log.at)
+        sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
+        self._epoch = epoch = Epoch(
+            loader.dataset, settings, log, ledger, also, announced=said, sampler=sampler
+        )
         # A stream cannot be asked again for what a dead worker had read.
         again = self.pool.workers and not self.pool.stream
         restarts = settings.on_crash == "restart" and again
@@ -130,7 +138,10 @@ class SafeIterator(Iterator[Any]):
                             discrepancy = epoch.check(manifest)
                             if discrepancy is not None:
                                 handed_over = epoch.verify != "raise"
-                                epoch.ledger.settle(discrepancy, handed_over=handed_over)
+                                worker = manifest.worker_id
+                                epoch.ledger.settle(
+                                    discrepancy, handed_over=handed_over, worker=worker
+                                )
                     except Exception as exc:
                         epoch.at_fault("the ledger", exc)
                     if discrepancy is not None:

@@ -175,7 +175,7 @@ class WorkerPool:
             policy=Policy(settings.on_error, settings.retries, tells=dumps),
             checksum=settings.checksum,
             raised=None if self.workers else self.raised,
-            length=self._log.length,
+            length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
         )
 

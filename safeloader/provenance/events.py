@@ -82,15 +82,16 @@ _EVENTS = tuple(Events.__annotations__)
 class LogLines:
     """The sink that warns in the log."""
 
-    def __init__(self, log: LoaderLog) -> None:
-        self._log = log
+    def __init__(self, log: LoaderLog, beneath: Callable[[Any], str] = lambda index: "") -> None:
+        self._log, self._beneath = log, beneath
 
     def skipped(
         self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
     ) -> None:
         """A line for each sample."""
         for index, incident in incidents:
-            said = f"index {index_text(index)} {incident.what}: {incident.reason}"
+            which = f"{index_text(index)}{self._beneath(index)}"
+            said = f"index {which} {incident.what}: {incident.reason}"
             self._log.warning("epoch %d, batch %d: %s", epoch, batch, said)
 
     def restarted(self, failure: Failure, said: Sequence[str]) -> None:

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.indices import Packed
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.underlying import Underlying
 from safeloader.introspect.values import weight
+from safeloader.provenance.audits import AuditHistory
 from safeloader.transport.stats import TransportCounts
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -39,6 +42,17 @@ class Delivery(NamedTuple):
     wait_ns: int
     began_ns: int
     manifest: BatchManifest
+
+
+class EpochFacts(NamedTuple):
+    """What holds for all batches of an epoch.
+
+    ``rank`` is that of the process, in distributed training; ``under`` the way to the dataset under
+    a Subset.
+    """
+
+    rank: int | None
+    under: Underlying | None
 
 
 class Recorder:
@@ -71,6 +85,7 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
+    asks_lengths: bool = True  # whether the user's samplers are asked how long they are
     _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -86,9 +101,13 @@ class Recorder:
         self._deliveries: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
+        self.history = AuditHistory()
+        self.facts: dict[int, EpochFacts] = {}
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
         self.looks: list[Any] = []  # at the workers of the loaders that write into it
+        # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
+        self.orders: dict[int, tuple[int, Packed, bool]] = {}
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
         self._memory_seen: int | None = None
 
@@ -109,6 +128,11 @@ class Recorder:
         self.newest_audit = lambda: audit(epoch)
         self.incidents = Counter()
         return epoch
+
+    def note_facts(self, epoch: int, facts: EpochFacts) -> None:
+        """Keep what holds for all of an epoch that begins."""
+        self.facts[epoch] = facts
+        self.facts.pop(epoch - _FACTS_MAX, None)
 
     def delivered(
         self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int = 0
@@ -187,7 +211,12 @@ class Recorder:
         """The audit of the epoch begun last, as it stands; None before the first."""
         return None if self.newest_audit is None else self.newest_audit()
 
+    def audits(self) -> list[EpochAudit]:
+        """The audits of the newest epochs, oldest first."""
+        return self.history.audits()
 
+
+_FACTS_MAX = 1024  # epochs
 _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, say
-from safeloader.introspect.files import host_name, make_folder, rank_told
+from safeloader.introspect.files import host_name, make_folder
+from safeloader.introspect.ranks import rank
 
 _BOOT = "/proc/sys/kernel/random/boot_id"
 
@@ -35,7 +36,7 @@ class RunFolder:
 
     def __init__(self, run: str, attempt: int) -> None:
         self._fd = -1
-        parent = Path(run) / f"attempt={attempt}" / f"rank={rank_told() or 0}"
+        parent = Path(run) / f"attempt={attempt}" / f"rank={rank() or 0}"
         try:
             boot = Path(_BOOT).read_text()[:8]
         except OSError:

@@ -25,6 +25,7 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 _COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
+_RANK, _UNDER_INDEX, _UNDER_PART = "rank", "under_index", "under_part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,90 @@ class Provenance:
         Columns: ``epoch``, ``batch``, ``position`` (in the batch), ``index`` (int64, or object
         where indices are not ints; in a stream the ordinal within the stream of ``worker_id``),
         ``worker_id`` (-1 in the main process), ``pid``, ``start_ns`` (ns since 1970), ``fetch_ns``.
-        """
-        return _table(map(_rows, self._recorder.deliveries()))
 
-    def lookup(self, index: Any) -> npt.NDArray[Any]:
-        """The rows of one dataset index, or of a stream's ``(worker, ordinal)``; may be none."""
+        Behind these, where there is something to say:
+
+        ``rank``
+            in distributed training, that of the process.
+        ``under_index``
+            where the dataset is a torch ``Subset`` (what ``random_split`` gives) or
+            ``ConcatDataset``, the index in the dataset under it, at whatever depth; -1 where that
+            is not known, as after somebody changed ``subset.indices``.
+        ``under_part``
+            of a ``ConcatDataset``, which of the datasets at the bottom that is, from 0.
+
+        Example:
+            >>> from torch.utils.data import Subset
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(Subset("abcdef", [5, 4, 3]))
+            >>> batches = list(loader)
+            >>> loader.provenance.to_numpy()[["index", "under_index"]].tolist()
+            [(0, 5), (1, 4), (2, 3)]
+        """
+        return self._with_facts(_table(map(_rows, self._recorder.deliveries())))
+
+    def _with_facts(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The table with the columns of what holds for whole epochs, if there is any such."""
+        facts = dict(self._recorder.facts)
+        added = []
+        if any(each.rank is not None for each in facts.values()):
+            added.append(_RANK)
+        ways = [each.under for each in facts.values() if each.under is not None]
+        if ways:
+            added.append(_UNDER_INDEX)
+        if any(way.parts > 1 for way in ways):
+            added.append(_UNDER_PART)
+        if not added:
+            return table
+        kinds: list[Any] = [(name, table.dtype[name]) for name in _COLUMNS]
+        wider = np.full(table.size, -1, dtype=[*kinds, *((name, np.int64) for name in added)])
+        for name in _COLUMNS:
+            wider[name] = table[name]
+        for epoch in np.unique(table["epoch"]).tolist():
+            if epoch not in facts:  # so many epochs ago
+                continue
+            rank, under = facts[epoch]
+            rows = table["epoch"] == epoch
+            if _RANK in added and rank is not None:
+                wider[_RANK][rows] = rank
+            if under is not None:
+                index, part = under.of_all(table["index"][rows])
+                wider[_UNDER_INDEX][rows] = index
+                if _UNDER_PART in added:
+                    wider[_UNDER_PART][rows] = part
+            elif _UNDER_INDEX in added and table.dtype["index"] == np.int64:  # it is at the bottom
+                wider[_UNDER_INDEX][rows] = table["index"][rows]
+                if _UNDER_PART in added:
+                    wider[_UNDER_PART][rows] = 0
+        return wider
+
+    def lookup(
+        self, index: Any, *, under: bool = False, part: int | None = None
+    ) -> npt.NDArray[Any]:
+        """The rows of one dataset index, or of a stream's ``(worker, ordinal)``; may be none.
+
+        Args:
+            index: as the sampler draws it.
+            under: whether ``index`` is that of the dataset under a ``Subset`` or ``ConcatDataset``,
+                ``under_index`` of the table.
+            part: with ``under``, of which of the datasets at the bottom; by default of any.
+
+        Example:
+            >>> from torch.utils.data import Subset
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(Subset("abcdef", [5, 4, 3]))
+            >>> batches = list(loader)
+            >>> loader.provenance.lookup(4, under=True)["index"].tolist()
+            [1]
+        """
+        if under:
+            table = self.to_numpy()
+            names = table.dtype.names or ()
+            rows = table[_UNDER_INDEX if _UNDER_INDEX in names else "index"] == index
+            if part is not None:
+                rows &= (table[_UNDER_PART] if _UNDER_PART in names else 0) == part
+            found_rows: npt.NDArray[Any] = table[rows]
+            return found_rows
         wanted = identity(index)
         found = []
         for delivery in self._recorder.deliveries():
@@ -143,7 +223,7 @@ class Provenance:
             rows = [k for k, item in enumerate(indices) if same(item, wanted)]
             if rows:
                 found.append(_rows(delivery)[rows])
-        return _table(found)
+        return self._with_facts(_table(found))
 
     def batch(self, n: int, epoch: int | None = None) -> BatchRecord:
         """The ``n``-th batch of an epoch (from 0), by default of the newest epoch.
@@ -190,16 +270,17 @@ class Provenance:
                     "'safeloader[parquet]', or save as .npy, .csv or .jsonl"
                 ) from exc
             table = _without_objects(self.to_numpy())
-            columns = {name: pyarrow.array(table[name]) for name in _COLUMNS}
+            columns = {name: pyarrow.array(table[name]) for name in table.dtype.names or ()}
             pyarrow.parquet.write_table(pyarrow.table(columns), target)
         elif suffix == ".csv":
             with target.open("w", newline="", encoding="utf-8") as text:
-                rows = _without_objects(self.to_numpy()).tolist()
-                csv.writer(text).writerows([_COLUMNS, *rows])
+                table = _without_objects(self.to_numpy())
+                csv.writer(text).writerows([table.dtype.names or (), *table.tolist()])
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as text:
-                for row in self.to_numpy():
-                    named = dict(zip(_COLUMNS, row.tolist(), strict=True))
+                table = self.to_numpy()
+                for row in table:
+                    named = dict(zip(table.dtype.names or (), row.tolist(), strict=True))
                     text.write(json.dumps(named, default=_text_of) + "\n")
         else:
             raise ValueError(
@@ -239,7 +320,9 @@ def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return table
     texts = np.array([_text_of(index) for index in table["index"]])
     table["index"] = texts
-    return table.astype(_with_index(texts.dtype))
+    names = table.dtype.names or ()
+    kinds = [(name, texts.dtype if name == "index" else np.int64) for name in names]
+    return table.astype(kinds)
 
 
 def _text_of(index: Any) -> str:

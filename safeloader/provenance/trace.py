@@ -28,6 +28,7 @@ from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.files import create
+from safeloader.introspect.ranks import Place
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.texts import INDEX_MAX, index_text, indices_text
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
@@ -135,9 +136,10 @@ class FileTrace:
     A fault while writing (a full disk) is logged once and ends the trace, not the training.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, at: Place | None = None) -> None:
         self._pid = os.getpid()
-        name = f"safeloader, training process {self._pid}"
+        rank = f", {at}" if at is not None and str(at) else ""
+        name = f"safeloader, training process {self._pid}{rank}"
         first = self._event(ph="M", name="process_name", tid=0, args={"name": name})
         self._file = _EventFile(first, *create(folder, "safeloader", ".json"))
         self.path = self._file.path
@@ -252,7 +254,7 @@ def trace_for(recorder: Recorder, target: bool | Path, log: LoaderLog) -> Trace 
         return known[2]
     made: Trace | None = None
     try:
-        made = FileTrace(target)
+        made = FileTrace(target, log.at)
     except Exception as exc:  # a full disk, or a fault of ours: training needs no trace
         log.warning("no trace is written: %s", str(exc))
     _traces[recorder] = (os.getpid(), target, made)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safeloader import EpochAudit, SafeDataLoader
+from safeloader import DeliveryError, EpochAudit, SafeDataLoader
 from safeloader.delivery import coverage
+from safeloader.delivery import ledger as ledger_module
 from safeloader.delivery.indices import as_array
 from tests import datasets, faults
 
@@ -277,3 +278,112 @@ def test_an_epoch_with_a_fault_of_our_own_says_since_when_and_which_parts() -> N
     assert (audit.epoch, audit.drawn, audit.delivered) == (2, 40, 30)
     assert audit.dropped.tolist() == [5]
     assert (checked.complete, checked.ok, checked.notes) == (True, True, ("a note",))
+
+
+# ── what it says of workers, keys and what nobody looked at ──────────────────────────────────────
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_without_a_key_says_what_was_not_checked(workers: int) -> None:
+    audit = audit_of(datasets.Stream(11), batch_size=4, num_workers=workers)
+    assert audit.ok
+    assert audit.unchecked == ("samples have no identity; key= gives them one",)
+    head = str(audit).split("\n")[0]
+    assert head == (
+        "epoch 0: complete, ok (not checked: samples have no identity; key= gives them one); "
+        "11 drawn, 11 delivered"
+    )
+    assert audit.to_dict()["unchecked"] == list(audit.unchecked)
+
+
+def test_what_has_an_identity_is_checked() -> None:
+    for audit in (
+        audit_of(datasets.UnsharedStream(11), batch_size=4, key=faults.key_value),
+        audit_of(list(range(11)), batch_size=4),
+    ):
+        assert audit.unchecked == ()
+        assert "not checked" not in str(audit)
+
+
+def test_a_stream_tells_the_samples_of_each_worker() -> None:
+    audit = audit_of(datasets.Stream(11), batch_size=4, num_workers=2)
+    assert audit.delivered_by == {0: 6, 1: 5}
+    assert "\n  samples by worker 0: 6, worker 1: 5" in str(audit)
+    assert audit.to_dict()["delivered_by"] == {"0": 6, "1": 5}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_even_shares_of_an_index_are_known_and_not_told(workers: int) -> None:
+    audit = audit_of(list(range(20)), batch_size=4, num_workers=workers)
+    assert audit.delivered_by == [{}, {0: 20}, {0: 12, 1: 8}][workers]
+    assert str(audit) == "epoch 0: complete, ok; 20 drawn, 20 delivered"
+
+
+def test_uneven_shares_are_told_once_there_are_batches_enough() -> None:
+    uneven = dataclasses.replace(audit_with(), delivered_by={0: 30, 1: 10}, batches=16)
+    assert str(uneven).endswith("\n  samples by worker 0: 30, worker 1: 10")
+    for harmless in ({"batches": 15}, {"delivered_by": {0: 20, 1: 10}}):
+        assert "samples by" not in str(dataclasses.replace(uneven, **harmless))
+
+
+def test_samples_of_workers_add_up_to_what_was_delivered() -> None:
+    dataset = faults.Raises(at=5, length=12)
+    audit = audit_of(dataset, batch_size=4, num_workers=2, on_error="replace")
+    assert (audit.delivered, audit.counts["replaced"]) == (11, 1)
+    assert audit.delivered_by == {0: 8, 1: 3}
+    assert "12 drawn, 11 delivered, 1 replaced" in str(audit)
+
+
+def test_a_duplicate_is_told_with_its_key_both_indices_and_their_workers() -> None:
+    loader = SafeDataLoader(
+        list(range(8)), batch_size=2, num_workers=2, key=faults.key_thirds, verify="warn"
+    )
+    with pytest.warns(RuntimeWarning, match="are one sample"):
+        list(loader)
+    audit = loader.audit
+    pairs = [(pair.key, pair.first, pair.again) for pair in audit.same_keys]
+    assert pairs == [("0", 0, 1), ("0", 0, 2), ("1", 3, 4), ("1", 3, 5), ("2", 6, 7)]
+    assert [(pair.first_worker, pair.worker) for pair in audit.same_keys][:2] == [(0, 0), (0, 1)]
+    lines = str(audit).split("\n")
+    at = next(k for k, line in enumerate(lines) if line.startswith("  duplicated: 5"))
+    assert lines[at + 1 : at + 5] == [
+        "    index 1 and index 0 are one sample (key 0)",
+        "    index 2 and index 0 are one sample (key 0): worker 0 gave one and worker 1 the other",
+        "    index 4 and index 3 are one sample (key 1): worker 1 gave one and worker 0 the other",
+        "    and more in audit.same_keys",
+    ]
+    told = json.loads(json.dumps(audit.to_dict()))["same_keys"][1]
+    assert told == {"key": "0", "first": 0, "again": 2, "first_worker": 0, "worker": 1}
+
+
+def test_pairs_of_one_sample_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "SAME_KEYS_LIMIT", 3)
+    loader = SafeDataLoader(range(8), batch_size=4, key=faults.key_constant, verify="warn")
+    with pytest.warns(RuntimeWarning, match="are one sample"):
+        list(loader)
+    assert [pair.again for pair in loader.audit.same_keys] == [1, 2, 3]
+    assert loader.audit.counts["duplicated"] == 7
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_stream_that_resamples_is_told_so_and_no_sharing_out_is_advised(workers: int) -> None:
+    loader = SafeDataLoader(
+        datasets.Resampled(), batch_size=3, num_workers=workers, key=faults.key_value
+    )
+    with pytest.raises(DeliveryError) as caught:
+        list(loader)
+    said = str(caught.value)
+    assert "one worker gave both: its stream samples with replacement" in said
+    assert "read the same part" not in said
+    assert "one worker gave both" in str(loader.audit)
+
+
+def test_two_workers_with_one_stream_are_told_to_share_it_out() -> None:
+    stream = datasets.UnsharedStream()
+    loader = SafeDataLoader(stream, batch_size=3, num_workers=2, key=faults.key_value)
+    with pytest.raises(DeliveryError) as caught:
+        list(loader)
+    said = str(caught.value)
+    assert "(key 0): worker 0 gave one and worker 1 the other" in said
+    assert "two workers read the same part of the stream" in said
+    assert "replacement" not in said + str(loader.audit)

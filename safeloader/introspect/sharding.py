@@ -1,0 +1,159 @@
+"""What a sampler says of its share among the ranks, read without asking it. Runs in: main.
+
+Of a ``DistributedSampler``, and of what looks like one: wrappers of Lightning's and Accelerate's,
+samplers of timm's and others'. Attributes are read where the interpreter keeps them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+from safeloader.introspect.values import definitions, fields, plain_length
+
+_DEPTH = 5
+_WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
+_NAMES = (  # of the number of shares, and of this one
+    ("num_replicas", "rank"),
+    ("num_processes", "process_index"),
+    ("world_size", "rank"),
+    ("_world_size", "_rank"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One rank's share of the indices, as its sampler has it.
+
+    Attributes:
+        rank: the number of the share, from 0.
+        replicas: how many shares there are.
+        length: how many indices are shared out; None where that is not known.
+        total: how many all ranks draw together; None where that is not known.
+        epoch: the number that the order is drawn from, with ``shuffle=True`` and a ``set_epoch``;
+            None where there is no such number, or the order is always the same.
+        kind: the name of the sampler's class.
+
+    Example:
+        >>> from torch.utils.data import DistributedSampler
+        >>> shard = shard_of(DistributedSampler(range(10), num_replicas=4, rank=1))
+        >>> shard.total, shard.padding, shard.left_out, shard.epoch
+        (12, 2, 0, 0)
+    """
+
+    rank: int
+    replicas: int
+    length: int | None = None
+    total: int | None = None
+    epoch: int | None = None
+    kind: str = ""
+
+    @property
+    def padding(self) -> int:
+        """How many indices are drawn a second time, so that each rank has as many as the others."""
+        known = self.length is not None and self.total is not None
+        return max(self.total - self.length, 0) if known else 0  # type: ignore[operator]  # known
+
+    @property
+    def left_out(self) -> int:
+        """How many indices no rank draws, so that each has as many as the others."""
+        known = self.length is not None and self.total is not None
+        return max(self.length - self.total, 0) if known else 0  # type: ignore[operator]  # known
+
+
+def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Shard | None:
+    """The share that a sampler or batch sampler draws; None where it says nothing of shares.
+
+    Args:
+        sampler: what the loader draws from.
+        dataset: what the loader reads.
+        length: its length, where that is known.
+    """
+    inner = sampler
+    for _ in range(_DEPTH):
+        held: dict[Any, Any] = dict(fields(inner))
+        for of, which in _NAMES:
+            replicas, rank = held.get(of), held.get(which)
+            if type(replicas) is int and type(rank) is int and 0 <= rank < replicas:
+                return _shard(inner, held, rank, replicas, dataset, length)
+        within = (held.get(name) for name in _WITHIN)
+        inner = next((each for each in within if each is not None), None)
+        if inner is None:
+            return None
+    return None
+
+
+def _shard(
+    sampler: Any, held: dict[Any, Any], rank: int, replicas: int, dataset: Any, length: int | None
+) -> Shard:
+    known = _Known(dataset, length)
+    length, total = (
+        known.length_of(held.get("dataset", held.get("data_source"))),
+        held.get("total_size"),
+    )
+    epoch = held.get("epoch")
+    orders = held.get("shuffle") is True and definitions(type(sampler), "set_epoch")
+    if "split_batches" in held and "even_batches" in held:  # Accelerate's
+        length, total = _of_batches(held, replicas, known)
+    return Shard(
+        rank,
+        replicas,
+        length=length,
+        total=total if type(total) is int else None,
+        epoch=epoch if type(epoch) is int and orders else None,
+        kind=type(sampler).__name__,
+    )
+
+
+def _of_batches(
+    held: dict[Any, Any], replicas: int, known: _Known
+) -> tuple[int | None, int | None]:
+    """How many indices are shared out batch by batch, and how many all ranks draw."""
+    inner: Any = held.get("batch_sampler")
+    size = held.get("batch_size")
+    if type(inner) is not BatchSampler or type(size) is not int or size < 1:
+        return None, None
+    length = known.length_of(inner.sampler)
+    if length is None or held.get("drop_last") is True or held["even_batches"] is not True:
+        return length, length
+    round_of = size if held["split_batches"] is True else size * replicas
+    return length, -(-length // round_of) * round_of
+
+
+class _Known(NamedTuple):
+    """The loader's dataset, and its length as far as that is known."""
+
+    dataset: Any
+    length: int | None
+
+    def length_of(self, shared_out: Any) -> int | None:
+        """The length of what is shared out, if no code of the user's has to tell it."""
+        for _ in range(_DEPTH):
+            if shared_out is self.dataset and self.length is not None:
+                return self.length
+            if (length := plain_length(shared_out)) is not None:
+                return length
+            held: dict[Any, Any] = dict(fields(shared_out))
+            number = held.get("_num_samples")
+            if type(number) is int:
+                return number
+            cls = type(shared_out)
+            if cls is SubsetRandomSampler:
+                shared_out = held.get("indices")
+            elif definitions(cls, "__len__")[:1] in _AS_LONG_AS_THEIR_SOURCE:
+                shared_out = held.get("data_source")
+            else:  # Lightning's dataset of a sampler has that; others have None
+                shared_out = held.get("_sampler")
+        return None
+
+
+_AS_LONG_AS_THEIR_SOURCE = [
+    definitions(cls, "__len__")[:1] for cls in (RandomSampler, SequentialSampler)
+]

@@ -1,0 +1,220 @@
+"""A sampler that says another number of batches than it gives is told; asking harms nothing."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from safeloader import Recorder, SafeDataLoader
+from tests import datasets, faults
+
+DATA = list(range(64))
+
+
+class Announces(Sampler[Any]):
+    """Gives ``gives`` pairs of indices, and says ``says``."""
+
+    def __init__(self, gives: int, says: Any) -> None:
+        self.gives, self.says = gives, says
+        self.asked = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[2 * k, 2 * k + 1] for k in range(self.gives)])
+
+    def __len__(self) -> int:
+        self.asked += 1
+        if isinstance(self.says, Exception):
+            raise self.says
+        return int(self.says)
+
+
+class Singles(Announces):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(self.gives))
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if "len(loader)" in each.getMessage()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("says", "follows"), [(20, "waits for ever"), (5, "stops before the end")])
+def test_a_batch_sampler_that_says_another_number_is_told(
+    workers: int, says: int, follows: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = SafeDataLoader(DATA, batch_sampler=Announces(12, says), num_workers=workers)
+    for _ in loader:
+        pass
+    said = f"the sampler says {says} batches and gave 12: whoever counts on len(loader) {follows}"
+    assert f"\n  batches: {said}" in str(loader.audit)
+    (line,) = warned(caplog)
+    assert said in line
+    audit = loader.audit
+    assert (audit.announced, audit.batches_drawn, audit.batches) == (says, 12, 12)
+    assert audit.ok
+
+
+def test_a_sampler_below_torchs_batch_sampler_is_told() -> None:
+    loader = SafeDataLoader(DATA, batch_size=4, sampler=Singles(48, 80))
+    for _ in loader:
+        pass
+    assert "the sampler says 20 batches and gave 12" in str(loader.audit)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"batch_sampler": Announces(12, 12)},
+        {"batch_sampler": Announces(12, TypeError("unknown"))},
+        {"batch_sampler": [[0, 1], [2]]},
+        {"sampler": Singles(7, 7), "batch_size": 4},
+        {"sampler": Singles(7, 7), "batch_size": 4, "drop_last": True},
+        {"sampler": Singles(7, 7), "batch_size": None},
+        {"shuffle": True, "batch_size": 7},
+    ],
+)
+def test_what_is_true_or_not_known_is_not_told(
+    arguments: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = SafeDataLoader(DATA, **arguments)
+    for _ in range(2):
+        for _ in loader:
+            pass
+        assert "batches:" not in str(loader.audit)
+    assert warned(caplog) == []
+
+
+def test_an_epoch_that_did_not_end_by_itself_shows_nothing() -> None:
+    loader = SafeDataLoader(DATA, batch_sampler=Announces(12, 20))
+    for _ in loader:
+        break
+    assert "batches:" not in str(loader.audit)
+    failing = SafeDataLoader(faults.Raises(at=5, length=12), batch_sampler=Announces(6, 7))
+    batches = iter(failing)
+    with pytest.raises(KeyError):
+        list(batches)
+    list(batches)
+    assert "batches:" not in str(failing.audit)
+
+
+class Draws(Announces):
+    """Each question moves a generator of its own, from which its batches are."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__(3, 3)
+        self.rng: Any = random.Random(5) if own else None
+
+    def _order(self) -> list[int]:
+        draw = self.rng or random
+        return [draw.randrange(64) for _ in range(3)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[index] for index in self._order()])
+
+    def __len__(self) -> int:
+        self.asked += 1
+        return len(self._order())
+
+
+class Within(Announces):
+    def __init__(self, inner: Announces) -> None:
+        super().__init__(3, 3)
+        self.sampler = inner
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Draws(True), lambda: Draws(False), lambda: Within(Draws(True))]
+)
+def test_batches_are_the_stock_loaders_whatever_a_length_draws(make: Any) -> None:
+    def batches(cls: Any) -> list[Any]:
+        random.seed(3)
+        loader = cls(DATA, batch_sampler=make())
+        return [batch.tolist() for _ in range(2) for batch in loader] + [random.random()]
+
+    assert batches(SafeDataLoader) == batches(DataLoader)
+
+
+def test_a_length_that_takes_its_time_is_asked_once() -> None:
+    class Slow(Announces):
+        def __len__(self) -> int:
+            until = time.perf_counter() + 0.006
+            while time.perf_counter() < until:
+                pass
+            return super().__len__()
+
+    sampler = Slow(3, 3)
+    loader = SafeDataLoader(DATA, batch_sampler=sampler, recorder=Recorder())
+    for _ in range(3):
+        for _ in loader:
+            pass
+    assert sampler.asked == 1
+
+
+def test_a_loader_with_a_length_of_its_own_is_left_alone() -> None:
+    class Endless(SafeDataLoader[Any]):
+        def __len__(self) -> int:
+            return 1000
+
+    sampler = Announces(3, 7)
+    loader = Endless(DATA, batch_sampler=sampler)
+    for _ in loader:
+        pass
+    assert (sampler.asked, loader.audit.announced) == (0, None)
+
+
+# ── batches handed over ──────────────────────────────────────────────────────────────────────────
+
+
+class Shared(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[int]:
+        info = torch.utils.data.get_worker_info()
+        return iter(range(info.id, 20, info.num_workers) if info else range(20))
+
+    def __len__(self) -> int:
+        return 20
+
+
+def test_a_stream_of_two_workers_ends_with_a_batch_of_each() -> None:
+    loader = SafeDataLoader(Shared(), batch_size=3, num_workers=2)
+    list(loader)
+    assert "\n  batches: len(loader) says 7, and 8 were handed over" in str(loader.audit)
+    alone = SafeDataLoader(Shared(), batch_size=3)
+    list(alone)
+    assert "batches:" not in str(alone.audit)
+
+
+def test_a_stream_without_a_length_announces_nothing() -> None:
+    loader = SafeDataLoader(datasets.Resampled(), batch_size=3)
+    list(loader)
+    assert (loader.audit.announced, loader.audit.batches) == (None, 1)
+
+
+def test_a_batch_left_out_whole_is_missing_from_the_count() -> None:
+    loader = SafeDataLoader(faults.Raises(at=5, length=12), batch_size=1, on_error="skip")
+    for _ in loader:
+        pass
+    assert "\n  batches: len(loader) says 12, and 11 were handed over" in str(loader.audit)
+
+
+def test_in_distributed_training_a_sampler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sampler = Announces(3, 7)
+    loader = SafeDataLoader(DATA, batch_sampler=sampler)
+    for _ in range(3):
+        for _ in loader:
+            pass
+    assert sampler.asked == 1
+    assert "the sampler says 7 batches and gave 3" in str(loader.audits[0])
