@@ -4,7 +4,7 @@
 
     doctor.py ── Subject ──► child.py: a process of its own ──► looks.py: one after the other
         ▲                      │ follows it, ends it as a group    │ inheriting, sending, resuming,
-        │                      │                                   │ lengths, samples, copies, speed
+        │                      │                                   │ samples, lengths, copies, speed
     Examination ◄ wording.py ◄─┴────── facts, as lines of JSON ◄───┘
     report.py
 

@@ -29,6 +29,8 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
+from itertools import takewhile
+from traceback import format_list
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,7 @@ _GUARD = b"bootstrapping phase"  # in what multiprocessing says, and in what we 
 _LOOK_S = 0.05  # how often it is looked whether the child lives
 _ANSWER_S = 0.5  # how long a stack is waited for
 _ASKED = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else None
+_OURS = os.path.join("safeloader", "examining", "")
 _LATE_S = 5.0  # past its time an orphaned child ends itself
 
 # ── the child's end
@@ -52,7 +55,8 @@ _LATE_S = 5.0  # past its time an orphaned child ends itself
 def _examine(source: Source, order: Order, facts: int, output: int, stack: int) -> None:
     """The child's life; it does not return."""
     try:
-        os.setsid()
+        if os.getsid(0) != os.getpid():
+            os.setsid()
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
@@ -303,8 +307,7 @@ class _Following:
             finally:
                 code = self._finish(ended_here=how != "died")
         seconds = time.monotonic() - self._since
-        stack = stacks.read(self._stack.decode("utf-8", "replace")).text if self._stack else ""
-        return Outcome(how, self._at, seconds, code, stack, self._samples)
+        return Outcome(how, self._at, seconds, code, _users(self._stack), self._samples)
 
     def _follow(self, waiting: selectors.BaseSelector) -> str:
         while True:
@@ -317,7 +320,8 @@ class _Following:
                 return "done" if self._done else "died"
             if now >= self._order.end:
                 return "ended"
-            if now - self._since > self._hang_s:
+            loading = self._at.what in ("starting", "loading")  # others' imports may be slow
+            if now - self._since > self._hang_s * (2 if loading else 1):
                 return "hung"
 
     def _read(self, waiting: selectors.BaseSelector, seconds: float) -> None:
@@ -373,9 +377,10 @@ class _Following:
         with contextlib.suppress(OSError):
             os.kill(self._pid, _ASKED)
         end = time.monotonic() + _ANSWER_S
-        while not self._stack and time.monotonic() < end:
+        known = -1
+        while len(self._stack) != known and time.monotonic() < end:  # until no more comes
+            known = len(self._stack) or known
             self._read(waiting, _LOOK_S)
-        self._read(waiting, 0.0)
 
     def _finish(self, *, ended_here: bool) -> int | None:
         """End the child and all that it started; its exit code if it ended by itself.
@@ -396,6 +401,15 @@ class _Following:
         if found is None:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def _users(dump: bytes) -> str:
+    """The part of a stack that is the user's, the newest frame last; all of it if there is none."""
+    if not dump:
+        return ""
+    whole = stacks.read(dump.decode("utf-8", "replace"))
+    frames = [*takewhile(lambda frame: _OURS not in frame.filename, whole.frames)]
+    return "".join(format_list(frames[::-1])).rstrip() or whole.text
 
 
 def _descendants(pid: int) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from safeloader import _torch
 from safeloader.examining.probe import GLOBAL, Probe, Told, scalars_of
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
@@ -50,6 +51,15 @@ def _loader(subject: Subject, method: str, persistent: bool, **draws: Any) -> An
     )
 
 
+def _first(loader: Any, most: int, *, end: bool = True) -> list[Told]:
+    """What the workers tell first; no more is asked for, and persistent ones stay till the end."""
+    iterator = iter(loader)
+    told = [*itertools.islice(iterator, most)]
+    if end or not loader.persistent_workers:
+        _torch.abandon(loader, iterator)
+    return told
+
+
 def _by_worker(told: list[Told]) -> tuple[list[Told], list[Told]]:
     first, second = ([each for each in told if each.worker == k] for k in range(_WORKERS))
     return first, second
@@ -66,7 +76,8 @@ def _look_at_generators(subject: Subject, talk: Talk, method: str) -> None:
     a, b, c, d = found
     # The same index for both workers, then others: a generator seeded by the index is no finding.
     batches = [[a], [a], [b], [b], [c], [d], [d], [c]]
-    first, second = _by_worker(list(_loader(subject, method, False, batch_sampler=batches)))
+    loader = _loader(subject, method, False, batch_sampler=batches)
+    first, second = _by_worker(_first(loader, len(batches)))
     talk.fetched(len(batches))
     if len(first) < 4 or len(second) < 4:
         return
@@ -93,11 +104,7 @@ def _draw_the_same(path: str, first: list[Told], second: list[Told]) -> bool:
 
 def _look_at_streams(subject: Subject, talk: Talk, method: str) -> None:
     talk.at(f"starting {_WORKERS} workers by {method}")
-    loader = _loader(subject, method, False, batch_size=1)
-    told: list[Told] = []
-    for each in itertools.islice(loader, _WORKERS * _SAMPLES):
-        told.append(each)
-        talk.at("reading the stream in workers", len(told))
+    told = _first(_loader(subject, method, False, batch_size=1), _WORKERS * _SAMPLES)
     talk.fetched(len(told))
     first, second = ([each.sample for each in worker] for worker in _by_worker(told))
     count = min(len(first), len(second))
@@ -111,12 +118,14 @@ def _look_at_streams(subject: Subject, talk: Talk, method: str) -> None:
 class _Few:
     """The first batches of each epoch of a sampler, which is asked when torch would ask it."""
 
-    def __init__(self, drawn: Any, batched: bool, count: int) -> None:
-        self._drawn, self._batched, self._count = drawn, batched, count
+    def __init__(self, drawn: Any, subject: Subject, count: int) -> None:
+        self._drawn, self._subject, self._count = drawn, subject, count
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for batch in itertools.islice(iter(self._drawn), self._count):
-            yield list(batch)[:1] if self._batched else [batch]
+        batches = iter(self._drawn)
+        for batch in itertools.islice(batches, self._count):
+            indices = list(batch) if self._subject.batched else [batch]
+            yield [index for index in indices if not self._subject.is_bad(index)][:1]
 
 
 def _look_at_epochs(subject: Subject, talk: Talk, method: str) -> None:
@@ -130,7 +139,7 @@ def _look_at_epochs(subject: Subject, talk: Talk, method: str) -> None:
         return
     draws: dict[str, Any] = {"batch_size": 1}
     if not subject.is_stream:
-        draws = {"batch_sampler": _Few(drawn, subject.batched, _BATCHES * _WORKERS)}
+        draws = {"batch_sampler": _Few(drawn, subject, _BATCHES * _WORKERS)}
     persistent = subject.persistent_workers
     loader = _loader(subject, method, persistent, **draws)
     moments = [scalars_of(subject.dataset)]
@@ -140,9 +149,7 @@ def _look_at_epochs(subject: Subject, talk: Talk, method: str) -> None:
             talk.at(f"{name}.set_epoch({epoch})")
             each.set_epoch(epoch)
         talk.at(f"epoch {epoch} in {_WORKERS} workers")
-        told = []
-        for each in itertools.islice(loader, _BATCHES * _WORKERS):
-            told.append(each)
+        told = _first(loader, _BATCHES * _WORKERS, end=epoch == _EPOCHS)
         talk.fetched(len(told))
         moments.append(scalars_of(subject.dataset))
         changed = {path for path in moments[-1] if moments[-1][path] != moments[0].get(path)}

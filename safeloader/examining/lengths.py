@@ -28,6 +28,7 @@ def look(subject: Subject, talk: Talk) -> None:
     last = _comes(subject, talk, length - 1) if length > 1 else True
     if isinstance(last, _PAST):
         end = _end(subject, talk, 0, length - 1)
+        subject.end = end
         talk.tell("too_long", length=length, end=end, error=raised(last))
     elif last is True and _comes(subject, talk, length) is True:
         _look_past(subject, talk, length)

@@ -31,8 +31,8 @@ LOOKS = (
     INHERITING,
     Look("pickling", sending.look, False, 0.15),
     Look("resuming", resuming.look, False, 0.05),
-    Look("length", lengths.look, True, 0.1),
     Look("samples", samples.look, True, 0.2),
+    Look("length", lengths.look, True, 0.1),
     Look("the workers' copies", copies.look, True, 0.2),
     Look("speed", speed.look, True, 1.0),
 )

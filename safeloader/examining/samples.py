@@ -91,6 +91,7 @@ def look(subject: Subject, talk: Talk) -> None:
             good.append(index)
         except Exception as exc:
             failed += 1
+            subject.excluded.add(index_text(index))
             talk.tell("raises", index=index_text(index), **raised(exc))
     _tell_sizes(talk, measured, first_again_s)
     if different:

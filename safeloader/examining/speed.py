@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from safeloader import _torch
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
@@ -122,11 +123,12 @@ class _Pool:
                 break
         if came and last > begin:
             self.rates.append(came / (last - begin))
-        self._tell(None)
+        self.tell(None)
 
     def stop(self) -> None:
         """End the workers."""
         self._say("ending")
+        _torch.abandon(self._loader)
         self._loader = None
         gc.collect()
 
@@ -149,7 +151,8 @@ class _Pool:
         if time.monotonic() - self._marked > _MARK_S:  # a batch came, so it does not hang
             self._say(what)
 
-    def _tell(self, error: dict[str, str] | None) -> None:
+    def tell(self, error: dict[str, str] | None) -> None:
+        """What was measured so far, or why nothing can be."""
         workers, prefetch, method = self.setting
         self._talk.tell(
             "setting",
@@ -245,15 +248,22 @@ class _Sweep:
 
     def _opened(self, setting: Setting) -> _Pool | None:
         """A pool that was started and measured once; None if it could not be."""
-        pool = _Pool(setting, self._subject, self._talk, self._source)
-        try:
-            pool.start()
-            pool.turn(_TURN_S)
-        except Exception as exc:
-            pool._tell(raised(exc))
-            pool.stop()
-            return None
-        return pool
+        for last in (False, False, True):
+            pool = _Pool(setting, self._subject, self._talk, self._source)
+            try:
+                pool.start()
+                pool.turn(_TURN_S)
+            except Exception as exc:
+                if last or (setting.method != self._cheap and setting.workers):
+                    pool.tell(raised(exc))
+                else:  # with other samples it may do
+                    self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+                pool.stop()
+                if setting.method != self._cheap and setting.workers:
+                    break
+            else:
+                return pool
+        return None
 
     def _in_turns(self, pools: list[_Pool], end: float) -> None:
         """Measure those again that may be the best, forwards and backwards in turn."""

@@ -37,7 +37,8 @@ class Subject:
         kind: the name of its class; ``name`` says its dataset too.
         batched: whether samples are put into batches.
         is_stream: whether the dataset is an iterable one.
-        excluded: texts of indices that hung or killed a child: not fetched again.
+        excluded: texts of indices that hung, killed a child or raised: not fetched again.
+        end: where the samples end, if the dataset's length is not true.
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -59,6 +60,7 @@ class Subject:
         self.batched = _torch.batches_itself(loader)
         self.is_stream = isinstance(self.dataset, IterableDataset)
         self.excluded: set[str] = set()
+        self.end: int | None = None
         self._ours: dict[str, Any] | None = None
         if isinstance(loader, SafeDataLoader):
             self._ours = {name: getattr(loader, name) for name in _KEPT if name in KEYWORDS}
@@ -132,17 +134,20 @@ class Subject:
             found += [0, length - 1]
         if all(type(index) is int for index in found):
             found = sorted(set(found))
-        found = [index for index in found if index_text(index) not in self.excluded]
+        found = [index for index in found if not self.is_bad(index)]
         if len(found) <= most:
             return found
         return [found[round(k * (len(found) - 1) / max(1, most - 1))] for k in range(most)]
 
     def _is_good(self, batch: Any) -> bool:
-        if not self.excluded:
+        if not self.excluded and self.end is None:
             return True
-        return not any(
-            index_text(each) in self.excluded for each in (batch if self.batched else [batch])
-        )
+        return not any(map(self.is_bad, batch if self.batched else [batch]))
+
+    def is_bad(self, index: Any) -> bool:
+        """Whether it is known that this index does not come."""
+        late = self.end is not None and type(index) is int and index >= self.end
+        return late or index_text(index) in self.excluded
 
     # ── to be sent to a child that is not forked
 

@@ -33,7 +33,10 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     """
     words = _Words(own, forked)
     found: list[Finding] = []
+    ends = [facts["end"] for kind, facts in heard if kind == "too_long"]
     for kind, facts in heard:
+        if ends and kind == "raises" and int(facts["index"]) >= ends[0]:
+            continue  # that the length is not true says it
         tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
         finding = None if tell is None else tell(facts)
         if finding is not None and finding not in found:
@@ -71,7 +74,7 @@ def untried(heard: Heard) -> list[str]:
     """Start methods that could be used and that nothing is known of."""
     rows = rows_of(heard)
     known = {row.method for row in rows}
-    methods = next((facts["methods"] for kind, facts in heard if kind == "machine"), [])
+    methods: list[str] = next((facts["methods"] for kind, facts in heard if kind == "machine"), [])
     return [each for each in methods if rows and each not in known]
 
 
@@ -145,6 +148,7 @@ class _Words:
 
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
+        self._failing = 0
         self._workers: int = own.get("workers", 0)
         self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
         self._forks = self._workers > 0 and own.get("method") == "fork"
@@ -274,6 +278,18 @@ class _Words:
             "the sampler gives no index",
             "iterating it came to its end at once",
             "look at the sampler, and whether the dataset is empty",
+        )
+
+    def on_batch_raises(self, facts: Facts) -> Finding | None:
+        self._failing += 1
+        if self._failing > 1:
+            return None
+        return Finding(
+            "error",
+            "batch_raises",
+            f"a batch fails: {facts['type']}",
+            facts["text"],
+            "iterate the loader as a SafeDataLoader: its error names the sample",
         )
 
     # ── length
@@ -442,24 +458,20 @@ class _Words:
 
     def of_endings(self, endings: list[Facts]) -> list[Finding]:
         """Hangs and deaths: each index once, and what happened there."""
-        found: dict[Any, Finding] = {}
+        found = [self._hung(facts) for facts in endings if facts["how"] == "hung"]
+        died: dict[Any, list[Facts]] = {}
         for facts in endings:
-            if facts["how"] == "ended":
-                continue
-            place = facts["index"] or facts["what"]
-            if facts["how"] == "died" and (facts["how"], place) not in found:
-                found["died", place] = self._died(facts)
-            elif facts["how"] == "hung" and ("hung", place) not in found:
-                found["hung", place] = self._hung(facts)
-        return [*found.values()]
+            if facts["how"] == "died":
+                died.setdefault(facts["code"], []).append(facts)
+        return [*found, *map(self._died, died.values())]
 
-    def _died(self, facts: Facts) -> Finding:
-        where = _where(facts)
-        how = _how_it_died(facts["code"])
+    def _died(self, deaths: list[Facts]) -> Finding:
+        facts = deaths[0]
+        where = " and ".join(dict.fromkeys(map(_where, deaths)))
         return Finding(
             "error",
             "dies",
-            f"the process {how} {where}",
+            f"the process {_how_it_died(facts['code'])} {where}",
             facts["stack"] or facts["printed"] or "it left no stack behind",
             "run dataset[index] in a fresh process under a debugger; a worker would die of it too"
             if facts["index"]
@@ -467,6 +479,15 @@ class _Words:
         )
 
     def _hung(self, facts: Facts) -> Finding:
+        if facts["what"] == "loading":
+            return Finding(
+                "error",
+                "guard",
+                "the program does not come to an end when it is imported",
+                _cut_stack(facts["stack"]) or f"{facts['seconds']:.0f} s went by",
+                'put what it does besides defining under `if __name__ == "__main__":`; workers '
+                "that are spawned import it too",
+            )
         where = _where(facts)
         workers = facts.get("setting")
         if workers:
@@ -507,6 +528,8 @@ class _Words:
             mine = row.workers == self._workers and row.method == self._own.get("method")
             if row.error.startswith(("the process died", "no batch came", "the time was up")):
                 continue  # told as an end of the child
+            if self._failing and row.method in (None, "fork"):
+                continue  # told with what was raised
             who = (
                 f"with {row.workers} workers by {row.method}" if row.workers else "without workers"
             )

@@ -1,6 +1,7 @@
 """The random generators that an object holds, themselves. Runs in: both.
 
-Found by what is held, without running code of the user's, as :mod:`.fork_hazards` does. To ask a generator for its state, or to put it back, is the caller's.
+Found by what is held, without running code of the user's. To ask a generator for its state, or to
+put it back, is the caller's.
 """
 
 from __future__ import annotations
