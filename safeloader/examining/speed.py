@@ -8,7 +8,6 @@ to the first batch.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import multiprocessing
@@ -130,7 +129,6 @@ class _Pool:
         self._say("ending")
         _torch.abandon(self._loader)
         self._loader = None
-        gc.collect()
 
     def _epoch(self, count: int) -> Iterator[Any]:
         if self._subject.is_stream:
@@ -170,6 +168,7 @@ class _Sweep:
         self._subject, self._talk = subject, talk
         self._source = subject.batches() if not subject.is_stream else iter(())
         self._own = subject.num_workers
+        self._measured: set[Setting] = set()
         methods = multiprocessing.get_all_start_methods()
         self._sent = not subject.unpicklable()
         self._cheap = "fork" if "fork" in methods else methods[0]
@@ -178,7 +177,7 @@ class _Sweep:
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
         total = self._talk.left()
-        tried = self._numbers_of_workers(self._talk.end - 0.55 * total)
+        tried = self._numbers_of_workers(self._talk.end - 0.42 * total)
         best = self._best(tried)
         if best is None or not best.setting.workers:
             for pool in tried:
@@ -186,7 +185,7 @@ class _Sweep:
             if best is not None and len(self._methods) > 1:
                 self._start_methods(Setting(1, 2, self._cheap))
             return
-        tried = [*self._prefetch_factors(tried, best.setting, self._talk.end - 0.4 * total)]
+        tried = [*self._prefetch_factors(tried, best.setting, self._talk.end - 0.3 * total)]
         best = self._best(tried) or best
         for pool in tried:
             pool.stop()
@@ -238,11 +237,12 @@ class _Sweep:
 
     def _start_methods(self, best: Setting) -> None:
         for method in self._methods:
-            if best.method == method and best.workers > 1:
-                continue  # measured already
+            setting = best._replace(method=method)
+            if setting in self._measured:
+                continue
             if self._talk.left() < 0.5 or self._talk.samples <= 0:
                 return
-            pool = self._opened(best._replace(method=method))
+            pool = self._opened(setting)
             if pool is not None:
                 pool.stop()
 
@@ -262,6 +262,7 @@ class _Sweep:
                 if setting.method != self._cheap and setting.workers:
                     break
             else:
+                self._measured.add(setting)
                 return pool
         return None
 
