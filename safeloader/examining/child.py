@@ -201,7 +201,8 @@ def follow(
             return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
         finally:
             process.join(5.0)
-            process.close()
+            with contextlib.suppress(ValueError):  # it cannot be killed: the kernel waits in it
+                process.close()
 
 
 def follow_spawned(
@@ -246,7 +247,8 @@ def follow_spawned(
         try:
             return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
         finally:
-            process.wait(5.0)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)
 
 
 class _Pipes:
@@ -320,7 +322,7 @@ class _Following:
                 return "done" if self._done else "died"
             if now >= self._order.end:
                 return "ended"
-            loading = self._at.what in ("starting", "loading")  # others' imports may be slow
+            loading = self._at.what.startswith(("starting", "loading"))  # imports may be slow
             if now - self._since > self._hang_s * (2 if loading else 1):
                 return "hung"
 

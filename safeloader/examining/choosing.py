@@ -76,7 +76,9 @@ def chosen(rows: Collection[Row], ruled_out: Collection[str]) -> Row | None:
             near = row.workers == best.workers or row.method not in first
             if near:
                 first[row.method] = min(row.first_s, first.get(row.method, row.first_s))
-    method = min(first, key=lambda each: first[each], default=best.method)
+    unmeasured = [each for each in ("spawn", "forkserver") if each not in ruled_out]
+    other = unmeasured[0] if best.method in ruled_out and unmeasured else best.method
+    method = min(first, key=lambda each: first[each], default=other)
     same = [
         row
         for row in measured

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
+from safeloader.examining.inheriting import hazards
 from safeloader.examining.probe import GLOBAL, Probe, Told, scalars_of
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
@@ -27,7 +28,10 @@ _BATCHES = 2  # of an epoch, for each worker
 
 def look(subject: Subject, talk: Talk) -> None:
     """Look at streams, generators and epochs, in this order."""
-    method = "fork" if subject.method == "fork" or subject.unpicklable() else subject.method
+    methods = get_all_start_methods()
+    # A forked copy is like a spawned one, and there at once; but not where a fork breaks it.
+    forks = "fork" in methods and (subject.method == "fork" or not hazards(subject))
+    method = "fork" if forks or subject.unpicklable() else subject.method
     try:
         if subject.is_stream:
             _look_at_streams(subject, talk, method)

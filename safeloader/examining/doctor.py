@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import re
 import time
 from typing import Any
@@ -54,7 +55,8 @@ def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Exa
     Raises:
         TypeError: if there is no loader in ``loader``, or an argument is of another kind.
         ValueError: if an argument is out of range.
-        RuntimeError: in a worker, and in a program that spawn imports once more: put the call under
+        RuntimeError: in a worker or another daemonic process, and in a program that spawn imports
+            once more: put the call under
             ``if __name__ == "__main__":``.
 
     Example:
@@ -77,6 +79,8 @@ def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Exa
         )
     if get_worker_info() is not None:
         raise RuntimeError("doctor cannot run in a worker; call it in the training process")
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError("doctor cannot run in a daemonic process, which may start no other")
     found = loader_in(loader)
     if found is None:
         raise TypeError(

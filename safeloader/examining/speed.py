@@ -205,7 +205,7 @@ class _Sweep:
             needed = workers <= 1 or workers == self._own
             if (time.monotonic() + cost > end and not needed) or self._talk.samples <= 0:
                 break
-            if worse >= 2 and workers > cores() and workers != self._own:
+            if worse >= 2 and workers > 4 and workers != self._own:
                 continue
             pool = self._opened(setting)
             if pool is None:
@@ -215,8 +215,20 @@ class _Sweep:
             best = self._best(pools)
             worse = worse + 1 if best is not None and pool.rate < 1.05 * best.rate else 0
             pools.append(pool)
+            pools = self._without_slow(pools)
         self._in_turns(pools, end)
         return pools
+
+    def _without_slow(self, pools: list[_Pool]) -> list[_Pool]:
+        """End those that are far behind, where there are many workers already."""
+        best = self._best(pools)
+        if best is None or sum(pool.setting.workers for pool in pools) <= 4 * cores() + 8:
+            return pools
+        left = [pool for pool in pools if max(pool.rates, default=0.0) >= _CONTENDS * best.rate]
+        for pool in pools:
+            if pool not in left:
+                pool.stop()
+        return left
 
     def _prefetch_factors(self, pools: list[_Pool], best: Setting, end: float) -> list[_Pool]:
         held = [pool for pool in pools if pool.setting == best]

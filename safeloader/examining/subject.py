@@ -6,7 +6,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Iterator
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 import torch
@@ -54,7 +54,10 @@ class Subject:
         self.num_workers: int = each.num_workers
         self.persistent_workers: bool = each.persistent_workers
         self.prefetch_factor: int | None = each.prefetch_factor
-        self.method = _torch.start_method(loader)
+        # Not by get_start_method() alone: that fixes the default for the whole program.
+        context: Any = each.multiprocessing_context or torch.multiprocessing
+        default = get_all_start_methods()[0]
+        self.method: str = context.get_start_method(allow_none=True) or default
         self.kind = type(loader).__name__
         self.saves_state = callable(getattr(type(loader), "state_dict", None))
         self.batched = _torch.batches_itself(loader)

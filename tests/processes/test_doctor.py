@@ -789,6 +789,21 @@ def test_bad_input_is_refused_at_once(words: Any, error: Any) -> None:
     assert time.monotonic() - begin < 2
 
 
+def test_the_start_method_of_the_program_stays_to_be_set() -> None:
+    program = """
+import multiprocessing, torch, safeloader
+from safeloader.examining import looks
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    looks.LOOKS = looks.LOOKS[:-1]
+    safeloader.doctor(DataLoader([1, 2], num_workers=1), seconds=5)
+    multiprocessing.set_start_method("spawn")
+    print("set")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set\n", done.stderr
+
+
 def test_it_is_a_function_of_the_package() -> None:
     program = (
         "import safeloader.examining.doctor, safeloader; print(callable(safeloader.doctor), "

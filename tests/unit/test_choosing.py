@@ -42,6 +42,12 @@ def test_the_start_method_is_the_one_with_the_first_batch_first() -> None:
     best = chosen([FORK, slow, Row(2, 2, "forkserver", (39.0,), 3.0)], {"fork"})
     assert best is not None
     assert (best.method, best.first_s) == ("forkserver", 3.0)
+    best = chosen([FORK], {"fork"})  # what was not measured is better than what fails
+    assert best is not None
+    assert (best.workers, best.method, best.first_s) == (2, "spawn", None)
+    best = chosen([FORK], {"fork", "spawn", "forkserver"})
+    assert best is not None
+    assert best.method == "fork"
 
 
 def setting(**facts: object) -> tuple[str, dict[str, object]]:
@@ -76,10 +82,8 @@ def test_start_methods_that_were_not_come_to() -> None:
 
 
 def test_the_worst_finding_is_first_and_each_is_told_once() -> None:
-    slow = (
-        "samples",
-        {"first_s": 2.0, "first_again_s": 0.001, "median_s": 0.001, "worst_s": 0.001},
-    )
+    quick = dict.fromkeys(("first_again_s", "median_s", "worst_s"), 0.001)
+    slow = ("samples", {"first_s": 2.0, **quick})
     empty = ("empty", {})
     found = findings_of([slow, empty, empty], OWN, forked=True, lacks_guard=False)
     assert [each.level for each in found] == ["error", "warning"]
