@@ -260,6 +260,7 @@ class _Examining:
                 "start_method": own.get("method") if own.get("workers") else None,
             },
             cores=wording.cores_of(heard),
+            sent=next((facts for kind, facts in heard if kind == "weight"), {}),
             resume=wording.resume_text(heard),
             not_looked_at=(*self._not_looked_at, *late),
             output=self._output.tail,

@@ -46,6 +46,8 @@ class Examination:
             first batch.
         recommended: the one to use; None where none was measured.
         own: the loader's own setting, ``num_workers``, ``prefetch_factor`` and ``start_method``.
+        sent: bytes that spawn and forkserver send to each worker, and the heaviest attributes;
+            empty where something cannot be pickled.
         resume: whether training can go on where it was, and what is known of it.
         not_looked_at: what could not be looked at, and why.
         output: the end of what the dataset printed; ``output_bytes`` is how much that was.
@@ -59,6 +61,7 @@ class Examination:
     recommended: Row | None
     own: dict[str, Any]
     cores: int | None
+    sent: dict[str, Any]
     resume: str
     not_looked_at: tuple[str, ...]
     output: str
@@ -95,6 +98,10 @@ class Examination:
                 lines.append(f"   what to do: {each.advice}")
             lines.append("")
         lines += [*self._speed(), *self._samples()]
+        if self.sent:
+            parts = [f"{path} {human_bytes(size)}" for path, size in self.sent["heaviest"]]
+            heavy = f" ({', '.join(parts)})" if parts else ""
+            lines.append(f"spawn sends {human_bytes(self.sent['bytes'])} to each worker{heavy}")
         if self.resume:
             lines.append(f"resuming: {self.resume}")
         if self.output_bytes:

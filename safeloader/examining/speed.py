@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -41,7 +42,10 @@ class Setting(NamedTuple):
 
 def look(subject: Subject, talk: Talk) -> None:
     """Try numbers of workers, then prefetch factors, then start methods."""
-    _Sweep(subject, talk).run()
+    with warnings.catch_warnings():
+        # More workers than cores are tried on purpose; torch says to each that it is too many.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        _Sweep(subject, talk).run()
 
 
 def cores() -> int:

@@ -19,6 +19,7 @@ _SLOW_S = 0.5
 _FASTER = 1.15  # than the loader's own setting, to be told
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
+_LATE = "the time was up"
 _SPAWNING = ("spawn", "forkserver")
 
 
@@ -60,7 +61,7 @@ def rows_of(heard: Heard) -> list[Row]:
             setting = tuple(facts["setting"])
             if setting not in rows:
                 how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
-                text = f"{how or 'the time was up'} after {facts['seconds']:.1f} s"
+                text = f"{how or _LATE} after {facts['seconds']:.1f} s"
                 rows[setting] = Row(*setting, (), None, text)
     return list(rows.values())
 
@@ -84,7 +85,8 @@ def ruled_out(heard: Heard) -> set[str]:
     out = {"fork"} if "hazard" in kinds else set()
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
-    return out | {str(row.method) for row in rows_of(heard) if row.error and row.method != "fork"}
+    failed = [row for row in rows_of(heard) if row.error and not row.error.startswith(_LATE)]
+    return out | {str(row.method) for row in failed if row.method != "fork"}
 
 
 def recommended(heard: Heard) -> tuple[Row | None, str]:
@@ -312,7 +314,7 @@ class _Words:
     def on_too_short(self, facts: Facts) -> Finding:
         length, end = facts["length"], facts["end"]
         return Finding(
-            "error",
+            "warning",
             "length",
             f"__len__ is too short: it says {length}, and there are {end} samples",
             f"dataset[{length}] to dataset[{end - 1}] give samples, dataset[{end}] does not",
@@ -355,7 +357,9 @@ class _Words:
         return Finding(
             "error" if self._workers > 1 else "warning",
             "one_stream",
-            "every worker reads the whole stream: each sample comes once from each worker",
+            "every worker reads the whole stream: each sample comes once from each worker"
+            if self._workers > 1
+            else "with workers, each would read the whole stream",
             f"the first {facts['samples']} samples of two workers are the same, one by one",
             "divide it in __iter__ by get_worker_info().id and num_workers",
         )
@@ -526,7 +530,7 @@ class _Words:
         failed = [row for row in rows if row.error and not (lacks_guard and row.method != "fork")]
         for row in failed[:3]:
             mine = row.workers == self._workers and row.method == self._own.get("method")
-            if row.error.startswith(("the process died", "no batch came", "the time was up")):
+            if row.error.startswith(("the process died", "no batch came", _LATE)):
                 continue  # told as an end of the child
             if self._failing and row.method in (None, "fork"):
                 continue  # told with what was raised

@@ -98,6 +98,7 @@ def test_a_report_for_people_and_for_programs() -> None:
         recommended=FORK,
         own={"num_workers": 2, "prefetch_factor": 2, "start_method": "fork"},
         cores=2,
+        sent={"bytes": 2048, "heaviest": [["dataset.data", 2000]]},
         resume="no",
         not_looked_at=("start method spawn: no time was left",),
         output="a line\n",
@@ -114,6 +115,7 @@ def test_a_report_for_people_and_for_programs() -> None:
     assert any(line.endswith("yours, use this") and "40.5" in line for line in lines)
     assert any(line.endswith("OSError: no") for line in lines)
     assert "   what to do: mend it" in lines
+    assert "spawn sends 2 KiB to each worker (dataset.data 2 KiB)" in lines
 
 
 def test_the_sweep_of_the_benchmark_is_exhaustive_and_its_verdict_is_as_the_bar_has_it() -> None:
