@@ -69,7 +69,7 @@ def _examine(source: Source, order: Order, facts: int, output: int, stack: int) 
         late = order.end - time.monotonic() + _LATE_S
         faulthandler.dump_traceback_later(max(1.0, late), exit=True, file=stack)
         torch.set_num_threads(1)  # as in a worker; with more, a forked child may hang in OpenMP
-        talk = Talk(facts, order.end, order.samples)
+        talk = Talk(facts, order.end, order.samples, order.avoided)
         look_all(source, talk, order.first, order.excluded)
         talk.done(talk.samples)
         with contextlib.suppress(Exception):
@@ -322,7 +322,8 @@ class _Following:
                 return "done" if self._done else "died"
             if now >= self._order.end:
                 return "ended"
-            loading = self._at.what.startswith(("starting", "loading"))  # imports may be slow
+            at = self._at.what  # what imports anew may be slow
+            loading = at in ("starting", "loading") or at.endswith(("by spawn", "by forkserver"))
             if now - self._since > self._hang_s * (2 if loading else 1):
                 return "hung"
 

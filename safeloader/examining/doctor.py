@@ -25,7 +25,7 @@ _HANG_SHARE = 3.0  # of the time: without a word for a third of it, it hangs
 _HANG_LEAST_S = 2.0
 _FAILED_MOST = 2  # ends in the middle of fetching, after which nothing more is fetched
 _SETTING = re.compile(
-    r"(?:starting|measuring|ending|first batches): (\d+|no) workers(?: by (\w+))?"
+    r"(?:starting|measuring|ending|first batches):? (\d+|no) workers(?: by (\w+))?"
 )
 
 
@@ -187,9 +187,12 @@ class _Examining:
     def _all_looks(self, start: Any, inherits: bool) -> None:
         first = 0 if inherits else 1
         excluded: set[str] = set()
+        avoided: set[str] = set()
         failed, again = 0, False
         while first < len(looks.LOOKS):
-            order = Order(first, self._end, max(1, self._samples), frozenset(excluded))
+            order = Order(
+                first, self._end, max(1, self._samples), frozenset(excluded), frozenset(avoided)
+            )
             outcome = start(order)
             self._samples = outcome.samples
             at = outcome.at
@@ -205,6 +208,11 @@ class _Examining:
                 return
             if at.what in ("loading", "starting"):
                 return
+            method = self._heard[-1][1]["method"]
+            if method is not None and method not in avoided and at.place is None:
+                avoided.add(method)  # and the others may do
+                first = at.look if looks.LOOKS[at.look] is looks.SPEED else at.look + 1
+                continue
             failed += looks.LOOKS[at.look].fetches
             if at.place is not None:
                 excluded.add(at.place)
@@ -239,6 +247,7 @@ class _Examining:
             stack=outcome.stack,
             printed="\n".join(printed),
             setting=setting,
+            method=setting and setting[2],
         )
 
     def report(self, name: str) -> Examination:

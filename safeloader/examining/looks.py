@@ -27,6 +27,7 @@ def _inheriting(subject: Subject, talk: Talk) -> None:
 
 
 INHERITING = Look("what a fork inherits", _inheriting, False, 0.05)
+SPEED = Look("speed", speed.look, True, 1.0)
 LOOKS = (
     INHERITING,
     Look("pickling", sending.look, False, 0.15),
@@ -34,7 +35,7 @@ LOOKS = (
     Look("samples", samples.look, True, 0.2),
     Look("length", lengths.look, True, 0.1),
     Look("the workers' copies", copies.look, True, 0.2),
-    Look("speed", speed.look, True, 1.0),
+    SPEED,
 )
 
 

@@ -175,8 +175,9 @@ class _Sweep:
         self._measured: set[Setting] = set()
         methods = multiprocessing.get_all_start_methods()
         self._sent = not subject.unpicklable()
-        self._cheap = "fork" if "fork" in methods else methods[0]
-        self._methods = methods if self._sent else [each for each in methods if each == "fork"]
+        usable = methods if self._sent else [each for each in methods if each == "fork"]
+        self._methods = [each for each in usable if each not in talk.avoided]
+        self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
 
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
@@ -203,7 +204,7 @@ class _Sweep:
         pools: list[_Pool] = []
         worse = 0
         own = self._subject.prefetch_factor or 2
-        for workers in counts(cores(), self._own):
+        for workers in counts(cores(), self._own) if self._methods else [0]:
             setting = Setting(workers, own if workers else None, self._cheap if workers else None)
             cost = (pools[-1].first_s * 2 + _TURN_S) if pools else 0.0
             needed = workers <= 1 or workers == self._own

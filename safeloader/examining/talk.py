@@ -26,11 +26,15 @@ class Talk:
     """What a look may say and has to keep to, in the child.
 
     Attributes:
+        avoided: start methods by which workers hung; others are to be used.
         end: when all has to be done, by ``time.monotonic``.
         samples: how many more may be fetched.
     """
 
-    def __init__(self, fd: int, end: float, samples: int) -> None:
+    def __init__(
+        self, fd: int, end: float, samples: int, avoided: frozenset[str] = frozenset()
+    ) -> None:
+        self.avoided = avoided
         self._fd, self.end, self.samples = fd, end, samples
         self._look_end = end
 
@@ -72,3 +76,4 @@ class Order(NamedTuple):
     end: float  # by time.monotonic, which all processes of a machine share
     samples: int
     excluded: frozenset[str]
+    avoided: frozenset[str] = frozenset()  # start methods by which workers hang

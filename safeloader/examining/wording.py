@@ -85,8 +85,13 @@ def ruled_out(heard: Heard) -> set[str]:
     out = {"fork"} if "hazard" in kinds else set()
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
+    out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
     failed = [row for row in rows_of(heard) if row.error and not row.error.startswith(_LATE)]
     return out | {str(row.method) for row in failed if row.method != "fork"}
+
+
+def _fork_hangs(facts: Facts) -> bool:
+    return facts["how"] in ("hung", "died") and facts.get("method") == "fork"
 
 
 def recommended(heard: Heard) -> tuple[Row | None, str]:
@@ -495,14 +500,16 @@ class _Words:
         where = _where(facts)
         workers = facts.get("setting")
         if workers:
-            own = workers[0] == self._workers and workers[2] == self._own.get("method")
+            own = self._workers > 0 and workers[2] == self._own.get("method")
             return Finding(
                 "error" if own else "warning",
                 "hangs",
                 f"no batch came for {facts['seconds']:.0f} s {where}",
                 _cut_stack(facts["stack"]) or "nothing is known of where the workers were",
-                "samples came without workers: look for locks and threads that are inherited "
-                "through fork, and for what takes long to start",
+                "samples came without workers: look for a lock or a pool of threads that the fork "
+                "inherits, in a library too; spawn and forkserver inherit none"
+                if workers[2] == "fork"
+                else "samples came without workers: look for what takes long to import or to send",
             )
         return Finding(
             "error",

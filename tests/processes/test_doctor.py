@@ -599,6 +599,21 @@ def busy(seconds: float) -> None:
         pass
 
 
+_LOCK = threading.Lock()
+
+
+class Deadlocked(Sound):
+    """As a library does it: what was locked before the fork is locked for ever behind it."""
+
+    def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is None:
+            _LOCK.acquire(blocking=False)
+        else:
+            _LOCK.acquire()
+            _LOCK.release()
+        return super().__getitem__(index)
+
+
 class Slow(Sound):
     """Waits for something that is not this machine: speed grows with every worker."""
 
@@ -623,6 +638,17 @@ class TestSpeed:
         told = report.to_dict()["recommended"]
         assert {"num_workers", "prefetch_factor", "start_method"} <= told.keys()
         assert "first batch" in str(report)
+
+    def test_where_forked_workers_hang_others_are_measured(self) -> None:
+        report = examine(Deadlocked(), seconds=60.0, num_workers=2)
+        found = [each for each in report.findings if each.kind == "hangs"]
+        assert found
+        assert all("by fork" in each.answer for each in found)
+        assert found[0].level == "error"
+        best = report.recommended
+        assert best is not None
+        assert best.method != "fork"
+        assert any(row.method in ("spawn", "forkserver") and row.rates for row in report.settings)
 
     def test_what_fails_is_left_out_and_the_rest_measured(self) -> None:
         class Broken(Sound):
