@@ -377,8 +377,10 @@ class _Following:
         """Where it is: the handler is in C, and answers from a call that never ends too."""
         if _ASKED is None:
             return
+        # Forked workers answer in the child's way; it is they who hang, and not who waits for them.
+        workers = _descendants(self._pid) if self._at.what.endswith("by fork") else []
         with contextlib.suppress(OSError):
-            os.kill(self._pid, _ASKED)
+            os.kill((workers or [self._pid])[0], _ASKED)
         end = time.monotonic() + _ANSWER_S
         known = -1
         while len(self._stack) != known and time.monotonic() < end:  # until no more comes

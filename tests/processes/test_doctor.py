@@ -622,6 +622,7 @@ class Slow(Sound):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 class TestSpeed:
     def test_settings_are_measured_and_one_is_recommended(self) -> None:
         report = examine(Slow(), seconds=20.0, num_workers=1, batch_size=2)
@@ -645,6 +646,7 @@ class TestSpeed:
         assert found
         assert all("by fork" in each.answer for each in found)
         assert found[0].level == "error"
+        assert "_LOCK.acquire()" in found[0].evidence
         best = report.recommended
         assert best is not None
         assert best.method != "fork"
@@ -710,6 +712,7 @@ class TestWithoutFork:
     def spawned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(child, "can_fork", lambda: False)
 
+    @pytest.mark.slow
     def test_the_parts_go_by_pickle(self, capfd: pytest.CaptureFixture[str]) -> None:
         dataset = Killing()
         report = doctor(DataLoader(dataset, batch_size=2), seconds=60.0, samples=100)
@@ -749,6 +752,7 @@ def program(tmp_path: Path) -> Any:
 
 
 class TestCommand:
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", ["train.py:make_loader", "train:make_loader"])
     def test_both_forms(self, tmp_path: Path, program: Any, target: str) -> None:
         program()
@@ -786,12 +790,14 @@ class TestCommand:
         assert told in done.stderr
         assert "Traceback" not in done.stderr
 
+    @pytest.mark.slow
     def test_a_program_that_works_when_it_is_imported(self, tmp_path: Path, program: Any) -> None:
         program(rest="import threading; threading.Event().wait()")
         done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "6")
         assert done.returncode == 1
         assert 'under `if __name__ == "__main__":`' in done.stdout
 
+    @pytest.mark.slow
     def test_a_program_without_a_guard(self, tmp_path: Path, program: Any) -> None:
         program(rest="import safeloader; print(safeloader.doctor(loader, seconds=25))")
         done = ran(tmp_path, "train.py")
