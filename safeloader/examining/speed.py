@@ -30,6 +30,7 @@ _ROUNDS = 7
 _CONTENDS = 0.8  # of the best: is measured again
 _PREFETCH = (1, 4, 8)
 _MARK_S = 0.5
+_MOST = 8  # workers for each core, where speed grows so far
 
 
 class Setting(NamedTuple):
@@ -204,7 +205,8 @@ class _Sweep:
         pools: list[_Pool] = []
         worse = 0
         own = self._subject.prefetch_factor or 2
-        for workers in counts(cores(), self._own) if self._methods else [0]:
+        tried = counts(cores(), self._own) if self._methods else [0]
+        for workers in tried:
             setting = Setting(workers, own if workers else None, self._cheap if workers else None)
             cost = (pools[-1].first_s * 2 + _TURN_S) if pools else 0.0
             needed = workers <= 1 or workers == self._own
@@ -220,6 +222,8 @@ class _Sweep:
             best = self._best(pools)
             worse = worse + 1 if best is not None and pool.rate < 1.05 * best.rate else 0
             pools.append(pool)
+            if workers == tried[-1] and not worse and 0 < workers < _MOST * cores():
+                tried.append(2 * workers)  # it waits for something else than the cores
             pools = self._without_slow(pools)
         self._in_turns(pools, end)
         return pools
