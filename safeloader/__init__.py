@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
         WorkerInitError,
         WorkerTimeoutError,
     )
+    from safeloader.examining.doctor import doctor
     from safeloader.failures.failure import Failure
     from safeloader.failures.replay import replay
     from safeloader.instrumenting import instrument, loaders_of
@@ -54,6 +55,7 @@ __all__ = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "doctor",
     "instrument",
     "loaders_of",
     "replay",
@@ -67,6 +69,7 @@ _HOMES = {
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",
+    "doctor": "examining.doctor",
     "instrument": "instrumenting",
     "loaders_of": "instrumenting",
     "replay": "failures.replay",

@@ -6,8 +6,10 @@ import sys
 
 _USAGE = """\
 usage: python -m safeloader run [--run DIR] [options] CMD...
+       python -m safeloader doctor [--seconds S] [--json] TARGET
 
-run    a training program, with every DataLoader of it recorded; `run --help` says more
+run     a training program, with every DataLoader of it recorded; `run --help` says more
+doctor  examines a loader before training: `doctor train.py:make_loader`; `doctor --help` says more
 """
 
 
@@ -17,6 +19,10 @@ def main(words: list[str]) -> int:
         from safeloader.commands import run
 
         return run.main(words[1:])
+    if words[:1] == ["doctor"]:
+        from safeloader.commands import doctor
+
+        return doctor.main(words[1:])
     asked = words[:1] in (["-h"], ["--help"])
     if words and not asked:
         print(f"python -m safeloader: there is no command {words[0]!r}", file=sys.stderr)

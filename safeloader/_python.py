@@ -104,3 +104,30 @@ def close_pipes(raised: BaseException) -> None:
         for name in _PIPES:
             if open_still and name in names:
                 os.close(names[name])
+
+
+def spawn_preparation() -> dict[str, Any]:
+    """What a process started by spawn is told of this one: its paths, and where ``__main__`` is."""
+    from multiprocessing import spawn
+
+    told: dict[str, Any] = spawn.get_preparation_data("safeloader")
+    return told
+
+
+def prepare_spawned(told: dict[str, Any]) -> None:
+    """Make this process like the one that :func:`spawn_preparation` told of."""
+    from multiprocessing import process, spawn
+
+    current: Any = process.current_process()
+    current._inheriting = True
+    try:
+        spawn.prepare(told)
+    finally:
+        del current._inheriting
+
+
+def is_being_prepared() -> bool:
+    """Whether this is a process started by spawn, in which the program is imported once more."""
+    from multiprocessing import process
+
+    return bool(getattr(process.current_process(), "_inheriting", False))

@@ -288,6 +288,22 @@ def shut_down(iterator: Any) -> None:
     iterator._shutdown_workers()
 
 
+def abandon(loader: DataLoader[Any], iterator: Any = None) -> None:
+    """Kill the workers of an iterator, or of the one that the loader keeps, and wait for none.
+
+    Processes that a worker forked hold its end of a pipe, for which torch waits five seconds.
+    """
+    held: Any = kept_iterator(loader) if iterator is None else iterator
+    if not hasattr(held, "_workers"):
+        return
+    if held._worker_pids_set:
+        _utils.signal_handling._remove_worker_pids(id(held))
+        held._worker_pids_set = False
+    held._shutdown = True
+    for worker in held._workers:
+        worker.kill()
+
+
 def next_of(iterator: Any) -> Any:
     """``next(iterator)``, without the mark for the profiler while none is running.
 

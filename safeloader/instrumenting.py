@@ -74,7 +74,7 @@ def instrument(obj: _T, **options: Any) -> _T:
         [0, 1, 2, 3] (0, 1, 2, 3)
         [4, 5] (4, 5)
     """
-    loader = _loader_in(obj)
+    loader = loader_in(obj)
     if loader is None:
         several = isinstance(obj, dict | list | tuple)
         raise TypeError(
@@ -154,19 +154,19 @@ def loaders_of(obj: Any) -> list[Any]:
     """
     if isinstance(obj, dict):
         obj = list(obj.values())
-    found = map(_loader_in, obj if isinstance(obj, list | tuple) else [obj])
+    found = map(loader_in, obj if isinstance(obj, list | tuple) else [obj])
     ours = (each if isinstance(each, SafeDataLoader) else handle_of(each) for each in found)
     return [each for each in ours if each is not None]
 
 
-def _loader_in(obj: Any, outer: tuple[Any, ...] = ()) -> DataLoader[Any] | None:
+def loader_in(obj: Any, outer: tuple[Any, ...] = ()) -> DataLoader[Any] | None:
     """The loader that batches come from: what a wrapper holds, or ``obj`` itself."""
     if any(obj is each for each in outer):
         return None
     held = dict(fields(obj))
     for name in _INNER:
         inner = held.get(name)
-        found = None if inner is None else _loader_in(inner, (*outer, obj))
+        found = None if inner is None else loader_in(inner, (*outer, obj))
         if found is not None:
             return found
     return obj if isinstance(obj, DataLoader) else None

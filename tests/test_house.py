@@ -23,6 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     "__main__",
     "commands",
+    "examining",
     "hook",
     "integrations",
     "beside",

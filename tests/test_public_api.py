@@ -43,6 +43,7 @@ NAMES = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "doctor",
     "instrument",
     "loaders_of",
     "replay",

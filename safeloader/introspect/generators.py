@@ -1,84 +1,88 @@
-"""Digests of where random generators stand. Runs in: both.
+"""The random generators that an object holds, themselves. Runs in: both.
 
-Two processes that draw the same numbers are told by the states that their generators were in before
-and after. Nothing is drawn here: a state is read, which takes some 10 µs.
+Found by what is held, without running code of the user's. To ask a generator for its state, or to
+put it back, is the caller's.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import types
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
 
-from safeloader.introspect.copy_state import attributes
+from safeloader.introspect.texts import key_text
+from safeloader.introspect.values import (
+    container_base,
+    cut,
+    definitions,
+    fields,
+    held_by,
+    inherits,
+)
 
-GENERATORS_MAX = 8  # of a dataset's own
-
-
-def _python_state(generator: Any) -> int:
-    return hash(generator.getstate())
-
-
-def _numpy_state(generator: Any) -> int:
-    state = generator.get_state(legacy=False)
-    inner = state["state"]
-    key = inner.get("key")
-    rest = (inner.get("pos"), state.get("has_gauss"), state.get("gauss"))
-    return crc32(repr(rest).encode(), crc32(b"" if key is None else key.tobytes()))
-
-
-def _torch_state(generator: Any) -> int:
-    return crc32(generator.get_state().numpy().tobytes())
-
-
-def _bit_generator_state(generator: Any) -> int:
-    return crc32(repr(generator.bit_generator.state).encode())
+_OBJECTS = 2000
+_SAMPLED = 10  # elements looked at of one container
+_GENERATORS = (
+    np.random.Generator,
+    np.random.RandomState,
+    np.random.BitGenerator,
+    random.Random,
+    torch.Generator,
+)
+_LEAVES = (str, bytes, int, float, complex, type(None), np.ndarray, torch.Tensor, type)
+_ENTRIES = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
 
 
-def global_generators() -> dict[str, Callable[[], int]]:
-    """The process-wide generators, by the names that people know, with what reads their states.
+def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
+    """Return the random generators that a dataset holds, by path; the process's own are none.
 
-    >>> read = global_generators()["random"]
-    >>> read() == read()
-    True
+    >>> [*generators_of({"rng": random.Random(0)})]
+    ["dataset['rng']"]
     """
-    return {
-        "random": lambda: _python_state(random),
-        "numpy.random": lambda: _numpy_state(np.random),
-        "torch": lambda: _torch_state(torch.default_generator),
-    }
-
-
-def own_generators(dataset: Any) -> dict[str, Callable[[], int]]:
-    """The generators that a dataset holds under names, with what reads their states.
-
-    >>> class Noisy:
-    ...     def __init__(self):
-    ...         self.rng = random.Random(0)
-    >>> noisy = Noisy()
-    >>> read = own_generators(noisy)["dataset.rng"]
-    >>> before = read()
-    >>> _ = noisy.rng.random()
-    >>> before == read()
-    False
-    """
-    kinds: list[tuple[type, Callable[[Any], int]]] = [
-        (random.Random, _python_state),
-        (np.random.RandomState, _numpy_state),
-        (np.random.Generator, _bit_generator_state),
-        (torch.Generator, _torch_state),
-    ]
-    found: dict[str, Callable[[], int]] = {}
-    for each in attributes(dataset):
-        read = next((read for cls, read in kinds if type(each.value) is cls), None)
-        if read is not None and len(found) < GENERATORS_MAX:
-            found[each.path] = _reading(read, each.value)
+    found: dict[str, Any] = {}
+    own = (getattr(draw, "__self__", None) for draw in (random.random, np.random.rand))
+    seen: dict[int, Any] = {id(each): each for each in (torch.default_generator, *own)}
+    queue: deque[tuple[Any, str]] = deque([(thing, name)])
+    for method in _ENTRIES:  # what they close over, and the globals that they use
+        queue += [(each, f"{name}.{method}") for each in definitions(type(thing), method)[:1]]
+    while queue and len(seen) < _OBJECTS:
+        value, path = queue.popleft()
+        cls = type(value)
+        if id(value) in seen or inherits(cls, *_LEAVES) or cls is types.ModuleType:
+            continue
+        seen[id(value)] = value  # held, so that its id is not given again
+        if inherits(cls, *_GENERATORS):
+            if not inherits(cls, random.SystemRandom):  # has no state
+                found[path] = value
+            continue
+        with suppress(Exception):  # another thread may change what is read here
+            queue += [(each, path + step) for step, each in _parts(value, cls)]
     return found
 
 
-def _reading(read: Callable[[Any], int], generator: Any) -> Callable[[], int]:
-    return lambda: read(generator)
+def _parts(value: Any, cls: type) -> Iterator[tuple[str, Any]]:
+    base = container_base(cls)
+    if base is not None:
+        for key, each in held_by(value, _SAMPLED):
+            yield f"[{key_text(key)}]", each
+    if cls is types.MethodType or cls is types.BuiltinMethodType:
+        yield ".__self__", value.__self__
+        yield ".__func__", getattr(value, "__func__", None)
+    if cls is types.FunctionType:
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
+            with suppress(ValueError):  # an empty cell
+                yield f".__closure__[{name!r}]", cell.cell_contents
+        for name in value.__code__.co_names:
+            each = dict.get(value.__globals__, name)
+            if inherits(type(each), *_GENERATORS):
+                yield f".__globals__[{name!r}]", each
+        yield ".__defaults__", value.__defaults__
+        yield ".__kwdefaults__", value.__kwdefaults__
+    for name, each in fields(value)[:256] if cls is not base else ():
+        yield f".{cut(str(name))}", each

@@ -24,7 +24,7 @@ from typing import Any
 from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.file_positions import Position
-from safeloader.introspect.generators import global_generators, own_generators
+from safeloader.introspect.generator_digests import global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
 from safeloader.introspect.texts import index_text

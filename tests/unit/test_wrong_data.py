@@ -19,7 +19,7 @@ from safeloader.introspect.copy_state import (
     stores_elements,
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
-from safeloader.introspect.generators import own_generators
+from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.stored_elements import Element, looked_at, stores_of
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
 from safeloader.supervision.growth import growth, slow_start

@@ -1,0 +1,119 @@
+"""``python -m safeloader doctor``: a program's loader, examined. Runs in: main.
+
+The program is imported in the child that is examined, so that one which trains when it is imported,
+prints or ends itself does it there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import runpy
+import sys
+import types
+from typing import Any
+
+_EXAMPLES = """\
+TARGET is a script or a module, a colon, and what gives the loader: a function without arguments, or
+the loader itself:
+
+  python -m safeloader doctor train.py:make_loader
+  python -m safeloader doctor package.module:make_loader
+
+The exit status is 0 where nothing was found that breaks training, 1 where something was, and 2
+where TARGET gives no loader.
+"""
+
+
+class Target:
+    """What was asked for: called in the child, it gives the subject.
+
+    Args:
+        text: ``train.py:make_loader`` or ``package.module:make_loader``.
+
+    Raises:
+        ValueError: if it is neither, or there is no such file.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.where, _, self.name = text.rpartition(":")
+        if not self.where or not all(part.isidentifier() for part in self.name.split(".")):
+            raise ValueError(
+                f"{text!r} does not say what gives the loader: write train.py:make_loader or "
+                "package.module:make_loader"
+            )
+        self.is_script = self.where.endswith(".py") or os.sep in self.where
+        if self.is_script and not os.path.isfile(self.where):
+            raise ValueError(f"there is no file {self.where!r}")
+        if not self.is_script and not all(part.isidentifier() for part in self.where.split(".")):
+            raise ValueError(f"{self.where!r} is neither a script (train.py) nor a module's name")
+
+    def __call__(self) -> Any:
+        """Import the program, make the loader.
+
+        Raises:
+            Unusable: if that does not give a loader.
+        """
+        from safeloader.examining.subject import Subject
+        from safeloader.examining.talk import Unusable
+        from safeloader.instrumenting import loader_in
+
+        try:
+            found = self._import()
+            for part in self.name.split("."):
+                found = getattr(found, part)
+            if loader_in(found) is None and callable(found):
+                found = found()
+        except BaseException as exc:  # SystemExit too: a program that reads its command line
+            raise Unusable(f"{self.where}:{self.name} gives no loader", exc) from exc
+        loader = loader_in(found)
+        if loader is None:
+            kind = type(found).__qualname__
+            raise Unusable(f"{self.where}:{self.name} gives a {kind}, and no DataLoader", None)
+        return Subject(loader)
+
+    def _import(self) -> Any:
+        if not self.is_script:
+            sys.path.insert(0, os.getcwd())
+            return importlib.import_module(self.where)
+        # As multiprocessing does it in a process that it spawns: so the workers find its classes.
+        path = os.path.abspath(self.where)
+        sys.path.insert(0, os.path.dirname(path))
+        sys.argv = [path]
+        module: Any = types.ModuleType("__mp_main__")
+        module.__file__ = path
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+        vars(module).update(runpy.run_path(path, run_name="__mp_main__"))
+        return module
+
+
+def main(words: list[str]) -> int:
+    """Examine what the words of the command line name; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m safeloader doctor",
+        description="Examine a loader before training.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("target", metavar="TARGET", help="train.py:make_loader, say")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, metavar="S", help="time it may take (default: 30)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what to_dict() gives")
+    try:
+        told = parser.parse_args(words)
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    try:
+        target = Target(told.target)
+        from safeloader.examining.doctor import examined  # torch: not for what is wrong before
+
+        report = examined(target, told.target, told.seconds)
+    except ValueError as exc:
+        print(f"python -m safeloader doctor: {exc}", file=sys.stderr)
+        return 2
+    print(json.dumps(report.to_dict(), indent=1) if told.json else report)
+    return 0 if report.ok else 1

@@ -1,0 +1,426 @@
+"""The process that is examined in, from both of its ends. Runs in: main.
+
+::
+
+    Following (here)  ◄── facts: a line of JSON each ───┐
+                      ◄── output: what is printed ──────┤ child: a session of its own
+                      ◄── stacks: faulthandler's ───────┘   looks, and the workers they start
+
+The child is forked where that is sound, else a fresh Python gets the loader's parts by pickle. It
+may hang, kill itself, print without end or start processes of its own: whatever it does, it is
+ended as a group at its time, and the looks that it did not come to are made by the next child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable
+from itertools import takewhile
+from traceback import format_list
+from typing import Any, NamedTuple
+
+import torch
+
+from safeloader import _python
+from safeloader.examining.looks import look_all
+from safeloader.examining.subject import Subject, pickled_alone
+from safeloader.examining.talk import Order, Source, Talk
+from safeloader.supervision import stacks
+
+_KEPT_BYTES = 4096  # of what the child prints: the newest
+_GUARD = b"bootstrapping phase"  # in what multiprocessing says, and in what we say
+_LOOK_S = 0.05  # how often it is looked whether the child lives
+_ANSWER_S = 0.5  # how long a stack is waited for
+_ASKED = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else None
+_OURS = os.path.join("safeloader", "examining", "")
+_LATE_S = 5.0  # past its time an orphaned child ends itself
+
+# ── the child's end
+
+
+def _examine(source: Source, order: Order, facts: int, output: int, stack: int) -> None:
+    """The child's life; it does not return."""
+    try:
+        if os.getsid(0) != os.getpid():
+            os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        faulthandler.enable(stack)
+        if _ASKED is not None:
+            faulthandler.register(_ASKED, stack, all_threads=False)
+        late = order.end - time.monotonic() + _LATE_S
+        faulthandler.dump_traceback_later(max(1.0, late), exit=True, file=stack)
+        torch.set_num_threads(1)  # as in a worker; with more, a forked child may hang in OpenMP
+        talk = Talk(facts, order.end, order.samples, order.avoided)
+        look_all(source, talk, order.first, order.excluded)
+        talk.done(talk.samples)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+        os._exit(70)
+
+
+def main(facts: int, output: int, stack: int, payload: int) -> None:
+    """The beginning of a fresh Python: like one of multiprocessing's, with pipes of ours."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    with os.fdopen(payload, "rb") as file:
+        preparation, content, order = pickle.load(file)
+    _python.prepare_spawned(preparation)
+    _examine(_Unpickling(content), Order(*order), facts, output, stack)
+
+
+class _Unpickling:
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __call__(self) -> Subject:
+        return Subject.unpickled(self._content)
+
+
+class _Passed:
+    """A descriptor that a started process inherits under its own number."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def detach(self) -> int:
+        return self._fd
+
+
+# ── this end
+
+
+class Step(NamedTuple):
+    """Where a child was: the number of the look, what it did, and with which index (``place``)."""
+
+    look: int
+    what: str
+    place: str | None
+
+
+class Outcome(NamedTuple):
+    """How a child ended.
+
+    Attributes:
+        how: ``"done"``, ``"died"``, ``"hung"`` or ``"ended"`` (all time was up).
+        at: where it was.
+        seconds: how long it had been there.
+        code: its exit code, as :mod:`subprocess` has it; None if it was ended from here.
+        stack: where its Python was; empty if that is not known.
+        samples: how many may be fetched still.
+    """
+
+    how: str
+    at: Step
+    seconds: float
+    code: int | None
+    stack: str
+    samples: int
+
+
+class Output:
+    """What was printed: how much, and the end of it.
+
+    ``lacks_guard``: multiprocessing said that the program starts processes when it is imported.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.lacks_guard = False
+        self._tail = b""
+
+    def add(self, data: bytes) -> None:
+        """More of it."""
+        self.bytes += len(data)
+        self._tail = (self._tail + data)[-_KEPT_BYTES:]
+
+        self.lacks_guard |= _GUARD in self._tail + data
+
+    @property
+    def tail(self) -> str:
+        """The end, as text."""
+        return self._tail.decode("utf-8", "replace")
+
+
+def can_fork() -> bool:
+    """Whether a forked child can do all that this process could."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return False
+    return not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
+def follow(
+    source: Source,
+    order: Order,
+    hang_s: float,
+    heard: Callable[[int, str, dict[str, Any]], None],
+    output: Output,
+) -> Outcome:
+    """Start a child, forked, and follow it to its end.
+
+    Args:
+        source: gives the subject, in the child.
+        order: what it is to do.
+        hang_s: without a word for so long, it hangs.
+        heard: called with each fact: number of the look, kind, and the fact.
+        output: is given what the child prints.
+    """
+    with _Pipes() as pipes:
+        context: Any = multiprocessing.get_context("fork")
+        process = context.Process(target=_examine, args=(source, order, *pipes.far), daemon=False)
+        with warnings.catch_warnings():
+            # Of forks beside threads: the child can hang, and is ended then.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        pipes.close_far()
+        try:
+            return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
+        finally:
+            process.join(5.0)
+            with contextlib.suppress(ValueError):  # it cannot be killed: the kernel waits in it
+                process.close()
+
+
+def follow_spawned(
+    subject: Subject,
+    order: Order,
+    hang_s: float,
+    heard: Callable[[int, str, dict[str, Any]], None],
+    output: Output,
+) -> Outcome:
+    """The same in a fresh Python, that is given the subject by pickle.
+
+    Raises:
+        Exception: whatever the parts of the subject raise, if they cannot be pickled.
+    """
+    with _Pipes() as pipes, tempfile.TemporaryFile() as file:
+        passed: list[int] = [*pipes.far, file.fileno()]
+
+        def pass_on(fd: int) -> int:
+            copy = os.dup(fd)
+            pipes.more.append(copy)
+            passed.append(copy)
+            return copy
+
+        popen: Any = types.SimpleNamespace(duplicate_for_child=pass_on, DupFd=_Passed)
+        with _python.as_if_spawning(popen):
+            content = subject.pickled()
+            preparation = _python.spawn_preparation()
+            file.write(pickled_alone((preparation, content, tuple(order))))
+        file.seek(0)
+        begin = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from safeloader.examining.child import main; "
+            f"main{(*pipes.far, file.fileno())}"
+        )
+        process = subprocess.Popen(  # noqa: S603  # this Python, and words of ours
+            [sys.executable, "-c", begin],
+            pass_fds=passed,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        pipes.close_far()
+        try:
+            return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
+        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)
+
+
+class _Pipes:
+    """Three, for facts, output and stacks; ``near`` are read here, ``far`` are the child's."""
+
+    def __init__(self) -> None:
+        pairs = [os.pipe() for _ in range(3)]
+        self.near = [pair[0] for pair in pairs]
+        self.far = [pair[1] for pair in pairs]
+        self.more: list[int] = []
+        for fd in self.near:
+            os.set_blocking(fd, False)
+
+    def __enter__(self) -> _Pipes:
+        return self
+
+    def close_far(self) -> None:
+        for fd in (*self.far, *self.more):
+            os.close(fd)
+        self.far, self.more = [], []
+
+    def __exit__(self, *exc: object) -> None:
+        self.close_far()
+        for fd in self.near:
+            os.close(fd)
+
+
+class _Following:
+    def __init__(
+        self,
+        pid: int,
+        pipes: _Pipes,
+        order: Order,
+        hang_s: float,
+        heard: Callable[[int, str, dict[str, Any]], None],
+        output: Output,
+    ) -> None:
+        self._pid, self._order, self._hang_s = pid, order, hang_s
+        self._facts, self._output_fd, self._stacks = pipes.near
+        self._heard, self._output = heard, output
+        self._at = Step(order.first, "starting", None)
+        self._since = time.monotonic()
+        self._rest = b""
+        self._stack = b""
+        self._samples = order.samples
+        self._done = False
+
+    def to_the_end(self) -> Outcome:
+        """Follow the child until it has ended, by itself or from here."""
+        how: str = "ended"
+        with selectors.DefaultSelector() as waiting:
+            for fd in (self._facts, self._output_fd, self._stacks):
+                waiting.register(fd, selectors.EVENT_READ)
+            try:
+                how = self._follow(waiting)
+                if how in ("hung", "ended"):
+                    self._ask(waiting)
+            finally:
+                code = self._finish(ended_here=how != "died")
+        seconds = time.monotonic() - self._since
+        return Outcome(how, self._at, seconds, code, _users(self._stack), self._samples)
+
+    def _follow(self, waiting: selectors.BaseSelector) -> str:
+        while True:
+            self._read(waiting, _LOOK_S)
+            now = time.monotonic()
+            if self._done:
+                return "done"
+            if self._is_dead():
+                self._read(waiting, 0.0)
+                return "done" if self._done else "died"
+            if now >= self._order.end:
+                return "ended"
+            at = self._at.what  # what imports anew may be slow
+            loading = at in ("starting", "loading") or at.endswith(("by spawn", "by forkserver"))
+            if now - self._since > self._hang_s * (2 if loading else 1):
+                return "hung"
+
+    def _read(self, waiting: selectors.BaseSelector, seconds: float) -> None:
+        for key, _ in waiting.select(seconds):
+            data = self._all_of(key.fd)
+            if not data:
+                waiting.unregister(key.fd)
+            elif key.fd == self._facts:
+                *lines, self._rest = (self._rest + data).split(b"\n")
+                for line in lines:
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        self._hear(json.loads(line))
+            elif key.fd == self._stacks:
+                self._stack = (self._stack + data)[-(1 << 16) :]
+            else:
+                self._output.add(data)
+        if not waiting.get_map() and seconds:
+            time.sleep(seconds)  # the child has closed them all
+
+    def _all_of(self, fd: int) -> bytes:
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while len(data) < (1 << 22):  # of a child that prints without end: the rest later
+                more = os.read(fd, 1 << 16)
+                if not more:
+                    break
+                data += more
+        return data
+
+    def _hear(self, message: list[Any]) -> None:
+        what, *rest = message
+        if what == "fact":
+            self._heard(self._at.look, rest[0], rest[1])
+        elif what == "look":
+            self._at = Step(int(rest[0]), "", None)
+        elif what == "at":
+            self._at = self._at._replace(what=rest[0], place=rest[1])
+        elif what == "done":
+            self._samples, self._done = int(rest[0]), True
+        self._since = time.monotonic()
+
+    def _is_dead(self) -> bool:
+        try:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._pid, flags) is not None
+        except ChildProcessError:  # somebody waits for all children of this process
+            return True
+
+    def _ask(self, waiting: selectors.BaseSelector) -> None:
+        """Where it is: the handler is in C, and answers from a call that never ends too."""
+        if _ASKED is None:
+            return
+        # Forked workers answer in the child's way; it is they who hang, and not who waits for them.
+        workers = _descendants(self._pid) if self._at.what.endswith("by fork") else []
+        with contextlib.suppress(OSError):
+            os.kill((workers or [self._pid])[0], _ASKED)
+        end = time.monotonic() + _ANSWER_S
+        known = -1
+        while len(self._stack) != known and time.monotonic() < end:  # until no more comes
+            known = len(self._stack) or known
+            self._read(waiting, _LOOK_S)
+
+    def _finish(self, *, ended_here: bool) -> int | None:
+        """End the child and all that it started; its exit code if it ended by itself.
+
+        It is not reaped yet, so that its number, and its group's, are nobody else's.
+        """
+        theirs = _descendants(self._pid)
+        for pid in (self._pid, *theirs):
+            with contextlib.suppress(OSError):
+                leads = os.getpgid(pid) == pid and pid != os.getpgid(0)
+                (os.killpg if leads else os.kill)(pid, signal.SIGKILL)
+        if ended_here:
+            return None
+        try:
+            found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            return None
+        if found is None:
+            return None
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def _users(dump: bytes) -> str:
+    """The part of a stack that is the user's, the newest frame last; all of it if there is none."""
+    if not dump:
+        return ""
+    whole = stacks.read(dump.decode("utf-8", "replace"))
+    frames = [*takewhile(lambda frame: _OURS not in frame.filename, whole.frames)]
+    return "".join(format_list(frames[::-1])).rstrip() or whole.text
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that it started, those in sessions of their own too."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return [each.pid for each in psutil.Process(pid).children(recursive=True)]
+    return []

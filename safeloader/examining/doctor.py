@@ -1,0 +1,279 @@
+"""``safeloader.doctor``: examine a loader before training. Runs in: main."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import re
+import time
+from typing import Any
+
+from torch.utils.data import DataLoader, get_worker_info
+
+from safeloader import _python
+from safeloader.examining import child, looks, wording
+from safeloader.examining.inheriting import hazards
+from safeloader.examining.report import Examination
+from safeloader.examining.sending import tell_unpicklable
+from safeloader.examining.subject import Subject
+from safeloader.examining.talk import Order, Source
+from safeloader.instrumenting import loader_in
+from safeloader.introspect.random_state import preserved
+from safeloader.introspect.texts import bounded_text
+
+_HANG_SHARE = 3.0  # of the time: without a word for a third of it, it hangs
+_HANG_LEAST_S = 2.0
+_FAILED_MOST = 2  # ends in the middle of fetching, after which nothing more is fetched
+_SETTING = re.compile(
+    r"(?:starting|measuring|ending|first batches):? (\d+|no) workers(?: by (\w+))?"
+)
+
+
+def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Examination:
+    """Examine a loader before training: what is wrong with it, and how many workers to use.
+
+    Runs the dataset, on purpose: in a child process, which may hang, die, print or start processes
+    of its own and is ended with all of them; nothing of the loader and of this process's random
+    numbers changes. The child is forked; where CUDA is initialised, a fresh Python gets the
+    loader's parts by pickle.
+
+    It is looked at whether an index gives the same twice under the same random numbers, whether
+    ``__getitems__`` agrees, whether fetching changes the dataset, whether ``__len__`` is true, what
+    cannot be pickled and what does not survive a fork, whether workers draw the same random
+    numbers or read the same stream, whether ``set_epoch`` reaches them, how long samples take and
+    how large they are, how speed grows with workers, and whether training can be resumed.
+
+    Args:
+        loader: a ``DataLoader`` of any class, or a wrapper that :func:`instrument` takes.
+        seconds: how long it may take.
+        samples: how many samples may be fetched, by all looks together.
+
+    Returns:
+        The findings, the worst first, and the settings measured. ``print`` it, or ask ``ok``,
+        ``findings``, ``recommended``, ``to_dict()``.
+
+    Raises:
+        TypeError: if there is no loader in ``loader``, or an argument is of another kind.
+        ValueError: if an argument is out of range.
+        RuntimeError: in a worker or another daemonic process, and in a program that spawn imports
+            once more: put the call under
+            ``if __name__ == "__main__":``.
+
+    Example:
+        >>> import safeloader
+        >>> from torch.utils.data import DataLoader
+        >>> class Lying(list):
+        ...     def __len__(self):
+        ...         return 12
+        >>> report = safeloader.doctor(DataLoader(Lying(range(10)), batch_size=2), seconds=4.0)
+        >>> [print(each.answer) for each in report.findings if each.level == "error"]
+        __len__ is too long: it says 12, and the samples end at 10
+        [None]
+    """
+    _check(seconds, samples)
+    if _python.is_being_prepared():
+        raise RuntimeError(
+            "doctor was called in a process that spawn had started and that was in its "
+            "bootstrapping phase: the program is imported once more there. Put the call, and the "
+            'training, under `if __name__ == "__main__":`'
+        )
+    if get_worker_info() is not None:
+        raise RuntimeError("doctor cannot run in a worker; call it in the training process")
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError("doctor cannot run in a daemonic process, which may start no other")
+    found = loader_in(loader)
+    if found is None:
+        raise TypeError(
+            f"doctor takes a DataLoader, or a wrapper that holds one; got {bounded_text(loader)}"
+        )
+    return _Examining(float(seconds), samples).of(found)
+
+
+def examined(source: Source, name: str, seconds: float) -> Examination:
+    """Examine what ``source`` gives in the child, where it is called; for the command.
+
+    Raises:
+        ValueError: if ``seconds`` is out of range, or ``source`` gives no loader.
+    """
+    _check(seconds, 1)
+    examining = _Examining(float(seconds), 200_000)
+    examining.follow(source)
+    examining.refuse_unusable()
+    return examining.report(name)
+
+
+def _check(seconds: Any, samples: Any) -> None:
+    for name, value, kinds in (("seconds", seconds, (int, float)), ("samples", samples, (int,))):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} must be a number above 0; got {bounded_text(value)}")
+        if not value > 0 or math.isinf(value):
+            raise ValueError(f"{name} must be a number above 0; got {value}")
+
+
+class _Examining:
+    """One examination: children, one after the other, until all is looked at or the time is up."""
+
+    def __init__(self, seconds: float, samples: int) -> None:
+        self._begin = time.monotonic()
+        self._end = self._begin + seconds
+        self._seconds = seconds
+        self._samples = samples
+        self._heard: wording.Heard = []
+        self._output = child.Output()
+        self._not_looked_at: list[str] = []
+        self._own: dict[str, Any] = {}
+        self._forked = True
+
+    def of(self, loader: DataLoader[Any]) -> Examination:
+        """Examine a loader of this process."""
+        subject = Subject(loader)
+        self._own = looks.told_of(subject)
+        self._heard.append(("subject", self._own))
+        # Threads and locks are not in the child what they are here.
+        self._heard += [("hazard", each) for each in hazards(subject)]
+        if child.can_fork():
+            self.follow(lambda: subject, inherits=False)
+        else:
+            self._forked = False
+            with preserved():
+                self._follow_spawned(subject)
+        return self.report(subject.name)
+
+    def follow(self, source: Source, *, inherits: bool = True) -> None:
+        """Have forked children make the looks."""
+        self._all_looks(lambda order: child.follow(source, order, *self._ways()), inherits)
+
+    def refuse_unusable(self) -> None:
+        """See that there was a loader.
+
+        Raises:
+            ValueError: if there was none.
+        """
+        for kind, facts in self._heard:
+            if kind == "unusable":
+                why = (
+                    f": {facts['type']}: {facts['text']} ({facts['at']})" if "type" in facts else ""
+                )
+                printed = [f"\n  | {line}" for line in self._output.tail.splitlines()[-5:]]
+                raise ValueError(facts["what"] + why + "".join(printed))
+
+    def _follow_spawned(self, subject: Subject) -> None:
+        unpicklable = subject.unpicklable()
+        if unpicklable:
+            tell_unpicklable(unpicklable, self)
+            names = [look.name for look in looks.LOOKS[2:]]
+            self._not_looked_at.append(
+                f"{', '.join(names)}: CUDA is initialised, so the child cannot be forked, and what "
+                "cannot be pickled cannot be sent to another"
+            )
+            return
+        self._all_looks(lambda order: child.follow_spawned(subject, order, *self._ways()), False)
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """A fact that was found here."""
+        self._heard.append((kind, facts))
+
+    def _ways(self) -> tuple[Any, ...]:
+        hang_s = max(_HANG_LEAST_S, self._seconds / _HANG_SHARE)
+        return hang_s, self._hear, self._output
+
+    def _hear(self, look: int, kind: str, facts: dict[str, Any]) -> None:
+        if kind == "subject":
+            if self._own:
+                return
+            self._own = facts
+        self._heard.append((kind, facts))
+
+    def _all_looks(self, start: Any, inherits: bool) -> None:
+        first = 0 if inherits else 1
+        excluded: set[str] = set()
+        avoided: set[str] = set()
+        failed, again = 0, False
+        while first < len(looks.LOOKS):
+            order = Order(
+                first, self._end, max(1, self._samples), frozenset(excluded), frozenset(avoided)
+            )
+            outcome = start(order)
+            self._samples = outcome.samples
+            at = outcome.at
+            if outcome.how == "done":
+                return
+            self._note(outcome)
+            if outcome.how == "ended":
+                rest = [look.name for look in looks.LOOKS[at.look + 1 :]]
+                if rest:
+                    self._not_looked_at.append(
+                        f"{', '.join(rest)}: the {self._seconds:g} s were up"
+                    )
+                return
+            if at.what in ("loading", "starting"):
+                return
+            method = self._heard[-1][1]["method"]
+            if method is not None and method not in avoided and at.place is None:
+                avoided.add(method)  # and the others may do
+                first = at.look if looks.LOOKS[at.look] is looks.SPEED else at.look + 1
+                continue
+            failed += looks.LOOKS[at.look].fetches
+            if at.place is not None:
+                excluded.add(at.place)
+            # Once more without that index, if it died: to hang again takes too long.
+            again = outcome.how == "died" and at.place is not None and not again
+            first = at.look if again else at.look + 1
+            if failed >= _FAILED_MOST:
+                rest = [look.name for look in looks.LOOKS[first:] if look.fetches]
+                if rest:
+                    self._not_looked_at.append(f"{', '.join(rest)}: fetching does not come back")
+                return
+
+    def _note(self, outcome: child.Outcome) -> None:
+        at = outcome.at
+        look = looks.LOOKS[at.look].name
+        found = _SETTING.match(at.what)
+        setting = None
+        if found is not None:
+            workers = 0 if found[1] == "no" else int(found[1])
+            told = [facts for kind, facts in self._heard if kind == "setting" and facts["workers"]]
+            prefetch = told[-1]["prefetch"] if told else 2
+            setting = [workers, prefetch if workers else None, found[2]]
+        printed = self._output.tail.strip().splitlines()[-3:]
+        self.tell(
+            "ending",
+            how=outcome.how,
+            look=look,
+            what=at.what,
+            index=at.place,
+            seconds=outcome.seconds,
+            code=outcome.code,
+            stack=outcome.stack,
+            printed="\n".join(printed),
+            setting=setting,
+            method=setting and setting[2],
+        )
+
+    def report(self, name: str) -> Examination:
+        """What was found."""
+        heard, own = self._heard, self._own
+        guard = self._output.lacks_guard
+        best, why = wording.recommended(heard)
+        told = next((facts for kind, facts in heard if kind == "samples"), {})
+        late = [f"start method {each}: no time was left" for each in wording.untried(heard)]
+        return Examination(
+            loader=own.get("name", name),
+            findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
+            samples=told,
+            settings=tuple(wording.rows_of(heard)),
+            recommended=best,
+            own={
+                "num_workers": own.get("workers"),
+                "prefetch_factor": own.get("prefetch"),
+                "start_method": own.get("method") if own.get("workers") else None,
+            },
+            cores=wording.cores_of(heard),
+            sent=next((facts for kind, facts in heard if kind == "weight"), {}),
+            resume=wording.resume_text(heard),
+            not_looked_at=(*self._not_looked_at, *late),
+            output=self._output.tail,
+            output_bytes=self._output.bytes,
+            seconds=time.monotonic() - self._begin,
+            chosen_because=why,
+        )

@@ -1,0 +1,69 @@
+"""The looks, in the order in which they are made, and what each needs. Runs in: main."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from safeloader.examining import copies, lengths, resuming, samples, sending, speed
+from safeloader.examining.inheriting import hazards
+from safeloader.examining.samples import raised
+from safeloader.examining.subject import Subject
+from safeloader.examining.talk import Source, Talk, Unusable
+
+
+class Look(NamedTuple):
+    """One look: its name, what it does, whether it fetches samples, its share of the time."""
+
+    name: str
+    make: Callable[[Subject, Talk], None]
+    fetches: bool
+    share: float
+
+
+def _inheriting(subject: Subject, talk: Talk) -> None:
+    for each in hazards(subject):
+        talk.tell("hazard", **each)
+
+
+INHERITING = Look("what a fork inherits", _inheriting, False, 0.05)
+SPEED = Look("speed", speed.look, True, 1.0)
+LOOKS = (
+    INHERITING,
+    Look("pickling", sending.look, False, 0.15),
+    Look("resuming", resuming.look, False, 0.05),
+    Look("samples", samples.look, True, 0.2),
+    Look("length", lengths.look, True, 0.1),
+    Look("the workers' copies", copies.look, True, 0.2),
+    SPEED,
+)
+
+
+def look_all(source: Source, talk: Talk, first: int, excluded: frozenset[str]) -> None:
+    """Make the looks from number ``first`` on, in the child."""
+    talk.at("loading")
+    try:
+        subject = source()
+    except Unusable as exc:
+        talk.tell("unusable", what=exc.what, **(raised(exc.cause) if exc.cause else {}))
+        return
+    subject.excluded |= excluded
+    talk.tell("subject", **told_of(subject))
+    whole = talk.left()
+    for number, look in enumerate(LOOKS):
+        if number >= first:
+            talk.begin(number, look.share * whole)
+            if talk.left() > 0:
+                look.make(subject, talk)
+
+
+def told_of(subject: Subject) -> dict[str, object]:
+    """What the words need to know of a loader."""
+    return {
+        "name": subject.name,
+        "workers": subject.num_workers,
+        "prefetch": subject.prefetch_factor,
+        "method": subject.method,
+        "persistent": subject.persistent_workers,
+        "stream": subject.is_stream,
+    }

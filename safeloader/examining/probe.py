@@ -1,0 +1,117 @@
+"""What a worker's copy of the dataset is like, told in the place of its batch. Runs in: worker."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch.utils.data import get_worker_info
+
+from safeloader.introspect.fingerprint import fingerprint
+from safeloader.introspect.generators import generators_of
+from safeloader.introspect.values import fields, held_by, inherits
+
+_DEPTH = 3
+_SCALARS = 200
+_TEXT = 60
+GLOBAL = {"random": "Python's random", "numpy": "NumPy's", "torch": "torch's"}
+
+
+class Told(NamedTuple):
+    """What a worker told after a batch of one sample.
+
+    Attributes:
+        worker: its number.
+        generators: prints of the states of the generators that are global, and held, by path.
+        scalars: numbers and short texts that its dataset holds, by path.
+        sample: a print of the sample; 0 if nothing of it can be compared.
+    """
+
+    worker: int
+    generators: dict[str, int]
+    scalars: dict[str, Any]
+    sample: int
+
+
+class Probe:
+    """Stands for ``collate_fn``, so it runs in the worker right after a batch was fetched."""
+
+    def __call__(self, samples: Any) -> Told:
+        """Look at this worker's copy."""
+        info: Any = get_worker_info()
+        return Told(
+            info.id, states_of(info.dataset), scalars_of(info.dataset), print_of(samples) or 0
+        )
+
+
+def print_of(sample: Any) -> int | None:
+    """One number for all that can be compared of a sample; None if nothing can."""
+    leaves = fingerprint(sample, None)
+    return crc32(repr(leaves).encode("utf-8", "replace")) if leaves else None
+
+
+def states_of(dataset: Any) -> dict[str, int]:
+    """Prints of where the generators stand: the three global ones and those that it holds."""
+    held = {path: state_of(each) for path, each in generators_of(dataset).items()}
+    own = {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    return {path: _hash(state) for path, state in (own | held).items() if state is not None}
+
+
+def state_of(generator: Any) -> Any:
+    """The state of a generator; None where it cannot be had."""
+    try:
+        if isinstance(generator, torch.Generator):
+            return generator.get_state()
+        if isinstance(generator, random.Random):
+            return generator.getstate()
+        if isinstance(generator, np.random.RandomState):
+            return generator.get_state(legacy=False)
+        return getattr(generator, "bit_generator", generator).state
+    except Exception:
+        return None
+
+
+def set_state(generator: Any, state: Any) -> None:
+    """Put a generator back."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
+
+
+def _hash(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return crc32(state.numpy().tobytes())
+    return crc32(pickle.dumps(state))
+
+
+def scalars_of(whole: Any, name: str = "dataset") -> dict[str, Any]:
+    """Numbers and short texts under the names of a dataset, and of what it holds by name."""
+    return dict(_scalars(whole, name, _DEPTH, set()))
+
+
+def _scalars(whole: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(whole) in seen or len(seen) > _SCALARS:
+        return
+    seen.add(id(whole))
+    held = held_by(whole, 8) if isinstance(whole, list | tuple) else fields(whole)[:_SCALARS]
+    for key, each in held:
+        at = f"{path}[{key}]" if isinstance(whole, list | tuple) else f"{path}.{key}"
+        cls = type(each)
+        if cls in (int, float, bool, type(None)) or (cls is str and len(str(each)) <= _TEXT):
+            yield at, each
+        elif depth and not inherits(cls, torch.Tensor, np.ndarray, str, bytes, dict, type):
+            yield from _scalars(each, at, depth - 1, seen)

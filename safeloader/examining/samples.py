@@ -1,0 +1,283 @@
+"""Samples, fetched one by one and twice: are they the same, is nothing changed. Runs in: main."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from safeloader.checks.leaves import leaves_of
+from safeloader.checks.schema import structure_of
+from safeloader.examining.probe import print_of, set_state, state_of, states_of
+from safeloader.examining.stored import changes, stored
+from safeloader.examining.subject import Subject
+from safeloader.examining.talk import Talk
+from safeloader.introspect.fingerprint import difference, fingerprint
+from safeloader.introspect.generators import generators_of
+from safeloader.introspect.texts import index_text
+from safeloader.introspect.values import array_facts, cut, exception_text, own_length, type_name
+
+_MOST = 48  # indices
+_TOGETHER = 6  # indices that `__getitems__` is asked for
+_STREAM_TWICE = 8
+_FAILED_MAX = 5
+
+
+class Numbers:
+    """The random generators, global and held by the dataset, as they stand: to be put back."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._held = [(each, state_of(each)) for each in generators_of(dataset).values()]
+        self._seed = seed
+
+    def set(self, seed: int | None = None) -> None:
+        """Seed the global ones anew, and put the held ones where they stood."""
+        number = self._seed if seed is None else seed
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        for generator, state in self._held:
+            if state is not None:
+                set_state(generator, state)
+
+
+def look(subject: Subject, talk: Talk) -> None:
+    """Fetch each of some indices twice."""
+    if subject.is_stream:
+        _look_at_stream(subject, talk)
+        return
+    talk.at("drawing indices")
+    indices = subject.indices(min(_MOST, max(2, talk.samples // 8)))
+    if not indices:
+        talk.tell("nothing_drawn")
+        return
+    before = stored(subject.dataset, indices)
+    numbers = Numbers(subject.dataset, 7)
+    measured: list[tuple[Any, float, int]] = []
+    failed = 0
+    different: list[tuple[Any, str]] = []
+    good: list[Any] = []
+    first_again_s = 0.0
+    for index in indices:
+        if talk.left() < 0 or failed >= _FAILED_MAX:
+            break
+        try:
+            talk.at("fetching", index)
+            numbers.set()
+            start = time.perf_counter()
+            sample = subject.dataset[index]
+            taken_s = time.perf_counter() - start
+            prints = fingerprint(sample, None)
+            talk.fetched()
+            measured.append((index, taken_s, size_of(sample)))
+            talk.at("fetching again", index)
+            numbers.set()
+            start = time.perf_counter()
+            again = subject.dataset[index]
+            if len(measured) == 1:
+                first_again_s = time.perf_counter() - start
+            talk.fetched()
+            found = difference(prints, again, None)
+            if found is None and len(prints) != len(fingerprint(again, None)):
+                different.append((index, "sample"))
+            elif found is not None:
+                different.append((index, found.path.replace("batch", "sample", 1)))
+            good.append(index)
+        except Exception as exc:
+            failed += 1
+            subject.excluded.add(index_text(index))
+            talk.tell("raises", index=index_text(index), **raised(exc))
+    _tell_sizes(talk, measured, first_again_s)
+    if different:
+        changed = changes(before, stored(subject.dataset, indices))
+        index, path = different[0]
+        talk.tell(
+            "differs",
+            index=index_text(index),
+            path=path,
+            count=len(different),
+            of=len(good),
+            changed=[each.path for each in changed[:3]],
+            elements=[each.path for each in changed if each.element][:3],
+        )
+    if good and not different and talk.left() > 0:
+        _look_at_seeding(subject, talk, numbers, good)
+    if len(good) and talk.left() > 0 and not different:
+        _look_at_getitems(subject, talk, numbers, good)
+
+
+def _look_at_seeding(subject: Subject, talk: Talk, numbers: Numbers, good: list[Any]) -> None:
+    """Whether fetching puts a global generator to a fixed place: the same draws for each index."""
+    after: list[dict[str, int]] = []
+    for seed, index in ((11, good[0]), (12, good[-1])):
+        talk.at("fetching", index)
+        numbers.set(seed)
+        subject.dataset[index]
+        talk.fetched()
+        after.append(states_of(subject.dataset))
+    if good[0] is good[-1]:
+        return
+    fixed = [name for name in ("random", "numpy", "torch") if after[0][name] == after[1][name]]
+    if fixed:
+        talk.tell("seeds", generators=fixed, indices=[index_text(good[0]), index_text(good[-1])])
+
+
+def _look_at_getitems(subject: Subject, talk: Talk, numbers: Numbers, good: list[Any]) -> None:
+    """Whether a batch that is asked for at once is the samples that it is made of."""
+    dataset = subject.dataset
+    together = getattr(dataset, "__getitems__", None)
+    if not callable(together) or not subject.batched:
+        return
+    asked = good[:_TOGETHER]
+    numbers.set()
+    single = [dataset[index] for index in asked]
+    prints = [fingerprint(sample, None) for sample in single]
+    talk.at("asking __getitems__", asked)
+    numbers.set()
+    try:
+        came = list(together(list(asked)))
+    except Exception as exc:
+        talk.tell("getitems_raises", indices=index_text(asked), **raised(exc))
+        return
+    talk.fetched(2 * len(asked))
+    if len(came) != len(asked):
+        talk.tell("getitems_count", asked=len(asked), came=len(came))
+        return
+    kinds = [structure_of(sample) for sample in single]
+    for index, sample, one, kind in zip(asked, came, prints, kinds, strict=True):
+        other = structure_of(sample)
+        if other != kind:
+            path = next((each for each in kind if other.get(each) != kind[each]), "sample")
+            was, now = kind.get(path, "nothing"), other.get(path, "nothing")
+            talk.tell("getitems", index=index_text(index), path=path, single=was, together=now)
+            return
+        found = difference(one, sample, None)
+        if found is not None and not _is_random(subject, numbers, index):
+            path = found.path.replace("batch", "sample", 1)
+            talk.tell("getitems", index=index_text(index), path=path, single="", together="")
+            return
+
+
+def _is_random(subject: Subject, numbers: Numbers, index: Any) -> bool:
+    """Whether a sample depends on random numbers: then the two may draw them in another order."""
+    seen = set()
+    for seed in (7, 21, 22, 23):
+        numbers.set(seed)
+        before = states_of(subject.dataset)
+        seen.add(print_of(subject.dataset[index]))
+        if states_of(subject.dataset) != before:
+            return True
+    return len(seen) > 1
+
+
+def _look_at_stream(subject: Subject, talk: Talk) -> None:
+    """The first samples of a stream, twice, and as many more as time allows."""
+    numbers = Numbers(subject.dataset, 7)
+    measured: list[tuple[Any, float, int]] = []
+    passes: list[list[int | None]] = []
+    talk.at("asking for its length")
+    length = subject.length()
+    most = min(_MOST if length is None else max(_MOST, length + 1), talk.samples // 4, 5000)
+    ended = False
+    try:
+        for again in (False, True):
+            numbers.set()
+            prints = []
+            talk.at("iterating the dataset")
+            for number, (sample, taken_s) in enumerate(_timed(subject.dataset)):
+                if not again:
+                    measured.append((number, taken_s, size_of(sample)))
+                talk.fetched()
+                talk.at("iterating the dataset", number + 1)
+                prints.append(print_of(sample) if number < _STREAM_TWICE else None)
+                enough = _STREAM_TWICE if again else most
+                if number + 1 >= enough or (talk.left() < 0 and number >= _STREAM_TWICE):
+                    break
+            else:
+                ended = ended or not again
+            passes.append(prints)
+            if talk.left() < 0:
+                break
+    except Exception as exc:
+        talk.tell("raises", index=f"{len(measured)} of the stream", **raised(exc))
+    _tell_sizes(talk, measured, 0.0)
+    if len(passes) == 2:
+        first, second = (each[:_STREAM_TWICE] for each in passes)
+        if first and not second:
+            talk.tell("stream_spent", samples=len(measured))
+        elif first != second:
+            place = next(
+                (
+                    k
+                    for k, pair in enumerate(zip(first, second, strict=False))
+                    if pair[0] != pair[1]
+                ),
+                min(len(first), len(second)),
+            )
+            talk.tell("stream_differs", place=place)
+    if length is not None and passes:
+        came = len(measured)
+        if (ended and came != length) or came > length:
+            talk.tell("stream_length", length=length, came=came, ended=ended)
+
+
+def _timed(dataset: Any) -> Iterator[tuple[Any, float]]:
+    iterator = iter(dataset)
+    while True:
+        start = time.perf_counter()
+        try:
+            sample = next(iterator)
+        except StopIteration:
+            return
+        yield sample, time.perf_counter() - start
+
+
+def size_of(sample: Any) -> int:
+    """Bytes of the arrays, tensors and texts in a sample."""
+    total = 0
+    for _, leaf in leaves_of(sample):
+        facts = array_facts(leaf)
+        if facts is not None:
+            total += facts.get("size_bytes", 0)
+        elif isinstance(leaf, str | bytes):
+            total += own_length(leaf) or 0
+        else:
+            total += 8
+    return total
+
+
+def _tell_sizes(talk: Talk, measured: list[tuple[Any, float, int]], first_again_s: float) -> None:
+    if not measured:
+        return
+    later = measured[1:] or measured
+    slowest = max(later, key=lambda each: each[1])
+    largest = max(measured, key=lambda each: each[2])
+    talk.tell(
+        "samples",
+        count=len(measured),
+        first_s=measured[0][1],
+        first_again_s=first_again_s,
+        median_s=statistics.median(each[1] for each in later),
+        worst_s=slowest[1],
+        worst_index=index_text(slowest[0]),
+        median_bytes=int(statistics.median(each[2] for each in measured)),
+        largest_bytes=largest[2],
+        largest_index=index_text(largest[0]),
+    )
+
+
+def raised(exc: BaseException) -> dict[str, str]:
+    """An exception as facts: type, text, and the line that raised it."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return {
+        "type": type_name(type(exc)),
+        "text": cut(exception_text(exc), 300),
+        "at": at,
+    }

@@ -1,0 +1,307 @@
+"""How speed grows with workers: the settings tried, in turns, on this machine. Runs in: main.
+
+Batches per second are of whole epochs of workers that run already. Each has as many batches for one
+worker as for the other, so all work from its begin to its end. A setting's pool stays; between its
+turns it has nothing to do, so it takes nothing from the others. Start-up is told apart, as the time
+to the first batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from safeloader import _torch
+from safeloader.examining.samples import raised
+from safeloader.examining.subject import Subject
+from safeloader.examining.talk import Talk
+
+_TURN_S = 0.4
+_TURN_BATCHES = 300
+_FEWEST = 3  # batches for each worker in a turn
+_ROUNDS = 7
+_CONTENDS = 0.8  # of the best: is measured again
+_PREFETCH = (1, 4, 8)
+_MARK_S = 0.5
+_MOST = 8  # workers for each core, where speed grows so far
+
+
+class Setting(NamedTuple):
+    """What is tried; without workers, ``prefetch`` and ``method`` are None."""
+
+    workers: int
+    prefetch: int | None
+    method: str | None
+
+
+def look(subject: Subject, talk: Talk) -> None:
+    """Try numbers of workers, then prefetch factors, then start methods."""
+    with warnings.catch_warnings():
+        # More workers than cores are tried on purpose; torch says to each that it is too many.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        _Sweep(subject, talk).run()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def counts(cores: int, own: int) -> list[int]:
+    """Numbers of workers to try, fewest first.
+
+    >>> counts(2, 0), counts(16, 6)
+    ([0, 1, 2, 3, 4], [0, 1, 2, 4, 6, 8, 12, 16, 17, 32])
+    """
+    tried = {0, 1, cores, cores + 1, 2 * cores}
+    tried |= {2**k for k in range(10) if 2**k < cores} | {cores // 2, 3 * cores // 4}
+    if cores <= 4:
+        tried |= set(range(cores + 2))
+    if own <= 8 * cores:
+        tried.add(own)
+    return sorted(tried)
+
+
+class _Draws:
+    """Stands for the batch sampler: gives out the batches of the next turn."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class _Pool:
+    """A setting, its loader, and what was measured of it."""
+
+    def __init__(
+        self, setting: Setting, subject: Subject, talk: Talk, source: Iterator[Any]
+    ) -> None:
+        self.setting = setting
+        self.rates: list[float] = []
+        self.first_s = 0.0
+        self._subject, self._talk, self._source = subject, talk, source
+        self._draws = _Draws()
+        self._loader: Any = subject.loader(self._draws, *setting)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates) if self.rates else 0.0
+
+    def start(self) -> None:
+        """Start the workers, and see how long the first batch takes."""
+        workers = self.setting.workers
+        self._say("starting")
+        start = time.perf_counter()
+        for number, _ in enumerate(self._epoch(max(1, workers))):
+            if not number:
+                self.first_s = time.perf_counter() - start
+            self._mark("first batches")
+            if number + 1 >= max(1, workers):  # of a stream
+                break
+
+    def turn(self, seconds: float) -> None:
+        """Measure one epoch of about so many seconds."""
+        each = max(1, self.setting.workers)
+        guess = self.rate or each / max(self.first_s, 1e-4)
+        count = math.ceil(min(_TURN_BATCHES, seconds * guess) / each) * each
+        count = max(count, _FEWEST * each)
+        self._say("measuring")
+        begin = last = time.perf_counter()
+        came = 0
+        for _ in self._epoch(count):
+            last = time.perf_counter()
+            came += 1
+            self._mark("measuring")
+            if came >= count:
+                break
+        if came and last > begin:
+            self.rates.append(came / (last - begin))
+        self.tell(None)
+
+    def stop(self) -> None:
+        """End the workers."""
+        self._say("ending")
+        _torch.abandon(self._loader)
+        self._loader = None
+
+    def _epoch(self, count: int) -> Iterator[Any]:
+        if self._subject.is_stream:
+            size = self._subject.batch_size or 1
+        else:
+            self._draws.batches = list(itertools.islice(self._source, count))
+            size = len(self._draws.batches[0]) if self._subject.batched else 1
+        self._talk.fetched(count * size)
+        return iter(self._loader)
+
+    def _say(self, what: str) -> None:
+        workers, _, method = self.setting
+        told = f"{workers} workers by {method}" if workers else "no workers"
+        self._talk.at(f"{what}: {told}")
+        self._marked = time.monotonic()
+
+    def _mark(self, what: str) -> None:
+        if time.monotonic() - self._marked > _MARK_S:  # a batch came, so it does not hang
+            self._say(what)
+
+    def tell(self, error: dict[str, str] | None) -> None:
+        """What was measured so far, or why nothing can be."""
+        workers, prefetch, method = self.setting
+        self._talk.tell(
+            "setting",
+            workers=workers,
+            prefetch=prefetch,
+            method=method,
+            rates=self.rates,
+            first_s=self.first_s,
+            error=error,
+        )
+
+
+class _Sweep:
+    def __init__(self, subject: Subject, talk: Talk) -> None:
+        self._subject, self._talk = subject, talk
+        self._source = subject.batches() if not subject.is_stream else iter(())
+        self._own = subject.num_workers
+        self._measured: set[Setting] = set()
+        methods = multiprocessing.get_all_start_methods()
+        self._sent = not subject.unpicklable()
+        usable = methods if self._sent else [each for each in methods if each == "fork"]
+        self._methods = [each for each in usable if each not in talk.avoided]
+        self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
+
+    def run(self) -> None:
+        self._talk.tell("machine", cores=cores(), methods=self._methods)
+        total = self._talk.left()
+        tried = self._numbers_of_workers(self._talk.end - 0.42 * total)
+        best = self._best(tried)
+        if best is None or not best.setting.workers:
+            for pool in tried:
+                pool.stop()
+            if best is not None and len(self._methods) > 1:
+                self._start_methods(Setting(1, 2, self._cheap))
+            return
+        tried = [*self._prefetch_factors(tried, best.setting, self._talk.end - 0.3 * total)]
+        best = self._best(tried) or best
+        for pool in tried:
+            pool.stop()
+        self._start_methods(best.setting)
+
+    @staticmethod
+    def _best(pools: list[_Pool]) -> _Pool | None:
+        return max((pool for pool in pools if pool.rates), key=lambda pool: pool.rate, default=None)
+
+    def _numbers_of_workers(self, end: float) -> list[_Pool]:
+        pools: list[_Pool] = []
+        worse = 0
+        own = self._subject.prefetch_factor or 2
+        tried = counts(cores(), self._own) if self._methods else [0]
+        for workers in tried:
+            setting = Setting(workers, own if workers else None, self._cheap if workers else None)
+            cost = (pools[-1].first_s * 2 + _TURN_S) if pools else 0.0
+            needed = workers <= 1 or workers == self._own
+            if (time.monotonic() + cost > end and not needed) or self._talk.samples <= 0:
+                break
+            if worse >= 2 and workers > 4 and workers != self._own:
+                continue
+            pool = self._opened(setting)
+            if pool is None:
+                if not workers:
+                    return pools
+                continue
+            best = self._best(pools)
+            worse = worse + 1 if best is not None and pool.rate < 1.05 * best.rate else 0
+            pools.append(pool)
+            if workers == tried[-1] and not worse and 0 < workers < _MOST * cores():
+                tried.append(2 * workers)  # it waits for something else than the cores
+            pools = self._without_slow(pools)
+        self._in_turns(pools, end)
+        return pools
+
+    def _without_slow(self, pools: list[_Pool]) -> list[_Pool]:
+        """End those that are far behind, where there are many workers already."""
+        best = self._best(pools)
+        if best is None or sum(pool.setting.workers for pool in pools) <= 4 * cores() + 8:
+            return pools
+        left = [pool for pool in pools if max(pool.rates, default=0.0) >= _CONTENDS * best.rate]
+        for pool in pools:
+            if pool not in left:
+                pool.stop()
+        return left
+
+    def _prefetch_factors(self, pools: list[_Pool], best: Setting, end: float) -> list[_Pool]:
+        held = [pool for pool in pools if pool.setting == best]
+        for pool in pools:
+            if pool not in held:
+                pool.stop()
+        for prefetch in _PREFETCH:
+            if time.monotonic() + 2 * held[0].first_s + _TURN_S > end:
+                break
+            setting = best._replace(prefetch=prefetch)
+            if any(pool.setting == setting for pool in held):
+                continue
+            opened = self._opened(setting)
+            if opened is not None:
+                held.append(opened)
+        self._in_turns(held, end)
+        return held
+
+    def _start_methods(self, best: Setting) -> None:
+        for method in self._methods:
+            setting = best._replace(method=method)
+            if setting in self._measured:
+                continue
+            if self._talk.left() < 0.5 or self._talk.samples <= 0:
+                return
+            pool = self._opened(setting)
+            if pool is not None:
+                pool.stop()
+
+    def _opened(self, setting: Setting) -> _Pool | None:
+        """A pool that was started and measured once; None if it could not be."""
+        for last in (False, False, True):
+            pool = _Pool(setting, self._subject, self._talk, self._source)
+            try:
+                pool.start()
+                pool.turn(_TURN_S)
+            except Exception as exc:
+                if last or (setting.method != self._cheap and setting.workers):
+                    pool.tell(raised(exc))
+                else:  # with other samples it may do
+                    self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+                pool.stop()
+                if setting.method != self._cheap and setting.workers:
+                    break
+            else:
+                self._measured.add(setting)
+                return pool
+        return None
+
+    def _in_turns(self, pools: list[_Pool], end: float) -> None:
+        """Measure those again that may be the best, forwards and backwards in turn."""
+        for number in range(_ROUNDS):
+            best = self._best(pools)
+            if best is None:
+                return
+            rest = [
+                pool
+                for pool in pools
+                if not number or max(pool.rates, default=0.0) >= _CONTENDS * best.rate
+            ]
+            if len(rest) == 1 and number > 1:
+                return
+            for pool in rest if number % 2 else rest[::-1]:
+                cost = _TURN_S + _FEWEST * max(1, pool.setting.workers) / max(pool.rate, 1e-6)
+                if time.monotonic() + cost > end or self._talk.samples <= 0:
+                    return
+                pool.turn(_TURN_S)

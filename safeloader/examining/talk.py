@@ -1,0 +1,79 @@
+"""What a look may say, and what it has to keep to, in the child. Runs in: main."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from safeloader.examining.subject import Subject
+from safeloader.introspect.texts import index_text
+
+Source = Callable[[], Subject]  # called in the child
+
+
+class Unusable(Exception):
+    """There is no loader to examine: what was asked for, and what was raised instead."""
+
+    def __init__(self, what: str, cause: BaseException | None) -> None:
+        super().__init__(what)
+        self.what, self.cause = what, cause
+
+
+class Talk:
+    """What a look may say and has to keep to, in the child.
+
+    Attributes:
+        avoided: start methods by which workers hung; others are to be used.
+        end: when all has to be done, by ``time.monotonic``.
+        samples: how many more may be fetched.
+    """
+
+    def __init__(
+        self, fd: int, end: float, samples: int, avoided: frozenset[str] = frozenset()
+    ) -> None:
+        self.avoided = avoided
+        self._fd, self.end, self.samples = fd, end, samples
+        self._look_end = end
+
+    def begin(self, look: int, seconds: float) -> None:
+        """A look begins, and has so many seconds."""
+        self._look_end = min(self.end, time.monotonic() + seconds)
+        self._say(["look", look])
+
+    def at(self, what: str, index: Any = None) -> None:
+        """What is done next; if nothing is heard after it, that is what hangs, or kills."""
+        self._say(["at", what, None if index is None else index_text(index)])
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """A fact, as JSON has it."""
+        self._say(["fact", kind, facts])
+
+    def done(self, samples: int) -> None:
+        """All looks are made."""
+        self._say(["done", samples])
+
+    def left(self) -> float:
+        """Seconds that this look has left; below zero when it has to end."""
+        return self._look_end - time.monotonic()
+
+    def fetched(self, count: int = 1) -> None:
+        """So many samples were fetched."""
+        self.samples -= count
+
+    def _say(self, message: list[Any]) -> None:
+        data = (json.dumps(message) + "\n").encode()
+        while data:
+            data = data[os.write(self._fd, data) :]
+
+
+class Order(NamedTuple):
+    """What a child is to do; picklable."""
+
+    first: int  # the look to begin with
+    end: float  # by time.monotonic, which all processes of a machine share
+    samples: int
+    excluded: frozenset[str]
+    avoided: frozenset[str] = frozenset()  # start methods by which workers hang

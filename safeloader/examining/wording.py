@@ -1,0 +1,608 @@
+"""What was heard of the child, in words: answer, evidence, what to do. Runs in: main."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from safeloader.examining.choosing import Row, chosen
+from safeloader.examining.report import Finding, Level, time_text
+from safeloader.introspect.resources import human_bytes
+from safeloader.supervision import causes
+
+Facts = dict[str, Any]
+Heard = list[tuple[str, Facts]]
+_HEAVY_BYTES = 100 << 20  # of what spawn sends to each worker
+_SLOW_FIRST_S = 1.0
+_SLOW_RATIO = 20.0  # over the median
+_SLOW_S = 0.5
+_FASTER = 1.15  # than the loader's own setting, to be told
+_ORDER = {"error": 0, "warning": 1, "note": 2}
+_STACK_LINES = 14
+_LATE = "the time was up"
+_SPAWNING = ("spawn", "forkserver")
+
+
+def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) -> list[Finding]:
+    """The findings of what was heard, the worst first.
+
+    Args:
+        heard: kinds and facts, in the order in which they came.
+        own: what the loader is, as :func:`~safeloader.examining.looks.told_of` says.
+        forked: whether the child was forked, so that the dataset need not be picklable.
+        lacks_guard: whether the program starts processes when it is imported.
+    """
+    words = _Words(own, forked)
+    found: list[Finding] = []
+    ends = [facts["end"] for kind, facts in heard if kind == "too_long"]
+    for kind, facts in heard:
+        if ends and kind == "raises" and int(facts["index"]) >= ends[0]:
+            continue  # that the length is not true says it
+        tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
+        finding = None if tell is None else tell(facts)
+        if finding is not None and finding not in found:
+            found.append(finding)
+    found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
+    found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
+    return sorted(found, key=lambda each: _ORDER[each.level])
+
+
+def rows_of(heard: Heard) -> list[Row]:
+    """The settings that were tried, each as it was told last."""
+    rows: dict[Any, Row] = {}
+    for kind, facts in heard:
+        if kind == "setting":
+            setting = facts["workers"], facts["prefetch"], facts["method"]
+            error = facts["error"] or {}
+            text = f"{error['type']}: {error['text']}".split("\n")[0][:200] if error else ""
+            rates = tuple(facts["rates"])
+            rows[setting] = Row(*setting, rates, facts["first_s"] if rates else None, text)
+        elif kind == "ending" and facts.get("setting"):
+            setting = tuple(facts["setting"])
+            if setting not in rows:
+                how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
+                text = f"{how or _LATE} after {facts['seconds']:.1f} s"
+                rows[setting] = Row(*setting, (), None, text)
+    return list(rows.values())
+
+
+def cores_of(heard: Heard) -> int | None:
+    """The cores that the child had."""
+    return next((facts["cores"] for kind, facts in heard if kind == "machine"), None)
+
+
+def untried(heard: Heard) -> list[str]:
+    """Start methods that could be used and that nothing is known of."""
+    rows = rows_of(heard)
+    known = {row.method for row in rows}
+    methods: list[str] = next((facts["methods"] for kind, facts in heard if kind == "machine"), [])
+    return [each for each in methods if rows and each not in known]
+
+
+def ruled_out(heard: Heard) -> set[str]:
+    """Start methods that cannot be used, by what was found."""
+    kinds = {kind for kind, _ in heard}
+    out = {"fork"} if "hazard" in kinds else set()
+    if "unpicklable" in kinds:
+        out |= {*_SPAWNING}
+    out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
+    failed = [row for row in rows_of(heard) if row.error and not row.error.startswith(_LATE)]
+    return out | {str(row.method) for row in failed if row.method != "fork"}
+
+
+def _fork_hangs(facts: Facts) -> bool:
+    return facts["how"] in ("hung", "died") and facts.get("method") == "fork"
+
+
+def recommended(heard: Heard) -> tuple[Row | None, str]:
+    """The setting to use, and why."""
+    rows = rows_of(heard)
+    out = ruled_out(heard)
+    best = chosen(rows, out)
+    if best is None:
+        return None, ""
+    why = f"{best.rate:.3g} batches/s"
+    own = next((facts for kind, facts in heard if kind == "subject"), None)
+    yours = None if own is None else _own_row(rows, own)
+    if yours is not None and yours.rate and yours is not best:
+        why += f"; {best.rate / yours.rate:.2f} times the loader's own setting"
+    if best.method and out & {"fork", "spawn"}:
+        why += f"; {', '.join(sorted(out))} ruled out by what was found"
+    return best, why
+
+
+def _own_row(rows: list[Row], own: Facts) -> Row | None:
+    """The loader's own setting, or the one that is it but for the start method."""
+    same = [row for row in rows if row.workers == own["workers"] and row.rates]
+    exact = [row for row in same if row.prefetch == own["prefetch"]]
+    by_method = [row for row in exact if row.method == own["method"]]
+    return next(iter(by_method or exact), None)
+
+
+def resume_text(heard: Heard) -> str:
+    """Whether training can go on where it was."""
+    facts = next((facts for kind, facts in heard if kind == "resume"), None)
+    if facts is None:
+        return ""
+    if facts["loader"]:
+        return "yes, in the middle of an epoch: the loader has a state_dict()"
+    if facts["sampler"]:
+        return (
+            f"in the middle of an epoch by hand: {facts['sampler_name']} has state_dict() and "
+            "load_state_dict(); batches that the workers had fetched ahead are not in it"
+        )
+    order = {
+        "sequential": "yes, at the beginning of an epoch: the order is that of the indices",
+        "seed and epoch": "yes, at the beginning of an epoch: the order is made of seed and epoch, "
+        "so call set_epoch(epoch) before it",
+        "epoch": f"at the beginning of an epoch: {facts['sampler_name']} has set_epoch(); whether "
+        "its order depends on that alone is not known",
+        "generator": "at the beginning of an epoch: save generator.get_state() there",
+        "global": "at the beginning of an epoch: the order is drawn from torch's global generator, "
+        "so save torch.get_rng_state() there, or give generator= to the loader",
+        "stream": "by its own state_dict(), which is in the workers' copies"
+        if facts["dataset"]
+        else "no: a stream without state_dict() starts anew",
+        "unknown": f"not known: {facts['sampler_name']} has no state_dict() and no set_epoch()",
+    }[facts["order"]]
+    if facts["order"] == "stream":
+        return order
+    return f"{order}; not in the middle of one: neither loader nor sampler has a state_dict()"
+
+
+class _Words:
+    """A method for each kind of fact; None is nothing to say."""
+
+    def __init__(self, own: Facts, forked: bool) -> None:
+        self._own, self._forked = own, forked
+        self._failing = 0
+        self._workers: int = own.get("workers", 0)
+        self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
+        self._forks = self._workers > 0 and own.get("method") == "fork"
+
+    # ── one sample
+
+    def on_raises(self, facts: Facts) -> Finding:
+        error = f"{facts['type']}: {facts['text']}"
+        return Finding(
+            "error",
+            "raises",
+            f"index {facts['index']} raises {facts['type']}",
+            f"{error}\nat {facts['at']}",
+            "mend the sample or leave it out; on_error='skip' of SafeDataLoader goes on without it",
+        )
+
+    def on_differs(self, facts: Facts) -> Finding:
+        index, path = facts["index"], facts["path"]
+        seen = (
+            f"{facts['count']} of {facts['of']} samples, fetched twice with the same random "
+            f"numbers, are not the same; of index {index}: {path}"
+        )
+        if facts["elements"]:
+            held = ", ".join(facts["elements"])
+            return Finding(
+                "error",
+                "in_place",
+                f"fetching changes the dataset: {held} is another after index {index} was fetched",
+                seen,
+                "copy before changing (clone(), copy()): in place, each epoch changes it again",
+            )
+        if facts["changed"]:
+            held = ", ".join(facts["changed"])
+            return Finding(
+                "warning",
+                "differs",
+                f"index {index} is another each time: fetching changes the dataset ({held})",
+                seen,
+                f"have the sample depend on its index and on random numbers only, not on {held}: "
+                "each worker has a copy of it that goes its own way",
+            )
+        return Finding(
+            "warning",
+            "differs",
+            f"index {index} is another each time, also with the same random numbers",
+            seen + "; nothing that the dataset holds had changed",
+            "look for the time, the process, a set's order, a file's position, or a generator that "
+            "is not in the dataset: what it gives cannot be had again, by replay or by a seed",
+        )
+
+    def on_seeds(self, facts: Facts) -> Finding:
+        names = " and ".join(
+            {"random": "random", "numpy": "NumPy", "torch": "torch"}[each]
+            for each in facts["generators"]
+        )
+        first, last = facts["indices"]
+        return Finding(
+            "error",
+            "seeds",
+            f"__getitem__ seeds {names} with a fixed number: every index draws the same numbers",
+            f"after index {first} and after index {last} the generator stood at the same place, "
+            "though it had begun at two others",
+            "seed with the index and the epoch, by a generator of its own: "
+            "torch.Generator().manual_seed(hash of both)",
+        )
+
+    def on_getitems(self, facts: Facts) -> Finding:
+        told = f"index {facts['index']}: {facts['path']} is not the same"
+        if facts["single"]:
+            told += f": {facts['single']} by dataset[index], {facts['together']} by __getitems__"
+        return Finding(
+            "error",
+            "getitems",
+            f"__getitems__ and __getitem__ do not give the same sample at index {facts['index']}",
+            told,
+            "mend __getitems__, which the loader uses; a transform in __getitem__ does not run in "
+            "an inherited or wrapped __getitems__",
+        )
+
+    def on_getitems_count(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "getitems",
+            f"__getitems__ gives {facts['came']} samples for {facts['asked']} indices",
+            "each index has to have its sample, in the order asked for",
+            "mend __getitems__: what it leaves out is lost without a word",
+        )
+
+    def on_getitems_raises(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "getitems",
+            f"__getitems__({facts['indices']}) raises {facts['type']}, and dataset[index] does not",
+            f"{facts['type']}: {facts['text']}\nat {facts['at']}",
+            "mend __getitems__, or take it away: the loader then asks for each sample",
+        )
+
+    def on_samples(self, facts: Facts) -> Finding | None:
+        first, again, median = facts["first_s"], facts["first_again_s"], facts["median_s"]
+        if first > _SLOW_FIRST_S and first > _SLOW_RATIO * median and 4 * again < first:
+            return Finding(
+                "warning",
+                "slow_first",
+                f"the first sample takes {time_text(first)}: something is set up at first use",
+                f"the same index again took {time_text(again)}, the others {time_text(median)} "
+                "(median)",
+                "each worker pays that, each epoch: persistent_workers=True, or a set-up that is "
+                "made before the fork and survives it",
+            )
+        worst = facts["worst_s"]
+        if worst > _SLOW_S and worst > _SLOW_RATIO * median:
+            return Finding(
+                "warning",
+                "slow_sample",
+                f"index {facts['worst_index']} takes {time_text(worst)}, the median is "
+                f"{time_text(median)}",
+                f"of {facts['count']} samples fetched one by one",
+                "batches come in order, so all wait for the slowest: look at this sample, or use "
+                "in_order=False",
+            )
+        return None
+
+    def on_nothing_drawn(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "nothing_drawn",
+            "the sampler gives no index",
+            "iterating it came to its end at once",
+            "look at the sampler, and whether the dataset is empty",
+        )
+
+    def on_batch_raises(self, facts: Facts) -> Finding | None:
+        self._failing += 1
+        if self._failing > 1:
+            return None
+        return Finding(
+            "error",
+            "batch_raises",
+            f"a batch fails: {facts['type']}",
+            facts["text"],
+            "iterate the loader as a SafeDataLoader: its error names the sample",
+        )
+
+    # ── length
+
+    def on_empty(self, facts: Facts) -> Finding:
+        return Finding(
+            "error", "length", "the dataset is empty", "len(dataset) is 0", "look at what it reads"
+        )
+
+    def on_too_long(self, facts: Facts) -> Finding:
+        length, end, error = facts["length"], facts["end"], facts["error"]
+        return Finding(
+            "error",
+            "length",
+            f"__len__ is too long: it says {length}, and the samples end at {end}",
+            f"dataset[{end}] raises {error['type']}: {error['text']}\nat {error['at']}",
+            f"have __len__ give {end}, the number of samples there are",
+        )
+
+    def on_too_short(self, facts: Facts) -> Finding:
+        length, end = facts["length"], facts["end"]
+        return Finding(
+            "warning",
+            "length",
+            f"__len__ is too short: it says {length}, and there are {end} samples",
+            f"dataset[{length}] to dataset[{end - 1}] give samples, dataset[{end}] does not",
+            f"have __len__ give {end}; the last {end - length} are never drawn. If that is meant, "
+            "use torch.utils.data.Subset",
+        )
+
+    # ── streams
+
+    def on_stream_spent(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "stream_spent",
+            "a second pass over the stream gives nothing",
+            f"the first gave {facts['samples']} samples",
+            "make what is iterated anew in __iter__: with a generator made in __init__, the second "
+            "epoch is empty",
+        )
+
+    def on_stream_differs(self, facts: Facts) -> Finding:
+        return Finding(
+            "warning",
+            "differs",
+            f"sample {facts['place']} of the stream is another in a second pass",
+            "both passes began with the same random numbers",
+            "fine if the stream goes on where it was; else have __iter__ begin anew",
+        )
+
+    def on_stream_length(self, facts: Facts) -> Finding:
+        more = "" if facts["ended"] else "at least "
+        return Finding(
+            "error",
+            "length",
+            f"__len__ says {facts['length']}, and the stream gives {more}{facts['came']} samples",
+            "counted in one process, without workers",
+            "have __len__ give the number of samples: schedules and len(loader) rest on it",
+        )
+
+    def on_one_stream(self, facts: Facts) -> Finding:
+        return Finding(
+            "error" if self._workers > 1 else "warning",
+            "one_stream",
+            "every worker reads the whole stream: each sample comes once from each worker"
+            if self._workers > 1
+            else "with workers, each would read the whole stream",
+            f"the first {facts['samples']} samples of two workers are the same, one by one",
+            "divide it in __iter__ by get_worker_info().id and num_workers",
+        )
+
+    # ── workers' copies
+
+    def on_generators(self, facts: Facts) -> Finding | None:
+        level: Level = "error" if self._workers > 1 else "warning"
+        seen = "two workers were started; it stood at the same places in both after each sample"
+        if facts["same"]:
+            held = ", ".join(facts["same"])
+            return Finding(
+                level,
+                "generators",
+                f"workers draw the same random numbers: {held} is a copy in each",
+                seen,
+                "seed it in worker_init_fn with get_worker_info().seed, or draw from torch's own "
+                "generator, which torch seeds for each worker",
+            )
+        if facts["same_global"]:
+            held = " and ".join(facts["same_global"])
+            by = "worker_init_fn seeds it" if facts["init"] else "something seeds it"
+            return Finding(
+                level,
+                "generators",
+                f"workers draw the same random numbers: {by} with the same number in each ({held})",
+                seen,
+                "seed with get_worker_info().seed, or not at all: torch seeds each worker",
+            )
+        return None
+
+    def on_stale(self, facts: Facts) -> Finding:
+        level: Level = "error" if self._workers > 0 else "warning"
+        path, here, there = facts["path"], facts["here"], facts["there"]
+        if facts["persistent"]:
+            advice = (
+                "persistent workers keep the copy they began with: hold it in shared memory "
+                "(torch.zeros((), dtype=torch.int64).share_memory_()), or "
+                "persistent_workers=False"
+            )
+        else:
+            advice = (
+                "workers start before the sampler is asked for its first index: set it before "
+                "iter(loader), or hold it in shared memory"
+            )
+        calls = " and ".join(f"{name}.set_epoch({facts['epoch']})" for name in facts["set_by"])
+        return Finding(
+            level,
+            "stale",
+            f"set_epoch does not reach the workers: {path} is {here} here, {there} there",
+            f"in epoch {facts['epoch']}" + (f", after {calls}" if calls else ""),
+            advice,
+        )
+
+    def on_workers_raise(self, facts: Facts) -> Finding:
+        return Finding(
+            "error" if self._workers else "warning",
+            "workers_raise",
+            f"in workers started by {facts['method']} it fails: {facts['type']}",
+            facts["text"],
+            "it did not without workers: look at worker_init_fn, and at what does not survive "
+            f"{facts['method']}",
+        )
+
+    # ── what workers are given
+
+    def on_unpicklable(self, facts: Facts) -> Finding:
+        broken = self._spawns or not self._forked
+        return Finding(
+            "error" if broken else "warning",
+            "unpicklable",
+            f"{facts['path']} cannot be pickled ({facts['what']})",
+            facts["reason"],
+            f"{facts['advice']} Until then workers can be started by fork only: not on Windows and "
+            "macOS, not beside CUDA",
+        )
+
+    def on_weight(self, facts: Facts) -> Finding | None:
+        if facts["bytes"] < _HEAVY_BYTES:
+            return None
+        parts = ", ".join(f"{path} {human_bytes(size)}" for path, size in facts["heaviest"])
+        return Finding(
+            "warning" if self._spawns else "note",
+            "weight",
+            f"{human_bytes(facts['bytes'])} are sent to each worker under spawn and forkserver",
+            parts or "estimated from what is pickled",
+            "open it in the worker, by path, or hold it in one memory-mapped array",
+        )
+
+    def on_hazard(self, facts: Facts) -> Finding:
+        return Finding(
+            "error" if self._forks else "warning",
+            "hazard",
+            f"{facts['path']} ({facts['what']}) does not survive a fork",
+            facts["why"],
+            facts["advice"],
+        )
+
+    # ── the child's ends
+
+    def of_endings(self, endings: list[Facts]) -> list[Finding]:
+        """Hangs and deaths: each index once, and what happened there."""
+        found = [self._hung(facts) for facts in endings if facts["how"] == "hung"]
+        died: dict[Any, list[Facts]] = {}
+        for facts in endings:
+            if facts["how"] == "died":
+                died.setdefault(facts["code"], []).append(facts)
+        return [*found, *map(self._died, died.values())]
+
+    def _died(self, deaths: list[Facts]) -> Finding:
+        facts = deaths[0]
+        where = " and ".join(dict.fromkeys(map(_where, deaths)))
+        return Finding(
+            "error",
+            "dies",
+            f"the process {_how_it_died(facts['code'])} {where}",
+            facts["stack"] or facts["printed"] or "it left no stack behind",
+            "run dataset[index] in a fresh process under a debugger; a worker would die of it too"
+            if facts["index"]
+            else "run it in a fresh process under a debugger",
+        )
+
+    def _hung(self, facts: Facts) -> Finding:
+        if facts["what"] == "loading":
+            return Finding(
+                "error",
+                "guard",
+                "the program does not come to an end when it is imported",
+                _cut_stack(facts["stack"]) or f"{facts['seconds']:.0f} s went by",
+                'put what it does besides defining under `if __name__ == "__main__":`; workers '
+                "that are spawned import it too",
+            )
+        where = _where(facts)
+        workers = facts.get("setting")
+        if workers:
+            own = self._workers > 0 and workers[2] == self._own.get("method")
+            return Finding(
+                "error" if own else "warning",
+                "hangs",
+                f"no batch came for {facts['seconds']:.0f} s {where}",
+                _cut_stack(facts["stack"]) or "nothing is known of where the workers were",
+                "samples came without workers: look for a lock or a pool of threads that the fork "
+                "inherits, in a library too; spawn and forkserver inherit none"
+                if workers[2] == "fork"
+                else "samples came without workers: look for what takes long to import or to send",
+            )
+        return Finding(
+            "error",
+            "hangs",
+            f"it hangs {where}: nothing came for {facts['seconds']:.0f} s",
+            _cut_stack(facts["stack"]) or "it did not answer where it was",
+            "give what it waits for a time limit; timeout= of the loader ends such a wait",
+        )
+
+    # ── settings
+
+    def of_rows(self, rows: list[Row], cores: int | None, lacks_guard: bool) -> list[Finding]:
+        """What the sweep says of the loader's own setting, and of start methods that fail."""
+        found = []
+        if lacks_guard:
+            found.append(
+                Finding(
+                    "error" if self._spawns else "warning",
+                    "guard",
+                    "the program does its work when it is imported, and spawn imports it",
+                    "a worker that was started by spawn came to the program's own work",
+                    'put it under `if __name__ == "__main__":`',
+                )
+            )
+        failed = [row for row in rows if row.error and not (lacks_guard and row.method != "fork")]
+        for row in failed[:3]:
+            mine = row.workers == self._workers and row.method == self._own.get("method")
+            if row.error.startswith(("the process died", "no batch came", _LATE)):
+                continue  # told as an end of the child
+            if self._failing and row.method in (None, "fork"):
+                continue  # told with what was raised
+            who = (
+                f"with {row.workers} workers by {row.method}" if row.workers else "without workers"
+            )
+            found.append(
+                Finding(
+                    "error" if mine or not row.workers else "warning",
+                    "batch_raises",
+                    f"{who} a batch fails",
+                    row.error,
+                    "iterate the loader by SafeDataLoader: its error names the sample",
+                )
+            )
+        found += self._of_own(rows, cores)
+        return found
+
+    def _of_own(self, rows: list[Row], cores: int | None) -> list[Finding]:
+        own, best = _own_row(rows, self._own), chosen(rows, ())
+        if own is None or best is None or not own.rate:
+            return []
+        gain = best.rate / own.rate
+        measured = (
+            f"{own.rate:.3g} batches/s with {own.workers}, {best.rate:.3g} with {best.workers}"
+        )
+        if cores is not None and own.workers > cores and gain > 0.9 and best.workers < own.workers:
+            return [
+                Finding(
+                    "warning",
+                    "too_many_workers",
+                    f"{own.workers} workers for {cores} cores gain nothing",
+                    measured,
+                    f"use num_workers={best.workers}: each worker costs memory and time to start",
+                )
+            ]
+        if gain > _FASTER:
+            return [
+                Finding(
+                    "warning",
+                    "slow_setting",
+                    f"another setting is {gain:.2f} times as fast as the loader's own",
+                    measured + ", of batches that nobody works with meanwhile",
+                    "use the setting below, unless the training step is what takes the time",
+                )
+            ]
+        return []
+
+
+def _where(facts: Facts) -> str:
+    what = facts["what"]
+    if facts["index"] is None:
+        return f"while {what}" if what else f"while looking at {facts['look']}"
+    if what.startswith("asking __getitems__"):
+        return f"in __getitems__({facts['index']})"
+    if "iterating" in what or "stream" in what:
+        return f"at sample {facts['index']} of the stream"
+    return f"at index {facts['index']}"
+
+
+def _how_it_died(code: int | None) -> str:
+    if code is None:
+        return "died"
+    return f"ended itself with exit status {code}" if code >= 0 else causes.ended(code)
+
+
+def _cut_stack(text: str) -> str:
+    return "\n".join(text.splitlines()[-_STACK_LINES:])

@@ -1,0 +1,847 @@
+"""The doctor: each fault for real, and beside it a sound program of which nothing is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+import safeloader
+from safeloader import SafeDataLoader, doctor
+from safeloader.examining import child, looks
+from safeloader.examining.report import Examination
+from tests.processes.test_launcher import ran
+
+N = 12
+SHORT_S = 12.0
+
+
+@pytest.fixture
+def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All looks but the one that takes all the time there is."""
+    monkeypatch.setattr(looks, "LOOKS", looks.LOOKS[:-1])
+
+
+class Sound(Dataset[Any]):
+    """Nothing is wrong with it; the faults are its children."""
+
+    def __init__(self) -> None:
+        self.data = torch.arange(N, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < N:
+            raise IndexError(index)
+        return self.data[index] * 2
+
+
+def kinds(report: Examination) -> list[str]:
+    """The findings; that a local class cannot be pickled is true, and left out."""
+    assert json.loads(json.dumps(report.to_dict()))["findings"] is not None
+    assert str(report)
+    return [each.kind for each in report.findings if "defined inside" not in each.answer]
+
+
+def examine(dataset: Any, seconds: float = SHORT_S, **options: Any) -> Examination:
+    return doctor(DataLoader(dataset, **({"batch_size": 2} | options)), seconds=seconds)
+
+
+def said(report: Examination, kind: str) -> Any:
+    [found] = [each for each in report.findings if each.kind == kind]
+    return found
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestSound:
+    def test_nothing_is_said_of_a_sound_dataset(self) -> None:
+        report = examine(Sound(), shuffle=True)
+        assert report.findings == ()
+        assert report.ok
+        assert report.samples["count"] == N
+        assert 0 < report.sent["bytes"] < 10_000
+        assert "nothing bad found" in str(report)
+
+    def test_random_transforms_are_sound(self) -> None:
+        class Augmented(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.own = np.random.default_rng(3)
+                self.old = np.random.RandomState(3)
+                self.pure = random.Random(3)
+
+            def __getitem__(self, index: int) -> Any:
+                mine = self.own.random() + self.old.rand() + self.pure.random()
+                drawn = torch.rand(()).item() + np.random.rand() + random.random()
+                return super().__getitem__(index) + drawn + mine
+
+        report = examine(Augmented())
+        assert [kind for kind in kinds(report) if kind != "generators"] == []
+
+    def test_a_cache_is_sound(self) -> None:
+        class Cached(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.cache: dict[int, Any] = {}
+                self.kept = [None] * N
+                self.scratch = np.zeros(4)
+
+            def __getitem__(self, index: int) -> Any:
+                self.scratch[:] = index
+                if index not in self.cache:
+                    self.cache[index] = super().__getitem__(index)
+                    self.kept[index] = self.cache[index]
+                return self.cache[index]
+
+        assert kinds(examine(Cached())) == []
+
+    def test_nothing_changes_in_this_process(self) -> None:
+        class Counting(Sound):
+            fetched = 0
+
+            def __getitem__(self, index: int) -> Any:
+                self.fetched += 1
+                return super().__getitem__(index)
+
+        dataset = Counting()
+        generator = torch.Generator()
+        loader = DataLoader(dataset, shuffle=True, generator=generator, num_workers=1)
+        before = set(vars(loader)), generator.get_state().tolist()
+        states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+        doctor(loader, seconds=SHORT_S)
+        assert dataset.fetched == 0
+        assert not dataset.data.is_shared()
+        assert (set(vars(loader)), generator.get_state().tolist()) == before
+        now = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+        assert now[:2] == states[:2]
+        assert torch.equal(now[2], states[2])
+        assert loader._iterator is None
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: SafeDataLoader(Sound(), batch_size=4, validate=[len_is_zero]),
+            lambda: DataLoader(Sound(), batch_size=None),
+            lambda: DataLoader(Sound(), batch_sampler=[[0, 3], [5, 1]]),
+            lambda: DataLoader(Sound(), collate_fn=len),
+            lambda: DataLoader({"a": 1, "b": 2}, sampler=["b", "a"]),  # type: ignore[arg-type]
+            lambda: DataLoader(Divided(), batch_size=3),
+            lambda: DataLoader(Divided(), batch_size=None),
+            lambda: wrapped(DataLoader(Sound(), batch_size=4)),
+        ],
+    )
+    def test_every_kind_of_loader_is_taken(self, make: Any) -> None:
+        report = doctor(make(), seconds=SHORT_S)
+        assert kinds(report) == []
+        assert report.not_looked_at == ()
+        assert report.samples["count"] > 1
+
+
+def len_is_zero(sample: Any, index: Any) -> None:
+    assert sample.dim() == 0
+
+
+def wrapped(loader: Any) -> Any:
+    class Wrapper:
+        def __init__(self) -> None:
+            self.loader = loader
+
+    return Wrapper()
+
+
+class Divided(IterableDataset[Any]):
+    """A stream that its workers divide."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        yield from range(40) if info is None else range(info.id, 40, info.num_workers)
+
+
+class Whole(IterableDataset[Any]):
+    """A stream that each worker reads whole."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(40)
+
+
+# ── what harms the process that fetches
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestHarm:
+    def test_a_hang_is_told_with_its_index_and_its_line(self) -> None:
+        class Hanging(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    threading.Event().wait()
+                return super().__getitem__(index)
+
+        report = examine(Hanging(), seconds=9.0)
+        found = said(report, "hangs")
+        assert "index 5" in found.answer
+        assert "in __getitem__" in found.evidence
+        assert found.level == "error"
+        assert report.seconds < 15
+
+    @pytest.mark.parametrize(
+        ("end", "how"),
+        [
+            (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL (signal 9)"),
+            (lambda: os._exit(3), "ended itself with exit status 3"),
+            (lambda: os.kill(os.getpid(), signal.SIGSEGV), "was killed by SIGSEGV (signal 11)"),
+        ],
+        ids=["kill", "exit", "segfault"],
+    )
+    def test_a_death_is_told_with_its_index(self, end: Any, how: str) -> None:
+        class Deadly(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    end()
+                return super().__getitem__(index)
+
+        report = examine(Deadly())
+        found = said(report, "dies")
+        assert how in found.answer
+        assert "index 5" in found.answer
+        assert report.samples["count"] == N - 1  # the other looks were made without it
+        assert not report.ok
+
+    def test_where_every_sample_kills_what_can_be_looked_at_is(self) -> None:
+        class Deadly(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = lambda x: x
+
+            def __getitem__(self, index: int) -> Any:
+                os._exit(4)
+
+        report = examine(Deadly())
+        assert "dies" in kinds(report)
+        assert [each.kind for each in report.findings] == ["dies", "unpicklable"]
+        assert any("fetching does not come back" in each for each in report.not_looked_at)
+
+    def test_what_is_printed_is_captured(self, capfd: pytest.CaptureFixture[str]) -> None:
+        class Loud(Sound):
+            def __getitem__(self, index: int) -> Any:
+                print("x" * 100_000)
+                os.write(2, b"straight to the descriptor\n")
+                return super().__getitem__(index)
+
+        report = examine(Loud())
+        assert report.output_bytes > 20 * 100_000
+        assert len(report.output) <= 4096
+        assert "straight to the descriptor" in str(report)
+        assert kinds(report) == []
+        assert "xxx" not in "".join(capfd.readouterr())
+
+    def test_what_it_starts_is_ended_with_it(self, tmp_path: Path) -> None:
+        pids = tmp_path / "pids"
+
+        class Forking(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if (child := os.fork()) == 0:
+                    time.sleep(1000)
+                    os._exit(0)
+                with pids.open("a") as file:
+                    file.write(f"{child}\n")
+                return super().__getitem__(index)
+
+        report = examine(Forking())
+        assert report.ok
+        started = [int(line) for line in pids.read_text().split()]
+        assert len(started) >= N
+        end = time.monotonic() + 20
+        while any(map(alive, started)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(map(alive, started))
+
+    def test_an_error_is_told_with_its_index_and_its_line(self) -> None:
+        class Broken(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    raise KeyError("image")
+                return super().__getitem__(index)
+
+        found = said(examine(Broken()), "raises")
+        assert found.answer == "index 5 raises KeyError"
+        assert "test_doctor.py:" in found.evidence
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# ── what is wrong with samples
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestSamples:
+    def test_a_change_in_place(self) -> None:
+        class Doubling(Sound):
+            def __getitem__(self, index: int) -> Any:
+                super().__getitem__(index)
+                return self.data[index : index + 1].mul_(2)
+
+        report = examine(Doubling())
+        assert "dataset.data[" in said(report, "in_place").answer
+        assert not report.ok
+
+    def test_a_change_in_place_of_an_element(self) -> None:
+        class Appending(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.items = [{"boxes": np.zeros(2)} for _ in range(N)]
+
+            def __getitem__(self, index: int) -> Any:
+                item = self.items[index]
+                item["boxes"] += 1
+                return item["boxes"].copy()
+
+        found = said(examine(Appending()), "in_place")
+        assert "dataset.items[" in found.answer
+
+    def test_a_sample_that_depends_on_the_time(self) -> None:
+        class Timed(Sound):
+            def __getitem__(self, index: int) -> Any:
+                return super().__getitem__(index), time.time_ns()
+
+        found = said(examine(Timed()), "differs")
+        assert "sample[1]" in found.evidence
+        assert found.level == "warning"
+
+    def test_a_sample_that_depends_on_a_counter(self) -> None:
+        class Counting(Sound):
+            calls = 0
+
+            def __getitem__(self, index: int) -> Any:
+                self.__dict__.setdefault("count", 0)
+                self.count += 1
+                return super().__getitem__(index) + self.count
+
+        class Stepping(Counting):
+            def __init__(self) -> None:
+                super().__init__()
+                self.count = 0
+
+        assert "dataset.count" in said(examine(Stepping()), "differs").answer
+
+    def test_a_fixed_seed_in_getitem(self) -> None:
+        class Seeding(Sound):
+            def __getitem__(self, index: int) -> Any:
+                torch.manual_seed(0)
+                return super().__getitem__(index) + torch.rand(())
+
+        class ByIndex(Sound):
+            def __getitem__(self, index: int) -> Any:
+                torch.manual_seed(index)
+                return super().__getitem__(index) + torch.rand(())
+
+        assert "torch" in said(examine(Seeding()), "seeds").answer
+        assert kinds(examine(ByIndex(), num_workers=2)) == []
+
+    @pytest.mark.parametrize("way", ["other", "fewer", "raises", "untransformed"])
+    def test_getitems_that_disagrees(self, way: str) -> None:
+        class Disagreeing(Sound):
+            def __getitems__(self, indices: list[int]) -> Any:
+                if way == "raises":
+                    raise ValueError("at once?")
+                if way == "untransformed":
+                    return [[self.data[index]] for index in indices]
+                samples = [self[index] for index in indices]
+                return samples[1:] if way == "fewer" else [each + 1 for each in samples]
+
+        report = examine(Disagreeing())
+        assert "__getitems__" in said(report, "getitems").answer
+        assert not report.ok
+
+    def test_getitems_that_agrees(self) -> None:
+        class Agreeing(Sound):
+            def __getitems__(self, indices: list[int]) -> Any:
+                return [self[index] for index in indices]
+
+        class OtherOrder(Agreeing):
+            """Whose random numbers are drawn all at once."""
+
+            def __getitem__(self, index: int) -> Any:
+                return super().__getitem__(index) + torch.rand(2)
+
+            def __getitems__(self, indices: list[int]) -> Any:
+                drawn = torch.rand(2, len(indices))
+                return [self.data[k] * 2 + drawn[:, at] for at, k in enumerate(indices)]
+
+        assert kinds(examine(Agreeing())) == []
+        assert kinds(examine(OtherOrder())) == []
+
+    def test_a_slow_first_sample_and_a_slow_index(self) -> None:
+        class SlowStart(Sound):
+            ready = False
+
+            def __getitem__(self, index: int) -> Any:
+                if not self.ready:
+                    time.sleep(1.2)
+                    self.ready = True
+                return super().__getitem__(index)
+
+        class SlowIndex(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 7:
+                    time.sleep(0.6)
+                return super().__getitem__(index)
+
+        assert (
+            "set up at first use" in said(examine(SlowStart(), seconds=20.0), "slow_first").answer
+        )
+        report = examine(SlowIndex(), seconds=20.0)
+        assert "index 7" in said(report, "slow_sample").answer
+        assert report.samples["worst_index"] == "7"
+
+
+# ── lengths
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestLengths:
+    @pytest.mark.parametrize(("told", "kind"), [(15, "too long"), (9, "too short")])
+    def test_a_length_that_lies(self, told: int, kind: str) -> None:
+        class Lying(Sound):
+            def __len__(self) -> int:
+                return told
+
+        report = examine(Lying())
+        found = said(report, "length")
+        assert kind in found.answer
+        assert f"it says {told}" in found.answer
+        assert "12" in found.answer
+        assert report.ok == (kind == "too short")  # no training breaks of samples that never come
+
+    def test_what_has_a_sample_for_every_index_is_as_long_as_it_says(self) -> None:
+        class Made(Sound):
+            def __getitem__(self, index: int) -> Any:
+                return torch.tensor(index)
+
+        assert kinds(examine(Made())) == []
+
+    def test_a_stream(self) -> None:
+        class Told(Divided):
+            length = 40
+
+            def __len__(self) -> int:
+                return self.length
+
+        class Lying(Told):
+            length = 30
+
+        assert kinds(examine(Told())) == []
+        assert "40" in said(examine(Lying()), "length").answer
+
+    def test_a_stream_that_can_be_read_once(self) -> None:
+        class Once(IterableDataset[Any]):
+            def __init__(self) -> None:
+                self.source = iter(range(40))
+
+            def __iter__(self) -> Iterator[int]:
+                return iter([*self.source])
+
+        assert "stream_spent" in kinds(examine(Once()))
+
+
+# ── workers
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestCopies:
+    def test_parts_that_cannot_be_pickled(self) -> None:
+        found = said(examine(Lambda()), "unpicklable")
+        assert found.answer == "dataset.scale cannot be pickled (a lambda)"
+        assert found.level == "warning"
+        own = examine(Lambda(), num_workers=1, multiprocessing_context="spawn")
+        assert said(own, "unpicklable").level == "error"
+        assert examine(Sound(), num_workers=1, multiprocessing_context="spawn").findings == ()
+
+    def test_a_handle(self) -> None:
+        class Open(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115
+
+        with (dataset := Open()).file:
+            found = said(examine(dataset, num_workers=2), "hazard")
+        assert found.answer.startswith("dataset.file")
+        assert found.level == "error"
+
+    def test_a_thread_of_this_process(self) -> None:
+        class Reading(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.end = threading.Event()
+                self.thread = threading.Thread(target=self.end.wait)
+                self.thread.start()
+
+        dataset = Reading()
+        try:
+            report = examine(dataset, num_workers=2)
+        finally:
+            dataset.end.set()
+            dataset.thread.join()
+        assert said(report, "hazard").answer.startswith("dataset.thread")
+
+    def test_a_generator_that_workers_share(self) -> None:
+        class Shared(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.rng = np.random.default_rng(0)
+
+            def __getitem__(self, index: int) -> Any:
+                return super().__getitem__(index) + self.rng.random()
+
+        def seeded(worker: int) -> None:
+            info: Any = get_worker_info()
+            info.dataset.rng = np.random.default_rng(info.seed)
+
+        assert "dataset.rng" in said(examine(Shared(), num_workers=2), "generators").answer
+        assert kinds(examine(Shared(), num_workers=2, worker_init_fn=seeded)) == ["unpicklable"]
+
+    def test_workers_seeded_alike(self) -> None:
+        assert (
+            "worker_init_fn"
+            in said(
+                examine(Drawing(), num_workers=2, worker_init_fn=seed_alike), "generators"
+            ).answer
+        )
+        assert kinds(examine(Drawing(), num_workers=2)) == []
+        # Nothing is drawn: the same place is no fault.
+        assert kinds(examine(Sound(), num_workers=2, worker_init_fn=seed_alike)) == []
+
+    @pytest.mark.parametrize("persistent", [True, False])
+    def test_set_epoch(self, persistent: bool) -> None:
+        options = {"num_workers": 2, "persistent_workers": persistent}
+        report = examine(OfEpoch(), **options)
+        assert kinds(report) == (["stale"] if persistent else [])
+        assert kinds(examine(OfSharedEpoch(), **options)) == []
+
+    def test_an_epoch_that_the_sampler_sets_after_the_fork(self) -> None:
+        dataset = OfEpoch()
+        report = examine(dataset, num_workers=2, sampler=Setting(dataset))
+        assert "dataset.epoch" in said(report, "stale").answer
+
+    def test_one_stream(self) -> None:
+        assert "one_stream" in kinds(examine(Whole(), num_workers=2))
+        assert kinds(examine(Divided(), num_workers=2)) == []
+
+
+class Drawing(Sound):
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index) + torch.rand(())
+
+
+def seed_alike(worker: int) -> None:
+    torch.manual_seed(0)
+
+
+class OfEpoch(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class OfSharedEpoch(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+
+class Setting(Sampler[int]):
+    """Sets the epoch of the dataset when it is iterated: by then the workers have been forked."""
+
+    def __init__(self, dataset: OfEpoch) -> None:
+        self.dataset, self.number = dataset, 0
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        self.number += 1
+        self.dataset.set_epoch(self.number)
+        yield from range(N)
+
+
+# ── speed
+
+
+def busy(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+_LOCK = threading.Lock()
+
+
+class Deadlocked(Sound):
+    """As a library does it: what was locked before the fork is locked for ever behind it."""
+
+    def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is None:
+            _LOCK.acquire(blocking=False)
+        else:
+            _LOCK.acquire()
+            _LOCK.release()
+        return super().__getitem__(index)
+
+
+class Slow(Sound):
+    """Waits for something that is not this machine: speed grows with every worker."""
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+@pytest.mark.slow
+class TestSpeed:
+    def test_settings_are_measured_and_one_is_recommended(self) -> None:
+        report = examine(Slow(), seconds=20.0, num_workers=1, batch_size=2)
+        assert report.ok
+        tried = {row.workers: row for row in report.settings if row.method in (None, "fork")}
+        assert {0, 1, 2} <= tried.keys()
+        assert all(row.rates and row.first_s for row in tried.values())
+        assert 10 < tried[0].rate < 60
+        best = report.recommended
+        assert best is not None
+        assert best.workers >= 2
+        assert best.rate > 1.3 * tried[0].rate
+        assert "slow_setting" in kinds(report)
+        told = report.to_dict()["recommended"]
+        assert {"num_workers", "prefetch_factor", "start_method"} <= told.keys()
+        assert "first batch" in str(report)
+
+    def test_where_forked_workers_hang_others_are_measured(self) -> None:
+        report = examine(Deadlocked(), seconds=60.0, num_workers=2)
+        found = [each for each in report.findings if each.kind == "hangs"]
+        assert found
+        assert all("by fork" in each.answer for each in found)
+        assert found[0].level == "error"
+        assert "_LOCK.acquire()" in found[0].evidence
+        best = report.recommended
+        assert best is not None
+        assert best.method != "fork"
+        assert any(row.method in ("spawn", "forkserver") and row.rates for row in report.settings)
+
+    def test_what_fails_is_left_out_and_the_rest_measured(self) -> None:
+        class Broken(Sound):
+            def __len__(self) -> int:
+                return 20
+
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    raise KeyError("image")
+                return super().__getitem__(index)
+
+        report = examine(Broken(), seconds=8.0)
+        assert sorted(kinds(report)) == ["length", "raises"]
+        assert report.recommended is not None
+
+    def test_a_batch_that_cannot_be_collated(self) -> None:
+        class Uneven(Sound):
+            def __getitem__(self, index: int) -> Any:
+                return torch.zeros(index)
+
+        found = said(examine(Uneven(), seconds=8.0), "batch_raises")
+        assert "stack expects each tensor to be equal size" in found.evidence
+
+    def test_more_workers_than_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Busy(Sound):
+            def __getitem__(self, index: int) -> Any:
+                busy(0.002)
+                return super().__getitem__(index)
+
+        monkeypatch.setattr(looks, "LOOKS", (looks.INHERITING, looks.LOOKS[-1]))
+        # On one core, for the child too: what is busy gains nothing from many workers.
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(cores)})
+        try:
+            report = doctor(DataLoader(Busy(), batch_size=4, num_workers=6), seconds=12.0)
+        finally:
+            os.sched_setaffinity(0, cores)
+        assert "too_many_workers" in kinds(report)
+
+
+# ── the way without a fork, the command, and refusals
+
+
+class Lambda(Sound):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = lambda x: x
+
+
+class Killing(Sound):
+    def __getitem__(self, index: int) -> Any:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+class TestWithoutFork:
+    @pytest.fixture(autouse=True)
+    def spawned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(child, "can_fork", lambda: False)
+
+    @pytest.mark.slow
+    def test_the_parts_go_by_pickle(self, capfd: pytest.CaptureFixture[str]) -> None:
+        dataset = Killing()
+        report = doctor(DataLoader(dataset, batch_size=2), seconds=60.0, samples=100)
+        assert "index 5" in said(report, "dies").answer
+        assert report.samples["count"] == N - 1
+        assert not dataset.data.is_shared()
+        assert "".join(capfd.readouterr()) == ""
+
+    def test_what_cannot_be_pickled_is_the_first_finding(self) -> None:
+        report = doctor(DataLoader(Lambda(), batch_size=2), seconds=10.0)
+        assert report.findings[0].kind == "unpicklable"
+        assert report.findings[0].level == "error"
+        assert any("length" in each for each in report.not_looked_at)
+
+
+PROGRAM = """
+import sys, torch
+from torch.utils.data import DataLoader, Dataset
+class Words(Dataset):
+    def __len__(self): return LENGTH
+    def __getitem__(self, index): return torch.arange(10)[index]
+def make_loader():
+    return DataLoader(Words(), batch_size=2)
+loader = make_loader()
+REST
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Any:
+    def write(length: int = 10, rest: str = "", name: str = "train.py") -> Path:
+        path = tmp_path / name
+        path.write_text(PROGRAM.replace("LENGTH", str(length)).replace("REST", rest))
+        return path
+
+    return write
+
+
+class TestCommand:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("target", ["train.py:make_loader", "train:make_loader"])
+    def test_both_forms(self, tmp_path: Path, program: Any, target: str) -> None:
+        program()
+        done = ran(tmp_path, "-m", "safeloader", "doctor", target, "--seconds", "9", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["ok"]
+        assert told["loader"] == "DataLoader over Words"
+        assert told["settings"]
+
+    def test_findings_that_break_training(self, tmp_path: Path, program: Any) -> None:
+        program(length=12)
+        done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "9")
+        assert done.returncode == 1
+        assert "__len__ is too long: it says 12, and the samples end at 10" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["train.py"], "does not say what gives the loader"),
+            (["gone.py:loader"], "there is no file"),
+            (["train.py:nothing"], "AttributeError"),
+            (["train.py:Words"], "no DataLoader"),
+            (["nowhere.at.all:loader"], "ModuleNotFoundError"),
+            (["ends.py:loader"], "SystemExit"),
+            (["train.py:loader", "--seconds", "0"], "seconds must be a number above 0"),
+            ([], "the following arguments are required"),
+        ],
+    )
+    def test_bad_usage(self, tmp_path: Path, program: Any, words: list[str], told: str) -> None:
+        program()
+        program(rest="print('usage: ...'); sys.exit(2)", name="ends.py")
+        done = ran(tmp_path, "-m", "safeloader", "doctor", *words)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.slow
+    def test_a_program_that_works_when_it_is_imported(self, tmp_path: Path, program: Any) -> None:
+        program(rest="import threading; threading.Event().wait()")
+        done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "6")
+        assert done.returncode == 1
+        assert 'under `if __name__ == "__main__":`' in done.stdout
+
+    @pytest.mark.slow
+    def test_a_program_without_a_guard(self, tmp_path: Path, program: Any) -> None:
+        program(rest="import safeloader; print(safeloader.doctor(loader, seconds=25))")
+        done = ran(tmp_path, "train.py")
+        assert done.returncode == 0, done.stderr
+        assert "the program does its work when it is imported" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (([1, 2],), TypeError),
+        ((None,), TypeError),
+        ((DataLoader([1]), "30"), TypeError),
+        ((DataLoader([1]), 0), ValueError),
+        ((DataLoader([1]), float("nan")), ValueError),
+    ],
+)
+def test_bad_input_is_refused_at_once(words: Any, error: Any) -> None:
+    begin = time.monotonic()
+    with pytest.raises(error, match=r"doctor takes|seconds must be"):
+        doctor(*words)
+    assert time.monotonic() - begin < 2
+
+
+def test_the_start_method_of_the_program_stays_to_be_set() -> None:
+    program = """
+import multiprocessing, torch, safeloader
+from safeloader.examining import looks
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    looks.LOOKS = looks.LOOKS[:-1]
+    safeloader.doctor(DataLoader([1, 2], num_workers=1), seconds=5)
+    multiprocessing.set_start_method("spawn")
+    print("set")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set\n", done.stderr
+
+
+def test_it_is_a_function_of_the_package() -> None:
+    program = (
+        "import safeloader.examining.doctor, safeloader; print(callable(safeloader.doctor), "
+        "callable(__import__('safeloader').doctor))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"]
+    assert safeloader.doctor is doctor
