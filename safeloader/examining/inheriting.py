@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from safeloader.examining.subject import Subject
-from safeloader.introspect.fork_hazards import Inherited, survey
+from safeloader.introspect.fork_hazards import survey
 from safeloader.introspect.generators import generators_of
+from safeloader.introspect.suspects import Inherited
 
 
 def hazards(subject: Subject) -> list[dict[str, Any]]:
@@ -21,9 +22,9 @@ def hazards(subject: Subject) -> list[dict[str, Any]]:
         subject.dataset
     ).keys()
     return [
-        {"path": path, "what": kind, "why": why, "advice": advice}
-        for path, kind, why, advice in _survey(subject, "fork", workers, beside)
-        if path not in generators
+        {"path": each.path, "what": each.kind, "why": each.why, "advice": each.advice}
+        for each in _survey(subject, "fork", workers, beside)
+        if each.path not in generators
     ]
 
 
