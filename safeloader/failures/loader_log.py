@@ -94,7 +94,8 @@ def say(said: str) -> None:
     """A line on stderr; nothing where the program has closed it, or put there what fails."""
     try:
         if sys.stderr is not None:
-            print(said, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{said}\n")  # at once: other processes write there too
+            sys.stderr.flush()
     except Exception as exc:
         if raised_by_signal(exc):
             raise

@@ -34,7 +34,7 @@ def heaviest(thing: Any, name: str = "dataset", most: int = 3, bound_s: float = 
     ...     def __init__(self):
     ...         self.rows = [{"file": f"{i:08d}.jpg"} for i in range(10_000)]
     >>> heaviest(Table())
-    ['dataset.rows (list of 10,000, about 3.4 MB)']
+    ['dataset.rows (list of 10,000, about 3.7 MB)']
     """
     end = monotonic() + bound_s
     found = []

@@ -14,7 +14,7 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import monotonic, perf_counter, sleep
@@ -75,7 +75,7 @@ class Looks:
         self._failures = 0
         self._workers: _Workers | None = None
         self._observer: Observer | None = None
-        self._own: SelfReport | None = None
+        self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
 
     def over_dataset(self, dataset: Any) -> bool:
@@ -107,16 +107,13 @@ class Looks:
                         length=self._length,
                         stream=self._stream,
                         inherited=None,
-                        publish=self._publish,
+                        publish=self._own.append,  # no way back to this: no cycle
                         alone=False,
                     )
                 began = perf_counter()
                 self._observer.over(fetcher)
                 self._spent += perf_counter() - began
         return fetcher
-
-    def _publish(self, report: SelfReport) -> None:
-        self._own = report
 
     def at_batch(self, epoch: int, number: int, batch: Any) -> None:
         """Batch ``number`` is about to be handed over; called where it is ``due``."""
@@ -172,7 +169,7 @@ class Looks:
         if workers is None:
             if self._observer is not None:
                 self._observer.report()
-            reports = {} if self._own is None else {0: self._own}
+            reports = dict(enumerate(self._own))
         else:
             if asking:
                 workers.ask()

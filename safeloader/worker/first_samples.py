@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,7 +49,7 @@ class FirstSamples:
 
     def __init__(self, observer: Notes, fetcher: Any) -> None:
         self._observer = observer
-        self._fetcher = fetcher
+        self._fetcher = weakref.ref(fetcher)  # which holds this: no cycle
         self._inner: Any = None
         self._indices: list[str] = []
         self._states: list[tuple[dict[str, int], dict[str, int]]] = []
@@ -150,4 +151,6 @@ class FirstSamples:
     def _end(self) -> None:
         """The fetcher has its own way from now on."""
         self._done = True
-        self._fetcher.by_way_of(None)
+        fetcher = self._fetcher()
+        if fetcher is not None:
+            fetcher.by_way_of(None)

@@ -33,6 +33,9 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+PATIENCE_S = 60
+
+
 def start(spare: int, method: str) -> bool:
     """Whether two workers started in a process that may open ``spare`` files more."""
     loader = SafeDataLoader(
@@ -50,8 +53,15 @@ def start(spare: int, method: str) -> bool:
     return True
 
 
+def wait_for_workers() -> None:
+    """Torch terminates workers that take long to end, and does not wait for them then."""
+    for child in multiprocessing.active_children():
+        child.join(PATIENCE_S)
+
+
 def held() -> tuple[set[str], set[int]]:
     """Pipes, sockets and children of this process."""
+    wait_for_workers()
     named = {os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()}
     children = {each.pid for each in psutil.Process().children()}
     return {name for name in named if name.startswith(("pipe:", "socket:"))}, children

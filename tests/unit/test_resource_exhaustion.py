@@ -266,7 +266,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     [
         (
             "tensors",
-            r"unable to allocate shared memory\(shm\) for file .*: No space left on device \(28\)",
+            r"(unable to allocate shared memory\(shm\) for|unable to write to) file .*: "
+            r"No space left on device \(28\)",
             r"no space left: /dev/shm \S+ (KiB )?of 1 MiB free\. .* --shm-size=",
         ),
         ("locks", "OSError: .*No space left on device$", "no space left: /dev/shm 0 of 1 MiB free"),
