@@ -168,13 +168,19 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     try:
         for path, owner, key, value in attributes(dataset, name):
             cls = type(value)
-            if any(cls is each for each in _PLAIN):
+            if (plain := _plain(value)) is not _NO_SCALAR:
                 if not is_secret(key, value):
-                    state.scalars[path] = value[:WORD_MAX] if cls is str else value
+                    state.scalars[path] = plain
                 continue
             base = container_base(cls)
             if base is not None:
                 state.lengths[path] = base.__len__(value)
+            if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings
+                for name_of, each in held_by(value):
+                    plain = _plain(each)
+                    known = type(name_of) is str and plain is not _NO_SCALAR
+                    if known and not is_secret(name_of, each):
+                        state.scalars[f"{path}[{name_of!r}]"] = plain
             order = None
             if length is not None and len(state.orders) < ORDERS_MAX:
                 order = _order(value, base, length)
@@ -185,6 +191,24 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     except Exception:  # what was read until then is compared
         return state
     return state
+
+
+_NO_SCALAR = object()
+
+
+def _plain(value: Any) -> Any:
+    """A number, a word, a truth value, also one that NumPy or torch holds."""
+    cls = type(value)
+    if any(cls is each for each in _PLAIN):
+        return value[:WORD_MAX] if cls is str else value
+    if inherits(cls, np.generic) and cls.__module__ == "numpy" and value.dtype.kind in "biuf":
+        return value.item()
+    if cls is torch.Tensor:
+        with without_overrides():
+            # What is shared is the same for all.
+            if not value.dim() and value.is_cpu and not (value.is_shared() or value.is_complex()):
+                return value.item()
+    return _NO_SCALAR
 
 
 def _own_length(value: Any, base: Any) -> int:
@@ -321,6 +345,18 @@ def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
         for code in _reached(type(owner), whole)
         for step in dis.get_instructions(code)
     )
+
+
+def names_key(owner: Any, key: str) -> bool:
+    """Whether a method of an object has a text in its code: the key of a dict, perhaps.
+
+    >>> class Sized:
+    ...     def __getitem__(self, i):
+    ...         return self.settings["size"] * i
+    >>> names_key(Sized(), "size"), names_key(Sized(), "other")
+    (True, False)
+    """
+    return any(key in code.co_consts for code in _reached(type(owner), whole=True))
 
 
 def stores_elements(owner: Any, name: str) -> bool:

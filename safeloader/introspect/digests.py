@@ -7,6 +7,9 @@ holds one is passed over. Digests are CRC-32 (``zlib``), of the first 64 KiB of 
 
 from __future__ import annotations
 
+import abc
+import pathlib
+import types
 from collections.abc import Iterator
 from typing import Any
 from zlib import crc32
@@ -16,13 +19,31 @@ import torch
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.texts import bounded_text
-from safeloader.introspect.values import container_base, fields, held_by, inherits, type_name
+from safeloader.introspect.values import (
+    container_base,
+    fields,
+    held_by,
+    inherits,
+    mro_of,
+    own_length,
+    type_name,
+)
 
 LEAF_BYTES = 1 << 16
 LEAVES_MAX = 64
 DEPTH_MAX = 4
+LONG = 16  # a list of more numbers or words than these is one leaf
+LONG_MAX = 512  # of which so many are read
+PIXEL_ROWS = 32  # of an image
 
 _SCALARS = (bool, int, float, complex, str, bytes)
+
+
+# Tensors of these keep their numbers where torch does.
+_TENSORS = ("torch.", "torchvision.tv_tensors.", "monai.data.")
+_HEAP_TYPE = 1 << 9  # of ``__flags__``: made while the program ran
+_PLAIN_SIZE = 32  # bytes of an object with a dict and weak references, at most
+_namespace_of: Any = type.__dict__["__dict__"].__get__
 
 
 class Unknown(Exception):
@@ -41,11 +62,45 @@ def leaves(value: Any, path: str = "", depth: int = DEPTH_MAX) -> Iterator[tuple
         return
     if base in (set, frozenset):  # in no order that two processes share
         raise Unknown
+    if base in (list, tuple) and base.__len__(value) > LONG and _is_plain(value):
+        yield path, value
+        return
     for key, each in held_by(value, LEAVES_MAX + 1):
         yield from leaves(each, f"{path}[{key!r}]" if type(key) in (str, int) else path, depth - 1)
 
 
-def leaf_digest(leaf: Any) -> int:
+def _is_plain(values: Any) -> bool:
+    return all(
+        any(type(each) is kind for kind in (*_SCALARS, type(None)))
+        for _, each in held_by(values, LONG_MAX)
+    )
+
+
+def _of_object(value: Any, depth: int) -> list[tuple[str, Any]]:
+    """The attributes of an object of a plain class: nothing of it lies elsewhere."""
+    own = fields(value) if depth and all(map(_is_written, mro_of(type(value))[:-1])) else []
+    if not own or len(own) > LEAVES_MAX:
+        raise Unknown
+    return own
+
+
+def _is_written(cls: type) -> bool:
+    """Whether a class is written in Python, so that its objects are their attributes.
+
+    That of an extension has a type of its own, or objects with room for more than attributes.
+    """
+    flags, size = (type.__dict__[name].__get__(cls) for name in ("__flags__", "__basicsize__"))
+    slots = sum(type(each) is types.MemberDescriptorType for each in _vars_of(cls))
+    usual = any(type(cls) is each for each in (type, abc.ABCMeta))
+    return usual and bool(flags & _HEAP_TYPE) and size <= _PLAIN_SIZE + 8 * slots
+
+
+def _vars_of(cls: type) -> list[Any]:
+    """What a class and its ancestors define."""
+    return [each for base in mro_of(cls) for each in _namespace_of(base).values()]
+
+
+def leaf_digest(leaf: Any, depth: int = DEPTH_MAX) -> int:
     """The digest of one leaf.
 
     Raises:
@@ -61,9 +116,36 @@ def leaf_digest(leaf: Any) -> int:
     if cls is np.ndarray and leaf.dtype.kind in "biufcSUmM" and leaf.dtype.char not in "gG":
         part = leaf.reshape(-1)[: LEAF_BYTES // max(1, leaf.itemsize)] if leaf.size else leaf
         return crc32(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(part).tobytes())
-    if inherits(cls, torch.Tensor) and type_name(cls).startswith("torch."):
+    if inherits(cls, torch.Tensor) and type_name(cls).startswith(_TENSORS):
         return _of_tensor(leaf)
-    raise Unknown
+    if inherits(cls, pathlib.PurePath) and cls.__module__.startswith("pathlib"):
+        return crc32(str(leaf).encode("utf-8", "replace"))
+    if cls is np.ndarray and leaf.dtype.kind == "O" and leaf.ndim == 1:
+        leaf = leaf[:LONG_MAX].tolist()
+    if container_base(type(leaf)) in (list, tuple) and _is_plain(leaf):
+        length = own_length(leaf)
+        some = [each for _, each in held_by(leaf, LONG_MAX)]
+        return crc32(f"{length}{some!r}"[:LEAF_BYTES].encode("utf-8", "replace"))
+    if type_name(cls).startswith("PIL."):
+        return _of_image(leaf)
+    if container_base(cls) is not None or inherits(cls, torch.Tensor, np.ndarray):
+        raise Unknown
+    parts = [
+        (name, at, leaf_digest(each, depth - 1))
+        for name, value in _of_object(leaf, depth)
+        for at, each in leaves(value, "", depth - 1)
+    ]
+    return crc32(repr(parts).encode("utf-8", "replace"))
+
+
+def _of_image(image: Any) -> int:
+    """The digest of the first rows of an image of PIL; one that is not read yet is left alone."""
+    held: Any = next((each for name, each in fields(image) if name in ("_im", "im")), None)
+    if held is None:
+        raise Unknown
+    width, height = image.size
+    rows = image.crop((0, 0, width, min(height, PIXEL_ROWS))).tobytes()[:LEAF_BYTES]
+    return crc32(f"{image.mode}{width}x{height}".encode() + rows)
 
 
 def _of_tensor(tensor: torch.Tensor) -> int:

@@ -23,7 +23,13 @@ from typing import Any
 from safeloader import _torch
 from safeloader.failures.failure import raised_by_signal
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.copy_state import attributes, copy_state, loads, stores_elements
+from safeloader.introspect.copy_state import (
+    attributes,
+    copy_state,
+    loads,
+    names_key,
+    stores_elements,
+)
 from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest
@@ -190,11 +196,12 @@ class Looks:
         """Whether a finding is worth a word: of what samples are made by, and not told already."""
         kind, *about = finding.about
         if kind == "stale":
+            path, _, key = about[0].partition("['")
             return any(
-                loads(dataset, each.name)
-                or (each.owner is not dataset and loads(each.owner, each.name, whole=True))
+                _reads(dataset, each.owner, each.name)
+                and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
                 for each in attributes(dataset)
-                if each.path == about[0]
+                if each.path == path
             )
         if kind == "lost":
             return any(
@@ -332,6 +339,11 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     looks = Looks(dataset, length)
     recorder.looks = [*recorder.looks[-LOADERS_MAX + 1 :], looks]
     return looks
+
+
+def _reads(dataset: Any, owner: Any, name: str) -> bool:
+    """Whether samples are made by an attribute; ``self.settings.size`` is read by the dataset."""
+    return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
 
 
 def _may_be_cache(value: Any) -> bool:

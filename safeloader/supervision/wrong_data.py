@@ -294,13 +294,19 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                     f"at random, the other's get too. {_cure(name)}",
                 )
             elif reseeded:
+                who = "each sample draws" if _each_time(a) else f"workers {u} and {v} draw"
                 yield Finding(
                     ("same numbers", name),
-                    f"each sample draws the same random numbers from {name}: after "
-                    f"{_sample(mine)} in worker {u} and {_sample(theirs)} in worker {v} it stood "
-                    "at the same place, though it came from different ones. It is seeded by a "
-                    "fixed number where samples are made. Leave that out: torch seeds each worker",
+                    f"{who} the same random numbers from {name}: after {_sample(mine)} in worker "
+                    f"{u} and {_sample(theirs)} in worker {v} it stood at the same place, though "
+                    "it came from different ones. It is seeded by a fixed number where samples "
+                    "are made. Leave that out: torch seeds each worker",
                 )
+
+
+def _each_time(draws: FirstDraws) -> bool:
+    """Whether a generator stood after the second sample where it stood after the first."""
+    return draws.after_second in (None, draws.after)
 
 
 def _first(seen: Seen) -> str:
@@ -333,9 +339,10 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
                         f"{_sample(other)}. {_cure(name)}",
                     )
                 elif a.after == b.after:
+                    who = "each sample draws" if _each_time(a) else f"{who} draws in each epoch"
                     yield Finding(
                         ("same numbers", name),
-                        f"each sample draws the same random numbers from {name}: after "
+                        f"{who} the same random numbers from {name}: after "
                         f"{_sample(one)} and, in a later epoch, after {_sample(other)} it stood at "
                         "the same place, though it came from different ones. It is seeded by a "
                         "fixed number where samples are made. Leave that out",

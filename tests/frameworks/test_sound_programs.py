@@ -16,12 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from safeloader import SafeDataLoader
 from safeloader.introspect.values import fields
 from safeloader.supervision import growth
-from tests.frameworks.sound_datasets import SOUND, Case
+from tests.frameworks.sound_datasets import (
+    SOUND,
+    Cached,
+    Case,
+    Counted,
+    Images,
+    _augmented,
+    seed_worker,
+)
 from tests.frameworks.sound_libraries import WITH_LIBRARIES
 
 EPOCHS = 3
@@ -154,3 +162,62 @@ def test_nothing_is_said_of_a_sound_program(
     assert len(got) == len(wanted) > 0
     if compared:
         assert got == wanted
+
+
+ONE_DATASET = {"augmented": _augmented, "counted": Counted, "cached": Cached}
+WORKERS = {
+    "fresh": {"num_workers": 2},
+    "persistent": {"num_workers": 2, "persistent_workers": True},
+    "main": {"num_workers": 0},
+}
+
+
+def two_loaders(
+    loader_class: Any, datasets: tuple[Images, Images], train: str, validation: str
+) -> list[Any]:
+    """The batches of a training with a validation after each epoch; both are seeded."""
+    seed()
+    loaders = [
+        loader_class(
+            dataset,
+            batch_size=4,
+            shuffle=shuffle,
+            worker_init_fn=seed_worker,
+            generator=torch.Generator().manual_seed(0),
+            **WORKERS[way],
+        )
+        for dataset, shuffle, way in zip(datasets, (True, False), (train, validation), strict=True)
+    ]
+    got = [plain(batch) for _ in range(EPOCHS) for each in loaders for batch in each]
+    del loaders
+    gc.collect()
+    return got
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("made", [*ONE_DATASET, "two parts of one"])
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [("persistent", "persistent"), ("persistent", "main"), ("main", "main"), ("fresh", "fresh")],
+)
+def test_nothing_is_said_of_a_validation_beside_a_training(
+    made: str, train: str, validation: str, told: Told
+) -> None:
+    if made == "cached" and train == "fresh":
+        pytest.skip("a cache that is lost is told")
+
+    def datasets() -> tuple[Any, Any]:
+        seed()
+        one = ONE_DATASET.get(made, _augmented)()
+        if made in ONE_DATASET:
+            return one, one
+        return Subset(one, range(0, 24, 2)), Subset(one, range(1, 24, 2))
+
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        got = two_loaders(SafeDataLoader, datasets(), train, validation)
+    assert told.lines == []
+    assert texts(noticed) == set()
+    if made != "counted":  # its samples are counts of all fetches of a copy
+        assert got == two_loaders(DataLoader, datasets(), train, validation)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.introspect.copy_state import (
@@ -104,6 +107,15 @@ def test_a_stream_may_shuffle_its_shards_in_each_worker() -> None:
         ({"size": 5}, {"size": None}, {"size": None}, False),  # made at first use
         ({"training": False}, {"training": True}, {"training": True}, True),
         ({"api_key": "a"}, {"api_key": "b"}, {"api_key": "b"}, False),
+        ({"size": {"px": 5}}, {"size": {"px": 4}}, {"size": {"px": 4}}, True),
+        ({"size": np.int64(5)}, {"size": np.int64(4)}, {"size": np.int64(4)}, True),
+        ({"size": torch.tensor(5)}, {"size": torch.tensor(4)}, {"size": torch.tensor(4)}, True),
+        (  # what is shared has reached them
+            {"size": torch.tensor(5).share_memory_()},
+            {"size": torch.tensor(4).share_memory_()},
+            {"size": torch.tensor(4).share_memory_()},
+            False,
+        ),
     ],
 )
 def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) -> None:
@@ -130,6 +142,13 @@ def opening(*states: int | None, index: str = "0", epoch: int = 0) -> tuple[Open
 )
 def test_numbers_that_two_workers_share(one: Any, other: Any, repeats: bool) -> None:
     assert len(told(report(openings=one), report(openings=other))) == repeats
+
+
+@pytest.mark.parametrize(("second", "who"), [(2, "each sample draws"), (5, "workers 0 and 1 draw")])
+def test_who_draws_the_same_after_a_fixed_seed(second: int, who: str) -> None:
+    one, other = opening(1, 2, 2, second), opening(3, 2, 2, second, index="9")
+    [said] = told(report(openings=one), report(openings=other))
+    assert said.startswith(f"{who} the same random numbers from random")
 
 
 def test_of_a_stream_only_what_its_second_samples_draw_counts() -> None:
@@ -280,7 +299,21 @@ def test_a_walk_is_bounded_and_goes_once_over_a_circle() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [3, "a", b"a", None, [1, 2], {"a": torch.ones(2)}, np.ones(3), np.float32(2), (True, 2.0)],
+    [
+        3,
+        "a",
+        b"a",
+        None,
+        [1, 2],
+        {"a": torch.ones(2)},
+        np.ones(3),
+        np.float32(2),
+        (True, 2.0),
+        list(range(5000)),
+        np.array(["a", None], dtype=object),
+        Path("a"),
+        Image.new("RGB", (3, 4), (1, 2, 3)),
+    ],
 )
 def test_a_digest_tells_values_apart_and_not_objects(value: Any) -> None:
     import copy
@@ -292,6 +325,27 @@ def test_a_digest_tells_values_apart_and_not_objects(value: Any) -> None:
 @pytest.mark.parametrize("value", [object(), {1, 2}, [object()], torch.ones(2).to_sparse()])
 def test_what_is_not_known_has_no_digest(value: Any) -> None:
     assert digest(value) is None
+
+
+@dataclasses.dataclass
+class Sample:
+    x: torch.Tensor
+    name: str
+
+
+def test_an_object_of_a_plain_class_is_what_it_holds() -> None:
+    assert digest(Sample(torch.ones(2), "a")) == digest(Sample(torch.ones(2), "a")) is not None
+    assert digest(Sample(torch.ones(2), "a")) != digest(Sample(torch.ones(2), "b"))
+    assert digest(Held({"a": random.Random(1)})) is None  # what it holds lies elsewhere
+    assert digest(list(range(99))) != digest([*range(98), 0])
+
+
+def test_an_image_that_is_not_read_yet_is_left_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 4)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert digest(image) is None
+        image.load()
+        assert digest(image) is not None
 
 
 def test_views_have_the_digest_of_what_they_show() -> None:
