@@ -19,6 +19,7 @@ from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import definitions, fields, held_by, mro_of, type_name
 
 _MANY, _ONE = "__getitems__", "__getitem__"
+_REFUSED = {"_", "__", _MANY}  # constants of a ``__getattr__`` that hands such names not on
 _OBJECTS_MAX = 32
 _CURE = (
     "Define beside it: def __getitems__(self, indices): return [self[index] for index in indices]"
@@ -104,22 +105,25 @@ def _how(path: str, thing: Any) -> str | None:
     )
 
 
-def _found_through_getattr(thing: Any) -> tuple[str, type] | None:
+def _found_through_getattr(thing: Any, depth: int = 4) -> tuple[str, type] | None:
     """The attribute, and its class, in which a ``__getattr__`` of the user's finds the method."""
     defined = definitions(type(thing), "__getattr__")[:1]
     if not defined or type(defined[0]) is not types.FunctionType:
         return None
     code = defined[0].__code__
     texts = {each for each in _constants(code) if type(each) is str and each != code.co_name}
-    # It refuses some names, by a constant such as "__": which, is not looked into.
-    if any(text.startswith("_") and text != defined[0].__doc__ for text in texts):
+    if texts & _REFUSED:
         return None
     if "getattr" not in code.co_names and "__getattribute__" not in code.co_names:
         return None
     for name, held in fields(thing):
         named = name in code.co_names or name in texts
-        if named and any(callable(each) for each in definitions(type(held), _MANY)[:1]):
+        if not named:
+            continue
+        if any(callable(each) for each in definitions(type(held), _MANY)[:1]):
             return str(name), type(held)
+        if depth and (inner := _found_through_getattr(held, depth - 1)):
+            return f"{name}.{inner[0]}", inner[1]
     return None
 
 

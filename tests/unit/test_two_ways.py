@@ -52,6 +52,15 @@ class Wrapper(Dataset[int]):
         return getattr(self.__dict__["inner"], name)
 
 
+class Guarded(Wrapper):
+    """As wrappers that are pickled have it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inner", "_inner", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
 class CallsItself(Table):
     def __getitems__(self, indices: list[int]) -> list[int]:
         return [self[index] for index in indices]
@@ -120,6 +129,8 @@ class Forbidden(Table):
 LOST = {
     "a child class": lambda: (Negated(), "dataset"),
     "a wrapper": lambda: (Wrapper(Table()), "dataset"),
+    "a wrapper of a wrapper": lambda: (Wrapper(HandsOn(Table())), "dataset"),
+    "one that guards itself": lambda: (Guarded(Table()), "dataset"),
     "under a Subset": lambda: (Subset(Negated(), range(20)), "dataset.dataset"),
     "in a StackDataset": lambda: (StackDataset(Table(), Negated()), "dataset.datasets[1]"),
     "named there": lambda: (StackDataset(x=Wrapper(Table())), "dataset.datasets['x']"),
