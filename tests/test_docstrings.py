@@ -47,7 +47,7 @@ def _doctests(names: list[str]) -> list[doctest.DocTest]:
 
 def _with_workers(name: str) -> bool:
     sources = (example.source for found in _doctests([name]) for example in found.examples)
-    return any("num_workers" in source for source in sources)
+    return any("num_workers" in source or "doctor(" in source for source in sources)
 
 
 @pytest.mark.parametrize(

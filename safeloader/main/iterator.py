@@ -89,6 +89,7 @@ class SafeIterator(Iterator[Any]):
         with self._turn:
             self._whose = get_ident()
             self._epoch.release()
+            self._looks.release()
             self._begin(loader, settings, self.pool)
 
     def __iter__(self) -> SafeIterator:
@@ -248,6 +249,8 @@ class SafeIterator(Iterator[Any]):
         if epoch is not None and not sys.is_finalizing():
             try:
                 epoch.release()
+                if "_looks" in self.__dict__:
+                    self._looks.release()
                 if "pool" in self.__dict__ and self.pool.hangs:
                     self.pool.end()  # torch would give each worker five seconds
             except Exception:  # at interpreter exit anything may be gone already

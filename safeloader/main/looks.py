@@ -41,7 +41,7 @@ from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.self_report import Opening, SelfReport
 from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
-from safeloader.worker.observing import Observer
+from safeloader.worker.observing import Observer, weakly
 
 ALWAYS = 3  # epochs, in each of which it looks
 SHARE = 0.005  # of the time, at most, that looking may take afterwards
@@ -60,7 +60,14 @@ class Looks:
     """
 
     def __init__(self, dataset: Any, length: int | None) -> None:
-        self._dataset = weakref.ref(dataset) if _refers_weakly(dataset) else lambda: dataset
+        me = weakref.ref(self)
+
+        def gone(_: object) -> None:
+            looks = me()
+            if looks is not None:
+                looks.let_go()
+
+        self._dataset: Callable[[], Any] = weakly(dataset, gone)
         self._length = length
         self._stream = False
         self._told: set[tuple[str, ...]] = set()
@@ -81,6 +88,17 @@ class Looks:
     def over_dataset(self, dataset: Any) -> bool:
         """Whether these are the looks at loaders over ``dataset``."""
         return self._dataset() is dataset
+
+    def let_go(self) -> None:
+        """The dataset is gone: so is what was noted of it."""
+        self._observer = None
+        self._own.clear()
+
+    def release(self) -> None:
+        """An epoch's iterator is let go of: no dataset is held by this from now on."""
+        if not isinstance(self._dataset, weakref.ref):
+            self._dataset = lambda: None
+            self.let_go()
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
@@ -355,11 +373,3 @@ def _may_be_cache(value: Any) -> bool:
     counts = (int, float, list, set)
     factory = getattr(value, "default_factory", None) if type(value) is defaultdict else None
     return type(value) is not Counter and not any(factory is each for each in counts)
-
-
-def _refers_weakly(thing: Any) -> bool:
-    try:
-        weakref.ref(thing)
-    except TypeError:
-        return False
-    return True

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
@@ -62,7 +63,7 @@ class Observer:
         private: Callable[[], int | None] = lambda: None,
         alone: bool = True,
     ) -> None:
-        self._dataset = dataset
+        self._dataset = weakly(dataset)  # whoever keeps the records need not keep it
         self._length = None if stream else length
         self._stream = stream
         self._publish = publish
@@ -84,7 +85,7 @@ class Observer:
         self._start = self._state()
 
     def _state(self) -> CopyState:
-        return copy_state(self._dataset, self._length)
+        return copy_state(self._dataset(), self._length)
 
     # an epoch begins ────────────────────────────────────────────────────────────────────────────
 
@@ -112,14 +113,14 @@ class Observer:
         if self._generators is None:
             self._generators = global_generators()
             if not self._stream:
-                self._generators |= own_generators(self._dataset)
+                self._generators |= own_generators(self._dataset())
         return self._generators
 
     def stores(self) -> list[Store]:
         """Lists and arrays of the dataset that have an element for each sample."""
         if self._stores is None:
             known = self._length is not None
-            self._stores = list(stores_of(self._dataset, self._length)) if known else []
+            self._stores = list(stores_of(self._dataset(), self._length)) if known else []
         return self._stores
 
     def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
@@ -212,6 +213,14 @@ class Observer:
         own = anonymous_bytes()
         if own is not None:
             self._memory = [*self._memory[-15:], (self._batches, own, self._private())]
+
+
+def weakly(thing: Any, gone: Callable[[Any], object] | None = None) -> Callable[[], Any]:
+    """What gives ``thing`` without holding it, or holds it where it bears no weak reference."""
+    try:
+        return weakref.ref(thing, gone)
+    except TypeError:
+        return lambda: thing
 
 
 def into_flight_recorder(write: Callable[[bytes], bool]) -> Callable[[SelfReport], None]:

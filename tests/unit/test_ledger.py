@@ -318,7 +318,7 @@ def test_lost_batches_are_told_at_the_end_and_once() -> None:
 
 
 def test_reasons_show_eight_indices_at_most() -> None:
-    discrepancy = drawn_ledger([list(range(9))]).finish()
+    discrepancy = drawn_ledger([list(range(30))]).finish()
     assert discrepancy is not None
     assert discrepancy.reason.endswith("[0, 1, 2, 3, 4, 5, 6, 7, ...]")
 
