@@ -75,6 +75,15 @@ class Stream(IterableDataset):  # type: ignore[type-arg]
             yield number, torch.rand(2)
 
 
+class RotatedStream(IterableDataset):  # type: ignore[type-arg]
+    """Every worker begins elsewhere, as one that samples with replacement may."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        first = 4 if info and info.id else 0
+        return iter([(first + k) % 10 for k in range(10)])
+
+
 class UnsharedStream(IterableDataset):  # type: ignore[type-arg]
     """Every worker reads all of it: the classic mistake."""
 

@@ -17,6 +17,11 @@ _SHARE = (
     "two workers read the same part of the stream: have __iter__ share it out by "
     'get_worker_info(); verify="warn" hands over all the same'
 )
+_SHARE_OR_RESAMPLES = (
+    "two workers gave the same samples: have __iter__ share the stream out by get_worker_info(); "
+    "one that samples with replacement (webdataset's resampled=True) repeats on purpose, and key= "
+    'does not go with it; verify="warn" hands over all the same'
+)
 _NO_IDENTITY = "samples have no identity; key= gives them one"
 
 
@@ -65,9 +70,11 @@ class StreamLedger(Ledger):
         return None
 
     def why_again(self, pairs: list[SameKey]) -> tuple[str, str]:
-        apart = {pair.first[0] != pair.again[0] for pair in pairs}
-        found = f"; {ONE_WORKER_GAVE_BOTH}" if False in apart else ""
-        return found, _SHARE if True in apart else ""
+        apart = [pair for pair in pairs if pair.first[0] != pair.again[0]]
+        found = f"; {ONE_WORKER_GAVE_BOTH}" if len(apart) < len(pairs) else ""
+        # Read whole by both, a sample is at the same place in the streams of both.
+        same_place = any(pair.first[1] == pair.again[1] for pair in apart)
+        return found, (_SHARE if same_place else _SHARE_OR_RESAMPLES) if apart else ""
 
     def failed(self, manifest: BatchManifest) -> None:
         if manifest.ordinal is not None:

@@ -378,6 +378,13 @@ def test_a_stream_that_resamples_is_told_so_and_no_sharing_out_is_advised(worker
     assert "one worker gave both" in str(loader.audit)
 
 
+def test_what_two_workers_give_at_different_places_may_be_sampled_with_replacement() -> None:
+    stream = datasets.RotatedStream()
+    loader = SafeDataLoader(stream, batch_size=3, num_workers=2, key=faults.key_value)
+    with pytest.raises(DeliveryError, match="repeats on purpose, and key= does not go with it"):
+        list(loader)
+
+
 def test_two_workers_with_one_stream_are_told_to_share_it_out() -> None:
     stream = datasets.UnsharedStream()
     loader = SafeDataLoader(stream, batch_size=3, num_workers=2, key=faults.key_value)
