@@ -13,7 +13,6 @@ import sys
 import types
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 from time import monotonic
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -41,6 +40,7 @@ ATTRIBUTES_MAX = 1000  # in all
 DEPTH_MAX = 3
 WITHIN_MAX = 8  # elements looked into of one container: transforms, parts of a ConcatDataset
 ORDERS_MAX = 32
+ELEMENTS_MAX = 20_000  # of all orders that are looked at, about
 SAMPLED = 64  # elements of an order that are compared
 SORTED_MAX = 20_000  # elements of an order that are compared in no order
 WORD_MAX = 80  # characters of a text that is compared
@@ -182,7 +182,8 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
                     if known and not is_secret(name_of, each):
                         state.scalars[f"{path}[{name_of!r}]"] = plain
             order = None
-            if length is not None and len(state.orders) < ORDERS_MAX:
+            looked_at = sum(e.length for e in state.orders.values() if e.length <= SORTED_MAX)
+            if length is not None and looked_at < ELEMENTS_MAX and len(state.orders) < ORDERS_MAX:
                 order = _order(value, base, length)
                 if order is None and owner is not dataset and inherits(type(owner), Dataset):
                     order = _order(value, base, _own_length(value, base))  # under a Subset
@@ -225,7 +226,7 @@ def _order(value: Any, base: Any, length: int) -> Order | None:
         if base.__len__(value) != length or type(value) is torch.Size:
             return None
         step = max(1, -(-length // SAMPLED))
-        some = list(islice(base.__iter__(value), 0, None, step))
+        some = [base.__getitem__(value, place) for place in range(0, length, step)]
         return Order(
             length,
             tuple(map(_element, some)),

@@ -20,7 +20,8 @@ GENERATORS_MAX = 8  # of a dataset's own
 
 
 def _python_state(generator: Any) -> int:
-    return hash(generator.getstate())
+    _, numbers, gauss = generator.getstate()
+    return hash((numbers, gauss or 0.0))  # not of None: up to Python 3.11 that is its address
 
 
 def _numpy_state(generator: Any) -> int:

@@ -29,6 +29,7 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT
 from safeloader.introspect.fork_hazards import survey, warn_once
+from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
@@ -284,6 +285,7 @@ class WorkerPool:
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
+            found = _without_seeded(found, loader)
         warn_once(found, loader.dataset)
         return found
 
@@ -346,3 +348,11 @@ class WorkerPool:
             stock = self._start(blueprint)
         blueprint.generator = generator
         return stock
+
+
+def _without_seeded(found: list[Inherited], loader: DataLoader[Any]) -> list[Inherited]:
+    """Leave out generators that a ``worker_init_fn`` may seed: workers tell if they do repeat."""
+    if loader.worker_init_fn is None or isinstance(loader.dataset, IterableDataset):
+        return found
+    watched = own_generators(loader.dataset)
+    return [each for each in found if each.path not in watched]

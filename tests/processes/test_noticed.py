@@ -287,6 +287,34 @@ def test_one_worker_that_begins_each_epoch_alike(caplog: Any) -> None:
     assert told.startswith("worker 0 draws the same random numbers from numpy.random in each epoch")
 
 
+class OwnGenerator(Indexed):
+    def __init__(self) -> None:
+        self.rng = np.random.RandomState(0)
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.rng.rand())
+
+
+def seeds_its_generator(worker_id: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.rng.seed(info.seed % 2**32)
+
+
+def seeds_nothing(worker_id: int) -> None:
+    """As a function has it that sets threads, or names the process."""
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_generator_that_worker_init_fn_may_seed_is_told_if_it_repeats(
+    way: str, caplog: Any
+) -> None:
+    loader = loader_of(OwnGenerator(), way, worker_init_fn=seeds_its_generator)
+    assert said(caplog, loader) == []
+    told = said(caplog, loader_of(OwnGenerator(), way, worker_init_fn=seeds_nothing))
+    assert any("draw the same random numbers from dataset.rng" in each for each in told)
+
+
 @ways(ALL)
 def test_seeding_where_samples_are_made(way: str, caplog: Any) -> None:
     torch.manual_seed(0)
