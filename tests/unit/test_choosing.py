@@ -22,7 +22,8 @@ def test_nothing_measured_nothing_recommended() -> None:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([Row(0, None, None, (40.0,), 0.1), FORK], 0),  # as good, without any worker
+        ([Row(0, None, None, (40.0,), 0.1), FORK], 2),  # as good: workers load during a step
+        ([Row(0, None, None, (60.0,), 0.1), FORK], 0),
         ([Row(0, None, None, (30.0,), 0.1), FORK], 2),
         ([FORK, Row(4, 2, "fork", (41.0,), 0.3)], 2),
         ([FORK, Row(4, 2, "fork", (50.0,), 0.3)], 4),
