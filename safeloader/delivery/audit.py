@@ -127,6 +127,8 @@ class EpochAudit:
         under_indices: of the indices that are shown, those in the dataset under it; where it has
             several parts, ``(part, index)``.
         unchecked: what nobody looked at, in a phrase each; ``ok`` says nothing of that.
+        noticed: what was seen of wrong data behind right indices, in a sentence each, while this
+            epoch ran; ``ok`` says nothing of that. The log says what to do about it.
         unchecked_since: the batch from which on nothing was checked, because of a fault of
             safeloader's own, which the log tells; None as a rule. Such an epoch is never complete.
 
@@ -174,6 +176,7 @@ class EpochAudit:
     under: str = ""
     under_indices: dict[int, Any] = dataclasses.field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
+    noticed: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool | None:
@@ -248,6 +251,7 @@ class EpochAudit:
                 str(index): _plain(place) for index, place in self.under_indices.items()
             },
             "unchecked": list(self.unchecked),
+            "noticed": list(self.noticed),
             "reasons": {index_text(index): reason for index, reason in self.reasons.items()},
             "donors": {index_text(index): _plain(donor) for index, donor in self.donors.items()},
         }
@@ -265,6 +269,8 @@ class EpochAudit:
         verdict = "ok" if self.ok else "NOT OK"
         if self.unchecked:
             verdict += f" (not checked: {'; '.join(self.unchecked)})"
+        if self.noticed and self.ok:
+            verdict = f"indices {verdict} (but see what was noticed)"
         if self.unchecked_since is not None:
             verdict = f"not checked since batch {self.unchecked_since}"
         at = Place(self.rank, self.world_size)
@@ -297,6 +303,7 @@ class EpochAudit:
         if self.complete and not self.counts.get("failed"):
             said = of_batches(self.announced, self.batches_drawn, self.batches)
             lines += [f"  batches: {said}"] if said else []
+        lines += [f"  noticed: {said}" for said in self.noticed]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

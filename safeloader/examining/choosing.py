@@ -48,8 +48,9 @@ class Row(NamedTuple):
 def chosen(rows: Collection[Row], ruled_out: Collection[str]) -> Row | None:
     """The setting to use; None if none was measured.
 
-    Batches per second decide on workers and ``prefetch_factor``, then fewer of both, but one at
-    least; the time to the first batch decides on the start method, among those that are not ruled out.
+    Batches per second decide on workers and ``prefetch_factor``, then fewer of both, but one
+    worker at least; the time to the first batch decides on the start method, among those that are
+    not ruled out.
 
     >>> rows = [Row(0, None, None, (10.0,), 0.1), Row(1, 2, "fork", (20.0,), 0.2),
     ...         Row(2, 2, "fork", (39.0,), 0.2), Row(2, 4, "fork", (40.0,), 0.2),
@@ -65,7 +66,7 @@ def chosen(rows: Collection[Row], ruled_out: Collection[str]) -> Row | None:
         return None
     enough = _AS_GOOD * max(row.rate for row in measured)
     good = [row for row in measured if row.rate >= enough]
-    # Workers load while the training step runs, which nobody does here: as good with them is better.
+    # Workers load while the training step runs, of which nothing is measured: as good is better.
     best = min(good, key=lambda row: (not row.workers, row.workers, row.prefetch or 0))
     if not best.workers:
         return best

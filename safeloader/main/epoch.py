@@ -78,6 +78,7 @@ class Epoch:
     Attributes:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
+        noticed: what was seen of wrong data while it runs, in a sentence each.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
@@ -114,6 +115,7 @@ class Epoch:
         self._closed = False
         self._pid = os.getpid()
         self._notes: list[str] = []
+        self.noticed: list[str] = []
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath), *also]
@@ -513,6 +515,8 @@ class Epoch:
                 said = audit.batches_drawn
             notes = (*audit.notes, *self._notes)
             audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
+            if self.noticed:
+                audit = dataclasses.replace(audit, noticed=tuple(self.noticed))
             if self._under is not None:
                 audit = audit.naming(self._under)
             if self.log.at.rank is not None or self._shard is not None:

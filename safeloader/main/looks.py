@@ -49,6 +49,7 @@ ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
 FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
+OF_DATA = (*CAUSES, "same numbers", "in place")  # what an audit tells of, in each epoch
 EARLIER_MAX = 3  # epochs of workers that are gone, of which the beginnings are kept
 
 
@@ -84,6 +85,7 @@ class Looks:
         self._observer: Observer | None = None
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
+        self._noticed: list[str] = []
 
     def over_dataset(self, dataset: Any) -> bool:
         """Whether these are the looks at loaders over ``dataset``."""
@@ -102,9 +104,10 @@ class Looks:
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, log: LoaderLog, num_workers: int, stream: bool) -> None:
-        """An epoch begins."""
+    def begin(self, log: LoaderLog, num_workers: int, stream: bool, noticed: list[str]) -> None:
+        """An epoch begins; what is seen of wrong data goes into ``noticed``, in short."""
         self._log = log
+        self._noticed = noticed
         self._stream = stream
         self._epochs += 1
         self._look_at = 4 * max(1, num_workers)
@@ -158,6 +161,7 @@ class Looks:
         with self._guarded():
             for each in self._findings(asking=self._failures == 1):
                 if each.about[0] in CAUSES:  # each error is read alone: told again
+                    self._note(each)
                     self._told.add(each.about)
                     said.append(each.text)
             if self._workers is not None:
@@ -173,9 +177,15 @@ class Looks:
     def _look(self, *, asking: bool) -> None:
         began = perf_counter()
         for finding in self._findings(asking=asking):
+            self._note(finding)
             if self._is_new(finding) and self._log is not None:
                 self._log.warning("%s", finding.text)
         self._spent += perf_counter() - began
+
+    def _note(self, finding: Finding) -> None:
+        said, _, _ = finding.text.partition(". ")  # what is so; what to do stands in the log
+        if finding.about[0] in OF_DATA and said not in self._noticed:
+            self._noticed.append(said)
 
     def _is_new(self, finding: Finding) -> bool:
         new = finding.about not in self._told

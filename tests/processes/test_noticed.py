@@ -156,6 +156,20 @@ def test_one_order_for_all_is_not_told(way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(Reshuffles(seed=3), way)) == []
 
 
+def test_the_audit_says_of_each_epoch_what_was_noticed() -> None:
+    loader = loader_of(Reshuffles(), "fork, persistent")
+    for _ in range(2):
+        list(loader)
+        [noticed] = loader.audit.noticed
+        assert noticed.startswith("dataset.order is in another order in worker 0")
+        assert "complete, indices ok (but see what was noticed); 24 drawn" in str(loader.audit)
+        assert f"noticed: {noticed}" in str(loader.audit)
+        assert (loader.audit.ok, loader.audit.to_dict()["noticed"]) == (True, [noticed])
+    sound = loader_of(Reshuffles(seed=3), "fork")
+    list(sound)
+    assert (sound.audit.noticed, "complete, ok;" in str(sound.audit)) == ((), True)
+
+
 class Keyed(Reshuffles):
     def __getitem__(self, index: int) -> Any:
         return torch.tensor(super().__getitem__(index))
