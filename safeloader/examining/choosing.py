@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Batches per second: the median of its turns."""
+        """The median of its turns, in batches per second."""
         return statistics.median(self.rates) if self.rates else 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,6 +39,11 @@ from safeloader.worker.sources import source_of
 
 SHOWN_SKIPPED = 12
 _ORDERS_MAX = 64
+_POSITION = "read position of "  # in what is known beside a failure
+_READ_ALONE = (
+    "open the file in the worker, and see whether it fails still; replay() in the main process "
+    "reads it alone, and may pass"
+)
 _IN_COMMON = (
     "look at what these samples have in common (a disk, a shard, a file format); "
     "max_skipped= allows more: a count, or a fraction of the samples"
@@ -114,6 +119,7 @@ class Epoch:
         self._closed = False
         self._pid = os.getpid()
         self._notes: list[str] = []
+        self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath), *also]
@@ -233,7 +239,9 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            warn("\n".join([f"safeloader: {discrepancy.reason}", *beside]))
+            new = [each for each in beside if each not in self._warned_of]
+            self._warned_of += new
+            warn("\n".join([f"safeloader: {discrepancy.reason}", *new]))
             return
         culprits = discrepancy.culprits
         raise self._error_in_place(
@@ -328,7 +336,10 @@ class Epoch:
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
         failure = self._behind(failure)
         if beside:
-            failure = dataclasses.replace(failure, hint="\n".join([*beside, failure.hint or ""]))
+            *found, step = failure.hint.split("\n")
+            if step.startswith("safeloader.replay(") and any(_POSITION in each for each in beside):
+                step = _READ_ALONE
+            failure = dataclasses.replace(failure, hint="\n".join([*beside, *found, step]))
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
         self._lost += 1

@@ -326,8 +326,7 @@ class _Workers:
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
-            "reads, the others skip. Open it in the worker, at first use. replay() in the main "
-            "process reads alone, and passes"
+            "reads, the others skip. Open it in the worker, at first use"
             for fd, before in self._at_fork.items()
             if fd in now
             and now[fd].path == before.path

@@ -315,9 +315,10 @@ class WorkerPool:
         }
         for name, thing in sent.items():
             if culprit := find_unpicklable(thing, name):
+                why = "" if str(exc) in culprit.reason else f" ({culprit.reason})"
                 hint = (
-                    f"{culprit} cannot be pickled, and {method} sends it to every worker "
-                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}"
+                    f"{culprit} cannot be pickled, and {method} sends it to every worker{why}\n"
+                    f"{culprit.advice.rstrip('.')}"
                 )
                 if culprit.forks:  # never of what does not survive a fork either
                     hint += f"; {FORK_DOES_WITHOUT}"

@@ -362,7 +362,7 @@ def _in_place(seen: Seen) -> Iterator[Finding]:
         first = report.in_place[0]
         where = f" in worker {worker}" if seen.workers else ""
         more = len(report.in_place) - 1
-        others = f"; so did {more} more of those looked at" if more else ""
+        others = f"; {more} more of those looked at changed too" if more else ""
         yield Finding(
             ("in place",),
             f"index {first.asked_as} was changed in place{where}: {first.path} was {first.was} "
@@ -402,5 +402,5 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             ("shared file", path),
             f"{said}. Open it in the worker, at first use: None in __init__, and opened in "
-            "__getitem__ where it is None. replay() in the main process reads alone, and passes",
+            "__getitem__ where it is None",
         )

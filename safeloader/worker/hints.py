@@ -121,6 +121,7 @@ def hint_for(
 ) -> str:
     """Lines: what was found out beyond the exception, and last the next step.
 
+    ``found`` may end with a line that says what to do.
     ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
     ``suspect`` is said of an inherited object that the exception came out of.
     """
@@ -153,6 +154,9 @@ def hint_for(
     if step in _NEXT_STEPS:
         words = {"index": index_text(index), "worker": worker, "ordinal": ordinal}
         parts.append(_NEXT_STEPS[step].format(**words))
+    elif "\n" in found:  # it ends with what to do
+        parts[0], _, step = found.rpartition("\n")
+        parts.append(step)
     return "\n".join(part[:1000] for part in parts)
 
 
