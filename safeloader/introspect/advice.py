@@ -100,6 +100,15 @@ def is_handle(cls: type) -> bool:
     return any(hazard is each for hazard in known for each in _HANDLES)
 
 
+def next_step(advice: str) -> str:
+    """Put a sentence of advice as it stands behind ``next: ``.
+
+    >>> next_step("Leave it out.")
+    'leave it out'
+    """
+    return advice[:1].lower() + advice[1:].rstrip(".")
+
+
 # ---- threads of libraries
 
 # By the name that the kernel has for the thread (15 characters): whose it is.

@@ -33,6 +33,7 @@ from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
+from safeloader.supervision.wrong_data import SAME_STREAM
 from safeloader.transport.messages import FailedBatch
 from safeloader.worker.hints import LOOK_AT_SAMPLER
 from safeloader.worker.sources import source_of
@@ -239,10 +240,14 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            new = [each for each in beside if each not in self._warned_of]
-            self._warned_of += new
+            # By what it is about: its numbers grow from batch to batch.
+            new = [each for each in beside if each.partition(":")[0] not in self._warned_of]
+            self._warned_of += [each.partition(":")[0] for each in new]
             warn("\n".join([f"safeloader: {discrepancy.reason}", *new]))
             return
+        step = discrepancy.hint or _SEE_AUDIT
+        if any(SAME_STREAM in each for each in beside):  # with what to do about it
+            step = _SEE_AUDIT
         culprits = discrepancy.culprits
         raise self._error_in_place(
             manifest,
@@ -251,7 +256,7 @@ class Epoch:
             message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + discrepancy.sound,
-            hint="\n".join([*beside, discrepancy.hint or _SEE_AUDIT]),
+            hint="\n".join([*beside, step]),
         )
 
     def came_empty(self, manifest: BatchManifest) -> None:

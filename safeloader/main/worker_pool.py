@@ -27,7 +27,7 @@ from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.introspect.advice import FORK_DOES_WITHOUT
+from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -318,7 +318,7 @@ class WorkerPool:
                 why = "" if str(exc) in culprit.reason else f" ({culprit.reason})"
                 hint = (
                     f"{culprit} cannot be pickled, and {method} sends it to every worker{why}\n"
-                    f"{culprit.advice.rstrip('.')}"
+                    f"{next_step(culprit.advice)}"
                 )
                 if culprit.forks:  # never of what does not survive a fork either
                     hint += f"; {FORK_DOES_WITHOUT}"

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from safeloader.failures.exception_parts import exception_parts_of
 from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.advice import next_step
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.frames import subscripted
 from safeloader.introspect.pickling import find_unpicklable
@@ -105,7 +106,7 @@ def why_not_sent(exc: Exception, batch: Any, samples: Iterable[Any]) -> Unrepair
             continue  # to the batch, which is always looked at
         found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
         if found is not None:
-            text = f"it cannot be pickled: {found}\n{found.advice}"
+            text = f"it cannot be pickled: {found}\n{next_step(found.advice)}"
             return Unrepairable(position, exc, text)
     return Unrepairable(None, exc)
 

@@ -58,9 +58,13 @@ _SAME = [  # what is another each time, and what stands for it
         (r"\b\d+\.\d+(?= times)", "N"),
         (r"\b\d[\d.]* of N (?=[GM]iB)", "N of N "),
         (r"\d+ of \d+ \(hard limit (\d+|unlimited)\)", "N of N (hard limit N)"),
+        (r"(?<=after batch )\d+|(?<=their first )\d+(?= samples are)", "N"),
+        (r"(?<=moved from )\d+ to \d+", "N to N"),
+        (r"(?<=, at )(worst|most) (\S+ \w+) \(index \d+\)", r"\1 \2 (index N)"),
         (r"loaders of process \d+", "loaders of process 4711"),
         (r"failure-\d\S+(?=-N\.json)", "failure-WHEN-HOST-4711"),
         (r"^( +\d+ +[\d-]+ +(?:fork|spawn|forkserver|-) +)[\d.e+]+( +)\d+", r"\1N\2N"),
+        (r"(?<=\S) +N +N +N s", "  N  N  N s"),
         (r"[ \t]+$", ""),
     )
 ]
