@@ -484,7 +484,8 @@ class _Words:
             "dies",
             f"the process {_how_it_died(facts['code'])} {where}",
             facts["stack"] or facts["printed"] or "it left no stack behind",
-            "run dataset[index] in a fresh process under a debugger; a worker would die of it too"
+            f"run dataset[{facts['index']}] in a fresh process under a debugger; a worker would "
+            "die of it too"
             if facts["index"]
             else "run it in a fresh process under a debugger",
         )

@@ -249,7 +249,7 @@ class Looks:
         self._on = False
         self.due = sys.maxsize
         if self._log is not None:
-            self._log.own_fault("the look at what workers report", exc)
+            self._log.own_fault("the look at what workers report", exc, "off from here on")
 
 
 class _Guard:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import random
 import signal
@@ -39,6 +40,7 @@ from torch.utils.data import (
 import safeloader
 from safeloader import SafeDataLoader, checks
 from safeloader.examining import looks
+from safeloader.main import looks as main_looks
 from safeloader.supervision import growth, kept_batches
 
 Run = Callable[[], object]
@@ -719,6 +721,18 @@ def kills_twice() -> None:
     print(read(Leaves(), num_workers=1, on_crash="restart").audit)
 
 
+class DiesOften(Photos):
+    def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is not None:
+            os._exit(1)
+        return index
+
+
+@shown("on_crash='restart': workers die wherever they are")
+def gives_up() -> None:
+    read(DiesOften(64), num_workers=1, on_crash="restart", batch_size=8)
+
+
 @shown("on_failure_dump='failures'")
 def dumped() -> None:
     read(LostField(), num_workers=1, on_failure_dump="failures", on_error="skip")
@@ -1262,6 +1276,60 @@ def two_threads() -> None:
 
 
 # ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Faults that are not the dataset's")
+
+
+def fails(*_: object) -> Any:
+    raise ZeroDivisionError("a fault of this package, put there for this page")
+
+
+@shown("a part of safeloader itself fails")
+def own_fault() -> None:
+    vars(main_looks)["findings"] = fails
+    read(Numbers())
+
+
+class Breaks(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("no connection to the log server")
+
+
+@shown("a logging handler raises")
+def handler() -> None:
+    logger = logging.getLogger("safeloader")
+    logger.handlers = [Breaks()]
+    read(LostField(), on_error="skip")
+
+
+BY_A_FRAMEWORK = """
+import logging
+from safeloader import SafeDataLoader
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+loader = SafeDataLoader(list(range(8)))
+"""
+
+
+@shown("a loader that is never used, as where a framework makes it again")
+def never_used() -> None:
+    Path("train.py").write_text(BY_A_FRAMEWORK)
+    done = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True, check=False)
+    print(done.stdout + done.stderr)
+
+
+@shown("a torch that it does not know")
+def unknown_torch() -> None:
+    del torch.utils.data._utils.worker._worker_loop
+    read(Numbers())
+
+
+@shown("the same; verify='raise'")
+def unknown_torch_refused() -> None:
+    del torch.utils.data._utils.worker._worker_loop
+    read(Numbers(), verify="raise")
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 section("safeloader.doctor")
 
 
@@ -1307,6 +1375,52 @@ def doctor_several() -> None:
     dataset = LostField()
     vars(dataset).update(scale=lambda value: value, archive=Archive().archive)
     examined(dataset, num_workers=2)
+
+
+class Disagrees(Photos):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self.good(index) | {"image": torch.zeros(3)} for index in indices]
+
+
+@shown("__getitems__ and __getitem__ do not agree")
+def doctor_getitems() -> None:
+    examined(Disagrees())
+
+
+@shown("a sample waits for ever")
+def doctor_hangs() -> None:
+    examined(Sleeps(), seconds=6)
+
+
+@shown("set_epoch does not reach the workers; a generator that they share")
+def doctor_copies() -> None:
+    dataset = Epochs()
+    examined(dataset, num_workers=2, persistent_workers=True)
+
+
+class Epochs(OfEpoch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(3)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Any:
+        return self.epoch + self.rng.random()
+
+
+class Once(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.lines = iter(range(20))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.lines
+
+
+@shown("a stream that can be read once")
+def doctor_once() -> None:
+    examined(Once())
 
 
 @shown("what it refuses")
