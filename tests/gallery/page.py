@@ -59,6 +59,7 @@ _SAME = [  # what is another each time, and what stands for it
         (r"\b\d[\d.]* of N (?=[GM]iB)", "N of N "),
         (r"\d+ of \d+ \(hard limit (\d+|unlimited)\)", "N of N (hard limit N)"),
         (r"(?<=after batch )\d+|(?<=their first )\d+(?= samples are)", "N"),
+        (r"(?<=from 0 to )\d+(?= entries)", "N"),
         (r"(?<=moved from )\d+ to \d+", "N to N"),
         (r"(?<=, at )(worst|most) (\S+ \w+) \(index \d+\)", r"\1 \2 (index N)"),
         (r"loaders of process \d+", "loaders of process 4711"),

@@ -768,7 +768,7 @@ def archive() -> None:
 @shown("the dataset holds a file that is open, and read in the workers")
 def open_file() -> None:
     Path("frames.bin").write_bytes(bytes(16_000))
-    read(Frames(), num_workers=2)
+    read(Frames(), num_workers=2, batch_size=1)
 
 
 class Frames(Photos):
@@ -777,6 +777,7 @@ class Frames(Photos):
         self.file = open("frames.bin", "rb", buffering=0)  # noqa: SIM115
 
     def __getitem__(self, index: int) -> Any:
+        time.sleep(0.02)  # so that the workers take turns
         self.file.seek(1000 * index)
         return len(self.file.read(1000))
 
