@@ -66,6 +66,7 @@ _SAME = [  # what is another each time, and what stands for it
         (r"failure-\d\S+(?=-N\.json)", "failure-WHEN-HOST-4711"),
         (r"^( +\d+ +[\d-]+ +(?:fork|spawn|forkserver|-) +)[\d.e+]+( +)\d+", r"\1N\2N"),
         (r"(?<=\S) +N +N +N s", "  N  N  N s"),
+        (r"\bN (?:ms|s)(?= each \(median| \(index N|; N \w+ each)", "N us"),
         (r"[ \t]+$", ""),
     )
 ]
