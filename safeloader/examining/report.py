@@ -120,7 +120,7 @@ class Examination:
         if not self.settings:
             return []
         best = self.recommended
-        lines = [""] if best is None else [f"use {setting_text(best)}: {self.chosen_because}", ""]
+        lines = [] if best is None else [f"use {setting_text(best)}: {self.chosen_because}", ""]
         heads = ("num_workers", "prefetch_factor", "start method", "batches/s", "turns")
         table = [[*heads, "first batch"]]
         for row in sorted(self.settings, key=_place):

@@ -40,6 +40,8 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
             continue  # that the length is not true says it
         tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
         finding = None if tell is None else tell(facts)
+        if ends and kind == "batch_raises" and facts["type"] == "IndexError":
+            continue  # and the same of a batch with such an index
         if finding is not None and finding not in found:
             found.append(finding)
     found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
@@ -183,7 +185,7 @@ class _Words:
             return Finding(
                 "error",
                 "in_place",
-                f"fetching changes the dataset: {held} is another after index {index} was fetched",
+                f"fetching changes the dataset, in place: {held}",
                 seen,
                 "copy before changing (clone(), copy()): in place, each epoch changes it again",
             )
@@ -482,7 +484,8 @@ class _Words:
             "dies",
             f"the process {_how_it_died(facts['code'])} {where}",
             facts["stack"] or facts["printed"] or "it left no stack behind",
-            "run dataset[index] in a fresh process under a debugger; a worker would die of it too"
+            f"run dataset[{facts['index']}] in a fresh process under a debugger; a worker would "
+            "die of it too"
             if facts["index"]
             else "run it in a fresh process under a debugger",
         )

@@ -275,6 +275,9 @@ _DOING = {
 }
 
 
+_OURS = ("DeliveryError", "SampleError")  # whose message is a sentence of ours
+
+
 def _headline(failure: Failure) -> str:
     parts = []
     if failure.index is not None:
@@ -304,6 +307,8 @@ def _headline(failure: Failure) -> str:
     if failure.phase == "transport" and failure.batch is None:
         doing = "while starting the workers"
     who = "the main process" if failure.worker_id is None else f"worker {failure.worker_id}"
+    if failure.exception_type in _OURS and not failure._where:  # the first line is the message
+        return " ".join(["safeloader:", *parts, f"{doing}, in {who} {pid}"])
     parts.append(f"{doing}, in {who} {pid}:")
     head, _, rest = failure.message.partition("\n")
     head = bounded(head, 300)

@@ -77,12 +77,15 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         rank = f", rank {self.at.rank}" if str(self.at) else ""
         return f"{self.loader_name.replace('%', '%%')}{rank}: {msg}", kwargs
 
-    def own_fault(self, part: str, exc: BaseException) -> None:
-        """A part of ours failed, and is off for the rest of the epoch."""
+    def own_fault(
+        self, part: str, exc: BaseException, off: str = "off for the rest of this epoch"
+    ) -> None:
+        """A part of ours failed, and is ``off``."""
         self.error(
-            "%s failed and is off for the rest of this epoch; training goes on. This is a fault of "
-            "safeloader's own, please report it:\n%s",
+            "%s failed and is %s; training goes on. This is a fault of safeloader's own, please "
+            "report it:\n%s",
             part,
+            off,
             text_of(exc),
         )
 

@@ -119,15 +119,12 @@ def replay_index(index: Any, dataset: Any, told: str = "") -> Any:
     """
     before = _generators()
     sample = dataset[index]
-    drawn = "it draws some here" if _generators() != before else _DRAWS_NONE
-    kept = "those of a delivered sample are not kept" if told else "a bare index tells none"
     LoaderLog(dataset).warning(
-        "index %s%s: this is not a call with the random numbers that it had (%s; those of a "
-        "failure are kept), %s",
+        "index %s%s: called without the random numbers that it had, as only those of a failure "
+        "are kept; %s",
         index_text(index),
         f", {told}" if told else "",
-        kept,
-        drawn,
+        "it draws others here" if _generators() != before else _DRAWS_NONE,
     )
     return sample
 
@@ -163,7 +160,7 @@ def _passes(failure: Failure, dataset: Any) -> str:
 _OF_SAMPLE = ("sample", "crash", "timeout")
 _DID = {"sample": "it raised", "crash": "it killed its worker", "timeout": "it hung"}
 _SHOWN = 5  # attributes that differ
-_DRAWS_NONE = "and here it draws none of Python's, NumPy's or torch's own generators"
+_DRAWS_NONE = "here it draws none from Python's, NumPy's and torch's own generators"
 _NOT_SEEN_HERE = "in the main process, to which it belongs, it does not show"
 _MORE = (
     "Not seen from here: what it reads (a file, a share, a service) may be another by now, and "

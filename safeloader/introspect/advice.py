@@ -16,7 +16,7 @@ from safeloader.introspect.values import mro_of, type_name
 
 LAZILY = (
     "open or make it in the worker, on first use in __getitem__ or in worker_init_fn "
-    "(get_worker_info().dataset), and keep None here until then: that serves every start method"
+    "(get_worker_info().dataset); until then keep None here"
 )
 
 
@@ -33,7 +33,7 @@ CONNECTION = Hazard(
 HANDLE = Hazard("its library rules out use after a fork: reads can fail, hang or be wrong", LAZILY)
 FILE = Hazard(
     "forked processes share one read position: what one reads, the others skip",
-    f"{LAZILY}; or use os.pread or np.memmap, which share no position",
+    f"{LAZILY}; or read it by os.pread or np.memmap",
 )
 CUDA = Hazard("CUDA cannot be re-initialized in a forked process", "keep what is here on the CPU")
 LOCK = Hazard("held now: the copy in the worker will never be released", LAZILY)
@@ -98,6 +98,15 @@ def is_handle(cls: type) -> bool:
     """
     known = (HAZARDS.get(class_key(each)) for each in mro_of(cls))
     return any(hazard is each for hazard in known for each in _HANDLES)
+
+
+def next_step(advice: str) -> str:
+    """Put a sentence of advice as it stands behind ``next: ``.
+
+    >>> next_step("Leave it out.")
+    'leave it out'
+    """
+    return advice[:1].lower() + advice[1:].rstrip(".")
 
 
 # ---- threads of libraries

@@ -122,7 +122,8 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
         text = f"{begins}({kind}) goes to the workers: {why}. {advice[0].upper()}{advice[1:]}."
         if number == TOLD_MAX < len(new):
             text += f" ... and {len(new) - TOLD_MAX} more like it."
-        silence = f"warnings.filterwarnings('ignore', {re.escape(begins)!r})"
+        pattern = re.escape(begins).replace("\\ ", " ").replace("\\.", ".")  # to be read
+        silence = f"warnings.filterwarnings('ignore', {pattern!r})"
         text += f" If the worker does so already: {silence}"
         warn(text)
         _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails

@@ -33,12 +33,18 @@ from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
+from safeloader.supervision.wrong_data import SAME_STREAM
 from safeloader.transport.messages import FailedBatch
 from safeloader.worker.hints import LOOK_AT_SAMPLER
 from safeloader.worker.sources import source_of
 
 SHOWN_SKIPPED = 12
 _ORDERS_MAX = 64
+_POSITION = "read position of "  # in what is known beside a failure
+_READ_ALONE = (
+    "open the file in the worker, and see whether it fails still; replay() in the main process "
+    "reads it alone, and may pass"
+)
 _IN_COMMON = (
     "look at what these samples have in common (a disk, a shard, a file format); "
     "max_skipped= allows more: a count, or a fraction of the samples"
@@ -116,6 +122,7 @@ class Epoch:
         self._pid = os.getpid()
         self._notes: list[str] = []
         self.noticed: list[str] = []
+        self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath), *also]
@@ -235,8 +242,14 @@ class Epoch:
         if self.verify == "off":
             return
         if self.verify == "warn":
-            warn("\n".join([f"safeloader: {discrepancy.reason}", *beside]))
+            # By what it is about: its numbers grow from batch to batch.
+            new = [each for each in beside if each.partition(":")[0] not in self._warned_of]
+            self._warned_of += [each.partition(":")[0] for each in new]
+            warn("\n".join([f"safeloader: {discrepancy.reason}", *new]))
             return
+        step = discrepancy.hint or _SEE_AUDIT
+        if any(SAME_STREAM in each for each in beside):  # with what to do about it
+            step = _SEE_AUDIT
         culprits = discrepancy.culprits
         raise self._error_in_place(
             manifest,
@@ -245,7 +258,7 @@ class Epoch:
             message=discrepancy.reason,
             index=next((each for each in culprits if each != -1), None),
             indices=culprits + discrepancy.sound,
-            hint="\n".join([*beside, discrepancy.hint or _SEE_AUDIT]),
+            hint="\n".join([*beside, step]),
         )
 
     def came_empty(self, manifest: BatchManifest) -> None:
@@ -330,7 +343,10 @@ class Epoch:
                 state = state | {"differs_from_main": differences(state, describe(self._dataset))}
         failure = self._behind(failure)
         if beside:
-            failure = dataclasses.replace(failure, hint="\n".join([*beside, failure.hint or ""]))
+            *found, step = failure.hint.split("\n")
+            if step.startswith("safeloader.replay(") and any(_POSITION in each for each in beside):
+                step = _READ_ALONE
+            failure = dataclasses.replace(failure, hint="\n".join([*beside, *found, step]))
         batch = None if failure.phase == "init" else self.batches  # which is not to blame
         self.batches += 1
         self._lost += 1

@@ -259,7 +259,7 @@ class Looks:
         self._on = False
         self.due = sys.maxsize
         if self._log is not None:
-            self._log.own_fault("the look at what workers report", exc)
+            self._log.own_fault("the look at what workers report", exc, "off from here on")
 
 
 class _Guard:
@@ -336,8 +336,7 @@ class _Workers:
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
-            "reads, the others skip. Open it in the worker, at first use. replay() in the main "
-            "process reads alone, and passes"
+            "reads, the others skip. Open it in the worker, at first use"
             for fd, before in self._at_fork.items()
             if fd in now
             and now[fd].path == before.path

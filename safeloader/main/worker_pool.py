@@ -27,7 +27,7 @@ from safeloader.delivery.ledger import Ledger, MapLedger
 from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.introspect.advice import FORK_DOES_WITHOUT
+from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.pickling import find_unpicklable
@@ -317,9 +317,10 @@ class WorkerPool:
         }
         for name, thing in sent.items():
             if culprit := find_unpicklable(thing, name):
+                why = "" if str(exc) in culprit.reason else f" ({culprit.reason})"
                 hint = (
-                    f"{culprit} cannot be pickled, and {method} sends it to every worker "
-                    f"({culprit.reason})\n{culprit.advice.rstrip('.')}"
+                    f"{culprit} cannot be pickled, and {method} sends it to every worker{why}\n"
+                    f"{next_step(culprit.advice)}"
                 )
                 if culprit.forks:  # never of what does not survive a fork either
                     hint += f"; {FORK_DOES_WITHOUT}"

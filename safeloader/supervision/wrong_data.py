@@ -17,6 +17,7 @@ from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport
 
 LOST_MIN = 16  # entries that a cache must have gained
 FILLED_MIN = 4  # elements of a list, looked at, most of which must have been filled
+SAME_STREAM = "read the same stream"  # in the text of that finding
 STREAM_MIN = 2  # samples of a stream, different ones, that have to be equal in two workers
 
 
@@ -232,7 +233,7 @@ def _same_stream(seen: Seen) -> Iterator[Finding]:
         others = "" if seen.workers == 2 else f" (and so may others of the {seen.workers})"
         yield Finding(
             ("same stream",),
-            f"workers {u} and {v} read the same stream{others}: their first {number} samples are "
+            f"workers {u} and {v} {SAME_STREAM}{others}: their first {number} samples are "
             f"equal, so the loop gets each sample {seen.workers} times. Give each worker its part: "
             "torch.utils.data.get_worker_info().id and .num_workers in __iter__ "
             "(itertools.islice(stream, id, None, num_workers)), or the library's own splitting by "
@@ -362,7 +363,7 @@ def _in_place(seen: Seen) -> Iterator[Finding]:
         first = report.in_place[0]
         where = f" in worker {worker}" if seen.workers else ""
         more = len(report.in_place) - 1
-        others = f"; so did {more} more of those looked at" if more else ""
+        others = f"; {more} more of those looked at changed too" if more else ""
         yield Finding(
             ("in place",),
             f"index {first.asked_as} was changed in place{where}: {first.path} was {first.was} "
@@ -402,5 +403,5 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             ("shared file", path),
             f"{said}. Open it in the worker, at first use: None in __init__, and opened in "
-            "__getitem__ where it is None. replay() in the main process reads alone, and passes",
+            "__getitem__ where it is None",
         )

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 
 from safeloader.failures.exception_parts import exception_parts_of
 from safeloader.failures.failure import Failure, failure_of
+from safeloader.introspect.advice import next_step
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.frames import subscripted
 from safeloader.introspect.pickling import find_unpicklable
@@ -105,7 +106,7 @@ def why_not_sent(exc: Exception, batch: Any, samples: Iterable[Any]) -> Unrepair
             continue  # to the batch, which is always looked at
         found = find_unpicklable(part, name, spawning=False, bound_s=max(left, 1.0))
         if found is not None:
-            text = f"it cannot be pickled: {found}\n{found.advice}"
+            text = f"it cannot be pickled: {found}\n{next_step(found.advice)}"
             return Unrepairable(position, exc, text)
     return Unrepairable(None, exc)
 
@@ -121,6 +122,7 @@ def hint_for(
 ) -> str:
     """Lines: what was found out beyond the exception, and last the next step.
 
+    ``found`` may end with a line that says what to do.
     ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
     ``suspect`` is said of an inherited object that the exception came out of.
     """
@@ -153,6 +155,9 @@ def hint_for(
     if step in _NEXT_STEPS:
         words = {"index": index_text(index), "worker": worker, "ordinal": ordinal}
         parts.append(_NEXT_STEPS[step].format(**words))
+    elif "\n" in found:  # it ends with what to do
+        parts[0], _, step = found.rpartition("\n")
+        parts.append(step)
     return "\n".join(part[:1000] for part in parts)
 
 

@@ -185,7 +185,7 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
     """
     give_up = monotonic() + _ASKED_AGAIN_S
     number, found = len(indices), None
-    text = f", but for none of the {number} indices asked for one at a time: look at what they "
+    text = f", but for none of the {number} indices asked for one at a time\nlook at what they "
     text += "have in common"
     with preserved():
         for position, index in enumerate(indices):
@@ -199,7 +199,8 @@ def _find(dataset: Any, indices: list[Any], raised: Exception) -> Unrepairable:
                 if _comes_alone(dataset, index):
                     shown = index_text(index)
                     text = f"; __getitems__([{shown}]) raises too, and dataset[{shown}] does not: "
-                    text += "__getitems__ is at fault, and no index"
+                    text += "__getitems__ is at fault, and no index\nmend __getitems__, or take it "
+                    text += "away: each sample is then asked for by itself"
                     break
                 found, text = position, f"; index {index_text(index)} was found by asking for "
                 text += f"the {number} samples one at a time"

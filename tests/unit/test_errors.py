@@ -449,3 +449,12 @@ def test_what_the_user_raised_before_stays_in_the_traceback() -> None:
     assert info.value.failure is not None
     assert "KeyError: 'image'" in info.value.failure.traceback
     assert "ValueError: no image" in info.value.failure.traceback
+
+
+@pytest.mark.parametrize("type_", ["DeliveryError", "SampleError"])
+def test_a_sentence_of_ours_is_told_once(type_: str) -> None:
+    said = "too many samples failed: 3 of 12"
+    lines = str(Failure(phase="sample", exception_type=type_, message=said, index=5)).splitlines()
+    assert lines[0] == said
+    assert sum(said in line for line in lines) == 1
+    assert lines[2].startswith("safeloader: dataset index 5, while fetching the sample")

@@ -202,3 +202,11 @@ def test_under_a_concatenation_the_part_and_its_index_are_named(index: int) -> N
     line = hint(ValueError("x"), whole, index)[0]
     told = f"index {index} of the ConcatDataset is index 7 of the dataset under it"
     assert line == f"{told}, dataset.datasets[1].dataset"
+
+
+def test_what_was_found_may_end_with_the_next_step_and_the_file_does_not() -> None:
+    found = "it cannot be pickled: sample['meta']: _thread.lock\nleave it out"
+    told = hint_for(TypeError("x"), "transport", 37, found, Holding(files=FILES), LENGTH)
+    assert told.splitlines()[0] == "it cannot be pickled: sample['meta']: _thread.lock"
+    assert "dataset.files[37] = 'img/37.jpg'" in told
+    assert told.splitlines()[-1] == "leave it out"

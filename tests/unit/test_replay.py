@@ -291,8 +291,8 @@ def test_a_bare_index_has_other_random_numbers(
     loader: SafeDataLoader[Any] = SafeDataLoader(Flaky(draws))
     loader.replay(5)
     (said,) = caplog.messages
-    assert "index 5: this is not a call with the random numbers that it had" in said
-    assert ("it draws some here" in said) is draws
+    assert "index 5: called without the random numbers that it had" in said
+    assert ("it draws others here" in said) is draws
 
 
 # ── what was delivered ───────────────────────────────────────────────────────────────────────────
@@ -317,7 +317,7 @@ def test_a_sample_of_a_batch(
     (said,) = caplog.messages
     by = f"delivered in epoch 1, batch 9, position 2 by worker {record.worker_id} (pid {record.pid}"
     assert f"index {record.indices[2]}, {by}" in said
-    assert "those of a delivered sample are not kept" in said
+    assert "as only those of a failure are kept" in said
 
 
 def test_an_index_of_an_epoch(

@@ -228,6 +228,7 @@ def test_where_the_sample_comes_alone_no_index_is_to_blame(size: int) -> None:
     error = failed(FailsTogether(), batch_size=size)
     assert error.index is None
     assert "([2]) raises too, and dataset[2] does not: __getitems__ is at fault" in str(error)
+    assert "next: mend __getitems__" in str(error)
 
 
 @pytest.mark.parametrize("size", [5, 1])

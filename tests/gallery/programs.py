@@ -1,0 +1,1473 @@
+"""The programs of the gallery: each brings one kind of text about, for real, and is small and fast.
+
+What lasts long elsewhere (5 s until workers are ready, a minute without a batch, memory that grows)
+is made short by setting the constant of the module that waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
+
+import safeloader
+from safeloader import SafeDataLoader, checks
+from safeloader.examining import looks
+from safeloader.main import looks as main_looks
+from safeloader.supervision import growth, kept_batches
+
+Run = Callable[[], object]
+
+
+class Program(NamedTuple):
+    """A program of the gallery, and where its text stands."""
+
+    section: str
+    title: str
+    name: str
+    run: Run
+
+
+PROGRAMS: list[Program] = []
+_section = [""]
+
+
+def section(title: str) -> None:
+    """What follows stands under this title."""
+    _section[0] = title
+
+
+def shown(title: str) -> Callable[[Run], Run]:
+    """A program whose text stands in the page under ``title``."""
+
+    def note(run: Run) -> Run:
+        PROGRAMS.append(Program(_section[0], title, getattr(run, "__name__", title), run))
+        return run
+
+    return note
+
+
+def read(dataset: Any, epochs: int = 1, **more: Any) -> SafeDataLoader[Any]:
+    """Iterate a loader over ``dataset``."""
+    loader: SafeDataLoader[Any] = SafeDataLoader(dataset, **{"batch_size": 4} | more)
+    for _ in range(epochs):
+        for _ in loader:
+            pass
+    return loader
+
+
+def refused(*calls: Callable[[], object]) -> None:
+    """What each call raises, a line each."""
+    for call in calls:
+        try:
+            call()
+        except Exception as exc:
+            print(f"{type(exc).__name__}: {exc}")
+        else:
+            print("nothing was raised")
+
+
+BAD = 5
+
+
+class Photos(Dataset[Any]):
+    """Sixteen small samples; at index 5 what a subclass does in ``bad`` is done."""
+
+    def __init__(self, length: int = 16) -> None:
+        self.files = [f"photos/{k:03d}.jpg" for k in range(length)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.bad(index) if index == BAD else self.good(index)
+
+    def good(self, index: int) -> Any:
+        return {"image": torch.full((3,), float(index)), "label": index}
+
+    def bad(self, index: int) -> Any:
+        return self.good(index)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Samples that fail")
+
+
+class LostField(Photos):
+    def bad(self, index: int) -> Any:
+        record = {"label": 3}
+        return record["image"]
+
+
+@shown("a record has lost a field; two workers")
+def field() -> None:
+    read(LostField(), num_workers=2)
+
+
+@shown("the same, num_workers=0")
+def field_in_main() -> None:
+    read(LostField())
+
+
+class LostFile(Photos):
+    def bad(self, index: int) -> Any:
+        with open(self.files[index], "rb") as file:
+            return file.read()
+
+
+@shown("a file is missing")
+def missing_file() -> None:
+    read(LostFile(), num_workers=2)
+
+
+class Stops(Photos):
+    def bad(self, index: int) -> Any:
+        return next(iter(()))
+
+
+@shown("a StopIteration leaks out of __getitem__")
+def stop_iteration() -> None:
+    read(Stops(), num_workers=2)
+
+
+class TooLong(Dataset[Any]):
+    def __init__(self) -> None:
+        self.files = ["a.jpg", "b.jpg", "c.jpg"]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return len(self.files[index])
+
+
+@shown("__len__ says more than there is")
+def too_long() -> None:
+    read(TooLong(), num_workers=1)
+
+
+class Numbers(Dataset[Any]):
+    def __init__(self, length: int = 16) -> None:
+        self.items = list(range(length))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> int:
+        return self.items[index]
+
+
+@shown("a sampler draws an index that the dataset does not have")
+def outside() -> None:
+    read(Numbers(), sampler=[1, 2, 16], num_workers=1)
+
+
+@shown("a dataset grows after its persistent workers have started")
+def grew() -> None:
+    dataset = Numbers(8)
+    loader = SafeDataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    list(loader)
+    dataset.items += range(8, 16)
+    list(loader)
+
+
+@shown("under a Subset")
+def subset() -> None:
+    read(Subset(LostField(), [2, 3, 4, 5]), num_workers=1)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for k in range(8):
+            yield 1 / (k - 6)
+
+
+@shown("a stream (IterableDataset) raises")
+def stream_raises() -> None:
+    read(Stream(), num_workers=1)
+
+
+class Full(Photos):
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+    def bad(self, index: int) -> Any:
+        raise OSError(self.code, os.strerror(self.code), self.files[index])
+
+
+@shown("too many open files")
+def too_many_files() -> None:
+    read(Full(errno.EMFILE), num_workers=1)
+
+
+@shown("a full disk")
+def full_disk() -> None:
+    read(Full(errno.ENOSPC), num_workers=1)
+
+
+class Large(Photos):
+    def bad(self, index: int) -> Any:
+        raise MemoryError
+
+
+@shown("a MemoryError")
+def memory_error() -> None:
+    read(Large(), num_workers=1)
+
+
+class Together(Photos):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [{"image": [][index], "label": index} for index in indices]
+
+
+@shown("__getitems__ fails where dataset[i] does not")
+def getitems_fails() -> None:
+    read(Together(), num_workers=1)
+
+
+class Database(Photos):
+    def __init__(self) -> None:
+        super().__init__()
+        self.connection = sqlite3.connect("labels.db")
+        self.connection.execute("create table if not exists labels (id int, label int)")
+
+    def good(self, index: int) -> Any:
+        return self.connection.execute("select count(*) from labels").fetchone()[0]
+
+    def bad(self, index: int) -> Any:
+        if get_worker_info() is not None:  # as the library has it, sooner or later
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        return self.good(index)
+
+
+@shown("a database connection of the dataset is inherited by the workers, and fails there")
+def connection() -> None:
+    read(Database(), num_workers=1)
+
+
+class Archive(Photos):
+    def __init__(self) -> None:
+        super().__init__()
+        with zipfile.ZipFile("photos.zip", "w") as archive:
+            for name in self.files:
+                archive.writestr(name, os.urandom(2000))
+        self.archive = zipfile.ZipFile("photos.zip")
+
+    def good(self, index: int) -> Any:
+        return torch.frombuffer(bytearray(self.archive.read(self.files[index])), dtype=torch.uint8)
+
+
+def bad_start(worker: int) -> None:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/scratch/cache")
+
+
+@shown("worker_init_fn raises")
+def init() -> None:
+    read(Photos(), num_workers=2, worker_init_fn=bad_start)
+
+
+class Draws(Sampler[int]):
+    def __init__(self, said: int, gave: int, error: bool = False) -> None:
+        self.said, self.gave, self.error = said, gave, error
+
+    def __len__(self) -> int:
+        return self.said
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.gave)
+        if self.error:
+            raise KeyError("weights")
+
+
+@shown("the sampler raises")
+def sampler_raises() -> None:
+    read(Photos(), sampler=Draws(16, 6, error=True), num_workers=1)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Batches that fail")
+
+
+class OtherShape(Photos):
+    def bad(self, index: int) -> Any:
+        return {"image": torch.zeros(4), "label": index}
+
+
+@shown("one sample has another shape")
+def shape() -> None:
+    read(OtherShape(), num_workers=2)
+
+
+class OtherKeys(Photos):
+    def bad(self, index: int) -> Any:
+        return {"label": index}
+
+
+@shown("one sample lacks a key")
+def key_is_missing() -> None:
+    read(OtherKeys(), num_workers=2)
+
+
+class Nothing(Photos):
+    def bad(self, index: int) -> Any:
+        return None
+
+
+@shown("one sample is None")
+def none() -> None:
+    read(Nothing(), num_workers=2)
+
+
+class Ragged(Photos):
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(index + 1)
+
+
+@shown("every sample has a shape of its own")
+def ragged() -> None:
+    read(Ragged(), num_workers=2)
+
+
+def bad_collate(samples: list[Any]) -> Any:
+    return torch.stack([each["image"] for each in samples]) @ torch.zeros(2)
+
+
+@shown("collate_fn raises")
+def collate() -> None:
+    read(Photos(), num_workers=2, collate_fn=bad_collate)
+
+
+def as_list(samples: list[Any]) -> list[Any]:
+    return samples
+
+
+class Locked(Photos):
+    def bad(self, index: int) -> Any:
+        return {"image": torch.zeros(3), "meta": [threading.Lock()]}
+
+
+@shown("a sample holds what cannot be pickled")
+def unpicklable() -> None:
+    read(Locked(), num_workers=2, collate_fn=as_list)
+
+
+class Scaled(Photos):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = lambda value: value / 255
+
+
+@shown("the dataset holds a lambda; spawn")
+def unpicklable_dataset() -> None:
+    read(Scaled(), num_workers=1, multiprocessing_context="spawn")
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("validate=")
+
+
+class NotFinite(Photos):
+    def bad(self, index: int) -> Any:
+        return {"image": torch.tensor([0.5, float("nan"), float("inf")]), "label": index}
+
+
+@shown("checks.finite(): a NaN")
+def finite() -> None:
+    read(NotFinite(), num_workers=1, validate=checks.finite())
+
+
+@shown("checks.schema(): one sample is another than the first")
+def schema() -> None:
+    read(OtherShape(), num_workers=1, validate=checks.schema())
+
+
+@shown("checks.schema(like=...): none is as it should be")
+def schema_like() -> None:
+    like = {"image": torch.zeros(3, 8, 8), "label": 0}
+    read(Photos(), num_workers=1, validate=checks.schema(like=like))
+
+
+class ByWorker(Photos):
+    def __getitem__(self, index: int) -> Any:
+        info = get_worker_info()
+        return torch.zeros(2 if info is None or info.id else 3)
+
+
+@shown("checks.schema(): the workers' samples differ")
+def schema_of_workers() -> None:
+    read(ByWorker(), num_workers=2, validate=checks.schema())
+
+
+@shown("checks.in_range(0, 1, at='image')")
+def in_range() -> None:
+    read(Photos(), num_workers=1, validate=checks.in_range(0, 1, at="image"))
+
+
+class Twice(Photos):
+    def __getitem__(self, index: int) -> Any:
+        return {"id": index % 12}
+
+
+def identity(sample: Any) -> Any:
+    return sample["id"]
+
+
+@shown("checks.unique(key): two indices give one key")
+def unique() -> None:
+    read(Twice(), num_workers=2, validate=checks.unique(identity))
+
+
+def refuses(sample: Any, index: int) -> None:
+    if sample["label"] == BAD:
+        raise ValueError("label 5 is reserved")
+
+
+@shown("a check of one's own raises; on_error='skip'")
+def own_check() -> None:
+    loader = read(Photos(), num_workers=1, validate=refuses, on_error="skip")
+    print(loader.audit)
+
+
+def bad_key(sample: Any) -> Any:
+    return sample["identity"]
+
+
+@shown("key= raises")
+def key_raises() -> None:
+    read(Photos(), num_workers=1, key=bad_key)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Workers that die or hang")
+
+
+class Killed(Photos):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def bad(self, index: int) -> Any:
+        os.kill(os.getpid(), self.number)
+        time.sleep(60)
+
+
+@shown("a worker is killed (SIGKILL)")
+def killed() -> None:
+    read(Killed(signal.SIGKILL), num_workers=1)
+
+
+@shown("a worker is told to end (SIGTERM)")
+def terminated() -> None:
+    read(Killed(signal.SIGTERM), num_workers=1)
+
+
+class Crashes(Photos):
+    def bad(self, index: int) -> Any:
+        return ctypes.string_at(0)
+
+
+@shown("a native library crashes (SIGSEGV)")
+def crashes() -> None:
+    read(Crashes(), num_workers=1)
+
+
+class Exits(Photos):
+    def bad(self, index: int) -> Any:
+        sys.exit(3)
+
+
+@shown("sys.exit() in __getitem__")
+def exits() -> None:
+    read(Exits(), num_workers=1)
+
+
+class Leaves(Photos):
+    def bad(self, index: int) -> Any:
+        os._exit(3)
+
+
+@shown("os._exit() in __getitem__")
+def leaves() -> None:
+    read(Leaves(), num_workers=1)
+
+
+class Sleeps(Photos):
+    def bad(self, index: int) -> Any:
+        time.sleep(60)
+
+
+@shown("a worker hangs; timeout=1")
+def hangs() -> None:
+    read(Sleeps(), num_workers=1, timeout=1)
+
+
+class Waits(Photos):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def bad(self, index: int) -> Any:
+        time.sleep(self.seconds)
+        return self.good(index)
+
+
+@shown("no batch comes for a while; stall_after=0.5, no timeout=")
+def stalls() -> None:
+    read(Waits(1.9), num_workers=1, stall_after=0.5)
+
+
+class Deadlocked(Photos):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def bad(self, index: int) -> Any:
+        with self.lock:
+            return self.good(index)
+
+
+@shown("a lock that another thread holds is inherited by the workers; timeout=1")
+def deadlock() -> None:
+    dataset = Deadlocked()
+    with dataset.lock:
+        read(dataset, num_workers=1, timeout=1)
+
+
+NO_GUARD = """
+import torch
+from safeloader import SafeDataLoader
+
+for batch in SafeDataLoader(
+    [torch.zeros(1)] * 8, num_workers=1, multiprocessing_context="spawn"
+):
+    pass
+"""
+
+
+def ran(text: str, *before: str) -> None:
+    """A program of its own, and the end of what it says."""
+    Path("train.py").write_text(text)
+    words = [sys.executable, *before, "train.py"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    print(said[max(0, said.rfind("safeloader.errors")) :])
+
+
+@shown("spawn, and no if __name__ == '__main__'")
+def no_guard() -> None:
+    ran(NO_GUARD)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("What was drawn is not what came")
+
+
+class Fewer(Photos):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self[index] for index in indices if index != BAD]
+
+
+@shown("__getitems__ gives 3 samples for 4 indices")
+def fewer() -> None:
+    read(Fewer(), num_workers=1)
+
+
+class Keys(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for k in range(12):
+            yield {"id": f"key {k}"}
+
+
+@shown("a stream that every worker reads whole; key=")
+def same_keys() -> None:
+    read(Keys(), num_workers=2, key=identity)
+
+
+@shown("the same; verify='warn'")
+def same_keys_warned() -> None:
+    loader = read(Keys(), num_workers=2, key=identity, verify="warn")
+    print(loader.audit)
+
+
+class Again(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for k in (0, 1, 2, 1):
+            yield {"id": k}
+
+
+@shown("a stream in which one worker gives a key twice; key=")
+def one_worker_twice() -> None:
+    read(Again(), num_workers=1, key=identity)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Going on in spite of it")
+
+
+@shown("on_error='skip'")
+def skip() -> None:
+    print(read(LostField(), num_workers=2, on_error="skip").audit)
+
+
+@shown("on_error='replace'")
+def replace() -> None:
+    print(read(LostField(), num_workers=2, on_error="replace").audit)
+
+
+@shown("on_error='skip', and a whole batch fails")
+def skip_batch() -> None:
+    print(read(Subset(LostField(), [0, 1, 5]), batch_size=1, on_error="skip").audit)
+
+
+class Flaky(Photos):
+    tries = 0
+
+    def bad(self, index: int) -> Any:
+        self.tries += 1
+        if self.tries < 2:
+            raise ConnectionError("the share did not answer")
+        return self.good(index)
+
+
+@shown("retries=1: it comes the second time")
+def late() -> None:
+    print(read(Flaky(), num_workers=1, retries=1).audit)
+
+
+@shown("retries=1, and it does not come")
+def retried() -> None:
+    read(LostField(), num_workers=1, retries=1)
+
+
+class Several(Photos):
+    def __getitem__(self, index: int) -> Any:
+        if index % 4 == 1:
+            raise ValueError("unreadable")
+        return index
+
+
+@shown("more than max_skipped=2 fail")
+def too_many() -> None:
+    read(Several(), on_error="skip", max_skipped=2)
+
+
+class AllBad(Photos):
+    def __getitem__(self, index: int) -> Any:
+        raise ValueError("unreadable")
+
+
+@shown("twenty in a row fail")
+def in_a_row() -> None:
+    read(AllBad(40), on_error="skip", max_skipped=1000)
+
+
+@shown("on_error='replace', and all of a batch fail")
+def no_donor() -> None:
+    read(AllBad(), on_error="replace")
+
+
+def bad_decision(failure: Any) -> Any:
+    return 1 / 0
+
+
+@shown("the callable given as on_error= raises")
+def on_error_raises() -> None:
+    read(LostField(), on_error=bad_decision)
+
+
+class DiesOnce(Photos):
+    def bad(self, index: int) -> Any:
+        if not os.path.exists("died"):
+            Path("died").touch()
+            os._exit(1)
+        return self.good(index)
+
+
+@shown("on_crash='restart': a worker dies once")
+def restart() -> None:
+    read(DiesOnce(), num_workers=1, on_crash="restart")
+
+
+@shown("on_crash='restart': a sample kills its worker twice")
+def kills_twice() -> None:
+    print(read(Leaves(), num_workers=1, on_crash="restart").audit)
+
+
+class DiesOften(Photos):
+    def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is not None:
+            os._exit(1)
+        return index
+
+
+@shown("on_crash='restart': workers die wherever they are")
+def gives_up() -> None:
+    read(DiesOften(64), num_workers=1, on_crash="restart", batch_size=8)
+
+
+@shown("on_failure_dump='failures'")
+def dumped() -> None:
+    read(LostField(), num_workers=1, on_failure_dump="failures", on_error="skip")
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Warnings at the start")
+
+
+class Owns(Photos):
+    def __init__(self, **owned: Any) -> None:
+        super().__init__()
+        vars(self).update(owned)
+
+
+@shown("the dataset holds a random generator")
+def generator() -> None:
+    read(Drawing(rng=np.random.default_rng(3)), num_workers=2)
+
+
+class Drawing(Owns):
+    rng: Any
+
+    def good(self, index: int) -> Any:
+        return self.rng.random()
+
+
+@shown("the dataset holds an open ZIP archive")
+def archive() -> None:
+    read(Owns(archive=Archive().archive), num_workers=2)
+
+
+@shown("the dataset holds a file that is open, and read in the workers")
+def open_file() -> None:
+    Path("frames.bin").write_bytes(bytes(16_000))
+    read(Frames(), num_workers=2, batch_size=1)
+
+
+class Frames(Photos):
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = open("frames.bin", "rb", buffering=0)  # noqa: SIM115
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.02)  # so that the workers take turns
+        self.file.seek(1000 * index)
+        return len(self.file.read(1000))
+
+
+class Base(Photos):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self.good(index) for index in indices]
+
+
+class Augmented(Base):
+    def __getitem__(self, index: int) -> Any:
+        sample = super().__getitem__(index)
+        sample["image"] = sample["image"].flip(0)
+        return sample
+
+
+@shown("a class whose __getitem__ augments, and whose __getitems__ is inherited")
+def two_ways() -> None:
+    read(Augmented())
+
+
+class Known(IterableDataset[Any]):
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from range(12)
+
+
+@shown("a stream with a __len__ that every worker reads whole")
+def stream_with_length() -> None:
+    print(read(Known(), num_workers=2).audit)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Data that is wrong")
+
+
+class Reshuffles(Numbers):
+    done = False
+
+    def __getitem__(self, index: int) -> int:
+        if not self.done:
+            self.done = True
+            random.Random(torch.initial_seed()).shuffle(self.items)
+        return self.items[index]
+
+
+@shown("each worker shuffles its copy of the dataset")
+def reshuffles() -> None:
+    read(Reshuffles(24), num_workers=2)
+
+
+@shown("the same, with key=")
+def reshuffles_keyed() -> None:
+    read(Reshuffles(24), num_workers=2, key=int)
+
+
+class Drops(Numbers):
+    def __getitem__(self, index: int) -> int:
+        info = get_worker_info()
+        if info is not None and info.id == 0 and len(self.items) == 24:
+            self.items.pop()
+        return self.items[index % len(self.items)]
+
+
+@shown("one worker takes an element out of its copy")
+def drops() -> None:
+    read(Drops(24), num_workers=2)
+
+
+class OfEpoch(Numbers):
+    epoch = 0
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> int:
+        return 1000 * self.epoch + index
+
+
+class SetsEpoch(Sampler[int]):
+    def __init__(self, dataset: OfEpoch) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return 24
+
+    def __iter__(self) -> Iterator[int]:
+        self.dataset.epoch += 1
+        yield from range(24)
+
+
+@shown("the sampler sets dataset.epoch after the fork")
+def epoch_behind() -> None:
+    dataset = OfEpoch()
+    read(dataset, num_workers=2, sampler=SetsEpoch(dataset))
+
+
+@shown("dataset.epoch is set, and the workers persist")
+def epoch_persistent() -> None:
+    dataset = OfEpoch()
+    loader = SafeDataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    for epoch in range(3):
+        dataset.epoch = epoch
+        list(loader)
+
+
+class Random(Numbers):
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__(24)
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> float:
+        if self.seed is not None:
+            random.seed(self.seed)
+        return random.random()
+
+
+def seed_alike(worker: int) -> None:
+    random.seed(7)
+
+
+@shown("worker_init_fn seeds all workers alike")
+def seeded_alike() -> None:
+    read(Random(), num_workers=2, worker_init_fn=seed_alike, shuffle=True)
+
+
+@shown("the same, one worker, two epochs")
+def seeded_each_epoch() -> None:
+    read(Random(), 2, num_workers=1, worker_init_fn=seed_alike, shuffle=True)
+
+
+@shown("__getitem__ seeds by a fixed number")
+def seeded_in_getitem() -> None:
+    read(Random(seed=5), num_workers=2, shuffle=True)
+
+
+class Whole(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for k in range(40):
+            yield {"text": f"word {k}"}
+
+
+@shown("a stream without __len__ and key= that every worker reads whole")
+def same_stream() -> None:
+    print(read(Whole(), num_workers=2).audit)
+
+
+class InPlace(Numbers):
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.images = torch.ones(24, 3)
+
+    def __getitem__(self, index: int) -> Any:
+        image = self.images[index]
+        image *= 2
+        return image
+
+
+@shown("a transform writes into its dataset")
+def in_place() -> None:
+    read(InPlace(), 2)
+
+
+class PastTheEnd(Frames):
+    def __getitem__(self, index: int) -> Any:
+        if len(self.file.read(3000)) < 3000:
+            raise ValueError("invalid data")
+        return index
+
+
+@shown("workers share a file's position, and one fails")
+def position() -> None:
+    Path("frames.bin").write_bytes(bytes(16_000))
+    read(PastTheEnd(), num_workers=2)
+
+
+class Caches(Numbers):
+    def __init__(self) -> None:
+        super().__init__(48)
+        self.cache: dict[int, Any] = {}
+
+    def __getitem__(self, index: int) -> Any:
+        return self.cache.setdefault(index, float(index))
+
+
+@shown("workers fill a cache, and lose it with each epoch")
+def lost_cache() -> None:
+    read(Caches(), 3, num_workers=2)
+
+
+class Leaks(Numbers):
+    def __init__(self, named: bool) -> None:
+        super().__init__(256)
+        self.kept: list[Any] = []
+        self.named = named
+
+    def __getitem__(self, index: int) -> int:
+        (self.kept if self.named else _kept).append(bytearray(1 << 20))
+        return index
+
+
+_kept: list[Any] = []
+
+
+@shown("a worker's memory grows, and a list of the dataset with it")
+def memory() -> None:
+    growth.GREW_MIN = 24 << 20
+    read(Leaks(named=True), num_workers=1)
+
+
+@shown("a worker's memory grows, and nothing of the dataset with it")
+def memory_elsewhere() -> None:
+    growth.GREW_MIN = 24 << 20
+    read(Leaks(named=False), num_workers=1)
+
+
+@shown("the loop keeps every batch")
+def kept() -> None:
+    vars(kept_batches)["_memory_bytes"] = lambda: 200_000
+    loader = SafeDataLoader([torch.zeros(1000) for _ in range(300)], batch_size=4)
+    print(len(list(loader)), "batches")
+
+
+class Rows(Numbers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = [{"file": f"{k:08d}.jpg"} for k in range(20_000)]
+
+
+@shown("workers take more than 5 s to start; spawn")
+def slow_spawn() -> None:
+    growth.SLOW_START_S = 0.0
+    read(Rows(), num_workers=2, multiprocessing_context="spawn")
+
+
+@shown("the same; fork")
+def slow_fork() -> None:
+    growth.SLOW_START_S = 0.0
+    read(Rows(), num_workers=2)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Audits")
+
+
+@shown("an epoch that runs, and the same at its end; drop_last")
+def audit() -> None:
+    loader = SafeDataLoader(Numbers(), batch_size=6, drop_last=True, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    print(loader.audit)
+    list(batches)
+    print(loader.audit)
+
+
+@shown("an epoch that the loop left early")
+def left_early() -> None:
+    loader = SafeDataLoader(Numbers(), batch_size=4, num_workers=1)
+    for _ in loader:
+        break
+    print(loader.audit)
+
+
+@shown("an epoch that went on after an error")
+def failed() -> None:
+    loader = SafeDataLoader(LostField(), batch_size=4)
+    batches = iter(loader)
+    while True:
+        try:
+            next(batches)
+        except StopIteration:
+            break
+        except KeyError:
+            continue
+    print(loader.audit)
+
+
+@shown("an epoch that an error ended")
+def ended_by_error() -> None:
+    loader = SafeDataLoader(Leaves(), batch_size=4, num_workers=1)
+    with contextlib.suppress(safeloader.WorkerCrashError):
+        list(loader)
+    print(loader.audit)
+
+
+@shown("a sampler that draws with replacement")
+def repeated() -> None:
+    print(read(Numbers(), sampler=RandomSampler(Numbers(), replacement=True)).audit)
+
+
+@shown("a sampler that gives fewer than it says")
+def announced() -> None:
+    print(read(Numbers(), sampler=Draws(16, 8)).audit)
+
+
+@shown("len() of a batch sampler says too little")
+def announced_less() -> None:
+    print(read(Numbers(), batch_size=1, batch_sampler=BatchSampler(Draws(8, 16), 4, False)).audit)
+
+
+@shown("one rank of four, by its DistributedSampler; set_epoch is never called")
+def ranks() -> None:
+    dataset = Numbers(18)
+    sampler: Any = DistributedSampler(dataset, num_replicas=4, rank=1)
+    print(read(dataset, 2, sampler=sampler).audit)
+
+
+@shown("a stream, without and with key=")
+def stream_audit() -> None:
+    print(read(SharedOut(), num_workers=2).audit)
+    print(read(SharedOut(), num_workers=2, key=int).audit)
+
+
+class SharedOut(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        yield from range(info.id if info else 0, 12, info.num_workers if info else 1)
+
+
+@shown("loader.transport_stats")
+def transport() -> None:
+    dataset = [torch.zeros(64, 64) for _ in range(32)]
+    print(read(dataset, num_workers=1, batch_size=8).transport_stats)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("safeloader.replay")
+
+
+def error_of(dataset: Any, **more: Any) -> Any:
+    """The error that a loader raises, and the loader."""
+    loader: SafeDataLoader[Any] = SafeDataLoader(dataset, **{"batch_size": 4} | more)
+    try:
+        list(loader)
+    except safeloader.SafeLoaderError as error:
+        return error, loader
+    raise AssertionError("it did not fail")
+
+
+class OnlyInWorker(Photos):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def bad(self, index: int) -> Any:
+        self.calls += 1
+        if get_worker_info() is not None:
+            raise OSError("stale file handle")
+        return self.good(index)
+
+
+@shown("an error, and the sample passes here")
+def replay_passes() -> None:
+    error, loader = error_of(OnlyInWorker(), num_workers=1)
+    loader.replay(error)
+
+
+@shown("an error of what was warned of at the start, and the sample passes here")
+def replay_inherited() -> None:
+    error, loader = error_of(Database(), num_workers=1)
+    print("the replay:")
+    loader.replay(error)
+
+
+class Slow(Photos):
+    def bad(self, index: int) -> Any:
+        if get_worker_info() is not None:
+            time.sleep(60)
+        return self.good(index)
+
+
+@shown("an error of a worker that hung")
+def replay_hung() -> None:
+    error, loader = error_of(Slow(), num_workers=1, timeout=1)
+    loader.replay(error)
+
+
+@shown("an index; a delivered sample")
+def replay_index() -> None:
+    loader = read(Random(), num_workers=1)
+    loader.replay(3)
+    loader.replay(3, epoch=0)
+    loader.replay(loader.last_batch, position=1)
+
+
+@shown("what it refuses")
+def replay_refuses() -> None:
+    loader = read(Numbers())
+    stream = read(SharedOut())
+    failed, _ = error_of(Ragged())
+    refused(
+        lambda: loader.replay(KeyError("image")),
+        lambda: loader.replay(Path("failures/1.json")),
+        lambda: loader.replay(loader.last_batch),
+        lambda: loader.replay(loader.last_batch, position=99),
+        lambda: loader.replay(3, epoch=7),
+        lambda: loader.replay(3, position=1),
+        lambda: loader.replay(failed, epoch=1),
+        lambda: loader.replay(failed),
+        lambda: safeloader.replay(loader.last_batch, loader.dataset),
+        lambda: stream.replay(3),
+    )
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("trace=True")
+
+
+@shown("an epoch in which one sample is skipped")
+def trace() -> None:
+    read(LostField(8), trace=True, on_error="skip", num_workers=1)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Arguments that are refused")
+
+
+def loader_with(dataset: Any = None, **given: Any) -> Callable[[], object]:
+    """Makes a loader with these arguments and begins an epoch."""
+    return lambda: iter(SafeDataLoader(Numbers() if dataset is None else dataset, **given))
+
+
+@shown("keywords of SafeDataLoader")
+def keywords() -> None:
+    Path("taken").touch()
+    refused(
+        loader_with(verify="strict"),
+        loader_with(trace=3),
+        loader_with(trace="taken"),
+        loader_with(key=3),
+        loader_with(key=int, validate=checks.unique(int)),
+        loader_with(validate=[3]),
+        loader_with(on_error="ignore"),
+        loader_with(retries=-1),
+        loader_with(max_skipped=1.5),
+        loader_with(on_crash="ignore"),
+        loader_with(Whole(), on_crash="restart"),
+        loader_with(stall_after=-1),
+        loader_with(on_failure_dump="taken"),
+        loader_with(transport="fast"),
+        loader_with(checksum=1),
+        loader_with(recorder="run"),
+        loader_with(on_eror="skip"),
+    )
+
+
+@shown("SAFELOADER=no in the environment")
+def switch() -> None:
+    os.environ["SAFELOADER"] = "no"
+    read(Numbers())
+
+
+@shown("checks")
+def bad_checks() -> None:
+    refused(
+        lambda: checks.in_range(3, 1),
+        lambda: checks.in_range("a", 1),  # type: ignore[arg-type]
+        lambda: checks.unique(3),  # type: ignore[arg-type]
+        lambda: read(Photos(), validate=checks.in_range(0, 1, at="images")),
+    )
+
+
+@shown("the records")
+def records() -> None:
+    loader = read(Numbers())
+    refused(
+        lambda: loader.provenance.batch(99),
+        lambda: loader.provenance.save("epoch.xls"),
+        lambda: loader.metrics(last=0),
+        lambda: safeloader.Recorder(-1),
+    )
+
+
+@shown("instrument")
+def instrument() -> None:
+    refused(
+        lambda: safeloader.instrument(3),
+        lambda: safeloader.instrument(DataLoader(Numbers()), on_error="ignore"),
+    )
+
+
+@shown("two threads in next() of one iterator")
+def two_threads() -> None:
+    loader = SafeDataLoader(Waits(1.0), batch_size=4, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    other = threading.Thread(target=lambda: next(batches), name="logger")
+    other.start()
+    time.sleep(0.3)
+    with contextlib.suppress(StopIteration):
+        next(batches)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Faults that are not the dataset's")
+
+
+def fails(*_: object) -> Any:
+    raise ZeroDivisionError("a fault of this package, put there for this page")
+
+
+@shown("a part of safeloader itself fails")
+def own_fault() -> None:
+    vars(main_looks)["findings"] = fails
+    read(Numbers())
+
+
+class Breaks(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("no connection to the log server")
+
+
+@shown("a logging handler raises")
+def handler() -> None:
+    logger = logging.getLogger("safeloader")
+    logger.handlers = [Breaks()]
+    read(LostField(), on_error="skip")
+
+
+BY_A_FRAMEWORK = """
+import logging
+from safeloader import SafeDataLoader
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+loader = SafeDataLoader(list(range(8)))
+"""
+
+
+@shown("a loader that is never used, as where a framework makes it again")
+def never_used() -> None:
+    Path("train.py").write_text(BY_A_FRAMEWORK)
+    done = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True, check=False)
+    print(done.stdout + done.stderr)
+
+
+@shown("a torch that it does not know")
+def unknown_torch() -> None:
+    del torch.utils.data._utils.worker._worker_loop
+    read(Numbers())
+
+
+@shown("the same; verify='raise'")
+def unknown_torch_refused() -> None:
+    del torch.utils.data._utils.worker._worker_loop
+    read(Numbers(), verify="raise")
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("safeloader.doctor")
+
+
+def examined(dataset: Any, seconds: float = 12.0, **more: Any) -> None:
+    """What the doctor says of a loader, without the speeds: those are the machine's."""
+    looks.LOOKS = looks.LOOKS[:-1]
+    loader: DataLoader[Any] = DataLoader(dataset, **{"batch_size": 4} | more)
+    print(safeloader.doctor(loader, seconds=seconds))
+
+
+@shown("a sound dataset, with its table")
+def doctor_sound() -> None:
+    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=12))
+
+
+@shown("a transform writes into its dataset")
+def doctor_in_place() -> None:
+    examined(InPlace())
+
+
+@shown("__len__ is too long")
+def doctor_long() -> None:
+    examined(TooLong())
+
+
+@shown("__getitem__ seeds by a fixed number")
+def doctor_seeds() -> None:
+    examined(Random(seed=5))
+
+
+@shown("every worker reads the whole stream")
+def doctor_stream() -> None:
+    examined(Whole(), num_workers=2)
+
+
+@shown("a sample kills its process")
+def doctor_dies() -> None:
+    examined(Leaves())
+
+
+@shown("a sample raises; a lambda; an open archive")
+def doctor_several() -> None:
+    dataset = LostField()
+    vars(dataset).update(scale=lambda value: value, archive=Archive().archive)
+    examined(dataset, num_workers=2)
+
+
+class Disagrees(Photos):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [self.good(index) | {"image": torch.zeros(3)} for index in indices]
+
+
+@shown("__getitems__ and __getitem__ do not agree")
+def doctor_getitems() -> None:
+    examined(Disagrees())
+
+
+@shown("a sample waits for ever")
+def doctor_hangs() -> None:
+    examined(Sleeps(), seconds=6)
+
+
+@shown("set_epoch does not reach the workers; a generator that they share")
+def doctor_copies() -> None:
+    dataset = Epochs()
+    examined(dataset, num_workers=2, persistent_workers=True)
+
+
+class Epochs(OfEpoch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(3)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Any:
+        return self.epoch + self.rng.random()
+
+
+class Once(IterableDataset[Any]):
+    def __init__(self) -> None:
+        self.lines = iter(range(20))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.lines
+
+
+@shown("a stream that can be read once")
+def doctor_once() -> None:
+    examined(Once())
+
+
+@shown("what it refuses")
+def doctor_refuses() -> None:
+    refused(lambda: safeloader.doctor(3), lambda: safeloader.doctor([1, 2], seconds=-1))
+    for target in ("train.py", "nothing.py:make_loader", "a b:make_loader"):
+        command("doctor", target)
+
+
+def command(*words: str) -> None:
+    """What ``python -m safeloader`` says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "safeloader", *words], capture_output=True, text=True, check=False
+    )
+    print((done.stdout + done.stderr).rstrip())
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("python -m safeloader run")
+
+TRAIN = """
+from torch.utils.data import DataLoader
+
+for batch in DataLoader(list(range(16)), batch_size=4, shuffle=True):
+    pass
+unused = DataLoader(list(range(8)))
+"""
+
+
+@shown("a program, at its end")
+def launched() -> None:
+    Path("train.py").write_text(TRAIN)
+    command("run", "train.py")
+
+
+@shown("--expect-ranks 2, and one process")
+def expected_ranks() -> None:
+    Path("train.py").write_text(TRAIN)
+    command("run", "--expect-ranks", "2", "train.py")
+
+
+@shown("what it refuses")
+def launcher_refuses() -> None:
+    Path("taken").touch()
+    command("run")
+    command("run", "no-such-program")
+    command("run", "--retries", "-1", "train.py")
+    command("run", "--run", "taken", "train.py")
+    command("run", "python", "-I", "train.py")
