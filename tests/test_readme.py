@@ -77,6 +77,7 @@ def printed(fault: str, whose: str) -> str:
         timeout=100,
     )
     text = re.sub(r"for 3\.\d s", "for 3.0 s", done.stdout)
+    text = text.replace("Can't get local object", "Can't pickle local object")  # Python 3.13
     return re.sub(r"pid(\(s\))? \d+", "pid N", text)
 
 

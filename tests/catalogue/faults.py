@@ -713,6 +713,12 @@ def open_until_told() -> Any:
     return file
 
 
+def connected_until_told() -> Any:
+    connection = sqlite3.connect(":memory:")
+    to_undo.append(connection.close)
+    return connection
+
+
 def few_descriptors(spare: int, args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a loader in a process that may open few files more."""
     gc.collect()
@@ -1531,7 +1537,7 @@ FAULTS: list[Fault] = [
     ),
     unstartable(
         "dataset with a database connection",
-        lambda: {"dataset": Holding(settings={"db": sqlite3.connect(":memory:")})},
+        lambda: {"dataset": Holding(settings={"db": connected_until_told()})},
         r"dataset\.settings\['db'\]: sqlite3\.Connection",
         "in the worker, on first use",
     ),
