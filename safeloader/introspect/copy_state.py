@@ -21,7 +21,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.digests import Unknown, leaf_digest
@@ -144,11 +144,11 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _looked_into(cls: type) -> bool:
-    if id(cls) in _NEVER or inherits(cls, torch.nn.Module, torch.Tensor, np.ndarray):
+    if id(cls) in _NEVER or inherits(cls, DataLoader, torch.nn.Module, torch.Tensor, np.ndarray):
         return False
     name = type_name(cls)
     if name.startswith(("torch.utils.data.", "torch.utils.data")):
-        return not name.endswith("DataLoader")
+        return True
     return "." in name and not name.startswith(_LEFT_ALONE)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from safeloader import SafeDataLoader
 from safeloader.introspect import copy_state as copy_state_module
 from safeloader.introspect import digests as digests_module
 from safeloader.introspect.copy_state import (
@@ -781,3 +782,9 @@ def test_a_tensor_that_was_looked_at_is_what_it_was() -> None:
         copy_state(dataset, 3)
         digest([tensor]), known_leaves(tensor), looked_at(tensor)
         tensor.resize_(100)
+
+
+def test_a_loader_in_a_dataset_is_not_looked_into() -> None:
+    for cls in (SafeDataLoader, DataLoader):
+        paths = [each.path for each in attributes(Held({"loader": cls([1]), "epoch": 1}))]
+        assert paths == ["dataset.loader", "dataset.epoch"]
