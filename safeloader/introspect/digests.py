@@ -39,7 +39,9 @@ DEPTH_MAX = 4
 LONG = 16  # a list of more numbers or words than these is one leaf
 LONG_MAX = 512  # of which so many are read
 PIXEL_ROWS = 32  # of an image
-SERIAL = 1 << 15  # numbers that torch copies without waking other threads
+SPREAD_MAX = (
+    1 << 12
+)  # numbers read of a tensor that lies spread out: each may be on a page of its own
 
 _SCALARS = (bool, int, float, complex, str, bytes)
 
@@ -169,7 +171,7 @@ def _of_tensor(tensor: torch.Tensor, most: int) -> int:
         part = (
             tensor.reshape(-1)[:first]
             if tensor.is_contiguous()
-            else _some(tensor, min(first, SERIAL))
+            else _some(tensor, min(first, SPREAD_MAX))
         )
         part = part.resolve_conj().resolve_neg().contiguous().view(torch.uint8)
         # Of a copy: what NumPy has seen once cannot be resized any more.
