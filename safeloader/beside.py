@@ -29,12 +29,13 @@ from torch.utils.data import DataLoader, get_worker_info
 from safeloader import _python, _torch
 from safeloader.delivery.audit import CLASSES, EpochAudit
 from safeloader.errors import SafeLoaderError
-from safeloader.failures.failure import Failure, raised_by_signal
+from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import warned
 from safeloader.introspect.ranks import rank
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from safeloader.failures.failure import raised_by_signal
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import Opaque
 
 # int64 bytes, or one identity per sample.

@@ -107,7 +107,7 @@ def _scalars(whole: Any, path: str, depth: int, seen: set[int]) -> Iterator[tupl
     if id(whole) in seen or len(seen) > _SCALARS:
         return
     seen.add(id(whole))
-    held = held_by(whole, 8) if isinstance(whole, list | tuple) else fields(whole)[:_SCALARS]
+    held = held_by(whole, 8) if isinstance(whole, list | tuple) else fields(whole, _SCALARS)
     for key, each in held:
         at = f"{path}[{key}]" if isinstance(whole, list | tuple) else f"{path}.{key}"
         cls = type(each)

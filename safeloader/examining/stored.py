@@ -63,7 +63,7 @@ def stored(dataset: Any, indices: list[Any]) -> dict[str, Held]:
                 # An element of a dict is one of the dataset's if it stands under an index.
                 of_index = element or base is not dict or key in wanted
                 queue.append((each, f"{path}[{key_text(key)}]", depth + 1, of_index))
-        for name, each in fields(value)[:256] if cls is not base else ():
+        for name, each in fields(value, 256) if cls is not base else ():
             queue.append((each, f"{path}.{name}", depth + 1, element))
     return found
 

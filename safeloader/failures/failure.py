@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import traceback as traceback_module
 import types
 from collections.abc import Iterator
@@ -181,21 +180,6 @@ def without_ours(frames: types.TracebackType | None) -> types.TracebackType | No
     while frames is not None and frames.tb_next is not None and is_ours(frames.tb_frame):
         frames = frames.tb_next
     return frames
-
-
-def raised_by_signal(exc: BaseException) -> types.FrameType | None:
-    """The frame in which a signal handler struck that raised this; None where none did.
-
-    It may be a time limit of the user's. What it struck is not at fault.
-    """
-    handlers = map(signal.getsignal, signal.valid_signals())
-    codes = {getattr(each, "__code__", None) for each in handlers}
-    struck = None
-    for frame, _ in traceback_module.walk_tb(exc.__traceback__):
-        if frame.f_code in codes:
-            return struck
-        struck = frame
-    return None
 
 
 def _frame_of(exc: BaseException, dataset: object, phase: str) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
-from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.ranks import Place, place
 from safeloader.introspect.redaction import scrub
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
 
 _TRACEBACK_CHARS = 40_000
@@ -132,5 +132,7 @@ def length_of(sized: Any) -> int | None:
     try:
         with preserved():
             return len(sized)
-    except Exception:  # no __len__, or one that raises: what is said does without
+    except Exception as exc:  # no __len__, or one that raises: what is said does without
+        if raised_by_signal(exc):
+            raise
         return None

@@ -11,18 +11,21 @@ from __future__ import annotations
 import dis
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator
+from functools import lru_cache
 from time import monotonic
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.digests import Unknown, leaf_digest
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
     array_facts,
@@ -31,7 +34,9 @@ from safeloader.introspect.values import (
     fields,
     held_by,
     inherits,
+    is_one_of,
     mro_of,
+    namespace_of,
     type_name,
 )
 
@@ -40,10 +45,11 @@ ATTRIBUTES_MAX = 1000  # in all
 DEPTH_MAX = 3
 WITHIN_MAX = 8  # elements looked into of one container: transforms, parts of a ConcatDataset
 ORDERS_MAX = 32
-ELEMENTS_MAX = 20_000  # of all orders that are looked at, about
 SAMPLED = 64  # elements of an order that are compared
 SORTED_MAX = 20_000  # elements of an order that are compared in no order
+SORTED_IN_ALL = 30_000  # of all orders of one dataset
 WORD_MAX = 80  # characters of a text that is compared
+ELEMENT_BYTES = 1 << 12  # of an element of an order that are compared
 
 _PLAIN = (bool, int, float, str, type(None))
 _LEFT_ALONE = ("torch.", "numpy.", "builtins.", "multiprocessing.", "threading.", "logging.")
@@ -113,7 +119,7 @@ def attributes(root: Any, name: str = "dataset", bound_s: float = 0.05) -> Itera
         if not queue or monotonic() > end:
             return
         path, owner, depth = queue.popleft()
-        for key, value in fields(owner)[:OBJECTS_MAX]:
+        for key, value in fields(owner, OBJECTS_MAX):
             left -= 1
             if left < 0:
                 return
@@ -138,11 +144,11 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _looked_into(cls: type) -> bool:
-    if id(cls) in _NEVER or inherits(cls, torch.nn.Module, torch.Tensor, np.ndarray):
+    if id(cls) in _NEVER or inherits(cls, DataLoader, torch.nn.Module, torch.Tensor, np.ndarray):
         return False
     name = type_name(cls)
     if name.startswith(("torch.utils.data.", "torch.utils.data")):
-        return not name.endswith("DataLoader")
+        return True
     return "." in name and not name.startswith(_LEFT_ALONE)
 
 
@@ -165,33 +171,43 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     ({'dataset.epoch': 2}, ['dataset.order'], {'dataset.order': 3, 'dataset.cache': 0})
     """
     state = CopyState({}, {}, {})
-    try:
-        for path, owner, key, value in attributes(dataset, name):
-            cls = type(value)
-            if (plain := _plain(value)) is not _NO_SCALAR:
-                if not is_secret(key, value):
-                    state.scalars[path] = plain
-                continue
-            base = container_base(cls)
-            if base is not None:
-                state.lengths[path] = base.__len__(value)
-            if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings
-                for name_of, each in held_by(value):
-                    plain = _plain(each)
-                    known = type(name_of) is str and plain is not _NO_SCALAR
-                    if known and not is_secret(name_of, each):
-                        state.scalars[f"{path}[{name_of!r}]"] = plain
-            order = None
-            looked_at = sum(e.length for e in state.orders.values() if e.length <= SORTED_MAX)
-            if length is not None and looked_at < ELEMENTS_MAX and len(state.orders) < ORDERS_MAX:
-                order = _order(value, base, length)
-                if order is None and owner is not dataset and inherits(type(owner), Dataset):
-                    order = _order(value, base, _own_length(value, base))  # under a Subset
-            if order is not None:
-                state.orders[path] = order
-    except Exception:  # what was read until then is compared
-        return state
-    return state
+    walk, left = attributes(dataset, name), SORTED_IN_ALL
+    while True:
+        try:
+            for each in walk:
+                left -= _note(state, each, dataset, length, left)
+            return state
+        except Exception as exc:  # a value that nobody foresaw: the others are compared
+            if raised_by_signal(exc):
+                raise
+
+
+def _note(state: CopyState, found: Attribute, dataset: Any, length: int | None, left: int) -> int:
+    """Put an attribute into ``state``; how many elements were sorted for it, of ``left``."""
+    path, owner, key, value = found
+    if (plain := _plain(value)) is not _NO_SCALAR:
+        if not is_secret(key, value):
+            state.scalars[path] = plain
+        return 0
+    base = container_base(type(value))
+    if base is not None:
+        state.lengths[path] = base.__len__(value)
+    if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings
+        for name_of, each in held_by(value):
+            plain = _plain(each)
+            known = type(name_of) is str and plain is not _NO_SCALAR
+            if known and not is_secret(name_of, each):
+                state.scalars[f"{path}[{name_of!r}]"] = plain
+    if length is None or len(state.orders) >= ORDERS_MAX:
+        return 0
+    most = min(SORTED_MAX, left)
+    order = _order(value, base, length, most)
+    if order is None and owner is not dataset and inherits(type(owner), Dataset):
+        order = _order(value, base, _own_length(value, base), most)  # under a Subset
+    if order is None:
+        return 0
+    state.orders[path] = order
+    return order.length if order.length <= most else 0
 
 
 _NO_SCALAR = object()
@@ -207,7 +223,8 @@ def _plain(value: Any) -> Any:
     if cls is torch.Tensor:
         with without_overrides():
             # What is shared is the same for all.
-            if not value.dim() and value.is_cpu and not (value.is_shared() or value.is_complex()):
+            dense = value.is_cpu and value.layout is torch.strided and not value.is_quantized
+            if dense and not (value.dim() or value.is_shared() or value.is_complex()):
                 return value.item()
     return _NO_SCALAR
 
@@ -218,50 +235,55 @@ def _own_length(value: Any, base: Any) -> int:
     return int(((array_facts(value) or {}).get("shape") or [0])[0])
 
 
-def _order(value: Any, base: Any, length: int) -> Order | None:
-    """The order that a value is, if it has an element for each of ``length`` samples."""
+def _order(value: Any, base: Any, length: int, most: int) -> Order | None:
+    """The order that a value is, if it has an element for each of ``length`` samples.
+
+    Of more than ``most`` elements not all are looked at.
+    """
     if length < 2:
         return None
     if base in (list, tuple):
         if base.__len__(value) != length or type(value) is torch.Size:
             return None
         step = max(1, -(-length // SAMPLED))
-        some = [base.__getitem__(value, place) for place in range(0, length, step)]
+        some = [base.__getitem__(value, at) for at in range(0, length, step)]
         return Order(
             length,
             tuple(map(_element, some)),
-            _contents(value, base, length),
+            _contents(value, base, length, most),
             id(value),
             tuple(map(id, some)),
-            sum(map(id, base.__iter__(value))) if length <= SORTED_MAX else None,
+            sum(map(id, base.__iter__(value))) if length <= most else None,
         )
     if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind == "O":
-        return _order(np.ndarray.tolist(value), list, length) if len(value) <= SORTED_MAX else None
+        return _order(value.tolist(), list, length, most) if len(value) <= most else None
+    step = max(1, -(-length // SAMPLED))
     if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iuSUM":
-        numbers = value
+        if len(value) != length:
+            return None
+        spread, all_of_them = value[::step], value if length <= most else None
     elif type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
         with without_overrides():
             if value.dim() != 1 or value.is_floating_point() or value.is_complex():
                 return None
-            numbers = value.detach().numpy()
+            if len(value) != length:
+                return None
+            # Of copies: what NumPy has seen once cannot be resized any more.
+            spread = value.detach()[::step].clone().numpy()
+            all_of_them = value.detach().clone().numpy() if length <= most else None
     else:
-        return _of_table(value, length)
-    if len(numbers) != length:
-        return None
-    step = max(1, -(-length // SAMPLED))
-    sampled = tuple(crc32(each.tobytes()) or 1 for each in numbers[::step])
-    contents = None
-    if length <= SORTED_MAX:
-        contents = crc32(np.sort(numbers).tobytes())
+        return _of_table(value, length, most)
+    sampled = tuple(crc32(each.tobytes()) or 1 for each in spread)
+    contents = None if all_of_them is None else crc32(np.sort(all_of_them).tobytes())
     return Order(length, sampled, contents, id(value))
 
 
-def _of_table(value: Any, length: int) -> Order | None:
+def _of_table(value: Any, length: int, most: int) -> Order | None:
     """The order of the rows of a table of pandas, by its first column of numbers or words."""
     pandas = sys.modules.get("pandas")
     if pandas is None or type(value) is not getattr(pandas, "DataFrame", None):
         return None
-    if len(value) != length or length > SORTED_MAX:
+    if len(value) != length or length > most:
         return None
     for k in range(min(value.shape[1], WITHIN_MAX)):
         column = value.iloc[:, k]
@@ -271,7 +293,7 @@ def _of_table(value: Any, length: int) -> Order | None:
             sampled = tuple(crc32(each.tobytes()) or 1 for each in numbers[::step])
             return Order(length, sampled, crc32(np.sort(numbers).tobytes()), id(value))
         if column.dtype.kind == "O" and all(type(each) is str for each in column[:SAMPLED]):
-            found = _order(column.tolist(), list, length)
+            found = _order(column.tolist(), list, length, most)
             return found and found._replace(which=(), all_of_them=None, held_as=id(value))
     return None
 
@@ -279,44 +301,49 @@ def _of_table(value: Any, length: int) -> Order | None:
 _IN_AN_ORDER = (bool, int, float, str, bytes)
 
 
-def _element(value: Any) -> int:
+def _element(value: Any, width: int = 16) -> int:
     """The digest of an element; 0 for None and for what is not known.
 
     Of a dict and of an object it is that of the first plain values in it: what is added comes last.
     """
-    if any(type(value) is each for each in _IN_AN_ORDER):
+    cls = type(value)
+    if is_one_of(cls, str, bytes):
+        value = value[:ELEMENT_BYTES]
+    if is_one_of(cls, *_IN_AN_ORDER):
         return crc32(repr(value).encode("utf-8", "replace")) or 1
-    if type(value) in (tuple, list) and len(value) <= 16:
-        parts = tuple(map(_element, value))
-        return crc32(repr(parts).encode()) or 1 if all(parts) else 0
-    if type(value) in (np.ndarray, torch.Tensor):
+    if is_one_of(cls, tuple, list) and len(value) <= width:
+        parts = [_element(each, width // 4) for each in value]  # lists within are shorter
+        return crc32(repr(tuple(parts)).encode()) or 1 if all(parts) else 0
+    if is_one_of(cls, np.ndarray, torch.Tensor):
         try:
-            return leaf_digest(value) or 1
+            return leaf_digest(value, most=ELEMENT_BYTES) or 1
         except (Unknown, RuntimeError, TypeError, ValueError):
             return 0
-    if container_base(type(value)) in (dict, None):
+    base = container_base(cls)
+    if base is dict or base is None:
         plain = [each for _, each in held_by(value, WITHIN_MAX)]
-        known = [each for each in plain if any(type(each) is kind for kind in _IN_AN_ORDER)]
+        known = [_element(each) for each in plain if is_one_of(type(each), *_IN_AN_ORDER)]
         if known:
-            return crc32(repr(known[:2]).encode("utf-8", "replace")) or 1
-        arrays = [each for each in plain if type(each) in (np.ndarray, torch.Tensor)]
+            return crc32(repr(known[:2]).encode()) or 1
+        arrays = [each for each in plain if is_one_of(type(each), np.ndarray, torch.Tensor)]
         return _element(arrays[0]) if arrays else 0
     return 0
 
 
-def _contents(value: Any, base: Any, length: int) -> int | None:
+def _contents(value: Any, base: Any, length: int, most: int) -> int | None:
     """A digest of the elements in no order; None of too many, or of no numbers or words."""
-    if length > SORTED_MAX:
+    if length > most:
         return None
-    kinds = set(map(type, base.__iter__(value)))
-    if kinds == {int}:
+    kinds = set(map(id, map(type, base.__iter__(value))))  # by id: a metaclass may define a hash
+    if kinds == {id(int)}:
         try:
             numbers = np.fromiter(base.__iter__(value), np.int64, length)
         except OverflowError:
             return None
         return crc32(np.sort(numbers).tobytes())
-    if kinds == {str} and length <= SORTED_MAX // 10:
-        return crc32("\0".join(sorted(base.__iter__(value))).encode("utf-8", "replace"))
+    if kinds == {id(str)} and length <= SORTED_MAX // 10:
+        words = sorted(each[:WORD_MAX] for each in base.__iter__(value))
+        return crc32("\0".join(words).encode("utf-8", "replace"))
     return None
 
 
@@ -342,9 +369,17 @@ def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
     (True, False)
     """
     return any(
-        step.argval == name and step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        for code in _reached(type(owner), whole)
+        name in code.co_names and name in _loaded(code) for code in _code_of(type(owner), whole)
+    )
+
+
+@lru_cache(4096)  # code is read at 2 us an instruction
+def _loaded(code: types.CodeType) -> frozenset[str]:
+    """The attributes that a function reads."""
+    return frozenset(
+        str(step.argval)
         for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD")
     )
 
 
@@ -357,7 +392,7 @@ def names_key(owner: Any, key: str) -> bool:
     >>> names_key(Sized(), "size"), names_key(Sized(), "other")
     (True, False)
     """
-    return any(key in code.co_consts for code in _reached(type(owner), whole=True))
+    return any(key in code.co_consts for code in _code_of(type(owner), whole=True))
 
 
 def stores_elements(owner: Any, name: str) -> bool:
@@ -369,9 +404,13 @@ def stores_elements(owner: Any, name: str) -> bool:
     >>> stores_elements(Counts(), "seen"), stores_elements(Counts(), "other")
     (True, False)
     """
-    return any(name in _written(code) for code in _reached(type(owner), whole=True))
+    return any(
+        name in code.co_names and name in _written(code)
+        for code in _code_of(type(owner), whole=True)
+    )
 
 
+@lru_cache(4096)
 def _written(code: types.CodeType) -> set[str]:
     """The attributes of which a function assigns elements.
 
@@ -402,6 +441,23 @@ def _written(code: types.CodeType) -> set[str]:
 _ENTRIES = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
 
 
+def _code_of(cls: type, whole: bool) -> tuple[types.CodeType, ...]:
+    """As :func:`_reached`, which takes milliseconds for a large class, once for each class."""
+    known = _known.get((id(cls), whole))
+    if known is not None and known[0]() is cls:
+        return known[1]
+    if len(_known) >= _KNOWN_MAX:
+        _known.clear()
+    found = tuple(_reached(cls, whole))
+    _known[id(cls), whole] = weakref.ref(cls), found
+    return found
+
+
+# By id: a metaclass may define ``__hash__``. The class is not held.
+_known: dict[tuple[int, bool], tuple[weakref.ref[type], tuple[types.CodeType, ...]]] = {}
+_KNOWN_MAX = 128
+
+
 def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
     """The code of the methods that make samples, and of those that they name."""
     if whole:
@@ -409,12 +465,13 @@ def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
             name
             for each in mro_of(cls)
             if "." in type_name(each) and not type_name(each).startswith(_LEFT_ALONE)
-            for name in type.__dict__["__dict__"].__get__(each)
+            for name in namespace_of(each)
             if name != "__init__"
         ]
     else:
         todo = list(_ENTRIES)
     seen: set[str] = set()
+    known = set(todo)
     while todo and len(seen) < OBJECTS_MAX:
         name = todo.pop()
         if name in seen:
@@ -422,14 +479,15 @@ def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
         seen.add(name)
         for found in definitions(cls, name):
             function = getattr(found, "fget", None) if type(found) is property else found
-            if type(found) in (classmethod, staticmethod):
+            if is_one_of(type(found), classmethod, staticmethod):
                 function = found.__func__
             if type(function) is not types.FunctionType:
                 continue
             for code in _codes(function.__code__):
                 yield code
                 if not whole:
-                    todo += code.co_names
+                    todo += [each for each in code.co_names if each not in known]
+                    known.update(code.co_names)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -11,6 +11,7 @@ import abc
 import pathlib
 import types
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -18,13 +19,16 @@ import numpy as np
 import torch
 
 from safeloader._torch import without_overrides
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import (
     container_base,
     fields,
     held_by,
     inherits,
+    is_one_of,
     mro_of,
+    namespace_of,
     own_length,
     type_name,
 )
@@ -35,6 +39,9 @@ DEPTH_MAX = 4
 LONG = 16  # a list of more numbers or words than these is one leaf
 LONG_MAX = 512  # of which so many are read
 PIXEL_ROWS = 32  # of an image
+SPREAD_MAX = (
+    1 << 12
+)  # numbers read of a tensor that lies spread out: each may be on a page of its own
 
 _SCALARS = (bool, int, float, complex, str, bytes)
 
@@ -43,7 +50,6 @@ _SCALARS = (bool, int, float, complex, str, bytes)
 _TENSORS = ("torch.", "torchvision.tv_tensors.", "monai.data.")
 _HEAP_TYPE = 1 << 9  # of ``__flags__``: made while the program ran
 _PLAIN_SIZE = 32  # bytes of an object with a dict and weak references, at most
-_namespace_of: Any = type.__dict__["__dict__"].__get__
 
 
 class Unknown(Exception):
@@ -66,7 +72,8 @@ def leaves(value: Any, path: str = "", depth: int = DEPTH_MAX) -> Iterator[tuple
         yield path, value
         return
     for key, each in held_by(value, LEAVES_MAX + 1):
-        yield from leaves(each, f"{path}[{key!r}]" if type(key) in (str, int) else path, depth - 1)
+        at = f"{path}[{key!r}]" if is_one_of(type(key), str, int) else path
+        yield from leaves(each, at, depth - 1)
 
 
 def _is_plain(values: Any) -> bool:
@@ -97,32 +104,34 @@ def _is_written(cls: type) -> bool:
 
 def _vars_of(cls: type) -> list[Any]:
     """What a class and its ancestors define."""
-    return [each for base in mro_of(cls) for each in _namespace_of(base).values()]
+    return [each for base in mro_of(cls) for each in namespace_of(base).values()]
 
 
-def leaf_digest(leaf: Any, depth: int = DEPTH_MAX) -> int:
-    """The digest of one leaf.
+def leaf_digest(leaf: Any, depth: int = DEPTH_MAX, most: int = LEAF_BYTES) -> int:
+    """The digest of one leaf, of its first ``most`` bytes.
 
     Raises:
         Unknown: for a kind that is not known.
     """
     cls = type(leaf)
-    if leaf is None or cls in _SCALARS:
-        return crc32(repr(leaf if cls is not str else leaf[:LEAF_BYTES]).encode("utf-8", "replace"))
+    if is_one_of(cls, str, bytes):
+        leaf = leaf[:most]
+    if leaf is None or is_one_of(cls, *_SCALARS):
+        return crc32(repr(leaf).encode("utf-8", "replace"))
     if cls is bytearray:
-        return crc32(leaf[:LEAF_BYTES])
+        return crc32(leaf[:most])
     if inherits(cls, np.generic) and cls.__module__ == "numpy":
         return crc32(np.generic.tobytes(leaf))
     if cls is np.ndarray and leaf.dtype.kind in "biufcSUmM" and leaf.dtype.char not in "gG":
-        part = leaf.reshape(-1)[: LEAF_BYTES // max(1, leaf.itemsize)] if leaf.size else leaf
-        return crc32(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(part).tobytes())
+        part = leaf.flat[: most // max(1, leaf.itemsize)]  # a copy of no more than that
+        return crc32(f"{leaf.dtype}{leaf.shape}".encode() + part.tobytes())
     if inherits(cls, torch.Tensor) and type_name(cls).startswith(_TENSORS):
-        return _of_tensor(leaf)
+        return _of_tensor(leaf, most)
     if inherits(cls, pathlib.PurePath) and cls.__module__.startswith("pathlib"):
         return crc32(str(leaf).encode("utf-8", "replace"))
     if cls is np.ndarray and leaf.dtype.kind == "O" and leaf.ndim == 1:
         leaf = leaf[:LONG_MAX].tolist()
-    if container_base(type(leaf)) in (list, tuple) and _is_plain(leaf):
+    if is_one_of(container_base(type(leaf)), list, tuple) and _is_plain(leaf):
         length = own_length(leaf)
         some = [each for _, each in held_by(leaf, LONG_MAX)]
         return crc32(f"{length}{some!r}"[:LEAF_BYTES].encode("utf-8", "replace"))
@@ -148,7 +157,7 @@ def _of_image(image: Any) -> int:
     return crc32(f"{image.mode}{width}x{height}".encode() + rows)
 
 
-def _of_tensor(tensor: torch.Tensor) -> int:
+def _of_tensor(tensor: torch.Tensor, most: int) -> int:
     with without_overrides():
         if not (tensor.is_cpu and tensor.layout is torch.strided) or tensor.is_quantized:
             raise Unknown
@@ -158,16 +167,24 @@ def _of_tensor(tensor: torch.Tensor) -> int:
         head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
         if not tensor.numel():
             return crc32(head)
-        first = LEAF_BYTES // tensor.element_size()
-        part = tensor.reshape(-1)[:first] if tensor.is_contiguous() else _some(tensor, first)
-        part = part.resolve_conj().resolve_neg().contiguous()
-        return crc32(head + part.view(torch.uint8).numpy().tobytes())
+        first = max(1, most // tensor.element_size())
+        part = (
+            tensor.reshape(-1)[:first]
+            if tensor.is_contiguous()
+            else _some(tensor, min(first, SPREAD_MAX))
+        )
+        part = part.resolve_conj().resolve_neg().contiguous().view(torch.uint8)
+        # Of a copy: what NumPy has seen once cannot be resized any more.
+        return crc32(head + part.clone().numpy().tobytes())
 
 
 def _some(tensor: torch.Tensor, most: int) -> torch.Tensor:
-    """The first rows of a tensor that is no contiguous memory, flat; not all of it is copied."""
-    row = max(1, tensor.numel() // max(1, tensor.shape[0]))
-    return tensor[: max(1, most // row)].reshape(-1)[:most]
+    """The first part of a tensor that is no contiguous memory, flat; not all of it is copied."""
+    row = tensor.numel()
+    for dim, size in enumerate(tensor.shape):
+        row //= size
+        tensor = tensor.narrow(dim, 0, max(1, min(size, most // max(1, row))))
+    return tensor.reshape(-1)[:most]
 
 
 def digest(value: Any) -> int | None:
@@ -196,9 +213,16 @@ def by_leaf(value: Any) -> dict[str, int] | None:
             found[path] = leaf_digest(leaf)
             if len(found) > LEAVES_MAX:
                 return None
-    except (Unknown, RuntimeError, TypeError, ValueError):
+    except Exception as exc:
+        _unknown(exc)
         return None
     return found
+
+
+def _unknown(exc: Exception) -> None:
+    """What cannot be looked at is of a kind that is not known; a signal's error is the user's."""
+    if raised_by_signal(exc):
+        raise exc
 
 
 def known_leaves(value: Any) -> dict[str, tuple[int, str]]:
@@ -214,26 +238,33 @@ def known_leaves(value: Any) -> dict[str, tuple[int, str]]:
     {'.x': '[3, ...]'}
     """
     found: dict[str, tuple[int, str]] = {}
+    for path, leaf in parts_of(value):
+        try:
+            found[path] = leaf_digest(leaf), _word(leaf)
+        except Exception as exc:
+            _unknown(exc)
+    return found
+
+
+def parts_of(value: Any) -> list[tuple[str, Any]]:
+    """The first leaves of a value by their paths, known or not; an object is its attributes."""
+    found: list[tuple[str, Any]] = []
     roots = [("", value)]
-    if container_base(type(value)) is None and fields(value):
-        roots = [(f".{name}", each) for name, each in fields(value)[:LEAVES_MAX]]
+    if container_base(type(value)) is None and fields(value, 1):
+        roots = [(f".{name}", each) for name, each in fields(value, LEAVES_MAX)]
     for root, each in roots:
         try:
-            parts = list(leaves(each, root))[:LEAVES_MAX]
+            found += list(islice(leaves(each, root), LEAVES_MAX - len(found)))
         except Unknown:
             continue
-        for path, leaf in parts:
-            try:
-                found[path] = leaf_digest(leaf), _word(leaf)
-            except (Unknown, RuntimeError, TypeError, ValueError):
-                continue
     return found
 
 
 def _word(leaf: Any) -> str:
     if inherits(type(leaf), torch.Tensor, np.ndarray):
         with without_overrides():
-            some = leaf.reshape(-1)[:2].tolist()
+            part = leaf.flat[:2] if inherits(type(leaf), np.ndarray) else _some(leaf, 2)
+            some = part.tolist()
         first = bounded_text(some[0]) if some else ""
         return f"[{first}, ...]" if len(some) > 1 else f"[{first}]"
     return bounded_text(leaf)

@@ -138,7 +138,7 @@ def was_told(dataset: object, path: str) -> bool:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    return {name: each for name, each in fields(value)[:ATTRIBUTES_MAX] if type(name) is str}
+    return {name: each for name, each in fields(value, ATTRIBUTES_MAX) if type(name) is str}
 
 
 def _connected(value: Any) -> bool:

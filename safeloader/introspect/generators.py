@@ -84,5 +84,5 @@ def _parts(value: Any, cls: type) -> Iterator[tuple[str, Any]]:
                 yield f".__globals__[{name!r}]", each
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
-    for name, each in fields(value)[:256] if cls is not base else ():
+    for name, each in fields(value, 256) if cls is not base else ():
         yield f".{cut(str(name))}", each

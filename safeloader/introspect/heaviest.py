@@ -65,7 +65,7 @@ def estimated_bytes(value: Any, end: float = float("inf"), depth: int = DEPTH_MA
         return 56
     base: Any = container_base(cls)
     if base is None:
-        return 56 + sum(estimated_bytes(each, end, depth - 1) for _, each in fields(value)[:64])
+        return 56 + sum(estimated_bytes(each, end, depth - 1) for _, each in fields(value, 64))
     length = int(base.__len__(value))
     if base is list or base is tuple:
         step = max(1, length // SAMPLED)

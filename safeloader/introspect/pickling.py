@@ -259,7 +259,7 @@ def _names(value: Any, cls: type) -> dict[int, str]:
         names |= {id(each): f".args{step}" for step, each in _contents(value.args, tuple)}
     if cls in (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType):
         names[id(value.__self__)] = ".__self__"
-    return names | {id(each): f".{name_of(name)}" for name, each in fields(value)[:10_000]}
+    return names | {id(each): f".{name_of(name)}" for name, each in fields(value, 10_000)}
 
 
 # ---- in words

@@ -17,10 +17,18 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.copy_state import attributes, loads, stores_elements
-from safeloader.introspect.digests import known_leaves
-from safeloader.introspect.values import array_facts, container_base, fields, plain_length
+from safeloader.introspect.digests import known_leaves, parts_of
+from safeloader.introspect.values import (
+    array_facts,
+    container_base,
+    fields,
+    inherits,
+    is_one_of,
+    plain_length,
+)
 
 STORES_MAX = 8  # lists and arrays of one dataset
+BLANK_MAX = 1 << 15  # numbers of an element that have to be zeros, or NaN
 
 
 class Store(NamedTuple):
@@ -50,6 +58,7 @@ class Element:
         self._changed_in: dict[str, list[int]] = {}
         self._by_fetching: set[str] | None = None
         self._fetched_in = epoch
+        self._shared = any(_is_shared(leaf) for _, leaf in parts_of(self.held))
 
     @property
     def was_empty(self) -> bool:
@@ -78,20 +87,38 @@ class Element:
         What is made ready in its place once, counted up, or put in another order is no harm.
 
         Args:
-            only_fetching: whether the program may have written there too; what fetching it first
-                left alone is not told then.
+            only_fetching: whether the program may have written there too, as it may into shared
+                memory: what fetching it first left alone is not told then.
         """
         if self.before is None or _digests(self.before) == _digests(self._last):
             return None
         for path, epochs in self._changed_in.items():
             if len(epochs) < 2 or path not in self.before or path not in self._last:
                 continue
-            if only_fetching and path not in (self._by_fetching or ()):
+            if (only_fetching or self._shared) and path not in (self._by_fetching or ()):
                 continue
             was, now = self.before[path][1], self._last[path][1]
             if was != "None" and not _counted(was, now, epochs[-1] - self._fetched_in + 1):
                 return Change(f"{self.store.path}[{self.at}]{path}", was, now)
         return None
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Whether others may write into an array: another process, or whoever owns its memory."""
+    if inherits(type(leaf), np.ndarray):
+        owner: Any = leaf
+        while inherits(type(owner), np.ndarray) and not inherits(type(owner), np.memmap):
+            if np.ndarray.flags.__get__(owner).owndata:
+                return False
+            owner = np.ndarray.base.__get__(owner)
+        return owner is not None
+    if not inherits(type(leaf), torch.Tensor) or "size_bytes" not in (array_facts(leaf) or {}):
+        return False
+    with without_overrides():
+        if not leaf.is_cpu:
+            return False
+        storage = leaf.untyped_storage()
+        return bool(storage.is_shared() or not storage.resizable())  # not: over foreign memory
 
 
 def _digests(leaves: dict[str, tuple[int, str]]) -> list[int]:
@@ -140,10 +167,10 @@ def stores_of(
     >>> [store.path for store in stores_of(Items(), 2)]
     ['dataset.items']
     """
-    own = dict(fields(dataset)[:256])
+    own = dict(fields(dataset, 256))
     if type(dataset) is Subset:
         under, chosen = own.get("dataset"), own.get("indices")
-        if type(chosen) in (list, tuple, range, torch.Tensor, np.ndarray):
+        if is_one_of(type(chosen), list, tuple, range, torch.Tensor, np.ndarray):
             place = _composed(inner or _plain_place(length), _chosen(chosen))
             size = plain_length(under) or _longest(under)
             yield from stores_of(under, size, f"{name}.dataset", place)
@@ -166,7 +193,7 @@ def stores_of(
             return
         if path.startswith(tuple(within)):
             continue  # of a dataset that was looked into
-        if type(value) in (Subset, ConcatDataset) and plain_length(value) == length:
+        if is_one_of(type(value), Subset, ConcatDataset) and plain_length(value) == length:
             within.append(f"{path}.")
             if loads(owner, key):
                 yield from stores_of(value, length, path, place_of)
@@ -192,12 +219,13 @@ def _may_store(value: Any, length: int) -> bool:
     base: Any = container_base(type(value))
     if base in (list, tuple):
         return bool(base.__len__(value) == length)
-    return type(value) in (np.ndarray, torch.Tensor)
+    shape = (array_facts(value) or {}).get("shape")
+    return is_one_of(type(value), np.ndarray, torch.Tensor) and bool(shape and shape[0] == length)
 
 
 def _longest(dataset: Any) -> int | None:
     """How many samples a dataset under a Subset has, by what it holds: its longest list."""
-    lengths = [plain_length(each) or 0 for _, each in fields(dataset)[:64]]
+    lengths = [plain_length(each) or 0 for _, each in fields(dataset, 64)]
     return max(lengths, default=0) or None
 
 
@@ -233,7 +261,7 @@ def _getter(dataset: Any, key: str, value: Any, length: int) -> Callable[[int], 
     base: Any = container_base(type(value))
     if base in (list, tuple):
         return _of_list(base, value) if base.__len__(value) == length else None
-    if type(value) not in (np.ndarray, torch.Tensor):
+    if not is_one_of(type(value), np.ndarray, torch.Tensor):
         return None
     facts = array_facts(value) or {}
     shape = facts.get("shape") or []
@@ -265,9 +293,11 @@ def _is_blank(element: Any) -> bool:
     """Whether it is what a table is made of before anything is put there: zeros, or NaN."""
     if type(element) is torch.Tensor:
         with without_overrides():
-            if element.layout is not torch.strided or element.numel() > 1 << 16:
+            dense = element.layout is torch.strided and element.is_cpu and not element.is_nested
+            if not dense or element.numel() > BLANK_MAX:
                 return False
             return bool((element == 0).all()) or bool((element != element).all())
     if type(element) is np.ndarray and element.dtype.kind in "biufc":
-        return not element.any() or bool((element != element).all())
+        some = element.flat[:BLANK_MAX]
+        return not some.any() or bool((some != some).all())
     return False

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset, StackDataset, Subset
 
 from safeloader.introspect.texts import key_text
-from safeloader.introspect.values import definitions, fields, held_by, mro_of, type_name
+from safeloader.introspect.values import (
+    definitions,
+    fields,
+    held_by,
+    is_one_of,
+    mro_of,
+    namespace_of,
+    type_name,
+)
 
 _MANY, _ONE = "__getitems__", "__getitem__"
 _REFUSED = {"_", "__", _MANY}  # constants of a ``__getattr__`` that hands such names not on
@@ -74,7 +82,7 @@ def _asked_by(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
     own = dict(fields(thing))
     if type(thing) is Subset and "dataset" in own:
         yield f"{path}.dataset", own["dataset"]
-    if type(thing) is StackDataset and type(own.get("datasets")) in (tuple, dict):
+    if type(thing) is StackDataset and is_one_of(type(own.get("datasets")), tuple, dict):
         for name, part in held_by(own["datasets"], _OBJECTS_MAX):
             yield f"{path}.datasets[{key_text(name)}]", part
 
@@ -83,25 +91,26 @@ def _how(path: str, thing: Any) -> str | None:
     """How its ``__getitem__`` is passed by; None where it is not, or where that is not certain."""
     cls = type(thing)
     lineage = list(mro_of(cls))
-    one = next((k for k, each in enumerate(lineage) if _ONE in vars(each)), None)
-    many = next((k for k, each in enumerate(lineage) if _MANY in vars(each)), None)
+    one = next((k for k, each in enumerate(lineage) if _ONE in namespace_of(each)), None)
+    many = next((k for k, each in enumerate(lineage) if _MANY in namespace_of(each)), None)
     if one is None or lineage[one] is Dataset or _MANY in dict(fields(thing)):
         return None
-    own = vars(lineage[one])[_ONE]
+    own = namespace_of(lineage[one])[_ONE]
     if type(own) is not types.FunctionType or _hands_on(own.__code__):
         return None
     if many is None:
         if (inner := _found_through_getattr(thing)) is None:
             return None
         source = f"which its __getattr__ finds in {path}.{inner[0]} ({type_name(inner[1])})"
-    elif many <= one or _may_ask_for_one(vars(lineage[many])[_MANY]):
+    elif many <= one or _may_ask_for_one(namespace_of(lineage[many])[_MANY]):
         return None
     else:
         source = f"which it inherits from {type_name(lineage[many])}"
+    whose = type_name(lineage[one]).rpartition(".")[2]
     return (
         f"{path} ({type_name(cls)}): torch makes its batches by __getitems__, {source}, and never "
-        f"calls the __getitem__ of {lineage[one].__name__}: what that does, a transform perhaps, "
-        f"does not happen. {_CURE}"
+        f"calls the __getitem__ of {whose}: what that does, a transform perhaps, does not happen. "
+        f"{_CURE}"
     )
 
 
@@ -129,7 +138,7 @@ def _found_through_getattr(thing: Any, depth: int = 4) -> tuple[str, type] | Non
 
 def _constants(code: types.CodeType) -> Iterator[Any]:
     for each in code.co_consts:
-        if type(each) in (tuple, frozenset):
+        if is_one_of(type(each), tuple, frozenset):
             yield from each
         else:
             yield each

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from safeloader.introspect.values import fields
+from safeloader.introspect.values import fields, is_one_of
 
 _TABLES = (list, tuple, range, np.ndarray, torch.Tensor)
 _DEPTH = 16
@@ -131,7 +131,7 @@ class Underlying:
 def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
     """The way down from a dataset's indices; None where it is at the bottom itself."""
     cls = type(dataset)
-    if depth == 0 or cls not in (Subset, ConcatDataset):
+    if depth == 0 or not is_one_of(cls, Subset, ConcatDataset):
         return None
     held: dict[Any, Any] = dict(fields(dataset))
     if cls is Subset:
@@ -139,7 +139,11 @@ def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
         inner: Any = [held.get("dataset")]
     else:
         table, inner = held.get("cumulative_sizes"), held.get("datasets")
-    if type(table) not in _TABLES or type(inner) is not list or not (len(inner) and len(table)):
+    if (
+        not is_one_of(type(table), *_TABLES)
+        or type(inner) is not list
+        or not (len(inner) and len(table))
+    ):
         return None
     within = tuple(underlying(each, depth - 1) for each in inner)
     parts = sum(map(_parts, within))
@@ -151,7 +155,7 @@ def _parts(within: Underlying | None) -> int:
 
 
 def _taken(table: Any, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if type(table) in (list, tuple, range):  # as a whole it would be converted each time
+    if is_one_of(type(table), list, tuple, range):  # as a whole it would be converted each time
         return np.array([table[index] for index in indices.tolist()], dtype=np.int64)
     taken: npt.NDArray[Any] = np.asarray(table)[indices].astype(np.int64)
     return taken

@@ -30,7 +30,7 @@ _SIZED = _CONTAINERS.union(map(id, (str, bytes, bytearray, range)))
 mro_of: Any = type.__dict__["__mro__"].__get__
 _module_of: Any = type.__dict__["__module__"].__get__
 _qualname_of: Any = type.__dict__["__qualname__"].__get__
-_namespace_of: Any = type.__dict__["__dict__"].__get__
+namespace_of: Any = type.__dict__["__dict__"].__get__
 _DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)  # the interpreter's own
 
 
@@ -79,13 +79,22 @@ def inherits(cls: type, *bases: type) -> bool:
     return any(each is base for each in mro_of(cls) for base in bases)
 
 
+def is_one_of(cls: type, *classes: type) -> bool:
+    """Say whether a class is one of ``classes`` itself, without asking any metaclass for ``==``.
+
+    >>> is_one_of(bool, str, int)
+    False
+    """
+    return any(cls is each for each in classes)
+
+
 def definitions(cls: type, name: str) -> list[Any]:
     """Return what a class and its ancestors define under a name, the nearest first.
 
     >>> definitions(bool, "__len__")
     []
     """
-    return [space[name] for space in map(_namespace_of, mro_of(cls)) if name in space]
+    return [space[name] for space in map(namespace_of, mro_of(cls)) if name in space]
 
 
 def array_facts(value: object) -> dict[str, Any] | None:
@@ -150,13 +159,13 @@ def held_by(value: Any, most: int | None = None) -> list[tuple[Any, Any]]:
     """
     base = container_base(type(value))
     if base is None:
-        return fields(value)[:most]
+        return fields(value, most)
     pairs: Any = dict.items(value) if base is dict else enumerate(base.__iter__(value))
     return list(islice(pairs, most))
 
 
-def fields(value: object) -> list[tuple[Any, object]]:
-    """Return what an object's own dict and slots hold.
+def fields(value: object, most: int | None = None) -> list[tuple[Any, object]]:
+    """Return what an object's own dict and slots hold, or the first ``most`` of it.
 
     >>> fields(Exception("not its args, which are kept elsewhere"))
     []
@@ -166,14 +175,14 @@ def fields(value: object) -> list[tuple[Any, object]]:
         if any(type(own) is each for each in _DESCRIPTORS):  # not a property
             held: Any = own.__get__(value)
             if inherits(type(held), dict):
-                pairs = list(dict.items(held))
+                pairs = list(islice(dict.items(held), most))
                 break
     for cls in mro_of(type(value)):
-        for name, slot in list(_namespace_of(cls).items()):
+        for name, slot in list(namespace_of(cls).items()):
             if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
                 with suppress(AttributeError):  # an unset slot
                     pairs.append((name, slot.__get__(value)))
-    return pairs
+    return pairs[:most]
 
 
 def exception_text(exc: BaseException) -> str:
@@ -200,7 +209,7 @@ def plain_length(value: Any) -> int | None:
     cls = type(value)
     if (length := own_length(value)) is not None:
         return length
-    own: dict[str, Any] = dict(fields(value)[:8])
+    own: dict[str, Any] = dict(fields(value, 8))
     if cls is Subset:
         return plain_length(own.get("indices"))
     if cls is ConcatDataset and type(sizes := own.get("cumulative_sizes")) is list and sizes:
@@ -228,7 +237,7 @@ def weight(value: Any, depth: int = 3) -> int:
         within = dict.items(value) if base is dict else base.__iter__(value)
         inner = (weight(part, depth - 1) for part in within) if depth else (100,)
         return 80 + 8 * int(base.__len__(value)) + sum(inner)
-    held = fields(value)[:16] if depth else []
+    held = fields(value, 16) if depth else []
     return 100 + sum(weight(part, depth - 1) for _, part in held)
 
 

@@ -23,8 +23,9 @@ from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
 from safeloader.delivery.skip_budget import LONGEST_RUN
-from safeloader.failures.failure import Failure, failure_of, raised_by_signal
+from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
 

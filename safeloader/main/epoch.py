@@ -21,11 +21,12 @@ from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.delivery.skip_budget import SkipBudget
 from safeloader.errors import SafeLoaderError, error_from
-from safeloader.failures.failure import Failure, raised_by_signal
+from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn

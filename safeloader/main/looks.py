@@ -21,7 +21,6 @@ from time import monotonic, perf_counter, sleep
 from typing import Any
 
 from safeloader import _torch
-from safeloader.failures.failure import raised_by_signal
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.copy_state import (
     attributes,
@@ -33,6 +32,7 @@ from safeloader.introspect.copy_state import (
 from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import container_base
 from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder

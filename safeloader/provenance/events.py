@@ -24,8 +24,9 @@ from typing import Any
 
 from safeloader.delivery.manifest import SampleIncident
 from safeloader.failures import dump
-from safeloader.failures.failure import Failure, raised_by_signal
+from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
 
 DUMPS_MAX = 100  # of an epoch's failures that end no batch

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from safeloader.introspect.resources import cgroup_memory, human_bytes, machine_memory
-from safeloader.introspect.values import container_base, held_by
+from safeloader.introspect.values import (
+    array_facts,
+    container_base,
+    held_by,
+    inherits,
+    is_one_of,
+)
 from safeloader.supervision.wrong_data import Finding
 
 EVERY = 16  # batches, of which one is watched; each where one holds a thousandth of the memory
@@ -35,8 +41,8 @@ class KeptBatches:
         """A batch is about to be handed over; the next to be told of is ``every`` batches on."""
         tensors = list(_tensors(batch, 4))[:_PARTS_MAX]
         if tensors:
-            size = sum(each.nbytes for each in tensors if each.layout is torch.strided)
-            largest = max(tensors, key=lambda each: each.numel())
+            sizes = [(array_facts(each) or {}).get("size_bytes", 0) for each in tensors]
+            size, largest = sum(sizes), tensors[sizes.index(max(sizes))]
             self.every = 1 if size > (_memory_bytes() or 0) // 1000 > 0 else EVERY
             self._watched.append((epoch, number, weakref.ref(largest), size, self.every))
             if len(self._watched) > WATCHED_MAX:
@@ -65,9 +71,9 @@ class KeptBatches:
 
 
 def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+    if inherits(type(value), torch.Tensor):
         yield value
-    elif depth and container_base(type(value)) in (dict, list, tuple):
+    elif depth and is_one_of(container_base(type(value)), dict, list, tuple):
         for _, each in held_by(value, _PARTS_MAX):
             yield from _tensors(each, depth - 1)
 

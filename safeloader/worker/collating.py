@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.sample_differences import Finding, Rank, Survey
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import bounded_text
 
 SHOWN_MAX = 5  # groups, and indices of one group, in a sentence

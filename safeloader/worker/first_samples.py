@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.digests import digest
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.self_report import FirstDraws
 
@@ -109,8 +109,11 @@ class FirstSamples:
         return None
 
     def _digest(self, sample: Any) -> None:
-        if len(self._digests) < STREAM_SAMPLES:
-            self._digests.append(digest(sample))
+        try:
+            if len(self._digests) < STREAM_SAMPLES:
+                self._digests.append(digest(sample))
+        except Exception as exc:
+            self._fails(exc)
 
     def _after(self, indices: Sequence[Any], before: dict[str, int] | None) -> None:
         if self._done:

@@ -200,7 +200,7 @@ def _too_short(at: int, dataset: Any, path: str, exc: BaseException, length: int
     if found is None or (found[1] is not None and (type(found[1]) is not int or found[1] != at)):
         return
     sequence = found[0]
-    for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
+    for name, held in fields(dataset, _ATTRIBUTES_MAX):
         size = plain_length(held)
         size = table_rows(held) if size is None else size
         if held is sequence and size is not None and size <= at < length:

@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
-from safeloader.failures.failure import raised_by_signal
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.file_positions import Position
 from safeloader.introspect.generator_digests import global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.self_report import FirstDraws, InPlace, Opening, SelfReport
@@ -34,6 +34,7 @@ from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.shared_files import InheritedFiles
 
 ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
+LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
 SHARE = 0.005  # of the time, at most, that reports may take after the first two
 
@@ -77,6 +78,7 @@ class Observer:
         self._openings: list[Opening] = []
         self._first: tuple[int | None, ...] = ()
         self._elements: dict[tuple[str, Any], Element] = {}
+        self._leaves = 0  # of all of them
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
         self._generators: dict[str, Callable[[], int]] | None = None
@@ -131,12 +133,13 @@ class Observer:
 
     def note_element(self, store: Store, index: Any, at: Any) -> bool:
         """Note an element before it is fetched for the first time; False once there are enough."""
-        if len(self._elements) >= ELEMENTS_MAX:
+        if not self.wants_elements:
             return False
         key = store.path, at
         if key not in self._elements:
-            self._elements[key] = Element(store, index_text(index), at, self._epochs)
-            self._fetching.append(self._elements[key])
+            self._elements[key] = each = Element(store, index_text(index), at, self._epochs)
+            self._fetching.append(each)
+            self._leaves += len(each.before or ())
         return True
 
     def fetched(self) -> None:
@@ -148,7 +151,8 @@ class Observer:
     @property
     def wants_elements(self) -> bool:
         """Whether further elements are to be noted."""
-        return bool(self.stores()) and len(self._elements) < ELEMENTS_MAX
+        few = len(self._elements) < ELEMENTS_MAX and self._leaves < LEAVES_MAX
+        return few and bool(self.stores())
 
     def note_stream(self, digests: tuple[int | None, ...]) -> None:
         """The first samples of the stream, in the first epoch."""

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safeloader.delivery.manifest import SampleIncident
-from safeloader.failures.failure import Failure, is_ours, raised_by_signal
+from safeloader.failures.failure import Failure, is_ours
 from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.redaction import scrub
 from safeloader.introspect.resource_exhaustion import never_skipped
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.policy import SKIP, Policy

@@ -107,7 +107,7 @@ def inner_dataset(dataset: Any, index: int) -> tuple[Any, int, str]:
 
 def rows_of(dataset: Any, path: str = "dataset") -> Iterator[tuple[str, Any]]:
     """The lists that the dataset itself holds, which may have an entry for each sample."""
-    for name, held in fields(dataset)[:_ATTRIBUTES_MAX]:
+    for name, held in fields(dataset, _ATTRIBUTES_MAX):
         if _is_list(held):
             yield f"{path}.{name}", held
 
@@ -201,7 +201,7 @@ def _entries(dataset: Any, path: str, at: Any, length: int | None) -> Iterator[E
         if not todo:
             return
         where, thing, at, length, depth = todo.popleft()
-        held_here = fields(thing)[:_ATTRIBUTES_MAX]
+        held_here = fields(thing, _ATTRIBUTES_MAX)
         if dict(held_here).get("_indices") is not None:  # datasets': rows in another order
             held_here = [(name, held) for name, held in held_here if name != "_data"]
         for name, held in held_here:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import default_collate, get_worker_info
 
 from safeloader import _torch
-from safeloader.failures.failure import raised_by_signal
+from safeloader.introspect.signals import raised_by_signal
 
 
 def collation_by(stock: Any) -> Callable[[Any], Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import random
+import signal
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from safeloader import SafeDataLoader
+from safeloader.introspect import copy_state as copy_state_module
+from safeloader.introspect import digests as digests_module
 from safeloader.introspect.copy_state import (
     CopyState,
     attributes,
@@ -24,8 +30,10 @@ from safeloader.introspect.copy_state import (
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
 from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.stored_elements import Element, looked_at, stores_of
+from safeloader.introspect.two_ways import passed_by
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
+from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport, SharedFile
 from safeloader.supervision.wrong_data import Seen, findings
 
@@ -579,3 +587,204 @@ def test_a_report_is_read_whole_or_not_at_all() -> None:
     assert flight.report(1) == b"first"
     flight.row(1)[7] += 1  # it is writing, or was killed while it did
     assert flight.report(1) is None
+
+
+# ── what looking costs, and what it must not run ─────────────────────────────────────────────────
+
+
+def cpu_ms(look: Any) -> float:
+    """The least of three, in time of this process."""
+    took = []
+    for _ in range(3):
+        began = time.process_time()
+        look()
+        took.append(time.process_time() - began)
+    return min(took) * 1000
+
+
+def large_class() -> Any:
+    """One with 200 methods of 60 lines each, and 50 arrays."""
+    lines = ["class Large:", "    def __getitem__(self, i): return self.m0(i)"]
+    for k in range(200):
+        lines.append(f"    def m{k}(self, i):")
+        lines += [f"        self.x{k}_{j} = i + {j}" for j in range(60)]
+        lines.append(f"        return self.m{k + 1}(i)")
+    space: dict[str, Any] = {}
+    exec("\n".join(lines), space)
+    made = space["Large"]()
+    vars(made).update({f"a{k}": np.arange(100) for k in range(50)})
+    return made
+
+
+N_LARGE = 20_000
+COSTLY: dict[str, Any] = {
+    "long lists": lambda: {f"l{k}": [*range(N_LARGE)] for k in range(32)},
+    "long words": lambda: {"l": ["\u1234" * 1_000_000] * N_LARGE},
+    "encoded images": lambda: {"l": [b"\xff" * 500_000] * N_LARGE},
+    "arrays": lambda: {f"l{k}": [np.zeros(1 << 16)] * N_LARGE for k in range(8)},
+    "nested": lambda: {"l": [[[[[k] * 16] * 16] * 16] * 16 for k in range(100)] * 200},
+    "attributes": lambda: {f"a{k}": k for k in range(500_000)},
+}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_look_at_a_large_dataset_is_bounded(kind: str) -> None:
+    dataset = Held(COSTLY[kind]())
+    assert cpu_ms(lambda: copy_state(dataset, N_LARGE)) < 15  # as a rule less than 5
+
+
+def test_a_look_at_a_large_class_is_bounded() -> None:
+    large = large_class()
+    assert cpu_ms(lambda: list(stores_of(large, 100))) < 15
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\xff" * 20_000_000,
+        np.zeros((3000, 3000, 3), np.uint8).transpose(2, 0, 1),
+        torch.zeros(3, 3000, 3000).transpose(0, 2),
+        torch.zeros(1, 3000, 3000).transpose(1, 2),
+        np.full(5_000_000, np.nan),
+        [[[[object() for _ in range(40)] for _ in range(40)] for _ in range(40)]],
+    ],
+    ids=["bytes", "numpy", "torch", "one row", "blank", "wide"],
+)
+def test_a_look_at_a_large_element_is_bounded(value: Any) -> None:
+    assert cpu_ms(lambda: (digest(value), looked_at(value))) < 15
+
+
+class Meta(type):
+    ran: list[str] = []  # noqa: RUF012
+
+    def __eq__(cls, other: object) -> bool:
+        Meta.ran.append("==")
+        return True
+
+    def __hash__(cls) -> int:
+        Meta.ran.append("hash")
+        return 1
+
+
+class Hostile(metaclass=Meta):
+    """Everything that may be asked of it is noted."""
+
+    def __getattr__(self, name: str) -> Any:
+        Meta.ran.append(name)
+        raise AttributeError(name)
+
+    def __len__(self) -> int:
+        Meta.ran.append("len")
+        return 5
+
+    def __iter__(self) -> Any:
+        Meta.ran.append("iter")
+        return iter(())
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        Meta.ran.append("class")
+        return torch.Tensor
+
+
+class Overriding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        Meta.ran.append("__torch_function__")
+        return 1
+
+
+def test_no_code_of_what_is_looked_at_runs() -> None:
+    tensor = torch.zeros(3).as_subclass(Overriding)
+    many = [Hostile() for _ in range(4)]
+    held = {"a": Hostile(), "b": many, "c": np.array(many), "d": {"k": Hostile()}, "t": tensor}
+    dataset = Items(many)
+    vars(dataset).update(held)
+    Meta.ran.clear()
+    copy_state(dataset, 4)
+    for store in stores_of(dataset, 4):
+        Element(store, "0", 0, epoch=1).look(1)
+    for each in [*held.values(), held]:
+        digest(each), known_leaves(each)
+    kept = KeptBatches()
+    kept.note(0, 0, held)
+    assert not list(kept.finding())
+    assert passed_by(dataset) == []
+    assert Meta.ran == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of kinds that are seldom
+def test_one_attribute_that_cannot_be_looked_at_hides_no_other() -> None:
+    odd = [
+        torch.sparse_coo_tensor(torch.zeros((0, 1), dtype=torch.long), torch.ones(1), ()),
+        torch.quantize_per_tensor(torch.tensor(1.0), 0.1, 0, torch.quint8),
+        torch.zeros((), device="meta"),
+    ]
+    for each in odd:
+        assert copy_state(Held({"x": each, "epoch": 3})).scalars["dataset.epoch"] == 3
+
+
+class TimeIsUp(RuntimeError):
+    """What a handler of the program's raises."""
+
+
+def test_what_a_signal_handler_raises_is_not_taken_for_a_fault_of_the_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def handler(*_: object) -> None:
+        raise TimeIsUp
+
+    def struck(*_: object, **__: object) -> Any:
+        handler()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for module in (copy_state_module, digests_module):
+            monkeypatch.setattr(module, "container_base", struck)
+        for look in (lambda: copy_state(Items([1])), lambda: digest([1]), lambda: known_leaves(1)):
+            with pytest.raises(TimeIsUp):
+                look()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "buffer", "memmap"])
+def test_what_is_in_shared_memory_may_be_written_there_by_others(kind: str, tmp_path: Path) -> None:
+    data: Any = {
+        "tensor": lambda: torch.ones(3, 2).share_memory_(),
+        "list": lambda: [torch.ones(2).share_memory_() for _ in range(3)],
+        "buffer": lambda: np.frombuffer(mmap.mmap(-1, 48)).reshape(3, 2),
+        "memmap": lambda: np.asarray(np.memmap(tmp_path / "x", np.float64, "w+", shape=(3, 2))),
+    }[kind]()
+
+    def write() -> None:
+        for row in data:
+            row += 0.37
+
+    def told(*, by_fetching: bool) -> Any:
+        [store] = stores_of(Items(data), 3)
+        write()
+        element = Element(store, "1", 1, epoch=1)
+        for epoch in (1, 2, 3):
+            if by_fetching:
+                write()
+            element.look(epoch, fetched=epoch == 1)
+            write()
+        return element.change(only_fetching=False)
+
+    assert told(by_fetching=False) is None
+    assert told(by_fetching=True) is not None
+
+
+def test_a_tensor_that_was_looked_at_is_what_it_was() -> None:
+    for tensor in (torch.arange(3), torch.ones(3), torch.ones(2, 3).t(), torch.tensor(3)):
+        dataset = Items(tensor)
+        copy_state(dataset, 3)
+        digest([tensor]), known_leaves(tensor), looked_at(tensor)
+        tensor.resize_(100)
+
+
+def test_a_loader_in_a_dataset_is_not_looked_into() -> None:
+    for cls in (SafeDataLoader, DataLoader):
+        paths = [each.path for each in attributes(Held({"loader": cls([1]), "epoch": 1}))]
+        assert paths == ["dataset.loader", "dataset.epoch"]
