@@ -20,6 +20,7 @@ from safeloader.examining.talk import Order, Source
 from safeloader.instrumenting import loader_in
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.texts import bounded_text
+from safeloader.provenance.recorder import Recorder, watch_no_more
 
 _HANG_SHARE = 3.0  # of the time: without a word for a third of it, it hangs
 _HANG_LEAST_S = 2.0
@@ -86,6 +87,9 @@ def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Exa
         raise TypeError(
             f"doctor takes a DataLoader, or a wrapper that holds one; got {bounded_text(loader)}"
         )
+    recorder = vars(found).get("recorder")
+    if isinstance(recorder, Recorder):
+        watch_no_more(recorder)
     return _Examining(float(seconds), samples).of(found)
 
 

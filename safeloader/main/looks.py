@@ -61,6 +61,7 @@ class Looks:
     """
 
     def __init__(self, dataset: Any, length: int | None) -> None:
+        self._let_go_of = 0  # the id of a dataset that is held while an epoch runs
         me = weakref.ref(self)
 
         def gone(_: object) -> None:
@@ -89,7 +90,13 @@ class Looks:
 
     def over_dataset(self, dataset: Any) -> bool:
         """Whether these are the looks at loaders over ``dataset``."""
-        return self._dataset() is dataset
+        held = self._dataset()
+        return held is dataset or (held is None and self._let_go_of == id(dataset))
+
+    def hold(self, dataset: Any) -> None:
+        """An epoch over the dataset begins: one that bears no weak reference is held again."""
+        if not isinstance(self._dataset, weakref.ref):
+            self._dataset = lambda: dataset
 
     def let_go(self) -> None:
         """The dataset is gone: so is what was noted of it."""
@@ -99,6 +106,7 @@ class Looks:
     def release(self) -> None:
         """An epoch's iterator is let go of: no dataset is held by this from now on."""
         if not isinstance(self._dataset, weakref.ref):
+            self._let_go_of = id(self._dataset())
             self._dataset = lambda: None
             self.let_go()
 
@@ -362,6 +370,7 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     """The looks at a loader over ``dataset`` that writes into ``recorder``, from epoch to epoch."""
     for looks in recorder.looks:
         if looks.over_dataset(dataset):
+            looks.hold(dataset)
             return looks  # type: ignore[no-any-return]
     looks = Looks(dataset, length)
     recorder.looks = [*recorder.looks[-LOADERS_MAX + 1 :], looks]

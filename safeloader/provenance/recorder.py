@@ -242,6 +242,11 @@ def watch_for_use(recorder: Recorder, made_at: str) -> None:
     _blank[recorder._mark] = made_at, os.getpid()
 
 
+def watch_no_more(recorder: Recorder) -> None:
+    """What was asked of its loader needed no epoch: nothing is said of that at the end."""
+    _blank.pop(recorder._mark, None)
+
+
 def failure_was_told() -> None:
     """A failure was raised to the user: what came after it need not have run."""
     _told.append(True)

@@ -170,6 +170,14 @@ def test_the_audit_says_of_each_epoch_what_was_noticed() -> None:
     assert (sound.audit.noticed, "complete, ok;" in str(sound.audit)) == ((), True)
 
 
+def test_what_is_noticed_over_a_plain_list_is_told_once(
+    caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_batches, "_memory_bytes", lambda: 50_000)
+    loader = loader_of([torch.zeros(1000) for _ in range(300)], "main")
+    assert len(said(caplog, loader, epochs=3, keep=[])) == 1
+
+
 class Keyed(Reshuffles):
     def __getitem__(self, index: int) -> Any:
         return torch.tensor(super().__getitem__(index))
