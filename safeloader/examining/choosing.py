@@ -32,6 +32,15 @@ class Row(NamedTuple):
         """The median of its turns, in batches per second."""
         return statistics.median(self.rates) if self.rates else 0.0
 
+    @property
+    def rate_text(self) -> str:
+        """The rate for a person.
+
+        >>> [Row(1, 2, "fork", (rate,), 0.1).rate_text for rate in (7.0412, 39170.4)]
+        ['7.04', '39,170']
+        """
+        return f"{self.rate:.3g}" if self.rate < 100 else f"{self.rate:,.0f}"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {

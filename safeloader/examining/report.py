@@ -125,7 +125,7 @@ class Examination:
         table = [[*heads, "first batch"]]
         for row in sorted(self.settings, key=_place):
             own = (row.workers, row.prefetch, row.method) == tuple(self.own.values())
-            rate = f"{row.rate:.3g}" if row.rate < 100 else f"{row.rate:.0f}"
+            rate = row.rate_text
             first = "" if row.first_s is None else f"{row.first_s:.2f} s"
             marks = [*["yours"] * own, *["use this"] * (row == best)]
             table.append(

@@ -103,7 +103,7 @@ def recommended(heard: Heard) -> tuple[Row | None, str]:
     best = chosen(rows, out)
     if best is None:
         return None, ""
-    why = f"{best.rate:.3g} batches/s"
+    why = f"{best.rate_text} batches/s"
     own = next((facts for kind, facts in heard if kind == "subject"), None)
     yours = None if own is None else _own_row(rows, own)
     if yours is not None and yours.rate and yours is not best:
@@ -565,7 +565,7 @@ class _Words:
             return []
         gain = best.rate / own.rate
         measured = (
-            f"{own.rate:.3g} batches/s with {own.workers}, {best.rate:.3g} with {best.workers}"
+            f"{own.rate_text} batches/s with {own.workers}, {best.rate_text} with {best.workers}"
         )
         if cores is not None and own.workers > cores and gain > 0.9 and best.workers < own.workers:
             return [
