@@ -114,8 +114,9 @@ def batches(
 
 
 def texts(noticed: list[warnings.WarningMessage]) -> set[str]:
-    """The warnings' texts, but those of files that Python closes for a program."""
-    return {str(each.message) for each in noticed if each.category is not ResourceWarning}
+    """The warnings' texts, but Python's own: of files that it closes, of a fork beside a thread."""
+    pythons = (ResourceWarning, DeprecationWarning)
+    return {str(each.message) for each in noticed if each.category not in pythons}
 
 
 def runs() -> Iterator[Any]:
