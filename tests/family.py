@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 import pytest
 
 SHARED = Path("/dev/shm")
-# Of tensors, arrays and semaphores; joblib, once imported, names the semaphores anew.
-_NAMES = re.compile(r"(?:torch_|pym-|sem\.mp-|sem\.loky-)(\d+)[-_]")
+# Of tensors and arrays, by the process that made them; joblib, once imported, names semaphores so.
+_NAMES = re.compile(r"(?:torch_|pym-|sem\.loky-)(\d+)[-_]")
 
-_started: set[int] = {os.getpid()}
+_head = os.getpid()
+_started: set[int] = {_head}
 _start = BaseProcess.start
 
 
@@ -59,5 +60,12 @@ def shared_memory() -> frozenset[str]:
     """The files in ``/dev/shm`` of this process and of those that it has started."""
     if not SHARED.is_dir():
         return frozenset()
+    # Semaphores begin with the head's number alone: another run of the tests may have the number of
+    # one of the thousands of processes that this one has started.
+    semaphores = f"sem.mp-{_head}-"
     found = ((_NAMES.match(name), name) for name in os.listdir(SHARED))
-    return frozenset(name for match, name in found if match and int(match[1]) in _started)
+    return frozenset(
+        name
+        for match, name in found
+        if name.startswith(semaphores) or (match and int(match[1]) in _started)
+    )
