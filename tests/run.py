@@ -56,11 +56,10 @@ def main(arguments: list[str]) -> int:
     print(ABOUT, flush=True)
     began = time.monotonic()
     # Programs with real frameworks have an environment of their own: `make test-frameworks`.
-    plain = run("pytest", "-m", "not frameworks", *WITHOUT_COVERAGE)
+    plain = run("pytest", "-m", "not frameworks and not thorough", *WITHOUT_COVERAGE)
     run("coverage", "erase")
-    status = run(
-        "coverage", "run", "-m", "pytest", *(f"--ignore={part}" for part in WITHOUT_COVERAGE)
-    )
+    measured = (f"--ignore={part}" for part in WITHOUT_COVERAGE)
+    status = run("coverage", "run", "-m", "pytest", "-m", "not thorough", *measured)
     run("coverage", "combine", "--quiet")
     run("coverage", "report", "--skip-covered")
     with tempfile.TemporaryDirectory() as folder:

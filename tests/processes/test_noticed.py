@@ -30,7 +30,10 @@ ALL = MAIN | FRESH | LASTING
 
 
 def ways(among: dict[str, dict[str, Any]]) -> Any:
-    return pytest.mark.parametrize("way", among)
+    """Each of these ways; what fork shows is run by the other start methods in ``.ci/full``."""
+    thorough = [way for way in among if "spawn" in way or "forkserver" in way]
+    marks = {way: [pytest.mark.thorough] if way in thorough else [] for way in among}
+    return pytest.mark.parametrize("way", [pytest.param(way, marks=marks[way]) for way in among])
 
 
 @pytest.fixture(autouse=True)
