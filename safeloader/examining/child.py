@@ -367,6 +367,12 @@ class _Following:
         self._since = time.monotonic()
 
     def _is_dead(self) -> bool:
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            import psutil
+
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return bool(psutil.Process(self._pid).status() == psutil.STATUS_ZOMBIE)
+            return True
         try:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self._pid, flags) is not None
@@ -397,7 +403,7 @@ class _Following:
             with contextlib.suppress(OSError):
                 leads = os.getpgid(pid) == pid and pid != os.getpgid(0)
                 (os.killpg if leads else os.kill)(pid, signal.SIGKILL)
-        if ended_here:
+        if ended_here or not hasattr(os, "waitid"):
             return None
         try:
             found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import re
 import time
 from typing import Any
@@ -56,9 +57,9 @@ def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Exa
     Raises:
         TypeError: if there is no loader in ``loader``, or an argument is of another kind.
         ValueError: if an argument is out of range.
-        RuntimeError: in a worker or another daemonic process, and in a program that spawn imports
-            once more: put the call under
-            ``if __name__ == "__main__":``.
+        RuntimeError: in a worker or another daemonic process; in a program that spawn imports once
+            more (put the call under ``if __name__ == "__main__":``); on a system without
+            ``os.killpg``.
 
     Example:
         >>> import safeloader
@@ -107,6 +108,11 @@ def examined(source: Source, name: str, seconds: float) -> Examination:
 
 
 def _check(seconds: Any, samples: Any) -> None:
+    if not hasattr(os, "killpg"):
+        raise RuntimeError(
+            "doctor ends its child and all that this started as one group, and this system has no "
+            "os.killpg"
+        )
     for name, value, kinds in (("seconds", seconds, (int, float)), ("samples", samples, (int,))):
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise TypeError(f"{name} must be a number above 0; got {bounded_text(value)}")

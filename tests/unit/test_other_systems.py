@@ -22,7 +22,7 @@ WINDOWS = {
     "os": "fork register_at_fork memfd_create pidfd_open set_blocking sysconf getuid geteuid "
     "O_CLOEXEC statvfs sched_getaffinity fchmod O_NOFOLLOW O_DIRECTORY MFD_CLOEXEC "
     "eventfd mkfifo waitid posix_fallocate pread pwrite writev sendfile killpg getpgid setsid "
-    "uname getloadavg tcgetpgrp getpgrp",
+    "uname getloadavg tcgetpgrp getpgrp getsid WNOHANG WNOWAIT WEXITED P_PID CLD_EXITED",
     "signal": "SIGKILL SIGBUS SIGCHLD SIGRTMIN SIGRTMAX SIGHUP SIGQUIT SIGSYS SIGTRAP SIGXCPU "
     "SIGXFSZ SIGUSR1 SIGUSR2 SIGALRM pidfd_send_signal pthread_kill pthread_sigmask sigwait",
     "select": "poll epoll POLLIN POLLOUT",
@@ -36,7 +36,7 @@ WINDOWS_MODULES = (
     "resource fcntl pwd grp termios multiprocessing.popen_fork multiprocessing.forkserver"
 )
 MACOS = {
-    "os": "memfd_create MFD_CLOEXEC pidfd_open eventfd sched_getaffinity posix_fallocate",
+    "os": "memfd_create MFD_CLOEXEC pidfd_open eventfd sched_getaffinity posix_fallocate waitid",
     "signal": "SIGRTMIN SIGRTMAX pidfd_send_signal",
     "select": "epoll",
     "socket": "MSG_CMSG_CLOEXEC",
