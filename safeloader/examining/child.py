@@ -44,6 +44,7 @@ from safeloader.supervision import stacks
 _KEPT_BYTES = 4096  # of what the child prints: the newest
 _GUARD = b"bootstrapping phase"  # in what multiprocessing says, and in what we say
 _LOOK_S = 0.05  # how often it is looked whether the child lives
+_BY_ITSELF_S = 0.5  # a child that has said all is left to end by itself for so long
 _ANSWER_S = 0.5  # how long a stack is waited for
 _ASKED = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else None
 _OURS = os.path.join("safeloader", "examining", "")
@@ -399,6 +400,9 @@ class _Following:
         It is not reaped yet, so that its number, and its group's, are nobody else's.
         """
         theirs = _descendants(self._pid)
+        end = time.monotonic() + _BY_ITSELF_S
+        while self._done and not self._is_dead() and time.monotonic() < end:
+            time.sleep(0.005)
         for pid in (self._pid, *theirs):
             with contextlib.suppress(OSError):
                 leads = os.getpgid(pid) == pid and pid != os.getpgid(0)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import coverage
 import numpy as np
 import pytest
 import torch
@@ -627,17 +628,24 @@ COSTLY: dict[str, Any] = {
 }
 
 
+# Coverage makes of each line's microsecond several.
+unmeasured = pytest.mark.skipif(coverage.Coverage.current() is not None, reason="is measured")
+
+
+@unmeasured
 @pytest.mark.parametrize("kind", COSTLY)
 def test_a_look_at_a_large_dataset_is_bounded(kind: str) -> None:
     dataset = Held(COSTLY[kind]())
     assert cpu_ms(lambda: copy_state(dataset, N_LARGE)) < 15  # as a rule less than 5
 
 
+@unmeasured
 def test_a_look_at_a_large_class_is_bounded() -> None:
     large = large_class()
     assert cpu_ms(lambda: list(stores_of(large, 100))) < 15
 
 
+@unmeasured
 @pytest.mark.parametrize(
     "value",
     [
