@@ -15,8 +15,9 @@ import pickle
 import sys
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import chain
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
@@ -157,8 +158,7 @@ class Looks:
         """The epoch is at its end."""
         with self._guarded():
             if self._has_time():
-                self._look(asking=self._workers is not None and self._workers.stay)
-                self._remember()
+                self._remember(self._look(asking=self._workers is not None and self._workers.stay))
 
     def before_failure(self) -> list[str]:
         """What is known that may be the cause of a failure, in sentences; told with it."""
@@ -167,7 +167,8 @@ class Looks:
         if not self._on or self._failures > FAILURES_MAX:
             return said
         with self._guarded():
-            for each in self._findings(asking=self._failures == 1):
+            reports = self._reports(asking=self._failures == 1)
+            for each in self._of_data(reports):
                 if each.about[0] in CAUSES:  # each error is read alone: told again
                     self._note(each)
                     self._told.add(each.about)
@@ -182,13 +183,16 @@ class Looks:
 
     # looking ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, *, asking: bool) -> None:
+    def _look(self, *, asking: bool) -> Mapping[int, SelfReport]:
+        """Tell what is new; the reports by which it is known."""
         began = perf_counter()
-        for finding in self._findings(asking=asking):
+        reports = self._reports(asking=asking)
+        for finding in chain(self._of_data(reports), self._of_memory(reports)):
             self._note(finding)
             if self._is_new(finding) and self._log is not None:
                 self._log.warning("%s", finding.text)
         self._spent += perf_counter() - began
+        return reports
 
     def _note(self, finding: Finding) -> None:
         said, _, _ = finding.text.partition(". ")  # what is so; what to do stands in the log
@@ -200,17 +204,19 @@ class Looks:
         self._told.add(finding.about)
         return new
 
-    def _findings(self, *, asking: bool) -> Iterator[Finding]:
-        workers = self._workers
-        if workers is None:
+    def _reports(self, *, asking: bool) -> Mapping[int, SelfReport]:
+        """The newest report of each process that makes samples."""
+        if self._workers is None:
             if self._observer is not None:
                 self._observer.report()
-            reports = dict(enumerate(self._own))
-        else:
-            if asking:
-                workers.ask()
-            reports = workers.reports()
-        dataset = self._dataset()
+            return dict(enumerate(self._own))
+        if asking:
+            self._workers.ask()
+        return self._workers.reports()
+
+    def _of_data(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
+        """What is wrong with the data; any of it may be the cause of a failure."""
+        workers, dataset = self._workers, self._dataset()
         seen = Seen(
             reports,
             copy_state(dataset, self._length),
@@ -223,9 +229,12 @@ class Looks:
         for finding in findings(seen, self._earlier):
             if self._counts(finding, dataset):
                 yield finding
-        if workers is not None:
-            yield from growth(reports, workers.forked)
-            yield from workers.slow_start(dataset)
+
+    def _of_memory(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
+        """What the memory and the start of the workers say, and the batches that are kept."""
+        if self._workers is not None:
+            yield from growth(reports, self._workers.forked)
+            yield from self._workers.slow_start(self._dataset())
         yield from self._kept.finding()
 
     def _counts(self, finding: Finding, dataset: Any) -> bool:
@@ -251,11 +260,11 @@ class Looks:
             return not any(stores_elements(owner, name) for owner in owners)
         return kind != "same numbers" or not was_told(dataset, about[0])
 
-    def _remember(self) -> None:
+    def _remember(self, reports: Mapping[int, SelfReport]) -> None:
         """Workers that go take their beginnings with them."""
         if self._workers is None or self._workers.stay:
             return
-        for worker, report in self._workers.reports().items():
+        for worker, report in reports.items():
             earlier = self._earlier.get(worker, ())
             self._earlier[worker] = (*earlier, *report.openings)[-EARLIER_MAX:]
 
@@ -368,12 +377,13 @@ class _Workers:
 
 def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     """The looks at a loader over ``dataset`` that writes into ``recorder``, from epoch to epoch."""
-    for looks in recorder.looks:
+    known: list[Looks] = recorder.looks
+    for looks in known:
         if looks.over_dataset(dataset):
             looks.hold(dataset)
-            return looks  # type: ignore[no-any-return]
+            return looks
     looks = Looks(dataset, length)
-    recorder.looks = [*recorder.looks[-LOADERS_MAX + 1 :], looks]
+    recorder.looks = [*known[-LOADERS_MAX + 1 :], looks]
     return looks
 
 

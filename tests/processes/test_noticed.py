@@ -636,6 +636,27 @@ def test_workers_that_take_long_to_start(
     assert ("dataset.rows (list of 20,000, about" in told) == (way == "spawn")
 
 
+class FailsAtFirst(Rows):
+    def __getitem__(self, index: int) -> str:
+        if index == 0:
+            raise ValueError("at first")
+        return super().__getitem__(index)
+
+
+def test_a_failure_does_not_hide_that_the_start_took_long(
+    caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growth, "SLOW_START_S", 0.0)
+    loader = loader_of(FailsAtFirst(), "fork")
+    caplog.clear()
+    batches = iter(loader)
+    with pytest.raises(ValueError, match="at first"):
+        next(batches)
+    for _ in batches:
+        pass
+    assert [each for each in caplog.messages if "the workers took" in each] != []
+
+
 # ── what it may not do ───────────────────────────────────────────────────────────────────────────
 
 
