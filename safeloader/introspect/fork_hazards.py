@@ -12,7 +12,6 @@ warning can be silenced by the path that it begins with.
 
 from __future__ import annotations
 
-import dis
 import io
 import pathlib
 import random
@@ -37,24 +36,21 @@ from safeloader.introspect.advice import (
     Hazard,
     class_key,
 )
+from safeloader.introspect.byte_code import ENTRIES, codes
 from safeloader.introspect.frames import is_third_party, is_users_class
+from safeloader.introspect.parts import named_fields, parts_of
 from safeloader.introspect.suspects import Inherited
-from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     array_facts,
     container_base,
     cut,
     definitions,
-    fields,
-    held_by,
     inherits,
     mro_of,
     type_name,
 )
 from safeloader.introspect.warned import warn
 
-SAMPLED = 10  # elements looked at of one container
-ATTRIBUTES_MAX = 256
 TOLD_MAX = 8  # findings spelled out in one warning
 
 
@@ -91,7 +87,7 @@ def survey(
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
             walk.add(_Item(each, path))
-        for method in ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__"):
+        for method in ENTRIES:
             for function in definitions(type(thing), method)[:1]:  # for its closure and globals
                 walk.add(_Item(function, f"{name}.{method}"))
         for _ in range(bound_items):
@@ -137,12 +133,8 @@ def was_told(dataset: object, path: str) -> bool:
 # ---- what is known
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    return {name: each for name, each in fields(value, ATTRIBUTES_MAX) if type(name) is str}
-
-
 def _connected(value: Any) -> bool:
-    flags = {k: x for k, x in _attributes(value).items() if type(x) is bool or type(x) is int}
+    flags = {k: x for k, x in named_fields(value).items() if type(x) is bool or type(x) is int}
     return not (flags.get("closed") or flags.get("_closed") or flags.get("_opened") is False)
 
 
@@ -170,12 +162,12 @@ _IN_USE: dict[str, Callable[[Any], bool]] = {
     **{name: _connected for name, hazard in HAZARDS.items() if hazard is CONNECTION},
     "sqlite3.Connection": _sqlite_connected,
     "_socket.socket": lambda value: socket.socket.fileno(value) != -1,
-    "h5py.HLObject": lambda value: bool(_attributes(value)["_id"].id),
+    "h5py.HLObject": lambda value: bool(named_fields(value)["_id"].id),
     "_io.FileIO": io.FileIO.readable,  # raises if it is closed
     "torch.Tensor": _on_cuda,
     "_thread.lock": lambda value: bool(value.locked()),
     "_thread.RLock": _owned_by_another,
-    "threading.Condition": lambda value: len(_attributes(value)["_waiters"]) > 0,
+    "threading.Condition": lambda value: len(named_fields(value)["_waiters"]) > 0,
     "threading.Thread": _runs,
     "multiprocessing.DummyProcess": _runs,
 }
@@ -264,7 +256,7 @@ class _Walk:
             library = None
         elif base is None and library is None and is_third_party(cls):
             library = _Owner.of(value, path)
-        for step, child in _parts(value, base, self._forks) if role != "left alone" else ():
+        for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
             self.add(_Item(child, path + step, part_of, library, hidden))
 
@@ -323,48 +315,18 @@ def _names(cls: type, name: str) -> bool:
         name in code.co_names
         for each in vars(cls).values()
         if type(each) is types.FunctionType
-        for code in _codes(each.__code__)
+        for code in codes(each.__code__)
     )
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for inner in code.co_consts:
-        if type(inner) is types.CodeType:
-            yield from _codes(inner)
+def _held(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
+    """What an object holds; of globals those of a known class, as most are not the dataset's."""
+    return parts_of(value, base, _is_known if forks else None)  # a spawned worker imports anew
 
 
-def _parts(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
-    """What an object holds: the step in the path, and itself."""
-    cls = type(value)
-    if base is not None:
-        for key, child in held_by(value, SAMPLED):
-            yield ("{...}" if base in (set, frozenset) else f"[{key_text(key)}]"), child
-    if cls is types.MethodType or cls is types.BuiltinMethodType:
-        yield ".__self__", value.__self__
-        yield ".__func__", getattr(value, "__func__", None)
-    if cls is types.FunctionType:
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
-            with suppress(ValueError):  # an empty cell
-                yield f".__closure__[{name!r}]", cell.cell_contents
-        for name in _globals_of(value.__code__) if forks else ():  # a spawned worker imports anew
-            child = dict.get(value.__globals__, name)
-            _, known, role = _verdict_on(type(child))
-            if known or role == "wrapper":  # no other: most are not the dataset's
-                yield f".__globals__[{name!r}]", child
-        yield ".__defaults__", value.__defaults__
-        yield ".__kwdefaults__", value.__kwdefaults__
-    for name, child in _attributes(value).items() if cls is not base else ():
-        yield f".{cut(name)}", child
-
-
-def _globals_of(code: types.CodeType) -> dict[str, None]:
-    """The globals that a function uses, and those defined in it."""
-    steps = dis.get_instructions(code)
-    names = dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
-    for inner in code.co_consts:
-        names |= _globals_of(inner) if type(inner) is types.CodeType else {}
-    return names
+def _is_known(value: Any) -> bool:
+    _, known, role = _verdict_on(type(value))
+    return known is not None or role == "wrapper"
 
 
 _PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}

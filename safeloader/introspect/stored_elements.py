@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.copy_state import attributes, loads, stores_elements
+from safeloader.introspect.byte_code import loads, stores_elements
+from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.digests import known_leaves, parts_of
 from safeloader.introspect.values import (
     array_facts,

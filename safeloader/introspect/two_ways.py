@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, StackDataset, Subset
 
+from safeloader.introspect.byte_code import codes
 from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
     definitions,
@@ -161,7 +162,7 @@ def _may_ask_for_one(function: Any) -> bool:
     if type(function) is not types.FunctionType or not function.__code__.co_argcount:
         return True
     me = function.__code__.co_varnames[0]
-    return any(_uses(code, me) for code in _codes(function.__code__))
+    return any(_uses(code, me) for code in codes(function.__code__))
 
 
 def _uses(code: types.CodeType, me: str) -> bool:
@@ -178,10 +179,3 @@ def _uses(code: types.CodeType, me: str) -> bool:
         if not last or after is None or "_ATTR" not in after.opname.replace("_METHOD", "_ATTR"):
             return True
     return False
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for inner in code.co_consts:
-        if type(inner) is types.CodeType:
-            yield from _codes(inner)

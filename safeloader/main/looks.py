@@ -23,13 +23,8 @@ from typing import Any
 
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.copy_state import (
-    attributes,
-    copy_state,
-    loads,
-    names_key,
-    stores_elements,
-)
+from safeloader.introspect.byte_code import loads, names_key, stores_elements
+from safeloader.introspect.copy_state import attributes, copy_state
 from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest

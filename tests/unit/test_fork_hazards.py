@@ -49,7 +49,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from safeloader.introspect import fork_hazards
+from safeloader.introspect import fork_hazards, parts
 from safeloader.introspect.advice import CUDA, LOCK
 from safeloader.introspect.fork_hazards import survey, warn_once
 from safeloader.introspect.suspects import Inherited
@@ -819,7 +819,7 @@ def test_nothing_that_goes_wrong_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("broken")
 
     dataset = Holding(rng=random.Random())
-    monkeypatch.setattr(fork_hazards, "fields", broken)
+    monkeypatch.setattr(parts, "fields", broken)
     assert found_in(dataset) == []
     monkeypatch.setattr(fork_hazards, "definitions", broken)
     assert found_in(dataset) == []
@@ -848,7 +848,7 @@ def test_a_keyboard_interrupt_goes_through(monkeypatch: pytest.MonkeyPatch) -> N
     def interrupt(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fork_hazards, "fields", interrupt)
+    monkeypatch.setattr(parts, "fields", interrupt)
     with pytest.raises(KeyboardInterrupt):
         found_in(Holding())
 

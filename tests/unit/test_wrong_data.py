@@ -21,12 +21,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from safeloader import SafeDataLoader
 from safeloader.introspect import copy_state as copy_state_module
 from safeloader.introspect import digests as digests_module
+from safeloader.introspect.byte_code import loads, stores_elements
 from safeloader.introspect.copy_state import (
     CopyState,
     attributes,
     copy_state,
-    loads,
-    stores_elements,
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
 from safeloader.introspect.generator_digests import own_generators

@@ -1,0 +1,189 @@
+"""What the byte code of the user's classes shows, none of which is run. Runs in: both.
+
+Which methods make samples, which attributes they read, and of which they assign elements. What the
+code does not show is not known: nothing is said of that.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from safeloader.introspect.values import (
+    definitions,
+    is_one_of,
+    mro_of,
+    namespace_of,
+    type_name,
+)
+
+ENTRIES = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
+"""The methods by which samples are asked for."""
+LEFT_ALONE = ("torch.", "numpy.", "builtins.", "multiprocessing.", "threading.", "logging.")
+"""How the names of classes begin whose code and attributes are not the user's."""
+METHODS_MAX = 200  # of one class
+
+
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function, and of those defined in it.
+
+    >>> def outer():
+    ...     def inner(): ...
+    >>> [each.co_name for each in codes(outer.__code__)]
+    ['outer', 'inner']
+    """
+    yield code
+    for inner in code.co_consts:
+        if type(inner) is types.CodeType:
+            yield from codes(inner)
+
+
+def globals_of(code: types.CodeType) -> dict[str, None]:
+    """The names of the globals that a function uses, and those defined in it; in order.
+
+    >>> list(globals_of((lambda: print(len)).__code__))
+    ['print', 'len']
+    """
+    steps = (step for each in codes(code) for step in dis.get_instructions(each))
+    return dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
+
+
+def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
+    """Whether the code that makes samples reads an attribute; told from names in its byte code.
+
+    Args:
+        owner: the object that has the attribute.
+        name: of the attribute.
+        whole: True to look at all methods but the constructor, for what is no dataset itself.
+
+    >>> class Seeded:
+    ...     def __getitem__(self, i):
+    ...         return self._at() + i
+    ...     def _at(self):
+    ...         return self.epoch
+    ...     def set_epoch(self, epoch):
+    ...         self.epoch = self.asked = epoch
+    >>> loads(Seeded(), "epoch"), loads(Seeded(), "asked")
+    (True, False)
+    """
+    return any(
+        name in code.co_names and name in _loaded(code) for code in _code_of(type(owner), whole)
+    )
+
+
+@lru_cache(4096)  # code is read at 2 us an instruction
+def _loaded(code: types.CodeType) -> frozenset[str]:
+    """The attributes that a function reads."""
+    return frozenset(
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    )
+
+
+def names_key(owner: Any, key: str) -> bool:
+    """Whether a method of an object has a text in its code: the key of a dict, perhaps.
+
+    >>> class Sized:
+    ...     def __getitem__(self, i):
+    ...         return self.settings["size"] * i
+    >>> names_key(Sized(), "size"), names_key(Sized(), "other")
+    (True, False)
+    """
+    return any(key in code.co_consts for code in _code_of(type(owner), whole=True))
+
+
+def stores_elements(owner: Any, name: str) -> bool:
+    """Whether a method assigns elements of an attribute (``self.seen[i] += 1``), by its byte code.
+
+    >>> class Counts:
+    ...     def __getitem__(self, i):
+    ...         self.seen[i] += 1
+    >>> stores_elements(Counts(), "seen"), stores_elements(Counts(), "other")
+    (True, False)
+    """
+    return any(
+        name in code.co_names and name in _written(code)
+        for code in _code_of(type(owner), whole=True)
+    )
+
+
+@lru_cache(4096)
+def _written(code: types.CodeType) -> set[str]:
+    """The attributes of which a function assigns elements.
+
+    The stack is followed from line to line, as far as that goes without running anything: what an
+    instruction leaves there is unknown, unless it is an attribute or a copy of one.
+    """
+    found: set[str] = set()
+    stack: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            found.update(stack[-2:-1])
+        effect = dis.stack_effect(step.opcode, step.arg, jump=False)
+        if step.opname == "COPY" and step.arg is not None:
+            stack.append(stack[-step.arg] if step.arg <= len(stack) else "")
+        elif step.opname == "SWAP" and step.arg is not None:
+            if step.arg <= len(stack):
+                stack[-1], stack[-step.arg] = stack[-step.arg], stack[-1]
+        elif step.opname == "LOAD_ATTR":
+            stack[-1:] = [str(step.argval), *[""] * effect]
+        elif effect > 0:
+            stack += [""] * effect
+        elif step.opname not in ("CACHE", "NOP", "RESUME", "PRECALL", "EXTENDED_ARG"):
+            del stack[max(0, len(stack) + effect - 1) :]
+            stack.append("")
+    return found - {""}
+
+
+def _code_of(cls: type, whole: bool) -> tuple[types.CodeType, ...]:
+    """As :func:`_reached`, which takes milliseconds for a large class, once for each class."""
+    known = _known.get((id(cls), whole))
+    if known is not None and known[0]() is cls:
+        return known[1]
+    if len(_known) >= _KNOWN_MAX:
+        _known.clear()
+    found = tuple(_reached(cls, whole))
+    _known[id(cls), whole] = weakref.ref(cls), found
+    return found
+
+
+# By id: a metaclass may define ``__hash__``. The class is not held.
+_known: dict[tuple[int, bool], tuple[weakref.ref[type], tuple[types.CodeType, ...]]] = {}
+_KNOWN_MAX = 128
+
+
+def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
+    """The code of the methods that make samples, and of those that they name."""
+    if whole:
+        todo = [
+            name
+            for each in mro_of(cls)
+            if "." in type_name(each) and not type_name(each).startswith(LEFT_ALONE)
+            for name in namespace_of(each)
+            if name != "__init__"
+        ]
+    else:
+        todo = list(ENTRIES)
+    seen: set[str] = set()
+    known = set(todo)
+    while todo and len(seen) < METHODS_MAX:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for found in definitions(cls, name):
+            function = getattr(found, "fget", None) if type(found) is property else found
+            if is_one_of(type(found), classmethod, staticmethod):
+                function = found.__func__
+            if type(function) is not types.FunctionType:
+                continue
+            for code in codes(function.__code__):
+                yield code
+                if not whole:
+                    todo += [each for each in code.co_names if each not in known]
+                    known.update(code.co_names)
