@@ -263,8 +263,17 @@ def _openings(seen: Seen) -> Iterator[tuple[tuple[int, Opening], tuple[int, Open
                 yield (u, mine), (v, by_epoch[mine.epoch])
 
 
-def _moved(draws: FirstDraws) -> bool:
-    return draws.before != draws.after
+def _alike(mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws) -> str:
+    """Whether two first samples drew the same numbers, which both have to have drawn.
+
+    ``"from"``: the generator stood at the same place before them. ``"to"``: it came from different
+    places to the same one, for samples of different indices: it was seeded meanwhile.
+    """
+    if a.before == a.after or b.before == b.after:
+        return ""
+    if a.before == b.before:
+        return "from"
+    return "to" if a.after == b.after and mine.indices[:1] != theirs.indices[:1] else ""
 
 
 def _same_numbers(seen: Seen) -> Iterator[Finding]:
@@ -277,24 +286,17 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                 # workers share is as it should be.
                 same = a.second is not None and a.second == b.second
                 moved = a.second != a.after_second and b.second != b.after_second
+                alike = "from" if same and moved else ""
             else:
-                same, moved = a.before == b.before, _moved(a) and _moved(b)
-            reseeded = (
-                not seen.stream
-                and a.before != b.before
-                and a.after == b.after
-                and _moved(a)
-                and _moved(b)
-                and mine.indices[:1] != theirs.indices[:1]
-            )
-            if same and moved:
+                alike = _alike(mine, a, theirs, b)
+            if alike == "from":
                 yield Finding(
                     ("same numbers", name),
                     f"workers {u} and {v} draw the same random numbers from {name}: it stood at "
                     f"the same place in both before {_first(seen)}. What one worker's samples get "
                     f"at random, the other's get too. {_cure(name)}",
                 )
-            elif reseeded:
+            elif alike == "to":
                 who = "each sample draws" if _each_time(a) else f"workers {u} and {v} draw"
                 yield Finding(
                     ("same numbers", name),
@@ -329,17 +331,18 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
             for name in one.draws.keys() & other.draws.keys():
                 a, b = one.draws[name], other.draws[name]
                 # A validation that is the same each time may be meant so: it begins with one index.
-                if one.indices[:1] == other.indices[:1] or not (_moved(a) and _moved(b)):
+                if one.indices[:1] == other.indices[:1]:
                     continue
+                alike = _alike(one, a, other, b)
                 who = f"worker {worker}" if seen.workers else "the dataset"
-                if a.before == b.before:
+                if alike == "from":
                     yield Finding(
                         ("same numbers", name),
                         f"{who} draws the same random numbers from {name} in each epoch: it stood "
                         f"at the same place before {_sample(one)} and, in a later epoch, before "
                         f"{_sample(other)}. {_cure(name)}",
                     )
-                elif a.after == b.after:
+                elif alike == "to":
                     who = "each sample draws" if _each_time(a) else f"{who} draws in each epoch"
                     yield Finding(
                         ("same numbers", name),
