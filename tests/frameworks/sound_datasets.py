@@ -351,7 +351,7 @@ class LeastRecentlyUsed(Images):
             self.cache.popitem(last=False)
         return self.cache[index], index
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019
+    @functools.lru_cache(maxsize=8)  # noqa: B019  # as people write it; the dataset lives as long
     def area(self, index: int) -> int:
         return int(self.images[index].numel())
 
