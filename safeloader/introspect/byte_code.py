@@ -75,6 +75,14 @@ def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
     )
 
 
+def is_read(dataset: Any, owner: Any, name: str) -> bool:
+    """Whether samples are made by an attribute of the dataset, or of an object in it.
+
+    ``self.settings.size`` is read by the dataset's own code, whoever has it.
+    """
+    return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
+
+
 @lru_cache(4096)  # code is read at 2 us an instruction
 def _loaded(code: types.CodeType) -> frozenset[str]:
     """The attributes that a function reads."""

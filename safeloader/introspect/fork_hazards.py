@@ -38,7 +38,7 @@ from safeloader.introspect.advice import (
 )
 from safeloader.introspect.byte_code import ENTRIES, codes
 from safeloader.introspect.frames import is_third_party, is_users_class
-from safeloader.introspect.parts import named_fields, parts_of
+from safeloader.introspect.parts import all_held_by, named_fields
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
     array_facts,
@@ -321,7 +321,7 @@ def _names(cls: type, name: str) -> bool:
 
 def _held(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
     """What an object holds; of globals those of a known class, as most are not the dataset's."""
-    return parts_of(value, base, _is_known if forks else None)  # a spawned worker imports anew
+    return all_held_by(value, base, _is_known if forks else None)  # a spawned worker imports anew
 
 
 def _is_known(value: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from safeloader.introspect.byte_code import ENTRIES
-from safeloader.introspect.parts import parts_of
+from safeloader.introspect.parts import all_held_by
 from safeloader.introspect.values import container_base, definitions, inherits
 
 _OBJECTS = 2000
@@ -53,7 +53,7 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
                 found[path] = value
             continue
         with suppress(Exception):  # another thread may change what is read here
-            parts = parts_of(value, container_base(cls), _is_generator)
+            parts = all_held_by(value, container_base(cls), _is_generator)
             queue += [(each, path + step) for step, each in parts]
     return found
 

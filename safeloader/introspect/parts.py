@@ -24,7 +24,7 @@ def named_fields(value: Any) -> dict[str, Any]:
     return {name: each for name, each in fields(value, ATTRIBUTES_MAX) if type(name) is str}
 
 
-def parts_of(
+def all_held_by(
     value: Any, base: Any, wanted: Callable[[Any], bool] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """What an object holds: the step in the path, and itself.
@@ -34,7 +34,7 @@ def parts_of(
         base: the container that it is, or None.
         wanted: which globals of a function count; None for none of them.
 
-    >>> list(parts_of({"a": 1}, dict)), list(parts_of((lambda x=2: x), None))[0]
+    >>> [*all_held_by({"a": 1}, dict)], [*all_held_by((lambda x=2: x), None)][0]
     ([("['a']", 1)], ('.__defaults__', (2,)))
     """
     cls = type(value)

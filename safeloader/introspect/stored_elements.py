@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.byte_code import loads, stores_elements
+from safeloader.introspect.byte_code import is_read, loads, stores_elements
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.digests import known_leaves, parts_of
 from safeloader.introspect.values import (
@@ -202,18 +202,13 @@ def stores_of(
         parts = [(path, value)]
         if type(owner) is TensorDataset and key == "tensors" and type(value) is tuple:
             parts = [(f"{path}[{k}]", each) for k, each in enumerate(value)]
-        elif not _may_store(value, length) or not _reads(dataset, owner, key):
+        elif not _may_store(value, length) or not is_read(dataset, owner, key):
             continue
         for at, each in parts:
             get = _getter(owner, key, each, length)
             if get is not None:
                 found += 1
                 yield Store(at, get, place_of, container_base(type(each)) is None)
-
-
-def _reads(dataset: Any, owner: Any, key: str) -> bool:
-    """Whether samples are made by what stands under a name; ``self.table.rows`` is read here."""
-    return loads(dataset, key) or (owner is not dataset and loads(owner, key, whole=True))
 
 
 def _may_store(value: Any, length: int) -> bool:

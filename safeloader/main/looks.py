@@ -23,7 +23,7 @@ from typing import Any
 
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.byte_code import loads, names_key, stores_elements
+from safeloader.introspect.byte_code import is_read, names_key, stores_elements
 from safeloader.introspect.copy_state import attributes, copy_state
 from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.fork_hazards import was_told
@@ -238,7 +238,7 @@ class Looks:
         if kind == "stale":
             path, _, key = about[0].partition("['")
             return any(
-                _reads(dataset, each.owner, each.name)
+                is_read(dataset, each.owner, each.name)
                 and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
                 for each in attributes(dataset)
                 if each.path == path
@@ -380,11 +380,6 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     looks = Looks(dataset, length)
     recorder.looks = [*known[-LOADERS_MAX + 1 :], looks]
     return looks
-
-
-def _reads(dataset: Any, owner: Any, name: str) -> bool:
-    """Whether samples are made by an attribute; ``self.settings.size`` is read by the dataset."""
-    return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
 
 
 def _may_be_cache(value: Any) -> bool:

@@ -188,7 +188,7 @@ class WorkerPool:
         """
         settings, workers = self._settings, self.workers
         method = _torch.start_method(loader)
-        inherited = self._warn_of_hazards(loader)
+        inherited = self._warn_of_hazards(loader, method)
         threads = threads_here() if method == "fork" else {}
         results: ResultQueue | None = None
         try:
@@ -206,7 +206,7 @@ class WorkerPool:
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
-                forks=_torch.start_method(loader) == "fork",
+                forks=method == "fork",
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
@@ -231,7 +231,7 @@ class WorkerPool:
                 flight,
                 stock,
                 stay=self.persistent,
-                start_method=_torch.start_method(loader),
+                start_method=method,
                 began=began,
                 started=perf_counter(),
             )
@@ -274,14 +274,14 @@ class WorkerPool:
             self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
-    def _warn_of_hazards(self, loader: DataLoader[Any]) -> list[Inherited]:
+    def _warn_of_hazards(self, loader: DataLoader[Any], method: str) -> list[Inherited]:
         """Warn of what the workers inherit from this process and had better not."""
         found: list[Inherited] = []
         with guarded("the look at what workers inherit", lambda: self._log):
             found = survey(
                 loader.dataset,
                 "dataset",
-                start_method=_torch.start_method(loader),
+                start_method=method,
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
@@ -353,7 +353,8 @@ class WorkerPool:
 
 def _without_seeded(found: list[Inherited], loader: DataLoader[Any]) -> list[Inherited]:
     """Leave out generators that a ``worker_init_fn`` may seed: workers tell if they do repeat."""
-    if loader.worker_init_fn is None or isinstance(loader.dataset, IterableDataset):
+    seeds = loader.worker_init_fn is not None and not isinstance(loader.dataset, IterableDataset)
+    if not found or not seeds:
         return found
     watched = own_generators(loader.dataset)
     return [each for each in found if each.path not in watched]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class KeptBatches:
 
     def note(self, epoch: int, number: int, batch: Any) -> None:
         """A batch is about to be handed over; the next to be told of is ``every`` batches on."""
-        tensors = list(_tensors(batch, 4))[:_PARTS_MAX]
+        tensors = list(islice(_tensors(batch, 4), _PARTS_MAX))
         if tensors:
             sizes = [(array_facts(each) or {}).get("size_bytes", 0) for each in tensors]
             size, largest = sum(sizes), tensors[sizes.index(max(sizes))]
