@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -12,13 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from safeloader.introspect.copy_state import copy_state
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.generators import generators_of
-from safeloader.introspect.values import fields, held_by, inherits
 
-_DEPTH = 3
-_SCALARS = 200
-_TEXT = 60
 GLOBAL = {"random": "Python's random", "numpy": "NumPy's", "torch": "torch's"}
 
 
@@ -98,20 +94,6 @@ def _hash(state: Any) -> int:
     return crc32(pickle.dumps(state))
 
 
-def scalars_of(whole: Any, name: str = "dataset") -> dict[str, Any]:
-    """Numbers and short texts under the names of a dataset, and of what it holds by name."""
-    return dict(_scalars(whole, name, _DEPTH, set()))
-
-
-def _scalars(whole: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if id(whole) in seen or len(seen) > _SCALARS:
-        return
-    seen.add(id(whole))
-    held = held_by(whole, 8) if isinstance(whole, list | tuple) else fields(whole, _SCALARS)
-    for key, each in held:
-        at = f"{path}[{key}]" if isinstance(whole, list | tuple) else f"{path}.{key}"
-        cls = type(each)
-        if cls in (int, float, bool, type(None)) or (cls is str and len(str(each)) <= _TEXT):
-            yield at, each
-        elif depth and not inherits(cls, torch.Tensor, np.ndarray, str, bytes, dict, type):
-            yield from _scalars(each, at, depth - 1, seen)
+def scalars_of(dataset: Any) -> dict[str, Any]:
+    """Numbers and short texts that a dataset holds, by path."""
+    return copy_state(dataset).scalars
