@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-_AS_GOOD = 0.97  # of the best: then the one with fewer workers, fewer batches ahead
+_AS_GOOD = 0.95  # of the best: then the one with fewer workers, fewer batches ahead
 
 
 class Row(NamedTuple):

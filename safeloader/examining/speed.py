@@ -28,6 +28,7 @@ _TURN_BATCHES = 300
 _FEWEST = 3  # batches for each worker in a turn
 _ROUNDS = 7
 _CONTENDS = 0.8  # of the best: is measured again
+_HOPELESS = 0.6  # of the best, in one turn: is not, where there are many workers already
 _PREFETCH = (1, 4, 8)
 _MARK_S = 0.5
 _MOST = 8  # workers for each core, where speed grows so far
@@ -97,6 +98,10 @@ class _Pool:
     @property
     def rate(self) -> float:
         return statistics.median(self.rates) if self.rates else 0.0
+
+    @property
+    def best_rate(self) -> float:
+        return max(self.rates, default=0.0)
 
     def start(self) -> None:
         """Start the workers, and see how long the first batch takes."""
@@ -179,6 +184,7 @@ class _Sweep:
         usable = methods if self._sent else [each for each in methods if each == "fork"]
         self._methods = [each for each in usable if each not in talk.avoided]
         self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
+        self._own_setting = self._tried_with(self._own)
 
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
@@ -197,6 +203,12 @@ class _Sweep:
             pool.stop()
         self._start_methods(best.setting)
 
+    def _tried_with(self, workers: int) -> Setting:
+        """The setting that is tried of so many workers, before others are of the best of them."""
+        if not workers:
+            return Setting(0, None, None)
+        return Setting(workers, self._subject.prefetch_factor or 2, self._cheap)
+
     @staticmethod
     def _best(pools: list[_Pool]) -> _Pool | None:
         return max((pool for pool in pools if pool.rates), key=lambda pool: pool.rate, default=None)
@@ -204,10 +216,9 @@ class _Sweep:
     def _numbers_of_workers(self, end: float) -> list[_Pool]:
         pools: list[_Pool] = []
         worse = 0
-        own = self._subject.prefetch_factor or 2
         tried = counts(cores(), self._own) if self._methods else [0]
         for workers in tried:
-            setting = Setting(workers, own if workers else None, self._cheap if workers else None)
+            setting = self._tried_with(workers)
             cost = (pools[-1].first_s * 2 + _TURN_S) if pools else 0.0
             needed = workers <= 1 or workers == self._own
             if (time.monotonic() + cost > end and not needed) or self._talk.samples <= 0:
@@ -229,11 +240,19 @@ class _Sweep:
         return pools
 
     def _without_slow(self, pools: list[_Pool]) -> list[_Pool]:
-        """End those that are far behind, where there are many workers already."""
+        """End those that are far behind, where there are many workers already.
+
+        One turn is little to judge by, so few are; and what the best is compared with, the loader's
+        own setting, stays.
+        """
         best = self._best(pools)
         if best is None or sum(pool.setting.workers for pool in pools) <= 4 * cores() + 8:
             return pools
-        left = [pool for pool in pools if max(pool.rates, default=0.0) >= _CONTENDS * best.rate]
+        left = [
+            pool
+            for pool in pools
+            if pool.setting == self._own_setting or pool.best_rate >= _HOPELESS * best.rate
+        ]
         for pool in pools:
             if pool not in left:
                 pool.stop()
@@ -296,9 +315,13 @@ class _Sweep:
             rest = [
                 pool
                 for pool in pools
-                if not number or max(pool.rates, default=0.0) >= _CONTENDS * best.rate
+                if not number
+                or pool.setting == self._own_setting
+                or pool.best_rate >= _CONTENDS * best.rate
             ]
-            if len(rest) == 1 and number > 1:
+            if number > 1 and all(
+                pool.setting in (best.setting, self._own_setting) for pool in rest
+            ):
                 return
             for pool in rest if number % 2 else rest[::-1]:
                 cost = _TURN_S + _FEWEST * max(1, pool.setting.workers) / max(pool.rate, 1e-6)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import types
+import weakref
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -177,12 +179,34 @@ def fields(value: object, most: int | None = None) -> list[tuple[Any, object]]:
             if inherits(type(held), dict):
                 pairs = list(islice(dict.items(held), most))
                 break
-    for cls in mro_of(type(value)):
-        for name, slot in list(namespace_of(cls).items()):
-            if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
-                with suppress(AttributeError):  # an unset slot
-                    pairs.append((name, slot.__get__(value)))
+    for name, slot in _slots_of(type(value)):
+        with suppress(AttributeError):  # an unset slot
+            pairs.append((name, slot.__get__(value)))
     return pairs[:most]
+
+
+def _slots_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """The slots of a class and its ancestors; looked for once, a tensor's names are 700."""
+    known = _known_slots.get(id(cls))
+    if known is not None and known[0]() is cls:
+        return known[1]
+    slots = tuple(
+        (name, slot)
+        for each in mro_of(cls)
+        for name, slot in list(namespace_of(each).items())
+        if type(slot) is types.MemberDescriptorType and not name.startswith("__")
+    )
+    _known_slots[id(cls)] = weakref.ref(cls, partial(_forget, id(cls))), slots
+    return slots
+
+
+_known_slots: dict[int, tuple[weakref.ref[type], tuple[tuple[str, Any], ...]]] = {}
+
+
+def _forget(key: int, gone: object) -> None:
+    known = _known_slots.get(key)
+    if known is not None and known[0] is gone:
+        del _known_slots[key]
 
 
 def exception_text(exc: BaseException) -> str:

@@ -5,8 +5,9 @@
     workers: SelfReport ──► flight recorder ──► Looks ──► wrong_data, growth ──► a line in the log
 
 It looks after the first batches, then each time twice as many were handed over, at the end of an
-epoch and before a failure is told. Each thing is told once for a loader. After the first epochs
-looking takes a two hundredth of the time at most. A fault of this part ends it, and not the epoch.
+epoch and before a failure is told. Each thing is told once for a loader. Looking takes two
+thousandths of the time at most, but for the ends of the first epochs. A fault of this part ends it,
+and not the epoch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from safeloader.transport.channel import PAUSE
 from safeloader.worker.observing import Observer, weakly
 
 ALWAYS = 3  # epochs, in each of which it looks
-SHARE = 0.005  # of the time, at most, that looking may take afterwards
+SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
 ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
 FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
@@ -115,6 +116,7 @@ class Looks:
         self._stream = stream
         self._epochs += 1
         self._look_at = 4 * max(1, num_workers)
+        self._kept.due = 0
         self.due = 0 if self._on else sys.maxsize
 
     def on(self, *about: Any, **more: Any) -> None:
@@ -144,10 +146,13 @@ class Looks:
         """Batch ``number`` is about to be handed over; called where it is ``due``."""
         with self._guarded():
             self._kept.note(epoch, number, batch)
-            if number >= self._look_at:
+            if number >= self._look_at and self._took_little():
                 self._look_at = 2 * number
                 self._look(asking=False)
-        self.due = number + self._kept.every if self._on else sys.maxsize
+            soon = self._look_at if self._look_at > number else sys.maxsize
+            self.due = min(self._kept.due, soon)
+        if not self._on:
+            self.due = sys.maxsize
 
     def at_end(self) -> None:
         """The epoch is at its end."""
@@ -173,8 +178,10 @@ class Looks:
         return said
 
     def _has_time(self) -> bool:
-        enough = self._spent <= SHARE * (monotonic() - self._began)
-        return self._on and (self._epochs <= ALWAYS or enough)
+        return self._on and (self._epochs <= ALWAYS or self._took_little())
+
+    def _took_little(self) -> bool:
+        return self._spent <= SHARE * (monotonic() - self._began)
 
     # looking ────────────────────────────────────────────────────────────────────────────────────
 

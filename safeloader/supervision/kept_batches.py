@@ -1,7 +1,7 @@
 """How much memory the batches hold that the training loop keeps. Runs in: main.
 
-A loop may keep each batch without meaning to: ``itertools.cycle(loader)``, a list of outputs. One
-batch in sixteen is watched by a weak reference and stands for the others.
+A loop may keep each batch without meaning to: ``itertools.cycle(loader)``, a list of outputs. Some
+batches are watched, by a weak reference, and stand for those between: the larger, the more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from safeloader.introspect.values import (
 )
 from safeloader.supervision.wrong_data import Finding
 
-EVERY = 16  # batches, of which one is watched; each where one holds a thousandth of the memory
+EVERY_MAX = 256  # batches, of which one is watched
+PARTS = 1000  # of the memory: a batch that is watched stands for one of these at most
 FEW = 4  # that are watched and held: the loop may well hold one or two
 SHARE = 0.1  # of the machine's memory
 WATCHED_MAX = 4096
@@ -32,22 +33,31 @@ _PARTS_MAX = 64
 
 
 class KeptBatches:
-    """Of the batches handed over, those that somebody still holds."""
+    """Of the batches handed over, those that somebody still holds.
+
+    Attributes:
+        due: number of the next batch that :meth:`note` wants to see.
+    """
 
     def __init__(self) -> None:
         self._watched: list[tuple[int, int, weakref.ref[torch.Tensor], int, int]] = []
-        self.every = EVERY
+        self.due = 0
 
     def note(self, epoch: int, number: int, batch: Any) -> None:
-        """A batch is about to be handed over; the next to be told of is ``every`` batches on."""
+        """A batch is about to be handed over."""
+        if number < self.due:
+            return
+        every = EVERY_MAX
         tensors = list(islice(_tensors(batch, 4), _PARTS_MAX))
         if tensors:
             sizes = [(array_facts(each) or {}).get("size_bytes", 0) for each in tensors]
             size, largest = sum(sizes), tensors[sizes.index(max(sizes))]
-            self.every = 1 if size > (_memory_bytes() or 0) // 1000 > 0 else EVERY
-            self._watched.append((epoch, number, weakref.ref(largest), size, self.every))
+            part = (_memory_bytes() or 0) // PARTS
+            every = min(EVERY_MAX, max(1, part // max(1, size)))
+            self._watched.append((epoch, number, weakref.ref(largest), size, every))
             if len(self._watched) > WATCHED_MAX:
                 self._forget()
+        self.due = number + every
 
     def _forget(self) -> None:
         self._watched = [each for each in self._watched if each[2]() is not None][-WATCHED_MAX:]

@@ -594,8 +594,9 @@ class Setting(Sampler[int]):
 
 
 def busy(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    """Take so much time of a core: of the clock it is more where several share one."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
         pass
 
 
