@@ -12,6 +12,8 @@ def raised_by_signal(exc: BaseException) -> types.FrameType | None:
 
     It may be a time limit of the user's. What it struck is not at fault.
     """
+    if exc.__traceback__ is None or exc.__traceback__.tb_next is None:
+        return None  # it was raised where it was caught, and 64 handlers need not be asked for
     handlers = map(signal.getsignal, signal.valid_signals())
     codes = {getattr(each, "__code__", None) for each in handlers}
     struck = None

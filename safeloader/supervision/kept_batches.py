@@ -25,7 +25,7 @@ from safeloader.introspect.values import (
 from safeloader.supervision.wrong_data import Finding
 
 EVERY_MAX = 256  # batches, of which one is watched
-PARTS = 1000  # of the memory: a batch that is watched stands for one of these at most
+PARTS = 250  # of the memory: a batch that is watched stands for one of these at most
 FEW = 4  # that are watched and held: the loop may well hold one or two
 SHARE = 0.1  # of the machine's memory
 WATCHED_MAX = 4096
