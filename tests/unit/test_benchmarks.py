@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import (
+    checks,
     conditions,
     copies,
     cuda_pinned,
@@ -461,6 +462,26 @@ def test_loaders_are_told_in_copies() -> None:
     cells = copies.line("large-1w", found, {"stock": 30_000, "torch-way": 28_000, "safe": 2500})
     assert cells[2:7] == ["2000", "200", "1900", "100", "90"]
     assert cells[7:] == ["30000 (15.0)", "28000 (14.0)", "2500 (1.2)"]
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def test_checks_are_timed_by_sample_and_by_byte(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "SHAPES", {"large": (3, 8, 8)})
+    assert checks.gigabytes_per_s((3, 224, 224), 64 * 3 * 224 * 224 * 4 / 5e9) == pytest.approx(5)
+    told = checks.lines("large", {"finite()": [64e-6] * 8, "schema()": [32e-6] * 8})
+    assert [line[2] for line in told] == ["1.00", "0.50"]
+    assert [line[4] for line in told] == ["0.8", "-"]
+    assert checks.main(["--repeats=2", f"--out={tmp_path}"]) == 0
+    assert "finite() on a batch of 38 MB" in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-checks.json"))
+    assert set(result["seconds_per_batch"]["large"]) == set(checks.the_checks())
+    monkeypatch.setattr(checks, "BAR_GB_S", 1e9)
+    assert checks.main(["--quick", "--check"]) == 1
+    assert "BELOW" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- CUDA
