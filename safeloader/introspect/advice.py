@@ -31,6 +31,11 @@ CONNECTION = Hazard(
     "after a fork all use this one connection: replies get mixed up or lost", LAZILY
 )
 HANDLE = Hazard("its library rules out use after a fork: reads can fail, hang or be wrong", LAZILY)
+VIDEO = Hazard(
+    "forked processes share its read position, and have none of its decoder's threads: frames can "
+    "be wrong, or reading hangs",
+    LAZILY,
+)
 FILE = Hazard(
     "forked processes share one read position: what one reads, the others skip",
     f"{LAZILY}; or read it by os.pread or np.memmap",
@@ -39,6 +44,11 @@ CUDA = Hazard("CUDA cannot be re-initialized in a forked process", "keep what is
 LOCK = Hazard("held now: the copy in the worker will never be released", LAZILY)
 THREAD = Hazard(
     "threads do not exist in a forked process: what waits for one waits for ever", LAZILY
+)
+NATIVE = Hazard(
+    "what its library keeps outside Python, as threads, locks and read positions, is not the "
+    "worker's own",
+    LAZILY,
 )
 GENERATOR = Hazard("a copy in the same state", "seed it per worker")  # in full: fork_hazards
 WAITED_FOR = (LOCK.why, THREAD.why)
@@ -54,13 +64,14 @@ _CLASSES: tuple[tuple[Hazard, str], ...] = (
     (CONNECTION, "MySQLdb.connection mysql.MySQLConnectionAbstract"),
     (CONNECTION, "sqlite3.Connection _socket.socket"),
     (HANDLE, "lmdb.Environment Environment _duckdb.DuckDBPyConnection h5py.HLObject"),
+    (VIDEO, "cv2.VideoCapture decord.VideoReader decord.AudioReader"),
     (FILE, "_io.FileIO"),
     (CUDA, "torch.Tensor"),
     (LOCK, "_thread.lock _thread.RLock"),
     (THREAD, "threading.Condition threading.Thread multiprocessing.DummyProcess"),
 )
 HAZARDS = {name: hazard for hazard, names in _CLASSES for name in names.split()}
-_HANDLES = (CONNECTION, HANDLE, FILE, LOCK, THREAD)
+_HANDLES = (CONNECTION, HANDLE, VIDEO, FILE, LOCK, THREAD)
 
 # What only pickling minds: a forked worker has each as it is.
 MODULE_LEVEL = "define it at module level"

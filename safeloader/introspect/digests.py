@@ -7,9 +7,7 @@ holds one is passed over. Digests are CRC-32 (``zlib``), of the first 64 KiB of 
 
 from __future__ import annotations
 
-import abc
 import pathlib
-import types
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -27,8 +25,8 @@ from safeloader.introspect.values import (
     held_by,
     inherits,
     is_one_of,
+    is_written_in_python,
     mro_of,
-    namespace_of,
     own_length,
     type_name,
 )
@@ -48,8 +46,6 @@ _SCALARS = (bool, int, float, complex, str, bytes)
 
 # Tensors of these keep their numbers where torch does.
 _TENSORS = ("torch.", "torchvision.tv_tensors.", "monai.data.")
-_HEAP_TYPE = 1 << 9  # of ``__flags__``: made while the program ran
-_PLAIN_SIZE = 32  # bytes of an object with a dict and weak references, at most
 
 
 class Unknown(Exception):
@@ -85,26 +81,12 @@ def _is_plain(values: Any) -> bool:
 
 def _of_object(value: Any, depth: int) -> list[tuple[str, Any]]:
     """The attributes of an object of a plain class: nothing of it lies elsewhere."""
-    own = fields(value) if depth and all(map(_is_written, mro_of(type(value))[:-1])) else []
+    own = (
+        fields(value) if depth and all(map(is_written_in_python, mro_of(type(value))[:-1])) else []
+    )
     if not own or len(own) > LEAVES_MAX:
         raise Unknown
     return own
-
-
-def _is_written(cls: type) -> bool:
-    """Whether a class is written in Python, so that its objects are their attributes.
-
-    That of an extension has a type of its own, or objects with room for more than attributes.
-    """
-    flags, size = (type.__dict__[name].__get__(cls) for name in ("__flags__", "__basicsize__"))
-    slots = sum(type(each) is types.MemberDescriptorType for each in _vars_of(cls))
-    usual = any(type(cls) is each for each in (type, abc.ABCMeta))
-    return usual and bool(flags & _HEAP_TYPE) and size <= _PLAIN_SIZE + 8 * slots
-
-
-def _vars_of(cls: type) -> list[Any]:
-    """What a class and its ancestors define."""
-    return [each for base in mro_of(cls) for each in namespace_of(base).values()]
 
 
 def leaf_digest(leaf: Any, depth: int = DEPTH_MAX, most: int = LEAF_BYTES) -> int:

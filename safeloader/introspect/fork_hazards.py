@@ -33,10 +33,12 @@ from safeloader.introspect.advice import (
     CONNECTION,
     GENERATOR,
     HAZARDS,
+    NATIVE,
     Hazard,
     class_key,
 )
-from safeloader.introspect.byte_code import ENTRIES, codes
+from safeloader.introspect.byte_code import ENTRIES, LEFT_ALONE, codes
+from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
 from safeloader.introspect.parts import all_held_by, named_fields
 from safeloader.introspect.suspects import Inherited
@@ -46,6 +48,7 @@ from safeloader.introspect.values import (
     cut,
     definitions,
     inherits,
+    is_written_in_python,
     mro_of,
     type_name,
 )
@@ -97,6 +100,21 @@ def survey(
                 walk.look(walk.queue.popleft())
         return walk.end()
     return walk.found
+
+
+def natives(dataset: object) -> list[Inherited]:
+    """Return what a dataset holds of classes that a library wrote in another language than Python.
+
+    Nothing is known of what such an object keeps outside Python, so nothing is said of it unless a
+    worker hangs in it.
+    """
+    return [
+        Inherited(each.path, _kind(cls), NATIVE.why, NATIVE.cure, id(each.value))
+        for each in attributes(dataset)
+        if is_third_party(cls := type(each.value))
+        and not type_name(cls).startswith(LEFT_ALONE)
+        and not is_written_in_python(cls)
+    ]
 
 
 _said: set[tuple[str, str]] = set()
@@ -163,6 +181,7 @@ _IN_USE: dict[str, Callable[[Any], bool]] = {
     "sqlite3.Connection": _sqlite_connected,
     "_socket.socket": lambda value: socket.socket.fileno(value) != -1,
     "h5py.HLObject": lambda value: bool(named_fields(value)["_id"].id),
+    "cv2.VideoCapture": lambda value: bool(definitions(type(value), "isOpened")[-1](value)),
     "_io.FileIO": io.FileIO.readable,  # raises if it is closed
     "torch.Tensor": _on_cuda,
     "_thread.lock": lambda value: bool(value.locked()),

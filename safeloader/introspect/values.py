@@ -8,6 +8,7 @@ few elements each. :mod:`~safeloader.introspect.texts` puts into words what is f
 
 from __future__ import annotations
 
+import abc
 import collections
 import types
 import weakref
@@ -97,6 +98,31 @@ def definitions(cls: type, name: str) -> list[Any]:
     []
     """
     return [space[name] for space in map(namespace_of, mro_of(cls)) if name in space]
+
+
+def is_written_in_python(cls: type) -> bool:
+    """Say whether a class is written in Python, so that its objects are their attributes.
+
+    That of an extension has a type of its own, or objects with room for more than attributes.
+
+    >>> is_written_in_python(Opaque), is_written_in_python(collections.deque)
+    (False, False)
+    >>> class Plain: ...
+    >>> is_written_in_python(Plain)
+    True
+    """
+    flags, size = (type.__dict__[name].__get__(cls) for name in ("__flags__", "__basicsize__"))
+    slots = sum(
+        type(each) is types.MemberDescriptorType
+        for base in mro_of(cls)
+        for each in list(namespace_of(base).values())
+    )
+    usual = any(type(cls) is each for each in (type, abc.ABCMeta))
+    return usual and bool(flags & _HEAP_TYPE) and size <= _PLAIN_SIZE + 8 * slots
+
+
+_HEAP_TYPE = 1 << 9  # of ``__flags__``: made while the program ran
+_PLAIN_SIZE = 32  # bytes of an object with a dict and weak references, at most
 
 
 def array_facts(value: object) -> dict[str, Any] | None:

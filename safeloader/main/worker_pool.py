@@ -28,7 +28,7 @@ from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
-from safeloader.introspect.fork_hazards import survey, warn_once
+from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
@@ -240,7 +240,9 @@ class WorkerPool:
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
         draws = self.sampler
-        forked = Forked(tuple(inherited), threads) if method == "fork" else None
+        forked = None
+        if method == "fork":
+            forked = Forked(tuple(inherited), tuple(natives(loader.dataset)), threads)
         # Not by way of the pool, which holds it: a cycle.
         self.diagnosis = Diagnosis(
             flight, processes, method, lambda seq: draws.log.opened(seq), forked

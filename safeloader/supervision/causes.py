@@ -54,10 +54,12 @@ class Forked(NamedTuple):
 
     Attributes:
         inherited: what was warned of.
+        natives: other objects of libraries, of which too little is known for a warning.
         threads: names of threads, by the library that they are of.
     """
 
     inherited: tuple[Inherited, ...] = ()
+    natives: tuple[Inherited, ...] = ()
     threads: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
 
 
@@ -313,6 +315,14 @@ def _of_library(stack: Stack, forked: Forked) -> str:
             f", in {library}. Its threads ({', '.join(names)}) ran in the training process when "
             "the worker was forked, and do not exist in the worker: what waits for them waits for "
             f"ever. {_sentence(without_threads(library))}"
+        )
+    lines = [frame.line or "" for frame in stack.frames if is_users(frame.filename)]
+    native = next((each for each in forked.natives if each.is_named_in(lines)), None)
+    if native is not None:
+        with_threads = f"; it had {_threads_text(forked.threads)}" if forked.threads else ""
+        return (
+            f"; first suspect: {native.path} ({native.kind}), which the training process made "
+            f"before the worker was forked: {native.why}{with_threads}. {_sentence(native.advice)}"
         )
     if library:
         return (

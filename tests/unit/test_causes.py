@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from safeloader.introspect import resources
-from safeloader.introspect.advice import FILE, THREAD
+from safeloader.introspect.advice import FILE, NATIVE, THREAD
 from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import causes
 from safeloader.supervision.causes import Forked, WorkerEnd, ended, of_death, of_silence
@@ -266,6 +266,24 @@ def test_what_was_warned_of_at_the_start_is_the_first_suspect() -> None:
     assert "suspect" not in of_silence(
         other, None, "fetch", 137, "fork", forked=Forked((ARCHIVE, POOL))
     )
+
+
+CAPTURE = Inherited("dataset.cap", "video.Capture", *NATIVE)
+
+
+def test_a_librarys_object_in_the_line_that_hangs_is_suspected() -> None:
+    hangs = line("self.cap.set(cv2.CAP_PROP_POS_FRAMES, index)")
+    said = of_silence(hangs, None, "fetch", 137, "fork", forked=Forked(natives=(CAPTURE,)))
+    assert "first suspect: dataset.cap (video.Capture), which the training process made" in said
+    assert "Open or make it in the worker" in said
+    assert "setNumThreads" not in said
+    had = Forked(natives=(CAPTURE,), threads={"PyAV (FFmpeg)": ("av:h264:df0",)})
+    assert "it had threads of PyAV (FFmpeg) (av:h264:df0). Open" in of_silence(
+        hangs, None, "fetch", 137, "fork", forked=had
+    )
+    for text, method in (("cv2.resize(image)", "fork"), ("self.cap.read()", "spawn")):
+        other = of_silence(line(text), None, "fetch", 137, method, forked=had)
+        assert "suspect" not in other
 
 
 def test_an_unknown_index_is_not_named() -> None:

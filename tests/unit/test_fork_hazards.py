@@ -51,7 +51,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 
 from safeloader.introspect import fork_hazards, parts
 from safeloader.introspect.advice import CUDA, LOCK
-from safeloader.introspect.fork_hazards import survey, warn_once
+from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.suspects import Inherited
 
 
@@ -919,3 +919,20 @@ def test_where_warnings_are_errors_each_time_fails() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeWarning, match=r"dataset\.rng"):
             warn_once(found_in(dataset), dataset)
+
+
+def test_what_a_library_wrote_in_another_language_is_known_by_its_class() -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+
+    class Tables:
+        def __init__(self) -> None:
+            self.table, self.rows = pyarrow.table({"x": [1, 2]}), [1, 2]
+            self.weights, self.tensor, self.inner = np.zeros(2), torch.zeros(2), Inner()
+
+    class Inner:
+        def __init__(self) -> None:
+            self.column = pyarrow.array([1, 2])
+
+    found = {each.path: each.kind for each in natives(Tables())}
+    assert set(found) == {"dataset.table", "dataset.inner.column"}
+    assert found["dataset.table"] == "pyarrow.lib.Table"
