@@ -31,6 +31,7 @@ from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.records import Records
 from safeloader.settings import (
+    SAID,
     Check,
     Keywords,
     OnCrash,
@@ -209,6 +210,11 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
             return super().__iter__()
         return cast(Iterator[Any], self._get_iterator())
 
+    def __len__(self) -> int:
+        """The number of batches, as torch has it; noted, to be compared with what comes."""
+        said = self.__dict__[SAID] = super().__len__()
+        return said
+
     def _get_iterator(self) -> Any:
         # Torch's hook for subclasses; some code asks for a fresh iterator this way.
         if _unrecorded(self):
@@ -218,7 +224,9 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
-        return self.__dict__ | {"_pool": None, "_iterator": None}
+        state = self.__dict__ | {"_pool": None, "_iterator": None}
+        state.pop(SAID, None)
+        return state
 
 
 def _unrecorded(loader: SafeDataLoader[Any]) -> bool:

@@ -25,6 +25,10 @@ Transport = Literal["auto", "torch"]
 Check = Callable[[Any, Any], object]
 
 
+SAID = "_said"
+"""The attribute of a loader that holds how many batches it said it has, since its last epoch."""
+
+
 class Unasked(str):
     """A value that nobody asked for in so many words, though frameworks may hand it back."""
 

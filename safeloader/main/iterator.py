@@ -28,7 +28,7 @@ from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.events import listeners
-from safeloader.settings import Settings
+from safeloader.settings import SAID, Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
 from safeloader.transport.slot_reader import WORKER_GONE, changed
@@ -44,17 +44,25 @@ class SafeIterator(Iterator[Any]):
     """
 
     def __init__(
-        self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None = None
+        self,
+        loader: DataLoader[Any],
+        settings: Settings,
+        pool: WorkerPool | None = None,
+        said: int | None = None,
     ) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
         self._loader = weakref.ref(loader)
-        self._begin(loader, settings, pool)
-        # A stream's __next__ also warns about its length: that stays torch's.
-        self._advance: Callable[[Any], Any] = next if self.pool.stream else _torch.next_of
+        self._begin(loader, settings, pool, said)
         self.pool.live = weakref.ref(self)
 
-    def _begin(self, loader: DataLoader[Any], settings: Settings, pool: WorkerPool | None) -> None:
+    def _begin(
+        self,
+        loader: DataLoader[Any],
+        settings: Settings,
+        pool: WorkerPool | None,
+        said_length: int | None,
+    ) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
         kind = short_type_name(type_name(type(loader)))
         log = LoaderLog(loader.dataset, length_of(loader.dataset), kind)
@@ -65,8 +73,7 @@ class SafeIterator(Iterator[Any]):
         self.pool = pool or WorkerPool(loader, settings, log)
         ledger = self.pool.new_ledger(loader)
         with guarded("the look at the loader's length", lambda: log):
-            recorder, stream = settings.recorder, self.pool.stream
-            said = announced(loader, stream, log.length, recorder, log.at)
+            said = announced(loader, self.pool.stream, log.length, said_length)
         sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
         self._epoch = epoch = Epoch(
             loader.dataset, settings, log, ledger, also, announced=said, sampler=sampler
@@ -75,14 +82,19 @@ class SafeIterator(Iterator[Any]):
         again = self.pool.workers and not self.pool.stream
         restarts = settings.on_crash == "restart" and again
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
+        # A stream's __next__ also warns about its length: that stays torch's.
+        self._advance: Callable[[Any], Any] = next if self.pool.stream else _torch.next_of
+        new = self.pool.workers > 0 and self.pool.stock is None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         self._looks.begin(log, self.pool.workers, self.pool.stream, epoch.noticed)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
+            if new:
+                self._advance = self._looks.while_waiting(self._advance)
         except WorkersDied as sign:
             self._go_on_after(sign)
 
-    def restart(self, loader: DataLoader[Any], settings: Settings) -> None:
+    def restart(self, loader: DataLoader[Any], settings: Settings, said: int | None = None) -> None:
         """Begin the next epoch on the same workers."""
         if self._turn.locked():
             raise self._out_of_turn()
@@ -90,7 +102,7 @@ class SafeIterator(Iterator[Any]):
             self._whose = get_ident()
             self._epoch.release()
             self._looks.release()
-            self._begin(loader, settings, self.pool)
+            self._begin(loader, settings, self.pool, said)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -268,18 +280,18 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
         ours: what has our keywords as attributes, and keeps the pool of persistent workers for the
             next epoch in ``_pool``: the loader itself, or what stands beside it.
     """
-    settings = Settings.of(ours)
+    settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader, settings)
+        return SafeIterator(loader, settings, said=said)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
     live = None if pool is None else pool.live()
     if live is None:
-        live = SafeIterator(loader, settings, pool)
+        live = SafeIterator(loader, settings, pool, said)
     else:
-        live.restart(loader, settings)
+        live.restart(loader, settings, said)
     stock = live.pool.stock
     if stock is not held:  # new, or the workers were replaced
         _torch.keep_iterator(loader, stock)

@@ -26,11 +26,12 @@ from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.byte_code import is_read, names_key, stores_elements
 from safeloader.introspect.copy_state import attributes, copy_state
-from safeloader.introspect.file_positions import Position, read_positions
+from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import container_base
+from safeloader.main.waited_positions import WaitedPositions
 from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
@@ -115,6 +116,8 @@ class Looks:
         self._noticed = noticed
         self._stream = stream
         self._epochs += 1
+        if not num_workers:
+            self._workers = None  # those of an earlier epoch, or of another loader
         self._look_at = 4 * max(1, num_workers)
         self._kept.due = 0
         self.due = 0 if self._on else sys.maxsize
@@ -123,6 +126,10 @@ class Looks:
         """From now on it is these workers; as :class:`_Workers` takes them."""
         with self._guarded():
             self._workers = _Workers(*about, **more)
+
+    def while_waiting(self, advance: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """What waits for a batch, with what is looked at meanwhile on new workers."""
+        return advance if self._workers is None else self._workers.waited.around(advance)
 
     def over(self, fetcher: Any) -> Any:
         """In main, without workers: begin an epoch on ``fetcher``, which is given back."""
@@ -178,7 +185,9 @@ class Looks:
         return said
 
     def _has_time(self) -> bool:
-        return self._on and (self._epochs <= ALWAYS or self._took_little())
+        # Where data was wrong each epoch is looked at: its audit says so, or that it ended.
+        wrong = any(about[0] in OF_DATA for about in self._told)
+        return self._on and (self._epochs <= ALWAYS or wrong or self._took_little())
 
     def _took_little(self) -> bool:
         return self._spent <= SHARE * (monotonic() - self._began)
@@ -219,9 +228,10 @@ class Looks:
     def _of_data(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
         """What is wrong with the data; any of it may be the cause of a failure."""
         workers, dataset = self._workers, self._dataset()
+        own = reports.get(0) if workers is None else None  # main's, of a moment ago
         seen = Seen(
             reports,
-            copy_state(dataset, self._length),
+            copy_state(dataset, self._length) if own is None else own.now,
             self._length,
             stream=self._stream,
             persistent=workers is not None and workers.stay,
@@ -324,7 +334,7 @@ class _Workers:
         self._began, self._started = began, started
         self._start_told = False
         several = self.forked and self.number > 1
-        self._at_fork: dict[int, Position] = read_positions() if several else {}
+        self.waited = WaitedPositions(read_positions() if several else {})
 
     def ask(self) -> None:
         """Have the workers report, and wait for those that do so at once."""
@@ -347,17 +357,26 @@ class _Workers:
         if flight is None:
             return {}
         raw = {worker: flight.report(worker) for worker in range(self.number)}
-        return {worker: pickle.loads(each) for worker, each in raw.items() if each}
+        told = {worker: pickle.loads(each) for worker, each in raw.items() if each}
+        return {worker: self._of_workers(each) for worker, each in told.items()}
+
+    def _of_workers(self, report: SelfReport) -> SelfReport:
+        """The report without files that main may have read itself."""
+        if not report.files:
+            return report
+        paths = self.waited.paths
+        return report._replace(files=tuple(each for each in report.files if each.path in paths))
 
     def moved_positions(self, said: list[str]) -> list[str]:
         """Read positions that moved since the workers were forked, unless told already."""
-        now = read_positions()
+        now, then = read_positions(), self.waited.inherited
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
             "reads, the others skip. Open it in the worker, at first use"
-            for fd, before in self._at_fork.items()
-            if fd in now
+            for fd, before in then.items()
+            if fd in self.waited.moved
+            and fd in now
             and now[fd].path == before.path
             and now[fd].offset != before.offset
             and not any(before.path in each for each in said)

@@ -85,7 +85,6 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
-    asks_lengths: bool = True  # whether the user's samplers are asked how long they are
     _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:

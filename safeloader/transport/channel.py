@@ -190,7 +190,7 @@ class TaskQueue:
     """
 
     _poll: select.poll | None = None  # of the class: a worker makes its own
-    pauses: Callable[[], None] = staticmethod(lambda: None)
+    pauses: Callable[[bool], None] = staticmethod(lambda asked: None)
     """Of a worker, set there: is called where something else than a task comes, at the end of an
     epoch and where main asks."""
 
@@ -232,8 +232,9 @@ class TaskQueue:
         item = pickle.loads(self._reader.recv_bytes())
         if type(item) is tuple:
             return item[0], Task(*item[1:])
-        self.pauses()
-        if item == PAUSE:
+        asked = item == PAUSE
+        self.pauses(asked)
+        if asked:
             raise queue.Empty  # torch asks again
         return item
 

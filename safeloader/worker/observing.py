@@ -36,7 +36,8 @@ from safeloader.worker.shared_files import InheritedFiles
 ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
-SHARE = 0.005  # of the time, at most, that reports may take after the first two
+ALWAYS = 3  # epochs, at the ends of which it reports
+SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
 
 
 class Observer:
@@ -167,12 +168,16 @@ class Observer:
         if self._batches >= self._due:
             self._due = 2 * self._batches
             self._remember_memory()
-            if self._batches <= 2 or self._spent < SHARE * (perf_counter() - self._began):
+            if self._batches <= 2 or self._took_little():
                 self.report()
 
-    def paused(self) -> None:
-        """There is nothing to do for now: an epoch is at its end, or main asks."""
-        if self._batches > self._reported:
+    def _took_little(self) -> bool:
+        return self._spent < SHARE * (perf_counter() - self._began)
+
+    def paused(self, asked: bool) -> None:
+        """There is nothing to do for now: an epoch is at its end, or main has ``asked``."""
+        new = self._batches > self._reported
+        if asked or (new and (self._epochs <= ALWAYS or self._took_little())):
             self.report()
 
     def report(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import weakref
 from typing import Any
 
 from safeloader.introspect.copy_state import attributes
@@ -27,11 +28,12 @@ class InheritedFiles:
 
     def watch(self, fetcher: Any) -> None:
         """Look at the positions before and after each batch of ``fetcher``, for some batches."""
-        fetch = fetcher.fetch
+        # Weakly, and by the function: the fetcher holds this.
+        fetch, its = type(fetcher).fetch, weakref.ref(fetcher)
 
         def watched(task: Any) -> Any:
             if not self.open:
-                return fetch(task)
+                return fetch(its(), task)
             for fd in self.open:
                 offset = offset_of(fd)
                 if offset != self._at[fd]:
@@ -39,7 +41,7 @@ class InheritedFiles:
                     self._at[fd] = offset or 0
             self._read = bytes_read()
             try:
-                return fetch(task)
+                return fetch(its(), task)
             finally:
                 self._look_after()
 

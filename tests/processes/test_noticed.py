@@ -517,6 +517,23 @@ def test_a_file_that_is_opened_in_the_worker_is_not_told(way: str, file: Path, c
     assert said(caplog, loader_of(Lines(file, lazy=True), way)) == []
 
 
+def test_workers_that_have_nothing_new_to_say_answer_all_the_same(
+    caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "ANSWER_S", 600.0)  # the test would end before
+    loader = loader_of(torch.zeros(16, 3), "fork, persistent", batch_size=8)  # one batch a worker
+    assert said(caplog, loader) == []
+
+
+def test_wrong_data_is_noticed_after_an_epoch_on_workers_and_in_each_epoch(caplog: Any) -> None:
+    loader = loader_of(InPlace("array"), "fork")
+    list(loader)
+    loader.num_workers, loader.multiprocessing_context = 0, None
+    said(caplog, loader, epochs=6)
+    noticed = [bool(audit.noticed) for audit in loader.audits]
+    assert noticed[2:] == [True] * 5, noticed
+
+
 def test_a_file_that_nobody_reads_is_not_told(file: Path, caplog: Any) -> None:
     with open(file, "rb", buffering=0):
         assert said(caplog, loader_of(Seeded(), "fork")) == []
@@ -539,6 +556,40 @@ def test_a_failure_tells_of_the_position_that_moved(file: Path) -> None:
         list(loader_of(dataset, "fork", batch_size=2))
     *_, step = str(caught.value).splitlines()
     assert step.startswith("  next: open the file in the worker")
+
+
+class ReadsItsOwn(Lines):
+    """Opens its file for each sample, and fails at one."""
+
+    def __init__(self, path: Path, fails_at: int | None = None) -> None:
+        super().__init__(path, lazy=True)
+        self.fails_at = fails_at
+
+    def __getitem__(self, index: int) -> int:
+        with open(self.path, "rb") as file:
+            file.seek(1000 * index)
+            read = len(file.read(1000))
+        if index == self.fails_at:
+            raise ValueError("a bad sample")
+        return read
+
+
+@pytest.mark.parametrize("fails_at", [None, 15])
+def test_a_file_that_the_training_loop_reads_is_its_own(
+    fails_at: int | None, file: Path, tmp_path: Path, caplog: Any
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(bytes(1 << 20))
+    told = ""
+    with open(prompts, "rb") as mine:
+        try:
+            for _ in loader_of(ReadsItsOwn(file, fails_at), "fork", batch_size=2):
+                mine.read(9000)  # more than what is read ahead
+        except SafeLoaderError as error:
+            told = str(error)
+    assert bool(told) == (fails_at is not None)
+    assert "read position" not in told
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 # ── caches, memory, batches that are kept, slow starts ───────────────────────────────────────────

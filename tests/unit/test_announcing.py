@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from safeloader import Recorder, SafeDataLoader
+from safeloader import SafeDataLoader
+from safeloader.introspect.asking import asking_changes_nothing
 from tests import datasets, faults
 
 DATA = list(range(64))
@@ -22,15 +23,21 @@ class Announces(Sampler[Any]):
 
     def __init__(self, gives: int, says: Any) -> None:
         self.gives, self.says = gives, says
-        self.asked = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter([[2 * k, 2 * k + 1] for k in range(self.gives)])
 
     def __len__(self) -> int:
+        return int(self.says)
+
+
+class Counting(Announces):
+    """Notes that it was asked: so asking changes something."""
+
+    asked = 0
+
+    def __len__(self) -> int:
         self.asked += 1
-        if isinstance(self.says, Exception):
-            raise self.says
         return int(self.says)
 
 
@@ -71,7 +78,8 @@ def test_a_sampler_below_torchs_batch_sampler_is_told() -> None:
     "arguments",
     [
         {"batch_sampler": Announces(12, 12)},
-        {"batch_sampler": Announces(12, TypeError("unknown"))},
+        {"batch_sampler": Announces(12, "unknown")},
+        {"batch_sampler": Counting(12, 20)},
         {"batch_sampler": [[0, 1], [2]]},
         {"sampler": Singles(7, 7), "batch_size": 4},
         {"sampler": Singles(7, 7), "batch_size": 4, "drop_last": True},
@@ -118,7 +126,6 @@ class Draws(Announces):
         return iter([[index] for index in self._order()])
 
     def __len__(self) -> int:
-        self.asked += 1
         return len(self._order())
 
 
@@ -146,20 +153,63 @@ def test_batches_are_the_stock_loaders_whatever_a_length_draws(make: Any) -> Non
     assert batches(SafeDataLoader) == batches(DataLoader)
 
 
-def test_a_length_that_takes_its_time_is_asked_once() -> None:
-    class Slow(Announces):
-        def __len__(self) -> int:
-            until = time.perf_counter() + 0.006
-            while time.perf_counter() < until:
-                pass
-            return super().__len__()
+class Reorders(Announces):
+    """Its own count of epochs seeds its order, and each count of its batches is an epoch."""
 
-    sampler = Slow(3, 3)
-    loader = SafeDataLoader(DATA, batch_sampler=sampler, recorder=Recorder())
-    for _ in range(3):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = random.Random(self.epoch).sample(DATA, 9)
+        self.epoch += 1
+        return iter([order[:3], order[3:6], order[6:]])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Prepares(Announces):
+    """Draws its batches as it is asked for them, or for their number, whichever comes first."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.batches: Any = None
+
+    def _prepared(self) -> Any:
+        if self.batches is None:
+            self.batches = torch.randperm(9).split(3)
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches, self.batches = self._prepared(), None
+        return iter([each.tolist() for each in batches])
+
+    def __len__(self) -> int:
+        return len(self._prepared())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", [Reorders, Prepares])
+def test_what_a_length_changes_stays_as_under_the_stock_loader(make: Any, workers: int) -> None:
+    def batches(cls: Any) -> list[Any]:
+        torch.manual_seed(3)
+        loader = cls(DATA, batch_sampler=make(), num_workers=workers)
+        return [batch.tolist() for _ in range(2) for batch in loader] + [torch.rand(1).item()]
+
+    assert batches(SafeDataLoader) == batches(DataLoader)
+
+
+def test_what_the_program_was_told_is_compared_with_what_comes() -> None:
+    sampler = Counting(12, 20)
+    loader = SafeDataLoader(DATA, batch_sampler=sampler)
+    assert len(loader) == 20
+    for _ in range(2):
         for _ in loader:
             pass
     assert sampler.asked == 1
+    assert "the sampler says 20 batches and gave 12" in str(loader.audits[0])
+    assert loader.audits[1].announced is None  # nobody asked again
 
 
 def test_a_loader_with_a_length_of_its_own_is_left_alone() -> None:
@@ -167,11 +217,10 @@ def test_a_loader_with_a_length_of_its_own_is_left_alone() -> None:
         def __len__(self) -> int:
             return 1000
 
-    sampler = Announces(3, 7)
-    loader = Endless(DATA, batch_sampler=sampler)
+    loader = Endless(DATA, batch_sampler=Announces(3, 7))
     for _ in loader:
         pass
-    assert (sampler.asked, loader.audit.announced) == (0, None)
+    assert loader.audit.announced is None
 
 
 # ── batches handed over ──────────────────────────────────────────────────────────────────────────
@@ -208,13 +257,76 @@ def test_a_batch_left_out_whole_is_missing_from_the_count() -> None:
     assert "\n  batches: len(loader) says 12, and 11 were handed over" in str(loader.audit)
 
 
-def test_in_distributed_training_a_sampler_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    sampler = Announces(3, 7)
-    loader = SafeDataLoader(DATA, batch_sampler=sampler)
-    for _ in range(3):
-        for _ in loader:
-            pass
-    assert sampler.asked == 1
-    assert "the sampler says 7 batches and gave 3" in str(loader.audits[0])
+# ── what may be asked ────────────────────────────────────────────────────────────────────────────
+
+
+class Held:
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+
+class OfAttribute(Held):
+    def __len__(self) -> int:
+        return int(self.total) // self.size  # type: ignore[attr-defined]
+
+
+class OfList(Held):
+    def __len__(self) -> int:
+        return max(0, len(self.rows) - 1)  # type: ignore[attr-defined]
+
+
+class Rounded(Held):
+    def __len__(self) -> int:
+        return math.ceil(self._whole / self.size)  # type: ignore[attr-defined]
+
+    @property
+    def _whole(self) -> int:
+        return len(self.rows)  # type: ignore[attr-defined]
+
+
+class OfInner(Held):
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[attr-defined]
+
+
+class Assigns(Held):
+    def __len__(self) -> int:
+        self.asked = True
+        return 3
+
+
+class Calls(Held):
+    def __len__(self) -> int:
+        return self.count()  # type: ignore[attr-defined, no-any-return]
+
+
+class Answers(Held):
+    def __len__(self) -> int:
+        return self.unknown  # type: ignore[attr-defined, no-any-return]
+
+    def __getattr__(self, name: str) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("thing", "harmless"),
+    [
+        ([1, 2], True),
+        (OfAttribute(total=9, size=2), True),
+        (OfList(rows=[1]), True),
+        (Rounded(rows=[1, 2, 3], size=2), True),
+        (OfInner(inner=[1]), True),
+        (OfInner(inner=Rounded(rows=[1], size=2)), True),
+        (OfInner(inner=Assigns()), False),
+        (OfInner(inner=Calls(count=list)), False),
+        (OfAttribute(total=Assigns(), size=1), False),
+        (Assigns(), False),
+        (Calls(count=list), False),
+        (Answers(), False),
+        (Reorders(), False),
+        (Prepares(), False),
+        (object(), False),
+    ],
+)
+def test_only_what_changes_nothing_is_asked(thing: Any, harmless: bool) -> None:
+    assert asking_changes_nothing(thing) == harmless
