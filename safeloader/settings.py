@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
@@ -124,6 +125,8 @@ class Settings(Keywords):
             if not is_good(value):
                 error = TypeError if name in _KINDS else ValueError
                 raise error(f"{name} must be {wanted}; got {bounded_text(value)}")
+        for each in self.checks:
+            _see_callable(each)
         if len(self._identities) > 1:
             raise ValueError(
                 "samples have one identity: give key=, or one checks.unique in validate=, not both"
@@ -136,6 +139,28 @@ class Settings(Keywords):
                 "the samples that a dead worker had read. Leave on_crash='raise' for an iterable "
                 "dataset"
             )
+
+
+def _see_callable(check: Check) -> None:
+    """That a check takes a sample and an index, as far as its signature tells.
+
+    Raises:
+        TypeError: if it does not.
+    """
+    said = f"validate= was given {bounded_text(check)}"
+    if isinstance(check, type):
+        raise TypeError(f"{said}, a class: make a check of it, {check.__name__}()")
+    try:
+        signature = inspect.signature(check)
+    except (TypeError, ValueError):  # written in another language
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as exc:
+        raise TypeError(
+            f"{said}, which cannot be called with (sample, index): {exc}. A check is "
+            "def check(sample, index), and raises where the sample is not as it should be"
+        ) from None
 
 
 _TRACE_ADVICE = (

@@ -141,7 +141,8 @@ class StreamLedger(Ledger):
         workers, drawn = len(self._next), self._drawn()
         if workers > 1:
             notes += [
-                f"worker {row} delivered nothing: its share of the data is empty"
+                f"worker {row} delivered nothing: its share of the data is empty (more shards, or "
+                "fewer workers)"
                 for row, reached in enumerate(self._next)
                 if not reached and not (self._progress and self._progress.read(row)[0])
             ]

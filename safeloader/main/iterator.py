@@ -256,9 +256,10 @@ class SafeIterator(Iterator[Any]):
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"a {type(self).__name__} cannot be pickled; its loader can")
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Bound above: at interpreter exit this module's names may be gone already.
         epoch = self.__dict__.get("_epoch")
-        if epoch is not None and not sys.is_finalizing():
+        if epoch is not None and not is_finalizing():
             try:
                 epoch.release()
                 if "_looks" in self.__dict__:

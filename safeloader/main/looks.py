@@ -41,7 +41,7 @@ from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
 from safeloader.worker.observing import Observer, weakly
 
-ALWAYS = 3  # epochs, in each of which it looks
+ALWAYS = 16  # epochs, in each of which it looks
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
 ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
 FAILURES_MAX = 3  # of a loader, before which it looks
@@ -140,7 +140,7 @@ class Looks:
                         self._dataset(),
                         length=self._length,
                         stream=self._stream,
-                        inherited=None,
+                        files=None,
                         publish=self._own.append,  # no way back to this: no cycle
                         alone=False,
                     )
@@ -181,7 +181,7 @@ class Looks:
                     self._told.add(each.about)
                     said.append(each.text)
             if self._workers is not None:
-                said += self._workers.moved_positions(said)
+                said += self._workers.moved_positions(said, reports)
         return said
 
     def _has_time(self) -> bool:
@@ -200,7 +200,7 @@ class Looks:
         reports = self._reports(asking=asking)
         for finding in chain(self._of_data(reports), self._of_memory(reports)):
             self._note(finding)
-            if self._is_new(finding) and self._log is not None:
+            if self._is_new(finding) and self._log is not None and not self._was_told(finding):
                 self._log.warning("%s", finding.text)
         self._spent += perf_counter() - began
         return reports
@@ -209,6 +209,11 @@ class Looks:
         said, _, _ = finding.text.partition(". ")  # what is so; what to do stands in the log
         if finding.about[0] in OF_DATA and said not in self._noticed:
             self._noticed.append(said)
+
+    def _was_told(self, finding: Finding) -> bool:
+        """Whether a warning at the start has told of it: the audit is then enough."""
+        kind, *about = finding.about
+        return kind == "same numbers" and was_told(self._dataset(), about[0])
 
     def _is_new(self, finding: Finding) -> bool:
         new = finding.about not in self._told
@@ -246,7 +251,7 @@ class Looks:
         """What the memory and the start of the workers say, and the batches that are kept."""
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
-            yield from self._workers.slow_start(self._dataset())
+            yield from self._workers.slow_start(self._dataset(), self._stream)
         yield from self._kept.finding()
 
     def _counts(self, finding: Finding, dataset: Any) -> bool:
@@ -270,7 +275,7 @@ class Looks:
             owners = [each.owner for each in attributes(dataset) if each.path == about[0]]
             owners += [dataset] if path == "dataset" else []
             return not any(stores_elements(owner, name) for owner in owners)
-        return kind != "same numbers" or not was_told(dataset, about[0])
+        return True
 
     def _remember(self, reports: Mapping[int, SelfReport]) -> None:
         """Workers that go take their beginnings with them."""
@@ -367,22 +372,23 @@ class _Workers:
         paths = self.waited.paths
         return report._replace(files=tuple(each for each in report.files if each.path in paths))
 
-    def moved_positions(self, said: list[str]) -> list[str]:
-        """Read positions that moved since the workers were forked, unless told already."""
+    def moved_positions(self, said: list[str], reports: Mapping[int, SelfReport]) -> list[str]:
+        """Read positions that a worker moves since the workers were forked, unless told already."""
         now, then = read_positions(), self.waited.inherited
+        by_workers = {each.path for report in reports.values() for each in report.files}
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
             "reads, the others skip. Open it in the worker, at first use"
             for fd, before in then.items()
-            if fd in self.waited.moved
-            and fd in now
+            if fd in now
+            and before.path in by_workers
             and now[fd].path == before.path
             and now[fd].offset != before.offset
             and not any(before.path in each for each in said)
         ]
 
-    def slow_start(self, dataset: Any) -> Iterator[Finding]:
+    def slow_start(self, dataset: Any, stream: bool) -> Iterator[Finding]:
         """What took long as the workers began, once they have."""
         flight = self._flight()
         if flight is None or self._start_told:
@@ -393,7 +399,8 @@ class _Workers:
         self._start_told = True
         seconds = max(ready) - self._began
         heavy = list if self.forked else partial(heaviest, dataset)
-        yield from slow_start(seconds, self._started - self._began, self._start_method, heavy)
+        took = self._started - self._began
+        yield from slow_start(seconds, took, self._start_method, stream, heavy)
 
 
 def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:

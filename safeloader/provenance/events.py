@@ -77,14 +77,27 @@ class Events:
         self._log.own_fault(type(sink).__name__, exc)
 
 
+TOLD_MAX = 256  # notes of one recorder
 _EVENTS = tuple(Events.__annotations__)
 
 
 class LogLines:
-    """The sink that warns in the log."""
+    """The sink that warns in the log.
 
-    def __init__(self, log: LoaderLog, beneath: Callable[[Any], str] = lambda index: "") -> None:
+    Args:
+        log: where the lines go.
+        beneath: what to say of the index of the dataset under a Subset.
+        told: the notes of earlier epochs, which are told once; each epoch's audit has its own.
+    """
+
+    def __init__(
+        self,
+        log: LoaderLog,
+        beneath: Callable[[Any], str] = lambda index: "",
+        told: set[str] | None = None,
+    ) -> None:
         self._log, self._beneath = log, beneath
+        self._told = set() if told is None else told
 
     def skipped(
         self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
@@ -103,7 +116,9 @@ class LogLines:
     def closed(self, epoch: int, notes: Sequence[str]) -> None:
         """What is worth knowing beyond the audit's classes."""
         for note in notes:
-            self._log.warning("epoch %d: %s", epoch, note)
+            if note not in self._told and len(self._told) < TOLD_MAX:
+                self._told.add(note)
+                self._log.warning("epoch %d: %s", epoch, note)
 
 
 class Dumps:

@@ -104,6 +104,7 @@ class Recorder:
         self.facts: dict[int, EpochFacts] = {}
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
+        self.told: set[str] = set()  # notes on earlier epochs
         self.looks: list[Any] = []  # at the workers of the loaders that write into it
         # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
         self.orders: dict[int, tuple[int, Packed, bool]] = {}

@@ -14,7 +14,7 @@ from safeloader.supervision.self_report import SelfReport
 from safeloader.supervision.wrong_data import Finding
 
 GREW_MIN = 96 << 20  # bytes that the private memory of one worker has to grow by
-LOOKS = 3  # in a row between which it has to grow
+LOOKS = 4  # in a row between which it has to grow: allocators settle within ten batches
 MANY = 100_000  # objects in one container whose reference counts are worth a word
 SLOW_START_S = 5.0
 
@@ -92,7 +92,11 @@ def _copied(report: SelfReport) -> str:
 
 
 def slow_start(
-    seconds: float, in_main_s: float, start_method: str, heavy: Callable[[], Sequence[str]]
+    seconds: float,
+    in_main_s: float,
+    start_method: str,
+    stream: bool,
+    heavy: Callable[[], Sequence[str]],
 ) -> Iterator[Finding]:
     """Workers that took long until they could begin.
 
@@ -100,13 +104,16 @@ def slow_start(
         seconds: until the last of them was ready.
         in_main_s: seconds of these in which main pickled and started them.
         start_method: of the workers.
+        stream: whether the dataset is iterable-style.
         heavy: gives the heaviest attributes of the dataset, in words.
     """
     if seconds <= SLOW_START_S:
         return
     spent = f"{in_main_s:.1f} s of it to start them"
-    if start_method == "fork":
-        cure = "worker_init_fn or iter(dataset) takes the time, or main's memory, which is copied"
+    if start_method == "fork" and in_main_s > seconds / 2:
+        cure = "a fork copies the tables of main's memory, so start workers before main holds much"
+    elif start_method == "fork":
+        cure = f"worker_init_fn{' or iter(dataset)' if stream else ''} takes the time"
     else:
         spent = f"{in_main_s:.1f} s of it to pickle the dataset for each and start them"
         most = ", ".join(heavy())

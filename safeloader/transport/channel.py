@@ -35,6 +35,7 @@ import queue
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import ChainMap, deque
@@ -374,8 +375,10 @@ class ResultQueue:
         self._writers, self._rows = [], {}
         self.poll = select.poll()
 
-    def __del__(self) -> None:
-        if "_writers" in self.__dict__:  # also where there were descriptors for some alone
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Also where there were descriptors for some alone. At exit names may be gone already, and
+        # the system closes what is open.
+        if "_writers" in self.__dict__ and not is_finalizing():
             self.close()
 
     # in main ────────────────────────────────────────────────────────────────────────────────────

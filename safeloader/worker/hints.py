@@ -22,7 +22,7 @@ from safeloader.introspect.tables import table_rows
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import fields, plain_length
 from safeloader.worker.context import FetchContext
-from safeloader.worker.repair import ON_ERROR_FAULT, STRUCK, Unrepairable
+from safeloader.worker.repair import GIVEN_FAULT, ON_ERROR_FAULT, STRUCK, Unrepairable
 from safeloader.worker.sources import inner_dataset, source_of
 from safeloader.worker.validating import refused_by
 
@@ -38,6 +38,8 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "refused, of a stream": "mend the data, or leave such samples out: on_error='skip'",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
+    GIVEN_FAULT: "have the callable given as on_error= give a sample that passes, or "
+    "safeloader.SKIP",
     STRUCK: "no sample is to blame; next() goes on with the next batch",
     "sample": "safeloader.replay(error, loader.dataset) repeats the call here with the same random "
     "numbers, loader.dataset[{index}] with others",

@@ -23,7 +23,6 @@ from time import perf_counter
 from typing import Any
 
 from safeloader.introspect.copy_state import CopyState, copy_state
-from safeloader.introspect.file_positions import Position
 from safeloader.introspect.generator_digests import global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
@@ -36,7 +35,7 @@ from safeloader.worker.shared_files import InheritedFiles
 ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
-ALWAYS = 3  # epochs, at the ends of which it reports
+ALWAYS = 16  # epochs, at the ends of which it reports
 SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
 
 
@@ -47,8 +46,7 @@ class Observer:
         dataset: as it is in this process.
         length: how many samples it has, as far as main knows; None for a stream.
         stream: whether it is iterable-style.
-        inherited: read positions of files that were open as the process began; None where it did
-            not inherit any.
+        files: those that were open as the process began; None where it did not inherit any.
         publish: is given each report.
         private: gives the private memory of this process in bytes, as last sampled, or None.
         alone: whether no code but that which makes samples writes to this copy of the dataset.
@@ -60,7 +58,7 @@ class Observer:
         *,
         length: int | None,
         stream: bool,
-        inherited: dict[int, Position] | None,
+        files: InheritedFiles | None,
         publish: Callable[[SelfReport], object],
         private: Callable[[], int | None] = lambda: None,
         alone: bool = True,
@@ -83,7 +81,7 @@ class Observer:
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
         self._generators: dict[str, Callable[[], int]] | None = None
-        self._files = InheritedFiles(inherited, dataset) if inherited else None
+        self._files = files
         self._memory: list[tuple[int, int, int | None]] = []
         self._start = self._state()
 

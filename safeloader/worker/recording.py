@@ -233,7 +233,12 @@ class RecordingFetcher:
         stamps = self._stamps
         together = self._spread != 1  # one sample stands for many indices
         donors = self._donors(indices)
-        repair = BatchRepair(self._policy, explained, donors, self._spread, sourced)
+
+        def accept(sample: Any, position: int) -> None:
+            if self._validation is not None and not together:
+                self._validation(sample, indices[position])
+
+        repair = BatchRepair(self._policy, explained, donors, self._spread, sourced, accept)
         repair.have(samples)
         try:
             if phase == "sample":

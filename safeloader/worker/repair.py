@@ -28,6 +28,7 @@ _LONGEST_PAUSE_S = 5.0
 _GAP = object()
 _FAILURES_MAX = 20  # of a batch, that travel with it
 ON_ERROR_FAULT = "raised by on_error=, not by the dataset"
+GIVEN_FAULT = "raised on what on_error= gave in the sample's place"
 STRUCK = "raised by a signal handler, not by the dataset"
 NO_DONOR = (
     "no sample of this batch came, and nothing drawn earlier in this epoch could stand in for it: "
@@ -66,6 +67,7 @@ class BatchRepair:
             only where no sample of the batch came.
         spread: how many indices the one sample stands for, which the dataset makes together.
         source: tells the file or entry of the sample at a position, for what is said of it.
+        accept: raises where what ``on_error`` gave for a position is refused by ``validate=``.
 
     Attributes:
         places: the position of each sample of :meth:`batch`.
@@ -80,10 +82,12 @@ class BatchRepair:
         donors: Donors = (),
         spread: int = 1,
         source: Callable[[Exception | None, int], str] = lambda exc, position: "",
+        accept: Callable[[Any, int], object] = lambda sample, position: None,
     ) -> None:
         self._policy = policy
         self._explain = explain
         self._source = source
+        self._accept = accept
         self._donors = iter(donors)
         self.spread = spread
         self._samples: list[Any] = []
@@ -167,6 +171,10 @@ class BatchRepair:
             except Exception as exc:
                 raise Unrepairable(position, exc, ON_ERROR_FAULT) from failed
             if answer is not SKIP:
+                try:
+                    self._accept(answer, position)
+                except Exception as exc:
+                    raise Unrepairable(position, exc, GIVEN_FAULT) from failed
                 self._samples[position] = answer
                 self._incidents[position] = SampleIncident("replaced", position, reason)
 

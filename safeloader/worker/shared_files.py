@@ -11,6 +11,7 @@ from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.file_positions import Position, bytes_read, offset_of
 from safeloader.supervision.self_report import SharedFile
 
+FILES_MAX = 32  # watched: each takes a descriptor meanwhile
 POSITIONS_FOR = 64  # batches in which read positions are looked at
 
 
@@ -18,13 +19,29 @@ class InheritedFiles:
     """Inherited read positions: whether this process moves them, and whether others do."""
 
     def __init__(self, inherited: dict[int, Position], dataset: Any) -> None:
-        self.open = dict(inherited)
+        # By copies of the descriptors: the worker may close one, and open another file there.
+        copies = [(self._copy_of(fd), fd) for fd in list(inherited)[:FILES_MAX]]
+        self.open = {copy: inherited[fd] for copy, fd in copies if copy is not None}
+        self._fds = {copy: fd for copy, fd in copies if copy is not None}
+        inherited = self.open
         self._dataset = dataset
         self._at = {fd: each.offset for fd, each in inherited.items()}
         self._mine = dict.fromkeys(inherited, 0)
         self._others = dict.fromkeys(inherited, 0)
+        self._paths = {fd: each.path for fd, each in inherited.items()}
         self._batches = 0
         self._read: int | None = None
+
+    @staticmethod
+    def _copy_of(fd: int) -> int | None:
+        try:
+            return os.dup(fd)
+        except OSError:  # closed since, or no descriptor is free
+            return None
+
+    def _let_go(self, fd: int) -> None:
+        del self.open[fd]
+        os.close(fd)
 
     def watch(self, fetcher: Any) -> None:
         """Look at the positions before and after each batch of ``fetcher``, for some batches."""
@@ -58,23 +75,23 @@ class InheritedFiles:
             elif offset != self._at[fd]:  # while this process read nothing at all: main reads on
                 self._at[fd] = offset or 0
             elif self._batches >= 4 and not self._mine[fd]:
-                del self.open[fd]  # this process does not read it
+                self._let_go(fd)  # this process does not read it
         if self._batches >= POSITIONS_FOR:
-            self.open.clear()
+            for fd in list(self.open):
+                self._let_go(fd)
 
     def moved(self) -> tuple[SharedFile, ...]:
-        """Those that this process moved."""
-        moved = [fd for fd, count in self._mine.items() if count]
+        """Those that this process moved more than once: to close a file may move it as well."""
+        moved = [fd for fd, count in self._mine.items() if count > 1]
         return tuple(
-            SharedFile(self._path(fd), _holder(self._dataset, fd), self._mine[fd], self._others[fd])
+            SharedFile(
+                self._paths[fd],
+                _holder(self._dataset, self._fds[fd]),
+                self._mine[fd],
+                self._others[fd],
+            )
             for fd in moved[:8]
         )
-
-    def _path(self, fd: int) -> str:
-        try:
-            return os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            return "a file"
 
 
 _READERS = (io.FileIO, io.BufferedReader, io.TextIOWrapper)

@@ -33,6 +33,7 @@ from safeloader.worker.hints import failure_in
 from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.observing import Observer, into_flight_recorder
 from safeloader.worker.recording import RecordingFetcher
+from safeloader.worker.shared_files import InheritedFiles
 from safeloader.worker.streaming import StreamFetcher
 
 
@@ -56,15 +57,15 @@ class WorkerStartup:
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
-        inherited = read_positions() if self.forks else None
+        info = get_worker_info()
+        dataset = None if info is None else info.dataset
+        files = self._inherited_files(dataset)
         cells = private_row() if self.flight is None else self.flight.row(worker_id)
         cells[PID] = os.getpid()
         monitor = WorkerMonitor(self.flight, worker_id, cells)
         monitor.begins(INIT)
         self.results.speak_as(worker_id, monitor.sent)
         context = dataclasses.replace(self.context, worker_id=worker_id, cells=cells)
-        info = get_worker_info()
-        dataset = None if info is None else info.dataset
 
         def refusing(exc: Exception, phase: str, found: str = "") -> RefusingFetcher:
             return RefusingFetcher(failure_in(context, exc, phase, dataset, found), context)
@@ -82,7 +83,7 @@ class WorkerStartup:
         packer.install()
         start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
-        observer = self._observer(worker_id, dataset, inherited, monitor)
+        observer = self._observer(worker_id, dataset, files, monitor)
         if observer is not None:
             monitor.notes = observer.sent
             TaskQueue.pauses = staticmethod(observer.paused)
@@ -103,8 +104,16 @@ class WorkerStartup:
         _torch.install_fetcher(make)
         cells[READY] = perf_counter_ns()
 
+    def _inherited_files(self, dataset: Any) -> InheritedFiles | None:
+        """The files that were open at the fork, before any code of the user's runs here."""
+        if self.forks and self.flight is not None:
+            with suppress(Exception):  # of ours: the worker does without
+                if positions := read_positions():
+                    return InheritedFiles(positions, dataset)
+        return None
+
     def _observer(
-        self, worker_id: int, dataset: Any, inherited: Any, monitor: WorkerMonitor
+        self, worker_id: int, dataset: Any, files: InheritedFiles | None, monitor: WorkerMonitor
     ) -> Observer | None:
         """What notices what becomes of this worker's copy; None where it cannot be told to main."""
         if self.flight is None:
@@ -114,7 +123,7 @@ class WorkerStartup:
                 dataset,
                 length=self.context.length,
                 stream=self.context.progress is not None,
-                inherited=inherited,
+                files=files,
                 private=monitor.private_bytes,
                 publish=into_flight_recorder(
                     functools.partial(self.flight.write_report, worker_id)

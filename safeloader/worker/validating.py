@@ -10,7 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+import torch
+
 from safeloader.checks.schema import FirstSample, Schema
+from safeloader.errors import ValidationError
 from safeloader.introspect.texts import bounded_text
 
 Check = Callable[[Any, Any], object]
@@ -28,7 +32,8 @@ class Validation:
         """Raise what the first check raises that refuses the sample."""
         for check in self._checks:
             try:
-                check(sample, index)
+                if is_no(check(sample, index)):
+                    raise ValidationError(f"it returned False for {bounded_text(sample)}")
             except Exception as exc:
                 with suppress(Exception):  # a class that takes no attributes
                     setattr(exc, MARK, (name_of(check), position))
@@ -40,6 +45,18 @@ class Validation:
         for each in self._firsts:
             each.untold = None
         return tuple(untold) or None
+
+
+def is_no(answer: Any) -> bool:
+    """Whether a check answered False, instead of raising: in plain Python, NumPy or torch."""
+    if answer is None or answer is True:
+        return False
+    if answer is False:
+        return True
+    if type(answer) is np.bool_:
+        return not answer
+    whole = type(answer) is torch.Tensor and answer.dtype is torch.bool and answer.ndim == 0
+    return whole and not bool(answer)
 
 
 class ValidatedItems:

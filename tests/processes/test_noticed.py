@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import warnings
@@ -556,6 +557,30 @@ def test_a_failure_tells_of_the_position_that_moved(file: Path) -> None:
         list(loader_of(dataset, "fork", batch_size=2))
     *_, step = str(caught.value).splitlines()
     assert step.startswith("  next: open the file in the worker")
+
+
+class Reopens(Lines):
+    """Opens its file again where it finds itself in another process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, lazy=False, buffering=-1)
+        self.pid = os.getpid()
+
+    def __getitem__(self, index: int) -> int:
+        if self.pid != os.getpid():
+            self.file.close()  # which moves the position that was inherited, once
+            self.file = open(self.path, "rb")  # noqa: SIM115  # most likely as the same number
+            self.pid = os.getpid()
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore:safeloader:RuntimeWarning")
+def test_a_file_that_each_process_opens_again_is_not_told(file: Path, caplog: Any) -> None:
+    dataset = Reopens(file)
+    with dataset.file:
+        assert dataset[5] == 1000
+        list(loader_of(dataset, "fork", batch_size=1))
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 class ReadsItsOwn(Lines):

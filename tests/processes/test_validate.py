@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -264,3 +265,45 @@ def test_an_identity_is_given_once() -> None:
 def test_what_is_no_check_is_refused(bad: Any) -> None:
     with pytest.raises(TypeError, match="validate must be None, a check or a list of checks"):
         SafeDataLoader([1], validate=bad)
+
+
+def one_argument(sample: Any) -> None:
+    """Forgets the index."""
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (checks.finite, r"a class: make a check of it, Finite\(\)"),
+        (one_argument, r"cannot be called with \(sample, index\): too many positional"),
+        ([checks.finite(), lambda: None], "cannot be called with"),
+    ],
+)
+def test_a_check_that_cannot_be_called_is_refused_at_once(bad: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        SafeDataLoader([1], validate=bad)
+
+
+def says_no(sample: Any, index: Any) -> Any:
+    answers = {5: False, 6: np.bool_(False), 7: torch.tensor(False), 8: np.bool_(True), 9: 0}
+    return answers.get(index)
+
+
+@each_way
+def test_a_check_that_answers_false_refuses(way: str) -> None:
+    loader = loader_of(way, validate=says_no, on_error="skip")
+    assert indices(loader) == [[0, 1, 2], [3, 4], [8], [9, 10, 11]]
+    assert "returned False" in loader.audit.reasons[5]
+
+
+def give_nan(failure: Any) -> Any:
+    return {"x": torch.full((3,), math.nan), "index": failure.index}
+
+
+@each_way
+def test_what_on_error_gives_is_checked_too(way: str) -> None:
+    with pytest.raises(ValidationError, match="raised on what on_error= gave") as caught:
+        list(loader_of(way, on_error=give_nan))
+    assert caught.value.index == 5
+    *_, step = str(caught.value).splitlines()
+    assert "have the callable given as on_error= give a sample that passes" in step

@@ -232,12 +232,18 @@ def test_pages_that_are_copied() -> None:
 
 
 def test_a_start_that_is_quick_is_not_told() -> None:
-    assert list(slow_start(4.0, 1.0, "spawn", list)) == []
-    [said] = slow_start(22.0, 14.0, "spawn", lambda: ["dataset.rows (list of 9)"])
+    assert list(slow_start(4.0, 1.0, "spawn", False, list)) == []
+    [said] = slow_start(22.0, 14.0, "spawn", False, lambda: ["dataset.rows (list of 9)"])
     assert "took 22.0 s until they were ready, 14.0 s of it to pickle" in said.text
     assert "Most is dataset.rows (list of 9). One array" in said.text
-    [said] = slow_start(22.0, 0.1, "spawn", list)
+    [said] = slow_start(22.0, 0.1, "spawn", False, list)
     assert "libraries anew. persistent_workers=True" in said.text  # there is nothing to shrink
+    for stream, told in ((False, "worker_init_fn takes"), (True, "or iter(dataset) takes")):
+        [said] = slow_start(22.0, 0.1, "fork", stream, list)
+        assert told in said.text
+    [said] = slow_start(22.0, 21.0, "fork", True, list)
+    assert "copies the tables of main's memory" in said.text
+    assert "worker_init_fn" not in said.text
 
 
 # ── looks at a dataset ───────────────────────────────────────────────────────────────────────────
