@@ -49,6 +49,37 @@ class WorkerEnd(NamedTuple):
     of_stream: bool = False
 
 
+class Pace(NamedTuple):
+    """How fast a worker fetches the samples of its batch.
+
+    Attributes:
+        came: samples that were fetched.
+        wanted: samples of the batch.
+        took_s: seconds that these took.
+        since_s: seconds for which it is at the next.
+    """
+
+    came: int
+    wanted: int
+    took_s: float
+    since_s: float
+
+    @property
+    def each_s(self) -> float:
+        """Seconds a sample."""
+        return self.took_s / self.came
+
+    @property
+    def whole_s(self) -> float:
+        """Seconds that the batch takes at this pace."""
+        return self.each_s * self.wanted
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the sample it is at has not taken much longer than those before."""
+        return self.since_s < 3 * self.each_s
+
+
 class Forked(NamedTuple):
     """What the training process had when its workers were forked, and they do not have alive.
 
@@ -254,9 +285,11 @@ def of_silence(
     *,
     timeout: bool = True,
     forked: Forked | None = None,
+    pace: Pace | None = None,
 ) -> str:
     """The probable cause of a worker's silence, and what to do, in one or two sentences.
 
+    ``pace`` is that of the batch it is at, where samples of it came.
     ``forked`` is what the training process had when the worker was forked from it.
     """
     if phase == "unknown":
@@ -266,6 +299,13 @@ def of_silence(
         )
     if held_up := _HELD_UP.get(status or "") or _HELD_UP.get(phase):
         return held_up
+    if pace is not None and pace.goes_on:
+        longer = "give timeout= more than that" if timeout else "that is how long it takes"
+        return (
+            f"it is slow, and not stuck: {pace.came} of the {pace.wanted} samples of the batch "
+            f"came, in {pace.each_s:.2g} s each, so the batch takes about {pace.whole_s:.2g} s: "
+            f"{longer}; more workers, or a smaller batch, have batches come sooner"
+        )
     if stack is None or not stack.frames:
         return "give timeout= a larger value if the sample is only slow"
     line = _line_in(stack.frames)

@@ -17,7 +17,7 @@ from safeloader.failures.loader_log import LoaderLog, text_of
 from safeloader.introspect.resources import human_bytes, machine_lines, oom_kills, or_none
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.supervision import stacks
-from safeloader.supervision.causes import Forked, WorkerEnd, ended, of_death, of_silence
+from safeloader.supervision.causes import Forked, Pace, WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.flight_recorder import FlightRecorder, FlightRow
 from safeloader.supervision.processes import Signals
 
@@ -66,6 +66,15 @@ class WorkerLocation(NamedTuple):
             "send": f"sending {batch}{of_batch}",
         }
         return words.get(self.position.phase, self.position.phase)
+
+
+def _pace(where: WorkerLocation) -> Pace | None:
+    """That of the batch a worker is at; None where no sample of it came, or that is not known."""
+    row = where.position
+    if not row.position or not row.began_ns or not where.indices:
+        return None
+    took, since = row.since_ns - row.began_ns, clock() - row.since_ns
+    return Pace(row.position, len(where.indices), took / 1e9, since / 1e9) if took > 0 else None
 
 
 class Diagnosis:
@@ -162,7 +171,14 @@ class Diagnosis:
         phase = first.position.phase
         method, forked = self._start_method, self._forked
         cause = of_silence(
-            stack, status, phase, first.index, method, timeout=timeout, forked=forked
+            stack,
+            status,
+            phase,
+            first.index,
+            method,
+            timeout=timeout,
+            forked=forked,
+            pace=_pace(first),
         )
         message = f"DataLoader timed out after {waited_s:g} seconds"
         if not timeout:

@@ -51,6 +51,7 @@ class FlightRow(NamedTuple):
             None where the dataset fetches a whole batch at once.
         ordinal: number in its stream of the batch's first sample.
         since_ns: when it came there, by ``time.perf_counter_ns``; 0 if it never said so.
+        began_ns: when it began to fetch its batch; 0 where it fetches none by single samples.
         pid: 0 if it never said so.
         signal: the signal that makes it write its stack; 0 while it cannot.
         memory_first: resident, proportional and unique set size after its start, bytes; -1 unknown.
@@ -62,6 +63,7 @@ class FlightRow(NamedTuple):
     position: int | None = None
     ordinal: int = 0
     since_ns: int = 0
+    began_ns: int = 0
     pid: int = 0
     signal: int = 0
     memory_first: tuple[int, int, int] = (-1, -1, -1)
@@ -141,6 +143,7 @@ class FlightRecorder(SharedCells):
             position=position if phase == "fetch" else None,
             ordinal=row[ORDINAL],
             since_ns=since,
+            began_ns=row[STAMPS] if phase == "fetch" else 0,
             pid=row[PID],
             signal=row[SIGNAL],
             memory_first=(row[MEMORY], row[MEMORY + 1], row[MEMORY + 2]),

@@ -18,7 +18,7 @@ from safeloader.introspect import resources
 from safeloader.introspect.advice import FILE, NATIVE, THREAD
 from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import causes
-from safeloader.supervision.causes import Forked, WorkerEnd, ended, of_death, of_silence
+from safeloader.supervision.causes import Forked, Pace, WorkerEnd, ended, of_death, of_silence
 from safeloader.supervision.stacks import Stack
 
 NO_STACK = Stack((), "")
@@ -284,6 +284,23 @@ def test_a_librarys_object_in_the_line_that_hangs_is_suspected() -> None:
     for text, method in (("cv2.resize(image)", "fork"), ("self.cap.read()", "spawn")):
         other = of_silence(line(text), None, "fetch", 137, method, forked=had)
         assert "suspect" not in other
+
+
+@pytest.mark.parametrize(
+    ("pace", "slow"),
+    [
+        (Pace(2, 8, 0.8, 0.3), True),
+        (Pace(2, 8, 0.8, 5.0), False),  # the sample it is at takes much longer
+        (None, False),
+    ],
+)
+def test_a_batch_whose_samples_come_one_by_one_is_slow(pace: Any, slow: bool) -> None:
+    for timeout in (True, False):
+        said = of_silence(
+            line("time.sleep(0.4)"), None, "fetch", 137, "fork", timeout=timeout, pace=pace
+        )
+        assert said.startswith("it is slow, and not stuck: 2 of the 8 samples") == slow
+        assert ("in 0.4 s each, so the batch takes about 3.2 s" in said) == slow
 
 
 def test_an_unknown_index_is_not_named() -> None:
