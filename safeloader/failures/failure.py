@@ -107,6 +107,8 @@ class Failure:
     _refused_by: str = ""  # the check of ``validate=`` that raised, on a sample that came
     _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
+    # The batch's indices up to this one as they were drawn, pickled, where they are no plain ints.
+    _drawn: bytes | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("message", "traceback", "hint"):  # whoever made them: they leave from here on

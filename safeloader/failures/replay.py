@@ -99,17 +99,26 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
             index_text(what.index),
             "killed" if what.phase == "crash" else "hung",
         )
+    *before, asked = _as_drawn(what)
     with preserved():
         if what._random is not None:
             what._random.set()
-            for index in what.indices[: what.position]:
+            for index in before:
                 with suppress(Exception):  # skipped there too, with the numbers it drew until then
                     dataset[index]
-        sample = dataset[what.index]
+        sample = dataset[asked]
     # Of what failed in collation or on the way the sample came there too.
     if what.phase in _OF_SAMPLE and not what._refused_by:
         LoaderLog(dataset).warning("%s", _passes(what, dataset))
     return sample
+
+
+def _as_drawn(failure: Failure) -> list[Any]:
+    """The indices of the batch up to the failing one, as the dataset was given them."""
+    with suppress(Exception):  # a class that cannot be imported here
+        if failure._drawn is not None:
+            return list(pickle.loads(failure._drawn))
+    return [*failure.indices[: failure.position], failure.index]
 
 
 def replay_index(index: Any, dataset: Any, told: str = "") -> Any:

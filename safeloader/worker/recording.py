@@ -19,9 +19,12 @@ samples that fail and are not to end their batch.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter_ns as clock
 from typing import Any
+
+import torch
 
 from safeloader.delivery.indices import Packed, identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
@@ -29,6 +32,7 @@ from safeloader.failures.failure import Failure, without_ours
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.resource_exhaustion import met_in_sharing
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import Opaque
 from safeloader.supervision.flight_recorder import (
     COLLATE,
@@ -56,6 +60,7 @@ from safeloader.worker.sources import source_of
 from safeloader.worker.stacking import collation_by
 from safeloader.worker.validating import Validation, refused_by
 
+_DRAWN_MAX = 1 << 16  # bytes
 Made = DeliveredBatch | BatchMessage | EmptyBatch | FailedBatch
 
 
@@ -299,7 +304,24 @@ class RecordingFetcher:
             indices=indices,
             _refused_by=refused_by(fault.cause)[0],
             _random=RandomState(*self._random),
+            _drawn=None if position is None else self._drawn_up_to(indices[: position + 1]),
         )
+
+    def _drawn_up_to(self, indices: tuple[Any, ...]) -> bytes | None:
+        """These indices as they were drawn, for :func:`~safeloader.replay`; None of plain ones."""
+        try:
+            drawn = list(self._task.index) if self._batched else [self._task.index]
+            drawn = drawn[: len(indices)]
+            if {int, str}.issuperset(map(type, drawn)) or tuple(map(identity, drawn)) != indices:
+                return None  # of a stream they are its places
+            # A view of a tensor would take along all that it is a view of.
+            own = [each.clone() if type(each) is torch.Tensor else each for each in drawn]
+            pickled = pickle.dumps(own)
+        except Exception as exc:  # objects of the user's: replay does with their identities
+            if raised_by_signal(exc):
+                raise
+            return None
+        return pickled if len(pickled) <= _DRAWN_MAX else None
 
 
 def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tuple[Any, ...]:

@@ -105,6 +105,30 @@ def test_the_same_numbers(dataset: Any, workers: int, method: str | None, shuffl
     assert drawn == replayed(pickle.loads(pickle.dumps(error.failure)), dataset)
 
 
+class OfTensors(Draws):
+    """What it holds is found under ints alone, and its sampler gives tensors, or the reverse."""
+
+    def __init__(self, keys: list[Any]) -> None:
+        super().__init__()
+        self.table = {key: at for at, key in enumerate(keys)}
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        drawn = numbers()
+        if index not in self.table:
+            raise Bad(drawn)
+        return torch.tensor(drawn)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("indices", [torch.arange(40), np.arange(40, dtype=np.int16)])
+def test_the_index_is_given_as_it_was_drawn(workers: int, indices: Any) -> None:
+    dataset = OfTensors([] if isinstance(indices, torch.Tensor) else [*range(13)])
+    error = caught(SafeDataLoader(dataset, batch_size=6, sampler=indices, num_workers=workers))
+    drawn = error.args[0]
+    assert drawn == replayed(error, dataset)
+    assert drawn == replayed(pickle.loads(pickle.dumps(error.failure)), dataset)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_later_epoch(workers: int) -> None:
     dataset = Draws()
