@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
+from safeloader.introspect.byte_code import codes
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.pickling import find_unpicklable
@@ -358,5 +360,16 @@ def _without_seeded(found: list[Inherited], loader: DataLoader[Any]) -> list[Inh
     seeds = loader.worker_init_fn is not None and not isinstance(loader.dataset, IterableDataset)
     if not found or not seeds:
         return found
-    watched = own_generators(loader.dataset)
-    return [each for each in found if each.path not in watched]
+    watched = tuple(own_generators(loader.dataset))
+    code = getattr(loader.worker_init_fn, "__code__", None)
+    named = {name for each in codes(code) for name in each.co_names} if code else set()
+
+    def may_be_seeded(each: Inherited) -> bool:
+        within = (f"{each.path}.", f"{each.path}[")  # of a library's object with several
+        seen = each.path in watched or any(path.startswith(within) for path in watched)
+        return not each.by_fork and (seen or bool(named & set(_NAMES.findall(each.path)[-1:])))
+
+    return [each for each in found if not may_be_seeded(each)]
+
+
+_NAMES = re.compile(r"[A-Za-z_]\w*")
