@@ -130,17 +130,31 @@ def warn_once(findings: list[Inherited], dataset: object) -> None:
         findings: what ``survey`` returned.
         dataset: the loader's; only its class is looked at.
     """
-    new = [each for each in findings if (type_name(type(dataset)), each.path) not in _said]
-    for number, (path, kind, why, advice, _) in enumerate(new[:TOLD_MAX], 1):
+    cls = type_name(type(dataset))
+    alike: dict[tuple[str, str, str], list[Inherited]] = {}
+    for each in findings:
+        if (cls, each.path) not in _said:
+            alike.setdefault((_within(each.path), each.kind, each.why), []).append(each)
+    new = list(alike.items())
+    for number, ((within, _, _), several) in enumerate(new[:TOLD_MAX], 1):
+        path, kind, why, advice, _ = several[0]
         begins = f"safeloader: {path} "
-        text = f"{begins}({kind}) goes to the workers: {why}. {advice[0].upper()}{advice[1:]}."
+        also = f", and others in {within}" if several[1:] else ""
+        text = f"{begins}({kind}{also}) goes to the workers: {why}. "
+        text += f"{advice[0].upper()}{advice[1:]}."
         if number == TOLD_MAX < len(new):
             text += f" ... and {len(new) - TOLD_MAX} more like it."
         pattern = re.escape(begins).replace("\\ ", " ").replace("\\.", ".")  # to be read
         silence = f"warnings.filterwarnings('ignore', {pattern!r})"
         text += f" If the worker does so already: {silence}"
         warn(text)
-        _said.add((type_name(type(dataset)), path))  # where warnings are errors, each time fails
+        # Where warnings are errors, each time fails.
+        _said.update((cls, each.path) for each in several)
+
+
+def _within(path: str) -> str:
+    """What holds many of a kind: ``dataset.images`` of ``dataset.images[7]``."""
+    return re.sub(r"\[(?:\d+|'[^']*')\]$", "", path)
 
 
 def was_told(dataset: object, path: str) -> bool:

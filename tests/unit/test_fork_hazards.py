@@ -914,6 +914,17 @@ def test_a_long_list_is_cut() -> None:
     assert [" ... and 12 more like it." in text for text in texts] == [False] * 7 + [True]
 
 
+def test_many_of_a_kind_in_one_container_are_one_line() -> None:
+    dataset = Holding(many=[random.Random() for _ in range(16)], other=random.Random())
+    for _ in range(2):
+        texts = said(found_in(dataset), dataset)
+        if texts:
+            [many, other] = sorted(texts)
+            assert "dataset.many[0] (random.Random, and others in dataset.many) goes" in many
+            assert "dataset.other (random.Random) goes" in other
+    assert texts == []
+
+
 def test_where_warnings_are_errors_each_time_fails() -> None:
     dataset = Holding(rng=random.Random())
     for _ in range(2):
