@@ -116,7 +116,7 @@ class Looks:
         self._stream = stream
         self._epochs += 1
         self._look_at = 4 * max(1, num_workers)
-        self._kept.due = 0
+        self._kept.begin()
         self.due = 0 if self._on else sys.maxsize
 
     def on(self, *about: Any, **more: Any) -> None:
@@ -237,7 +237,7 @@ class Looks:
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
             yield from self._workers.slow_start(self._dataset())
-        yield from self._kept.finding()
+        yield from self._kept.finding(self._dataset())
 
     def _counts(self, finding: Finding, dataset: Any) -> bool:
         """Whether a finding is worth a word: of what samples are made by, and not told already."""

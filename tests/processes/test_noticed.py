@@ -609,6 +609,24 @@ def test_batches_that_the_loop_keeps(
     assert "the oldest is batch 0 of epoch 0" in told
 
 
+def as_arrays(samples: list[Any]) -> Any:
+    return {"x": np.stack([each.numpy() for each in samples])}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"collate_fn": as_arrays}, {"transport": "torch"}, {"batch_size": None}],
+    ids=["arrays", "torch's transport", "not collated"],
+)
+def test_batches_are_seen_whatever_way_they_come(
+    more: dict[str, Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_batches, "_memory_bytes", lambda: 200_000)
+    dataset = [torch.zeros(1000) for _ in range(300)]
+    assert len(said(caplog, loader_of(dataset, "fork", **more), epochs=1, keep=[])) == 1
+    assert said(caplog, loader_of(dataset, "fork", **more), epochs=1) == []
+
+
 @ways({"main": {}, "fork": {}})
 def test_batches_that_the_loop_lets_go_are_not_told(
     way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
