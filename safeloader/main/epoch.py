@@ -30,8 +30,9 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
+from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
-from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
+from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.supervision.wrong_data import SAME_STREAM
@@ -140,7 +141,8 @@ class Epoch:
             recorder.newest_audit = functools.partial(self.audit, self.number)
         with guarded("the earlier audits", lambda: log):
             recorder.history.begins(self.number, self)
-            recorder.note_facts(self.number, EpochFacts(log.at.rank, self._under))
+            facts = EpochFacts(log.at.rank, self._under)
+            self._under = recorder.facts.note(self.number, facts).under
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
