@@ -87,6 +87,7 @@ class Epoch:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
         noticed: what was seen of wrong data while it runs, in a sentence each.
+        unchecked: what nobody looked at, in a phrase each.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
@@ -124,6 +125,7 @@ class Epoch:
         self._pid = os.getpid()
         self._notes: list[str] = []
         self.noticed: list[str] = []
+        self.unchecked: list[str] = []
         self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
@@ -536,6 +538,9 @@ class Epoch:
             audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
             if self.noticed:
                 audit = dataclasses.replace(audit, noticed=tuple(self.noticed))
+            if self.unchecked:
+                unchecked = (*audit.unchecked, *self.unchecked)
+                audit = dataclasses.replace(audit, unchecked=unchecked)
             if self._under is not None:
                 audit = audit.naming(self._under)
             if self.log.at.rank is not None or self._shard is not None:

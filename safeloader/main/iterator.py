@@ -76,7 +76,8 @@ class SafeIterator(Iterator[Any]):
         restarts = settings.on_crash == "restart" and again
         self._restarts = WorkerRestarts(loader, epoch) if restarts else None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
-        self._looks.begin(log, self.pool.workers, self.pool.stream, epoch.noticed)
+        told = epoch.noticed, epoch.unchecked
+        self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
         except WorkersDied as sign:
