@@ -6,13 +6,18 @@
                             └──► Subset ──► dataset       = index 812 of part 1
 
 Only torch's own classes exactly, over lists, tuples, ranges, arrays and tensors: no code of the
-user's runs. What is held are their tables of indices, not the datasets.
+user's runs. What is held are their tables of indices, not the datasets, and only until they are let
+go of.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
+import marshal
+import sys
+import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -21,11 +26,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from safeloader.introspect.memories import memory_of
 from safeloader.introspect.values import fields, is_one_of
 
 _TABLES = (list, tuple, range, np.ndarray, torch.Tensor)
 _DEPTH = 16
+_OF_SUBSET, _OF_CONCAT = "indices", "cumulative_sizes"  # the names of their tables
 _LOOKED_AT = 32  # entries of a table, to see whether it is what it was
+_COMPARED_MAX = 1 << 20  # bytes of two tables: half a millisecond
 
 
 class Beneath(NamedTuple):
@@ -35,7 +43,7 @@ class Beneath(NamedTuple):
     part: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Underlying:
     """The way down from the indices of a dataset.
 
@@ -57,6 +65,8 @@ class Underlying:
     _within: tuple[Underlying | None, ...]  # None: a dataset at the bottom
     _concatenates: bool
     _seen: tuple[Any, ...]
+    _bytes: int  # of the table
+    _dataset: weakref.ref[Any]  # that holds the table, as long as it is there
 
     def of(self, index: Any) -> Beneath | None:
         """Where the sample of an index lies; None where that is not known."""
@@ -122,6 +132,40 @@ class Underlying:
         whose = "the dataset" if self.parts == 1 else f"part {place.part}"
         return f"index {place.at} of {whose} under the {self.name}"
 
+    def takes_over(self, other: Underlying) -> bool:
+        """Have the tables of ``other``, which are equal, in the place of these; False where they
+        are not, or it would take long to tell."""
+        same = self._is_like(other)
+        if same:
+            vars(self).update(vars(other))  # whose dataset is there, and holds its table anyway
+        return same
+
+    def _is_like(self, other: Underlying) -> bool:
+        return (
+            self.name == other.name
+            and self._seen == other._seen
+            and len(self._within) == len(other._within)
+            and _equal(self._table, other._table)
+            and all(
+                one is None is two or (one is not None and two is not None and one._is_like(two))
+                for one, two in zip(self._within, other._within, strict=True)
+            )
+        )
+
+    def held_here(self) -> Iterator[tuple[int, int]]:
+        """Of each table that its dataset does not hold any more, the identity and the bytes."""
+        dataset = self._dataset()
+        name = _OF_CONCAT if self._concatenates else _OF_SUBSET
+        if dataset is None or dict(fields(dataset)).get(name) is not self._table:
+            yield id(self._table), self._bytes
+        for within in self._within:
+            if within is not None:
+                yield from within.held_here()
+
+    def let_go(self) -> None:
+        """Keep no table: nothing is known from now on."""
+        self._table, self._within, self._seen = (), (None,), (None,)
+
     def _changed(self) -> bool:
         """Whether a table on the way is not what it was, as far as some of its entries tell."""
         within = any(each is not None and each._changed() for each in self._within)
@@ -135,10 +179,10 @@ def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
         return None
     held: dict[Any, Any] = dict(fields(dataset))
     if cls is Subset:
-        table: Any = held.get("indices")
+        table: Any = held.get(_OF_SUBSET)
         inner: Any = [held.get("dataset")]
     else:
-        table, inner = held.get("cumulative_sizes"), held.get("datasets")
+        table, inner = held.get(_OF_CONCAT), held.get("datasets")
     if (
         not is_one_of(type(table), *_TABLES)
         or type(inner) is not list
@@ -147,7 +191,16 @@ def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
         return None
     within = tuple(underlying(each, depth - 1) for each in inner)
     parts = sum(map(_parts, within))
-    return Underlying(cls.__name__, parts, table, within, cls is ConcatDataset, _glance(table))
+    return Underlying(
+        cls.__name__,
+        parts,
+        table,
+        within,
+        cls is ConcatDataset,
+        _glance(table),
+        _bytes_of(table),
+        weakref.ref(dataset),
+    )
 
 
 def _parts(within: Underlying | None) -> int:
@@ -159,6 +212,34 @@ def _taken(table: Any, indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.array([table[index] for index in indices.tolist()], dtype=np.int64)
     taken: npt.NDArray[Any] = np.asarray(table)[indices].astype(np.int64)
     return taken
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two tables of one length are equal, if that is soon told."""
+    cls = type(one)
+    if one is other:
+        return True
+    if cls is not type(other) or _bytes_of(one) > _COMPARED_MAX:
+        return False
+    if cls is range:
+        return bool(one == other)
+    if cls is torch.Tensor:
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if cls is np.ndarray:
+        return one.dtype == other.dtype and one.dtype != object and np.array_equal(one, other)
+    try:  # of numbers that are Python's own: others would be asked for ``==``
+        return marshal.dumps(one, _PLAIN) == marshal.dumps(other, _PLAIN)
+    except ValueError:
+        return False
+
+
+_PLAIN = 2  # the last version that does not depend on who else refers to a number
+
+
+def _bytes_of(table: Any) -> int:
+    if memory := memory_of(table):
+        return memory.size_bytes
+    return sys.getsizeof(table) + (0 if type(table) is range else 32 * len(table))
 
 
 def _glance(table: Any) -> tuple[Any, ...]:

@@ -30,8 +30,9 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
+from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
-from safeloader.provenance.recorder import EpochFacts, Recorder, failure_was_told
+from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.supervision.wrong_data import SAME_STREAM
@@ -86,6 +87,7 @@ class Epoch:
         number: as the recorder counts.
         batches: handed over or raised: the number of the next one.
         noticed: what was seen of wrong data while it runs, in a sentence each.
+        unchecked: what nobody looked at, in a phrase each.
         unchecked_since: the batch at which a part of the accounts failed.
     """
 
@@ -123,6 +125,7 @@ class Epoch:
         self._pid = os.getpid()
         self._notes: list[str] = []
         self.noticed: list[str] = []
+        self.unchecked: list[str] = []
         self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
@@ -140,7 +143,8 @@ class Epoch:
             recorder.newest_audit = functools.partial(self.audit, self.number)
         with guarded("the earlier audits", lambda: log):
             recorder.history.begins(self.number, self)
-            recorder.note_facts(self.number, EpochFacts(log.at.rank, self._under))
+            facts = EpochFacts(log.at.rank, self._under)
+            self._under = recorder.facts.note(self.number, facts).under
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
@@ -534,6 +538,9 @@ class Epoch:
             audit = dataclasses.replace(audit, batches=batches, announced=said, notes=notes)
             if self.noticed:
                 audit = dataclasses.replace(audit, noticed=tuple(self.noticed))
+            if self.unchecked:
+                unchecked = (*audit.unchecked, *self.unchecked)
+                audit = dataclasses.replace(audit, unchecked=unchecked)
             if self._under is not None:
                 audit = audit.naming(self._under)
             if self.log.at.rank is not None or self._shard is not None:

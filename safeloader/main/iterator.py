@@ -86,7 +86,8 @@ class SafeIterator(Iterator[Any]):
         self._advance: Callable[[Any], Any] = next if self.pool.stream else _torch.next_of
         new = self.pool.workers > 0 and self.pool.stock is None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
-        self._looks.begin(log, self.pool.workers, self.pool.stream, epoch.noticed)
+        told = epoch.noticed, epoch.unchecked
+        self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
             if new:

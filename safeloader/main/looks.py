@@ -36,6 +36,7 @@ from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.growth import growth, slow_start
 from safeloader.supervision.kept_batches import KeptBatches
+from safeloader.supervision.report_room import NO_ROOM
 from safeloader.supervision.self_report import Opening, SelfReport
 from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
@@ -85,6 +86,7 @@ class Looks:
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
         self._noticed: list[str] = []
+        self._unchecked: list[str] = []
 
     def over_dataset(self, dataset: Any) -> bool:
         """Whether these are the looks at loaders over ``dataset``."""
@@ -110,16 +112,24 @@ class Looks:
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
-    def begin(self, log: LoaderLog, num_workers: int, stream: bool, noticed: list[str]) -> None:
-        """An epoch begins; what is seen of wrong data goes into ``noticed``, in short."""
+    def begin(
+        self,
+        log: LoaderLog,
+        num_workers: int,
+        stream: bool,
+        noticed: list[str],
+        unchecked: list[str],
+    ) -> None:
+        """An epoch begins; what is seen of wrong data goes into ``noticed``, in short, and what
+        could not be looked at into ``unchecked``."""
         self._log = log
-        self._noticed = noticed
+        self._noticed, self._unchecked = noticed, unchecked
         self._stream = stream
         self._epochs += 1
         if not num_workers:
             self._workers = None  # those of an earlier epoch, or of another loader
         self._look_at = 4 * max(1, num_workers)
-        self._kept.due = 0
+        self._kept.begin()
         self.due = 0 if self._on else sys.maxsize
 
     def on(self, *about: Any, **more: Any) -> None:
@@ -198,6 +208,8 @@ class Looks:
         """Tell what is new; the reports by which it is known."""
         began = perf_counter()
         reports = self._reports(asking=asking)
+        if left_out := max((each.left_out for each in reports.values()), default=0):
+            self._unchecked[:] = [NO_ROOM.format(left_out)]
         for finding in chain(self._of_data(reports), self._of_memory(reports)):
             self._note(finding)
             if self._is_new(finding) and self._log is not None and not self._was_told(finding):
@@ -252,7 +264,7 @@ class Looks:
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
             yield from self._workers.slow_start(self._dataset(), self._stream)
-        yield from self._kept.finding()
+        yield from self._kept.finding(self._dataset())
 
     def _counts(self, finding: Finding, dataset: Any) -> bool:
         """Whether a finding is worth a word: of what samples are made by, and not told already."""

@@ -20,9 +20,9 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import Packed
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
-from safeloader.introspect.underlying import Underlying
 from safeloader.introspect.values import weight
 from safeloader.provenance.audits import AuditHistory
+from safeloader.provenance.epoch_facts import FactsOfEpochs
 from safeloader.transport.stats import TransportCounts
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -44,24 +44,14 @@ class Delivery(NamedTuple):
     manifest: BatchManifest
 
 
-class EpochFacts(NamedTuple):
-    """What holds for all batches of an epoch.
-
-    ``rank`` is that of the process, in distributed training; ``under`` the way to the dataset under
-    a Subset.
-    """
-
-    rank: int | None
-    under: Underlying | None
-
-
 class Recorder:
     """What was delivered, newest kept: the notebook behind ``loader.provenance`` and ``.audit``.
 
     At 64 MiB, the default, it holds the newest 2.5 million samples in batches of 64 (25 bytes a
     sample), or the newest 100,000 in batches of one. Past the bound the oldest batches are
-    forgotten, never an error and never a slow-down; the audit does not need them. Pickles and deep
-    copies are blank notebooks of the same bound.
+    forgotten, never an error and never a slow-down; the audit does not need them. Beside the
+    records, the indices of a ``Subset`` that is gone are kept, the newest in half as many bytes.
+    Pickles and deep copies are blank notebooks of the same bound.
 
     Args:
         max_bytes: bound on the memory of the records, in bytes.
@@ -101,7 +91,7 @@ class Recorder:
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.history = AuditHistory()
-        self.facts: dict[int, EpochFacts] = {}
+        self.facts = FactsOfEpochs(max_bytes // 2)
         self.transport = TransportCounts()
         self.incidents: Counter[str] = Counter()
         self.told: set[str] = set()  # notes on earlier epochs
@@ -128,11 +118,6 @@ class Recorder:
         self.newest_audit = lambda: audit(epoch)
         self.incidents = Counter()
         return epoch
-
-    def note_facts(self, epoch: int, facts: EpochFacts) -> None:
-        """Keep what holds for all of an epoch that begins."""
-        self.facts[epoch] = facts
-        self.facts.pop(epoch - _FACTS_MAX, None)
 
     def delivered(
         self, epoch: int, batch: int, wait_ns: int, manifest: BatchManifest, began_ns: int = 0
@@ -177,11 +162,15 @@ class Recorder:
         Many at once: a dict that lost its first items has to look for the next one from its front.
         """
         target = self.max_bytes - self.max_bytes // 16
+        epochs = set()
         for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
             self._held_bytes -= self._deliveries.pop(key)[0]
             self.forgotten += 1
+            epochs.add(key >> _BATCH_BITS)
             if self._held_bytes <= target:
                 break
+        oldest = next(iter(self._deliveries)) >> _BATCH_BITS
+        self.facts.forget(epoch for epoch in epochs if epoch < oldest)
 
     def deliveries(self) -> Iterator[Delivery]:
         """The batches still held, oldest first."""
@@ -216,7 +205,6 @@ class Recorder:
         return self.history.audits()
 
 
-_FACTS_MAX = 1024  # epochs
 _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 

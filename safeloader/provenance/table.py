@@ -140,7 +140,8 @@ class Provenance:
         ``under_index``
             where the dataset is a torch ``Subset`` (what ``random_split`` gives) or
             ``ConcatDataset``, the index in the dataset under it, at whatever depth; -1 where that
-            is not known, as after somebody changed ``subset.indices``.
+            is not known, as after somebody changed ``subset.indices``, or where a ``Subset`` is
+            gone and too much was noted since to keep its indices.
         ``under_part``
             of a ``ConcatDataset``, which of the datasets at the bottom that is, from 0.
 
@@ -156,15 +157,9 @@ class Provenance:
 
     def _with_facts(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The table with the columns of what holds for whole epochs, if there is any such."""
-        facts = dict(self._recorder.facts)
-        added = []
-        if any(each.rank is not None for each in facts.values()):
-            added.append(_RANK)
-        ways = [each.under for each in facts.values() if each.under is not None]
-        if ways:
-            added.append(_UNDER_INDEX)
-        if any(way.parts > 1 for way in ways):
-            added.append(_UNDER_PART)
+        facts = self._recorder.facts
+        columns = {_RANK: facts.ranked, _UNDER_INDEX: facts.parts, _UNDER_PART: facts.parts > 1}
+        added = [name for name, there in columns.items() if there]
         if not added:
             return table
         kinds: list[Any] = [(name, table.dtype[name]) for name in _COLUMNS]
@@ -172,9 +167,10 @@ class Provenance:
         for name in _COLUMNS:
             wider[name] = table[name]
         for epoch in np.unique(table["epoch"]).tolist():
-            if epoch not in facts:  # so many epochs ago
+            known = facts.of(epoch)
+            if known is None:  # so many epochs ago
                 continue
-            rank, under = facts[epoch]
+            rank, under = known
             rows = table["epoch"] == epoch
             if _RANK in added and rank is not None:
                 wider[_RANK][rows] = rank

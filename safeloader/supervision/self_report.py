@@ -4,7 +4,8 @@ A worker leaves its report in the flight recorder: after its first batches, then
 made twice as many, and when an epoch is at its end. Main compares the reports of all workers
 (:mod:`~safeloader.supervision.wrong_data`). Without workers main makes one of its own.
 
-Everything in it is plain and bounded: it is pickled into 64 KiB of shared memory.
+Everything in it is plain and bounded: it is pickled into 64 KiB of shared memory
+(:mod:`~safeloader.supervision.report_room`).
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class SelfReport(NamedTuple):
             empty any more; of those looked at.
         files: read positions that moved.
         memory: after so many batches, anonymous and private bytes; the second None where unknown.
+        left_out: how many attributes are in neither copy, as there was no room for them.
     """
 
     pid: int
@@ -101,3 +103,4 @@ class SelfReport(NamedTuple):
     filled: tuple[tuple[str, int, int], ...] = ()
     files: tuple[SharedFile, ...] = ()
     memory: tuple[tuple[int, int, int | None], ...] = ()
+    left_out: int = 0

@@ -28,6 +28,7 @@ from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
 from safeloader.introspect.texts import index_text
+from safeloader.supervision.report_room import smaller_and_smaller
 from safeloader.supervision.self_report import FirstDraws, InPlace, Opening, SelfReport
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.shared_files import InheritedFiles
@@ -231,11 +232,9 @@ def weakly(thing: Any, gone: Callable[[Any], object] | None = None) -> Callable[
 
 
 def into_flight_recorder(write: Callable[[bytes], bool]) -> Callable[[SelfReport], None]:
-    """What publishes a report by ``write``, without the orders where they are too large for it."""
+    """What publishes a report by ``write``, without the largest orders where there is no room."""
 
     def publish(report: SelfReport) -> None:
-        if not write(pickle.dumps(report)):
-            bare = CopyState({}, {}, {})
-            write(pickle.dumps(report._replace(start=bare, now=bare)))
+        any(write(pickle.dumps(each)) for each in smaller_and_smaller(report))
 
     return publish

@@ -1081,6 +1081,22 @@ def announced_less() -> None:
     print(read(Numbers(), batch_size=1, batch_sampler=BatchSampler(Draws(8, 16), 4, False)).audit)
 
 
+class Settings:
+    def __init__(self) -> None:
+        vars(self).update({f"name_{n}": f"{n:04d}" * 20 for n in range(90)})
+
+
+class Configured(Numbers):
+    def __init__(self) -> None:
+        super().__init__()
+        vars(self).update({f"settings_{k}": Settings() for k in range(10)})
+
+
+@shown("a dataset of so many attributes that its workers' copies are not compared in all")
+def not_compared() -> None:
+    print(read(Configured(), num_workers=2).audit)
+
+
 @shown("one rank of four, by its DistributedSampler; set_epoch is never called")
 def ranks() -> None:
     dataset = Numbers(18)

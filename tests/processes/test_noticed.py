@@ -666,6 +666,37 @@ def test_a_worker_whose_memory_grows(
     assert "dataset.kept grew meanwhile from 0 to" in told
 
 
+class Settings:
+    def __init__(self) -> None:
+        for k in range(90):
+            setattr(self, f"setting_{k}", f"{k:04d}" * 20)
+
+
+class Wide(Indexed):
+    """May have so many settings that they are too much for a report."""
+
+    def __init__(self, settings: int) -> None:
+        self.epoch = 0
+        for k in range(settings):
+            setattr(self, f"settings_{k}", Settings())
+
+    def __getitem__(self, index: int) -> Any:
+        return index + self.epoch
+
+
+@pytest.mark.parametrize("settings", [1, 10])
+def test_what_there_was_no_room_for_is_said_to_be_unchecked(settings: int, caplog: Any) -> None:
+    dataset = Wide(settings)
+    loader = loader_of(dataset, "fork", persistent_workers=True)
+    list(loader)
+    dataset.epoch = 3
+    texts = said(caplog, loader, epochs=1)
+    assert any(each.startswith("dataset.epoch is 3 here and 0 in") for each in texts)
+    unchecked = [each for each in loader.audit.unchecked if "too many for a worker's" in each]
+    assert len(unchecked) == (settings > 1)
+    assert ("(not checked: whether the workers' copies" in str(loader.audit)) == (settings > 1)
+
+
 @pytest.mark.parametrize("first", [0, 64 << 20])
 def test_memory_that_is_taken_once_is_not_told(
     first: int, caplog: Any, monkeypatch: pytest.MonkeyPatch
@@ -683,6 +714,24 @@ def test_batches_that_the_loop_keeps(
     [told] = said(caplog, loader, epochs=1, keep=[])
     assert told.startswith("about ")
     assert "the oldest is batch 0 of epoch 0" in told
+
+
+def as_arrays(samples: list[Any]) -> Any:
+    return {"x": np.stack([each.numpy() for each in samples])}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"collate_fn": as_arrays}, {"transport": "torch"}, {"batch_size": None}],
+    ids=["arrays", "torch's transport", "not collated"],
+)
+def test_batches_are_seen_whatever_way_they_come(
+    more: dict[str, Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_batches, "_memory_bytes", lambda: 200_000)
+    dataset = [torch.zeros(1000) for _ in range(300)]
+    assert len(said(caplog, loader_of(dataset, "fork", **more), epochs=1, keep=[])) == 1
+    assert said(caplog, loader_of(dataset, "fork", **more), epochs=1) == []
 
 
 @ways({"main": {}, "fork": {}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,91 @@ def test_a_trace_file_has_the_rank(tmp_path: Path) -> None:
     said = path.read_text()
     assert ', rank 2 of 3"' in said
     assert "epoch 0, rank 2 of 3: complete, ok" in said
+
+
+# ── tables of datasets that are gone ─────────────────────────────────────────────────────────────
+
+BOUND = 200_000  # bytes of records; half as many of tables
+
+
+def split(length: int, seed: int, kind: Any = np.array) -> Any:
+    order = np.random.default_rng(seed).permutation(length)
+    return kind(order if kind is np.array or kind is torch.tensor else order.tolist())
+
+
+def epochs_of(recorder: Recorder, tables: list[Any]) -> Any:
+    """One epoch over the first three samples of a Subset for each table."""
+    loader = None
+    for table in tables:
+        subset = Subset(range(10**6), table)  # type: ignore[arg-type]
+        loader = SafeDataLoader(subset, sampler=[0, 1, 2], recorder=recorder)
+        list(loader)
+    return loader
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_tables_of_splits_that_are_gone_are_bounded(kind: Any) -> None:
+    recorder, refs, wanted = Recorder(max_bytes=BOUND), [], []
+    for seed in range(30):
+        table = split(2000, seed, kind)  # 16,000 bytes
+        refs.append(weakref.ref(table))
+        wanted += [int(table[k]) for k in range(3)]
+        loader = epochs_of(recorder, [table])
+    del table
+    alive = sum(each() is not None for each in refs)
+    assert 6 <= alive <= BOUND // 2 // 16_000 + 2  # the newest two were loaders' till now
+    found = loader.provenance.to_numpy()["under_index"].tolist()
+    assert found[-3 * alive :] == wanted[-3 * alive :]
+    assert set(found[: -3 * alive]) == {-1}
+    assert len(loader.audits) == 30
+
+
+def test_what_was_let_go_of_is_not_known_and_no_other_index() -> None:
+    recorder = Recorder(max_bytes=BOUND)
+    epochs_of(recorder, [split(20_000, 1)])  # more than is kept
+    plain = SafeDataLoader(Tagged(0, 2), recorder=recorder)
+    list(plain)
+    table = plain.provenance.to_numpy()
+    assert table["under_index"].tolist() == [-1, -1, -1, 0, 1]
+    assert plain.provenance.lookup(0, under=True)["epoch"].tolist() == [1]
+
+
+def test_tables_of_datasets_that_are_there_cost_nothing() -> None:
+    recorder = Recorder(max_bytes=BOUND)
+    data = list(range(60_000))
+    parts = random_split(data, [20_000, 20_000, 20_000])  # type: ignore[arg-type]
+    seen = []
+    for part in parts:
+        loader = SafeDataLoader(part, sampler=[5, 6], recorder=recorder)
+        seen += [index for batch in loader for index in batch.tolist()]
+    assert loader.provenance.to_numpy()["under_index"].tolist() == seen
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_equal_tables_are_kept_once(kind: Any) -> None:
+    recorder = Recorder(max_bytes=BOUND)
+    tables = [split(500, k % 2, kind) for k in range(40)]  # two loaders, made anew each epoch
+    loader = epochs_of(recorder, tables)
+    wanted = [int(table[k]) for table in tables for k in range(3)]
+    assert loader.provenance.to_numpy()["under_index"].tolist() == wanted
+    ways = {id(known.under) for k in range(40) if (known := recorder.facts.of(k)) is not None}
+    assert len(ways) == 2
+
+
+def test_a_table_that_differs_where_nobody_looked_is_no_equal_one() -> None:
+    recorder = Recorder()
+    first, second = list(range(500)), list(range(500))
+    second[1], second[2] = 2, 1
+    loader = epochs_of(recorder, [first, second])
+    assert loader.provenance.to_numpy()["under_index"].tolist() == [0, 1, 2, 0, 2, 1]
+
+
+def test_of_epochs_whose_batches_were_forgotten_nothing_is_held() -> None:
+    recorder = Recorder(max_bytes=5000)
+    loader = epochs_of(recorder, [split(9, seed) for seed in range(30)])
+    epochs = set(loader.provenance.to_numpy()["epoch"].tolist())
+    assert recorder.forgotten > 0
+    assert {k for k in range(30) if recorder.facts.of(k) is not None} == epochs
 
 
 # ── audits and failures ──────────────────────────────────────────────────────────────────────────

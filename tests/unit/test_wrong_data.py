@@ -721,7 +721,7 @@ def test_no_code_of_what_is_looked_at_runs() -> None:
         digest(each), known_leaves(each)
     kept = KeptBatches()
     kept.note(0, 0, held)
-    assert not list(kept.finding())
+    assert not list(kept.finding(dataset))
     assert passed_by(dataset) == []
     assert Meta.ran == []
 
