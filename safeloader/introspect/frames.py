@@ -18,6 +18,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from safeloader.introspect.dataset_state import described
@@ -35,6 +36,7 @@ from safeloader.introspect.values import (
 
 OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_NUMPY = os.path.join(os.path.dirname(np.__file__), "")
 _STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 _THIRD_PARTY = re.compile(r"[\\/](?:site|dist)-packages[\\/]")
 _MADE = ("<frozen ", "<__array_function__", "<attrs ")  # code that no file holds, and no user wrote
@@ -70,6 +72,17 @@ def is_users(file: str) -> bool:
     if file.startswith((OURS, *_MADE)) or _THIRD_PARTY.search(file):
         return False
     return not file.startswith((_TORCH, _STDLIB))
+
+
+def is_foreign(file: str) -> bool:
+    """Say whether a file is neither ours, torch's, NumPy's nor the standard library's.
+
+    >>> is_foreign("/home/me/scans.py"), is_foreign(os.__file__), is_foreign(np.__file__)
+    (True, False, False)
+    """
+    if file.startswith((OURS, _NUMPY)):
+        return False
+    return is_users(file) or bool(_THIRD_PARTY.search(file) and not file.startswith(_TORCH))
 
 
 def is_users_class(cls: type) -> bool:
