@@ -77,11 +77,13 @@ def _examine(source: Source, order: Order, facts: int, output: int, stack: int) 
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(0)
-    except BaseException:
+    except BaseException as exc:
         traceback.print_exc()
         with contextlib.suppress(Exception):
             sys.stderr.flush()
-        os._exit(70)
+        # The status with which it would have ended a process of the user's.
+        asked = exc.code if isinstance(exc, SystemExit) else 1
+        os._exit((asked & 0xFF) if isinstance(asked, int) else 0 if asked is None else 1)
 
 
 def main(facts: int, output: int, stack: int, payload: int) -> None:
