@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,26 +45,37 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
             continue  # and the same of a batch with such an index
         if finding is not None and finding not in found:
             found.append(finding)
-    found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
+    endings = [facts for kind, facts in heard if kind == "ending"]
+    found += words.of_endings(
+        [each for each in endings if not (lacks_guard and each.get("method") in _SPAWNING)]
+    )
     found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
     return sorted(found, key=lambda each: _ORDER[each.level])
 
 
-def rows_of(heard: Heard) -> list[Row]:
-    """The settings that were tried, each as it was told last."""
+def rows_of(heard: Heard, *, lacks_guard: bool = False) -> list[Row]:
+    """The settings that were tried, each as it was told last.
+
+    With ``lacks_guard`` the program starts processes when it is imported, so that spawn fails.
+    """
     rows: dict[Any, Row] = {}
+    unguarded = 'it imports the program, which has no `if __name__ == "__main__":`'
     for kind, facts in heard:
         if kind == "setting":
             setting = facts["workers"], facts["prefetch"], facts["method"]
             error = facts["error"] or {}
             text = f"{error['type']}: {error['text']}".split("\n")[0][:200] if error else ""
             rates = tuple(facts["rates"])
+            if text and lacks_guard and facts["method"] in _SPAWNING:
+                text = unguarded
             rows[setting] = Row(*setting, rates, facts["first_s"] if rates else None, text)
         elif kind == "ending" and facts.get("setting"):
             setting = tuple(facts["setting"])
             if setting not in rows:
                 how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
                 text = f"{how or _LATE} after {facts['seconds']:.1f} s"
+                if lacks_guard and setting[2] in _SPAWNING:
+                    text = unguarded
                 rows[setting] = Row(*setting, (), None, text)
     return list(rows.values())
 
@@ -625,7 +637,7 @@ class _Words:
 
 
 def _where(facts: Facts) -> str:
-    what = facts["what"]
+    what = _settings_text(facts["what"])
     if facts["index"] is None:
         return f"while {what}" if what else f"while looking at {facts['look']}"
     if what.startswith("asking __getitems__"):
@@ -633,6 +645,15 @@ def _where(facts: Facts) -> str:
     if "iterating" in what or "stream" in what:
         return f"at sample {facts['index']} of the stream"
     return f"at index {facts['index']}"
+
+
+def _settings_text(what: str) -> str:
+    """``starting: 1 workers by fork`` as one would write it.
+
+    >>> _settings_text("starting: 1 workers by fork"), _settings_text("measuring 11 workers")
+    ('starting 1 worker by fork', 'measuring 11 workers')
+    """
+    return re.sub(r"(?<!\d)1 workers", "1 worker", what.replace(": ", " ", 1))
 
 
 def _after_death(facts: Facts) -> str:

@@ -955,6 +955,22 @@ def test_bad_input_is_refused_at_once(words: Any, error: Any) -> None:
     assert time.monotonic() - begin < 2
 
 
+def test_a_script_without_a_guard_is_told_so_in_a_few_words(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "import safeloader\n"
+        "from torch.utils.data import DataLoader\n"
+        "print(safeloader.doctor(DataLoader([1, 2, 3, 4] * 10, batch_size=4), seconds=20))\n"
+    )
+    done = ran(tmp_path, "bare.py")
+    assert "1. the program does its work when it is imported, and spawn imports it" in done.stdout
+    printed = done.stdout[done.stdout.index("printed: ") :].splitlines()
+    shown = [line for line in printed if line.startswith("  | ")]
+    assert set(shown) == {f"  | {child.CALLED_AGAIN}"}
+    assert 'which has no `if __name__ == "__main__":`' in done.stdout
+    assert "look for what takes long" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_the_start_method_of_the_program_stays_to_be_set() -> None:
     program = """
 import multiprocessing, torch, safeloader
