@@ -42,7 +42,12 @@ from safeloader.examining.talk import Order, Source, Talk
 from safeloader.supervision import stacks
 
 _KEPT_BYTES = 4096  # of what the child prints: the newest
-_GUARD = b"bootstrapping phase"  # in what multiprocessing says, and in what we say
+EXAMINED = "_SAFELOADER_EXAMINED"  # in the environment of a child and of what it starts
+CALLED_AGAIN = (
+    "safeloader: spawn imported the program once more, and it called doctor again: put the call "
+    'under `if __name__ == "__main__":`'
+)
+_GUARDS = (b"bootstrapping phase", CALLED_AGAIN.encode())  # what multiprocessing says, and we
 _LOOK_S = 0.05  # how often it is looked whether the child lives
 _BY_ITSELF_S = 0.5  # a child that has said all is left to end by itself for so long
 _ANSWER_S = 0.5  # how long a stack is waited for
@@ -58,6 +63,7 @@ def _examine(source: Source, order: Order, facts: int, output: int, stack: int) 
     try:
         if os.getsid(0) != os.getpid():
             os.setsid()
+        os.environ[EXAMINED] = "1"
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="replace")
@@ -77,11 +83,13 @@ def _examine(source: Source, order: Order, facts: int, output: int, stack: int) 
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(0)
-    except BaseException:
+    except BaseException as exc:
         traceback.print_exc()
         with contextlib.suppress(Exception):
             sys.stderr.flush()
-        os._exit(70)
+        # The status with which it would have ended a process of the user's.
+        asked = exc.code if isinstance(exc, SystemExit) else 1
+        os._exit((asked & 0xFF) if isinstance(asked, int) else 0 if asked is None else 1)
 
 
 def main(facts: int, output: int, stack: int, payload: int) -> None:
@@ -159,7 +167,7 @@ class Output:
         self.bytes += len(data)
         self._tail = (self._tail + data)[-_KEPT_BYTES:]
 
-        self.lacks_guard |= _GUARD in self._tail + data
+        self.lacks_guard |= any(each in self._tail for each in _GUARDS)
 
     @property
     def tail(self) -> str:

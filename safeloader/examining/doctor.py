@@ -74,6 +74,8 @@ def doctor(loader: Any, seconds: float = 30.0, *, samples: int = 200_000) -> Exa
     """
     _check(seconds, samples)
     if _python.is_being_prepared():
+        if child.EXAMINED in os.environ:  # told by the one who started it all, and once
+            raise SystemExit(child.CALLED_AGAIN)
         raise RuntimeError(
             "doctor was called in a process that spawn had started and that was in its "
             "bootstrapping phase: the program is imported once more there. Put the call, and the "
@@ -271,7 +273,7 @@ class _Examining:
             loader=own.get("name", name),
             findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
             samples=told,
-            settings=tuple(wording.rows_of(heard)),
+            settings=tuple(wording.rows_of(heard, lacks_guard=guard)),
             recommended=best,
             own={
                 "num_workers": own.get("workers"),

@@ -27,7 +27,9 @@ def look(subject: Subject, talk: Talk) -> None:
         return  # whatever is wrong there, it is not the length
     last = _comes(subject, talk, length - 1) if length > 1 else True
     if isinstance(last, _PAST):
-        end = _end(subject, talk, 0, length - 1)
+        if not _are_alike(last, _comes(subject, talk, length)):
+            return  # a fault of the last sample, which is told as that
+        end = _end(subject, talk, 0, length - 1, last)
         subject.end = end
         talk.tell("too_long", length=length, end=end, error=raised(last))
     elif last is True and _comes(subject, talk, length) is True:
@@ -40,7 +42,7 @@ def _look_past(subject: Subject, talk: Talk, length: int) -> None:
     while step <= 4 * length + 64 and talk.left() > 0:
         found = _comes(subject, talk, length + step)
         if isinstance(found, _PAST):
-            end = _end(subject, talk, good, length + step)
+            end = _end(subject, talk, good, length + step, found)
             talk.tell("too_short", length=length, end=end)
             return
         if found is not True:
@@ -48,14 +50,21 @@ def _look_past(subject: Subject, talk: Talk, length: int) -> None:
         good, step = length + step, 2 * step
 
 
-def _end(subject: Subject, talk: Talk, good: int, bad: int) -> int:
-    """The first index that does not come, between one that does and one that does not."""
+def _are_alike(one: Exception, other: Any) -> bool:
+    """Whether two indices are past the end in one way: the same line raised the same."""
+    if type(one) is not type(other):
+        return False
+    return raised(one)["at"] == raised(other)["at"]
+
+
+def _end(subject: Subject, talk: Talk, good: int, bad: int, past: Exception) -> int:
+    """The first index past the end, between one that is there and one that raised ``past``."""
     for _ in range(_PROBES):
         if bad - good <= 1 or talk.left() < 0:
             break
         middle = (good + bad) // 2
-        if _comes(subject, talk, middle) is True:
-            good = middle
+        if not _are_alike(past, _comes(subject, talk, middle)):
+            good = middle  # it is there, though it may fail for a reason of its own
         else:
             bad = middle
     return bad

@@ -10,6 +10,7 @@ from safeloader.examining.inheriting import hazards
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Source, Talk, Unusable
+from safeloader.introspect.frames import frames_of, is_foreign
 
 
 class Look(NamedTuple):
@@ -53,8 +54,14 @@ def look_all(source: Source, talk: Talk, first: int, excluded: frozenset[str]) -
     for number, look in enumerate(LOOKS):
         if number >= first:
             talk.begin(number, look.share * whole)
-            if talk.left() > 0:
+            if talk.left() <= 0:
+                continue
+            try:
                 look.make(subject, talk)
+            except Exception as exc:  # the other looks are made all the same
+                files = [each.frame.f_code.co_filename for each in frames_of(exc)]
+                yours = any(map(is_foreign, files))
+                talk.tell("look_failed", look=look.name, what=talk.what, yours=yours, **raised(exc))
 
 
 def told_of(subject: Subject) -> dict[str, object]:

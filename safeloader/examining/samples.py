@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from safeloader.examining.stored import changes, stored
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
 from safeloader.introspect.fingerprint import difference, fingerprint
+from safeloader.introspect.frames import frames_of, user_frames
 from safeloader.introspect.generators import generators_of
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import array_facts, cut, exception_text, own_length, type_name
@@ -27,6 +27,8 @@ _MOST = 48  # indices
 _TOGETHER = 6  # indices that `__getitems__` is asked for
 _STREAM_TWICE = 8
 _FAILED_MAX = 5
+_FAILED = object()  # in the place of a sample that did not come
+_GOES_ON = -1  # as a seed: the generators go on where they stand
 
 
 class Numbers:
@@ -37,7 +39,9 @@ class Numbers:
         self._seed = seed
 
     def set(self, seed: int | None = None) -> None:
-        """Seed the global ones anew, and put the held ones where they stood."""
+        """Seed the global ones anew, and put the held ones where they stood, but ``_GOES_ON``."""
+        if seed == _GOES_ON:
+            return
         number = self._seed if seed is None else seed
         random.seed(number)
         np.random.seed(number)
@@ -58,41 +62,32 @@ def look(subject: Subject, talk: Talk) -> None:
         talk.tell("nothing_drawn")
         return
     before = stored(subject.dataset, indices)
-    numbers = Numbers(subject.dataset, 7)
+    fetches = _Fetches(subject, talk)
     measured: list[tuple[Any, float, int]] = []
-    failed = 0
     different: list[tuple[Any, str]] = []
     good: list[Any] = []
     first_again_s = 0.0
     for index in indices:
-        if talk.left() < 0 or failed >= _FAILED_MAX:
+        if talk.left() < 0 or fetches.failed >= _FAILED_MAX:
             break
-        try:
-            talk.at("fetching", index)
-            numbers.set()
-            start = time.perf_counter()
-            sample = subject.dataset[index]
-            taken_s = time.perf_counter() - start
-            prints = fingerprint(sample, None)
-            talk.fetched()
-            measured.append((index, taken_s, size_of(sample)))
-            talk.at("fetching again", index)
-            numbers.set()
-            start = time.perf_counter()
-            again = subject.dataset[index]
-            if len(measured) == 1:
-                first_again_s = time.perf_counter() - start
-            talk.fetched()
-            found = difference(prints, again, None)
-            if found is None and len(prints) != len(fingerprint(again, None)):
-                different.append((index, "sample"))
-            elif found is not None:
-                different.append((index, found.path.replace("batch", "sample", 1)))
-            good.append(index)
-        except Exception as exc:
-            failed += 1
-            subject.excluded.add(index_text(index))
-            talk.tell("raises", index=index_text(index), **raised(exc))
+        sample = fetches.one(index)
+        if sample is _FAILED:
+            continue
+        taken_s = fetches.taken_s
+        talk.at("looking at the sample of", index)
+        prints = fingerprint(sample, None)
+        measured.append((index, taken_s, size_of(sample)))
+        again = fetches.one(index, "fetching again")
+        if again is _FAILED:
+            continue
+        if len(measured) == 1:
+            first_again_s = fetches.taken_s
+        found = difference(prints, again, None)
+        if found is None and len(prints) != len(fingerprint(again, None)):
+            different.append((index, "sample"))
+        elif found is not None:
+            different.append((index, found.path.replace("batch", "sample", 1)))
+        good.append(index)
     _tell_sizes(talk, measured, first_again_s)
     if different:
         changed = changes(before, stored(subject.dataset, indices))
@@ -107,19 +102,65 @@ def look(subject: Subject, talk: Talk) -> None:
             elements=[each.path for each in changed if each.element][:3],
         )
     if good and not different and talk.left() > 0:
-        _look_at_seeding(subject, talk, numbers, good)
+        _look_at_seeding(subject, talk, fetches, good)
     if len(good) and talk.left() > 0 and not different:
-        _look_at_getitems(subject, talk, numbers, good)
+        _look_at_getitems(subject, talk, fetches, good)
 
 
-def _look_at_seeding(subject: Subject, talk: Talk, numbers: Numbers, good: list[Any]) -> None:
+class _Fetches:
+    """The one way in which samples are fetched here: what one raises is told, and no look ends.
+
+    Attributes:
+        failed: how many indices raised.
+        taken_s: how long the last one took.
+        numbers: the generators, put back before each.
+    """
+
+    def __init__(self, subject: Subject, talk: Talk) -> None:
+        self._subject, self._talk = subject, talk
+        self._came: set[str] = set()
+        self._told: set[str] = set()
+        self.numbers = Numbers(subject.dataset, 7)
+        self.failed = 0
+        self.taken_s = 0.0
+
+    def one(self, index: Any, what: str = "fetching", seed: int | None = None) -> Any:
+        """The sample of an index; ``_FAILED`` where it raises, which is told."""
+        sample, exc = self._asked(index, what, seed)
+        if exc is None:
+            self._came.add(index_text(index))
+            return sample
+        came = index_text(index) in self._came
+        if not came:  # it may come at another time, and then no data are bad
+            came = self._asked(index, "fetching again", seed)[1] is None
+        name = index_text(index)
+        if not came:
+            self._subject.excluded.add(name)
+        if name not in self._told:
+            self._told.add(name)
+            self.failed += 1
+            self._talk.tell("raises", index=name, came=came, **raised(exc))
+        return _FAILED
+
+    def _asked(self, index: Any, what: str, seed: int | None) -> tuple[Any, Exception | None]:
+        self._talk.at(what, index)
+        self.numbers.set(seed)
+        self._talk.fetched()
+        start = time.perf_counter()
+        try:
+            return self._subject.dataset[index], None
+        except Exception as exc:
+            return None, exc
+        finally:
+            self.taken_s = time.perf_counter() - start
+
+
+def _look_at_seeding(subject: Subject, talk: Talk, fetches: _Fetches, good: list[Any]) -> None:
     """Whether fetching puts a global generator to a fixed place: the same draws for each index."""
     after: list[dict[str, int]] = []
     for seed, index in ((11, good[0]), (12, good[-1])):
-        talk.at("fetching", index)
-        numbers.set(seed)
-        subject.dataset[index]
-        talk.fetched()
+        if fetches.one(index, seed=seed) is _FAILED:
+            return
         after.append(states_of(subject.dataset))
     if good[0] is good[-1]:
         return
@@ -128,24 +169,28 @@ def _look_at_seeding(subject: Subject, talk: Talk, numbers: Numbers, good: list[
         talk.tell("seeds", generators=fixed, indices=[index_text(good[0]), index_text(good[-1])])
 
 
-def _look_at_getitems(subject: Subject, talk: Talk, numbers: Numbers, good: list[Any]) -> None:
+def _look_at_getitems(subject: Subject, talk: Talk, fetches: _Fetches, good: list[Any]) -> None:
     """Whether a batch that is asked for at once is the samples that it is made of."""
     dataset = subject.dataset
     together = getattr(dataset, "__getitems__", None)
     if not callable(together) or not subject.batched:
         return
     asked = good[:_TOGETHER]
-    numbers.set()
-    single = [dataset[index] for index in asked]
+    fetches.numbers.set()
+    single = []
+    for index in asked:  # all under one run of random numbers, as __getitems__ is
+        single.append(fetches.one(index, seed=_GOES_ON))
+        if single[-1] is _FAILED:
+            return
     prints = [fingerprint(sample, None) for sample in single]
     talk.at("asking __getitems__", asked)
-    numbers.set()
+    fetches.numbers.set()
     try:
         came = list(together(list(asked)))
     except Exception as exc:
         talk.tell("getitems_raises", indices=index_text(asked), **raised(exc))
         return
-    talk.fetched(2 * len(asked))
+    talk.fetched(len(asked))
     if len(came) != len(asked):
         talk.tell("getitems_count", asked=len(asked), came=len(came))
         return
@@ -158,19 +203,22 @@ def _look_at_getitems(subject: Subject, talk: Talk, numbers: Numbers, good: list
             talk.tell("getitems", index=index_text(index), path=path, single=was, together=now)
             return
         found = difference(one, sample, None)
-        if found is not None and not _is_random(subject, numbers, index):
+        if found is not None and not _is_random(subject, fetches, index):
             path = found.path.replace("batch", "sample", 1)
             talk.tell("getitems", index=index_text(index), path=path, single="", together="")
             return
 
 
-def _is_random(subject: Subject, numbers: Numbers, index: Any) -> bool:
+def _is_random(subject: Subject, fetches: _Fetches, index: Any) -> bool:
     """Whether a sample depends on random numbers: then the two may draw them in another order."""
     seen = set()
     for seed in (7, 21, 22, 23):
-        numbers.set(seed)
+        fetches.numbers.set(seed)
         before = states_of(subject.dataset)
-        seen.add(print_of(subject.dataset[index]))
+        sample = fetches.one(index, seed=seed)
+        if sample is _FAILED:
+            return True  # nothing can be said of it
+        seen.add(print_of(sample))
         if states_of(subject.dataset) != before:
             return True
     return len(seen) > 1
@@ -184,11 +232,11 @@ def _look_at_stream(subject: Subject, talk: Talk) -> None:
     talk.at("asking for its length")
     length = subject.length()
     most = min(_MOST if length is None else max(_MOST, length + 1), talk.samples // 4, 5000)
-    ended = False
+    ended, number, again = False, -1, False
     try:
         for again in (False, True):
             numbers.set()
-            prints = []
+            prints, number = [], -1
             talk.at("iterating the dataset")
             for number, (sample, taken_s) in enumerate(_timed(subject.dataset)):
                 if not again:
@@ -205,7 +253,8 @@ def _look_at_stream(subject: Subject, talk: Talk) -> None:
             if talk.left() < 0:
                 break
     except Exception as exc:
-        talk.tell("raises", index=f"{len(measured)} of the stream", **raised(exc))
+        before = number + 1 < len(measured)
+        talk.tell("raises", index=f"{number + 1} of the stream", came=before, **raised(exc))
     _tell_sizes(talk, measured, 0.0)
     if len(passes) == 2:
         first, second = (each[:_STREAM_TWICE] for each in passes)
@@ -273,9 +322,9 @@ def _tell_sizes(talk: Talk, measured: list[tuple[Any, float, int]], first_again_
 
 
 def raised(exc: BaseException) -> dict[str, str]:
-    """An exception as facts: type, text, and the line that raised it."""
-    frames = traceback.extract_tb(exc.__traceback__)
-    at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    """An exception as facts: type, text, and the line that raised it, the user's if possible."""
+    frames = user_frames(exc) or frames_of(exc)[-1:]
+    at = f"{frames[0].frame.f_code.co_filename}:{frames[0].line}" if frames else ""
     return {
         "type": type_name(type(exc)),
         "text": cut(exception_text(exc), 300),

@@ -29,6 +29,7 @@ class Talk:
         avoided: start methods by which workers hung; others are to be used.
         end: when all has to be done, by ``time.monotonic``.
         samples: how many more may be fetched.
+        what: what is done now.
     """
 
     def __init__(
@@ -37,14 +38,17 @@ class Talk:
         self.avoided = avoided
         self._fd, self.end, self.samples = fd, end, samples
         self._look_end = end
+        self.what = ""
 
     def begin(self, look: int, seconds: float) -> None:
         """A look begins, and has so many seconds."""
         self._look_end = min(self.end, time.monotonic() + seconds)
+        self.what = ""
         self._say(["look", look])
 
     def at(self, what: str, index: Any = None) -> None:
         """What is done next; if nothing is heard after it, that is what hangs, or kills."""
+        self.what = what if index is None else f"{what} {index_text(index)}"
         self._say(["at", what, None if index is None else index_text(index)])
 
     def tell(self, kind: str, **facts: Any) -> None:

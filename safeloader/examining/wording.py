@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,26 +45,37 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
             continue  # and the same of a batch with such an index
         if finding is not None and finding not in found:
             found.append(finding)
-    found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
+    endings = [facts for kind, facts in heard if kind == "ending"]
+    found += words.of_endings(
+        [each for each in endings if not (lacks_guard and each.get("method") in _SPAWNING)]
+    )
     found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
     return sorted(found, key=lambda each: _ORDER[each.level])
 
 
-def rows_of(heard: Heard) -> list[Row]:
-    """The settings that were tried, each as it was told last."""
+def rows_of(heard: Heard, *, lacks_guard: bool = False) -> list[Row]:
+    """The settings that were tried, each as it was told last.
+
+    With ``lacks_guard`` the program starts processes when it is imported, so that spawn fails.
+    """
     rows: dict[Any, Row] = {}
+    unguarded = 'it imports the program, which has no `if __name__ == "__main__":`'
     for kind, facts in heard:
         if kind == "setting":
             setting = facts["workers"], facts["prefetch"], facts["method"]
             error = facts["error"] or {}
             text = f"{error['type']}: {error['text']}".split("\n")[0][:200] if error else ""
             rates = tuple(facts["rates"])
+            if text and lacks_guard and facts["method"] in _SPAWNING:
+                text = unguarded
             rows[setting] = Row(*setting, rates, facts["first_s"] if rates else None, text)
         elif kind == "ending" and facts.get("setting"):
             setting = tuple(facts["setting"])
             if setting not in rows:
                 how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
                 text = f"{how or _LATE} after {facts['seconds']:.1f} s"
+                if lacks_guard and setting[2] in _SPAWNING:
+                    text = unguarded
                 rows[setting] = Row(*setting, (), None, text)
     return list(rows.values())
 
@@ -158,6 +170,7 @@ class _Words:
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
         self._failing = 0
+        self._raised = False
         self._workers: int = own.get("workers", 0)
         self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
         self._forks = self._workers > 0 and own.get("method") == "fork"
@@ -166,6 +179,16 @@ class _Words:
 
     def on_raises(self, facts: Facts) -> Finding:
         error = f"{facts['type']}: {facts['text']}"
+        self._raised = True
+        if facts.get("came"):
+            return Finding(
+                "error",
+                "raises",
+                f"index {facts['index']} raised {facts['type']}, and came at another time",
+                f"{error}\nat {facts['at']}",
+                "look for what is not the same each time: a network, a disk, a time limit, a "
+                "counter, a random number; retries=2 of SafeDataLoader asks again",
+            )
         return Finding(
             "error",
             "raises",
@@ -301,6 +324,25 @@ class _Words:
             "iterate the loader as a SafeDataLoader: its error names the sample",
         )
 
+    def on_look_failed(self, facts: Facts) -> Finding:
+        error = f"{facts['type']}: {facts['text']}\nat {facts['at']}"
+        doing = facts["what"] or f"looking at {facts['look']}"
+        if facts["yours"]:
+            return Finding(
+                "error",
+                "look_failed",
+                f"{doing} raises {facts['type']}",
+                error,
+                f"mend it and ask again: nothing more is known of {facts['look']}",
+            )
+        return Finding(
+            "warning",
+            "look_failed",
+            f"this look failed: {facts['look']}, while {doing}",
+            error,
+            f"the fault is safeloader's own: report it; nothing more is known of {facts['look']}",
+        )
+
     # ── length
 
     def on_empty(self, facts: Facts) -> Finding:
@@ -314,7 +356,12 @@ class _Words:
             "error",
             "length",
             f"__len__ is too long: it says {length}, and the samples end at {end}",
-            f"dataset[{end}] raises {error['type']}: {error['text']}\nat {error['at']}",
+            f"dataset[{length - 1}] raises {error['type']}: {error['text']}\nat {error['at']}"
+            + (
+                f"\ndataset[{end}] does too, and dataset[{end - 1}] gives a sample"
+                if 0 < end < length - 1
+                else ""
+            ),
             f"have __len__ give {end}, the number of samples there are",
         )
 
@@ -324,7 +371,7 @@ class _Words:
             "warning",
             "length",
             f"__len__ is too short: it says {length}, and there are {end} samples",
-            f"dataset[{length}] to dataset[{end - 1}] give samples, dataset[{end}] does not",
+            f"dataset[{end - 1}] gives a sample, dataset[{end}] does not",
             f"have __len__ give {end}; the last {end - length} are never drawn. If that is meant, "
             "use torch.utils.data.Subset",
         )
@@ -427,7 +474,9 @@ class _Words:
             "workers_raise",
             f"in workers started by {facts['method']} it fails: {facts['type']}",
             facts["text"],
-            "it did not without workers: look at worker_init_fn, and at what does not survive "
+            "samples fail without workers too: mend that first"
+            if self._raised
+            else "it did not without workers: look at worker_init_fn, and at what does not survive "
             f"{facts['method']}",
         )
 
@@ -484,10 +533,7 @@ class _Words:
             "dies",
             f"the process {_how_it_died(facts['code'])} {where}",
             facts["stack"] or facts["printed"] or "it left no stack behind",
-            f"run dataset[{facts['index']}] in a fresh process under a debugger; a worker would "
-            "die of it too"
-            if facts["index"]
-            else "run it in a fresh process under a debugger",
+            _after_death(facts),
         )
 
     def _hung(self, facts: Facts) -> Finding:
@@ -591,7 +637,7 @@ class _Words:
 
 
 def _where(facts: Facts) -> str:
-    what = facts["what"]
+    what = _settings_text(facts["what"])
     if facts["index"] is None:
         return f"while {what}" if what else f"while looking at {facts['look']}"
     if what.startswith("asking __getitems__"):
@@ -599,6 +645,32 @@ def _where(facts: Facts) -> str:
     if "iterating" in what or "stream" in what:
         return f"at sample {facts['index']} of the stream"
     return f"at index {facts['index']}"
+
+
+def _settings_text(what: str) -> str:
+    """``starting: 1 workers by fork`` as one would write it.
+
+    >>> _settings_text("starting: 1 workers by fork"), _settings_text("measuring 11 workers")
+    ('starting 1 worker by fork', 'measuring 11 workers')
+    """
+    return re.sub(r"(?<!\d)1 workers", "1 worker", what.replace(": ", " ", 1))
+
+
+def _after_death(facts: Facts) -> str:
+    """How to see it again."""
+    what = facts["what"]
+    if facts["index"] is None:
+        call = "it"
+    elif what.startswith("asking __getitems__"):
+        call = f"dataset.__getitems__({facts['index']})"
+    elif "iterating" in what or "stream" in what:
+        call = f"next() of iter(dataset) up to sample {facts['index']}"
+    else:
+        call = f"dataset[{facts['index']}]"
+    too = "" if facts["index"] is None else "; a worker would die of it too"
+    if facts["code"] is not None and facts["code"] >= 0:
+        return f"look for sys.exit, os._exit or a library that ends the process: run {call}{too}"
+    return f"run {call} in a fresh process under a debugger{too}"
 
 
 def _how_it_died(code: int | None) -> str:

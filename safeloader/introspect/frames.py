@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import linecache
 import os
 import re
@@ -17,14 +18,25 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from safeloader.introspect.dataset_state import described
 from safeloader.introspect.texts import is_path, key_text, without_secrets
-from safeloader.introspect.values import cut, fields, inherits, module_of
+from safeloader.introspect.values import (
+    container_base,
+    cut,
+    exception_text,
+    fields,
+    held_by,
+    inherits,
+    is_one_of,
+    module_of,
+)
 
 OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_NUMPY = os.path.join(os.path.dirname(np.__file__), "")
 _STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 _THIRD_PARTY = re.compile(r"[\\/](?:site|dist)-packages[\\/]")
 _MADE = ("<frozen ", "<__array_function__", "<attrs ")  # code that no file holds, and no user wrote
@@ -33,6 +45,14 @@ _DULL = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.
 LOCALS_MAX = 30
 LOCALS_MAX_BYTES = 4000  # of JSON: a failure crosses to main with its batch
 _STEPS_MAX = 8  # of an expression that is followed
+_PARTS_MAX = 16  # of a local that is a container, for a path to be looked for in it
+_FIELDS_MAX = 64
+_CAUSES_MAX = 5
+_ARCHIVES = ("zipfile", "tarfile", "gzip", "wave")
+_TEXT_MAX = 4000  # characters of an exception's text
+_TOKENS = re.compile(r"""(?<!\w)['"]([^'"\n]+)['"]|([^\s'"<>(),;=]+[\\/][^\s'"<>(),;]+)""")
+_NAMES_FILE = re.compile(r"://|\.(?=\d{0,3}[A-Za-z])[A-Za-z0-9]{1,8}$")  # and no folder
+_CODE = re.compile(r"\.(?:py|pyc|pyx|so|dll|dylib|c|cc|cpp|h)$")  # of a program, and no sample's
 
 
 class Raised(NamedTuple):
@@ -52,6 +72,17 @@ def is_users(file: str) -> bool:
     if file.startswith((OURS, *_MADE)) or _THIRD_PARTY.search(file):
         return False
     return not file.startswith((_TORCH, _STDLIB))
+
+
+def is_foreign(file: str) -> bool:
+    """Say whether a file is neither ours, torch's, NumPy's nor the standard library's.
+
+    >>> is_foreign("/home/me/scans.py"), is_foreign(os.__file__), is_foreign(np.__file__)
+    (True, False, False)
+    """
+    if file.startswith((OURS, _NUMPY)):
+        return False
+    return is_users(file) or bool(_THIRD_PARTY.search(file) and not file.startswith(_TORCH))
 
 
 def is_users_class(cls: type) -> bool:
@@ -158,18 +189,98 @@ def user_frame(exc: BaseException, dataset: object = None) -> dict[str, Any] | N
 def paths_in(exc: BaseException) -> Iterator[tuple[str, Any, str]]:
     """Yield what looks like a path or URL in the locals of the user's frames, the innermost first.
 
-    Each as its name, itself, and where it stands: ``"__getitem__ (scans.py:31)"``. What is used in
-    the line that raised comes first, then what was set last.
+    Each as its name, itself, and where it stands: ``"__getitem__ (scans.py:31)"``. A file that is
+    open counts, and a path in a small container. Before them comes what the user's code gave to the
+    function of a library that raised; in a frame first what is used in the line that raised, then
+    what was set last.
     """
-    for frame, line, _ in user_frames(exc):
-        code = frame.f_code
-        where = f"{code.co_name} ({os.path.basename(code.co_filename)}:{line})"
-        spoken = set(re.findall(r"\w+", linecache.getline(code.co_filename, line)))
-        held = dict(_locals(frame))
-        names, values = [*held], without_secrets([*held], [*held.values()])
-        found = [pair for pair in zip(names, values, strict=True) if is_path(pair[1])][::-1]
-        for name, value in sorted(found, key=lambda pair: pair[0] not in spoken):
-            yield name, value, where
+    frames = user_frames(exc)
+    all_of_them = frames_of(exc)
+    after = [k for k, each in enumerate(all_of_them) if frames and each.frame is frames[0].frame]
+    for called in all_of_them[after[-1] + 1 : after[-1] + 2] if after else ():
+        code = called.frame.f_code
+        if not code.co_filename.startswith(OURS):
+            given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+            held = {name: value for name, value in _locals(called.frame) if name in given}
+            yield from _paths_among(held, called)
+    for each in frames:
+        yield from _paths_among(dict(_locals(each.frame)), each)
+
+
+def paths_said(exc: BaseException) -> tuple[list[str], list[str]]:
+    """Return the paths that an exception, or what it was raised from, carries; those in its texts.
+
+    >>> paths_said(FileNotFoundError(2, "No such file or directory", "j/77.json"))
+    (['j/77.json'], ['j/77.json'])
+    >>> paths_said(ValueError("cannot identify image file 'scans/7.png' (float32/3.5)"))
+    ([], ['scans/7.png'])
+    """
+    carried, texts = [], []
+    for each in causes_of(exc):
+        if isinstance(each, OSError):
+            for name in (each.filename, each.filename2):
+                if inherits(type(name), str) or is_path(name):
+                    carried.append(str(name))
+        text = exception_text(each)[:_TEXT_MAX]
+        for quoted, bare in _TOKENS.findall(text):
+            token = quoted or bare.rstrip(".,;:)]}")
+            if is_path(token) and _NAMES_FILE.search(token) and not _CODE.search(token):
+                texts.append(token)
+    return list(filter(None, carried)), texts
+
+
+def paths_handled(exc: BaseException) -> tuple[list[str], list[str]]:
+    """As :func:`paths_said`, of what was being handled when an exception was raised."""
+    before = causes_of(exc)[-1].__context__
+    return ([], []) if before is None else paths_said(before)
+
+
+def causes_of(exc: BaseException) -> list[BaseException]:
+    """Return an exception and those that it was raised from, by ``from``; at most a few."""
+    found = [exc]
+    while len(found) < _CAUSES_MAX and (cause := found[-1].__cause__) is not None:
+        found.append(cause)
+    return found
+
+
+def _paths_among(held: dict[str, Any], at: Raised) -> Iterator[tuple[str, Any, str]]:
+    code = at.frame.f_code
+    where = f"{code.co_name} ({os.path.basename(code.co_filename)}:{at.line})"
+    spoken = set(re.findall(r"\w+", linecache.getline(code.co_filename, at.line)))
+    values = without_secrets([*held], [*held.values()])
+    found = []
+    for name, value in zip(held, values, strict=True):
+        if is_path(value):
+            found.append((0, name, name, value))
+        elif (file := _open_file(value)) is not None:
+            found.append((0, name, f"{name}.{file[0]}", file[1]))
+        elif (base := container_base(type(value))) and base.__len__(value) <= _PARTS_MAX:
+            parts = held_by(value)
+            hidden = without_secrets([k for k, _ in parts], [part for _, part in parts])
+            for (key, _), part in zip(parts, hidden, strict=True):
+                if is_path(part):
+                    found.append((1, name, f"{name}[{key_text(key)}]", part))
+    found.reverse()
+    for _, _, label, value in sorted(found, key=lambda each: (each[1] not in spoken, each[0])):
+        yield label, value, where
+
+
+def _open_file(value: Any) -> tuple[str, Any] | None:
+    """The path that a file, or an image or archive from one, was opened with, and its attribute."""
+    attribute, path = "name", None
+    if type(value) is io.TextIOWrapper:
+        value = value.buffer
+    if is_one_of(type(value), io.BufferedReader, io.BufferedRandom, io.BufferedWriter):
+        value = value.raw
+    if type(value) is io.FileIO:
+        path = value.name
+    elif is_third_party(type(value)):  # as Pillow's images
+        attribute, path = "filename", dict(fields(value, _FIELDS_MAX)).get("filename")
+    elif module_of(type(value)) in _ARCHIVES:
+        held = dict(fields(value, _FIELDS_MAX))
+        attribute = "filename" if "filename" in held else "name"
+        path = held.get(attribute)
+    return (attribute, path) if is_path(path) else None
 
 
 def subscripted(exc: BaseException) -> tuple[Any, Any] | None:

@@ -24,7 +24,7 @@ from safeloader.introspect.values import fields, plain_length
 from safeloader.worker.context import FetchContext
 from safeloader.worker.repair import GIVEN_FAULT, ON_ERROR_FAULT, STRUCK, Unrepairable
 from safeloader.worker.sources import inner_dataset, source_of
-from safeloader.worker.validating import refused_by
+from safeloader.worker.validating import CheckFault, refused_by
 
 KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
 LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
@@ -35,6 +35,8 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "them",
     "refused": "sample = safeloader.replay(error, loader.dataset) makes the sample again, with the "
     "same random numbers",
+    "fault of a check": "leave this check out of validate=, and report it to safeloader with the "
+    "cause above",
     "refused, of a stream": "mend the data, or leave such samples out: on_error='skip'",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
@@ -146,6 +148,8 @@ def hint_for(
         step = "inherited"
     elif found in _NEXT_STEPS:
         step = found
+    elif isinstance(exc, CheckFault):
+        step = "fault of a check"
     elif refused:
         step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"
     elif phase != "sample":

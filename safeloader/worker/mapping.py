@@ -26,7 +26,6 @@ from safeloader.delivery.indices import (
 )
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.introspect.random_state import preserved
-from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.supervision.flight_recorder import (
     COUNTED,
@@ -38,7 +37,7 @@ from safeloader.supervision.flight_recorder import (
 from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
-from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, struck
+from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, no_fault_of_a_sample, struck
 from safeloader.worker.validating import ValidatedItems, refused_by
 
 _EXCLUDED = "its worker died at it twice"
@@ -169,7 +168,7 @@ class MapFetcher(RecordingFetcher):
             except Exception as exc:
                 if struck(exc, "sample"):
                     raise
-                if never_skipped(exc):
+                if no_fault_of_a_sample(exc):
                     text = f"at index {bounded_text(names[0])}, to stand in for them"
                     raise Unrepairable(None, exc, text) from None
                 continue

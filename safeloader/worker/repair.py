@@ -21,7 +21,7 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import bounded, exception_text, short_type_name, type_name
 from safeloader.worker.collating import FaultySample, explain
 from safeloader.worker.policy import SKIP, Policy
-from safeloader.worker.validating import refused_by
+from safeloader.worker.validating import CheckFault, refused_by
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
@@ -45,6 +45,11 @@ def struck(exc: Exception, phase: str) -> bool:
     """
     frame = raised_by_signal(exc)
     return frame is not None and (phase != "sample" or is_ours(frame))
+
+
+def no_fault_of_a_sample(exc: BaseException) -> bool:
+    """Whether leaving the sample out would help nobody: of a broken program, machine or check."""
+    return isinstance(exc, CheckFault) or never_skipped(exc)
 
 
 class Unrepairable(Exception):
@@ -120,7 +125,9 @@ class BatchRepair:
         """
         position, state = self.asked, self._marks.mark()
         tries, self.last_failure = 0 if failed is None else 1, failed
-        while failed is None or (tries <= self._policy.retries and not never_skipped(failed)):
+        while failed is None or (
+            tries <= self._policy.retries and not no_fault_of_a_sample(failed)
+        ):
             if may_end and failed is not None and refused_by(failed)[0]:
                 break
             if failed is not None:
@@ -150,7 +157,7 @@ class BatchRepair:
     def give_up(self, position: int, failed: Exception, found: str = "") -> None:
         """Do without the sample at ``position``; ``found`` says more than ``failed``."""
         on_error, tries = self._policy.on_error, self._policy.retries + 1
-        if never_skipped(failed):
+        if no_fault_of_a_sample(failed):
             raise Unrepairable(position, failed)
         if on_error == "raise":
             text = f"it failed in each of {tries} tries, all under the same random numbers"
@@ -254,7 +261,7 @@ class BatchRepair:
                     if struck(exc, "collate"):
                         raise
                     failed = exc
-            if self.lent and not never_skipped(failed):
+            if self.lent and not no_fault_of_a_sample(failed):
                 self._lend()
             else:
                 places = self.places if indices and not self.lent else []

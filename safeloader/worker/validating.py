@@ -1,7 +1,8 @@
 """A dataset whose samples are checked as they come. Runs in: worker.
 
 A check that raises is like a dataset that raises, so ``retries`` and ``on_error`` apply. The
-exception remembers which check it was, for the report.
+exception remembers which check it was, for the report. Where one of our own checks breaks, no
+sample is at fault: that is raised at once, whatever ``on_error`` says.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ import torch
 
 from safeloader.checks.schema import FirstSample, Schema
 from safeloader.errors import ValidationError
+from safeloader.introspect.frames import frames_of, is_foreign
+from safeloader.introspect.resource_exhaustion import never_skipped
 from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.values import cut, exception_text, type_name
 
 Check = Callable[[Any, Any], object]
 MARK = "_refused_by"  # on the exception
+
+
+class CheckFault(RuntimeError):
+    """One of our own checks could not look at a sample, of which nothing is known for that."""
+
+    def __init__(self, check: Check, exc: Exception) -> None:
+        super().__init__(
+            f"checks.{name_of(check)} could not look at the sample, by a fault of safeloader's "
+            f"own: {type_name(type(exc))}: {cut(exception_text(exc), 300)}. No sample was refused"
+        )
 
 
 class Validation:
@@ -35,6 +49,8 @@ class Validation:
                 if is_no(check(sample, index)):
                     raise ValidationError(f"it returned False for {bounded_text(sample)}")
             except Exception as exc:
+                if _is_fault_of_ours(check, exc):
+                    raise CheckFault(check, exc) from exc
                 with suppress(Exception):  # a class that takes no attributes
                     setattr(exc, MARK, (name_of(check), position))
                 raise
@@ -96,9 +112,20 @@ class ValidatedStream(Iterator[Any]):
         return sample
 
 
+def _is_fault_of_ours(check: Any, exc: Exception) -> bool:
+    """Whether a check of ours raised what is no refusal, and no code but ours and torch's did."""
+    if isinstance(exc, ValidationError) or not _is_ours(check) or never_skipped(exc):
+        return False
+    return not any(is_foreign(each.frame.f_code.co_filename) for each in frames_of(exc))
+
+
+def _is_ours(check: Any) -> bool:
+    return type(check).__module__.startswith("safeloader.")
+
+
 def name_of(check: Any) -> str:
     """A check as the user would name it."""
-    if type(check).__module__.startswith("safeloader."):
+    if _is_ours(check):
         return repr(check)
     name = getattr(check, "__qualname__", None)
     return name if isinstance(name, str) else bounded_text(check)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 import safeloader
 from safeloader import SafeDataLoader, doctor
-from safeloader.examining import child, looks
+from safeloader.examining import child, looks, samples
 from safeloader.examining.report import Examination
 from tests.processes.test_launcher import ran
 
@@ -283,6 +283,118 @@ class TestHarm:
         assert "test_doctor.py:" in found.evidence
 
 
+class Flaky(Sound):
+    """The fetch with a certain number fails, whichever its index."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.fetched = at, 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.fetched += 1
+        if self.fetched == self.at:
+            raise OSError("network")
+        return super().__getitem__(index)
+
+
+class Together(Flaky):
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [Sound.__getitem__(self, index) for index in indices]
+
+
+class FailsInTheSecondPass(IterableDataset[Any]):
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        for number in range(12):
+            if self.passes == 2 and number == 3:
+                raise OSError("network")
+            yield number
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestOnce:
+    """An error that comes once is told as such, wherever a look meets it."""
+
+    @pytest.mark.parametrize("at", [1, 2, 2 * N, 2 * N + 1, 2 * N + 2])
+    @pytest.mark.parametrize("kind", [Flaky, Together])
+    def test_an_error_that_comes_once(self, at: int, kind: Any) -> None:
+        report = examine(kind(at))
+        finding = said(report, "raises")
+        assert finding.answer.endswith("raised OSError, and came at another time")
+        assert "OSError: network" in finding.evidence
+        assert "test_doctor.py" in finding.evidence
+        assert not {"dies", "look_failed", "workers_raise"} & set(kinds(report))
+
+    def test_an_error_of_the_second_pass_of_a_stream(self) -> None:
+        finding = said(examine(FailsInTheSecondPass()), "raises")
+        assert finding.answer == ("index 3 of the stream raised OSError, and came at another time")
+
+    def test_what_never_fails_is_sound(self) -> None:
+        assert kinds(examine(Flaky(0))) == kinds(examine(Together(0))) == []
+
+
+class RaisingSampler(Sampler[int]):
+    def __iter__(self) -> Any:
+        raise ZeroDivisionError("no weights")
+
+
+class Unreadable:
+    """A sample that cannot be looked at."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise ZeroDivisionError("not open")
+
+
+class OfUnreadable(Sound):
+    def __getitem__(self, index: int) -> Any:
+        return Unreadable()
+
+
+class Longer(Sound):
+    def __len__(self) -> int:
+        return N + 2
+
+
+class Leaving(Sound):
+    def __getitem__(self, index: int) -> Any:
+        if index == 3:
+            sys.exit(4)
+        return super().__getitem__(index)
+
+
+@pytest.mark.usefixtures("no_speed")
+class TestFailedLooks:
+    def test_what_the_users_code_raises_in_a_look_is_no_death(self) -> None:
+        report = examine(Sound(), sampler=RaisingSampler())
+        finding = said(report, "look_failed")
+        assert (finding.level, finding.answer) == (
+            "error",
+            "drawing indices raises ZeroDivisionError",
+        )
+        assert "dies" not in kinds(report)
+        report = examine(OfUnreadable(), collate_fn=len)
+        assert "looking at the sample of 0 raises" in said(report, "look_failed").answer
+
+    def test_a_fault_of_a_look_is_told_as_ours_and_the_others_are_made(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(samples, "size_of", torch.stack)  # which takes no tensor
+        report = examine(Longer())
+        finding = said(report, "look_failed")
+        assert (finding.level, finding.answer.split(":")[0]) == ("warning", "this look failed")
+        assert "safeloader's own" in finding.advice
+        assert said(report, "length")
+        assert "dies" not in kinds(report)
+
+    def test_an_exit_is_told_with_its_status(self) -> None:
+        finding = said(examine(Leaving()), "dies")
+        assert finding.answer == "the process ended itself with exit status 4 at index 3"
+        assert finding.advice.startswith("look for sys.exit, os._exit")
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -432,6 +544,26 @@ class TestLengths:
         assert f"it says {told}" in found.answer
         assert "12" in found.answer
         assert report.ok == (kind == "too short")  # no training breaks of samples that never come
+
+    def test_a_last_sample_that_is_bad_is_no_length_that_lies(self) -> None:
+        class Empty(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == N - 1:
+                    return self.data[:0][0]
+                return super().__getitem__(index)
+
+        report = examine(Empty())
+        assert kinds(report) == ["raises"]
+        assert said(report, "raises").answer == f"index {N - 1} raises IndexError"
+
+    def test_the_index_that_raised_is_the_one_that_is_named(self) -> None:
+        class Longer(Sound):
+            def __len__(self) -> int:
+                return N + 3
+
+        evidence = said(examine(Longer()), "length").evidence
+        assert evidence.startswith(f"dataset[{N + 2}] raises IndexError: {N + 2}")
+        assert f"dataset[{N}] does too, and dataset[{N - 1}] gives a sample" in evidence
 
     def test_what_has_a_sample_for_every_index_is_as_long_as_it_says(self) -> None:
         class Made(Sound):
@@ -821,6 +953,22 @@ def test_bad_input_is_refused_at_once(words: Any, error: Any) -> None:
     with pytest.raises(error, match=r"doctor takes|seconds must be"):
         doctor(*words)
     assert time.monotonic() - begin < 2
+
+
+def test_a_script_without_a_guard_is_told_so_in_a_few_words(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "import safeloader\n"
+        "from torch.utils.data import DataLoader\n"
+        "print(safeloader.doctor(DataLoader([1, 2, 3, 4] * 10, batch_size=4), seconds=20))\n"
+    )
+    done = ran(tmp_path, "bare.py")
+    assert "1. the program does its work when it is imported, and spawn imports it" in done.stdout
+    printed = done.stdout[done.stdout.index("printed: ") :].splitlines()
+    shown = [line for line in printed if line.startswith("  | ")]
+    assert set(shown) == {f"  | {child.CALLED_AGAIN}"}
+    assert 'which has no `if __name__ == "__main__":`' in done.stdout
+    assert "look for what takes long" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_the_start_method_of_the_program_stays_to_be_set() -> None:

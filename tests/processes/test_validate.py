@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from safeloader import SKIP, DeliveryError, SafeDataLoader, ValidationError, checks
+from safeloader import SKIP, DeliveryError, SafeDataLoader, SampleError, ValidationError, checks
+from safeloader.checks import values
 
 WAYS: dict[str, dict[str, Any]] = {
     "main": {},
@@ -307,3 +308,58 @@ def test_what_on_error_gives_is_checked_too(way: str) -> None:
     assert caught.value.index == 5
     *_, step = str(caught.value).splitlines()
     assert "have the callable given as on_error= give a sample that passes" in step
+
+
+# ── a check of ours that breaks, and samples of every dtype ──────────────────────────────────────
+
+
+class Property:
+    """A sample that raises when it is looked at."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @property
+    def x(self) -> float:
+        return 1.0 / (self.index - 5)
+
+
+class Properties(Numbers):
+    def __getitem__(self, index: int) -> Any:
+        return Property(index)
+
+
+@each_way
+@pytest.mark.parametrize("options", [{}, {"on_error": "skip"}, {"retries": 2}], ids=repr)
+@pytest.mark.parametrize("kind", [Numbers, AtOnce])
+def test_a_fault_of_a_check_of_ours_is_no_samples(
+    way: str, options: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "_all_finite", torch.stack)  # which takes no tensor
+    loader = loader_of(way, kind(), **options)
+    with pytest.raises(SampleError, match=r"argument .tensors.") as caught:
+        list(loader)
+    told = str(caught.value)
+    assert not isinstance(caught.value, ValidationError)
+    assert "checks.finite() could not look at the sample, by a fault of safeloader's own" in told
+    assert "leave this check out of validate=" in told
+    assert "refused by validate" not in told
+    assert loader.audit.skipped.tolist() == []
+
+
+@each_way
+def test_what_a_sample_raises_when_it_is_looked_at_is_the_samples(way: str) -> None:
+    check = checks.in_range(-9, 9, at="x")
+    loader = loader_of(way, Properties(), validate=[check], on_error="skip", collate_fn=len)
+    assert list(loader) == [3, 2, 3, 3]
+    assert loader.audit.skipped.tolist() == [5]
+    assert "ZeroDivisionError" in loader.audit.reasons[5]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2, torch.bool], ids=repr)
+def test_sound_samples_of_any_dtype_all_come(dtype: torch.dtype) -> None:
+    samples = [torch.zeros(2, dtype=dtype)] * 4
+    check = [checks.in_range(0, 9), checks.finite()]
+    loader = SafeDataLoader(samples, validate=check, on_error="skip", collate_fn=len)
+    assert sum(loader) == 4
+    assert loader.audit.skipped.tolist() == []

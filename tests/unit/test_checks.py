@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,79 @@ def test_bounds_that_are_none_are_refused() -> None:
     for low, high in ((2, 1), (NAN, 1)):
         with pytest.raises(ValueError, match="the lower bound first"):
             checks.in_range(low, high)
+
+
+# ── every kind of number ─────────────────────────────────────────────────────────────────────────
+
+DTYPES = [
+    *(torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32),
+    *(torch.uint64, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32),
+    *(torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.complex32, torch.complex64, torch.complex128),
+]
+
+
+def numbers(dtype: torch.dtype, *values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sound_numbers_of_every_dtype_pass_and_others_do_not(dtype: torch.dtype) -> None:
+    sound = numbers(dtype, 0, 1, 1)
+    checks.finite()(sound, 0)
+    checks.in_range(0, 1)({"x": sound}, 0)
+    checks.in_range(-(2**2000), 2**70)([sound, np.array([True])], 0)
+    assert "1 of 3 values is outside 0 to 0" in refused(
+        checks.in_range(0, 0), numbers(dtype, 0, 1, 0)
+    )
+    if dtype.is_floating_point or dtype.is_complex:
+        assert "1 of 3 values is not finite" in refused(checks.finite(), numbers(dtype, 0, NAN, 0))
+        refused(checks.in_range(-9, 9), numbers(dtype, 0, NAN, 0))
+
+
+def test_bounds_are_exact_for_large_integers() -> None:
+    checks.in_range(0, 2**64 - 1)(torch.tensor([2**64 - 1], dtype=torch.uint64), 0)
+    refused(checks.in_range(0, 2**53), torch.tensor([2**53 + 1]))
+    refused(checks.in_range(0, 2**64 - 2), torch.tensor([2**64 - 1], dtype=torch.uint64))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda x: np.array([1.0, x], dtype=object), "[1]"),
+        (lambda x: np.array([[0, [x]]], dtype=object), "[(0, 1)][0]"),
+        (lambda x: {x}, " (an element)"),
+        (lambda x: deque([0.0, x]), "[1]"),
+        (lambda x: np.array([(1, x)], dtype=[("a", "i4"), ("b", "f8")]), "['b']"),
+        (lambda x: np.array([(1, x)], dtype=[("a", "i4"), ("b", "f8")])[0], "['b']"),
+        (lambda x: np.array([(x,)], dtype=[("a", object)]), "['a'][0]"),
+        (lambda x: torch.tensor([[0, x]]).to_sparse(), ""),
+        (lambda x: torch.tensor([[0, x]]).to_sparse_csr(), ""),
+        (lambda x: torch.nested.nested_tensor([torch.zeros(1), torch.tensor([x])]), ""),
+        (lambda x: torch.tensor([complex(0, x)]), ""),
+        (lambda x: np.array([complex(x, 0)]), ""),
+        (lambda x: complex(x, x), ""),
+        (lambda x: Decimal(x), ""),
+        (lambda x: np.ma.masked_invalid([x, 1e9 if x == 300 else 0.0]), ""),
+        (lambda x: torch.ones(1, requires_grad=True) * x, ""),
+    ],
+)
+def test_numbers_are_looked_at_wherever_they_are(make: Any, place: str) -> None:
+    within = checks.in_range(0, 255)
+    checks.finite()(make(3.0), 0)
+    within(make(3.0), 0)
+    assert refused(within, make(300.0)).startswith(f"sample{place}")
+    if not isinstance(make(3.0), np.ma.MaskedArray):
+        assert refused(checks.finite(), make(NAN)).startswith(f"sample{place}")
+
+
+def test_what_a_masked_array_hides_is_not_looked_at() -> None:
+    checks.finite()(np.ma.masked_invalid([NAN, 1.0]), 0)
+    checks.finite()(np.ma.masked_invalid([NAN]), 0)
+    checks.in_range(0, 9)(np.ma.masked_greater([1, 12], 9), 0)
 
 
 # ── schema ───────────────────────────────────────────────────────────────────────────────────────

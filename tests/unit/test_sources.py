@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -194,6 +195,177 @@ def test_a_path_in_the_locals_is_named_where_no_list_has_it() -> None:
     dataset = Elsewhere()
     said = source(dataset, exc=raised(dataset))
     assert said.startswith("what = 'https://host/13.png' in _decode (test_sources.py:")
+
+
+# ── which entry the code reads ───────────────────────────────────────────────────────────────────
+
+
+class Given(Dataset[Any]):
+    """Its list is in the order of its samples, or ``order`` says in which."""
+
+    def __init__(self, folder: Path = Path("scans"), length: int = LENGTH) -> None:
+        self.files = [f"{folder}/{number:04}.json" for number in range(length)]
+        self.order = [*range(length)][::-1]
+        self.names = ["cat"] * length
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> str:
+        return self.files[index]
+
+    def __getitem__(self, index: int) -> Any:
+        return json.loads(Path(self.path(index)).read_text())
+
+
+class Mapped(Given):
+    def __getitem__(self, index: int) -> Any:
+        with open(self.files[self.order[index]]) as file:
+            return json.load(file)
+
+
+class MappedInside(Given):
+    def __getitem__(self, index: int) -> Any:
+        return self._read(self.files[self.order[index]])
+
+    def _read(self, given: Any) -> Any:
+        given = len(given)
+        raise ValueError(f"bad header of {given}")
+
+
+class MappedByALocal(MappedInside):
+    def __getitem__(self, index: int) -> Any:
+        at = self.order[int(index)]
+        return self._read(self.path(at))
+
+
+class Pairs(MappedInside):
+    def __getitem__(self, index: int) -> Any:
+        return self._read(self.files[index // 2])
+
+
+class Picks(MappedInside):
+    """A subset as people write them."""
+
+    def __init__(self) -> None:
+        self.inner = Given()
+        self.picked = [31, 32, 33]
+
+    def __getitem__(self, index: int) -> Any:
+        return self._read(self.inner[self.picked[index]])
+
+
+def error_of(dataset: Any, index: int = BAD) -> Exception:
+    try:
+        dataset[index]
+    except Exception as exc:
+        return exc
+    pytest.fail("nothing was raised")
+
+
+def broken() -> Exception:
+    return ValueError("bad header")
+
+
+def told(dataset: Any, index: int = BAD) -> str:
+    return source_of(dataset, index, error_of(dataset, index), LENGTH)
+
+
+def test_a_list_that_another_maps_is_asked_as_the_code_asks_it() -> None:
+    assert told(MappedInside()) == "dataset.files[26] = 'scans/0026.json'"
+    assert told(MappedByALocal()) == "dataset.files[26] = 'scans/0026.json'"
+    assert source_of(Picks(), 1, broken(), 3) == "dataset.inner.files[32] = 'scans/0032.json'"
+
+
+def test_perhaps_is_said_where_the_code_asks_for_something_else() -> None:
+    assert told(Pairs()) == "perhaps dataset.files[13] = 'scans/0013.json'"
+
+
+def test_nothing_speaks_against_a_list_that_is_asked_for_the_index() -> None:
+    assert source_of(Given(), BAD, broken(), LENGTH) == "dataset.files[13] = 'scans/0013.json'"
+    assert source_of(Subset(Given(), [5, BAD]), 1, broken()) == (
+        "dataset.dataset.files[13] = 'scans/0013.json'"
+    )
+
+
+def test_the_open_file_that_a_library_was_given_is_named(tmp_path: Path) -> None:
+    dataset = Mapped(tmp_path)
+    Path(dataset.files[26]).write_text("{")
+    said = told(dataset)
+    assert said.startswith(f"fp.name = '{tmp_path}/0026.json' in load (__init__.py:")
+    assert said.endswith("; it is dataset.files[26]")
+
+
+class OtherFile(Given):
+    """What it opens is not what its list has."""
+
+    def __getitem__(self, index: int) -> Any:
+        return Path(self.files[index].replace("00", "77")).read_bytes()
+
+
+class RaisedFrom(Given):
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return Path(self.files[index].replace("00", "77")).read_bytes()
+        except OSError as error:
+            raise ValueError(f"no sample {index}") from error
+
+
+class RaisedAfter(Given):
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return Path(self.files[index - 1].replace("0012", "7713")).read_bytes()
+        except OSError:
+            raise ValueError(f"no sample {index}")  # noqa: B904
+
+
+class Speaks(Given):
+    def __getitem__(self, index: int) -> Any:
+        raise ValueError(f"cannot read 'scans/{77 + len(self.files[index][:0])}.json'")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (OtherFile(), "the error names 'scans/7713.json'"),
+        (RaisedFrom(), "the error names 'scans/7713.json'"),
+        (RaisedAfter(), "the error before it names 'scans/7713.json'"),
+        (Speaks(), "the error names 'scans/77.json'"),
+        (Given(), "dataset.files[13] = 'scans/0013.json'"),
+    ],
+)
+def test_a_path_that_the_error_speaks_of_is_named_and_not_the_lists(
+    dataset: Any, said: str
+) -> None:
+    assert told(dataset) == said
+
+
+def test_under_a_subset_and_a_concatenation_too() -> None:
+    for dataset in (Subset(OtherFile(), [2, BAD]), ConcatDataset([Given(length=1), OtherFile()])):
+        index = 1 if type(dataset) is Subset else BAD + 1
+        assert told(dataset, index) == "the error names 'scans/7713.json'"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "expected a tensor of torch.float32, got numpy.uint8",
+        "see https://pytorch.org/docs/stable/notes/serialization.html",
+        "raised in 'package/module.py'",
+        "Max retries exceeded (host='example.com')",
+        "no such label in 'labels/13.txt'",
+    ],
+)
+def test_what_is_no_path_of_a_sample_speaks_of_none(text: str) -> None:
+    said = source_of(Given(), BAD, ValueError(text), LENGTH)
+    assert said == "dataset.files[13] = 'scans/0013.json'"
+
+
+def test_a_path_that_is_part_of_another_is_not_spoken_of() -> None:
+    files = [f"{number}.png" for number in range(LENGTH)]
+    assert source(Holding(files=files), 1, ValueError("cannot read '11.png'")) == (
+        "the error names '11.png'"
+    )
 
 
 # ── one way for all that is said ─────────────────────────────────────────────────────────────────
