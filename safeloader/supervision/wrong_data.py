@@ -11,14 +11,20 @@ from itertools import combinations
 from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState, Order
+from safeloader.introspect.generator_digests import Standing
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
-from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport
+from safeloader.supervision.self_report import (
+    STREAM_SAMPLES,
+    FirstDraws,
+    Opening,
+    SelfReport,
+)
 
 LOST_MIN = 16  # entries that a cache must have gained
 FILLED_MIN = 4  # elements of a list, looked at, most of which must have been filled
 SAME_STREAM = "read the same stream"  # in the text of that finding
-STREAM_MIN = 2  # samples of a stream, different ones, that have to be equal in two workers
+STREAM_MIN = 4  # different samples among those of a stream that are equal in two workers
 
 
 class Finding(NamedTuple):
@@ -226,15 +232,18 @@ def _same_stream(seen: Seen) -> Iterator[Finding]:
     if not seen.stream or seen.workers < 2 or seen.length is not None:
         return  # with a length the ledger counts what was read, and says it with numbers
     for (u, one), (v, other) in combinations(seen.reports.items(), 2):
-        number = min(len(one.stream), len(other.stream))
-        mine, theirs = one.stream[:number], other.stream[:number]
-        if None in mine or mine != theirs or len(set(mine)) < STREAM_MIN:
+        if one.stream != other.stream or None in one.stream:
             continue
+        number = len(one.stream)
+        whole = one.stream_ended and other.stream_ended
+        if len(set(one.stream)) < STREAM_MIN or not (whole or number >= STREAM_SAMPLES):
+            continue  # of bits that each draws for itself, a few are equal by chance
+        equal = f"all {number} samples of each" if whole else f"their first {number} samples"
         others = "" if seen.workers == 2 else f" (and so may others of the {seen.workers})"
         yield Finding(
             ("same stream",),
-            f"workers {u} and {v} {SAME_STREAM}{others}: their first {number} samples are "
-            f"equal, so the loop gets each sample {seen.workers} times. Give each worker its part: "
+            f"workers {u} and {v} {SAME_STREAM}{others}: {equal} are equal, so the loop gets each "
+            f"sample {seen.workers} times. Give each worker its part: "
             "torch.utils.data.get_worker_info().id and .num_workers in __iter__ "
             "(itertools.islice(stream, id, None, num_workers)), or the library's own splitting by "
             "worker",
@@ -272,8 +281,25 @@ def _alike(mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws) -> str:
     if a.before == a.after or b.before == b.after:
         return ""
     if a.before == b.before:
-        return "from"
+        return "from" if _drew_on(a.after, b.after) else ""
     return "to" if a.after == b.after and mine.indices[:1] != theirs.indices[:1] else ""
+
+
+def _alike_second(a: FirstDraws, b: FirstDraws) -> str:
+    """As :func:`_alike`, of second samples."""
+    if not (a.second and a.after_second and b.second and b.after_second):
+        return ""
+    moved = a.second != a.after_second and b.second != b.after_second
+    same = a.second == b.second and _drew_on(a.after_second, b.after_second)
+    return "from" if moved and same else ""
+
+
+def _drew_on(after: Standing, other: Standing) -> bool:
+    """Whether two that stood at one place drew from there, as far as can be told.
+
+    Seeded meanwhile, by the index or by the epoch, they drew what that gave them.
+    """
+    return after.seed == other.seed
 
 
 def _same_numbers(seen: Seen) -> Iterator[Finding]:
@@ -284,9 +310,7 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
             if seen.stream:
                 # The first sample of a stream is where it is set up: a shuffle by a seed that all
                 # workers share is as it should be.
-                same = a.second is not None and a.second == b.second
-                moved = a.second != a.after_second and b.second != b.after_second
-                alike = "from" if same and moved else ""
+                alike = _alike_second(a, b)
             else:
                 alike = _alike(mine, a, theirs, b)
             if alike == "from":

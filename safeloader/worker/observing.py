@@ -24,7 +24,7 @@ from typing import Any
 
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.file_positions import Position
-from safeloader.introspect.generator_digests import global_generators, own_generators
+from safeloader.introspect.generator_digests import Standing, global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
@@ -77,11 +77,12 @@ class Observer:
         self._on = True
         self._openings: list[Opening] = []
         self._first: tuple[int | None, ...] = ()
+        self._stream_ended = False
         self._elements: dict[tuple[str, Any], Element] = {}
         self._leaves = 0  # of all of them
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
-        self._generators: dict[str, Callable[[], int]] | None = None
+        self._generators: dict[str, Callable[[], Standing]] | None = None
         self._files = InheritedFiles(inherited, dataset) if inherited else None
         self._memory: list[tuple[int, int, int | None]] = []
         self._start = self._state()
@@ -110,7 +111,7 @@ class Observer:
             raise exc
         self._on = False
 
-    def generators(self) -> dict[str, Callable[[], int]]:
+    def generators(self) -> dict[str, Callable[[], Standing]]:
         """By name, what gives the digest of each generator's state."""
         if self._generators is None:
             self._generators = global_generators()
@@ -154,10 +155,12 @@ class Observer:
         few = len(self._elements) < ELEMENTS_MAX and self._leaves < LEAVES_MAX
         return few and bool(self.stores())
 
-    def note_stream(self, digests: tuple[int | None, ...]) -> None:
-        """The first samples of the stream, in the first epoch."""
+    def note_stream(self, digests: tuple[int | None, ...], *, ended: bool = False) -> None:
+        """The first samples of the stream, in the first epoch; ``ended``: there are no more."""
         if self._epochs <= 1:
-            self._first = digests
+            self._first, self._stream_ended = digests, ended
+            if ended:
+                self._reported = -1  # nothing that was reported says so
 
     # in between ─────────────────────────────────────────────────────────────────────────────────
 
@@ -211,6 +214,7 @@ class Observer:
             tuple((path, *counts) for path, counts in filled.items()),
             () if self._files is None else self._files.moved(),
             tuple(self._memory),
+            self._stream_ended,
         )
 
     def _remember_memory(self) -> None:

@@ -329,6 +329,23 @@ class OwnGenerator(Indexed):
         return float(self.rng.rand())
 
 
+class SeededByIndex(Indexed):
+    """Has a generator of its own, which each sample puts to a place of its own."""
+
+    def __init__(self, kind: str) -> None:
+        made: Any = {"python": random.Random, "torch": torch.Generator}
+        self.rng: Any = made.get(kind, np.random.RandomState)()
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> float:
+        seed = 1000 * self.epoch + index
+        if isinstance(self.rng, torch.Generator):
+            self.rng.manual_seed(seed)
+            return float(torch.rand((), generator=self.rng))
+        self.rng.seed(seed)
+        return float(self.rng.random())
+
+
 def seeds_its_generator(worker_id: int) -> None:
     info = get_worker_info()
     assert info is not None
@@ -346,6 +363,29 @@ def test_a_generator_that_worker_init_fn_may_seed_is_told_if_it_repeats(
     loader = loader_of(OwnGenerator(), way, worker_init_fn=seeds_its_generator)
     assert said(caplog, loader) == []
     told = said(caplog, loader_of(OwnGenerator(), way, worker_init_fn=seeds_nothing))
+    assert any("draw the same random numbers from dataset.rng" in each for each in told)
+
+
+@ways({"main": {}, "fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch"])
+def test_a_generator_that_is_seeded_by_the_index_is_not_told(
+    kind: str, way: str, caplog: Any
+) -> None:
+    init = seeds_nothing if ALL[way] else None
+    loader = loader_of(SeededByIndex(kind), way, shuffle=True, worker_init_fn=init)
+    assert said(caplog, loader) == []
+
+
+class DrawsUnlike(OwnGenerator):
+    """Draws more for one sample than for another."""
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.rng.rand(1 + index % 7).sum())
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_generator_that_repeats_is_told_whatever_each_sample_draws(way: str, caplog: Any) -> None:
+    told = said(caplog, loader_of(DrawsUnlike(), way, worker_init_fn=seeds_nothing))
     assert any("draw the same random numbers from dataset.rng" in each for each in told)
 
 
@@ -405,6 +445,36 @@ def test_a_stream_that_is_shared_out_is_not_told(way: str, caplog: Any) -> None:
 
 def test_equal_samples_say_nothing_of_a_stream(caplog: Any) -> None:
     assert said(caplog, loader_of(Words(shared=False, constant=True), "fork")) == []
+
+
+class Bits(IterableDataset):  # type: ignore[type-arg]
+    """Each worker draws from a generator of its own, and few numbers there are to draw."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        draw = random.Random(info.id if info else 0)
+        yield from [0, 1, 0, 1, *(draw.randint(0, 1) for _ in range(40))]
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_few_different_samples_say_nothing_of_a_stream(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Bits(), way, batch_size=1)) == []
+
+
+class Short(IterableDataset):  # type: ignore[type-arg]
+    """A stream of fewer samples than are compared."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(5)
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_short_stream_that_each_worker_reads_whole(
+    batch_size: int, way: str, caplog: Any
+) -> None:
+    [told] = said(caplog, loader_of(Short(), way, batch_size=batch_size))
+    assert told.startswith("workers 0 and 1 read the same stream: all 5 samples of each are equal")
 
 
 class ShuffledAlike(IterableDataset):  # type: ignore[type-arg]

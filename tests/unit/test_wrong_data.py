@@ -28,7 +28,7 @@ from safeloader.introspect.copy_state import (
     copy_state,
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
-from safeloader.introspect.generator_digests import own_generators
+from safeloader.introspect.generator_digests import Standing, own_generators
 from safeloader.introspect.stored_elements import Element, looked_at, stores_of
 from safeloader.introspect.two_ways import passed_by
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
@@ -133,19 +133,22 @@ def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) ->
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────
 
 
-def opening(*states: int | None, index: str = "0", epoch: int = 0) -> tuple[Opening, ...]:
-    return (Opening(epoch, (index,), {"random": FirstDraws(*states)}),)  # type: ignore[arg-type]
+def opening(*states: float, index: str = "0", epoch: int = 0) -> tuple[Opening, ...]:
+    """One in which the generator stood there: ``1.2`` is place 2 after it was seeded by 1."""
+    stood = [Standing(int(at), round(at * 10)) for at in states]
+    return (Opening(epoch, (index,), {"random": FirstDraws(*stood)}),)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "repeats"),
     [
-        (opening(1, 2), opening(1, 2, index="9"), True),
-        (opening(1, 2), opening(1, 3, index="9"), True),  # they draw different amounts
-        (opening(1, 1), opening(1, 1, index="9"), False),  # nothing is drawn
-        (opening(1, 2), opening(3, 4, index="9"), False),
-        (opening(1, 2), opening(3, 2, index="9"), True),  # seeded where samples are made
-        (opening(1, 2), opening(3, 2), False),  # by the index
+        (opening(1.1, 1.2), opening(1.1, 1.2, index="9"), True),
+        (opening(1.1, 1.2), opening(1.1, 1.3, index="9"), True),  # they draw different amounts
+        (opening(1.1, 1.1), opening(1.1, 1.1, index="9"), False),  # nothing is drawn
+        (opening(1.1, 1.2), opening(3.1, 3.2, index="9"), False),
+        (opening(1.1, 2.1), opening(3.1, 2.1, index="9"), True),  # seeded where samples are made
+        (opening(1.1, 2.1), opening(3.1, 2.1), False),  # by the index
+        (opening(1.1, 2.1), opening(1.1, 3.1, index="9"), False),  # the same, from one place
     ],
 )
 def test_numbers_that_two_workers_share(one: Any, other: Any, repeats: bool) -> None:
@@ -160,13 +163,15 @@ def test_who_draws_the_same_after_a_fixed_seed(second: int, who: str) -> None:
 
 
 def test_of_a_stream_only_what_its_second_samples_draw_counts() -> None:
-    drawn = [report(openings=opening(1, 2, 2, 3)), report(openings=opening(1, 2, 2, 4))]
+    drawn = [report(openings=opening(1, 2, 2.1, 2.3)), report(openings=opening(1, 2, 2.1, 2.4))]
     assert len(told(*drawn, stream=True)) == 1
     shuffled = [report(openings=opening(1, 2, 2, 2)), report(openings=opening(1, 2, 2, 2))]
     assert told(*shuffled, stream=True) == []
+    by_shard = [report(openings=opening(1, 2, 2, 3)), report(openings=opening(1, 2, 2, 4))]
+    assert told(*by_shard, stream=True) == []
 
 
-@pytest.mark.parametrize("second", [(1, 2), (7, 2)])
+@pytest.mark.parametrize("second", [(1, 2), (7, 2), (1, 2.1)])
 def test_numbers_that_come_again_in_each_epoch(second: Any) -> None:
     both = opening(1, 2) + opening(*second, index="5", epoch=1)
     assert len(told(report(openings=both), persistent=True)) == 1
@@ -177,20 +182,40 @@ def test_numbers_that_come_again_in_each_epoch(second: Any) -> None:
 # ── streams, files ───────────────────────────────────────────────────────────────────────────────
 
 
+EIGHT = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        ((1, 2, 3), (1, 2, 3), True),
-        ((1, 2, 3), (1, 2), True),
-        ((1, 1, 1), (1, 1, 1), False),
-        ((1, 2, 3), (1, 2, 4), False),
-        ((1, None), (1, None), False),
+        (EIGHT, EIGHT, True),
+        (EIGHT, (*EIGHT[:7], 9), False),
+        (EIGHT[:7], EIGHT[:7], False),  # more may come
+        (EIGHT, EIGHT[:7], False),
+        ((1, 2) * 4, (1, 2) * 4, False),  # two that draw bits may well be equal
+        ((1, 2, 3, 4) * 2, (1, 2, 3, 4) * 2, True),
+        ((1,) * 8, (1,) * 8, False),
+        ((*EIGHT[:7], None), (*EIGHT[:7], None), False),
         ((), (), False),
     ],
 )
 def test_first_samples_of_two_workers(one: Any, other: Any, same: bool) -> None:
     assert len(told(report(stream=one), report(stream=other), stream=True)) == same
     assert told(report(stream=one), report(stream=other), stream=True, length=9) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (EIGHT[:5], EIGHT[:5], True),
+        (EIGHT[:5], EIGHT[:6], False),
+        (EIGHT[:3], EIGHT[:3], False),
+    ],
+)
+def test_samples_of_two_short_streams(one: Any, other: Any, same: bool) -> None:
+    mine, theirs = report(stream=one, stream_ended=True), report(stream=other, stream_ended=True)
+    assert len(told(mine, theirs, stream=True)) == same
+    assert told(mine, theirs._replace(stream_ended=False), stream=True) == []
 
 
 def test_read_positions() -> None:
@@ -575,7 +600,25 @@ def test_own_generators_are_found_and_not_moved() -> None:
     before = {name: read() for name, read in reads.items()}
     assert before == {name: read() for name, read in reads.items()}
     held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
-    assert all(read() != before[name] for name, read in reads.items())
+    drawn = {name: read() for name, read in reads.items()}
+    assert all(drawn[name].at != before[name].at for name in reads)
+    held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
+    assert all(read().seed == drawn[name].seed for name, read in reads.items())
+    held.a.seed(9), held.d.manual_seed(9), held.e.seed(9)
+    held.b.c.bit_generator.state = np.random.PCG64(9).state
+    held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
+    assert all(read().seed != drawn[name].seed for name, read in reads.items())
+
+
+@pytest.mark.parametrize("bits", [np.random.PCG64, np.random.MT19937, np.random.Philox])
+def test_a_draw_is_no_seeding(bits: Any) -> None:
+    for made in (np.random.Generator, np.random.RandomState):
+        rng = made(bits(1))
+        (read,) = own_generators(Held({"rng": rng})).values()
+        rng.standard_normal()
+        first = read()
+        rng.standard_normal()
+        assert (read().seed == first.seed, read().at == first.at) == (True, False)
 
 
 def test_a_report_is_read_whole_or_not_at_all() -> None:
