@@ -92,6 +92,7 @@ class SelfReport(NamedTuple):
         files: read positions that moved.
         memory: after so many batches, anonymous and private bytes; the second None where unknown.
         stream_ended: whether there were no more samples of the stream than those.
+        unsteady: paths of orders that one sample, not the first, put in another order.
     """
 
     pid: int
@@ -106,3 +107,4 @@ class SelfReport(NamedTuple):
     files: tuple[SharedFile, ...] = ()
     memory: tuple[tuple[int, int, int | None], ...] = ()
     stream_ended: bool = False
+    unsteady: tuple[str, ...] = ()

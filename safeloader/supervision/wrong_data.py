@@ -1,7 +1,9 @@
 """What the workers' reports say of data that is wrong behind right indices. Runs in: main.
 
-Pure: reports in, findings out. Each finding is certain by what was seen, or is not told. It says
-first what is so, then by what that is known, then what to do.
+Pure: reports in, findings out. What a finding says is so was seen; what it means for the samples
+follows where they are made as the attribute's name and the byte code let one think. What a sound
+program shows as well is not told, and so some that is wrong is not. A finding says first what is
+so, then by what that is known, then what to do.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Seen(NamedTuple):
 
     Attributes:
         reports: of each process that makes samples, by worker; without workers that of main, by 0.
-        main: main's copy of the dataset, as it is now.
+        main: main's copy of the dataset: as it is now where the workers stay, else as it was when
+            the first batches of the epoch had been drawn. What is set after that is for the next.
         length: of the dataset, where it has one.
         stream: whether the dataset is iterable-style.
         persistent: whether the workers stay for the next epoch.
@@ -82,6 +85,8 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             there = other.now.orders.get(path)
             if there is None or not _differ(one.start.orders.get(path), here, there):
                 continue
+            if path in one.unsteady or path in other.unsteady:
+                continue  # something to draw from, and no order
             changes = {_change(one, path), _change(other, path)}
             reordered = "reordered" in changes and changes <= {"", "reordered"}
             made = changes == {"replaced"} and here.length == seen.length
@@ -123,13 +128,15 @@ def _change(report: SelfReport, path: str) -> str:
     """
     start, now = report.start.orders.get(path), report.now.orders[path]
     if start is None:
-        return "replaced"
+        return "other" if now.is_data else "replaced"
     if start.sampled == now.sampled and start.which == now.which:
         return ""
     if start.contents is not None and start.contents == now.contents:
         return "reordered"
     if start.all_of_them is not None and start.all_of_them == now.all_of_them:
         return "reordered" if start.which != now.which else ""
+    if now.is_data:
+        return "other"
     if start.held_as != now.held_as:
         return "replaced"
     if start.contents is None and start.all_of_them is None and _elsewhere(start, now):
@@ -201,6 +208,8 @@ def _lost(seen: Seen) -> Iterator[Finding]:
         made += report.batches
         for path, length in report.now.lengths.items():
             before = report.start.lengths.get(path)
+            if path in report.now.counts:
+                continue  # nothing was saved by them
             if before is not None and length > before:
                 gained[path] = gained.get(path, 0) + length - before
         for path, empty, full in report.filled:
@@ -307,12 +316,9 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
     for (u, mine), (v, theirs) in _openings(seen):
         for name in mine.draws.keys() & theirs.draws.keys():
             a, b = mine.draws[name], theirs.draws[name]
-            if seen.stream:
-                # The first sample of a stream is where it is set up: a shuffle by a seed that all
-                # workers share is as it should be.
-                alike = _alike_second(a, b)
-            else:
-                alike = _alike(mine, a, theirs, b)
+            # The first sample of a stream is where it is set up: a shuffle by a seed that all
+            # workers share is as it should be.
+            alike = _alike_second(a, b) if seen.stream else _alike(mine, a, theirs, b)
             if alike == "from":
                 yield Finding(
                     ("same numbers", name),

@@ -12,6 +12,7 @@ from safeloader.introspect.texts import index_text
 from safeloader.supervision.self_report import STREAM_SAMPLES, FirstDraws
 
 if TYPE_CHECKING:
+    from safeloader.introspect.copy_state import Order
     from safeloader.introspect.generator_digests import Standing
     from safeloader.introspect.stored_elements import Store
 
@@ -37,6 +38,12 @@ class Notes(Protocol):
     def fetched(self) -> None:
         """The elements that were noted last have been fetched."""
 
+    def orders(self) -> dict[str, Order]:
+        """By their paths, the orders that this copy of the dataset has."""
+
+    def note_orders(self, before: dict[str, Order]) -> None:
+        """The second sample was made, before which it had these."""
+
     def note_stream(self, digests: tuple[int | None, ...], *, ended: bool = False) -> None:
         """The first samples of the stream; ``ended``: there are no more."""
 
@@ -54,6 +61,7 @@ class FirstSamples:
         self._indices: list[str] = []
         self._states: list[tuple[dict[str, Standing], dict[str, Standing]]] = []
         self._digests: list[int | None] = []
+        self._orders: dict[str, Order] = {}
         self._made = 0
         self._done = False
 
@@ -106,6 +114,8 @@ class FirstSamples:
                     at = store.place_of(index)
                     if at is not None and not self._observer.note_element(store, index, at):
                         break
+            if len(self._states) == 1:
+                self._orders = self._observer.orders()
             if len(self._states) < 2:
                 return {name: read() for name, read in self._observer.generators().items()}
         except Exception as exc:
@@ -130,6 +140,8 @@ class FirstSamples:
                 self._indices += map(index_text, list(indices)[:2])
                 if len(self._states) <= 2:
                     self._observer.opened(self._indices[:2], self._draws())
+                if len(self._states) == 2:
+                    self._observer.note_orders(self._orders)
             self._observer.note_stream(tuple(self._digests))
             self._made += max(1, len(indices))
             more = len(self._digests) if self._digests else STREAM_SAMPLES
