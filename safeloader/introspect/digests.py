@@ -7,6 +7,7 @@ holds one is passed over. Digests are CRC-32 (``zlib``), of the first 64 KiB of 
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 from collections.abc import Iterator
 from itertools import islice
@@ -183,10 +184,8 @@ def in_no_order(rows: np.ndarray[Any, Any]) -> int:
     words = raw.view(f"u{word}")
     if words.shape[1] > 1:
         places = _mixed(np.arange(1, words.shape[1] + 1, dtype=np.uint64))
-        mixed = (_mixed(words) * places).sum(axis=1, dtype=np.uint64)
-    else:
-        mixed = words[:, 0]
-    return int(_mixed(mixed).sum(dtype=np.uint64))
+        return int(_mixed(words.astype(np.uint64) @ places).sum(dtype=np.uint64))
+    return int(_mixed(words[:, 0]).sum(dtype=np.uint64))
 
 
 def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -195,8 +194,10 @@ def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     >>> raw_bytes(torch.tensor([1, 2], dtype=torch.int16)).tolist()
     [1, 0, 2, 0]
     """
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).clone()
-    return flat.view(torch.uint8).numpy()
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    # Not by clone(), which wakes torch's threads for a large one.
+    raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size())
+    return np.frombuffer(raw, np.uint8)
 
 
 def _mixed(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -34,7 +34,8 @@ from safeloader.introspect.values import (
 
 STORES_MAX = 8  # lists and arrays of one dataset
 COLUMNS_MAX = 8  # of a dict
-ORDER_BYTES = 1 << 20  # of an array whose rows may be shuffled
+ORDER_BYTES = 1 << 19  # of an array whose rows may be shuffled
+FEW = 4  # numbers that most elements need not be looked at beyond
 BLANK_MAX = 1 << 15  # numbers of an element that have to be zeros, or NaN
 
 
@@ -404,8 +405,17 @@ def _is_blank(element: Any) -> bool:
             dense = element.layout is torch.strided and element.is_cpu and not element.is_nested
             if not dense or element.numel() > BLANK_MAX:
                 return False
+            if _has_numbers(element.detach().reshape(-1)[:FEW] if element.is_contiguous() else ()):
+                return False
             return bool((element == 0).all()) or bool((element != element).all())
     if type(element) is np.ndarray and element.dtype.kind in "biufc":
+        if _has_numbers(element.flat[:FEW]):
+            return False
         some = element.flat[:BLANK_MAX]
         return not some.any() or bool((some != some).all())
     return False
+
+
+def _has_numbers(first: Any) -> bool:
+    """Whether there is one among the first numbers that is neither zero nor NaN."""
+    return any(each == each and each != 0 for each in (first.tolist() if len(first) else ()))
