@@ -12,6 +12,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from time import monotonic
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.byte_code import LEFT_ALONE
-from safeloader.introspect.digests import Unknown, leaf_digest
+from safeloader.introspect.digests import Unknown, in_no_order, leaf_digest, raw_bytes
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
@@ -60,6 +61,8 @@ class Order(NamedTuple):
         which: tells the same elements from others, whatever they are, in one process and in its
             forks; empty for an array.
         all_of_them: of all elements in no order, in the same way; None of too many.
+        is_data: whether it is a column, rows or fractions: all that counts is whether the same
+            elements are in other places.
     """
 
     length: int
@@ -68,6 +71,7 @@ class Order(NamedTuple):
     held_as: int
     which: tuple[int, ...] = ()
     all_of_them: int | None = None
+    is_data: bool = False
 
 
 class CopyState(NamedTuple):
@@ -77,11 +81,13 @@ class CopyState(NamedTuple):
         scalars: numbers, words, truth values by their path, as ``dataset.epoch``.
         orders: by their path, lists and arrays that have an element for each sample.
         lengths: how much each list, dict or set holds.
+        counts: paths of dicts whose values are whole numbers or marks, by the newest of them.
     """
 
     scalars: dict[str, Any]
     orders: dict[str, Order]
     lengths: dict[str, int]
+    counts: list[str] = []  # noqa: RUF012  # each state is given its own
 
 
 class Attribute(NamedTuple):
@@ -149,13 +155,19 @@ def _looked_into(cls: type) -> bool:
 _NEVER = frozenset(map(id, (type, types.ModuleType, types.FunctionType, types.MethodType)))
 
 
-def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -> CopyState:
+def copy_state(
+    dataset: Any,
+    length: int | None = None,
+    name: str = "dataset",
+    last: CopyState | None = None,
+) -> CopyState:
     """What this copy of ``dataset`` is at; never raises.
 
     Args:
         dataset: any object.
         length: how many samples it has, as far as known: what has as many elements is an order.
         name: what it is called in the paths.
+        last: what it was at before, in this process: what is as it was is not read to its end.
 
     >>> class Numbers:
     ...     def __init__(self):
@@ -164,20 +176,28 @@ def copy_state(dataset: Any, length: int | None = None, name: str = "dataset") -
     >>> state.scalars, list(state.orders), state.lengths
     ({'dataset.epoch': 2}, ['dataset.order'], {'dataset.order': 3, 'dataset.cache': 0})
     """
-    state = CopyState({}, {}, {})
+    state = CopyState({}, {}, {}, [])
     walk, left = attributes(dataset, name), SORTED_IN_ALL
+    orders = {} if last is None else last.orders
     while True:
         try:
             for each in walk:
-                left -= _note(state, each, dataset, length, left)
+                left -= _note(state, each, dataset, length, left, orders)
             return state
         except Exception as exc:  # a value that nobody foresaw: the others are compared
             if raised_by_signal(exc):
                 raise
 
 
-def _note(state: CopyState, found: Attribute, dataset: Any, length: int | None, left: int) -> int:
-    """Put an attribute into ``state``; how many elements were sorted for it, of ``left``."""
+def _note(
+    state: CopyState,
+    found: Attribute,
+    dataset: Any,
+    length: int | None,
+    left: int,
+    last: dict[str, Order],
+) -> int:
+    """Put an attribute into ``state``; what reading it to the end took of ``left``."""
     path, owner, key, value = found
     if (plain := _plain(value)) is not _NO_SCALAR:
         if not is_secret(key, value):
@@ -186,22 +206,45 @@ def _note(state: CopyState, found: Attribute, dataset: Any, length: int | None, 
     base = container_base(type(value))
     if base is not None:
         state.lengths[path] = base.__len__(value)
-    if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings
+    columns: list[tuple[str, Any]] = []
+    if base is dict and _are_counts(value):
+        state.counts.append(path)
+    if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings, columns
         for name_of, each in held_by(value):
-            plain = _plain(each)
-            known = type(name_of) is str and plain is not _NO_SCALAR
-            if known and not is_secret(name_of, each):
-                state.scalars[f"{path}[{name_of!r}]"] = plain
-    if length is None or len(state.orders) >= ORDERS_MAX:
+            if not is_one_of(type(name_of), str, int):
+                continue
+            plain, at = _plain(each), f"{path}[{name_of!r}]"
+            if plain is _NO_SCALAR:
+                columns.append((at, each))
+            elif type(name_of) is str and not is_secret(name_of, each):
+                state.scalars[at] = plain
+    if length is None:
         return 0
-    most = min(SORTED_MAX, left)
-    order = _order(value, base, length, most)
-    if order is None and owner is not dataset and inherits(type(owner), Dataset):
-        order = _order(value, base, _own_length(value, base), most)  # under a Subset
-    if order is None:
-        return 0
-    state.orders[path] = order
-    return order.length if order.length <= most else 0
+    spent = 0
+    for at, each in columns or [(path, value)]:
+        if len(state.orders) >= ORDERS_MAX:
+            break
+        held = container_base(type(each))
+        look = _Look(min(SORTED_MAX, left - spent), last.get(at))
+        order = look.order(each, held, length)
+        if order is None and owner is not dataset and inherits(type(owner), Dataset):
+            order = look.order(each, held, _own_length(each, held))  # under a Subset
+        if columns and held is not None:
+            state.lengths[at] = held.__len__(each)
+        if order is not None:
+            state.orders[at] = order._replace(is_data=True) if columns else order
+            spent += look.spent
+    return spent
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether the newest values of a dict are whole numbers: visits and marks, no saved work."""
+    newest = [dict.__getitem__(values, key) for key in islice(dict.__reversed__(values), 8)]
+    return bool(newest) and all(
+        is_one_of(type(each), int, bool)
+        or (inherits(type(each), np.integer) and type(each).__module__ == "numpy")
+        for each in newest
+    )
 
 
 _NO_SCALAR = object()
@@ -229,47 +272,110 @@ def _own_length(value: Any, base: Any) -> int:
     return int(((array_facts(value) or {}).get("shape") or [0])[0])
 
 
-def _order(value: Any, base: Any, length: int, most: int) -> Order | None:
-    """The order that a value is, if it has an element for each of ``length`` samples.
+class _Look:
+    """Looks at what may be an order.
 
-    Of more than ``most`` elements not all are looked at.
+    Args:
+        most: elements that may be read, where all are; 64 bytes of an array are as many as one.
+        last: what was there before.
+
+    Attributes:
+        spent: how many it took.
     """
-    if length < 2:
-        return None
-    if base in (list, tuple):
-        if base.__len__(value) != length or type(value) is torch.Size:
+
+    def __init__(self, most: int, last: Order | None) -> None:
+        self._most, self._last = most, last
+        self.spent = 0
+
+    def order(self, value: Any, base: Any, length: int) -> Order | None:
+        """The order that a value is, if it has an element for each of ``length`` samples."""
+        if length < 2:
             return None
+        if base in (list, tuple):
+            if base.__len__(value) != length or type(value) is torch.Size:
+                return None
+            return self._of_list(value, base, length)
+        if type(value) is np.ndarray:
+            if not value.ndim or len(value) != length or not value.size:
+                return None
+            if value.dtype.kind == "O":
+                few = value.ndim == 1 and length <= SORTED_MAX
+                return self._of_list(value.tolist(), list, length, id(value)) if few else None
+            if value.dtype.kind not in "iufcSUMm":
+                return None
+            is_data = value.ndim > 1 or value.dtype.kind in "fcm"
+            rows = value[:: max(1, -(-length // SAMPLED))]
+            return self._of_rows(rows, value, value.nbytes, id(value), length, is_data)
+        if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
+            return self._of_tensor(value, length)
+        return _of_table(value, length, self._most)
+
+    def _of_list(self, value: Any, base: Any, length: int, held_as: int = 0) -> Order:
         step = max(1, -(-length // SAMPLED))
         some = [base.__getitem__(value, at) for at in range(0, length, step)]
-        return Order(
-            length,
-            tuple(map(_element, some)),
-            _contents(value, base, length, most),
-            id(value),
-            tuple(map(id, some)),
-            sum(map(id, base.__iter__(value))) if length <= most else None,
+        order = Order(
+            length, tuple(map(_element, some)), None, held_as or id(value), tuple(map(id, some))
         )
-    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind == "O":
-        return _order(value.tolist(), list, length, most) if len(value) <= most else None
-    step = max(1, -(-length // SAMPLED))
-    if type(value) is np.ndarray and value.ndim == 1 and value.dtype.kind in "iuSUM":
-        if len(value) != length:
-            return None
-        spread, all_of_them = value[::step], value if length <= most else None
-    elif type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
+        last = self._last
+        if last is not None and _same_places(last, order):
+            return last
+        if length > self._most:
+            return order
+        self.spent = length
+        return order._replace(
+            contents=_contents(value, base, length),
+            all_of_them=sum(map(id, base.__iter__(value))),
+        )
+
+    def _of_tensor(self, value: torch.Tensor, length: int) -> Order | None:
         with without_overrides():
-            if value.dim() != 1 or value.is_floating_point() or value.is_complex():
+            if not value.dim() or len(value) != length or not value.numel():
                 return None
-            if len(value) != length:
+            if value.dtype is torch.bool or value.is_quantized or value.is_nested:
                 return None
+            held_as, value = id(value), value.detach()
+            is_data = value.dim() > 1 or value.is_floating_point() or value.is_complex()
+            step, size = max(1, -(-length // SAMPLED)), value.element_size()
+            row = value[0].numel()
+            if row * size > ELEMENT_BYTES and not value[0].is_contiguous():
+                return None  # to look at a part of such a row is to copy all of it
+            some = value[::step].reshape(-1, row)[:, : max(1, ELEMENT_BYTES // size)]
             # Of copies: what NumPy has seen once cannot be resized any more.
-            spread = value.detach()[::step].clone().numpy()
-            all_of_them = value.detach().clone().numpy() if length <= most else None
-    else:
-        return _of_table(value, length, most)
-    sampled = tuple(crc32(each.tobytes()) or 1 for each in spread)
-    contents = None if all_of_them is None else crc32(np.sort(all_of_them).tobytes())
-    return Order(length, sampled, contents, id(value))
+            rows = raw_bytes(some).reshape(len(some), -1)
+            nbytes = row * size * length
+            return self._of_rows(rows, value, nbytes, held_as, length, is_data)
+
+    def _of_rows(
+        self,
+        some: np.ndarray[Any, Any],
+        value: Any,
+        nbytes: int,
+        held_as: int,
+        length: int,
+        is_data: bool,
+    ) -> Order:
+        width = max(1, ELEMENT_BYTES // max(1, some.itemsize))
+        sampled = tuple(crc32(np.asarray(each).flat[:width].tobytes()) or 1 for each in some)
+        order = Order(length, sampled, None, held_as, is_data=is_data)
+        last = self._last
+        if last is not None and _same_places(last, order):
+            return last
+        taken = max(1, nbytes >> 6)
+        if taken > self._most:
+            return order
+        self.spent = taken
+        rows = value if type(value) is np.ndarray else raw_bytes(value).reshape(length, -1)
+        return order._replace(contents=in_no_order(rows))
+
+
+def _same_places(last: Order, now: Order) -> bool:
+    """Whether it is the order that it was, by the elements that are looked at each time."""
+    return (last.length, last.sampled, last.held_as, last.which) == (
+        now.length,
+        now.sampled,
+        now.held_as,
+        now.which,
+    )
 
 
 def _of_table(value: Any, length: int, most: int) -> Order | None:
@@ -281,13 +387,12 @@ def _of_table(value: Any, length: int, most: int) -> Order | None:
         return None
     for k in range(min(value.shape[1], WITHIN_MAX)):
         column = value.iloc[:, k]
+        look = _Look(most, None)
         if column.dtype.kind in "iuf":
-            numbers = column.to_numpy()
-            step = max(1, -(-length // SAMPLED))
-            sampled = tuple(crc32(each.tobytes()) or 1 for each in numbers[::step])
-            return Order(length, sampled, crc32(np.sort(numbers).tobytes()), id(value))
+            found = look.order(column.to_numpy(), None, length)
+            return found and found._replace(held_as=id(value), is_data=False)
         if column.dtype.kind == "O" and all(type(each) is str for each in column[:SAMPLED]):
-            found = _order(column.tolist(), list, length, most)
+            found = look.order(column.tolist(), list, length)
             return found and found._replace(which=(), all_of_them=None, held_as=id(value))
     return None
 
@@ -324,17 +429,15 @@ def _element(value: Any, width: int = 16) -> int:
     return 0
 
 
-def _contents(value: Any, base: Any, length: int, most: int) -> int | None:
-    """A digest of the elements in no order; None of too many, or of no numbers or words."""
-    if length > most:
-        return None
+def _contents(value: Any, base: Any, length: int) -> int | None:
+    """A digest of the elements in no order; None where they are no numbers or words."""
     kinds = set(map(id, map(type, base.__iter__(value))))  # by id: a metaclass may define a hash
     if kinds == {id(int)}:
         try:
             numbers = np.fromiter(base.__iter__(value), np.int64, length)
         except OverflowError:
             return None
-        return crc32(np.sort(numbers).tobytes())
+        return in_no_order(numbers)
     if kinds == {id(str)} and length <= SORTED_MAX // 10:
         words = sorted(each[:WORD_MAX] for each in base.__iter__(value))
         return crc32("\0".join(words).encode("utf-8", "replace"))

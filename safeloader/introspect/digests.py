@@ -7,6 +7,7 @@ holds one is passed over. Digests are CRC-32 (``zlib``), of the first 64 KiB of 
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 from collections.abc import Iterator
 from itertools import islice
@@ -169,6 +170,42 @@ def _some(tensor: torch.Tensor, most: int) -> torch.Tensor:
     return tensor.reshape(-1)[:most]
 
 
+def in_no_order(rows: np.ndarray[Any, Any]) -> int:
+    """A digest of the rows of an array, in whatever order they lie; of a flat one its numbers.
+
+    >>> rows = np.array([[1, 2], [3, 4]])
+    >>> in_no_order(rows) == in_no_order(rows[::-1]) != in_no_order(rows.T)
+    True
+    """
+    if not rows.size:
+        return 0
+    raw = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+    word = next(size for size in (8, 4, 2, 1) if raw.shape[1] % size == 0)
+    words = raw.view(f"u{word}")
+    if words.shape[1] > 1:
+        places = _mixed(np.arange(1, words.shape[1] + 1, dtype=np.uint64))
+        return int(_mixed(words.astype(np.uint64) @ places).sum(dtype=np.uint64))
+    return int(_mixed(words[:, 0]).sum(dtype=np.uint64))
+
+
+def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a dense tensor, of a copy of it: what NumPy has seen cannot be resized any more.
+
+    >>> raw_bytes(torch.tensor([1, 2], dtype=torch.int16)).tolist()
+    [1, 0, 2, 0]
+    """
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    # Not by clone(), which wakes torch's threads for a large one.
+    raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size())
+    return np.frombuffer(raw, np.uint8)
+
+
+def _mixed(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers of 64 bits, each made of one word: all of its bits count in all of theirs."""
+    words = words.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (words ^ (words >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+
+
 def digest(value: Any) -> int | None:
     """One digest of a sample; None where a leaf is of a kind that is not known.
 
@@ -231,15 +268,19 @@ def known_leaves(value: Any) -> dict[str, tuple[int, str]]:
 def parts_of(value: Any) -> list[tuple[str, Any]]:
     """The first leaves of a value by their paths, known or not; an object is its attributes."""
     found: list[tuple[str, Any]] = []
-    roots = [("", value)]
-    if container_base(type(value)) is None and fields(value, 1):
-        roots = [(f".{name}", each) for name, each in fields(value, LEAVES_MAX)]
-    for root, each in roots:
+    for root, each in roots_of(value):
         try:
             found += list(islice(leaves(each, root), LEAVES_MAX - len(found)))
         except Unknown:
             continue
     return found
+
+
+def roots_of(value: Any) -> list[tuple[str, Any]]:
+    """A value, or the attributes of an object, each with its path in it."""
+    if container_base(type(value)) is None and fields(value, 1):
+        return [(f".{name}", each) for name, each in fields(value, LEAVES_MAX)]
+    return [("", value)]
 
 
 def _word(leaf: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -19,28 +19,53 @@ from safeloader.introspect.copy_state import attributes
 GENERATORS_MAX = 8  # of a dataset's own
 
 
-def _python_state(generator: Any) -> int:
+class Standing(NamedTuple):
+    """Where a generator stands, as digests.
+
+    Attributes:
+        seed: of what seeding sets and a few draws leave as it is. Equal in two processes that began
+            at one place, it says that neither was seeded on the way, or both by one number.
+        at: of all of its state.
+    """
+
+    seed: int
+    at: int
+
+
+def _python_state(generator: Any) -> Standing:
     _, numbers, gauss = generator.getstate()
-    return hash((numbers, gauss or 0.0))  # not of None: up to Python 3.11 that is its address
+    # Not of None: up to Python 3.11 its hash is its address.
+    return Standing(hash(numbers[:-1]), hash((numbers, gauss or 0.0)))
 
 
-def _numpy_state(generator: Any) -> int:
-    state = generator.get_state(legacy=False)
+def _numpy_state(generator: Any) -> Standing:
+    return _of_bits(generator.get_state(legacy=False))
+
+
+def _bit_generator_state(generator: Any) -> Standing:
+    return _of_bits(generator.bit_generator.state)
+
+
+def _of_bits(state: dict[str, Any]) -> Standing:
     inner = state["state"]
-    key = inner.get("key")
-    rest = (inner.get("pos"), state.get("has_gauss"), state.get("gauss"))
-    return crc32(repr(rest).encode(), crc32(b"" if key is None else key.tobytes()))
+    seed = inner.get("key", inner.get("inc"))  # SFC64 has nothing that stays
+    return Standing(_crc(inner if seed is None else seed), _crc(state))
 
 
-def _torch_state(generator: Any) -> int:
-    return crc32(generator.get_state().numpy().tobytes())
+def _crc(value: Any, last: int = 0) -> int:
+    if type(value) is dict:
+        for each in value.values():  # in the order in which NumPy makes it
+            last = _crc(each, last)
+        return last
+    return crc32(value.tobytes() if type(value) is np.ndarray else repr(value).encode(), last)
 
 
-def _bit_generator_state(generator: Any) -> int:
-    return crc32(repr(generator.bit_generator.state).encode())
+def _torch_state(generator: Any) -> Standing:
+    state = generator.get_state().numpy().tobytes()
+    return Standing(crc32(state[:8]), crc32(state))  # it begins with the seed
 
 
-def global_generators() -> dict[str, Callable[[], int]]:
+def global_generators() -> dict[str, Callable[[], Standing]]:
     """The process-wide generators, by the names that people know, with what reads their states.
 
     >>> read = global_generators()["random"]
@@ -54,7 +79,7 @@ def global_generators() -> dict[str, Callable[[], int]]:
     }
 
 
-def own_generators(dataset: Any) -> dict[str, Callable[[], int]]:
+def own_generators(dataset: Any) -> dict[str, Callable[[], Standing]]:
     """The generators that a dataset holds under names, with what reads their states.
 
     >>> class Noisy:
@@ -67,13 +92,13 @@ def own_generators(dataset: Any) -> dict[str, Callable[[], int]]:
     >>> before == read()
     False
     """
-    kinds: list[tuple[type, Callable[[Any], int]]] = [
+    kinds: list[tuple[type, Callable[[Any], Standing]]] = [
         (random.Random, _python_state),
         (np.random.RandomState, _numpy_state),
         (np.random.Generator, _bit_generator_state),
         (torch.Generator, _torch_state),
     ]
-    found: dict[str, Callable[[], int]] = {}
+    found: dict[str, Callable[[], Standing]] = {}
     for each in attributes(dataset):
         read = next((read for cls, read in kinds if type(each.value) is cls), None)
         if read is not None and len(found) < GENERATORS_MAX:
@@ -81,5 +106,5 @@ def own_generators(dataset: Any) -> dict[str, Callable[[], int]]:
     return found
 
 
-def _reading(read: Callable[[Any], int], generator: Any) -> Callable[[], int]:
+def _reading(read: Callable[[Any], Standing], generator: Any) -> Callable[[], Standing]:
     return lambda: read(generator)

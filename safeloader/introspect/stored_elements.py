@@ -8,6 +8,7 @@ it adds to a dict.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,26 +20,110 @@ from safeloader._torch import without_overrides
 from safeloader.introspect.byte_code import is_read, loads, stores_elements
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.digests import known_leaves, parts_of
+from safeloader.introspect.moved import moved, order_of_rows, orders_of
 from safeloader.introspect.values import (
     array_facts,
     container_base,
     fields,
+    held_by,
     inherits,
     is_one_of,
     plain_length,
+    weakly,
 )
 
 STORES_MAX = 8  # lists and arrays of one dataset
+COLUMNS_MAX = 8  # of a dict
+ORDER_BYTES = 1 << 19  # of an array whose rows may be shuffled
+FEW = 4  # numbers that most elements need not be looked at beyond
 BLANK_MAX = 1 << 15  # numbers of an element that have to be zeros, or NaN
 
 
-class Store(NamedTuple):
-    """A list or an array that has an element for each sample: how to find that of an index."""
+Place = Callable[[Any], "int | None"]
 
-    path: str
-    get: Callable[[int], Any]
-    place_of: Callable[[Any], int | None]
-    of_array: bool
+
+class Store:
+    """A list, dict or array that has an element for each sample: how to find that of an index.
+
+    It holds nothing of the dataset: each time it asks for what stands under the name.
+
+    Args:
+        path: of it.
+        owner: the object that has it, or has what it is a column of.
+        name: of the owner's attribute.
+        step: under which it is a column of that; None where it is none.
+        value: it itself.
+        place_of: gives the place of an index in it.
+    """
+
+    def __init__(
+        self, path: str, owner: Any, name: str, step: Any, value: Any, place_of: Place
+    ) -> None:
+        self.path, self.place_of = path, place_of
+        self._owner, self._name, self._step = weakly(owner), name, step
+        self._is = _identity(value)
+        self._base: Any = container_base(type(value))
+        self.of_array = self._base is None
+        self._order = order_of_rows(value, ORDER_BYTES) if self.of_array else None
+
+    def _value(self) -> Any:
+        """What stands there; GONE if that is another object by now."""
+        value = _field(self._owner(), self._name)
+        if self._step is not None:
+            base: Any = container_base(type(value))
+            if base is dict:
+                value = dict.get(value, self._step, GONE)
+            elif base is tuple and self._step < tuple.__len__(value):
+                value = tuple.__getitem__(value, self._step)
+            else:
+                return GONE
+        return value if self._is(value) else GONE
+
+    @property
+    def gone(self) -> bool:
+        """Whether another object stands in its place."""
+        return self._value() is GONE
+
+    def get(self, at: int) -> Any:
+        """The element at a place; None where there is none, GONE where this is no more."""
+        value, base = self._value(), self._base
+        if value is GONE:
+            return GONE
+        if base is dict:
+            return dict.get(value, at)
+        if base is not None:
+            return base.__getitem__(value, at) if at < base.__len__(value) else None
+        with without_overrides():
+            return value[at] if at < len(value) else None
+
+    def only_moved(self) -> bool:
+        """Whether an array has the rows that it had at first, in another order."""
+        if self._order is None:
+            return False
+        now = order_of_rows(self._value(), ORDER_BYTES)
+        return now is not None and now[1] == self._order[1] and now[0] != self._order[0]
+
+
+GONE = object()
+"""Stands for what is there no more."""
+
+
+def _identity(thing: Any) -> Callable[[Any], bool]:
+    """What tells an object from others without holding it.
+
+    A list, a dict or a number is told by its address: another may get that when it is gone.
+    """
+    address = id(thing)
+    try:
+        held: Any = weakref.ref(thing)
+    except TypeError:
+        return lambda other: id(other) == address
+    return lambda other: id(other) == address and held() is other
+
+
+def _field(owner: Any, name: str) -> Any:
+    found = (value for key, value in fields(owner, 256) if type(key) is str and key == name)
+    return next(found, GONE)
 
 
 class Element:
@@ -53,13 +138,16 @@ class Element:
 
     def __init__(self, store: Store, asked_as: str, at: int, epoch: int) -> None:
         self.store, self.asked_as, self.at = store, asked_as, at
-        self.held = store.get(at)
-        self.before = looked_at(self.held)
-        self._last = self.before or {}
+        held = store.get(at)
+        self._is = _identity(held)
+        self.before = looked_at(held)
+        self._orders = {} if self.before is None else orders_of(held)
+        self._last, self._last_orders = self.before or {}, self._orders
         self._changed_in: dict[str, list[int]] = {}
         self._by_fetching: set[str] | None = None
         self._fetched_in = epoch
-        self._shared = any(_is_shared(leaf) for _, leaf in parts_of(self.held))
+        self._shared = any(_is_shared(leaf) for _, leaf in parts_of(held))
+        self._replaced = False
 
     @property
     def was_empty(self) -> bool:
@@ -69,8 +157,10 @@ class Element:
     def look(self, epoch: int, *, fetched: bool = False) -> Any:
         """Look at it now; ``fetched``: it was fetched a moment ago, for the first time."""
         now = self.store.get(self.at)
-        if self.before is None or (not self.store.of_array and now is not self.held):
-            return now  # put there, and not written into
+        if now is GONE or not (self.store.of_array or self._is(now)):
+            self._replaced = True  # put there, and not written into
+        if now is GONE or self.before is None or self._replaced:
+            return None if now is GONE else now
         found = known_leaves(now)
         for path, (digest, _) in self._last.items():
             if found.get(path, (digest,))[0] != digest:
@@ -79,13 +169,17 @@ class Element:
                     epochs.append(epoch)
         if fetched:
             self._by_fetching = set(self._changed_in)
+        if self._orders and _digests(found) != _digests(self._last):
+            self._last_orders = orders_of(now)
         self._last = found
         return now
 
     def change(self, only_fetching: bool) -> Change | None:
         """How it was changed in each of two epochs; None if it was not.
 
-        What is made ready in its place once, counted up, or put in another order is no harm.
+        What is made ready in its place once, or counted up, is no harm. Nor is another order of the
+        members of a list, or of the rows of an array of at most 256 KiB; of a list of thousands
+        that is not known, so nothing is said of it.
 
         Args:
             only_fetching: whether the program may have written there too, as it may into shared
@@ -93,7 +187,10 @@ class Element:
         """
         if self.before is None or _digests(self.before) == _digests(self._last):
             return None
+        shuffled = tuple(moved(self._orders, self._last_orders))
         for path, epochs in self._changed_in.items():
+            if path.startswith(shuffled):
+                continue
             if len(epochs) < 2 or path not in self.before or path not in self._last:
                 continue
             if (only_fetching or self._shared) and path not in (self._by_fetching or ()):
@@ -171,8 +268,8 @@ def stores_of(
     own = dict(fields(dataset, 256))
     if type(dataset) is Subset:
         under, chosen = own.get("dataset"), own.get("indices")
-        if is_one_of(type(chosen), list, tuple, range, torch.Tensor, np.ndarray):
-            place = _composed(inner or _plain_place(length), _chosen(chosen))
+        if is_one_of(type(chosen), *_CHOSEN):
+            place = _composed(inner or _plain_place(length), _chosen(weakly(dataset)))
             size = plain_length(under) or _longest(under)
             yield from stores_of(under, size, f"{name}.dataset", place)
         return
@@ -199,24 +296,44 @@ def stores_of(
             if loads(owner, key):
                 yield from stores_of(value, length, path, place_of)
             continue
-        parts = [(path, value)]
-        if type(owner) is TensorDataset and key == "tensors" and type(value) is tuple:
-            parts = [(f"{path}[{k}]", each) for k, each in enumerate(value)]
-        elif not _may_store(value, length) or not is_read(dataset, owner, key):
-            continue
-        for at, each in parts:
-            get = _getter(owner, key, each, length)
-            if get is not None:
+        for at, step, each in _parts(path, owner, key, value, length):
+            if found < STORES_MAX and _may_store(dataset, key, step, each, length):
+                if step is None and not is_read(dataset, owner, key):
+                    continue
                 found += 1
-                yield Store(at, get, place_of, container_base(type(each)) is None)
+                yield Store(at, owner, key, step, each, place_of)
 
 
-def _may_store(value: Any, length: int) -> bool:
+def _parts(
+    path: str, owner: Any, key: str, value: Any, length: int
+) -> Iterator[tuple[str, Any, Any]]:
+    """What may be a store: a value, or the columns in it, each with its path and its step."""
+    base = container_base(type(value))
+    if base is tuple and key == "tensors" and inherits(type(owner), TensorDataset):
+        for k, each in enumerate(tuple.__iter__(value)):
+            yield f"{path}[{k}]", k, each
+    elif base is dict and dict.__len__(value) <= COLUMNS_MAX and dict.__len__(value) != length:
+        for name, each in held_by(value):
+            if is_one_of(type(name), str, int):
+                yield f"{path}[{name!r}]", name, each
+    else:
+        yield path, None, value
+
+
+def _may_store(dataset: Any, key: str, step: Any, value: Any, length: int) -> bool:
     base: Any = container_base(type(value))
-    if base in (list, tuple):
-        return bool(base.__len__(value) == length)
-    shape = (array_facts(value) or {}).get("shape")
-    return is_one_of(type(value), np.ndarray, torch.Tensor) and bool(shape and shape[0] == length)
+    if base in (list, tuple, dict):
+        if base.__len__(value) != length:
+            return False
+        return base is not dict or all(is_one_of(type(each), int) for each, _ in held_by(value, 64))
+    if not is_one_of(type(value), np.ndarray, torch.Tensor):
+        return False
+    facts = array_facts(value) or {}
+    shape = facts.get("shape")
+    if not shape or shape[0] != length or facts.get("device", "cpu") != "cpu":
+        return False
+    # Counts and marks for each sample are written there on purpose.
+    return len(shape) > 1 or not (step is not None or stores_elements(dataset, key))
 
 
 def _longest(dataset: Any) -> int | None:
@@ -225,12 +342,32 @@ def _longest(dataset: Any) -> int | None:
     return max(lengths, default=0) or None
 
 
-Place = Callable[[Any], "int | None"]
-
-
 def _plain_place(length: int | None) -> Place:
     most = float("inf") if length is None else length
-    return lambda index: index if type(index) is int and 0 <= index < most else None
+
+    def place_of(index: Any) -> int | None:
+        at = whole_number(index)
+        return at if at is not None and 0 <= at < most else None
+
+    return place_of
+
+
+def whole_number(index: Any) -> int | None:
+    """An index as a number, also one that NumPy or torch holds; None of what is no index.
+
+    >>> whole_number(np.int64(3)), whole_number(torch.tensor(3)), whole_number(3.0)
+    (3, 3, None)
+    """
+    if type(index) is int:
+        return index
+    if inherits(type(index), np.integer) and type(index).__module__ == "numpy":
+        return int(index)
+    if type(index) is torch.Tensor:
+        with without_overrides():
+            whole = not (index.dim() or index.is_floating_point() or index.is_complex())
+            if whole and index.is_cpu and index.dtype is not torch.bool and not index.is_quantized:
+                return int(index.item())
+    return None
 
 
 def _composed(outer: Place, inner: Place) -> Place:
@@ -241,43 +378,19 @@ def _shifted(begin: int, end: int) -> Place:
     return lambda at: at - begin if begin <= at < end else None
 
 
-def _chosen(indices: Any) -> Place:
+_CHOSEN = (list, tuple, range, torch.Tensor, np.ndarray)
+
+
+def _chosen(subset: Callable[[], Any]) -> Place:
     def place_of(at: Any) -> int | None:
-        if not 0 <= at < len(indices):
+        indices = _field(subset(), "indices")
+        if not is_one_of(type(indices), *_CHOSEN) or not 0 <= at < len(indices):
             return None
         with without_overrides():
-            under = indices[at]
-            under = under if type(under) is int else getattr(under, "item", lambda: None)()
-        return under if type(under) is int and under >= 0 else None
+            under = whole_number(indices[at])
+        return under if under is not None and under >= 0 else None
 
     return place_of
-
-
-def _getter(dataset: Any, key: str, value: Any, length: int) -> Callable[[int], Any] | None:
-    base: Any = container_base(type(value))
-    if base in (list, tuple):
-        return _of_list(base, value) if base.__len__(value) == length else None
-    if not is_one_of(type(value), np.ndarray, torch.Tensor):
-        return None
-    facts = array_facts(value) or {}
-    shape = facts.get("shape") or []
-    if not shape or shape[0] != length or facts.get("device", "cpu") != "cpu":
-        return None
-    if len(shape) == 1 and stores_elements(dataset, key):
-        return None  # counts and marks for each sample are written there on purpose
-    return _of_array(value)
-
-
-def _of_list(base: Any, value: Any) -> Callable[[int], Any]:
-    return lambda at: base.__getitem__(value, at) if at < base.__len__(value) else None
-
-
-def _of_array(value: Any) -> Callable[[int], Any]:
-    def get(at: int) -> Any:
-        with without_overrides():
-            return value[at] if at < len(value) else None
-
-    return get
 
 
 def looked_at(element: Any) -> dict[str, tuple[int, str]] | None:
@@ -292,8 +405,17 @@ def _is_blank(element: Any) -> bool:
             dense = element.layout is torch.strided and element.is_cpu and not element.is_nested
             if not dense or element.numel() > BLANK_MAX:
                 return False
+            if _has_numbers(element.detach().reshape(-1)[:FEW] if element.is_contiguous() else ()):
+                return False
             return bool((element == 0).all()) or bool((element != element).all())
     if type(element) is np.ndarray and element.dtype.kind in "biufc":
+        if _has_numbers(element.flat[:FEW]):
+            return False
         some = element.flat[:BLANK_MAX]
         return not some.any() or bool((some != some).all())
     return False
+
+
+def _has_numbers(first: Any) -> bool:
+    """Whether there is one among the first numbers that is neither zero nor NaN."""
+    return any(each == each and each != 0 for each in (first.tolist() if len(first) else ()))

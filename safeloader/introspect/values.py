@@ -12,6 +12,7 @@ import abc
 import collections
 import types
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -167,6 +168,18 @@ def container_base(cls: type) -> Any:
     <class 'dict'>
     """
     return next((each for each in mro_of(cls) if id(each) in _CONTAINERS), None)
+
+
+def weakly(thing: Any, gone: Callable[[Any], object] | None = None) -> Callable[[], Any]:
+    """Return what gives ``thing`` without holding it, or holds it where it bears no weak reference.
+
+    >>> weakly(3)()
+    3
+    """
+    try:
+        return weakref.ref(thing, gone)
+    except TypeError:
+        return lambda: thing
 
 
 def own_length(value: Any) -> int | None:

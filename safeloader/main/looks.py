@@ -25,12 +25,12 @@ from typing import Any
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.byte_code import is_read, names_key, stores_elements
-from safeloader.introspect.copy_state import attributes, copy_state
+from safeloader.introspect.copy_state import CopyState, attributes, copy_state
 from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.heaviest import heaviest
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.values import container_base
+from safeloader.introspect.values import container_base, weakly
 from safeloader.main.waited_positions import WaitedPositions
 from safeloader.provenance.recorder import Recorder
 from safeloader.supervision.flight_recorder import FlightRecorder
@@ -40,7 +40,7 @@ from safeloader.supervision.report_room import NO_ROOM
 from safeloader.supervision.self_report import Opening, SelfReport
 from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
-from safeloader.worker.observing import Observer, weakly
+from safeloader.worker.observing import Observer
 
 ALWAYS = 16  # epochs, in each of which it looks
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
@@ -82,6 +82,7 @@ class Looks:
         self._look_at = 0
         self._failures = 0
         self._workers: _Workers | None = None
+        self._as_drawn = CopyState({}, {}, {})
         self._observer: Observer | None = None
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
@@ -136,6 +137,7 @@ class Looks:
         """From now on it is these workers; as :class:`_Workers` takes them."""
         with self._guarded():
             self._workers = _Workers(*about, **more)
+            self._as_drawn = copy_state(self._dataset())  # their first batches are drawn
 
     def while_waiting(self, advance: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What waits for a batch, with what is looked at meanwhile on new workers."""
@@ -245,13 +247,13 @@ class Looks:
     def _of_data(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
         """What is wrong with the data; any of it may be the cause of a failure."""
         workers, dataset = self._workers, self._dataset()
-        own = reports.get(0) if workers is None else None  # main's, of a moment ago
+        stay = workers is not None and workers.stay
         seen = Seen(
             reports,
-            copy_state(dataset, self._length) if own is None else own.now,
+            copy_state(dataset) if stay else self._as_drawn,
             self._length,
             stream=self._stream,
-            persistent=workers is not None and workers.stay,
+            persistent=stay,
             workers=workers.number if workers else 0,
             epochs=self._epochs,
         )

@@ -13,19 +13,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState
+from safeloader.introspect.generator_digests import Standing
+
+STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker's
 
 
 class FirstDraws(NamedTuple):
-    """Where a random generator stood at the first two samples of an epoch, as digests.
+    """Where a random generator stood at the first two samples of an epoch.
 
-    ``second`` is the digest before the second sample; None where there was none, or both were
+    ``second`` is where it stood before the second sample; None where there was none, or both were
     fetched at once.
     """
 
-    before: int
-    after: int
-    second: int | None = None
-    after_second: int | None = None
+    before: Standing
+    after: Standing
+    second: Standing | None = None
+    after_second: Standing | None = None
 
 
 class Opening(NamedTuple):
@@ -90,6 +93,8 @@ class SelfReport(NamedTuple):
         files: read positions that moved.
         memory: after so many batches, anonymous and private bytes; the second None where unknown.
         left_out: how many attributes are in neither copy, as there was no room for them.
+        stream_ended: whether there were no more samples of the stream than those.
+        unsteady: paths of orders that one sample, not the first, put in another order.
     """
 
     pid: int
@@ -104,3 +109,5 @@ class SelfReport(NamedTuple):
     files: tuple[SharedFile, ...] = ()
     memory: tuple[tuple[int, int, int | None], ...] = ()
     left_out: int = 0
+    stream_ended: bool = False
+    unsteady: tuple[str, ...] = ()

@@ -1,7 +1,9 @@
 """What the workers' reports say of data that is wrong behind right indices. Runs in: main.
 
-Pure: reports in, findings out. Each finding is certain by what was seen, or is not told. It says
-first what is so, then by what that is known, then what to do.
+Pure: reports in, findings out. What a finding says is so was seen; what it means for the samples
+follows where they are made as the attribute's name and the byte code let one think. What a sound
+program shows as well is not told, and so some that is wrong is not. A finding says first what is
+so, then by what that is known, then what to do.
 """
 
 from __future__ import annotations
@@ -11,14 +13,20 @@ from itertools import combinations
 from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState, Order
+from safeloader.introspect.generator_digests import Standing
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
-from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport
+from safeloader.supervision.self_report import (
+    STREAM_SAMPLES,
+    FirstDraws,
+    Opening,
+    SelfReport,
+)
 
 LOST_MIN = 16  # entries that a cache must have gained
 FILLED_MIN = 4  # elements of a list, looked at, most of which must have been filled
 SAME_STREAM = "read the same stream"  # in the text of that finding
-STREAM_MIN = 2  # samples of a stream, different ones, that have to be equal in two workers
+STREAM_MIN = 4  # different samples among those of a stream that are equal in two workers
 
 
 class Finding(NamedTuple):
@@ -33,7 +41,8 @@ class Seen(NamedTuple):
 
     Attributes:
         reports: of each process that makes samples, by worker; without workers that of main, by 0.
-        main: main's copy of the dataset, as it is now.
+        main: main's copy of the dataset: as it is now where the workers stay, else as it was when
+            the first batches of the epoch had been drawn. What is set after that is for the next.
         length: of the dataset, where it has one.
         stream: whether the dataset is iterable-style.
         persistent: whether the workers stay for the next epoch.
@@ -76,6 +85,8 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             there = other.now.orders.get(path)
             if there is None or not _differ(one.start.orders.get(path), here, there):
                 continue
+            if path in one.unsteady or path in other.unsteady:
+                continue  # something to draw from, and no order
             changes = {_change(one, path), _change(other, path)}
             reordered = "reordered" in changes and changes <= {"", "reordered"}
             made = changes == {"replaced"} and here.length == seen.length
@@ -117,13 +128,15 @@ def _change(report: SelfReport, path: str) -> str:
     """
     start, now = report.start.orders.get(path), report.now.orders[path]
     if start is None:
-        return "replaced"
+        return "other" if now.is_data else "replaced"
     if start.sampled == now.sampled and start.which == now.which:
         return ""
     if start.contents is not None and start.contents == now.contents:
         return "reordered"
     if start.all_of_them is not None and start.all_of_them == now.all_of_them:
         return "reordered" if start.which != now.which else ""
+    if now.is_data:
+        return "other"
     if start.held_as != now.held_as:
         return "replaced"
     if start.contents is None and start.all_of_them is None and _elsewhere(start, now):
@@ -195,6 +208,8 @@ def _lost(seen: Seen) -> Iterator[Finding]:
         made += report.batches
         for path, length in report.now.lengths.items():
             before = report.start.lengths.get(path)
+            if path in report.now.counts:
+                continue  # nothing was saved by them
             if before is not None and length > before:
                 gained[path] = gained.get(path, 0) + length - before
         for path, empty, full in report.filled:
@@ -226,15 +241,18 @@ def _same_stream(seen: Seen) -> Iterator[Finding]:
     if not seen.stream or seen.workers < 2 or seen.length is not None:
         return  # with a length the ledger counts what was read, and says it with numbers
     for (u, one), (v, other) in combinations(seen.reports.items(), 2):
-        number = min(len(one.stream), len(other.stream))
-        mine, theirs = one.stream[:number], other.stream[:number]
-        if None in mine or mine != theirs or len(set(mine)) < STREAM_MIN:
+        if one.stream != other.stream or None in one.stream:
             continue
+        number = len(one.stream)
+        whole = one.stream_ended and other.stream_ended
+        if len(set(one.stream)) < STREAM_MIN or not (whole or number >= STREAM_SAMPLES):
+            continue  # of bits that each draws for itself, a few are equal by chance
+        equal = f"all {number} samples of each" if whole else f"their first {number} samples"
         others = "" if seen.workers == 2 else f" (and so may others of the {seen.workers})"
         yield Finding(
             ("same stream",),
-            f"workers {u} and {v} {SAME_STREAM}{others}: their first {number} samples are "
-            f"equal, so the loop gets each sample {seen.workers} times. Give each worker its part: "
+            f"workers {u} and {v} {SAME_STREAM}{others}: {equal} are equal, so the loop gets each "
+            f"sample {seen.workers} times. Give each worker its part: "
             "torch.utils.data.get_worker_info().id and .num_workers in __iter__ "
             "(itertools.islice(stream, id, None, num_workers)), or the library's own splitting by "
             "worker",
@@ -272,8 +290,25 @@ def _alike(mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws) -> str:
     if a.before == a.after or b.before == b.after:
         return ""
     if a.before == b.before:
-        return "from"
+        return "from" if _drew_on(a.after, b.after) else ""
     return "to" if a.after == b.after and mine.indices[:1] != theirs.indices[:1] else ""
+
+
+def _alike_second(a: FirstDraws, b: FirstDraws) -> str:
+    """As :func:`_alike`, of second samples."""
+    if not (a.second and a.after_second and b.second and b.after_second):
+        return ""
+    moved = a.second != a.after_second and b.second != b.after_second
+    same = a.second == b.second and _drew_on(a.after_second, b.after_second)
+    return "from" if moved and same else ""
+
+
+def _drew_on(after: Standing, other: Standing) -> bool:
+    """Whether two that stood at one place drew from there, as far as can be told.
+
+    Seeded meanwhile, by the index or by the epoch, they drew what that gave them.
+    """
+    return after.seed == other.seed
 
 
 def _same_numbers(seen: Seen) -> Iterator[Finding]:
@@ -281,14 +316,9 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
     for (u, mine), (v, theirs) in _openings(seen):
         for name in mine.draws.keys() & theirs.draws.keys():
             a, b = mine.draws[name], theirs.draws[name]
-            if seen.stream:
-                # The first sample of a stream is where it is set up: a shuffle by a seed that all
-                # workers share is as it should be.
-                same = a.second is not None and a.second == b.second
-                moved = a.second != a.after_second and b.second != b.after_second
-                alike = "from" if same and moved else ""
-            else:
-                alike = _alike(mine, a, theirs, b)
+            # The first sample of a stream is where it is set up: a shuffle by a seed that all
+            # workers share is as it should be.
+            alike = _alike_second(a, b) if seen.stream else _alike(mine, a, theirs, b)
             if alike == "from":
                 yield Finding(
                     ("same numbers", name),

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safeloader.introspect.digests import digest
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
-from safeloader.supervision.self_report import FirstDraws
+from safeloader.supervision.self_report import STREAM_SAMPLES, FirstDraws
 
 if TYPE_CHECKING:
+    from safeloader.introspect.copy_state import Order
+    from safeloader.introspect.generator_digests import Standing
     from safeloader.introspect.stored_elements import Store
 
-STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker's
 WATCHED_MAX = 64  # samples of an epoch
 
 
@@ -28,7 +29,7 @@ class Notes(Protocol):
     def stores(self) -> list[Store]:
         """Lists and arrays of the dataset that have an element for each sample."""
 
-    def generators(self) -> dict[str, Callable[[], int]]:
+    def generators(self) -> dict[str, Callable[[], Standing]]:
         """By name, what gives the digest of each generator's state."""
 
     def note_element(self, store: Store, index: Any, at: int) -> bool:
@@ -37,8 +38,14 @@ class Notes(Protocol):
     def fetched(self) -> None:
         """The elements that were noted last have been fetched."""
 
-    def note_stream(self, digests: tuple[int | None, ...]) -> None:
-        """The first samples of the stream."""
+    def orders(self) -> dict[str, Order]:
+        """By their paths, the orders that this copy of the dataset has."""
+
+    def note_orders(self, before: dict[str, Order]) -> None:
+        """The second sample was made, before which it had these."""
+
+    def note_stream(self, digests: tuple[int | None, ...], *, ended: bool = False) -> None:
+        """The first samples of the stream; ``ended``: there are no more."""
 
     def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
         """The first samples of an epoch were made."""
@@ -52,8 +59,9 @@ class FirstSamples:
         self._fetcher = weakref.ref(fetcher)  # which holds this: no cycle
         self._inner: Any = None
         self._indices: list[str] = []
-        self._states: list[tuple[dict[str, int], dict[str, int]]] = []
+        self._states: list[tuple[dict[str, Standing], dict[str, Standing]]] = []
         self._digests: list[int | None] = []
+        self._orders: dict[str, Order] = {}
         self._made = 0
         self._done = False
 
@@ -90,18 +98,24 @@ class FirstSamples:
         if self._done:
             return next(self._inner)
         before = self._before(())
-        sample = next(self._inner)
+        try:
+            sample = next(self._inner)
+        except StopIteration:
+            self._observer.note_stream(tuple(self._digests), ended=True)
+            raise
         self._digest(sample)
         self._after((), before)
         return sample
 
-    def _before(self, indices: Sequence[Any]) -> dict[str, int] | None:
+    def _before(self, indices: Sequence[Any]) -> dict[str, Standing] | None:
         try:
             for store in self._observer.stores():
                 for index in indices:
                     at = store.place_of(index)
                     if at is not None and not self._observer.note_element(store, index, at):
                         break
+            if len(self._states) == 1:
+                self._orders = self._observer.orders()
             if len(self._states) < 2:
                 return {name: read() for name, read in self._observer.generators().items()}
         except Exception as exc:
@@ -115,7 +129,7 @@ class FirstSamples:
         except Exception as exc:
             self._fails(exc)
 
-    def _after(self, indices: Sequence[Any], before: dict[str, int] | None) -> None:
+    def _after(self, indices: Sequence[Any], before: dict[str, Standing] | None) -> None:
         if self._done:
             return
         try:
@@ -126,6 +140,8 @@ class FirstSamples:
                 self._indices += map(index_text, list(indices)[:2])
                 if len(self._states) <= 2:
                     self._observer.opened(self._indices[:2], self._draws())
+                if len(self._states) == 2:
+                    self._observer.note_orders(self._orders)
             self._observer.note_stream(tuple(self._digests))
             self._made += max(1, len(indices))
             more = len(self._digests) if self._digests else STREAM_SAMPLES

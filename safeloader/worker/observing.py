@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import os
 import pickle
-import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from time import perf_counter
 from typing import Any
 
-from safeloader.introspect.copy_state import CopyState, copy_state
-from safeloader.introspect.generator_digests import global_generators, own_generators
+from safeloader.introspect.copy_state import CopyState, Order, copy_state
+from safeloader.introspect.generator_digests import Standing, global_generators, own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of
+from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of, whole_number
 from safeloader.introspect.texts import index_text
+from safeloader.introspect.values import weakly
 from safeloader.supervision.report_room import smaller_and_smaller
 from safeloader.supervision.self_report import FirstDraws, InPlace, Opening, SelfReport
 from safeloader.worker.first_samples import FirstSamples
@@ -77,17 +78,20 @@ class Observer:
         self._on = True
         self._openings: list[Opening] = []
         self._first: tuple[int | None, ...] = ()
+        self._stream_ended = False
         self._elements: dict[tuple[str, Any], Element] = {}
         self._leaves = 0  # of all of them
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
-        self._generators: dict[str, Callable[[], int]] | None = None
+        self._generators: dict[str, Callable[[], Standing]] | None = None
         self._files = files
         self._memory: list[tuple[int, int, int | None]] = []
-        self._start = self._state()
+        self._unsteady: tuple[str, ...] = ()
+        self._start = self._now = copy_state(dataset, self._length)
 
     def _state(self) -> CopyState:
-        return copy_state(self._dataset(), self._length)
+        self._now = copy_state(self._dataset(), self._length, last=self._now)
+        return self._now
 
     # an epoch begins ────────────────────────────────────────────────────────────────────────────
 
@@ -97,6 +101,7 @@ class Observer:
             return fetcher
         self._epochs += 1
         try:
+            self._let_go()
             fetcher.by_way_of(FirstSamples(self, fetcher))
             if self._files is not None and self._files.open:
                 self._files.watch(fetcher)
@@ -110,7 +115,7 @@ class Observer:
             raise exc
         self._on = False
 
-    def generators(self) -> dict[str, Callable[[], int]]:
+    def generators(self) -> dict[str, Callable[[], Standing]]:
         """By name, what gives the digest of each generator's state."""
         if self._generators is None:
             self._generators = global_generators()
@@ -125,6 +130,13 @@ class Observer:
             self._stores = list(stores_of(self._dataset(), self._length)) if known else []
         return self._stores
 
+    def _let_go(self) -> None:
+        """What the dataset has replaced by something else is looked for anew."""
+        if self._stores is not None and any(each.gone for each in self._stores):
+            self._stores = None
+            self._elements = {k: e for k, e in self._elements.items() if not e.store.gone}
+            self._leaves = sum(len(each.before or ()) for each in self._elements.values())
+
     def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
         """The first samples of an epoch were made."""
         epoch = self._epochs - 1
@@ -137,7 +149,9 @@ class Observer:
             return False
         key = store.path, at
         if key not in self._elements:
-            self._elements[key] = each = Element(store, index_text(index), at, self._epochs)
+            number = whole_number(index)
+            asked_as = index_text(index if number is None else number)
+            self._elements[key] = each = Element(store, asked_as, at, self._epochs)
             self._fetching.append(each)
             self._leaves += len(each.before or ())
         return True
@@ -154,10 +168,24 @@ class Observer:
         few = len(self._elements) < ELEMENTS_MAX and self._leaves < LEAVES_MAX
         return few and bool(self.stores())
 
-    def note_stream(self, digests: tuple[int | None, ...]) -> None:
-        """The first samples of the stream, in the first epoch."""
+    def orders(self) -> dict[str, Order]:
+        """By their paths, the orders that this copy of the dataset has; none without workers."""
+        return self._state().orders if self._alone and self._epochs <= 1 else {}
+
+    def note_orders(self, before: dict[str, Order]) -> None:
+        """The second sample was made: an order that samples are made by is now as it was before."""
+        if before:
+            now = self.orders()
+            self._unsteady = tuple(
+                path for path, each in now.items() if before.get(path, each) != each
+            )
+
+    def note_stream(self, digests: tuple[int | None, ...], *, ended: bool = False) -> None:
+        """The first samples of the stream, in the first epoch; ``ended``: there are no more."""
         if self._epochs <= 1:
-            self._first = digests
+            self._first, self._stream_ended = digests, ended
+            if ended:
+                self._reported = -1  # nothing that was reported says so
 
     # in between ─────────────────────────────────────────────────────────────────────────────────
 
@@ -193,13 +221,14 @@ class Observer:
 
     def _report(self) -> SelfReport:
         in_place: list[InPlace] = []
+        only_moved = cache(Store.only_moved)  # of each once
         filled: dict[str, tuple[int, int]] = {}
         for each in self._elements.values():
             now = each.look(self._epochs)
             if each.was_empty:
                 empty, full = filled.get(each.store.path, (0, 0))
                 filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
-            elif found := each.change(only_fetching=not self._alone):
+            elif (found := each.change(not self._alone)) and not only_moved(each.store):
                 in_place.append(InPlace(each.asked_as, *found))
         if self._memory[-1:] and self._memory[-1][0] != self._batches:
             self._remember_memory()
@@ -215,20 +244,14 @@ class Observer:
             tuple((path, *counts) for path, counts in filled.items()),
             () if self._files is None else self._files.moved(),
             tuple(self._memory),
+            stream_ended=self._stream_ended,
+            unsteady=self._unsteady,
         )
 
     def _remember_memory(self) -> None:
         own = anonymous_bytes()
         if own is not None:
             self._memory = [*self._memory[-15:], (self._batches, own, self._private())]
-
-
-def weakly(thing: Any, gone: Callable[[Any], object] | None = None) -> Callable[[], Any]:
-    """What gives ``thing`` without holding it, or holds it where it bears no weak reference."""
-    try:
-        return weakref.ref(thing, gone)
-    except TypeError:
-        return lambda: thing
 
 
 def into_flight_recorder(write: Callable[[bytes], bool]) -> Callable[[SelfReport], None]:

@@ -254,6 +254,38 @@ def seeded_by_index(folder: Path) -> dict[str, Any]:
     return {"dataset": SeededByIndex(None), "batch_size": 4, "shuffle": True}
 
 
+class OwnGeneratorSeededByIndex(Images):
+    """One generator, which each sample puts to a place of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.rng = torch.Generator()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Any:
+        self.rng.manual_seed(1000 * self.epoch + index)
+        return self.images[index] + torch.rand(1, 8, 8, generator=self.rng), index
+
+
+def names_its_process(worker_id: int) -> None:
+    """A worker_init_fn that seeds nothing."""
+
+
+@sound(modes=("fresh", "main"))
+def own_generator_seeded_by_index(folder: Path) -> dict[str, Any]:
+    dataset = OwnGeneratorSeededByIndex()
+    return {
+        "dataset": dataset,
+        "batch_size": 4,
+        "shuffle": True,
+        "worker_init_fn": names_its_process,
+        "before_epoch": dataset.set_epoch,
+    }
+
+
 class GloballySeededByIndex(Images):
     def __getitem__(self, index: int) -> Any:
         random.seed(index)
@@ -417,6 +449,77 @@ def counters(folder: Path) -> dict[str, Any]:
     return {"dataset": Counted(), "batch_size": 4, "shuffle": True}
 
 
+class CountedByIndex(Images):
+    """Counts in dicts that begin empty, and for each sample in a column."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.hits: dict[int, int] = {}
+        self.met: dict[int, bool] = {}
+        self.notes: dict[str, Any] = {}
+
+    def __getitem__(self, index: int) -> Any:
+        self.hits[index] = self.hits.get(index, 0) + 1
+        self.met[index] = True
+        if not self.notes:
+            self.notes["drawn"] = [0.0] * len(self.images)
+            self.notes["noise"] = np.random.rand(len(self.images))
+        self.notes["drawn"][index] = random.random()
+        return self.images[index], index
+
+
+@sound()
+def counts_in_dicts(folder: Path) -> dict[str, Any]:
+    return {"dataset": CountedByIndex(), "batch_size": 4, "shuffle": True}
+
+
+class Negatives(Images):
+    """Draws another sample from a pool, which it shuffles each time."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.pool = list(range(len(self.images)))
+        self.rows = np.arange(2 * len(self.images)).reshape(-1, 2)
+
+    def __getitem__(self, index: int) -> Any:
+        random.shuffle(self.pool)
+        np.random.shuffle(self.rows)
+        return self.images[index], self.images[self.pool[0]], int(self.rows[0, 0])
+
+
+@sound()
+def a_pool_that_negatives_are_drawn_from(folder: Path) -> dict[str, Any]:
+    return {
+        "dataset": Negatives(),
+        "batch_size": 4,
+        "shuffle": True,
+        "worker_init_fn": seed_worker,
+    }
+
+
+class Scaled(Images):
+    """Its strength is set in the loop, for the next epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.scale = 1.0
+        self.batches = 0
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index] * self.scale, index
+
+    def grow(self, batch: Any) -> None:
+        self.batches += 1
+        if self.batches % 6 == 5:
+            self.scale *= 1.5
+
+
+@sound(modes=("fresh",), spawn=True)
+def a_strength_that_the_loop_sets_for_the_next_epoch(folder: Path) -> dict[str, Any]:
+    dataset = Scaled()
+    return {"dataset": dataset, "batch_size": 4, "shuffle": True, "after_batch": dataset.grow}
+
+
 class Logged(Images):
     def __init__(self) -> None:
         super().__init__(None)
@@ -561,6 +664,38 @@ class PreparedOnce(Dataset[Any]):
 @sound()
 def samples_made_ready_in_their_place(folder: Path) -> dict[str, Any]:
     return {"dataset": PreparedOnce(), "batch_size": 4, "shuffle": True}
+
+
+class ShuffledInPlace(Dataset[Any]):
+    """Picks at random by a shuffle of what it holds for a sample."""
+
+    def __init__(self) -> None:
+        self.captions = [[f"sample {i} text {k}" for k in range(20)] for i in range(SIZE)]
+        self.boxes = {"b": [[{"x": k, "y": i, "z": 0} for k in range(30)] for i in range(SIZE)]}
+        self.points = [np.random.rand(100, 3) for _ in range(SIZE)]
+        self.clouds = {i: torch.rand(50, 3) for i in range(SIZE)}
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> Any:
+        random.shuffle(self.captions[index])
+        random.shuffle(self.boxes["b"][index])
+        np.random.shuffle(self.points[index])
+        cloud = self.clouds[index]
+        cloud[:] = cloud[torch.randperm(len(cloud))]
+        box = self.boxes["b"][index][0]["x"]
+        return self.captions[index][0], box, self.points[index][:16].copy(), cloud[:16].clone()
+
+
+@sound()
+def shuffles_in_their_place(folder: Path) -> dict[str, Any]:
+    return {
+        "dataset": ShuffledInPlace(),
+        "batch_size": 4,
+        "shuffle": True,
+        "worker_init_fn": seed_worker,
+    }
 
 
 class Scored(Dataset[Any]):

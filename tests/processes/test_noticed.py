@@ -134,6 +134,68 @@ class CountsAndCaches(Indexed):
         return self.cache[index].clone()
 
 
+class ReshufflesData(Indexed):
+    """Shuffles what it holds in each worker: rows, fractions, a column."""
+
+    def __init__(self, kind: str) -> None:
+        self.shuffled = False
+        self.data: Any = {
+            "pairs": np.stack([np.arange(N), np.arange(N)], 1),
+            "rows": torch.rand(N, 3),
+            "fractions": torch.rand(N),
+            "half": torch.rand(N, 2).to(torch.bfloat16),
+            "column": {"x": list(range(N)), "name": "a"},
+            "column of rows": {"x": np.random.rand(N, 3)},
+        }[kind]
+
+    def __getitem__(self, index: int) -> Any:
+        if not self.shuffled:
+            self.shuffled = True
+            order = np.random.default_rng(torch.initial_seed()).permutation(N)
+            if isinstance(self.data, dict):
+                column = self.data["x"]
+                self.data["x"] = [column[k] for k in order]
+                if isinstance(column, np.ndarray):
+                    self.data["x"] = column[order]
+            elif isinstance(self.data, np.ndarray):
+                self.data[:] = self.data[order]
+            else:
+                self.data = self.data[torch.from_numpy(order)]
+        return 0
+
+
+@ways({"fork": {}, "fork, persistent": {}, "spawn": {}})
+@pytest.mark.parametrize("kind", ["pairs", "rows", "fractions", "half", "column", "column of rows"])
+def test_data_that_each_worker_put_in_an_order_of_its_own(kind: str, way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(ReshufflesData(kind), way))
+    name = "dataset.data['x']" if "column" in kind else "dataset.data"
+    assert told.startswith(f"{name} is in another order in worker 0 than in worker 1: one index")
+
+
+class DrawsFromAPool(Indexed):
+    """Shuffles for each sample, or for the first, what it draws from."""
+
+    def __init__(self, always: bool) -> None:
+        self.pool = list(range(N))
+        self.rows = np.random.rand(N, 2)
+        self.always, self.shuffled = always, False
+
+    def __getitem__(self, index: int) -> Any:
+        if self.always or not self.shuffled:
+            self.shuffled = True
+            draw = np.random.default_rng(torch.initial_seed() + index)
+            draw.shuffle(self.pool)
+            draw.shuffle(self.rows)
+        return self.pool[0] + self.rows[0, 0]
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize("always", [True, False])
+def test_what_each_sample_shuffles_is_no_order(always: bool, way: str, caplog: Any) -> None:
+    told = said(caplog, loader_of(DrawsFromAPool(always), way))
+    assert bool(told) is not always
+
+
 @ways(FRESH | LASTING)
 @pytest.mark.parametrize("dataset", [Reshuffles(), Reshuffles(words=True), DrawsAtFirstUse()])
 def test_an_order_that_each_worker_made_for_itself(dataset: Any, way: str, caplog: Any) -> None:
@@ -259,6 +321,20 @@ def test_what_is_set_between_epochs_does_not_reach_workers_that_stay(way: str, c
     assert told.startswith("dataset.transform.strength is 5 here and 0 in the workers")
 
 
+@ways({"fork": {}, "fork, persistent": {}})
+def test_what_the_loop_sets_reaches_the_workers_of_the_next_epoch(way: str, caplog: Any) -> None:
+    dataset = Seeded()
+    loader = loader_of(dataset, way)
+    with caplog.at_level(logging.WARNING, "safeloader"):
+        for _ in range(3):
+            for number, _ in enumerate(loader):
+                if number == 3:
+                    dataset.transform.strength += 1
+    stays = "persistent" in way
+    told = [each for each in caplog.messages if "dataset.transform.strength is" in each]
+    assert len(told) == stays
+
+
 @ways(ALL)
 def test_what_is_set_before_an_epoch_reaches_new_workers(way: str, caplog: Any) -> None:
     dataset = Seeded()
@@ -330,6 +406,23 @@ class OwnGenerator(Indexed):
         return float(self.rng.rand())
 
 
+class SeededByIndex(Indexed):
+    """Has a generator of its own, which each sample puts to a place of its own."""
+
+    def __init__(self, kind: str) -> None:
+        made: Any = {"python": random.Random, "torch": torch.Generator}
+        self.rng: Any = made.get(kind, np.random.RandomState)()
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> float:
+        seed = 1000 * self.epoch + index
+        if isinstance(self.rng, torch.Generator):
+            self.rng.manual_seed(seed)
+            return float(torch.rand((), generator=self.rng))
+        self.rng.seed(seed)
+        return float(self.rng.random())
+
+
 def seeds_its_generator(worker_id: int) -> None:
     info = get_worker_info()
     assert info is not None
@@ -347,6 +440,29 @@ def test_a_generator_that_worker_init_fn_may_seed_is_told_if_it_repeats(
     loader = loader_of(OwnGenerator(), way, worker_init_fn=seeds_its_generator)
     assert said(caplog, loader) == []
     told = said(caplog, loader_of(OwnGenerator(), way, worker_init_fn=seeds_nothing))
+    assert any("draw the same random numbers from dataset.rng" in each for each in told)
+
+
+@ways({"main": {}, "fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize("kind", ["python", "numpy", "torch"])
+def test_a_generator_that_is_seeded_by_the_index_is_not_told(
+    kind: str, way: str, caplog: Any
+) -> None:
+    init = seeds_nothing if ALL[way] else None
+    loader = loader_of(SeededByIndex(kind), way, shuffle=True, worker_init_fn=init)
+    assert said(caplog, loader) == []
+
+
+class DrawsUnlike(OwnGenerator):
+    """Draws more for one sample than for another."""
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.rng.rand(1 + index % 7).sum())
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_generator_that_repeats_is_told_whatever_each_sample_draws(way: str, caplog: Any) -> None:
+    told = said(caplog, loader_of(DrawsUnlike(), way, worker_init_fn=seeds_nothing))
     assert any("draw the same random numbers from dataset.rng" in each for each in told)
 
 
@@ -408,6 +524,36 @@ def test_equal_samples_say_nothing_of_a_stream(caplog: Any) -> None:
     assert said(caplog, loader_of(Words(shared=False, constant=True), "fork")) == []
 
 
+class Bits(IterableDataset):  # type: ignore[type-arg]
+    """Each worker draws from a generator of its own, and few numbers there are to draw."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        draw = random.Random(info.id if info else 0)
+        yield from [0, 1, 0, 1, *(draw.randint(0, 1) for _ in range(40))]
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_few_different_samples_say_nothing_of_a_stream(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(Bits(), way, batch_size=1)) == []
+
+
+class Short(IterableDataset):  # type: ignore[type-arg]
+    """A stream of fewer samples than are compared."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(5)
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_short_stream_that_each_worker_reads_whole(
+    batch_size: int, way: str, caplog: Any
+) -> None:
+    [told] = said(caplog, loader_of(Short(), way, batch_size=batch_size))
+    assert told.startswith("workers 0 and 1 read the same stream: all 5 samples of each are equal")
+
+
 class ShuffledAlike(IterableDataset):  # type: ignore[type-arg]
     """Each worker shuffles by the same seed and takes its own part, as it should."""
 
@@ -438,6 +584,7 @@ class InPlace(Indexed):
             "array": np.ones((N, 3)),
             "dicts": [{"x": torch.ones(3), "label": k} for k in range(N)],
             "lists": [[1.0, 2.0] for _ in range(N)],
+            "by index": {k: torch.ones(3) for k in range(N)},
         }[kind]
 
     def __getitem__(self, index: int) -> Any:
@@ -456,7 +603,7 @@ class InPlace(Indexed):
         return sample
 
 
-KINDS = ["tensor", "flat tensor", "array", "dicts", "lists"]
+KINDS = ["tensor", "flat tensor", "array", "dicts", "lists", "by index"]
 
 
 @ways(MAIN | LASTING)
@@ -471,6 +618,25 @@ def test_a_transform_that_writes_into_its_dataset(kind: str, way: str, caplog: A
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transform_that_works_on_a_copy_is_not_told(kind: str, way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(InPlace(kind, copies=True), way)) == []
+
+
+class NumPyIndices(Sampler[Any]):
+    """Yields what NumPy or torch makes."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.make(N))
+
+
+@pytest.mark.parametrize("make", [np.arange, torch.arange])
+def test_a_transform_that_writes_is_told_of_indices_of_any_kind(make: Any, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(InPlace("tensor"), "main", sampler=NumPyIndices(make)))
+    assert told.startswith("index 0 was changed in place: dataset.data[0]")
 
 
 def test_under_a_subset_the_element_is_that_of_the_dataset(caplog: Any) -> None:
@@ -632,6 +798,24 @@ class Cached(Indexed):
 def test_a_cache_that_is_lost_with_the_workers(way: str, caplog: Any) -> None:
     [told] = said(caplog, loader_of(Cached(), way))
     assert told.startswith(f"dataset.cache grew in the workers by {N} entries and is lost")
+
+
+class CountsInADict(Indexed):
+    def __init__(self, value: Any) -> None:
+        self.hits: dict[int, Any] = {}
+        self.value = value
+
+    def __getitem__(self, index: int) -> int:
+        self.hits[index] = self.value
+        return index
+
+
+@ways({"fork": {}})
+@pytest.mark.parametrize(("value", "saves"), [(3, 0), (True, 0), (np.int64(3), 0), ("text", 1)])
+def test_counts_that_go_with_the_workers_are_no_loss(
+    value: Any, saves: bool, way: str, caplog: Any
+) -> None:
+    assert len(said(caplog, loader_of(CountsInADict(value), way))) == saves
 
 
 @ways(MAIN | LASTING)

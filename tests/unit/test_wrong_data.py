@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import mmap
 import random
 import signal
 import time
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from safeloader import SafeDataLoader
 from safeloader.introspect import copy_state as copy_state_module
@@ -28,7 +30,7 @@ from safeloader.introspect.copy_state import (
     copy_state,
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
-from safeloader.introspect.generator_digests import own_generators
+from safeloader.introspect.generator_digests import Standing, own_generators
 from safeloader.introspect.stored_elements import Element, looked_at, stores_of
 from safeloader.introspect.two_ways import passed_by
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
@@ -36,6 +38,7 @@ from safeloader.supervision.growth import growth, slow_start
 from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport, SharedFile
 from safeloader.supervision.wrong_data import Seen, findings
+from safeloader.worker.observing import Observer
 
 EMPTY = CopyState({}, {}, {})
 
@@ -133,19 +136,22 @@ def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) ->
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────
 
 
-def opening(*states: int | None, index: str = "0", epoch: int = 0) -> tuple[Opening, ...]:
-    return (Opening(epoch, (index,), {"random": FirstDraws(*states)}),)  # type: ignore[arg-type]
+def opening(*states: float, index: str = "0", epoch: int = 0) -> tuple[Opening, ...]:
+    """One in which the generator stood there: ``1.2`` is place 2 after it was seeded by 1."""
+    stood = [Standing(int(at), round(at * 10)) for at in states]
+    return (Opening(epoch, (index,), {"random": FirstDraws(*stood)}),)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "repeats"),
     [
-        (opening(1, 2), opening(1, 2, index="9"), True),
-        (opening(1, 2), opening(1, 3, index="9"), True),  # they draw different amounts
-        (opening(1, 1), opening(1, 1, index="9"), False),  # nothing is drawn
-        (opening(1, 2), opening(3, 4, index="9"), False),
-        (opening(1, 2), opening(3, 2, index="9"), True),  # seeded where samples are made
-        (opening(1, 2), opening(3, 2), False),  # by the index
+        (opening(1.1, 1.2), opening(1.1, 1.2, index="9"), True),
+        (opening(1.1, 1.2), opening(1.1, 1.3, index="9"), True),  # they draw different amounts
+        (opening(1.1, 1.1), opening(1.1, 1.1, index="9"), False),  # nothing is drawn
+        (opening(1.1, 1.2), opening(3.1, 3.2, index="9"), False),
+        (opening(1.1, 2.1), opening(3.1, 2.1, index="9"), True),  # seeded where samples are made
+        (opening(1.1, 2.1), opening(3.1, 2.1), False),  # by the index
+        (opening(1.1, 2.1), opening(1.1, 3.1, index="9"), False),  # the same, from one place
     ],
 )
 def test_numbers_that_two_workers_share(one: Any, other: Any, repeats: bool) -> None:
@@ -160,13 +166,15 @@ def test_who_draws_the_same_after_a_fixed_seed(second: int, who: str) -> None:
 
 
 def test_of_a_stream_only_what_its_second_samples_draw_counts() -> None:
-    drawn = [report(openings=opening(1, 2, 2, 3)), report(openings=opening(1, 2, 2, 4))]
+    drawn = [report(openings=opening(1, 2, 2.1, 2.3)), report(openings=opening(1, 2, 2.1, 2.4))]
     assert len(told(*drawn, stream=True)) == 1
     shuffled = [report(openings=opening(1, 2, 2, 2)), report(openings=opening(1, 2, 2, 2))]
     assert told(*shuffled, stream=True) == []
+    by_shard = [report(openings=opening(1, 2, 2, 3)), report(openings=opening(1, 2, 2, 4))]
+    assert told(*by_shard, stream=True) == []
 
 
-@pytest.mark.parametrize("second", [(1, 2), (7, 2)])
+@pytest.mark.parametrize("second", [(1, 2), (7, 2), (1, 2.1)])
 def test_numbers_that_come_again_in_each_epoch(second: Any) -> None:
     both = opening(1, 2) + opening(*second, index="5", epoch=1)
     assert len(told(report(openings=both), persistent=True)) == 1
@@ -177,20 +185,40 @@ def test_numbers_that_come_again_in_each_epoch(second: Any) -> None:
 # ── streams, files ───────────────────────────────────────────────────────────────────────────────
 
 
+EIGHT = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        ((1, 2, 3), (1, 2, 3), True),
-        ((1, 2, 3), (1, 2), True),
-        ((1, 1, 1), (1, 1, 1), False),
-        ((1, 2, 3), (1, 2, 4), False),
-        ((1, None), (1, None), False),
+        (EIGHT, EIGHT, True),
+        (EIGHT, (*EIGHT[:7], 9), False),
+        (EIGHT[:7], EIGHT[:7], False),  # more may come
+        (EIGHT, EIGHT[:7], False),
+        ((1, 2) * 4, (1, 2) * 4, False),  # two that draw bits may well be equal
+        ((1, 2, 3, 4) * 2, (1, 2, 3, 4) * 2, True),
+        ((1,) * 8, (1,) * 8, False),
+        ((*EIGHT[:7], None), (*EIGHT[:7], None), False),
         ((), (), False),
     ],
 )
 def test_first_samples_of_two_workers(one: Any, other: Any, same: bool) -> None:
     assert len(told(report(stream=one), report(stream=other), stream=True)) == same
     assert told(report(stream=one), report(stream=other), stream=True, length=9) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (EIGHT[:5], EIGHT[:5], True),
+        (EIGHT[:5], EIGHT[:6], False),
+        (EIGHT[:3], EIGHT[:3], False),
+    ],
+)
+def test_samples_of_two_short_streams(one: Any, other: Any, same: bool) -> None:
+    mine, theirs = report(stream=one, stream_ended=True), report(stream=other, stream_ended=True)
+    assert len(told(mine, theirs, stream=True)) == same
+    assert told(mine, theirs._replace(stream_ended=False), stream=True) == []
 
 
 def test_read_positions() -> None:
@@ -377,7 +405,8 @@ def test_elements_under_a_subset_and_none_of_what_has_no_list() -> None:
         def __getitem__(self, index: int) -> Any:
             return self.rows[index]
 
-    [store] = stores_of(Subset(Rows(), [4, 2]), 2)  # type: ignore[type-var]
+    subset = Subset(Rows(), [4, 2])  # type: ignore[type-var]
+    [store] = stores_of(subset, 2)
     assert (store.path, store.place_of(0), store.place_of(7)) == ("dataset.dataset.rows", 4, None)
     assert list(stores_of(ConcatDataset([[1, 2], [3]]), 3)) == []  # type: ignore[list-item]
     assert list(stores_of(object(), 3)) == []
@@ -393,7 +422,8 @@ def test_an_element_counts_as_changed_where_it_was_written_into() -> None:
         def __getitem__(self, index: int) -> Any:
             return self.rows[index]
 
-    [store] = stores_of(Rows(), 1)
+    dataset = Rows()
+    [store] = stores_of(dataset, 1)
     element = Element(store, "0", 0, epoch=1)
 
     def now(epoch: int, only_fetching: bool = False) -> Any:
@@ -428,7 +458,8 @@ class Items:
 
 def changes(item: Any, write: Any) -> Any:
     """What is told of an element that is fetched once in each of three epochs."""
-    [store] = stores_of(Items([item]), 1)
+    dataset = Items([item])
+    [store] = stores_of(dataset, 1)
     element = Element(store, "0", 0, epoch=1)
     for epoch in (1, 2, 3):
         write(item)
@@ -458,6 +489,167 @@ def test_what_each_fetch_writes_into_an_element_is_told() -> None:
 )
 def test_what_an_element_keeps_of_its_fetches_is_not_told(item: Any, write: Any) -> None:
     assert changes(item, write) is None
+
+
+def shuffles(item: Any) -> None:
+    if isinstance(item, torch.Tensor):
+        item[:] = item[torch.randperm(len(item))]
+    else:
+        np.random.shuffle(item)
+
+
+ELEMENTS: list[Any] = [
+    lambda: [f"caption {k}" for k in range(20)],
+    lambda: [f"caption {k}" for k in range(3000)],
+    lambda: [{"x": k, "y": 2 * k, "z": [k]} for k in range(40)],
+    lambda: [torch.rand(2) for _ in range(100)],
+    lambda: np.random.rand(100, 3),
+    lambda: torch.rand(100, 3),
+    lambda: np.random.rand(3, 100).T,
+    lambda: np.random.rand(9),
+    lambda: np.arange(30).astype("U8"),
+]
+
+
+@pytest.mark.parametrize("make", ELEMENTS)
+@pytest.mark.parametrize("within", [lambda x: x, lambda x: {"a": x, "b": 0}, lambda x: [x, 1, 2]])
+def test_another_order_in_its_place_is_no_harm(make: Any, within: Any) -> None:
+    kept = make()
+    assert changes(within(kept), lambda _: shuffles(kept)) is None
+
+
+@pytest.mark.parametrize("make", [ELEMENTS[k] for k in (3, 4, 5, 6, 7)])
+def test_what_is_shuffled_and_written_into_as_well_is_told(make: Any) -> None:
+    kept = make()
+
+    def write(item: Any) -> None:
+        for each in item["a"] if isinstance(kept, list) else [kept]:
+            each *= 2
+        if not isinstance(kept, list):
+            shuffles(kept)
+
+    assert changes({"a": kept}, write).path.startswith("dataset.items[0]['a']")
+
+
+def test_a_list_of_numbers_that_is_written_into_is_told_whatever_their_sum() -> None:
+    item = [3, 1, *([0.5] * 20)]
+
+    def write(item: Any) -> None:
+        item[0], item[1] = (2, 2) if item[0] == 3 else (3, 1)
+        item[2] += 0.25
+
+    assert changes(item, write).path == "dataset.items[0]"
+
+
+class Columns:
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data["x"][index]
+
+
+class OwnTensors(TensorDataset):
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        return self.tensors[0][index]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "paths"),
+    [
+        (Columns({"x": torch.ones(4, 2), "y": [1, 2]}), ["dataset.data['x']"]),
+        (Columns({"x": [[1.0]] * 4, "n": np.ones(4)}), ["dataset.data['x']"]),
+        (Columns({k: torch.ones(2) for k in range(4)}), ["dataset.data"]),
+        (Columns({k: torch.ones(4, 2) for k in range(9)}), []),  # too many to be columns
+        (Columns({f"{k}": torch.ones(2) for k in range(4)}), []),  # not by the index
+        (OwnTensors(torch.ones(4, 2), torch.ones(4)), ["dataset.tensors[0]"]),
+    ],
+)
+def test_where_elements_lie_in_columns(dataset: Any, paths: list[str]) -> None:
+    assert [each.path for each in stores_of(dataset, 4)] == paths
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor])
+def test_an_index_of_any_kind_has_a_place(kind: Any) -> None:
+    dataset = Items([[1.0], [2.0], [3.0]])
+    [store] = stores_of(dataset, 3)
+    assert (store.place_of(kind(2)), store.place_of(kind(3))) == (2, None)
+    assert store.get(2) == [3.0]
+
+
+@pytest.mark.parametrize("index", [True, 1.0, "1", (1, 2), torch.ones(2), torch.tensor(1.0), None])
+def test_what_is_no_number_has_none(index: Any) -> None:
+    dataset = Items([[1.0], [2.0], [3.0]])
+    [store] = stores_of(dataset, 3)
+    assert store.place_of(index) is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [torch.ones(3) for _ in range(4)],
+        lambda: torch.ones(4, 3),
+        lambda: {k: torch.ones(3) for k in range(4)},
+    ],
+)
+def test_a_look_holds_nothing_of_the_dataset(make: Any) -> None:
+    dataset = Items(make())
+    held = dataset.items if isinstance(dataset.items, torch.Tensor) else dataset.items[0]
+    gone = weakref.ref(held)
+    [store] = stores_of(dataset, 4)
+    element = Element(store, "0", 0, epoch=1)
+    held *= 2
+    element.look(1, fetched=True)
+    del held
+    dataset.items = make()
+    gc.collect()
+    assert gone() is None
+    assert (store.gone, element.look(2), element.change(only_fetching=False)) == (True, None, None)
+
+
+def test_a_list_that_is_put_in_the_place_of_another_is_looked_at_anew() -> None:
+    reports: list[SelfReport] = []
+    dataset = Items([torch.ones(3) for _ in range(4)])
+    observer = Observer(dataset, length=4, stream=False, inherited=None, publish=reports.append)
+    for epoch in range(4):
+        if epoch == 1:
+            dataset.items = [torch.ones(3) for _ in range(4)]
+        observer.over(Passes())
+        for store in observer.stores():
+            observer.note_element(store, 2, 2)
+        dataset.items[2] *= 2
+        observer.fetched()
+        observer.report()
+    assert [each.path for each in reports[-1].in_place] == ["dataset.items[2]"]
+    assert reports[-1].in_place[0].was == "[1.0, ...]"
+
+
+class Passes:
+    """A fetcher, as far as an observer asks."""
+
+    def by_way_of(self, _: Any) -> None:
+        """It takes no other way."""
+
+
+def test_rows_of_an_array_that_are_shuffled_are_not_written_into() -> None:
+    def told_of(write: Any) -> Any:
+        reports: list[SelfReport] = []
+        dataset = Items(np.random.rand(9, 2))
+        observer = Observer(dataset, length=9, stream=False, inherited=None, publish=reports.append)
+        for _ in range(3):
+            observer.over(Passes())
+            for store in observer.stores():
+                observer.note_element(store, 2, 2)
+            write(dataset.items)
+            observer.fetched()
+            observer.report()
+        return reports[-1].in_place
+
+    assert told_of(np.random.shuffle) == ()
+    assert told_of(lambda rows: np.multiply(rows, 2, out=rows)) != ()
 
 
 class Around:
@@ -541,6 +733,50 @@ def test_elements_of_any_kind_that_workers_shuffle(make: Any) -> None:
     assert told(*Shuffled(make, length, (3, 3)).reports, length=length) == []
 
 
+def test_an_order_that_each_sample_changes_is_none() -> None:
+    one, other = Shuffled(lambda: list(range(9)), 9).reports
+    assert told(one._replace(unsteady=("dataset.items",)), other, length=9) == []
+    assert told(one, other._replace(unsteady=("dataset.items",)), length=9) == []
+    assert len(told(one._replace(unsteady=("dataset.other",)), other, length=9)) == 1
+
+
+@pytest.mark.parametrize(
+    "data", [np.arange(18.0).reshape(9, 2), torch.rand(9), {"a": list(range(9))}]
+)
+def test_of_rows_and_columns_only_that_they_were_moved_is_told(data: Any) -> None:
+    import copy
+
+    def after(change: Any) -> SelfReport:
+        mine = copy.deepcopy(data)
+        start = copy_state(Held({"x": mine}), 9)
+        column = mine["a"] if isinstance(mine, dict) else mine
+        change(column)
+        return SelfReport(1, 1, 9, start, copy_state(Held({"x": mine}), 9, last=start))
+
+    def swap(column: Any, one: int, other: int) -> None:
+        kept = column[one] if isinstance(column, list) else copy.deepcopy(column[one])
+        column[one] = column[other]
+        column[other] = kept
+
+    def note(column: Any, at: int) -> None:
+        column[at] = column[at] + 0.5
+
+    moved = after(lambda column: swap(column, 1, 5)), after(lambda column: swap(column, 2, 3))
+    assert len(told(*moved, length=9)) == 1
+    noted = after(lambda column: note(column, 1)), after(lambda column: note(column, 5))
+    assert told(*noted, length=9) == []
+
+
+def test_a_second_look_reads_no_list_to_its_end_that_is_as_it_was() -> None:
+    held = Held({"a": list(range(9)), "b": np.arange(9), "c": torch.rand(9, 2)})
+    first = copy_state(held, 9)
+    known = {path: each._replace(contents=1) for path, each in first.orders.items()}
+    again = copy_state(held, 9, last=first._replace(orders=known))
+    assert again.orders == known
+    held.a.reverse()
+    assert copy_state(held, 9, last=first._replace(orders=known)).orders["dataset.a"].contents != 1
+
+
 def test_workers_in_different_epochs_are_not_compared() -> None:
     one, other = Shuffled(lambda: list(range(9)), 9).reports
     assert told(one, other._replace(epochs=2), length=9) == []
@@ -581,7 +817,25 @@ def test_own_generators_are_found_and_not_moved() -> None:
     before = {name: read() for name, read in reads.items()}
     assert before == {name: read() for name, read in reads.items()}
     held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
-    assert all(read() != before[name] for name, read in reads.items())
+    drawn = {name: read() for name, read in reads.items()}
+    assert all(drawn[name].at != before[name].at for name in reads)
+    held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
+    assert all(read().seed == drawn[name].seed for name, read in reads.items())
+    held.a.seed(9), held.d.manual_seed(9), held.e.seed(9)
+    held.b.c.bit_generator.state = np.random.PCG64(9).state
+    held.a.random(), held.b.c.random(), torch.rand(1, generator=held.d), held.e.rand()
+    assert all(read().seed != drawn[name].seed for name, read in reads.items())
+
+
+@pytest.mark.parametrize("bits", [np.random.PCG64, np.random.MT19937, np.random.Philox])
+def test_a_draw_is_no_seeding(bits: Any) -> None:
+    for made in (np.random.Generator, np.random.RandomState):
+        rng = made(bits(1))
+        (read,) = own_generators(Held({"rng": rng})).values()
+        rng.standard_normal()
+        first = read()
+        rng.standard_normal()
+        assert (read().seed == first.seed, read().at == first.at) == (True, False)
 
 
 def test_a_report_is_read_whole_or_not_at_all() -> None:
@@ -629,6 +883,9 @@ COSTLY: dict[str, Any] = {
     "encoded images": lambda: {"l": [b"\xff" * 500_000] * N_LARGE},
     "arrays": lambda: {f"l{k}": [np.zeros(1 << 16)] * N_LARGE for k in range(8)},
     "nested": lambda: {"l": [[[[[k] * 16] * 16] * 16] * 16 for k in range(100)] * 200},
+    "rows": lambda: {f"l{k}": np.zeros((N_LARGE, 1000)) for k in range(8)},
+    "columns": lambda: {"l": {f"c{k}": [*range(N_LARGE)] for k in range(8)}},
+    "spread": lambda: {f"l{k}": torch.zeros(64, 64, N_LARGE).permute(2, 0, 1) for k in range(2)},
     "attributes": lambda: {f"a{k}": k for k in range(500_000)},
 }
 
@@ -775,7 +1032,8 @@ def test_what_is_in_shared_memory_may_be_written_there_by_others(kind: str, tmp_
             row += 0.37
 
     def told(*, by_fetching: bool) -> Any:
-        [store] = stores_of(Items(data), 3)
+        dataset = Items(data)
+        [store] = stores_of(dataset, 3)
         write()
         element = Element(store, "1", 1, epoch=1)
         for epoch in (1, 2, 3):
