@@ -613,7 +613,7 @@ def test_a_look_holds_nothing_of_the_dataset(make: Any) -> None:
 def test_a_list_that_is_put_in_the_place_of_another_is_looked_at_anew() -> None:
     reports: list[SelfReport] = []
     dataset = Items([torch.ones(3) for _ in range(4)])
-    observer = Observer(dataset, length=4, stream=False, inherited=None, publish=reports.append)
+    observer = Observer(dataset, length=4, stream=False, files=None, publish=reports.append)
     for epoch in range(4):
         if epoch == 1:
             dataset.items = [torch.ones(3) for _ in range(4)]
@@ -638,7 +638,7 @@ def test_rows_of_an_array_that_are_shuffled_are_not_written_into() -> None:
     def told_of(write: Any) -> Any:
         reports: list[SelfReport] = []
         dataset = Items(np.random.rand(9, 2))
-        observer = Observer(dataset, length=9, stream=False, inherited=None, publish=reports.append)
+        observer = Observer(dataset, length=9, stream=False, files=None, publish=reports.append)
         for _ in range(3):
             observer.over(Passes())
             for store in observer.stores():
