@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from time import monotonic
@@ -13,7 +14,7 @@ from safeloader.failures.exception_parts import exception_parts_of
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.introspect.advice import next_step
 from safeloader.introspect.dataset_state import changes, describe
-from safeloader.introspect.frames import subscripted
+from safeloader.introspect.frames import subscripted, user_frames
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.suspects import NEXT_STEP as INHERITED_STEP
@@ -51,6 +52,8 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "collate": "the samples are alike in structure; loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices]) repeats the call here",
     "collate, found": "mend the sample, or have collate_fn= take it",
+    "collate, found, by the user's": "look at {at}, which raised on these samples: what differs "
+    "between them may be as it should be",
     "transport": "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices])) may repeat it here",
     "inherited": INHERITED_STEP,
@@ -142,7 +145,7 @@ def hint_for(
             "a StopIteration left the dataset (a bare next() in it?); torch's own loader would "
             "have ended the epoch here without a word"
         )
-    step, worker, ordinal = phase, None, None
+    step, worker, ordinal, at = phase, None, None, ""
     if suspect:
         parts.append(suspect)
         step = "inherited"
@@ -154,17 +157,28 @@ def hint_for(
         step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"
     elif phase != "sample":
         step = f"{phase}, found" if found else phase
+        at = _users_line(exc) if step == "collate, found" else ""
+        step += ", by the user's" if at else ""
     elif type(index) is tuple and (dataset is None or isinstance(dataset, IterableDataset)):
         step, (worker, ordinal) = "sample of a stream", index
     elif index is None:
         step = ""
     if step in _NEXT_STEPS:
-        words = {"index": index_text(index), "worker": worker, "ordinal": ordinal}
+        words = {"index": index_text(index), "worker": worker, "ordinal": ordinal, "at": at}
         parts.append(_NEXT_STEPS[step].format(**words))
     elif "\n" in found:  # it ends with what to do
         parts[0], _, step = found.rpartition("\n")
         parts.append(step)
     return "\n".join(part[:1000] for part in parts)
+
+
+def _users_line(exc: BaseException) -> str:
+    """The innermost function of the user's that an exception came out of, with its line."""
+    with suppress(Exception):  # a hint must not hide the error
+        if frames := user_frames(exc):
+            code = frames[0].frame.f_code
+            return f"{code.co_name} ({os.path.basename(code.co_filename)}:{frames[0].line})"
+    return ""
 
 
 def _about_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from safeloader import SafeDataLoader, SampleError
 from safeloader.worker.hints import hint_for
 from safeloader.worker.repair import ON_ERROR_FAULT
 
@@ -210,3 +212,23 @@ def test_what_was_found_may_end_with_the_next_step_and_the_file_does_not() -> No
     assert told.splitlines()[0] == "it cannot be pickled: sample['meta']: _thread.lock"
     assert "dataset.files[37] = 'img/37.jpg'" in told
     assert told.splitlines()[-1] == "leave it out"
+
+
+def padded_to_four(samples: list[Any]) -> torch.Tensor:
+    out = torch.zeros(len(samples), 4)
+    for place, sample in enumerate(samples):
+        out[place, : len(sample)] = sample
+    return out
+
+
+def test_where_a_collate_function_of_the_users_raises_it_is_looked_at() -> None:
+    samples = [torch.ones(1 + k % 6) for k in range(8)]
+    steps = []
+    for collate_fn in (padded_to_four, None):
+        with pytest.raises(SampleError, match="the samples differ in shape") as caught:
+            list(SafeDataLoader(samples, batch_size=8, collate_fn=collate_fn))
+        steps.append(str(caught.value).splitlines()[-1])
+    assert re.fullmatch(
+        r"  next: look at padded_to_four \(test_hints\.py:\d+\), which raised on .*", steps[0]
+    )
+    assert steps[1] == "  next: mend the sample, or have collate_fn= take it"
