@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from safeloader import SafeDataLoader, SampleError
+from safeloader import CollateError, SafeDataLoader
 from safeloader.worker.hints import hint_for
 from safeloader.worker.repair import ON_ERROR_FAULT
 
@@ -225,7 +225,7 @@ def test_where_a_collate_function_of_the_users_raises_it_is_looked_at() -> None:
     samples = [torch.ones(1 + k % 6) for k in range(8)]
     steps = []
     for collate_fn in (padded_to_four, None):
-        with pytest.raises(SampleError, match="the samples differ in shape") as caught:
+        with pytest.raises(CollateError, match="the samples differ in shape") as caught:
             list(SafeDataLoader(samples, batch_size=8, collate_fn=collate_fn))
         steps.append(str(caught.value).splitlines()[-1])
     assert re.fullmatch(
