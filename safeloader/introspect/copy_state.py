@@ -33,6 +33,7 @@ from safeloader.introspect.values import (
     held_by,
     inherits,
     is_one_of,
+    module_of,
     type_name,
 )
 
@@ -72,6 +73,11 @@ class Order(NamedTuple):
     which: tuple[int, ...] = ()
     all_of_them: int | None = None
     is_data: bool = False
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """What lies where, of the elements that are looked at each time."""
+        return self.which or self.sampled
 
 
 class CopyState(NamedTuple):
@@ -239,10 +245,10 @@ def _note(
 
 def _are_counts(values: Any) -> bool:
     """Whether the newest values of a dict are whole numbers: visits and marks, no saved work."""
-    newest = [dict.__getitem__(values, key) for key in islice(dict.__reversed__(values), 8)]
+    newest = list(islice(reversed(dict.values(values)), WITHIN_MAX))
     return bool(newest) and all(
         is_one_of(type(each), int, bool)
-        or (inherits(type(each), np.integer) and type(each).__module__ == "numpy")
+        or (inherits(type(each), np.integer) and module_of(type(each)) == "numpy")
         for each in newest
     )
 

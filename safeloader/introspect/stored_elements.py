@@ -28,6 +28,7 @@ from safeloader.introspect.values import (
     held_by,
     inherits,
     is_one_of,
+    module_of,
     plain_length,
     weakly,
 )
@@ -360,7 +361,7 @@ def whole_number(index: Any) -> int | None:
     """
     if type(index) is int:
         return index
-    if inherits(type(index), np.integer) and type(index).__module__ == "numpy":
+    if inherits(type(index), np.integer) and module_of(type(index)) == "numpy":
         return int(index)
     if type(index) is torch.Tensor:
         with without_overrides():

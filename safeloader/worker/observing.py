@@ -87,10 +87,11 @@ class Observer:
         self._files = files
         self._memory: list[tuple[int, int, int | None]] = []
         self._unsteady: tuple[str, ...] = ()
-        self._start = self._now = copy_state(dataset, self._length)
+        self._compared = self._length if alone else None  # of main no order is compared
+        self._start = self._now = copy_state(dataset, self._compared)
 
     def _state(self) -> CopyState:
-        self._now = copy_state(self._dataset(), self._length, last=self._now)
+        self._now = copy_state(self._dataset(), self._compared, last=self._now)
         return self._now
 
     # an epoch begins ────────────────────────────────────────────────────────────────────────────
@@ -170,14 +171,14 @@ class Observer:
 
     def orders(self) -> dict[str, Order]:
         """By their paths, the orders that this copy of the dataset has; none without workers."""
-        return self._state().orders if self._alone and self._epochs <= 1 else {}
+        return self._state().orders if self._compared and self._epochs <= 1 else {}
 
     def note_orders(self, before: dict[str, Order]) -> None:
         """The second sample was made: an order that samples are made by is now as it was before."""
         if before:
             now = self.orders()
             self._unsteady = tuple(
-                path for path, each in now.items() if before.get(path, each) != each
+                path for path, each in now.items() if before.get(path, each).places != each.places
             )
 
     def note_stream(self, digests: tuple[int | None, ...], *, ended: bool = False) -> None:

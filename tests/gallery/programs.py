@@ -608,12 +608,12 @@ class Keys(IterableDataset[Any]):
 
 @shown("a stream that every worker reads whole; key=")
 def same_keys() -> None:
-    read(Keys(), num_workers=2, key=identity)
+    read(Keys(), num_workers=2, key=identity, batch_size=8)
 
 
 @shown("the same; verify='warn'")
 def same_keys_warned() -> None:
-    loader = read(Keys(), num_workers=2, key=identity, verify="warn")
+    loader = read(Keys(), num_workers=2, key=identity, verify="warn", batch_size=8)
     print(loader.audit)
 
 

@@ -740,6 +740,21 @@ def test_an_order_that_each_sample_changes_is_none() -> None:
     assert len(told(one._replace(unsteady=("dataset.other",)), other, length=9)) == 1
 
 
+def test_an_order_stands_still_though_samples_write_into_its_members() -> None:
+    dataset = Items([{"x": k, "visits": 0} for k in range(9)])
+    reports: list[SelfReport] = []
+    observer = Observer(dataset, length=9, stream=False, inherited=None, publish=reports.append)
+    observer.over(Passes())
+    for shuffle in (False, True):
+        before = observer.orders()
+        dataset.items[3]["visits"] += 1
+        if shuffle:
+            dataset.items.reverse()
+        observer.note_orders(before)
+        observer.report()
+    assert [each.unsteady for each in reports] == [(), ("dataset.items",)]
+
+
 @pytest.mark.parametrize(
     "data", [np.arange(18.0).reshape(9, 2), torch.rand(9), {"a": list(range(9))}]
 )
@@ -957,6 +972,18 @@ class Hostile(metaclass=Meta):
         return torch.Tensor
 
 
+class HostileKey:
+    """A key of a dict; it is noted where it is asked for."""
+
+    def __hash__(self) -> int:
+        Meta.ran.append("hash of a key")
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        Meta.ran.append("== of a key")
+        return True
+
+
 class Overriding(torch.Tensor):
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
@@ -968,6 +995,7 @@ def test_no_code_of_what_is_looked_at_runs() -> None:
     tensor = torch.zeros(3).as_subclass(Overriding)
     many = [Hostile() for _ in range(4)]
     held = {"a": Hostile(), "b": many, "c": np.array(many), "d": {"k": Hostile()}, "t": tensor}
+    held |= {"hits": {HostileKey(): 1}, "columns": {HostileKey(): many, "x": [many] * 4}}
     dataset = Items(many)
     vars(dataset).update(held)
     Meta.ran.clear()
