@@ -97,11 +97,15 @@ class KeptBatches:
     def _alive(self) -> list[tuple[int, _Watched]]:
         return [each for each in self._watched.items() if each[1].owner() is not None]
 
-    def finding(self, dataset: Any) -> Iterator[Finding]:
-        """What is to be told, once the batches that are kept hold a tenth of the memory."""
+    def finding(self, makers: Any) -> Iterator[Finding]:
+        """What is to be told, once the batches that are kept hold a tenth of the memory.
+
+        Args:
+            makers: the dataset, and whatever else in this process may hold batches of its own.
+        """
         self._watched = dict(self._alive())
         total = _memory_bytes()
-        if total is None or not self._is_much(total) or self._may_be_of(dataset):
+        if total is None or not self._is_much(total) or self._may_be_of(makers):
             return
         if not self._is_much(total):
             return
@@ -126,20 +130,22 @@ class KeptBatches:
         held = sum(each.size * each.every for each in kept)
         return held > SHARE * total and len({(each.epoch, each.number) for each in kept}) >= FEW
 
-    def _may_be_of(self, dataset: Any) -> bool:
+    def _may_be_of(self, makers: Any) -> bool:
         """Take what the dataset holds for its own; say whether the rest may be too.
 
         Of a large dataset only the first elements are looked at: if some are among the batches,
-        then so may be the others.
+        then so may be the others. A generator may still have its last one at hand.
         """
         watched = sorted(address for address, each in self._watched.items() if each.size)
-        its_own, all_of_it = memories(dataset, _DATASET_LOOKS_MAX)
+        newest = max((each.epoch, each.number) for each in self._watched.values())
+        its_own, all_of_it = memories(makers, _DATASET_LOOKS_MAX)
         for memory in its_own:
             first = bisect_left(watched, memory.address)
             behind = bisect_left(watched, memory.address + memory.size_bytes)
             for address in watched[first:behind]:
-                self._watched[address] = self._watched[address]._replace(size=0)
-                self._found += 1
+                each = self._watched[address]
+                self._watched[address] = each._replace(size=0)
+                self._found += (each.epoch, each.number) != newest
         return not all_of_it and self._found > 0
 
 
