@@ -55,6 +55,7 @@ class KeptBatches:
     def __init__(self) -> None:
         self._watched: dict[int, _Watched] = {}  # by address
         self._found = 0  # of these, in the dataset
+        self._in_doubt = False  # whether there may be more of them there
         self._every, self._phase = 1, 0.0
         self.due = self._end = 0
         self.begin()
@@ -105,9 +106,10 @@ class KeptBatches:
         """
         self._watched = dict(self._alive())
         total = _memory_bytes()
-        if total is None or not self._is_much(total) or self._may_be_of(makers):
+        if total is None or self._in_doubt or not self._is_much(total):
             return
-        if not self._is_much(total):
+        self._leave_out(makers)
+        if self._in_doubt or not self._is_much(total):
             return
         kept = self._kept()
         held = sum(each.size * each.every for each in kept)
@@ -130,8 +132,8 @@ class KeptBatches:
         held = sum(each.size * each.every for each in kept)
         return held > SHARE * total and len({(each.epoch, each.number) for each in kept}) >= FEW
 
-    def _may_be_of(self, makers: Any) -> bool:
-        """Take what the dataset holds for its own; say whether the rest may be too.
+    def _leave_out(self, makers: Any) -> None:
+        """Take what the dataset holds for its own.
 
         Of a large dataset only the first elements are looked at: if some are among the batches,
         then so may be the others. A generator may still have its last one at hand.
@@ -146,7 +148,7 @@ class KeptBatches:
                 each = self._watched[address]
                 self._watched[address] = each._replace(size=0)
                 self._found += (each.epoch, each.number) != newest
-        return not all_of_it and self._found > 0
+        self._in_doubt = not all_of_it and self._found > 0
 
 
 @functools.cache
