@@ -6,6 +6,7 @@ any of them is kept, is the memory under it. Nothing of the user's is run.
 
 from __future__ import annotations
 
+import gc
 import types
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from safeloader._torch import without_overrides
+from safeloader.introspect.parts import all_held_by
 from safeloader.introspect.values import container_base, definitions, held_by, inherits
 
 DEPTH = 6  # of containers within each other; an object counts for two
@@ -23,7 +25,7 @@ _NEVER = frozenset(  # looked into; by id, since a metaclass may define ``__eq__
         id,
         (
             *(bool, int, float, complex, str, bytes, bytearray, range, type(None)),
-            *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType),
+            *(type, types.ModuleType, types.CodeType, types.BuiltinFunctionType),
         ),
     )
 )
@@ -92,7 +94,8 @@ _DISPATCHES = len(definitions(torch.Tensor, "__torch_dispatch__"))
 def memories(value: Any, looks: int) -> tuple[list[Memory], bool]:
     """Return the memory of each tensor and array that a value holds; and whether these are all.
 
-    Containers are looked into, and what other objects hold in their dicts and slots.
+    Containers are looked into, what other objects hold in their dicts and slots, the variables of
+    generators, and what functions close over.
 
     Args:
         value: any object.
@@ -123,8 +126,8 @@ class _Walk:
                 self.found.append(memory)
             return looks
         depth -= 1 if container_base(cls) else 2
-        held = held_by(value, looks + 1) if depth >= 0 else []
-        for place, (_, part) in enumerate(held):
+        held = _parts(value, cls, looks + 1) if depth >= 0 else []
+        for place, part in enumerate(held):
             if not looks:
                 self.all_of_it = False
                 break
@@ -132,3 +135,11 @@ class _Walk:
             share = min(looks, max(looks // (len(held) - place), _SHARE_MIN))
             looks -= share - self.into(part, depth, share)
         return looks
+
+
+def _parts(value: Any, cls: type, most: int) -> list[Any]:
+    if cls is types.GeneratorType:
+        return gc.get_referents(value)[:most]  # its variables; asked for them, its frame keeps them
+    if cls is types.FunctionType or cls is types.MethodType:
+        return [part for _, part in all_held_by(value, None)][:most]
+    return [part for _, part in held_by(value, most)]

@@ -84,6 +84,7 @@ class Looks:
         self._workers: _Workers | None = None
         self._as_drawn = CopyState({}, {}, {})
         self._observer: Observer | None = None
+        self._fetcher: Callable[[], Any] = lambda: None  # of main, without workers
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
         self._noticed: list[str] = []
@@ -146,6 +147,7 @@ class Looks:
     def over(self, fetcher: Any) -> Any:
         """In main, without workers: begin an epoch on ``fetcher``, which is given back."""
         with self._guarded():
+            self._fetcher = weakref.ref(fetcher)
             if self._has_time():
                 if self._observer is None:
                     self._observer = Observer(
@@ -266,7 +268,7 @@ class Looks:
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
             yield from self._workers.slow_start(self._dataset(), self._stream)
-        yield from self._kept.finding(self._dataset())
+        yield from self._kept.finding((self._dataset(), self._fetcher()))
 
     def _counts(self, finding: Finding, dataset: Any) -> bool:
         """Whether a finding is worth a word: of what samples are made by, and not told already."""

@@ -55,6 +55,7 @@ class KeptBatches:
     def __init__(self) -> None:
         self._watched: dict[int, _Watched] = {}  # by address
         self._found = 0  # of these, in the dataset
+        self._in_doubt = False  # whether there may be more of them there
         self._every, self._phase = 1, 0.0
         self.due = self._end = 0
         self.begin()
@@ -97,13 +98,18 @@ class KeptBatches:
     def _alive(self) -> list[tuple[int, _Watched]]:
         return [each for each in self._watched.items() if each[1].owner() is not None]
 
-    def finding(self, dataset: Any) -> Iterator[Finding]:
-        """What is to be told, once the batches that are kept hold a tenth of the memory."""
+    def finding(self, makers: Any) -> Iterator[Finding]:
+        """What is to be told, once the batches that are kept hold a tenth of the memory.
+
+        Args:
+            makers: the dataset, and whatever else in this process may hold batches of its own.
+        """
         self._watched = dict(self._alive())
         total = _memory_bytes()
-        if total is None or not self._is_much(total) or self._may_be_of(dataset):
+        if total is None or self._in_doubt or not self._is_much(total):
             return
-        if not self._is_much(total):
+        self._leave_out(makers)
+        if self._in_doubt or not self._is_much(total):
             return
         kept = self._kept()
         held = sum(each.size * each.every for each in kept)
@@ -126,21 +132,23 @@ class KeptBatches:
         held = sum(each.size * each.every for each in kept)
         return held > SHARE * total and len({(each.epoch, each.number) for each in kept}) >= FEW
 
-    def _may_be_of(self, dataset: Any) -> bool:
-        """Take what the dataset holds for its own; say whether the rest may be too.
+    def _leave_out(self, makers: Any) -> None:
+        """Take what the dataset holds for its own.
 
         Of a large dataset only the first elements are looked at: if some are among the batches,
-        then so may be the others.
+        then so may be the others. A generator may still have its last one at hand.
         """
         watched = sorted(address for address, each in self._watched.items() if each.size)
-        its_own, all_of_it = memories(dataset, _DATASET_LOOKS_MAX)
+        newest = max((each.epoch, each.number) for each in self._watched.values())
+        its_own, all_of_it = memories(makers, _DATASET_LOOKS_MAX)
         for memory in its_own:
             first = bisect_left(watched, memory.address)
             behind = bisect_left(watched, memory.address + memory.size_bytes)
             for address in watched[first:behind]:
-                self._watched[address] = self._watched[address]._replace(size=0)
-                self._found += 1
-        return not all_of_it and self._found > 0
+                each = self._watched[address]
+                self._watched[address] = each._replace(size=0)
+                self._found += (each.epoch, each.number) != newest
+        self._in_doubt = not all_of_it and self._found > 0
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from safeloader import SafeDataLoader
 from safeloader.introspect.memories import memories, memory_of
@@ -167,6 +168,24 @@ def own_arrays() -> tuple[Any, Iterable[Any]]:
     return SimpleNamespace(cache=held), ({"x": each} for each in held.values())
 
 
+def own_variable() -> tuple[Any, Iterable[Any]]:
+    def shards() -> Iterable[Any]:
+        shard = list(fresh(200, LARGE))
+        yield from shard
+
+    made = shards()
+    return made, made
+
+
+def own_closure() -> tuple[Any, Iterable[Any]]:
+    buffers = list(fresh(200, LARGE))
+
+    def collate(number: int) -> Any:
+        return buffers[number]
+
+    return SimpleNamespace(collate_fn=collate), map(collate, range(200))
+
+
 def own_buffers() -> tuple[Any, Iterable[Any]]:
     ring = [torch.zeros(LARGE) for _ in range(60)]  # of the collate function: out of sight
     return None, (ring[k % 60] for k in range(200))
@@ -180,6 +199,8 @@ OWN = [
     own_rows_of_an_array,
     own_rows_of_a_tensor,
     own_arrays,
+    own_variable,
+    own_closure,
     own_buffers,
 ]
 
@@ -315,4 +336,23 @@ def test_a_loader_over_batches_that_are_held_anyway(caplog: pytest.LogCaptureFix
     loader = SafeDataLoader(held, batch_size=None)  # type: ignore[arg-type]
     assert warnings_of(loader, caplog, epochs=3, keep=False) == []
     loader = SafeDataLoader(held, batch_size=1)  # type: ignore[arg-type]
+    assert len(warnings_of(loader, caplog, epochs=1, keep=True)) == 1
+
+
+class Shards(IterableDataset[Any]):
+    """Gives the elements of a list that nothing but its generator holds."""
+
+    def __init__(self, copies: bool) -> None:
+        self.copies = copies
+
+    def __iter__(self) -> Any:
+        shard = list(fresh(200, LARGE))
+        for each in shard:
+            yield each.clone() if self.copies else each
+
+
+def test_a_stream_that_holds_its_shard(caplog: pytest.LogCaptureFixture) -> None:
+    loader = SafeDataLoader(Shards(copies=False), batch_size=None)
+    assert warnings_of(loader, caplog, epochs=2, keep=False) == []
+    loader = SafeDataLoader(Shards(copies=True), batch_size=None)
     assert len(warnings_of(loader, caplog, epochs=1, keep=True)) == 1
