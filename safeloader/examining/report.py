@@ -89,7 +89,10 @@ class Examination:
         counts = [f"{errors} {'breaks' if errors == 1 else 'break'} training"] if errors else []
         for count, word in zip(others, ("warning", "note"), strict=True):
             counts += [f"{count} {word}{'s' * (count > 1)}"] if count else []
-        head = f"{self.loader}: {', '.join(counts) or 'nothing bad found'} ({self.seconds:.1f} s)"
+        nothing = "nothing bad found"
+        if any(not each.startswith("start method") for each in self.not_looked_at):
+            nothing += " in what was looked at"
+        head = f"{self.loader}: {', '.join(counts) or nothing} ({self.seconds:.1f} s)"
         lines = [head, ""]
         for number, each in enumerate(self.findings, 1):
             lines.append(f"{number}. {each.answer} [{_TITLES[each.level]}]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
 
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
@@ -13,11 +13,12 @@ from safeloader.examining.talk import Talk
 def look(subject: Subject, talk: Talk) -> None:
     """Ask for states, and for what decides the order."""
     drawn = subject.batch_sampler if subject.batched else subject.sampler
-    sampler = getattr(drawn, "sampler", drawn)
+    # Of a batch sampler of the user's own, the sampler in it does not say the order.
+    sampler = drawn.sampler if type(drawn) is BatchSampler else drawn
     talk.tell(
         "resume",
         loader=subject.saves_state,
-        sampler=_saves(sampler) or _saves(drawn),
+        sampler=_saves(sampler),
         dataset=_saves(subject.dataset),
         order=_order(subject, sampler),
         sampler_name=type(sampler).__name__,

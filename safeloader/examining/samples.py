@@ -59,7 +59,8 @@ def look(subject: Subject, talk: Talk) -> None:
     talk.at("drawing indices")
     indices = subject.indices(min(_MOST, max(2, talk.samples // 8)))
     if not indices:
-        talk.tell("nothing_drawn")
+        if not subject.excluded:  # else all that it gives is known not to come
+            talk.tell("nothing_drawn")
         return
     before = stored(subject.dataset, indices)
     fetches = _Fetches(subject, talk)

@@ -15,6 +15,7 @@ from safeloader.introspect.pickling import UnpicklablePart
 from safeloader.introspect.values import cut, fields
 
 _HEAVIEST = 3
+_HANDLE_BYTES = 300  # about
 _POPEN: Any = type("_Popen", (), {"duplicate_for_child": int, "DupFd": int})
 
 
@@ -46,7 +47,10 @@ def tell_unpicklable(found: list[UnpicklablePart], talk: Any) -> None:
 
 
 class _Scales(ForkingPickler):
-    """Pickles into nothing and counts; arrays and tensors by their size, uncopied."""
+    """Pickles into nothing and counts; arrays by their size, uncopied.
+
+    A tensor is shared with a worker, and not sent: of it a handle goes.
+    """
 
     def __init__(self) -> None:
         super().__init__(self, pickle.DEFAULT_PROTOCOL)
@@ -64,7 +68,7 @@ class _Scales(ForkingPickler):
             return None
         if id(value) not in self._seen:
             self._seen[id(value)] = value
-            self.bytes += int(value.nbytes)
+            self.bytes += int(value.nbytes) if isinstance(value, np.ndarray) else _HANDLE_BYTES
         return id(value)
 
 

@@ -36,9 +36,12 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     words = _Words(own, forked)
     found: list[Finding] = []
     ends = [facts["end"] for kind, facts in heard if kind == "too_long"]
+    empty = any(kind == "empty" for kind, _ in heard)
     for kind, facts in heard:
         if ends and kind == "raises" and int(facts["index"]) >= ends[0]:
             continue  # that the length is not true says it
+        if empty and kind == "nothing_drawn":
+            continue  # of nothing
         tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
         finding = None if tell is None else tell(facts)
         if ends and kind == "batch_raises" and facts["type"] == "IndexError":
@@ -287,8 +290,11 @@ class _Words:
                 f"the first sample takes {time_text(first)}: something is set up at first use",
                 f"the same index again took {time_text(again)}, the others {time_text(median)} "
                 "(median)",
-                "each worker pays that, each epoch: persistent_workers=True, or a set-up that is "
-                "made before the fork and survives it",
+                "each worker pays that once, when it starts: make it lighter, or make it before "
+                "the fork, if it survives one"
+                if self._own.get("persistent")
+                else "each worker pays that, each epoch: persistent_workers=True, or a set-up that "
+                "is made before the fork and survives it",
             )
         worst = facts["worst_s"]
         if worst > _SLOW_S and worst > _SLOW_RATIO * median:
@@ -298,8 +304,10 @@ class _Words:
                 f"index {facts['worst_index']} takes {time_text(worst)}, the median is "
                 f"{time_text(median)}",
                 f"of {facts['count']} samples fetched one by one",
-                "batches come in order, so all wait for the slowest: look at this sample, or use "
-                "in_order=False",
+                "look at this sample: nothing else is loaded meanwhile"
+                if not self._workers
+                else "batches come in order, so all wait for the slowest: look at this sample, or "
+                "use in_order=False",
             )
         return None
 
@@ -422,13 +430,14 @@ class _Words:
 
     def on_generators(self, facts: Facts) -> Finding | None:
         level: Level = "error" if self._workers > 1 else "warning"
+        draw = "workers draw" if self._workers > 1 else "two workers would draw"
         seen = "two workers were started; it stood at the same places in both after each sample"
         if facts["same"]:
             held = ", ".join(facts["same"])
             return Finding(
                 level,
                 "generators",
-                f"workers draw the same random numbers: {held} is a copy in each",
+                f"{draw} the same random numbers: {held} is a copy in each",
                 seen,
                 "seed it in worker_init_fn with get_worker_info().seed, or draw from torch's own "
                 "generator, which torch seeds for each worker",
@@ -439,7 +448,7 @@ class _Words:
             return Finding(
                 level,
                 "generators",
-                f"workers draw the same random numbers: {by} with the same number in each ({held})",
+                f"{draw} the same random numbers: {by} with the same number in each ({held})",
                 seen,
                 "seed with get_worker_info().seed, or not at all: torch seeds each worker",
             )
@@ -463,7 +472,8 @@ class _Words:
         return Finding(
             level,
             "stale",
-            f"set_epoch does not reach the workers: {path} is {here} here, {there} there",
+            f"{'set_epoch' if calls else path} does not reach the workers: {path} is {here} here, "
+            f"{there} there",
             f"in epoch {facts['epoch']}" + (f", after {calls}" if calls else ""),
             advice,
         )
@@ -502,7 +512,8 @@ class _Words:
             "weight",
             f"{human_bytes(facts['bytes'])} are sent to each worker under spawn and forkserver",
             parts or "estimated from what is pickled",
-            "open it in the worker, by path, or hold it in one memory-mapped array",
+            "open it in the worker, by path (np.load(path, mmap_mode='r') in the first "
+            "__getitem__), or hold an array as a torch tensor, which is shared and not sent",
         )
 
     def on_hazard(self, facts: Facts) -> Finding:
@@ -565,7 +576,8 @@ class _Words:
             "hangs",
             f"it hangs {where}: nothing came for {facts['seconds']:.0f} s",
             _cut_stack(facts["stack"]) or "it did not answer where it was",
-            "give what it waits for a time limit; timeout= of the loader ends such a wait",
+            "give what it waits for a time limit"
+            + ("; timeout= of the loader ends such a wait" if self._workers else ""),
         )
 
     # ── settings

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pickle
 from collections import OrderedDict, deque, namedtuple
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -343,6 +344,52 @@ def test_a_sample_that_is_as_asked_for_passes() -> None:
 )
 def test_a_sample_that_is_not_as_asked_for_is_told_with_its_place(other: Any, said: str) -> None:
     assert refused(checks.schema(like=LIKE), fitting(**other)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fit", "other", "said"),
+    [
+        (torch.Tensor, torch.zeros(2), np.zeros(2), "array float64 (2,), not Tensor"),
+        (np.ndarray, np.zeros(2), torch.zeros(2), "tensor float32 (2,), not ndarray"),
+        (dict, {"k": 1}, [1], "list of 1, not dict"),
+        (dict, {}, None, "NoneType, not dict"),
+        (list, [1, [2]], (1,), "tuple of 1, not list"),
+        (tuple, Pair(1, 2), [1], "list of 1, not tuple"),
+        (Mapping, OrderedDict(a=1), 1, "int, not Mapping"),
+        (Boxes, Boxes([1.0], []), 1, "int, not Boxes"),
+        (float, np.float64(1), 1, "int, not float"),
+        (float, 1.0, np.float32(1), "float32, not float"),
+        (int, True, 1.0, "float, not int"),
+        (str, "x", b"x", "bytes, not str"),
+        (int | None, None, "x", "str, not int | None"),
+        (type(None), None, 0, "int, not NoneType"),
+        (np.float32, np.float32(1), np.float64(1), "float64, not array float32 anything"),
+        (np.float32, np.zeros((2, 3), "f4"), np.zeros(2), "array float64 (2,), not array float32"),
+        (np.floating, np.zeros(3), np.zeros(3, "i4"), "array int32 (3,), not array floating any"),
+        ((np.float32, (2,)), np.zeros(2, "f4"), np.zeros(3, "f4"), "array float32 (3,), not array"),
+        ((torch.float32, ()), torch.tensor(1.0), torch.zeros(1), "tensor float32 (1,), not tensor"),
+    ],
+)
+def test_a_leaf_is_compared_as_isinstance_does(
+    pattern: Any, fit: Any, other: Any, said: str
+) -> None:
+    check = pickle.loads(pickle.dumps(checks.schema(like={"a": pattern, "ab": 1})))
+    check({"a": fit, "ab": 2}, 0)
+    assert refused(check, {"a": other, "ab": 2}).startswith(f"sample['a'] is {said}")
+    assert "sample['ab'] is not there" in refused(check, {"a": fit})
+    checks.schema(like=pattern)(fit, 0)
+
+
+def test_what_stands_beside_a_type_is_still_compared() -> None:
+    check = checks.schema(like=Holder(a=dict, ab=1))
+    check(Holder(a={"x": 1}, ab=2), 0)
+    said = refused(check, Holder(a={"x": 1}, ab=2, abc=3))
+    assert "sample.abc, int, is too many" in said
+
+
+def test_what_nothing_is_an_instance_of_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"cannot tell whether sample\['a'\] is list\[int\]"):
+        checks.schema(like={"a": list[int]})
 
 
 def test_without_a_structure_the_first_sample_is_the_measure() -> None:
