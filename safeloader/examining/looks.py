@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from safeloader.examining import copies, lengths, resuming, samples, sending, speed
+from safeloader.examining.finding import search
 from safeloader.examining.inheriting import hazards
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
-from safeloader.examining.talk import Source, Talk, Unusable
+from safeloader.examining.talk import Order, Source, Talk, Unusable
 
 
 class Look(NamedTuple):
@@ -55,6 +56,16 @@ def look_all(source: Source, talk: Talk, first: int, excluded: frozenset[str]) -
             talk.begin(number, look.share * whole)
             if talk.left() > 0:
                 look.make(subject, talk)
+
+
+def search_again(source: Source, talk: Talk, order: Order) -> None:
+    """Fetch what another child hung or died by, one by one."""
+    talk.begin(order.first, talk.left())
+    talk.at("loading")
+    subject = source()
+    subject.excluded |= order.excluded
+    search(subject, talk, order.suspected())
+    talk.pass_on(subject)
 
 
 def told_of(subject: Subject) -> dict[str, object]:

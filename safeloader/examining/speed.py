@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from safeloader import _torch
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
-from safeloader.examining.talk import Talk
+from safeloader.examining.talk import Suspects, Talk
 
 _TURN_S = 0.4
 _TURN_BATCHES = 300
@@ -106,9 +106,10 @@ class _Pool:
     def start(self) -> None:
         """Start the workers, and see how long the first batch takes."""
         workers = self.setting.workers
+        self._draw(max(1, workers))
         self._say("starting")
         start = time.perf_counter()
-        for number, _ in enumerate(self._epoch(max(1, workers))):
+        for number, _ in enumerate(self._loader):
             if not number:
                 self.first_s = time.perf_counter() - start
             self._mark("first batches")
@@ -121,10 +122,11 @@ class _Pool:
         guess = self.rate or each / max(self.first_s, 1e-4)
         count = math.ceil(min(_TURN_BATCHES, seconds * guess) / each) * each
         count = max(count, _FEWEST * each)
+        self._draw(count)
         self._say("measuring")
         begin = last = time.perf_counter()
         came = 0
-        for _ in self._epoch(count):
+        for _ in self._loader:
             last = time.perf_counter()
             came += 1
             self._mark("measuring")
@@ -140,14 +142,16 @@ class _Pool:
         _torch.abandon(self._loader)
         self._loader = None
 
-    def _epoch(self, count: int) -> Iterator[Any]:
+    def _draw(self, count: int) -> None:
+        """What comes next; it is told, should it not come back."""
         if self._subject.is_stream:
             size = self._subject.batch_size or 1
+            self._talk.suspect(Suspects([], samples=count * size))
         else:
-            self._draws.batches = list(itertools.islice(self._source, count))
-            size = len(self._draws.batches[0]) if self._subject.batched else 1
+            batches = self._draws.batches = list(itertools.islice(self._source, count))
+            size = len(batches[0]) if self._subject.batched else 1
+            self._talk.suspect(Suspects(batches))
         self._talk.fetched(count * size)
-        return iter(self._loader)
 
     def _say(self, what: str) -> None:
         workers, _, method = self.setting

@@ -257,13 +257,15 @@ class _Words:
 
     def on_samples(self, facts: Facts) -> Finding | None:
         first, again, median = facts["first_s"], facts["first_again_s"], facts["median_s"]
+        others = f"the others {time_text(median)} (median)"
+        if facts.get("count") == 1:
+            median, others = again, "no other was fetched"
         if first > _SLOW_FIRST_S and first > _SLOW_RATIO * median and 4 * again < first:
             return Finding(
                 "warning",
                 "slow_first",
                 f"the first sample takes {time_text(first)}: something is set up at first use",
-                f"the same index again took {time_text(again)}, the others {time_text(median)} "
-                "(median)",
+                f"the same index again took {time_text(again)}, {others}",
                 "each worker pays that, each epoch: persistent_workers=True, or a set-up that is "
                 "made before the fork and survives it",
             )
@@ -502,7 +504,7 @@ class _Words:
             )
         where = _where(facts)
         workers = facts.get("setting")
-        if workers:
+        if workers and workers[0]:
             own = self._workers > 0 and workers[2] == self._own.get("method")
             return Finding(
                 "error" if own else "warning",
@@ -514,11 +516,17 @@ class _Words:
                 if workers[2] == "fork"
                 else "samples came without workers: look for what takes long to import or to send",
             )
+        if workers:
+            where = "without workers, and at none of the indices alone"
+        evidence = _cut_stack(facts["stack"]) or "it did not answer where it was"
+        if facts.get("cold") and facts["index"] is not None:
+            evidence += "\nit was the first that was fetched: it may be that what is set up at "
+            evidence += "first use takes longer; with more seconds that would show"
         return Finding(
             "error",
             "hangs",
             f"it hangs {where}: nothing came for {facts['seconds']:.0f} s",
-            _cut_stack(facts["stack"]) or "it did not answer where it was",
+            evidence,
             "give what it waits for a time limit; timeout= of the loader ends such a wait",
         )
 
@@ -594,6 +602,8 @@ def _where(facts: Facts) -> str:
     what = facts["what"]
     if facts["index"] is None:
         return f"while {what}" if what else f"while looking at {facts['look']}"
+    if what == "collating":
+        return f"in collate_fn, with the samples of {facts['index']}"
     if what.startswith("asking __getitems__"):
         return f"in __getitems__({facts['index']})"
     if "iterating" in what or "stream" in what:

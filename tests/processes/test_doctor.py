@@ -199,6 +199,32 @@ class TestHarm:
         assert found.level == "error"
         assert report.seconds < 15
 
+    def test_what_comes_late_is_no_hang(self) -> None:
+        class SlowStart(Sound):
+            ready = False
+
+            def __getitem__(self, index: int) -> Any:
+                if not self.ready:
+                    time.sleep(2.2)
+                    self.ready = True
+                return super().__getitem__(index)
+
+        report = examine(SlowStart(), seconds=6.0)
+        assert kinds(report) == ["slow_first"]
+        assert report.ok
+
+    def test_a_hang_at_the_first_sample_is_told(self) -> None:
+        class Hanging(Sound):
+            def __getitem__(self, index: int) -> Any:
+                threading.Event().wait()
+
+        report = examine(Hanging(), seconds=6.0)
+        found = [each for each in report.findings if each.kind == "hangs"]
+        assert "index 0" in found[0].answer
+        assert "the first that was fetched" in found[0].evidence
+        assert not report.ok
+        assert report.seconds < 12
+
     @pytest.mark.parametrize(
         ("end", "how"),
         [
@@ -281,6 +307,71 @@ class TestHarm:
         found = said(examine(Broken()), "raises")
         assert found.answer == "index 5 raises KeyError"
         assert "test_doctor.py:" in found.evidence
+
+
+class Large(Sound):
+    """So many that most are not fetched one by one; ``at`` an index it does what is asked."""
+
+    def __init__(self, at: int = -1, do: Any = None) -> None:
+        super().__init__()
+        self.at, self.do = at, do
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < 1000:
+            raise IndexError(index)
+        if index == self.at:
+            self.do()
+        return torch.tensor(index)
+
+
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+def leave() -> None:
+    os._exit(3)
+
+
+def waits_at_five(samples: list[Any]) -> Any:
+    if 5 in [int(sample) for sample in samples]:
+        wait_for_ever()
+    return samples
+
+
+@pytest.mark.slow
+class TestHarmInABatch:
+    """What was not looked at one by one, and is met while batches are measured."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_hang_is_told_with_its_index(self, workers: int) -> None:
+        report = examine(Large(5, wait_for_ever), 8.0, batch_size=8, num_workers=workers)
+        found = said(report, "hangs")
+        assert found.answer.startswith("it hangs at index 5: nothing came for")
+        assert "in wait_for_ever" in found.evidence
+        assert found.level == "error"
+        assert report.seconds < 14
+
+    def test_a_hang_in_the_collate_function_is_told_with_its_batch(self) -> None:
+        report = examine(Large(), 8.0, batch_size=4, collate_fn=waits_at_five)
+        found = said(report, "hangs")
+        assert "in collate_fn, with the samples of [4, 5, 6, 7]" in found.answer
+        assert "in waits_at_five" in found.evidence
+        assert found.level == "error"
+
+    def test_a_death_is_told_with_its_index(self) -> None:
+        report = examine(Large(9, leave), 8.0, batch_size=8)
+        assert (
+            said(report, "dies").answer == "the process ended itself with exit status 3 at index 9"
+        )
+        assert report.recommended is not None  # the rest was measured
+
+    def test_a_slow_sample_is_no_hang(self) -> None:
+        report = examine(Large(5, lambda: time.sleep(1.2)), 8.0, batch_size=8)
+        assert report.ok
+        assert "hangs" not in kinds(report)
 
 
 def alive(pid: int) -> bool:
