@@ -292,7 +292,9 @@ class _Examining:
         guard = self._output.lacks_guard
         best, why = wording.recommended(heard)
         told = next((facts for kind, facts in heard if kind == "samples"), {})
-        late = [f"start method {each}: no time was left" for each in wording.untried(heard)]
+        why_not = wording.why_untried(heard, self._samples)
+        late = [f"start method {each}: {why_not}" for each in wording.untried(heard)]
+        unmeasured = wording.why_unmeasured(heard)
         return Examination(
             loader=own.get("name", name),
             findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
@@ -307,7 +309,7 @@ class _Examining:
             cores=wording.cores_of(heard),
             sent=next((facts for kind, facts in heard if kind == "weight"), {}),
             resume=wording.resume_text(heard),
-            not_looked_at=(*self._not_looked_at, *late),
+            not_looked_at=(*self._not_looked_at, *filter(None, [unmeasured]), *late),
             output=self._output.tail,
             output_bytes=self._output.bytes,
             seconds=time.monotonic() - self._begin,

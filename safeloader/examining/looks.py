@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from safeloader.examining import copies, lengths, resuming, samples, sending, speed
+from safeloader.examining import batches, copies, lengths, resuming, samples, sending, speed
 from safeloader.examining.finding import search
 from safeloader.examining.inheriting import hazards
 from safeloader.examining.samples import raised
@@ -33,6 +33,7 @@ LOOKS = (
     INHERITING,
     Look("pickling", sending.look, False, 0.15),
     Look("resuming", resuming.look, False, 0.05),
+    Look("batches", batches.look, False, 0.05),
     Look("samples", samples.look, True, 0.2),
     Look("length", lengths.look, True, 0.1),
     Look("the workers' copies", copies.look, True, 0.2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 import time
 import traceback
@@ -27,6 +28,8 @@ _MOST = 48  # indices
 _TOGETHER = 6  # indices that `__getitems__` is asked for
 _STREAM_TWICE = 8
 _FAILED_MAX = 5
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
+_PLACE = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
 
 class Numbers:
@@ -276,8 +279,13 @@ def raised(exc: BaseException) -> dict[str, str]:
     """An exception as facts: type, text, and the line that raised it."""
     frames = traceback.extract_tb(exc.__traceback__)
     at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    text = exception_text(exc)
+    if (found := _IN_WORKER.match(text)) is not None:  # torch has its traceback in the text
+        places = _PLACE.findall(text)
+        at = ":".join(places[-1]) if places else at
+        text = text.rstrip().rpartition("\n")[2].removeprefix(f"{found[1]}: ")
     return {
         "type": type_name(type(exc)),
-        "text": cut(exception_text(exc), 300),
+        "text": cut(text, 300),
         "at": at,
     }

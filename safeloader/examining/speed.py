@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from safeloader import _torch
+from safeloader.examining.finding import search
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Suspects, Talk
@@ -32,6 +33,10 @@ _HOPELESS = 0.6  # of the best, in one turn: is not, where there are many worker
 _PREFETCH = (1, 4, 8)
 _MARK_S = 0.5
 _MOST = 8  # workers for each core, where speed grows so far
+
+
+class NoBatch(Exception):
+    """Nothing came of the loader, and it came to its end."""
 
 
 class Setting(NamedTuple):
@@ -132,7 +137,9 @@ class _Pool:
             self._mark("measuring")
             if came >= count:
                 break
-        if came and last > begin:
+        if not came:
+            raise NoBatch("it ended without a batch")
+        if last > begin:
             self.rates.append(came / (last - begin))
         self.tell(None)
 
@@ -192,6 +199,13 @@ class _Sweep:
 
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
+        if not self._subject.is_stream:
+            self._talk.at("drawing batches")
+            first = next(self._source, None)
+            if first is None:
+                self._talk.tell("nothing_to_measure")
+                return
+            self._source = itertools.chain([first], self._source)
         total = self._talk.left()
         tried = self._numbers_of_workers(self._talk.end - 0.42 * total)
         best = self._best(tried)
@@ -300,9 +314,9 @@ class _Sweep:
             except Exception as exc:
                 if last or (setting.method != self._cheap and setting.workers):
                     pool.tell(raised(exc))
-                else:  # with other samples it may do
+                elif not search(self._subject, self._talk, self._talk.suspects):
                     self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
-                pool.stop()
+                pool.stop()  # with other samples it may do
                 if setting.method != self._cheap and setting.workers:
                     break
             else:

@@ -19,6 +19,7 @@ _SLOW_S = 0.5
 _FASTER = 1.15  # than the loader's own setting, to be told
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
+_INDICES = 8  # that are named of one cause
 _LATE = "the time was up"
 _SPAWNING = ("spawn", "forkserver")
 
@@ -35,9 +36,8 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     words = _Words(own, forked)
     found: list[Finding] = []
     ends = [facts["end"] for kind, facts in heard if kind == "too_long"]
-    for kind, facts in heard:
-        if ends and kind == "raises" and int(facts["index"]) >= ends[0]:
-            continue  # that the length is not true says it
+    words.none_came = not any(kind == "samples" for kind, _ in heard)
+    for kind, facts in _together(heard, ends):
         tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
         finding = None if tell is None else tell(facts)
         if ends and kind == "batch_raises" and facts["type"] == "IndexError":
@@ -47,6 +47,23 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
     found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
     return sorted(found, key=lambda each: _ORDER[each.level])
+
+
+def _together(heard: Heard, ends: list[int]) -> Heard:
+    """What was heard, with the indices that raise the same in the same place as one fact."""
+    told: Heard = []
+    known: dict[Any, Facts] = {}
+    for kind, facts in heard:
+        if kind == "raises":
+            if ends and facts["index"].isdigit() and int(facts["index"]) >= ends[0]:
+                continue  # that the length is not true says it
+            cause = facts["type"], facts["at"]
+            if cause in known:
+                known[cause]["indices"] |= {facts["index"]: None}
+                continue
+            facts = known[cause] = {**facts, "indices": {facts["index"]: None}}
+        told.append((kind, facts))
+    return told
 
 
 def rows_of(heard: Heard) -> list[Row]:
@@ -79,6 +96,29 @@ def untried(heard: Heard) -> list[str]:
     known = {row.method for row in rows}
     methods: list[str] = next((facts["methods"] for kind, facts in heard if kind == "machine"), [])
     return [each for each in methods if rows and each not in known]
+
+
+def why_untried(heard: Heard, samples_left: int) -> str:
+    """Why some start methods were not tried."""
+    rows = rows_of(heard)
+    failed = [row for row in rows if row.error and not row.error.startswith(_LATE)]
+    if failed and not any(row.rates for row in rows):
+        alone = any(not row.workers for row in failed) or any(kind == "raises" for kind, _ in heard)
+        where = "without workers" if alone else f"in workers started by {failed[0].method}"
+        return f"not tried: it failed {where} already"
+    if samples_left <= 0:
+        return "not tried: no more samples were to be fetched"
+    return "no time was left"
+
+
+def why_unmeasured(heard: Heard) -> str | None:
+    """Why no setting was tried; None where some was, or none was come to."""
+    kinds = {kind for kind, _ in heard}
+    if "nothing_to_measure" not in kinds:
+        return None
+    if "no_batch" in kinds:
+        return "speed: drop_last leaves no batch"
+    return "speed: no batch is left without the indices that fail"
 
 
 def ruled_out(heard: Heard) -> set[str]:
@@ -158,6 +198,8 @@ class _Words:
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
         self._failing = 0
+        self._raised: set[str] = set()  # types that were told
+        self.none_came = False
         self._workers: int = own.get("workers", 0)
         self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
         self._forks = self._workers > 0 and own.get("method") == "fork"
@@ -165,13 +207,26 @@ class _Words:
     # ── one sample
 
     def on_raises(self, facts: Facts) -> Finding:
+        self._raised.add(facts["type"])
         error = f"{facts['type']}: {facts['text']}"
+        indices = sorted(facts["indices"], key=lambda each: (len(each), each))
+        shown = indices[:_INDICES]
+        answer = f"index {shown[0]} raises {facts['type']}"
+        if len(indices) > 1:
+            more = len(indices) - len(shown)
+            last = f"{more} more" if more else shown.pop()
+            answer = f"indices {', '.join(shown)} and {last} raise {facts['type']}"
+            error = f"index {facts['index']}: {error}"
+            if self.none_came:
+                error += "\nno index that was tried gives a sample"
         return Finding(
             "error",
             "raises",
-            f"index {facts['index']} raises {facts['type']}",
+            answer,
             f"{error}\nat {facts['at']}",
-            "mend the sample or leave it out; on_error='skip' of SafeDataLoader goes on without it",
+            "mend the sample or leave it out; on_error='skip' of SafeDataLoader goes on without it"
+            if len(indices) == 1
+            else "look at what they have in common: a path, a key, a file that is not there",
         )
 
     def on_differs(self, facts: Facts) -> Finding:
@@ -291,16 +346,48 @@ class _Words:
             "look at the sampler, and whether the dataset is empty",
         )
 
+    def on_no_batch(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "no_batch",
+            f"drop_last leaves no batch: {facts['samples']} samples, "
+            f"batch_size {facts['batch_size']}",
+            "an epoch ends at once, without a word",
+            "drop_last=False, or a smaller batch_size",
+        )
+
     def on_batch_raises(self, facts: Facts) -> Finding | None:
+        if facts.get("workers") and facts["type"] in self._raised:
+            return None
         self._failing += 1
         if self._failing > 1:
             return None
+        self._raised.add(facts["type"])
+        error = f"{facts['type']}: {facts['text']}\nat {facts['at']}"
+        if facts.get("index") is not None:
+            index, before = facts["index"], facts["before"]
+            seen = f"of the batch {facts['indices']} " + (
+                f"the samples of {before} can be collated, and no more with that of {index}"
+                if before
+                else f"the sample of {index} cannot be collated alone"
+            )
+            return Finding(
+                "error",
+                "batch_raises",
+                f"a batch fails in collate_fn, at index {index}: {facts['type']}",
+                f"{error}\n{seen}",
+                f"compare dataset[{index}] with the others: keys, types, shapes; or have "
+                "collate_fn take both",
+            )
+        where = f"with {facts['workers']} workers " if facts.get("workers") else ""
         return Finding(
             "error",
             "batch_raises",
-            f"a batch fails: {facts['type']}",
-            facts["text"],
-            "iterate the loader as a SafeDataLoader: its error names the sample",
+            f"{where}a batch fails: {facts['type']}",
+            f"{error}\nfetched again sample by sample, without workers, it did not fail",
+            "look at what is not the same each time, and at worker_init_fn"
+            if where
+            else "look at what is not the same each time: random numbers, the network, a file",
         )
 
     # ── length
@@ -424,11 +511,12 @@ class _Words:
         )
 
     def on_workers_raise(self, facts: Facts) -> Finding:
+        self._raised.add(facts["type"])
         return Finding(
             "error" if self._workers else "warning",
             "workers_raise",
             f"in workers started by {facts['method']} it fails: {facts['type']}",
-            facts["text"],
+            f"{facts['type']}: {facts['text']}\nat {facts['at']}",
             "it did not without workers: look at worker_init_fn, and at what does not survive "
             f"{facts['method']}",
         )
@@ -550,7 +638,8 @@ class _Words:
             mine = row.workers == self._workers and row.method == self._own.get("method")
             if row.error.startswith(("the process died", "no batch came", _LATE)):
                 continue  # told as an end of the child
-            if self._failing and row.method in (None, "fork"):
+            told = bool(self._failing) or row.error.partition(":")[0] in self._raised
+            if told and row.method in (None, "fork"):
                 continue  # told with what was raised
             who = (
                 f"with {row.workers} workers by {row.method}" if row.workers else "without workers"

@@ -374,6 +374,77 @@ class TestHarmInABatch:
         assert "hangs" not in kinds(report)
 
 
+    def test_an_error_is_told_with_its_index(self) -> None:
+        report = examine(Large(137, missing), 8.0, batch_size=8)
+        assert kinds(report) == ["raises"]
+        assert said(report, "raises").answer == "index 137 raises KeyError"
+
+    def test_what_cannot_be_collated_is_told_with_its_index(self) -> None:
+        report = examine(Mixed(), 8.0, batch_size=8)
+        found = said(report, "batch_raises")
+        assert found.answer == "a batch fails in collate_fn, at index 9: KeyError"
+        assert "the batch [8, 9, 10, 11] the samples of [8] can be collated" in found.evidence
+        assert kinds(examine(Mixed(-1), 8.0, batch_size=8)) == []
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_one_cause_is_one_finding(self, workers: int) -> None:
+        class Gone(Sound):
+            def __getitem__(self, index: int) -> Any:
+                raise FileNotFoundError(f"/nowhere/{index}.jpg")
+
+        report = examine(Gone(), 8.0, num_workers=workers)
+        assert kinds(report) == ["raises"]
+        found = said(report, "raises")
+        assert found.answer.startswith("indices 0, 1, 2, 3, ")
+        assert "no index that was tried gives a sample" in found.evidence
+        assert "no time was left" not in str(report)
+        assert "start method fork: not tried: it failed without workers already" in str(report)
+
+    def test_what_fails_in_workers_alone_is_told_so(self) -> None:
+        report = examine(Large(), 8.0, num_workers=2, worker_init_fn=fails)
+        assert said(report, "workers_raise").evidence.startswith("ValueError: no such worker")
+        assert [each for each in kinds(report) if each != "workers_raise"] == []
+
+    def test_a_bad_index_in_the_only_batch(self) -> None:
+        class Broken(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    raise KeyError("image")
+                return super().__getitem__(index)
+
+        report = examine(Broken(), 8.0, batch_size=N)
+        assert kinds(report) == ["raises"]
+        assert report.recommended is not None  # measured without that index
+
+    @pytest.mark.parametrize(("size", "expected"), [(N + 1, ["no_batch"]), (N, [])])
+    def test_drop_last_that_leaves_no_batch(self, size: int, expected: list[str]) -> None:
+        report = examine(Sound(), 6.0, batch_size=size, drop_last=True)
+        assert kinds(report) == expected
+        assert report.samples["count"] == N
+        if expected:
+            found = said(report, "no_batch")
+            assert found.answer == f"drop_last leaves no batch: {N} samples, batch_size {size}"
+            assert "speed: drop_last leaves no batch" in report.not_looked_at
+
+
+def missing() -> None:
+    raise KeyError("label")
+
+
+def fails(worker: int) -> None:
+    raise ValueError("no such worker")
+
+
+class Mixed(Sound):
+    def __init__(self, at: int = 9) -> None:
+        super().__init__()
+        self.at = at
+
+    def __getitem__(self, index: int) -> Any:
+        sample = super().__getitem__(index)
+        return {"label": sample} if index != self.at else {"other": sample}
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
