@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.examining.finding import search
-from safeloader.examining.inheriting import hazards
+from safeloader.examining.inheriting import fork_breaks
 from safeloader.examining.probe import GLOBAL, Probe, Told, scalars_of
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
@@ -32,7 +32,7 @@ def look(subject: Subject, talk: Talk) -> None:
     """Look at streams, generators and epochs, in this order."""
     methods = get_all_start_methods()
     # A forked copy is like a spawned one, and there at once; but not where a fork breaks it.
-    forks = "fork" in methods and (subject.method == "fork" or not hazards(subject))
+    forks = "fork" in methods and (subject.method == "fork" or not fork_breaks(subject))
     method = "fork" if forks or subject.unpicklable() else subject.method
     for _ in range(_TRIES):
         try:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from safeloader import _torch
 from safeloader._python import ForkingPickler, extra_reducers
-from safeloader.introspect.pickling import UnpicklablePart, find_unpicklable
+from safeloader.introspect.pickling import UnpicklablePart, all_unpicklable
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import plain_length, type_name
 from safeloader.loader import KEYWORDS, SafeDataLoader
@@ -169,8 +169,7 @@ class Subject:
 
     def unpicklable(self) -> list[UnpicklablePart]:
         """The parts that workers need and spawn cannot send."""
-        found = (find_unpicklable(getattr(self, name), name) for name in TO_WORKERS)
-        return [each for each in found if each is not None]
+        return [each for name in TO_WORKERS for each in all_unpicklable(getattr(self, name), name)]
 
     def pickled(self) -> bytes:
         """All of it. What only draws and cannot be pickled is left out, and made anew.

@@ -124,7 +124,8 @@ def why_unmeasured(heard: Heard) -> str | None:
 def ruled_out(heard: Heard) -> set[str]:
     """Start methods that cannot be used, by what was found."""
     kinds = {kind for kind, _ in heard}
-    out = {"fork"} if "hazard" in kinds else set()
+    broken = any(kind == "hazard" and facts.get("read", True) for kind, facts in heard)
+    out = {"fork"} if broken else set()
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
     out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
@@ -547,11 +548,14 @@ class _Words:
         )
 
     def on_hazard(self, facts: Facts) -> Finding:
+        why, read = facts["why"], facts.get("read", True)
+        if not read:
+            why += "; by its byte code, what makes samples does not read it"
         return Finding(
-            "error" if self._forks else "warning",
+            "error" if self._forks and read else "warning",
             "hazard",
             f"{facts['path']} ({facts['what']}) does not survive a fork",
-            facts["why"],
+            why,
             facts["advice"],
         )
 

@@ -19,7 +19,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 import safeloader
 from safeloader import SafeDataLoader, doctor
@@ -373,7 +380,6 @@ class TestHarmInABatch:
         assert report.ok
         assert "hangs" not in kinds(report)
 
-
     def test_an_error_is_told_with_its_index(self) -> None:
         report = examine(Large(137, missing), 8.0, batch_size=8)
         assert kinds(report) == ["raises"]
@@ -645,10 +651,45 @@ class TestCopies:
                 super().__init__()
                 self.file = tempfile.TemporaryFile()  # noqa: SIM115
 
+            def __getitem__(self, index: int) -> Any:
+                self.file.seek(0)
+                return super().__getitem__(index)
+
         with (dataset := Open()).file:
             found = said(examine(dataset, num_workers=2), "hazard")
+            below = said(examine(Subset(dataset, range(4)), num_workers=2), "hazard")
         assert found.answer.startswith("dataset.file")
-        assert found.level == "error"
+        assert found.level == below.level == "error"
+
+    def test_a_handle_that_no_sample_is_made_by(self) -> None:
+        class Open(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115
+
+            def close(self) -> None:
+                self.file.close()
+
+        with (dataset := Open()).file:
+            report = examine(dataset, num_workers=2)
+            below = examine(Subset(dataset, range(4)), num_workers=2)
+        assert report.ok
+        assert below.ok
+        found = said(report, "hazard")
+        assert found.level == "warning"
+        assert "does not read it" in found.evidence
+
+    def test_all_parts_that_cannot_be_pickled_are_told(self) -> None:
+        class Parts(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = lambda x: x
+                self.lock = threading.Lock()
+                self.names = (name for name in "abc")
+
+        found = [each for each in examine(Parts()).findings if each.kind == "unpicklable"]
+        told = [each.answer.split(" ")[0] for each in found]
+        assert told[1:] == ["dataset.scale", "dataset.lock", "dataset.names"]  # first the class
 
     def test_a_thread_of_this_process(self) -> None:
         class Reading(Sound):
