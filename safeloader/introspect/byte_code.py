@@ -117,7 +117,7 @@ _OF_SELF = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER
 @lru_cache(4096)
 def _hands_on(code: types.CodeType) -> bool:
     """Whether a method uses its object, the first of its arguments, but for an attribute."""
-    if not code.co_argcount:
+    if not code.co_argcount or code.co_varnames[0] == ".0":  # of a comprehension
         return False
     own = code.co_varnames[0]
     steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]

@@ -940,6 +940,7 @@ class Words(Dataset):
     def __getitem__(self, index): return torch.arange(10)[index]
 def make_loader():
     return DataLoader(Words(), batch_size=2)
+def needs(size, more=1): pass
 loader = make_loader()
 REST
 """
@@ -978,7 +979,11 @@ class TestCommand:
         [
             (["train.py"], "does not say what gives the loader"),
             (["gone.py:loader"], "there is no file"),
-            (["train.py:nothing"], "AttributeError"),
+            (["train.py:nothing"], "train.py has no 'nothing'"),
+            (["train.py:nothing"], "it offers loader, make_loader()"),
+            (["train.py:loader.nothing"], "train.py has no 'loader.nothing'"),
+            (["train:nothing"], "train has no 'nothing'"),
+            (["train.py:needs"], "needs arguments (size), and gets none"),
             (["train.py:Words"], "no DataLoader"),
             (["nowhere.at.all:loader"], "ModuleNotFoundError"),
             (["ends.py:loader"], "SystemExit"),
@@ -993,6 +998,7 @@ class TestCommand:
         assert done.returncode == 2
         assert told in done.stderr
         assert "Traceback" not in done.stderr
+        assert "safeloader/commands" not in done.stderr
 
     @pytest.mark.slow
     def test_a_program_that_works_when_it_is_imported(self, tmp_path: Path, program: Any) -> None:
