@@ -152,6 +152,7 @@ class Outcome(NamedTuple):
         suspects: what was being fetched where ``at`` names no index; empty if that is not known.
         excluded: indices that it told not to come; ``samples_end``, if the length is not true.
         cold: whether no sample had come in this child.
+        rest_left: whether it left the look it was at to another.
     """
 
     how: str
@@ -164,6 +165,7 @@ class Outcome(NamedTuple):
     excluded: frozenset[str] = frozenset()
     samples_end: int | None = None
     cold: bool = False
+    rest_left: bool = False
 
 
 class Output:
@@ -322,6 +324,7 @@ class _Following:
         self._excluded: frozenset[str] = frozenset()
         self._samples_end: int | None = None
         self._cold = True
+        self._rest_left = False
         self._done = False
 
     def to_the_end(self) -> Outcome:
@@ -350,6 +353,7 @@ class _Following:
             self._excluded,
             self._samples_end,
             self._cold,
+            self._rest_left,
         )
 
     def _answers(self, waiting: selectors.BaseSelector) -> bool:
@@ -414,6 +418,8 @@ class _Following:
             self._at, self._suspects = Step(int(rest[0]), "", None), ""
         elif what == "known":
             self._excluded, self._samples_end = frozenset(rest[0]), rest[1]
+        elif what == "rest":
+            self._rest_left = True
         elif what == "suspects":
             self._suspects = rest[0]
         elif what == "at":

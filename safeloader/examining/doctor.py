@@ -207,9 +207,12 @@ class _Examining:
             order = order._replace(samples=max(1, self._samples))
             outcome = start(order, self._patience)
             self._samples = outcome.samples
+            order = _knowing(order, outcome)
+            if outcome.how == "done" and outcome.rest_left:
+                order = order._replace(first=outcome.at.look)
+                continue
             if outcome.how == "done":
                 return
-            order = _knowing(order, outcome)
             if outcome.how != "ended" and outcome.suspects and outcome.at.place is None:
                 outcome, order = self._searched(start, order, outcome)
             at = outcome.at

@@ -27,8 +27,19 @@ def _inheriting(subject: Subject, talk: Talk) -> None:
         talk.tell("hazard", **each)
 
 
+def _speed(subject: Subject, talk: Talk) -> None:
+    """What is measured begins as in training: with copies of what has fetched nothing."""
+    if not talk.is_cold:
+        if talk.loading_s < _LOADING_SHARE * talk.left():
+            talk.leave_rest(subject)
+            return
+        talk.tell("warm")
+    speed.look(subject, talk)
+
+
+_LOADING_SHARE = 0.1  # of the time that is left, for which another child is worth it
 INHERITING = Look("what a fork inherits", _inheriting, False, 0.05)
-SPEED = Look("speed", speed.look, True, 1.0)
+SPEED = Look("speed", _speed, True, 1.0)
 LOOKS = (
     INHERITING,
     Look("pickling", sending.look, False, 0.15),

@@ -42,6 +42,7 @@ class Talk:
     """What a look may say and has to keep to, in the child.
 
     Attributes:
+        loading_s: how long it took until there was a subject.
         suspects: what is being fetched where no index is said.
         avoided: start methods by which workers hung; others are to be used.
         end: when all has to be done, by ``time.monotonic``.
@@ -53,6 +54,8 @@ class Talk:
     ) -> None:
         self.avoided = avoided
         self.suspects = Suspects([])
+        self.loading_s = 0.0
+        self._begun, self._samples_then = time.monotonic(), samples
         self._fd, self.end, self.samples = fd, end, samples
         self._look_end = end
 
@@ -67,6 +70,8 @@ class Talk:
 
     def tell(self, kind: str, **facts: Any) -> None:
         """A fact, as JSON has it."""
+        if kind == "subject":  # what another child would cost; the import of torch with it
+            self.loading_s = max(time.monotonic() - self._begun, time.process_time())
         self._say(["fact", kind, facts])
 
     def suspect(self, suspects: Suspects) -> None:
@@ -81,6 +86,16 @@ class Talk:
     def pass_on(self, subject: Subject) -> None:
         """What the next child has to know of the indices that do not come."""
         self._say(["known", sorted(subject.excluded), subject.end])
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether no sample was fetched in this process."""
+        return self.samples == self._samples_then
+
+    def leave_rest(self, subject: Subject) -> None:
+        """What is still to be looked at is for another child, which has fetched nothing."""
+        self.pass_on(subject)
+        self._say(["rest"])
 
     def done(self) -> None:
         """All looks are made."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from safeloader.examining.choosing import Row, chosen
-from safeloader.examining.report import Finding, Level, time_text
+from safeloader.examining.choosing import Own, Row, chosen, gains, own_row
+from safeloader.examining.report import Finding, Level, setting_text, time_text
 from safeloader.introspect.resources import human_bytes
 from safeloader.supervision import causes
 
@@ -45,6 +45,9 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
         if finding is not None and finding not in found:
             found.append(finding)
     found += words.of_endings([facts for kind, facts in heard if kind == "ending"])
+    words.best, words.yours = recommended(heard)[0], None
+    if (mine := _own_of(heard)) is not None:
+        words.yours = own_row(rows_of(heard), mine)
     found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
     return sorted(found, key=lambda each: _ORDER[each.level])
 
@@ -108,12 +111,17 @@ def why_untried(heard: Heard, samples_left: int) -> str:
         return f"not tried: it failed {where} already"
     if samples_left <= 0:
         return "not tried: no more samples were to be fetched"
-    return "no time was left"
+    return "not enough time was left"
 
 
 def why_unmeasured(heard: Heard) -> str | None:
-    """Why no setting was tried; None where some was, or none was come to."""
+    """Why no setting was tried, or not as in training; None where nothing is to be said."""
     kinds = {kind for kind, _ in heard}
+    if "warm" in kinds:
+        return (
+            "speed with cold caches: the program takes long to load, so what was measured had "
+            "fetched samples before"
+        )
     if "nothing_to_measure" not in kinds:
         return None
     if "no_batch" in kinds:
@@ -141,25 +149,29 @@ def recommended(heard: Heard) -> tuple[Row | None, str]:
     """The setting to use, and why."""
     rows = rows_of(heard)
     out = ruled_out(heard)
-    best = chosen(rows, out)
+    own = _own_of(heard)
+    best = chosen(rows, out, own, cores_of(heard) or 0)
     if best is None:
         return None, ""
     why = f"{best.rate_text} batches/s"
-    own = next((facts for kind, facts in heard if kind == "subject"), None)
-    yours = None if own is None else _own_row(rows, own)
-    if yours is not None and yours.rate and yours is not best:
-        why += f"; {best.rate / yours.rate:.2f} times the loader's own setting"
+    yours = None if own is None else own_row(rows, own)
+    if yours is not None and yours.rate:
+        same = (best.workers, best.prefetch) == (yours.workers, yours.prefetch)
+        if not same:
+            why += f"; {best.rate / yours.rate:.2f} times the loader's own setting"
+        elif len(rows) > 1 and best.method == yours.method:
+            why += "; it is the loader's own setting, and none is measurably faster"
     if best.method and out & {"fork", "spawn"}:
         why += f"; {', '.join(sorted(out))} ruled out by what was found"
     return best, why
 
 
-def _own_row(rows: list[Row], own: Facts) -> Row | None:
-    """The loader's own setting, or the one that is it but for the start method."""
-    same = [row for row in rows if row.workers == own["workers"] and row.rates]
-    exact = [row for row in same if row.prefetch == own["prefetch"]]
-    by_method = [row for row in exact if row.method == own["method"]]
-    return next(iter(by_method or exact), None)
+def _own_of(heard: Heard) -> Own | None:
+    facts = next((facts for kind, facts in heard if kind == "subject"), None)
+    if facts is None:
+        return None
+    workers = facts["workers"]
+    return Own(workers, facts["prefetch"], facts["method"] if workers else None)
 
 
 def resume_text(heard: Heard) -> str:
@@ -201,6 +213,8 @@ class _Words:
         self._failing = 0
         self._raised: set[str] = set()  # types that were told
         self.none_came = False
+        self.best: Row | None = None
+        self.yours: Row | None = None
         self._workers: int = own.get("workers", 0)
         self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
         self._forks = self._workers > 0 and own.get("method") == "fork"
@@ -353,6 +367,18 @@ class _Words:
             "no_batch",
             f"drop_last leaves no batch: {facts['samples']} samples, "
             f"batch_size {facts['batch_size']}",
+            "an epoch ends at once, without a word",
+            "drop_last=False, or a smaller batch_size",
+        )
+
+    def on_no_batch_of_stream(self, facts: Facts) -> Finding | None:
+        if facts["workers"] != self._workers:
+            return None
+        each = " of any worker" if self._workers else ""
+        return Finding(
+            "error",
+            "no_batch",
+            f"drop_last leaves no batch of the stream{each}",
             "an epoch ends at once, without a word",
             "drop_last=False, or a smaller batch_size",
         )
@@ -657,16 +683,17 @@ class _Words:
                     "iterate the loader by SafeDataLoader: its error names the sample",
                 )
             )
-        found += self._of_own(rows, cores)
+        found += self._of_own(cores)
         return found
 
-    def _of_own(self, rows: list[Row], cores: int | None) -> list[Finding]:
-        own, best = _own_row(rows, self._own), chosen(rows, ())
-        if own is None or best is None or not own.rate:
+    def _of_own(self, cores: int | None) -> list[Finding]:
+        own, best = self.yours, self.best
+        if own is None or best is None or not own.rate or not best.rate:
             return []
         gain = best.rate / own.rate
         measured = (
-            f"{own.rate_text} batches/s with {own.workers}, {best.rate_text} with {best.workers}"
+            f"{own.rate_text} batches/s with {setting_text(own)}, "
+            f"{best.rate_text} with {setting_text(best)}"
         )
         if cores is not None and own.workers > cores and gain > 0.9 and best.workers < own.workers:
             return [
@@ -678,14 +705,14 @@ class _Words:
                     f"use num_workers={best.workers}: each worker costs memory and time to start",
                 )
             ]
-        if gain > _FASTER:
+        if gain > _FASTER and gains(best, own):
             return [
                 Finding(
                     "warning",
                     "slow_setting",
                     f"another setting is {gain:.2f} times as fast as the loader's own",
                     measured + ", of batches that nobody works with meanwhile",
-                    "use the setting below, unless the training step is what takes the time",
+                    f"use {setting_text(best)}, unless the training step is what takes the time",
                 )
             ]
         return []
