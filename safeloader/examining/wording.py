@@ -668,8 +668,8 @@ class _Words:
             mine = row.workers == self._workers and row.method == self._own.get("method")
             if row.error.startswith(("the process died", "no batch came", _LATE)):
                 continue  # told as an end of the child
-            told = bool(self._failing) or row.error.partition(":")[0] in self._raised
-            if told and row.method in (None, "fork"):
+            told = bool(self._failing) and row.method in (None, "fork")
+            if told or row.error.partition(":")[0] in self._raised:
                 continue  # told with what was raised
             who = (
                 f"with {row.workers} workers by {row.method}" if row.workers else "without workers"
