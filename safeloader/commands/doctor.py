@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -25,6 +26,8 @@ the loader itself:
 The exit status is 0 where nothing was found that breaks training, 1 where something was, and 2
 where TARGET gives no loader.
 """
+
+_OFFERED = 8  # names that are told
 
 
 class Target:
@@ -60,18 +63,34 @@ class Target:
         from safeloader.examining.talk import Unusable
         from safeloader.instrumenting import loader_in
 
+        whole = f"{self.where}:{self.name}"
         try:
-            found = self._import()
-            for part in self.name.split("."):
-                found = getattr(found, part)
-            if loader_in(found) is None and callable(found):
-                found = found()
+            module = found = self._import()
         except BaseException as exc:  # SystemExit too: a program that reads its command line
-            raise Unusable(f"{self.where}:{self.name} gives no loader", exc) from exc
+            raise Unusable(f"{whole} gives no loader", exc) from exc
+        for part in self.name.split("."):
+            try:
+                found = getattr(found, part)
+            except AttributeError as exc:
+                told = f"{self.where} has no {self.name!r}"
+                if getattr(exc, "obj", found) is not found:  # of a property of the user's
+                    raise Unusable(f"{whole} gives no loader", exc) from exc
+                raise Unusable(f"{told} (AttributeError); {_offered(module)}", None) from exc
+        if loader_in(found) is None and callable(found):
+            if needed := _needed(found):
+                raise Unusable(
+                    f"{whole} needs arguments ({', '.join(needed)}), and gets none; "
+                    f"{_offered(module)}",
+                    None,
+                )
+            try:
+                found = found()
+            except BaseException as exc:
+                raise Unusable(f"{whole} gives no loader", exc) from exc
         loader = loader_in(found)
         if loader is None:
             kind = type(found).__qualname__
-            raise Unusable(f"{self.where}:{self.name} gives a {kind}, and no DataLoader", None)
+            raise Unusable(f"{whole} gives a {kind}, and no DataLoader; {_offered(module)}", None)
         return Subject(loader)
 
     def _import(self) -> Any:
@@ -87,6 +106,40 @@ class Target:
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
         vars(module).update(runpy.run_path(path, run_name="__mp_main__"))
         return module
+
+
+def _offered(module: Any) -> str:
+    """What of a program may give a loader: its loaders, and its functions without arguments."""
+    from safeloader.instrumenting import loader_in
+
+    loaders, functions = [], []
+    for name, value in list(vars(module).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, types.FunctionType):
+            if value.__module__ == module.__name__ and not _needed(value):
+                functions.append(f"{name}()")
+        elif not isinstance(value, type | types.ModuleType) and loader_in(value) is not None:
+            loaders.append(name)
+    offered = [*loaders, *functions]
+    if not offered:
+        return "it has no loader, and no function without arguments"
+    more = f" and {len(offered) - _OFFERED} more" if len(offered) > _OFFERED else ""
+    return f"it offers {', '.join(offered[:_OFFERED])}{more}"
+
+
+def _needed(function: Any) -> list[str]:
+    """The arguments that a function has to be given."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        each.name
+        for each in parameters
+        if each.default is inspect.Parameter.empty and each.kind not in plain
+    ]
 
 
 def main(words: list[str]) -> int:

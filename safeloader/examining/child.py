@@ -36,7 +36,8 @@ from typing import Any, NamedTuple
 import torch
 
 from safeloader import _python
-from safeloader.examining.looks import look_all
+from safeloader.examining.looks import look_all, search_again
+from safeloader.examining.patience import Patience, is_fetching
 from safeloader.examining.subject import Subject, pickled_alone
 from safeloader.examining.talk import Order, Source, Talk
 from safeloader.supervision import stacks
@@ -77,8 +78,11 @@ def _examine(source: Source, order: Order, facts: int, output: int, stack: int) 
         faulthandler.dump_traceback_later(max(1.0, late), exit=True, file=stack)
         torch.set_num_threads(1)  # as in a worker; with more, a forked child may hang in OpenMP
         talk = Talk(facts, order.end, order.samples, order.avoided)
-        look_all(source, talk, order.first, order.excluded)
-        talk.done(talk.samples)
+        if order.suspects:
+            search_again(source, talk, order)
+        else:
+            look_all(_Ending(source, order.samples_end), talk, order.first, order.excluded)
+        talk.done()
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -100,6 +104,18 @@ def main(facts: int, output: int, stack: int, payload: int) -> None:
         preparation, content, order = pickle.load(file)
     _python.prepare_spawned(preparation)
     _examine(_Unpickling(content), Order(*order), facts, output, stack)
+
+
+class _Ending:
+    """A source whose samples are known to end earlier than the length says."""
+
+    def __init__(self, source: Source, end: int | None) -> None:
+        self._source, self._end = source, end
+
+    def __call__(self) -> Subject:
+        subject = self._source()
+        subject.end = self._end
+        return subject
 
 
 class _Unpickling:
@@ -141,6 +157,10 @@ class Outcome(NamedTuple):
         code: its exit code, as :mod:`subprocess` has it; None if it was ended from here.
         stack: where its Python was; empty if that is not known.
         samples: how many may be fetched still.
+        suspects: what was being fetched where ``at`` names no index; empty if that is not known.
+        excluded: indices that it told not to come; ``samples_end``, if the length is not true.
+        cold: whether no sample had come in this child.
+        rest_left: whether it left the look it was at to another.
     """
 
     how: str
@@ -149,6 +169,11 @@ class Outcome(NamedTuple):
     code: int | None
     stack: str
     samples: int
+    suspects: str = ""
+    excluded: frozenset[str] = frozenset()
+    samples_end: int | None = None
+    cold: bool = False
+    rest_left: bool = False
 
 
 class Output:
@@ -185,7 +210,7 @@ def can_fork() -> bool:
 def follow(
     source: Source,
     order: Order,
-    hang_s: float,
+    patience: Patience,
     heard: Callable[[int, str, dict[str, Any]], None],
     output: Output,
 ) -> Outcome:
@@ -194,7 +219,7 @@ def follow(
     Args:
         source: gives the subject, in the child.
         order: what it is to do.
-        hang_s: without a word for so long, it hangs.
+        patience: for how long it may be without a word.
         heard: called with each fact: number of the look, kind, and the fact.
         output: is given what the child prints.
     """
@@ -207,7 +232,7 @@ def follow(
             process.start()
         pipes.close_far()
         try:
-            return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
+            return _Following(process.pid, pipes, order, patience, heard, output).to_the_end()
         finally:
             process.join(5.0)
             with contextlib.suppress(ValueError):  # it cannot be killed: the kernel waits in it
@@ -217,7 +242,7 @@ def follow(
 def follow_spawned(
     subject: Subject,
     order: Order,
-    hang_s: float,
+    patience: Patience,
     heard: Callable[[int, str, dict[str, Any]], None],
     output: Output,
 ) -> Outcome:
@@ -254,7 +279,7 @@ def follow_spawned(
         )
         pipes.close_far()
         try:
-            return _Following(process.pid, pipes, order, hang_s, heard, output).to_the_end()
+            return _Following(process.pid, pipes, order, patience, heard, output).to_the_end()
         finally:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5.0)
@@ -291,11 +316,11 @@ class _Following:
         pid: int,
         pipes: _Pipes,
         order: Order,
-        hang_s: float,
+        patience: Patience,
         heard: Callable[[int, str, dict[str, Any]], None],
         output: Output,
     ) -> None:
-        self._pid, self._order, self._hang_s = pid, order, hang_s
+        self._pid, self._order, self._patience = pid, order, patience
         self._facts, self._output_fd, self._stacks = pipes.near
         self._heard, self._output = heard, output
         self._at = Step(order.first, "starting", None)
@@ -303,6 +328,11 @@ class _Following:
         self._rest = b""
         self._stack = b""
         self._samples = order.samples
+        self._suspects = ""
+        self._excluded: frozenset[str] = frozenset()
+        self._samples_end: int | None = None
+        self._cold = True
+        self._rest_left = False
         self._done = False
 
     def to_the_end(self) -> Outcome:
@@ -313,12 +343,35 @@ class _Following:
                 waiting.register(fd, selectors.EVENT_READ)
             try:
                 how = self._follow(waiting)
-                if how in ("hung", "ended"):
+                while how == "hung" and self._answers(waiting):
+                    how = self._follow(waiting)  # what came to an answer after all is no hang
+                seconds = time.monotonic() - self._since
+                if how == "ended":
                     self._ask(waiting)
             finally:
                 code = self._finish(ended_here=how != "died")
-        seconds = time.monotonic() - self._since
-        return Outcome(how, self._at, seconds, code, _users(self._stack), self._samples)
+        return Outcome(
+            how,
+            self._at,
+            seconds,
+            code,
+            _users(self._stack),
+            self._samples,
+            self._suspects,
+            self._excluded,
+            self._samples_end,
+            self._cold,
+            self._rest_left,
+        )
+
+    def _answers(self, waiting: selectors.BaseSelector) -> bool:
+        """Whether it says something while it is asked where it is."""
+        since = self._since
+        self._ask(waiting)
+        if self._since == since:
+            return False
+        self._stack = b""
+        return True
 
     def _follow(self, waiting: selectors.BaseSelector) -> str:
         while True:
@@ -329,11 +382,11 @@ class _Following:
             if self._is_dead():
                 self._read(waiting, 0.0)
                 return "done" if self._done else "died"
+            waited = now - self._since
             if now >= self._order.end:
-                return "ended"
-            at = self._at.what  # what imports anew may be slow
-            loading = at in ("starting", "loading") or at.endswith(("by spawn", "by forkserver"))
-            if now - self._since > self._hang_s * (2 if loading else 1):
+                hung = waited > self._patience.at_the_end(self._at.what)
+                return "hung" if hung else "ended"
+            if waited > self._patience.of(self._at.what, cold=self._cold):
                 return "hung"
 
     def _read(self, waiting: selectors.BaseSelector, seconds: float) -> None:
@@ -365,15 +418,24 @@ class _Following:
 
     def _hear(self, message: list[Any]) -> None:
         what, *rest = message
+        now = time.monotonic()
+        self._patience.answered(self._at.what, now - self._since)
         if what == "fact":
             self._heard(self._at.look, rest[0], rest[1])
         elif what == "look":
-            self._at = Step(int(rest[0]), "", None)
+            self._at, self._suspects = Step(int(rest[0]), "", None), ""
+        elif what == "known":
+            self._excluded, self._samples_end = frozenset(rest[0]), rest[1]
+        elif what == "rest":
+            self._rest_left = True
+        elif what == "suspects":
+            self._suspects = rest[0]
         elif what == "at":
+            self._cold &= not is_fetching(self._at.what)
             self._at = self._at._replace(what=rest[0], place=rest[1])
         elif what == "done":
             self._samples, self._done = int(rest[0]), True
-        self._since = time.monotonic()
+        self._since = now
 
     def _is_dead(self) -> bool:
         if not hasattr(os, "waitid"):  # macOS before Python 3.13

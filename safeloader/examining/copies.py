@@ -14,15 +14,17 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
-from safeloader.examining.inheriting import hazards
+from safeloader.examining.finding import search
+from safeloader.examining.inheriting import fork_breaks
 from safeloader.examining.probe import GLOBAL, Probe, Told, scalars_of
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
-from safeloader.examining.talk import Talk
+from safeloader.examining.talk import Suspects, Talk
 
 _WORKERS = 2
 _SAMPLES = 8  # of a stream, of each worker
 _EPOCHS = 3
+_TRIES = 3
 _BATCHES = 2  # of an epoch, for each worker
 
 
@@ -30,17 +32,26 @@ def look(subject: Subject, talk: Talk) -> None:
     """Look at streams, generators and epochs, in this order."""
     methods = get_all_start_methods()
     # A forked copy is like a spawned one, and there at once; but not where a fork breaks it.
-    forks = "fork" in methods and (subject.method == "fork" or not hazards(subject))
+    forks = "fork" in methods and (subject.method == "fork" or not fork_breaks(subject))
     method = "fork" if forks or subject.unpicklable() else subject.method
-    try:
-        if subject.is_stream:
-            _look_at_streams(subject, talk, method)
-        else:
-            _look_at_generators(subject, talk, method)
-        if talk.left() > 0:
-            _look_at_epochs(subject, talk, method)
-    except Exception as exc:
-        talk.tell("workers_raise", method=method, **raised(exc))
+    for _ in range(_TRIES):
+        try:
+            _look(subject, talk, method)
+            return
+        except Exception as exc:
+            if not search(subject, talk, talk.suspects):
+                talk.tell("workers_raise", method=method, **raised(exc))
+                return
+            # It fails without workers too, which was told: once more without that index.
+
+
+def _look(subject: Subject, talk: Talk, method: str) -> None:
+    if subject.is_stream:
+        _look_at_streams(subject, talk, method)
+    else:
+        _look_at_generators(subject, talk, method)
+    if talk.left() > 0:
+        _look_at_epochs(subject, talk, method)
 
 
 def _loader(subject: Subject, method: str, persistent: bool, **draws: Any) -> Any:
@@ -58,7 +69,11 @@ def _loader(subject: Subject, method: str, persistent: bool, **draws: Any) -> An
 def _first(loader: Any, most: int, *, end: bool = True) -> list[Told]:
     """What the workers tell first; no more is asked for, and persistent ones stay till the end."""
     iterator = iter(loader)
-    told = [*itertools.islice(iterator, most)]
+    try:
+        told = [*itertools.islice(iterator, most)]
+    except BaseException:
+        _torch.abandon(loader, iterator)  # or torch waits for its workers, which others hold up
+        raise
     if end or not loader.persistent_workers:
         _torch.abandon(loader, iterator)
     return told
@@ -80,6 +95,8 @@ def _look_at_generators(subject: Subject, talk: Talk, method: str) -> None:
     a, b, c, d = found
     # The same index for both workers, then others: a generator seeded by the index is no finding.
     batches = [[a], [a], [b], [b], [c], [d], [d], [c]]
+    alone = [[each] for each in found] if subject.batched else found
+    talk.suspect(Suspects(alone, collated=False))
     loader = _loader(subject, method, False, batch_sampler=batches)
     first, second = _by_worker(_first(loader, len(batches)))
     talk.fetched(len(batches))
@@ -108,6 +125,7 @@ def _draw_the_same(path: str, first: list[Told], second: list[Told]) -> bool:
 
 def _look_at_streams(subject: Subject, talk: Talk, method: str) -> None:
     talk.at(f"starting {_WORKERS} workers by {method}")
+    talk.suspect(Suspects([], samples=_WORKERS * _SAMPLES))
     told = _first(_loader(subject, method, False, batch_size=1), _WORKERS * _SAMPLES)
     talk.fetched(len(told))
     first, second = ([each.sample for each in worker] for worker in _by_worker(told))
@@ -122,14 +140,17 @@ def _look_at_streams(subject: Subject, talk: Talk, method: str) -> None:
 class _Few:
     """The first batches of each epoch of a sampler, which is asked when torch would ask it."""
 
-    def __init__(self, drawn: Any, subject: Subject, count: int) -> None:
-        self._drawn, self._subject, self._count = drawn, subject, count
+    def __init__(self, drawn: Any, subject: Subject, talk: Talk, count: int) -> None:
+        self._drawn, self._subject, self._talk, self._count = drawn, subject, talk, count
 
     def __iter__(self) -> Iterator[list[Any]]:
-        batches = iter(self._drawn)
-        for batch in itertools.islice(batches, self._count):
+        firsts: list[list[Any]] = []
+        for batch in itertools.islice(iter(self._drawn), self._count):
             indices = list(batch) if self._subject.batched else [batch]
-            yield [index for index in indices if not self._subject.is_bad(index)][:1]
+            firsts.append([index for index in indices if not self._subject.is_bad(index)][:1])
+        alone = firsts if self._subject.batched else [each for first in firsts for each in first]
+        self._talk.suspect(Suspects(alone, collated=False))
+        yield from firsts
 
 
 def _look_at_epochs(subject: Subject, talk: Talk, method: str) -> None:
@@ -143,7 +164,7 @@ def _look_at_epochs(subject: Subject, talk: Talk, method: str) -> None:
         return
     draws: dict[str, Any] = {"batch_size": 1}
     if not subject.is_stream:
-        draws = {"batch_sampler": _Few(drawn, subject, _BATCHES * _WORKERS)}
+        draws = {"batch_sampler": _Few(drawn, subject, talk, _BATCHES * _WORKERS)}
     persistent = subject.persistent_workers
     loader = _loader(subject, method, persistent, **draws)
     moments = [scalars_of(subject.dataset)]

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from safeloader import _python
 from safeloader.examining import child, looks, wording
 from safeloader.examining.inheriting import hazards
+from safeloader.examining.patience import Patience
 from safeloader.examining.report import Examination
 from safeloader.examining.sending import tell_unpicklable
 from safeloader.examining.subject import Subject
@@ -23,8 +24,8 @@ from safeloader.introspect.random_state import preserved
 from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, watch_no_more
 
-_HANG_SHARE = 3.0  # of the time: without a word for a third of it, it hangs
-_HANG_LEAST_S = 2.0
+_SEARCHED_S = 1.0  # an index of a batch that hung is waited for so long at least
+_SEARCHED_SHARE = 0.4  # of the time that is left
 _FAILED_MOST = 2  # ends in the middle of fetching, after which nothing more is fetched
 _SETTING = re.compile(
     r"(?:starting|measuring|ending|first batches):? (\d+|no) workers(?: by (\w+))?"
@@ -130,6 +131,7 @@ class _Examining:
         self._end = self._begin + seconds
         self._seconds = seconds
         self._samples = samples
+        self._patience = Patience(seconds)
         self._heard: wording.Heard = []
         self._output = child.Output()
         self._not_looked_at: list[str] = []
@@ -153,7 +155,10 @@ class _Examining:
 
     def follow(self, source: Source, *, inherits: bool = True) -> None:
         """Have forked children make the looks."""
-        self._all_looks(lambda order: child.follow(source, order, *self._ways()), inherits)
+        self._all_looks(
+            lambda order, patience: child.follow(source, order, patience, self._hear, self._output),
+            inherits,
+        )
 
     def refuse_unusable(self) -> None:
         """See that there was a loader.
@@ -179,15 +184,16 @@ class _Examining:
                 "cannot be pickled cannot be sent to another"
             )
             return
-        self._all_looks(lambda order: child.follow_spawned(subject, order, *self._ways()), False)
+        self._all_looks(
+            lambda order, patience: child.follow_spawned(
+                subject, order, patience, self._hear, self._output
+            ),
+            False,
+        )
 
     def tell(self, kind: str, **facts: Any) -> None:
         """A fact that was found here."""
         self._heard.append((kind, facts))
-
-    def _ways(self) -> tuple[Any, ...]:
-        hang_s = max(_HANG_LEAST_S, self._seconds / _HANG_SHARE)
-        return hang_s, self._hear, self._output
 
     def _hear(self, look: int, kind: str, facts: dict[str, Any]) -> None:
         if kind == "subject":
@@ -197,19 +203,21 @@ class _Examining:
         self._heard.append((kind, facts))
 
     def _all_looks(self, start: Any, inherits: bool) -> None:
-        first = 0 if inherits else 1
-        excluded: set[str] = set()
-        avoided: set[str] = set()
+        order = Order(0 if inherits else 1, self._end, self._samples)
         failed, again = 0, False
-        while first < len(looks.LOOKS):
-            order = Order(
-                first, self._end, max(1, self._samples), frozenset(excluded), frozenset(avoided)
-            )
-            outcome = start(order)
+        while order.first < len(looks.LOOKS):
+            order = order._replace(samples=max(1, self._samples))
+            outcome = start(order, self._patience)
             self._samples = outcome.samples
-            at = outcome.at
+            order = _knowing(order, outcome)
+            if outcome.how == "done" and outcome.rest_left:
+                order = order._replace(first=outcome.at.look)
+                continue
             if outcome.how == "done":
                 return
+            if outcome.how != "ended" and outcome.suspects and outcome.at.place is None:
+                outcome, order = self._searched(start, order, outcome)
+            at = outcome.at
             self._note(outcome)
             if outcome.how == "ended":
                 rest = [look.name for look in looks.LOOKS[at.look + 1 :]]
@@ -221,21 +229,41 @@ class _Examining:
             if at.what in ("loading", "starting"):
                 return
             method = self._heard[-1][1]["method"]
-            if method is not None and method not in avoided and at.place is None:
-                avoided.add(method)  # and the others may do
-                first = at.look if looks.LOOKS[at.look] is looks.SPEED else at.look + 1
+            if method is not None and method not in order.avoided and at.place is None:
+                last = looks.LOOKS[at.look] is looks.SPEED
+                order = order._replace(
+                    avoided=order.avoided | {method},  # and the others may do
+                    first=at.look if last else at.look + 1,
+                )
                 continue
             failed += looks.LOOKS[at.look].fetches
-            if at.place is not None:
-                excluded.add(at.place)
-            # Once more without that index, if it died: to hang again takes too long.
-            again = outcome.how == "died" and at.place is not None and not again
-            first = at.look if again else at.look + 1
+            # Once more without that index, if it died: to hang again takes too long. What was
+            # searched for came after all else.
+            once_more = outcome.how == "died" or looks.LOOKS[at.look] is looks.SPEED
+            again = once_more and at.what.startswith("fetching") and not again
+            order = order._replace(first=at.look if again else at.look + 1)
             if failed >= _FAILED_MOST:
-                rest = [look.name for look in looks.LOOKS[first:] if look.fetches]
+                rest = [look.name for look in looks.LOOKS[order.first :] if look.fetches]
                 if rest:
                     self._not_looked_at.append(f"{', '.join(rest)}: fetching does not come back")
                 return
+
+    def _searched(
+        self, start: Any, order: Order, outcome: child.Outcome
+    ) -> tuple[child.Outcome, Order]:
+        """What hung or died without an index, and now with one if that was found."""
+        left = self._end - time.monotonic()
+        patience = self._patience.shortened(max(_SEARCHED_S, _SEARCHED_SHARE * left))
+        search = order._replace(
+            first=outcome.at.look, samples=max(1, self._samples), suspects=outcome.suspects
+        )
+        found = start(search, patience)
+        self._samples = found.samples
+        order = _knowing(order, found)
+        if found.how not in ("hung", "died") or found.at.place is None:
+            return outcome, order
+        seconds = outcome.seconds + found.seconds if outcome.how == "hung" else found.seconds
+        return found._replace(seconds=seconds), order
 
     def _note(self, outcome: child.Outcome) -> None:
         at = outcome.at
@@ -255,6 +283,7 @@ class _Examining:
             what=at.what,
             index=at.place,
             seconds=outcome.seconds,
+            cold=outcome.cold,
             code=outcome.code,
             stack=outcome.stack,
             printed="\n".join(printed),
@@ -268,7 +297,9 @@ class _Examining:
         guard = self._output.lacks_guard
         best, why = wording.recommended(heard)
         told = next((facts for kind, facts in heard if kind == "samples"), {})
-        late = [f"start method {each}: no time was left" for each in wording.untried(heard)]
+        why_not = wording.why_untried(heard, self._samples)
+        late = [f"start method {each}: {why_not}" for each in wording.untried(heard)]
+        unmeasured = wording.why_unmeasured(heard)
         return Examination(
             loader=own.get("name", name),
             findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
@@ -283,9 +314,18 @@ class _Examining:
             cores=wording.cores_of(heard),
             sent=next((facts for kind, facts in heard if kind == "weight"), {}),
             resume=wording.resume_text(heard),
-            not_looked_at=(*self._not_looked_at, *late),
+            not_looked_at=(*self._not_looked_at, *filter(None, [unmeasured]), *late),
             output=self._output.tail,
             output_bytes=self._output.bytes,
             seconds=time.monotonic() - self._begin,
             chosen_because=why,
         )
+
+
+def _knowing(order: Order, outcome: child.Outcome) -> Order:
+    """The next order, with what a child told of indices that do not come."""
+    excluded = order.excluded | outcome.excluded
+    if outcome.at.place is not None and outcome.how in ("hung", "died"):
+        excluded |= {outcome.at.place}
+    end = order.samples_end if outcome.samples_end is None else outcome.samples_end
+    return order._replace(excluded=excluded, samples_end=end)

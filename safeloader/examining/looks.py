@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from safeloader.examining import copies, lengths, resuming, samples, sending, speed
+from safeloader.examining import batches, copies, lengths, resuming, samples, sending, speed
+from safeloader.examining.finding import search
 from safeloader.examining.inheriting import hazards
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
-from safeloader.examining.talk import Source, Talk, Unusable
+from safeloader.examining.talk import Order, Source, Talk, Unusable
 from safeloader.introspect.frames import frames_of, is_foreign
 
 
@@ -27,12 +28,24 @@ def _inheriting(subject: Subject, talk: Talk) -> None:
         talk.tell("hazard", **each)
 
 
+def _speed(subject: Subject, talk: Talk) -> None:
+    """What is measured begins as in training: with copies of what has fetched nothing."""
+    if not talk.is_cold:
+        if talk.loading_s < _LOADING_SHARE * talk.left():
+            talk.leave_rest(subject)
+            return
+        talk.tell("warm")
+    speed.look(subject, talk)
+
+
+_LOADING_SHARE = 0.1  # of the time that is left, for which another child is worth it
 INHERITING = Look("what a fork inherits", _inheriting, False, 0.05)
-SPEED = Look("speed", speed.look, True, 1.0)
+SPEED = Look("speed", _speed, True, 1.0)
 LOOKS = (
     INHERITING,
     Look("pickling", sending.look, False, 0.15),
     Look("resuming", resuming.look, False, 0.05),
+    Look("batches", batches.look, False, 0.05),
     Look("samples", samples.look, True, 0.2),
     Look("length", lengths.look, True, 0.1),
     Look("the workers' copies", copies.look, True, 0.2),
@@ -62,6 +75,16 @@ def look_all(source: Source, talk: Talk, first: int, excluded: frozenset[str]) -
                 files = [each.frame.f_code.co_filename for each in frames_of(exc)]
                 yours = any(map(is_foreign, files))
                 talk.tell("look_failed", look=look.name, what=talk.what, yours=yours, **raised(exc))
+
+
+def search_again(source: Source, talk: Talk, order: Order) -> None:
+    """Fetch what another child hung or died by, one by one."""
+    talk.begin(order.first, talk.left())
+    talk.at("loading")
+    subject = source()
+    subject.excluded |= order.excluded
+    search(subject, talk, order.suspected())
+    talk.pass_on(subject)
 
 
 def told_of(subject: Subject) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _STREAM_TWICE = 8
 _FAILED_MAX = 5
 _FAILED = object()  # in the place of a sample that did not come
 _GOES_ON = -1  # as a seed: the generators go on where they stand
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
+_PLACE = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
 
 class Numbers:
@@ -326,8 +329,13 @@ def raised(exc: BaseException) -> dict[str, str]:
     """An exception as facts: type, text, and the line that raised it, the user's if possible."""
     frames = user_frames(exc) or frames_of(exc)[-1:]
     at = f"{frames[0].frame.f_code.co_filename}:{frames[0].line}" if frames else ""
+    text = exception_text(exc)
+    if (found := _IN_WORKER.match(text)) is not None:  # torch has its traceback in the text
+        places = _PLACE.findall(text)
+        at = ":".join(places[-1]) if places else at
+        text = text.rstrip().rpartition("\n")[2].removeprefix(f"{found[1]}: ")
     return {
         "type": type_name(type(exc)),
-        "text": cut(exception_text(exc), 300),
+        "text": cut(text, 300),
         "at": at,
     }

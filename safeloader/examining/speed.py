@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from safeloader import _torch
+from safeloader.examining.choosing import TURNS, Row, gains
+from safeloader.examining.finding import search
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
-from safeloader.examining.talk import Talk
+from safeloader.examining.talk import Suspects, Talk
 
 _TURN_S = 0.4
 _TURN_BATCHES = 300
@@ -31,6 +33,8 @@ _CONTENDS = 0.8  # of the best: is measured again
 _HOPELESS = 0.6  # of the best, in one turn: is not, where there are many workers already
 _PREFETCH = (1, 4, 8)
 _MARK_S = 0.5
+_SPAWN_S = 2.5  # in which a fresh Python has imported torch
+_START_SHARE = 0.25  # of the time, for the start methods
 _MOST = 8  # workers for each core, where speed grows so far
 
 
@@ -91,6 +95,7 @@ class _Pool:
         self.setting = setting
         self.rates: list[float] = []
         self.first_s = 0.0
+        self.is_stopped = False
         self._subject, self._talk, self._source = subject, talk, source
         self._draws = _Draws()
         self._loader: Any = subject.loader(self._draws, *setting)
@@ -106,9 +111,10 @@ class _Pool:
     def start(self) -> None:
         """Start the workers, and see how long the first batch takes."""
         workers = self.setting.workers
+        self._draw(max(1, workers))
         self._say("starting")
         start = time.perf_counter()
-        for number, _ in enumerate(self._epoch(max(1, workers))):
+        for number, _ in enumerate(self._loader):
             if not number:
                 self.first_s = time.perf_counter() - start
             self._mark("first batches")
@@ -121,33 +127,39 @@ class _Pool:
         guess = self.rate or each / max(self.first_s, 1e-4)
         count = math.ceil(min(_TURN_BATCHES, seconds * guess) / each) * each
         count = max(count, _FEWEST * each)
+        self._draw(count)
         self._say("measuring")
         begin = last = time.perf_counter()
         came = 0
-        for _ in self._epoch(count):
+        for _ in self._loader:
             last = time.perf_counter()
             came += 1
             self._mark("measuring")
             if came >= count:
                 break
+        if not came and self._subject.drop_last:
+            self._talk.tell("no_batch_of_stream", workers=self.setting.workers)
         if came and last > begin:
             self.rates.append(came / (last - begin))
         self.tell(None)
 
     def stop(self) -> None:
         """End the workers."""
+        self.is_stopped = True
         self._say("ending")
         _torch.abandon(self._loader)
         self._loader = None
 
-    def _epoch(self, count: int) -> Iterator[Any]:
+    def _draw(self, count: int) -> None:
+        """What comes next; it is told, should it not come back."""
         if self._subject.is_stream:
             size = self._subject.batch_size or 1
+            self._talk.suspect(Suspects([], samples=count * size))
         else:
-            self._draws.batches = list(itertools.islice(self._source, count))
-            size = len(self._draws.batches[0]) if self._subject.batched else 1
+            batches = self._draws.batches = list(itertools.islice(self._source, count))
+            size = len(batches[0]) if self._subject.batched else 1
+            self._talk.suspect(Suspects(batches))
         self._talk.fetched(count * size)
-        return iter(self._loader)
 
     def _say(self, what: str) -> None:
         workers, _, method = self.setting
@@ -185,23 +197,40 @@ class _Sweep:
         self._methods = [each for each in usable if each not in talk.avoided]
         self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
         self._own_setting = self._tried_with(self._own)
+        self._fails_alone = False
 
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
+        if not self._subject.is_stream:
+            self._talk.at("drawing batches")
+            first = next(self._source, None)
+            if first is None:
+                self._talk.tell("nothing_to_measure")
+                return
+            self._source = itertools.chain([first], self._source)
+        # What forks workers has fetched nothing before: so without workers is tried last.
         total = self._talk.left()
-        tried = self._numbers_of_workers(self._talk.end - 0.42 * total)
+        tried = self._numbers_of_workers(self._talk.end - 0.55 * total) if self._methods else []
         best = self._best(tried)
-        if best is None or not best.setting.workers:
-            for pool in tried:
-                pool.stop()
-            if best is not None and len(self._methods) > 1:
-                self._start_methods(Setting(1, 2, self._cheap))
-            return
-        tried = [*self._prefetch_factors(tried, best.setting, self._talk.end - 0.3 * total)]
-        best = self._best(tried) or best
+        if best is not None:
+            held = self._prefetch_factors(tried, best.setting, self._talk.end - 0.42 * total)
+            best = self._with_prefetch(best, held)
+            for pool in held:
+                if pool.setting not in (best.setting, self._own_setting):
+                    pool.stop()
+            tried = [pool for pool in held if not pool.is_stopped]
+        # Before the start methods: a fresh Python takes how long it likes, and this must be known.
+        alone = self._opened(Setting(0, None, None))
+        if alone is not None:
+            tried = [alone, *tried]
+            end = self._talk.end - _START_SHARE * total if best is not None else self._talk.end
+            self._in_turns(tried, end)
         for pool in tried:
             pool.stop()
-        self._start_methods(best.setting)
+        if best is not None:
+            self._start_methods(best.setting, self._talk.end)
+        elif self._methods and not self._fails_alone:
+            self._start_methods(Setting(1, 2, self._cheap), self._talk.end)
 
     def _tried_with(self, workers: int) -> Setting:
         """The setting that is tried of so many workers, before others are of the best of them."""
@@ -216,7 +245,7 @@ class _Sweep:
     def _numbers_of_workers(self, end: float) -> list[_Pool]:
         pools: list[_Pool] = []
         worse = 0
-        tried = counts(cores(), self._own) if self._methods else [0]
+        tried = [each for each in counts(cores(), self._own) if each]
         for workers in tried:
             setting = self._tried_with(workers)
             cost = (pools[-1].first_s * 2 + _TURN_S) if pools else 0.0
@@ -227,7 +256,7 @@ class _Sweep:
                 continue
             pool = self._opened(setting)
             if pool is None:
-                if not workers:
+                if not pools:
                     return pools
                 continue
             best = self._best(pools)
@@ -259,12 +288,13 @@ class _Sweep:
         return left
 
     def _prefetch_factors(self, pools: list[_Pool], best: Setting, end: float) -> list[_Pool]:
-        held = [pool for pool in pools if pool.setting == best]
+        held = [pool for pool in pools if pool.setting in (best, self._own_setting)]
         for pool in pools:
             if pool not in held:
                 pool.stop()
+        first_s = max(pool.first_s for pool in held)
         for prefetch in _PREFETCH:
-            if time.monotonic() + 2 * held[0].first_s + _TURN_S > end:
+            if time.monotonic() + 2 * first_s + _TURN_S > end:
                 break
             setting = best._replace(prefetch=prefetch)
             if any(pool.setting == setting for pool in held):
@@ -275,12 +305,25 @@ class _Sweep:
         self._in_turns(held, end)
         return held
 
-    def _start_methods(self, best: Setting) -> None:
+    @staticmethod
+    def _with_prefetch(base: _Pool, held: list[_Pool]) -> _Pool:
+        """The fastest, if its prefetch_factor surely gains: the start methods are tried with it."""
+        rows = {pool: Row(*pool.setting, tuple(pool.rates), None) for pool in held}
+        sure = [
+            pool
+            for pool in held
+            if pool is base
+            or (len(pool.rates) >= TURNS <= len(base.rates) and gains(rows[pool], rows[base]))
+        ]
+        return max(sure, key=lambda pool: pool.rate)
+
+    def _start_methods(self, best: Setting, end: float) -> None:
         for method in self._methods:
             setting = best._replace(method=method)
             if setting in self._measured:
                 continue
-            if self._talk.left() < 0.5 or self._talk.samples <= 0:
+            needed = _TURN_S + (0.0 if method == "fork" else _SPAWN_S)
+            if end - time.monotonic() < needed or self._talk.samples <= 0:
                 return
             pool = self._opened(setting)
             if pool is not None:
@@ -294,11 +337,14 @@ class _Sweep:
                 pool.start()
                 pool.turn(_TURN_S)
             except Exception as exc:
+                self._measured.add(setting)
                 if last or (setting.method != self._cheap and setting.workers):
                     pool.tell(raised(exc))
-                else:  # with other samples it may do
+                elif search(self._subject, self._talk, self._talk.suspects):
+                    self._fails_alone = True
+                else:
                     self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
-                pool.stop()
+                pool.stop()  # with other samples it may do
                 if setting.method != self._cheap and setting.workers:
                     break
             else:

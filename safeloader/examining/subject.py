@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from safeloader import _torch
 from safeloader._python import ForkingPickler, extra_reducers
-from safeloader.introspect.pickling import UnpicklablePart, find_unpicklable
+from safeloader.introspect.pickling import UnpicklablePart, all_unpicklable
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import plain_length, type_name
 from safeloader.loader import KEYWORDS, SafeDataLoader
@@ -108,21 +108,32 @@ class Subject:
         return type(within) in (SequentialSampler, RandomSampler)
 
     def batches(self) -> Iterator[Any]:
-        """What the loader draws, epoch after epoch, without end; nothing where nothing comes."""
+        """What the loader draws, epoch after epoch, without end; nothing where nothing comes.
+
+        Batches with an index that does not come are left out; where each has one, only the index.
+        """
         drawn = self.batch_sampler if self.batched else self.sampler
         kept: list[Any] = []
-        while True:
-            came = 0
+        parts: list[Any] = []
+        given = 1
+        while given:
+            given = 0
             for batch in iter(drawn):
-                came += 1
-                if self._is_good(batch):
-                    if len(kept) < _REMEMBERED:
-                        kept.append(batch)
+                good = self._is_good(batch)
+                held = kept if good else parts
+                if len(held) < _REMEMBERED:
+                    held.append(batch)
+                if good:
+                    given += 1
                     yield batch
-            if not kept:
-                return
-            if not came:  # it can be iterated once
-                yield from itertools.cycle(kept)
+        # It can be iterated once, or each of its batches has an index that does not come.
+        left: list[Any] = [None]
+        while left:
+            left = [batch for batch in kept if self._is_good(batch)]
+            if not left and self.batched:
+                left = [[each for each in batch if not self.is_bad(each)] for batch in parts + kept]
+                left = [batch for batch in left if batch]
+            yield from left
 
     def indices(self, most: int) -> list[Any]:
         """Some of the indices that the loader draws, the first and the last among them."""
@@ -132,6 +143,8 @@ class Subject:
             found += list(batch) if self.batched else [batch]
             if len(found) >= _DRAWN:
                 break
+        if not found and self.batched:  # drop_last leaves no batch
+            found += itertools.islice(iter(getattr(drawn, "sampler", ())), _DRAWN)
         length = self.length()
         if length and self.draws_all():
             found += [0, length - 1]
@@ -156,8 +169,7 @@ class Subject:
 
     def unpicklable(self) -> list[UnpicklablePart]:
         """The parts that workers need and spawn cannot send."""
-        found = (find_unpicklable(getattr(self, name), name) for name in TO_WORKERS)
-        return [each for each in found if each is not None]
+        return [each for name in TO_WORKERS for each in all_unpicklable(getattr(self, name), name)]
 
     def pickled(self) -> bytes:
         """All of it. What only draws and cannot be pickled is left out, and made anew.

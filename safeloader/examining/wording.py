@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from safeloader.examining.choosing import Row, chosen
-from safeloader.examining.report import Finding, Level, time_text
+from safeloader.examining.choosing import Own, Row, chosen, gains, own_row
+from safeloader.examining.report import Finding, Level, setting_text, time_text
 from safeloader.introspect.resources import human_bytes
 from safeloader.supervision import causes
 
@@ -20,6 +20,7 @@ _SLOW_S = 0.5
 _FASTER = 1.15  # than the loader's own setting, to be told
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
+_INDICES = 8  # that are named of one cause
 _LATE = "the time was up"
 _SPAWNING = ("spawn", "forkserver")
 
@@ -37,9 +38,8 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     found: list[Finding] = []
     ends = [facts["end"] for kind, facts in heard if kind == "too_long"]
     empty = any(kind == "empty" for kind, _ in heard)
-    for kind, facts in heard:
-        if ends and kind == "raises" and int(facts["index"]) >= ends[0]:
-            continue  # that the length is not true says it
+    words.none_came = not any(kind == "samples" for kind, _ in heard)
+    for kind, facts in _together(heard, ends):
         if empty and kind == "nothing_drawn":
             continue  # of nothing
         tell: Callable[[Facts], Finding | None] | None = getattr(words, f"on_{kind}", None)
@@ -52,8 +52,28 @@ def findings_of(heard: Heard, own: Facts, *, forked: bool, lacks_guard: bool) ->
     found += words.of_endings(
         [each for each in endings if not (lacks_guard and each.get("method") in _SPAWNING)]
     )
+    words.best, words.yours = recommended(heard)[0], None
+    if (mine := _own_of(heard)) is not None:
+        words.yours = own_row(rows_of(heard), mine)
     found += words.of_rows(rows_of(heard), cores_of(heard), lacks_guard)
     return sorted(found, key=lambda each: _ORDER[each.level])
+
+
+def _together(heard: Heard, ends: list[int]) -> Heard:
+    """What was heard, with the indices that raise the same in the same place as one fact."""
+    told: Heard = []
+    known: dict[Any, Facts] = {}
+    for kind, facts in heard:
+        if kind == "raises":
+            if ends and facts["index"].isdigit() and int(facts["index"]) >= ends[0]:
+                continue  # that the length is not true says it
+            cause = facts["type"], facts["at"], facts.get("came")
+            if cause in known:
+                known[cause]["indices"] |= {facts["index"]: None}
+                continue
+            facts = known[cause] = {**facts, "indices": {facts["index"]: None}}
+        told.append((kind, facts))
+    return told
 
 
 def rows_of(heard: Heard, *, lacks_guard: bool = False) -> list[Row]:
@@ -96,10 +116,39 @@ def untried(heard: Heard) -> list[str]:
     return [each for each in methods if rows and each not in known]
 
 
+def why_untried(heard: Heard, samples_left: int) -> str:
+    """Why some start methods were not tried."""
+    rows = rows_of(heard)
+    failed = [row for row in rows if row.error and not row.error.startswith(_LATE)]
+    if failed and not any(row.rates for row in rows):
+        alone = any(not row.workers for row in failed) or any(kind == "raises" for kind, _ in heard)
+        where = "without workers" if alone else f"in workers started by {failed[0].method}"
+        return f"not tried: it failed {where} already"
+    if samples_left <= 0:
+        return "not tried: no more samples were to be fetched"
+    return "not enough time was left"
+
+
+def why_unmeasured(heard: Heard) -> str | None:
+    """Why no setting was tried, or not as in training; None where nothing is to be said."""
+    kinds = {kind for kind, _ in heard}
+    if "warm" in kinds:
+        return (
+            "speed with cold caches: the program takes long to load, so what was measured had "
+            "fetched samples before"
+        )
+    if "nothing_to_measure" not in kinds:
+        return None
+    if "no_batch" in kinds:
+        return "speed: drop_last leaves no batch"
+    return "speed: no batch is left without the indices that fail"
+
+
 def ruled_out(heard: Heard) -> set[str]:
     """Start methods that cannot be used, by what was found."""
     kinds = {kind for kind, _ in heard}
-    out = {"fork"} if "hazard" in kinds else set()
+    broken = any(kind == "hazard" and facts.get("read", True) for kind, facts in heard)
+    out = {"fork"} if broken else set()
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
     out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
@@ -115,25 +164,29 @@ def recommended(heard: Heard) -> tuple[Row | None, str]:
     """The setting to use, and why."""
     rows = rows_of(heard)
     out = ruled_out(heard)
-    best = chosen(rows, out)
+    own = _own_of(heard)
+    best = chosen(rows, out, own, cores_of(heard) or 0)
     if best is None:
         return None, ""
     why = f"{best.rate_text} batches/s"
-    own = next((facts for kind, facts in heard if kind == "subject"), None)
-    yours = None if own is None else _own_row(rows, own)
-    if yours is not None and yours.rate and yours is not best:
-        why += f"; {best.rate / yours.rate:.2f} times the loader's own setting"
+    yours = None if own is None else own_row(rows, own)
+    if yours is not None and yours.rate:
+        same = (best.workers, best.prefetch) == (yours.workers, yours.prefetch)
+        if not same:
+            why += f"; {best.rate / yours.rate:.2f} times the loader's own setting"
+        elif len(rows) > 1 and best.method == yours.method:
+            why += "; it is the loader's own setting, and none is measurably faster"
     if best.method and out & {"fork", "spawn"}:
         why += f"; {', '.join(sorted(out))} ruled out by what was found"
     return best, why
 
 
-def _own_row(rows: list[Row], own: Facts) -> Row | None:
-    """The loader's own setting, or the one that is it but for the start method."""
-    same = [row for row in rows if row.workers == own["workers"] and row.rates]
-    exact = [row for row in same if row.prefetch == own["prefetch"]]
-    by_method = [row for row in exact if row.method == own["method"]]
-    return next(iter(by_method or exact), None)
+def _own_of(heard: Heard) -> Own | None:
+    facts = next((facts for kind, facts in heard if kind == "subject"), None)
+    if facts is None:
+        return None
+    workers = facts["workers"]
+    return Own(workers, facts["prefetch"], facts["method"] if workers else None)
 
 
 def resume_text(heard: Heard) -> str:
@@ -173,7 +226,10 @@ class _Words:
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
         self._failing = 0
-        self._raised = False
+        self._raised: set[str] = set()  # types that were told
+        self.none_came = False
+        self.best: Row | None = None
+        self.yours: Row | None = None
         self._workers: int = own.get("workers", 0)
         self._spawns = self._workers > 0 and own.get("method") in _SPAWNING
         self._forks = self._workers > 0 and own.get("method") == "fork"
@@ -181,8 +237,8 @@ class _Words:
     # ── one sample
 
     def on_raises(self, facts: Facts) -> Finding:
+        self._raised.add(facts["type"])
         error = f"{facts['type']}: {facts['text']}"
-        self._raised = True
         if facts.get("came"):
             return Finding(
                 "error",
@@ -192,12 +248,24 @@ class _Words:
                 "look for what is not the same each time: a network, a disk, a time limit, a "
                 "counter, a random number; retries=2 of SafeDataLoader asks again",
             )
+        indices = sorted(facts["indices"], key=lambda each: (len(each), each))
+        shown = indices[:_INDICES]
+        answer = f"index {shown[0]} raises {facts['type']}"
+        if len(indices) > 1:
+            more = len(indices) - len(shown)
+            last = f"{more} more" if more else shown.pop()
+            answer = f"indices {', '.join(shown)} and {last} raise {facts['type']}"
+            error = f"index {facts['index']}: {error}"
+            if self.none_came:
+                error += "\nno index that was tried gives a sample"
         return Finding(
             "error",
             "raises",
-            f"index {facts['index']} raises {facts['type']}",
+            answer,
             f"{error}\nat {facts['at']}",
-            "mend the sample or leave it out; on_error='skip' of SafeDataLoader goes on without it",
+            "mend the sample or leave it out; on_error='skip' of SafeDataLoader goes on without it"
+            if len(indices) == 1
+            else "look at what they have in common: a path, a key, a file that is not there",
         )
 
     def on_differs(self, facts: Facts) -> Finding:
@@ -283,13 +351,15 @@ class _Words:
 
     def on_samples(self, facts: Facts) -> Finding | None:
         first, again, median = facts["first_s"], facts["first_again_s"], facts["median_s"]
+        others = f"the others {time_text(median)} (median)"
+        if facts.get("count") == 1:
+            median, others = again, "no other was fetched"
         if first > _SLOW_FIRST_S and first > _SLOW_RATIO * median and 4 * again < first:
             return Finding(
                 "warning",
                 "slow_first",
                 f"the first sample takes {time_text(first)}: something is set up at first use",
-                f"the same index again took {time_text(again)}, the others {time_text(median)} "
-                "(median)",
+                f"the same index again took {time_text(again)}, {others}",
                 "each worker pays that once, when it starts: make it lighter, or make it before "
                 "the fork, if it survives one"
                 if self._own.get("persistent")
@@ -320,16 +390,60 @@ class _Words:
             "look at the sampler, and whether the dataset is empty",
         )
 
+    def on_no_batch(self, facts: Facts) -> Finding:
+        return Finding(
+            "error",
+            "no_batch",
+            f"drop_last leaves no batch: {facts['samples']} samples, "
+            f"batch_size {facts['batch_size']}",
+            "an epoch ends at once, without a word",
+            "drop_last=False, or a smaller batch_size",
+        )
+
+    def on_no_batch_of_stream(self, facts: Facts) -> Finding | None:
+        if facts["workers"] != self._workers:
+            return None
+        each = " of any worker" if self._workers else ""
+        return Finding(
+            "error",
+            "no_batch",
+            f"drop_last leaves no batch of the stream{each}",
+            "an epoch ends at once, without a word",
+            "drop_last=False, or a smaller batch_size",
+        )
+
     def on_batch_raises(self, facts: Facts) -> Finding | None:
+        if facts.get("workers") and facts["type"] in self._raised:
+            return None
         self._failing += 1
         if self._failing > 1:
             return None
+        self._raised.add(facts["type"])
+        error = f"{facts['type']}: {facts['text']}\nat {facts['at']}"
+        if facts.get("index") is not None:
+            index, before = facts["index"], facts["before"]
+            seen = f"of the batch {facts['indices']} " + (
+                f"the samples of {before} can be collated, and no more with that of {index}"
+                if before
+                else f"the sample of {index} cannot be collated alone"
+            )
+            return Finding(
+                "error",
+                "batch_raises",
+                f"a batch fails in collate_fn, at index {index}: {facts['type']}",
+                f"{error}\n{seen}",
+                f"compare dataset[{index}] with the others: keys, types, shapes; or have "
+                "collate_fn take both",
+            )
+        where = f"with {facts['workers']} workers " if facts.get("workers") else ""
         return Finding(
             "error",
             "batch_raises",
-            f"a batch fails: {facts['type']}",
-            facts["text"],
-            "iterate the loader as a SafeDataLoader: its error names the sample",
+            f"{where}a batch fails: {facts['type']}",
+            f"{error}\nfetched again sample by sample, without workers, it did not fail",
+            "look at what is not the same each time, and at worker_init_fn"
+            if where
+            else "look at what is not the same each time: random numbers, the network, a file",
         )
 
     def on_look_failed(self, facts: Facts) -> Finding:
@@ -479,14 +593,13 @@ class _Words:
         )
 
     def on_workers_raise(self, facts: Facts) -> Finding:
+        self._raised.add(facts["type"])
         return Finding(
             "error" if self._workers else "warning",
             "workers_raise",
             f"in workers started by {facts['method']} it fails: {facts['type']}",
-            facts["text"],
-            "samples fail without workers too: mend that first"
-            if self._raised
-            else "it did not without workers: look at worker_init_fn, and at what does not survive "
+            f"{facts['type']}: {facts['text']}\nat {facts['at']}",
+            "it did not without workers: look at worker_init_fn, and at what does not survive "
             f"{facts['method']}",
         )
 
@@ -517,11 +630,14 @@ class _Words:
         )
 
     def on_hazard(self, facts: Facts) -> Finding:
+        why, read = facts["why"], facts.get("read", True)
+        if not read:
+            why += "; by its byte code, what makes samples does not read it"
         return Finding(
-            "error" if self._forks else "warning",
+            "error" if self._forks and read else "warning",
             "hazard",
             f"{facts['path']} ({facts['what']}) does not survive a fork",
-            facts["why"],
+            why,
             facts["advice"],
         )
 
@@ -559,7 +675,7 @@ class _Words:
             )
         where = _where(facts)
         workers = facts.get("setting")
-        if workers:
+        if workers and workers[0]:
             own = self._workers > 0 and workers[2] == self._own.get("method")
             return Finding(
                 "error" if own else "warning",
@@ -571,11 +687,17 @@ class _Words:
                 if workers[2] == "fork"
                 else "samples came without workers: look for what takes long to import or to send",
             )
+        if workers:
+            where = "without workers, and at none of the indices alone"
+        evidence = _cut_stack(facts["stack"]) or "it did not answer where it was"
+        if facts.get("cold") and facts["index"] is not None:
+            evidence += "\nit was the first that was fetched: it may be that what is set up at "
+            evidence += "first use takes longer; with more seconds that would show"
         return Finding(
             "error",
             "hangs",
             f"it hangs {where}: nothing came for {facts['seconds']:.0f} s",
-            _cut_stack(facts["stack"]) or "it did not answer where it was",
+            evidence,
             "give what it waits for a time limit"
             + ("; timeout= of the loader ends such a wait" if self._workers else ""),
         )
@@ -600,7 +722,8 @@ class _Words:
             mine = row.workers == self._workers and row.method == self._own.get("method")
             if row.error.startswith(("the process died", "no batch came", _LATE)):
                 continue  # told as an end of the child
-            if self._failing and row.method in (None, "fork"):
+            told = bool(self._failing) and row.method in (None, "fork")
+            if told or row.error.partition(":")[0] in self._raised:
                 continue  # told with what was raised
             who = (
                 f"with {row.workers} workers by {row.method}" if row.workers else "without workers"
@@ -614,16 +737,17 @@ class _Words:
                     "iterate the loader by SafeDataLoader: its error names the sample",
                 )
             )
-        found += self._of_own(rows, cores)
+        found += self._of_own(cores)
         return found
 
-    def _of_own(self, rows: list[Row], cores: int | None) -> list[Finding]:
-        own, best = _own_row(rows, self._own), chosen(rows, ())
-        if own is None or best is None or not own.rate:
+    def _of_own(self, cores: int | None) -> list[Finding]:
+        own, best = self.yours, self.best
+        if own is None or best is None or not own.rate or not best.rate:
             return []
         gain = best.rate / own.rate
         measured = (
-            f"{own.rate_text} batches/s with {own.workers}, {best.rate_text} with {best.workers}"
+            f"{own.rate_text} batches/s with {setting_text(own)}, "
+            f"{best.rate_text} with {setting_text(best)}"
         )
         if cores is not None and own.workers > cores and gain > 0.9 and best.workers < own.workers:
             return [
@@ -635,14 +759,14 @@ class _Words:
                     f"use num_workers={best.workers}: each worker costs memory and time to start",
                 )
             ]
-        if gain > _FASTER:
+        if gain > _FASTER and gains(best, own):
             return [
                 Finding(
                     "warning",
                     "slow_setting",
                     f"another setting is {gain:.2f} times as fast as the loader's own",
                     measured + ", of batches that nobody works with meanwhile",
-                    "use the setting below, unless the training step is what takes the time",
+                    f"use {setting_text(best)}, unless the training step is what takes the time",
                 )
             ]
         return []
@@ -652,6 +776,8 @@ def _where(facts: Facts) -> str:
     what = _settings_text(facts["what"])
     if facts["index"] is None:
         return f"while {what}" if what else f"while looking at {facts['look']}"
+    if what == "collating":
+        return f"in collate_fn, with the samples of {facts['index']}"
     if what.startswith("asking __getitems__"):
         return f"in __getitems__({facts['index']})"
     if "iterating" in what or "stream" in what:

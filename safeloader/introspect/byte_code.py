@@ -11,6 +11,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from safeloader.introspect.values import (
@@ -81,6 +82,53 @@ def is_read(dataset: Any, owner: Any, name: str) -> bool:
     ``self.settings.size`` is read by the dataset's own code, whoever has it.
     """
     return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
+
+
+def is_unread(owner: Any, name: str) -> bool:
+    """Whether the code that makes samples reads an attribute surely not, as far as it can be seen.
+
+    Of what is no dataset, and no callable, all methods but the constructor count. Code that reads
+    attributes by a name that it makes, or hands its object on, may read any.
+
+    >>> class Holding:
+    ...     def __getitem__(self, i):
+    ...         return self.items[i]
+    ...     def close(self):
+    ...         self.file.close()
+    >>> class Handing(Holding):
+    ...     def __getitem__(self, i):
+    ...         return helper(self, i)
+    >>> [is_unread(owner, "file") for owner in (Holding(), Handing())]
+    [True, False]
+    """
+    cls = type(owner)
+    makes_samples = any(definitions(cls, entry) for entry in ENTRIES)
+    seen = _code_of(cls, not makes_samples)
+    return bool(seen) and not any(
+        name in _loaded(code) or not _INDIRECT.isdisjoint(code.co_names) or _hands_on(code)
+        for code in seen
+    )
+
+
+_INDIRECT = frozenset({"getattr", "vars", "__dict__", "attrgetter", "methodcaller", "eval"})
+_OF_SELF = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR")
+
+
+@lru_cache(4096)
+def _hands_on(code: types.CodeType) -> bool:
+    """Whether a method uses its object, the first of its arguments, but for an attribute."""
+    if not code.co_argcount or code.co_varnames[0] == ".0":  # of a comprehension
+        return False
+    own = code.co_varnames[0]
+    steps = [step for step in dis.get_instructions(code) if step.opname != "CACHE"]
+    for step, following in pairwise(steps):
+        # Newer Pythons load two at once.
+        loaded = step.argval if type(step.argval) is tuple else (step.argval,)
+        if not step.opname.startswith("LOAD_FAST") or own not in loaded:
+            continue
+        if loaded.index(own) < len(loaded) - 1 or following.opname not in _OF_SELF:
+            return True
+    return False
 
 
 @lru_cache(4096)  # code is read at 2 us an instruction

@@ -14,7 +14,7 @@ import pickle
 import socket
 import traceback
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import connection
 from time import monotonic
@@ -85,24 +85,53 @@ def find_unpicklable(
     >>> print(find_unpicklable({"rate": 1, "scale": [len, lambda x: 2 * x]}, "dataset.settings"))
     dataset.settings['scale'][1]: a lambda
     """
-    search = _Search(bound_s)
-    note = ""
-    try:
-        with as_if_spawning(_POPEN if spawning else None):
-            search.look_for([(name, thing)])
-    except KeyboardInterrupt:
-        raise
-    except _OutOfTime:
-        note = " (the search ran out of time: it is this or a part of it)"
-    except BaseException:  # a fault of ours must not hide the error that is to be explained
-        pass
-    if (found := search.deepest) is None:
-        return None
-    cure, forks = _advice(found, spawning)
-    kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
-    reason = cut(found.reason, REASON_MAX - len(note)) + note
-    cure = f"{cure[0].upper()}{cure[1:]}."
-    return UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, cure, forks)
+    return next(_found(thing, name, spawning, bound_s), None)
+
+
+def all_unpicklable(
+    thing: object, name: str, *, spawning: bool = True, most: int = 10, bound_s: float = 20.0
+) -> list[UnpicklablePart]:
+    """Find every part of an object that keeps it from being pickled, as :func:`find_unpicklable`.
+
+    >>> print(*all_unpicklable([lambda x: x, 1, (i for i in "ab")], "dataset.parts"), sep="; ")
+    dataset.parts[0]: a lambda; dataset.parts[2]: generator
+    """
+    found: list[UnpicklablePart] = []
+    for part in _found(thing, name, spawning, bound_s):
+        if part.path in {each.path for each in found}:
+            break  # made anew whenever it is asked for
+        found.append(part)
+        if len(found) >= most:
+            break
+    return found
+
+
+def _found(thing: object, name: str, spawning: bool, bound_s: float) -> Iterator[UnpicklablePart]:
+    """The parts one by one: what was found is taken for sent in the next search."""
+    end = monotonic() + bound_s
+    left_out: dict[int, Any] = {}
+    while True:
+        search, note = _Search(end), ""
+        search.known |= left_out
+        try:
+            with as_if_spawning(_POPEN if spawning else None):
+                search.look_for([(name, thing)])
+        except KeyboardInterrupt:
+            raise
+        except _OutOfTime:
+            note = " (the search ran out of time: it is this or a part of it)"
+        except BaseException:  # a fault of ours must not hide the error that is to be explained
+            pass
+        if (found := search.deepest) is None:
+            return
+        cure, forks = _advice(found, spawning)
+        kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
+        reason = cut(found.reason, REASON_MAX - len(note)) + note
+        cure = f"{cure[0].upper()}{cure[1:]}."
+        yield UnpicklablePart(bounded(found.path, PATH_MAX), kind, reason, cure, forks)
+        if note or id(found.value) in left_out:
+            return
+        left_out[id(found.value)] = found.value
 
 
 # ---- one trial
@@ -152,10 +181,10 @@ class _Failed(NamedTuple):
 class _Search:
     """Is the file to pickle into: keeps nothing, and minds the time."""
 
-    def __init__(self, bound_s: float) -> None:
+    def __init__(self, end: float) -> None:
         self.deepest: _Failed | None = None
         self.known: dict[int, Any] = {}  # by id: what was looked into, which is kept alive here
-        self._end = monotonic() + bound_s
+        self._end = end
 
     def check(self) -> None:
         if monotonic() >= self._end:

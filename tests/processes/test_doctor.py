@@ -19,7 +19,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 import safeloader
 from safeloader import SafeDataLoader, doctor
@@ -199,6 +206,32 @@ class TestHarm:
         assert found.level == "error"
         assert report.seconds < 15
 
+    def test_what_comes_late_is_no_hang(self) -> None:
+        class SlowStart(Sound):
+            ready = False
+
+            def __getitem__(self, index: int) -> Any:
+                if not self.ready:
+                    time.sleep(2.2)
+                    self.ready = True
+                return super().__getitem__(index)
+
+        report = examine(SlowStart(), seconds=6.0)
+        assert kinds(report) == ["slow_first"]
+        assert report.ok
+
+    def test_a_hang_at_the_first_sample_is_told(self) -> None:
+        class Hanging(Sound):
+            def __getitem__(self, index: int) -> Any:
+                threading.Event().wait()
+
+        report = examine(Hanging(), seconds=6.0)
+        found = [each for each in report.findings if each.kind == "hangs"]
+        assert "index 0" in found[0].answer
+        assert "the first that was fetched" in found[0].evidence
+        assert not report.ok
+        assert report.seconds < 12
+
     @pytest.mark.parametrize(
         ("end", "how"),
         [
@@ -233,7 +266,8 @@ class TestHarm:
 
         report = examine(Deadly())
         assert "dies" in kinds(report)
-        assert [each.kind for each in report.findings] == ["dies", "unpicklable"]
+        # Its class, which is local, and the lambda.
+        assert [each.kind for each in report.findings] == ["dies", *["unpicklable"] * 2]
         assert any("fetching does not come back" in each for each in report.not_looked_at)
 
     def test_what_is_printed_is_captured(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -393,6 +427,142 @@ class TestFailedLooks:
         finding = said(examine(Leaving()), "dies")
         assert finding.answer == "the process ended itself with exit status 4 at index 3"
         assert finding.advice.startswith("look for sys.exit, os._exit")
+
+
+class Large(Sound):
+    """So many that most are not fetched one by one; ``at`` an index it does what is asked."""
+
+    def __init__(self, at: int = -1, do: Any = None) -> None:
+        super().__init__()
+        self.at, self.do = at, do
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < 1000:
+            raise IndexError(index)
+        if index == self.at:
+            self.do()
+        return torch.tensor(index)
+
+
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+def leave() -> None:
+    os._exit(3)
+
+
+def waits_at_five(samples: list[Any]) -> Any:
+    if 5 in [int(sample) for sample in samples]:
+        wait_for_ever()
+    return samples
+
+
+@pytest.mark.slow
+class TestHarmInABatch:
+    """What was not looked at one by one, and is met while batches are measured."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_hang_is_told_with_its_index(self, workers: int) -> None:
+        report = examine(Large(5, wait_for_ever), 8.0, batch_size=8, num_workers=workers)
+        found = said(report, "hangs")
+        assert found.answer.startswith("it hangs at index 5: nothing came for")
+        assert "in wait_for_ever" in found.evidence
+        assert found.level == "error"
+        assert report.seconds < 14
+
+    def test_a_hang_in_the_collate_function_is_told_with_its_batch(self) -> None:
+        report = examine(Large(), 8.0, batch_size=4, collate_fn=waits_at_five)
+        found = said(report, "hangs")
+        assert "in collate_fn, with the samples of [4, 5, 6, 7]" in found.answer
+        assert "in waits_at_five" in found.evidence
+        assert found.level == "error"
+
+    def test_a_death_is_told_with_its_index(self) -> None:
+        report = examine(Large(9, leave), 8.0, batch_size=8)
+        assert (
+            said(report, "dies").answer == "the process ended itself with exit status 3 at index 9"
+        )
+        assert report.recommended is not None  # the rest was measured
+
+    def test_a_slow_sample_is_no_hang(self) -> None:
+        report = examine(Large(5, lambda: time.sleep(1.2)), 8.0, batch_size=8)
+        assert report.ok
+        assert "hangs" not in kinds(report)
+
+    def test_an_error_is_told_with_its_index(self) -> None:
+        report = examine(Large(137, missing), 8.0, batch_size=8)
+        assert kinds(report) == ["raises"]
+        assert said(report, "raises").answer == "index 137 raises KeyError"
+
+    def test_what_cannot_be_collated_is_told_with_its_index(self) -> None:
+        report = examine(Mixed(), 8.0, batch_size=8)
+        found = said(report, "batch_raises")
+        assert found.answer == "a batch fails in collate_fn, at index 9: KeyError"
+        assert "the batch [8, 9, 10, 11] the samples of [8] can be collated" in found.evidence
+        assert kinds(examine(Mixed(-1), 8.0, batch_size=8)) == []
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_one_cause_is_one_finding(self, workers: int) -> None:
+        report = examine(Gone(), 8.0, num_workers=workers)
+        assert kinds(report) == ["raises"]
+        found = said(report, "raises")
+        assert found.answer.startswith("indices 0, 1, 2, 3, ")
+        assert "no index that was tried gives a sample" in found.evidence
+        assert "time was left" not in str(report)
+        assert "start method spawn: not tried: it failed without workers already" in str(report)
+
+    def test_what_fails_in_workers_alone_is_told_so(self) -> None:
+        report = examine(Large(), 8.0, num_workers=2, worker_init_fn=fails)
+        assert said(report, "workers_raise").evidence.startswith("ValueError: no such worker")
+        assert [each for each in kinds(report) if each != "workers_raise"] == []
+
+    def test_a_bad_index_in_the_only_batch(self) -> None:
+        class Broken(Sound):
+            def __getitem__(self, index: int) -> Any:
+                if index == 5:
+                    raise KeyError("image")
+                return super().__getitem__(index)
+
+        report = examine(Broken(), 8.0, batch_size=N)
+        assert kinds(report) == ["raises"]
+        assert report.recommended is not None  # measured without that index
+
+    @pytest.mark.parametrize(("size", "expected"), [(N + 1, ["no_batch"]), (N, [])])
+    def test_drop_last_that_leaves_no_batch(self, size: int, expected: list[str]) -> None:
+        report = examine(Sound(), 6.0, batch_size=size, drop_last=True)
+        assert kinds(report) == expected
+        assert report.samples["count"] == N
+        if expected:
+            found = said(report, "no_batch")
+            assert found.answer == f"drop_last leaves no batch: {N} samples, batch_size {size}"
+            assert "speed: drop_last leaves no batch" in report.not_looked_at
+
+
+def missing() -> None:
+    raise KeyError("label")
+
+
+class Gone(Sound):
+    def __getitem__(self, index: int) -> Any:
+        raise FileNotFoundError(f"/nowhere/{index}.jpg")
+
+
+def fails(worker: int) -> None:
+    raise ValueError("no such worker")
+
+
+class Mixed(Sound):
+    def __init__(self, at: int = 9) -> None:
+        super().__init__()
+        self.at = at
+
+    def __getitem__(self, index: int) -> Any:
+        sample = super().__getitem__(index)
+        return {"label": sample} if index != self.at else {"other": sample}
 
 
 def alive(pid: int) -> bool:
@@ -615,10 +785,45 @@ class TestCopies:
                 super().__init__()
                 self.file = tempfile.TemporaryFile()  # noqa: SIM115
 
+            def __getitem__(self, index: int) -> Any:
+                self.file.seek(0)
+                return super().__getitem__(index)
+
         with (dataset := Open()).file:
             found = said(examine(dataset, num_workers=2), "hazard")
+            below = said(examine(Subset(dataset, range(4)), num_workers=2), "hazard")
         assert found.answer.startswith("dataset.file")
-        assert found.level == "error"
+        assert found.level == below.level == "error"
+
+    def test_a_handle_that_no_sample_is_made_by(self) -> None:
+        class Open(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.file = tempfile.TemporaryFile()  # noqa: SIM115
+
+            def close(self) -> None:
+                self.file.close()
+
+        with (dataset := Open()).file:
+            report = examine(dataset, num_workers=2)
+            below = examine(Subset(dataset, range(4)), num_workers=2)
+        assert report.ok
+        assert below.ok
+        found = said(report, "hazard")
+        assert found.level == "warning"
+        assert "does not read it" in found.evidence
+
+    def test_all_parts_that_cannot_be_pickled_are_told(self) -> None:
+        class Parts(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scale = lambda x: x
+                self.lock = threading.Lock()
+                self.names = (name for name in "abc")
+
+        found = [each for each in examine(Parts()).findings if each.kind == "unpicklable"]
+        told = [each.answer.split(" ")[0] for each in found]
+        assert told[1:] == ["dataset.scale", "dataset.lock", "dataset.names"]  # first the class
 
     def test_a_thread_of_this_process(self) -> None:
         class Reading(Sound):
@@ -755,6 +960,18 @@ class Slow(Sound):
         return super().__getitem__(index)
 
 
+class SlowToBegin(Sound):
+    """Sets something up at first use."""
+
+    ready = False
+
+    def __getitem__(self, index: int) -> Any:
+        if not self.ready:
+            time.sleep(0.8)
+            self.ready = True
+        return super().__getitem__(index)
+
+
 @pytest.mark.slow
 class TestSpeed:
     def test_settings_are_measured_and_one_is_recommended(self) -> None:
@@ -772,6 +989,13 @@ class TestSpeed:
         told = report.to_dict()["recommended"]
         assert {"num_workers", "prefetch_factor", "start_method"} <= told.keys()
         assert "first batch" in str(report)
+
+    def test_the_first_batch_is_that_of_copies_which_have_fetched_nothing(self) -> None:
+        report = examine(SlowToBegin(), seconds=16.0, num_workers=1, batch_size=2)
+        tried = [row for row in report.settings if row.rates]
+        assert {0, 1} <= {row.workers for row in tried}
+        assert all(row.first_s is not None and row.first_s >= 0.8 for row in tried)
+        assert not [each for each in report.not_looked_at if "cold caches" in each]
 
     def test_where_forked_workers_hang_others_are_measured(self) -> None:
         report = examine(Deadlocked(), seconds=60.0, num_workers=2)
@@ -869,6 +1093,7 @@ class Words(Dataset):
     def __getitem__(self, index): return torch.arange(10)[index]
 def make_loader():
     return DataLoader(Words(), batch_size=2)
+def needs(size, more=1): pass
 loader = make_loader()
 REST
 """
@@ -907,7 +1132,11 @@ class TestCommand:
         [
             (["train.py"], "does not say what gives the loader"),
             (["gone.py:loader"], "there is no file"),
-            (["train.py:nothing"], "AttributeError"),
+            (["train.py:nothing"], "train.py has no 'nothing'"),
+            (["train.py:nothing"], "it offers loader, make_loader()"),
+            (["train.py:loader.nothing"], "train.py has no 'loader.nothing'"),
+            (["train:nothing"], "train has no 'nothing'"),
+            (["train.py:needs"], "needs arguments (size), and gets none"),
             (["train.py:Words"], "no DataLoader"),
             (["nowhere.at.all:loader"], "ModuleNotFoundError"),
             (["ends.py:loader"], "SystemExit"),
@@ -922,6 +1151,7 @@ class TestCommand:
         assert done.returncode == 2
         assert told in done.stderr
         assert "Traceback" not in done.stderr
+        assert "safeloader/commands" not in done.stderr
 
     @pytest.mark.slow
     def test_a_program_that_works_when_it_is_imported(self, tmp_path: Path, program: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.doctor import grid, judged
-from safeloader.examining.choosing import Row, chosen
+from safeloader.examining.choosing import Own, Row, chosen
 from safeloader.examining.report import Examination, Finding
 from safeloader.examining.wording import findings_of, recommended, rows_of, untried
 
@@ -49,6 +49,57 @@ def test_the_start_method_is_the_one_with_the_first_batch_first() -> None:
     best = chosen([FORK], {"fork", "spawn", "forkserver"})
     assert best is not None
     assert best.method == "fork"
+
+
+OWN_2 = Own(2, 2, "fork")
+YOURS = Row(2, 2, "fork", (46.0, 46.2, 45.9), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (Row(2, 1, "fork", (47.0,), 0.2), YOURS),  # one turn, and hardly faster
+        (Row(2, 1, "fork", (441.0,), 0.2), YOURS),  # caches that were warm, it may be
+        (Row(2, 1, "fork", (47.0, 47.1, 47.2), 0.2), YOURS),
+        (Row(2, 1, "fork", (60.0, 60.1, 60.2), 0.2), Row(2, 1, "fork", (60.0, 60.1, 60.2), 0.2)),
+        (Row(1, 2, "fork", (46.0, 46.2, 45.9), 0.2), YOURS),
+        (Row(4, 2, "fork", (52.0, 50.0), 0.2), YOURS),
+        (Row(4, 2, "fork", (52.0, 50.0, 51.0), 0.2), Row(4, 2, "fork", (52.0, 50.0, 51.0), 0.2)),
+        (Row(4, 2, "fork", (90.0,), 0.2), Row(4, 2, "fork", (90.0,), 0.2)),
+        (Row(0, None, None, (47.0, 46.0, 46.5), 0.2), YOURS),
+        (Row(2, 2, "spawn", (46.0,), 0.1), YOURS),
+    ],
+)
+def test_the_loaders_own_setting_stays_unless_another_gains(other: Row, expected: Row) -> None:
+    assert chosen([YOURS, other], (), OWN_2, 2) == expected
+
+
+def test_where_the_fastest_is_not_surely_faster_the_fastest_that_is() -> None:
+    sure = Row(3, 2, "fork", (60.0, 61.0, 62.0), 0.2)
+    once = Row(4, 2, "fork", (66.0,), 0.2)
+    assert chosen([YOURS, sure, once], (), OWN_2, 4) == sure
+
+
+def test_more_workers_than_cores_are_no_setting_to_stay_with() -> None:
+    many, few = Row(6, 2, "fork", (40.0, 41.0, 40.5), 0.5), Row(2, 2, "fork", (40.2,), 0.2)
+    assert chosen([many, few], (), Own(6, 2, "fork"), 2) == few
+    assert chosen([many, few], (), Own(6, 2, "fork"), 6) == many
+
+
+def test_a_faster_setting_is_named_as_a_whole() -> None:
+    subject = ("subject", {**OWN, "workers": 2})
+    heard = [
+        subject,
+        ("machine", {"cores": 2, "methods": ["fork"]}),
+        setting(workers=2, rates=[10.0] * 3),
+        setting(workers=2, prefetch=8, rates=[15.0] * 3),
+    ]
+    [found] = findings_of(heard, subject[1], forked=True, lacks_guard=False)
+    assert found.kind == "slow_setting"
+    assert "10 batches/s with num_workers=2, prefetch_factor=2" in found.evidence
+    assert "15 with num_workers=2, prefetch_factor=8" in found.evidence
+    heard[-1] = setting(workers=2, prefetch=8, rates=[15.0])
+    assert findings_of(heard, subject[1], forked=True, lacks_guard=False) == []
 
 
 def setting(**facts: object) -> tuple[str, dict[str, object]]:
