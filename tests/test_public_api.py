@@ -152,7 +152,7 @@ def test_the_keywords_are_instance_attributes() -> None:
         "trace": False,
         "recorder": recorder,
         "key": repr,
-        "validate": [repr],
+        "validate": [lambda sample, index: None],
         "on_error": "skip",
         "retries": 2,
         "max_skipped": 0.5,

@@ -846,7 +846,7 @@ def test_notes_of_streams_that_do_not_add_up() -> None:
     assert ledger.finish() is None
     audit = ledger.audit(0, 5)
     assert audit.notes == (
-        "worker 2 delivered nothing: its share of the data is empty",
+        "worker 2 delivered nothing: its share of the data is empty (more shards, or fewer workers)",
         "len(dataset) says 5, the workers read 10 samples",
     )
     assert audit.ok
@@ -865,7 +865,7 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
     )
 
 
-EMPTY_SHARE = "worker {} delivered nothing: its share of the data is empty"
+EMPTY_SHARE = "worker {} delivered nothing: its share of the data is empty (more shards, or fewer workers)"
 
 
 def test_the_share_of_one_worker_among_two_may_be_empty() -> None:
