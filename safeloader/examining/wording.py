@@ -67,7 +67,7 @@ def _together(heard: Heard, ends: list[int]) -> Heard:
         if kind == "raises":
             if ends and facts["index"].isdigit() and int(facts["index"]) >= ends[0]:
                 continue  # that the length is not true says it
-            cause = facts["type"], facts["at"], facts.get("came")
+            cause = facts["type"], facts["at"], bool(facts.get("came"))
             if cause in known:
                 known[cause]["indices"] |= {facts["index"]: None}
                 continue
