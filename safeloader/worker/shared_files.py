@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from safeloader.introspect.copy_state import attributes
@@ -42,6 +43,10 @@ class InheritedFiles:
     def _let_go(self, fd: int) -> None:
         del self.open[fd]
         os.close(fd)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for fd in self.__dict__.get("open", ()):
+            close(fd)
 
     def watch(self, fetcher: Any) -> None:
         """Look at the positions before and after each batch of ``fetcher``, for some batches."""
