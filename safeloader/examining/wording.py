@@ -593,13 +593,16 @@ class _Words:
         )
 
     def on_workers_raise(self, facts: Facts) -> Finding:
+        alone = bool(self._raised)
         self._raised.add(facts["type"])
         return Finding(
             "error" if self._workers else "warning",
             "workers_raise",
             f"in workers started by {facts['method']} it fails: {facts['type']}",
             f"{facts['type']}: {facts['text']}\nat {facts['at']}",
-            "it did not without workers: look at worker_init_fn, and at what does not survive "
+            "samples fail without workers too: mend that first"
+            if alone
+            else "it did not without workers: look at worker_init_fn, and at what does not survive "
             f"{facts['method']}",
         )
 

@@ -865,7 +865,9 @@ def test_a_stream_read_whole_by_each_worker_is_noted() -> None:
     )
 
 
-EMPTY_SHARE = "worker {} delivered nothing: its share of the data is empty (more shards, or fewer workers)"
+EMPTY_SHARE = (
+    "worker {} delivered nothing: its share of the data is empty (more shards, or fewer workers)"
+)
 
 
 def test_the_share_of_one_worker_among_two_may_be_empty() -> None:

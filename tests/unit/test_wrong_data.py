@@ -743,7 +743,7 @@ def test_an_order_that_each_sample_changes_is_none() -> None:
 def test_an_order_stands_still_though_samples_write_into_its_members() -> None:
     dataset = Items([{"x": k, "visits": 0} for k in range(9)])
     reports: list[SelfReport] = []
-    observer = Observer(dataset, length=9, stream=False, inherited=None, publish=reports.append)
+    observer = Observer(dataset, length=9, stream=False, files=None, publish=reports.append)
     observer.over(Passes())
     for shuffle in (False, True):
         before = observer.orders()
