@@ -196,7 +196,7 @@ class InRange:
         at: the part that is looked at: the key, number or attribute that leads to it, or a tuple of
             them, ``("target", "boxes")``; by default all numbers of the sample. NaN is in no range.
 
-    What is looked at is as with :class:`finite`, and integers, too; of a complex number both its
+    What is looked at is as with ``finite``, and integers, too; of a complex number both its
     parts, the real and the imaginary one, have to lie between the bounds. A bool counts as 0 or 1.
 
     Raises:

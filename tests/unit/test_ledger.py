@@ -846,7 +846,8 @@ def test_notes_of_streams_that_do_not_add_up() -> None:
     assert ledger.finish() is None
     audit = ledger.audit(0, 5)
     assert audit.notes == (
-        "worker 2 delivered nothing: its share of the data is empty (more shards, or fewer workers)",
+        "worker 2 delivered nothing: its share of the data is empty (more shards, or fewer "
+        "workers)",
         "len(dataset) says 5, the workers read 10 samples",
     )
     assert audit.ok
