@@ -15,7 +15,8 @@ import types
 from functools import lru_cache
 from typing import Any
 
-from safeloader.introspect.values import definitions, fields, own_length
+from safeloader.introspect.byte_code import attributes_of, globals_of
+from safeloader.introspect.values import definitions, fields, is_one_of, own_length
 
 _DEPTH = 4
 _FIELDS_MAX = 64  # of what has more nobody knows
@@ -47,10 +48,20 @@ _HARMLESS = (
     "BUILD_TUPLE",
     "MAKE_CELL",
 )
-_NEVER = ("LOAD_BUILD_CLASS", "LOAD_NAME", "CALL_INTRINSIC_1")
-_FUNCTIONS = ("len", "int", "float", "bool", "min", "max", "abs", "round")
+_NEVER = (
+    "LOAD_BUILD_CLASS",
+    "LOAD_NAME",
+    "LOAD_SUPER",
+    "LOAD_DEREF",
+    "LOAD_CLOSURE",
+    "LOAD_CLASSDEREF",
+    "CALL_INTRINSIC_1",
+)
 _OF_MATH = ("ceil", "floor", "trunc")
-_NUMBERS = (int, float, bool, str, type(None))
+_CALLED = (
+    *(len, int, float, bool, min, max, abs, round),
+    *(math, *(getattr(math, name) for name in _OF_MATH)),
+)
 
 
 def asking_changes_nothing(thing: Any, depth: int = _DEPTH) -> bool:
@@ -80,64 +91,49 @@ def asking_changes_nothing(thing: Any, depth: int = _DEPTH) -> bool:
 
 
 def _is_harmless(method: Any, thing: Any, held: dict[Any, Any], depth: int) -> bool:
-    names = _names(method.__code__)
-    if names is None or depth == 0:
+    code = method.__code__
+    if depth == 0 or not _only_computes(code):
         return False
-    of_globals, of_attributes = names
-    for name in of_globals:
-        value = method.__globals__.get(name, vars(builtins).get(name))
-        known = value is math or any(value is getattr(builtins, each) for each in _FUNCTIONS)
-        known = known or any(value is getattr(math, each) for each in _OF_MATH)
-        if not known and not any(type(value) is kind for kind in _NUMBERS):
-            return False
-    for name in of_attributes:
-        if name in _OF_MATH and math in map(method.__globals__.get, of_globals):
-            continue
-        if name in held:
-            if not _may_be_used(held[name], of_attributes, depth):
-                return False
-            continue
-        found = next(iter(definitions(type(thing), name)), None)
-        function = found.fget if type(found) is property else found
-        if type(function) is types.FunctionType:
-            if not _is_harmless(function, thing, held, depth - 1):
-                return False
-        elif not any(type(found) is kind for kind in _NUMBERS[:4]) and not _is_of_held(
-            name, held, of_attributes
-        ):
-            return False
-    return True
-
-
-def _may_be_used(value: Any, names: frozenset[str], depth: int) -> bool:
-    """Whether an attribute may be computed with, and asked for its length."""
-    if any(type(value) is kind for kind in _NUMBERS) or own_length(value) is not None:
-        return True
-    return asking_changes_nothing(value, depth - 1)
-
-
-def _is_of_held(name: str, held: dict[Any, Any], names: frozenset[str]) -> bool:
-    """Whether a name is a plain number that what is held holds: ``self.sampler.total``."""
-    inner = [dict(fields(held[each], _FIELDS_MAX)) for each in names if each in held]
-    found = [each[name] for each in inner if name in each]
-    return bool(found) and all(
-        any(type(each) is kind for kind in _NUMBERS) or own_length(each) is not None
-        for each in found
+    used = {
+        name: method.__globals__.get(name, vars(builtins).get(name)) for name in globals_of(code)
+    }
+    if not all(
+        any(value is each for each in _CALLED) or _is_plain(value) for value in used.values()
+    ):
+        return False
+    of_math = _OF_MATH if any(value is math for value in used.values()) else ()
+    return all(
+        name in of_math or _is_harmless_attribute(name, thing, held, attributes_of(code), depth)
+        for name in attributes_of(code)
     )
 
 
+def _is_harmless_attribute(
+    name: str, thing: Any, held: dict[Any, Any], names: frozenset[str], depth: int
+) -> bool:
+    """Whether reading what stands under a name, and computing with it, changes nothing."""
+    if name in held:  # and may be asked for its length
+        return _is_plain(held[name]) or asking_changes_nothing(held[name], depth - 1)
+    found = next(iter(definitions(type(thing), name)), None)
+    function = found.fget if type(found) is property else found
+    if type(function) is types.FunctionType:
+        return _is_harmless(function, thing, held, depth - 1)
+    return (found is not None and _is_plain(found)) or _is_of_held(name, held, names)
+
+
+def _is_of_held(name: str, held: dict[Any, Any], names: frozenset[str]) -> bool:
+    """Whether a name is a plain value that what is held holds: ``self.sampler.total``."""
+    inner = [dict(fields(held[each], _FIELDS_MAX)) for each in names if each in held]
+    found = [each[name] for each in inner if name in each]
+    return bool(found) and all(_is_plain(each) or own_length(each) is not None for each in found)
+
+
+def _is_plain(value: Any) -> bool:
+    return is_one_of(type(value), int, float, bool, str, type(None))
+
+
 @lru_cache(1024)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]] | None:
-    """The globals and the attributes that a function names; None if it may change something."""
-    of_globals, of_attributes = set(), set()
-    for step in dis.get_instructions(code):
-        name = step.opname
-        if not name.startswith(_HARMLESS) or name in _NEVER:
-            return None
-        if name == "LOAD_GLOBAL":
-            of_globals.add(str(step.argval))
-        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
-            of_attributes.add(str(step.argval))
-        elif name.startswith(("LOAD_SUPER", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_CLASSDEREF")):
-            return None
-    return frozenset(of_globals), frozenset(of_attributes)
+def _only_computes(code: types.CodeType) -> bool:
+    """Whether a function has no instruction that may change something by itself."""
+    names = [step.opname for step in dis.get_instructions(code)]
+    return all(name.startswith(_HARMLESS) and not name.startswith(_NEVER) for name in names)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dis
 import types
-import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +18,7 @@ from safeloader.introspect.values import (
     is_one_of,
     mro_of,
     namespace_of,
+    once_for_class,
     type_name,
 )
 
@@ -72,7 +72,8 @@ def loads(owner: Any, name: str, *, whole: bool = False) -> bool:
     (True, False)
     """
     return any(
-        name in code.co_names and name in _loaded(code) for code in _code_of(type(owner), whole)
+        name in code.co_names and name in attributes_of(code)
+        for code in _code_of(type(owner), whole)
     )
 
 
@@ -105,7 +106,7 @@ def is_unread(owner: Any, name: str) -> bool:
     makes_samples = any(definitions(cls, entry) for entry in ENTRIES)
     seen = _code_of(cls, not makes_samples)
     return bool(seen) and not any(
-        name in _loaded(code) or not _INDIRECT.isdisjoint(code.co_names) or _hands_on(code)
+        name in attributes_of(code) or not _INDIRECT.isdisjoint(code.co_names) or _hands_on(code)
         for code in seen
     )
 
@@ -132,7 +133,7 @@ def _hands_on(code: types.CodeType) -> bool:
 
 
 @lru_cache(4096)  # code is read at 2 us an instruction
-def _loaded(code: types.CodeType) -> frozenset[str]:
+def attributes_of(code: types.CodeType) -> frozenset[str]:
     """The attributes that a function reads."""
     return frozenset(
         str(step.argval)
@@ -150,7 +151,7 @@ def names_key(owner: Any, key: str) -> bool:
     >>> names_key(Sized(), "size"), names_key(Sized(), "other")
     (True, False)
     """
-    return any(key in code.co_consts for code in _code_of(type(owner), whole=True))
+    return any(key in code.co_consts for code in _code_of(type(owner), True))
 
 
 def stores_elements(owner: Any, name: str) -> bool:
@@ -163,8 +164,7 @@ def stores_elements(owner: Any, name: str) -> bool:
     (True, False)
     """
     return any(
-        name in code.co_names and name in _written(code)
-        for code in _code_of(type(owner), whole=True)
+        name in code.co_names and name in _written(code) for code in _code_of(type(owner), True)
     )
 
 
@@ -196,25 +196,13 @@ def _written(code: types.CodeType) -> set[str]:
     return found - {""}
 
 
+@once_for_class  # it takes milliseconds for a large class
 def _code_of(cls: type, whole: bool) -> tuple[types.CodeType, ...]:
-    """As :func:`_reached`, which takes milliseconds for a large class, once for each class."""
-    known = _known.get((id(cls), whole))
-    if known is not None and known[0]() is cls:
-        return known[1]
-    if len(_known) >= _KNOWN_MAX:
-        _known.clear()
-    found = tuple(_reached(cls, whole))
-    _known[id(cls), whole] = weakref.ref(cls), found
-    return found
-
-
-# By id: a metaclass may define ``__hash__``. The class is not held.
-_known: dict[tuple[int, bool], tuple[weakref.ref[type], tuple[types.CodeType, ...]]] = {}
-_KNOWN_MAX = 128
+    """The code of the methods that make samples, and of those that they name."""
+    return tuple(_reached(cls, whole))
 
 
 def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
-    """The code of the methods that make samples, and of those that they name."""
     if whole:
         todo = [
             name

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dis
 import re
 import types
-import weakref
 from functools import lru_cache
 from typing import Any
 
-from safeloader.introspect.values import definitions, mro_of, namespace_of
+from safeloader.introspect.values import definitions, mro_of, namespace_of, once_for_class
 
 Way = tuple[str, ...]
 INDEX: Way = ()  # ``self.files[i]``; of ``self.files[self.order[i]]`` it is ("order",)
@@ -26,7 +25,6 @@ _METHODS_MAX = 60  # that are looked through, of one class
 _SAME = ("int", "operator.index")  # of an index they are the index
 _SAME_METHODS = ("item", "tolist", "__index__")
 _ROWS = ("iloc", "loc", "values", "array")  # of a table: its rows
-_CLASSES_MAX = 128
 
 
 class _What:
@@ -66,18 +64,10 @@ def ways_of(cls: type, name: str) -> frozenset[Way]:
     >>> [sorted(ways_of(Scans, name)) for name in ("files", "order", "labels", "rows", "other")]
     [[('order',)], [()], [()], [('?',)], []]
     """
-    known = _known.get(id(cls))
-    if known is None or known[0]() is not cls:
-        if len(_known) >= _CLASSES_MAX:
-            _known.clear()
-        known = _known[id(cls)] = weakref.ref(cls), _shown_by(cls)
-    return frozenset(way for attribute, way in known[1] if attribute == name)
+    return frozenset(way for attribute, way in _shown_by(cls) if attribute == name)
 
 
-# By id: a metaclass may define ``__hash__``. The class is not held.
-_known: dict[int, tuple[weakref.ref[type], set[tuple[str, Way]]]] = {}
-
-
+@once_for_class
 def _shown_by(cls: type) -> set[tuple[str, Way]]:
     """From the methods by which samples are asked for, and those that they call."""
     todo: list[tuple[str, int, tuple[Way, ...]]] = [(_ITEM, 0, (INDEX,)), (_ITEMS, 0, ())]

@@ -14,9 +14,9 @@ import types
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
 
+_T = TypeVar("_T")
+_CLASSES_MAX = 512  # of which one look is remembered
 TEXT_MAX = 120  # characters of one text, and of one name
 
 # By id: a metaclass may define ``__hash__`` and ``__eq__``. No class derives from two of them.
@@ -205,6 +207,42 @@ def held_by(value: Any, most: int | None = None) -> list[tuple[Any, Any]]:
     return list(islice(pairs, most))
 
 
+def once_for_class(look: Callable[..., _T]) -> Callable[..., _T]:
+    """Have a look at a class taken once for each class, and each set of further arguments.
+
+    By the id of the class, since a metaclass may define ``__hash__``; it is not held.
+
+    >>> looks = []
+    >>> look = once_for_class(lambda cls: looks.append(cls) or len(looks))
+    >>> look(int), look(str), look(int)
+    (1, 2, 1)
+    """
+    known: dict[tuple[Any, ...], tuple[weakref.ref[type], _T]] = {}
+
+    @wraps(look)
+    def looked(cls: type, *more: Any) -> _T:
+        key = id(cls), *more
+        found = known.get(key)
+        if found is None or found[0]() is not cls:
+            if len(known) >= _CLASSES_MAX:
+                known.clear()
+            found = known[key] = weakref.ref(cls), look(cls, *more)
+        return found[1]
+
+    return looked
+
+
+@once_for_class
+def _slots_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """The slots of a class and its ancestors; a tensor's names are 700."""
+    return tuple(
+        (name, slot)
+        for each in mro_of(cls)
+        for name, slot in list(namespace_of(each).items())
+        if type(slot) is types.MemberDescriptorType and not name.startswith("__")
+    )
+
+
 def fields(value: object, most: int | None = None) -> list[tuple[Any, object]]:
     """Return what an object's own dict and slots hold, or the first ``most`` of it.
 
@@ -222,30 +260,6 @@ def fields(value: object, most: int | None = None) -> list[tuple[Any, object]]:
         with suppress(AttributeError):  # an unset slot
             pairs.append((name, slot.__get__(value)))
     return pairs[:most]
-
-
-def _slots_of(cls: type) -> tuple[tuple[str, Any], ...]:
-    """The slots of a class and its ancestors; looked for once, a tensor's names are 700."""
-    known = _known_slots.get(id(cls))
-    if known is not None and known[0]() is cls:
-        return known[1]
-    slots = tuple(
-        (name, slot)
-        for each in mro_of(cls)
-        for name, slot in list(namespace_of(each).items())
-        if type(slot) is types.MemberDescriptorType and not name.startswith("__")
-    )
-    _known_slots[id(cls)] = weakref.ref(cls, partial(_forget, id(cls))), slots
-    return slots
-
-
-_known_slots: dict[int, tuple[weakref.ref[type], tuple[tuple[str, Any], ...]]] = {}
-
-
-def _forget(key: int, gone: object) -> None:
-    known = _known_slots.get(key)
-    if known is not None and known[0] is gone:
-        del _known_slots[key]
 
 
 def exception_text(exc: BaseException) -> str:

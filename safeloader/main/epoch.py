@@ -129,7 +129,7 @@ class Epoch:
         self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
-        sinks: list[object] = [LogLines(log, self._beneath, settings.recorder.told), *also]
+        sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         if settings.on_failure_dump is not None:

@@ -40,9 +40,8 @@ from safeloader.supervision.report_room import NO_ROOM
 from safeloader.supervision.self_report import Opening, SelfReport
 from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.transport.channel import PAUSE
-from safeloader.worker.observing import Observer
+from safeloader.worker.observing import ALWAYS, Observer
 
-ALWAYS = 16  # epochs, in each of which it looks
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
 ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
 FAILURES_MAX = 3  # of a loader, before which it looks
@@ -172,8 +171,6 @@ class Looks:
                 self._look(asking=False)
             soon = self._look_at if self._look_at > number else sys.maxsize
             self.due = min(self._kept.due, soon)
-        if not self._on:
-            self.due = sys.maxsize
 
     def at_end(self) -> None:
         """The epoch is at its end."""

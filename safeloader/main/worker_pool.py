@@ -38,6 +38,7 @@ from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.threads import threads_here
 from safeloader.introspect.two_ways import passed_by
+from safeloader.introspect.values import weakly
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
@@ -244,7 +245,8 @@ class WorkerPool:
         draws = self.sampler
         forked = None
         if method == "fork":
-            forked = Forked(tuple(inherited), tuple(natives(loader.dataset)), threads)
+            dataset = weakly(loader.dataset)  # which is looked at if a worker hangs
+            forked = Forked(tuple(inherited), lambda: natives(dataset()), threads)
         # Not by way of the pool, which holds it: a cycle.
         self.diagnosis = Diagnosis(
             flight, processes, method, lambda seq: draws.log.opened(seq), forked

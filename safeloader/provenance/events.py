@@ -77,7 +77,7 @@ class Events:
         self._log.own_fault(type(sink).__name__, exc)
 
 
-TOLD_MAX = 256  # notes of one recorder
+TOLD_MAX = 256  # notes of one recorder that are remembered
 _EVENTS = tuple(Events.__annotations__)
 
 
@@ -116,8 +116,9 @@ class LogLines:
     def closed(self, epoch: int, notes: Sequence[str]) -> None:
         """What is worth knowing beyond the audit's classes."""
         for note in notes:
-            if note not in self._told and len(self._told) < TOLD_MAX:
-                self._told.add(note)
+            if note not in self._told:
+                if len(self._told) < TOLD_MAX:
+                    self._told.add(note)
                 self._log.warning("epoch %d: %s", epoch, note)
 
 

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from traceback import FrameSummary
 from typing import Any, NamedTuple
 
@@ -85,12 +85,12 @@ class Forked(NamedTuple):
 
     Attributes:
         inherited: what was warned of.
-        natives: other objects of libraries, of which too little is known for a warning.
+        natives: gives other objects of libraries, of which too little is known for a warning.
         threads: names of threads, by the library that they are of.
     """
 
     inherited: tuple[Inherited, ...] = ()
-    natives: tuple[Inherited, ...] = ()
+    natives: Callable[[], Sequence[Inherited]] = tuple
     threads: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
 
 
@@ -357,7 +357,7 @@ def _of_library(stack: Stack, forked: Forked) -> str:
             f"ever. {_sentence(without_threads(library))}"
         )
     lines = [frame.line or "" for frame in stack.frames if is_users(frame.filename)]
-    native = next((each for each in forked.natives if each.is_named_in(lines)), None)
+    native = next((each for each in forked.natives() if each.is_named_in(lines)), None)
     if native is not None:
         with_threads = f"; it had {_threads_text(forked.threads)}" if forked.threads else ""
         return (

@@ -37,7 +37,7 @@ from safeloader.worker.shared_files import InheritedFiles
 ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
-ALWAYS = 16  # epochs, at the ends of which it reports
+ALWAYS = 16  # epochs, at the ends of which it reports, and main looks
 SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
 
 

@@ -21,15 +21,14 @@ class InheritedFiles:
 
     def __init__(self, inherited: dict[int, Position], dataset: Any) -> None:
         # By copies of the descriptors: the worker may close one, and open another file there.
-        copies = [(self._copy_of(fd), fd) for fd in list(inherited)[:FILES_MAX]]
-        self.open = {copy: inherited[fd] for copy, fd in copies if copy is not None}
-        self._fds = {copy: fd for copy, fd in copies if copy is not None}
-        inherited = self.open
+        copies = {self._copy_of(fd): fd for fd in list(inherited)[:FILES_MAX]}
+        self._fds = {copy: fd for copy, fd in copies.items() if copy is not None}
+        self.open = {copy: inherited[fd] for copy, fd in self._fds.items()}
         self._dataset = dataset
-        self._at = {fd: each.offset for fd, each in inherited.items()}
-        self._mine = dict.fromkeys(inherited, 0)
-        self._others = dict.fromkeys(inherited, 0)
-        self._paths = {fd: each.path for fd, each in inherited.items()}
+        self._at = {copy: each.offset for copy, each in self.open.items()}
+        self._mine = dict.fromkeys(self.open, 0)
+        self._others = dict.fromkeys(self.open, 0)
+        self._paths = {copy: each.path for copy, each in self.open.items()}
         self._batches = 0
         self._read: int | None = None
 

@@ -273,11 +273,11 @@ CAPTURE = Inherited("dataset.cap", "video.Capture", *NATIVE)
 
 def test_a_librarys_object_in_the_line_that_hangs_is_suspected() -> None:
     hangs = line("self.cap.set(cv2.CAP_PROP_POS_FRAMES, index)")
-    said = of_silence(hangs, None, "fetch", 137, "fork", forked=Forked(natives=(CAPTURE,)))
+    said = of_silence(hangs, None, "fetch", 137, "fork", forked=Forked(natives=lambda: (CAPTURE,)))
     assert "first suspect: dataset.cap (video.Capture), which the training process made" in said
     assert "Open or make it in the worker" in said
     assert "setNumThreads" not in said
-    had = Forked(natives=(CAPTURE,), threads={"PyAV (FFmpeg)": ("av:h264:df0",)})
+    had = Forked(natives=lambda: (CAPTURE,), threads={"PyAV (FFmpeg)": ("av:h264:df0",)})
     assert "it had threads of PyAV (FFmpeg) (av:h264:df0). Open" in of_silence(
         hangs, None, "fetch", 137, "fork", forked=had
     )
