@@ -183,6 +183,7 @@ def test_keys_are_let_go_of_with_their_epoch() -> None:
     assert loader.audits[0].ok
 
 
+@pytest.mark.slow
 def test_what_is_held_of_small_batches_is_small() -> None:
     loader = SafeDataLoader(range(3000), batch_size=1, recorder=Recorder(max_bytes=10_000))
     run(loader, 2)

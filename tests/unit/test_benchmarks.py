@@ -297,6 +297,7 @@ def test_contenders_take_turns_in_an_order_that_turns_round(
     assert turns == forth + forth + forth[::-1] + forth  # the first is the warm-up
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     arguments = ["--cases=tensor-main", "--contenders=stock,null", "--quick", "--repeats=2"]

@@ -205,6 +205,7 @@ def test_many_lines_are_not_all_told(state: Any, capsys: Any) -> None:
     assert said[-1].endswith("and 10 more")
 
 
+@pytest.mark.slow
 def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> None:
     class Fails:
         def __len__(self) -> int:

@@ -287,6 +287,7 @@ def test_sixty_thousand_indices_far_apart_need_less_than_64_megabytes() -> None:
     assert peak < 64 * 2**20
 
 
+@pytest.mark.slow
 def test_whatever_is_drawn_the_map_stays_within_64_megabytes() -> None:
     tracemalloc.start()
     try:

@@ -599,6 +599,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.text(), values))
 def test_every_description_is_small_json_and_repeatable(attributes: dict[str, Any]) -> None:
@@ -609,6 +610,7 @@ def test_every_description_is_small_json_and_repeatable(attributes: dict[str, An
     described(Telling(lambda: attributes))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(values)
 def test_every_text_is_bounded(value: Any) -> None:

@@ -55,6 +55,7 @@ def read(loader: SafeDataLoader[Any], epochs: int = 1) -> None:
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 64])
 @pytest.mark.parametrize("named", [False, True])
 def test_the_bound_is_within_a_factor_two_of_the_truth(size: int, named: bool) -> None:
