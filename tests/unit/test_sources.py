@@ -178,9 +178,9 @@ class Elsewhere(Reads):
         return 1 // size
 
 
-def raised(dataset: Any) -> Exception:
+def raised(dataset: Any, index: int = BAD) -> Exception:
     try:
-        dataset[BAD]
+        dataset[index]
     except Exception as exc:
         return exc
     pytest.fail("nothing was raised")
@@ -255,20 +255,12 @@ class Picks(MappedInside):
         return self._read(self.inner[self.picked[index]])
 
 
-def error_of(dataset: Any, index: int = BAD) -> Exception:
-    try:
-        dataset[index]
-    except Exception as exc:
-        return exc
-    pytest.fail("nothing was raised")
-
-
 def broken() -> Exception:
     return ValueError("bad header")
 
 
 def told(dataset: Any, index: int = BAD) -> str:
-    return source_of(dataset, index, error_of(dataset, index), LENGTH)
+    return source_of(dataset, index, raised(dataset, index), LENGTH)
 
 
 def test_a_list_that_another_maps_is_asked_as_the_code_asks_it() -> None:
