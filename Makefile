@@ -48,7 +48,7 @@ $(FRAMEWORKS)/ready: setup.cfg pyproject.toml
 demo: $(VENV)/base
 	$(BIN)/python examples/train_digits.py
 
-# All tests, with coverage: about 25 minutes on two cores that have nothing else to do.
+# All tests, with coverage: about 35 minutes on two cores that have nothing else to do.
 test: $(VENV)/dev
 	$(BIN)/python -m tests.run
 
