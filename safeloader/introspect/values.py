@@ -172,14 +172,14 @@ def container_base(cls: type) -> Any:
     return next((each for each in mro_of(cls) if id(each) in _CONTAINERS), None)
 
 
-def weakly(thing: Any, gone: Callable[[Any], object] | None = None) -> Callable[[], Any]:
+def weakly(thing: Any) -> Callable[[], Any]:
     """Return what gives ``thing`` without holding it, or holds it where it bears no weak reference.
 
     >>> weakly(3)()
     3
     """
     try:
-        return weakref.ref(thing, gone)
+        return weakref.ref(thing)
     except TypeError:
         return lambda: thing
 

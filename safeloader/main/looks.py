@@ -12,34 +12,27 @@ and not the epoch.
 
 from __future__ import annotations
 
-import pickle
 import sys
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import chain
-from time import monotonic, perf_counter, sleep
+from time import monotonic, perf_counter
 from typing import Any
 
-from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.introspect.byte_code import is_read, names_key, stores_elements
-from safeloader.introspect.copy_state import CopyState, attributes, copy_state
-from safeloader.introspect.file_positions import read_positions
+from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.fork_hazards import was_told
-from safeloader.introspect.heaviest import heaviest
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.values import container_base, weakly
-from safeloader.main.waited_positions import WaitedPositions
+from safeloader.main.held_for_epochs import HeldForEpochs
+from safeloader.main.reporting_workers import ReportingWorkers
 from safeloader.provenance.recorder import Recorder
-from safeloader.supervision.flight_recorder import FlightRecorder
-from safeloader.supervision.growth import growth, slow_start
+from safeloader.supervision.growth import growth
 from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.report_room import NO_ROOM
 from safeloader.supervision.self_report import Opening, SelfReport
+from safeloader.supervision.worth_telling import matters
 from safeloader.supervision.wrong_data import Finding, Seen, findings
-from safeloader.transport.channel import PAUSE
 from safeloader.worker.observing import ALWAYS, Observer
 
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
@@ -59,15 +52,7 @@ class Looks:
     """
 
     def __init__(self, dataset: Any, length: int | None) -> None:
-        self._let_go_of = 0  # the id of a dataset that is held while an epoch runs
-        me = weakref.ref(self)
-
-        def gone(_: object) -> None:
-            looks = me()
-            if looks is not None:
-                looks.let_go()
-
-        self._dataset: Callable[[], Any] = weakly(dataset, gone)
+        self._dataset = HeldForEpochs(dataset, gone=self._let_go)
         self._length = length
         self._stream = False
         self._told: set[tuple[str, ...]] = set()
@@ -80,7 +65,7 @@ class Looks:
         self.due = sys.maxsize
         self._look_at = 0
         self._failures = 0
-        self._workers: _Workers | None = None
+        self._workers: ReportingWorkers | None = None
         self._as_drawn = CopyState({}, {}, {})
         self._observer: Observer | None = None
         self._fetcher: Callable[[], Any] = lambda: None  # of main, without workers
@@ -91,25 +76,20 @@ class Looks:
 
     def over_dataset(self, dataset: Any) -> bool:
         """Whether these are the looks at loaders over ``dataset``."""
-        held = self._dataset()
-        return held is dataset or (held is None and self._let_go_of == id(dataset))
+        return self._dataset.was(dataset)
 
     def hold(self, dataset: Any) -> None:
-        """An epoch over the dataset begins: one that bears no weak reference is held again."""
-        if not isinstance(self._dataset, weakref.ref):
-            self._dataset = lambda: dataset
-
-    def let_go(self) -> None:
-        """The dataset is gone: so is what was noted of it."""
-        self._observer = None
-        self._own.clear()
+        """An epoch over the dataset begins."""
+        self._dataset.hold(dataset)
 
     def release(self) -> None:
         """An epoch's iterator is let go of: no dataset is held by this from now on."""
-        if not isinstance(self._dataset, weakref.ref):
-            self._let_go_of = id(self._dataset())
-            self._dataset = lambda: None
-            self.let_go()
+        self._dataset.release()
+
+    def _let_go(self) -> None:
+        """The dataset is gone, and so is what was noted of it."""
+        self._observer = None
+        self._own.clear()
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
@@ -134,9 +114,9 @@ class Looks:
         self.due = 0 if self._on else sys.maxsize
 
     def on(self, *about: Any, **more: Any) -> None:
-        """From now on it is these workers; as :class:`_Workers` takes them."""
+        """From now on it is these workers; as :class:`ReportingWorkers` takes them."""
         with self._guarded():
-            self._workers = _Workers(*about, **more)
+            self._workers = ReportingWorkers(*about, **more)
             self._as_drawn = copy_state(self._dataset())  # their first batches are drawn
 
     def while_waiting(self, advance: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -257,7 +237,7 @@ class Looks:
             epochs=self._epochs,
         )
         for finding in findings(seen, self._earlier):
-            if self._counts(finding, dataset):
+            if matters(finding, dataset):
                 yield finding
 
     def _of_memory(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
@@ -266,29 +246,6 @@ class Looks:
             yield from growth(reports, self._workers.forked)
             yield from self._workers.slow_start(self._dataset(), self._stream)
         yield from self._kept.finding((self._dataset(), self._fetcher()))
-
-    def _counts(self, finding: Finding, dataset: Any) -> bool:
-        """Whether a finding is worth a word: of what samples are made by, and not told already."""
-        kind, *about = finding.about
-        if kind == "stale":
-            path, _, key = about[0].partition("['")
-            return any(
-                is_read(dataset, each.owner, each.name)
-                and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
-                for each in attributes(dataset)
-                if each.path == path
-            )
-        if kind == "lost":
-            return any(
-                _may_be_cache(each.value) for each in attributes(dataset) if each.path == about[0]
-            )
-        if kind == "diverged" and about[1:]:
-            # Notes for each sample, that a worker began itself, are no order.
-            path, _, name = about[0].rpartition(".")
-            owners = [each.owner for each in attributes(dataset) if each.path == about[0]]
-            owners += [dataset] if path == "dataset" else []
-            return not any(stores_elements(owner, name) for owner in owners)
-        return True
 
     def _remember(self, reports: Mapping[int, SelfReport]) -> None:
         """Workers that go take their beginnings with them."""
@@ -323,99 +280,6 @@ class _Guard:
         return True
 
 
-class _Workers:
-    """The workers of one pool, as far as their reports go.
-
-    Attributes:
-        number: how many.
-        stay: whether they stay for the next epoch.
-        forked: whether they began as copies of main.
-    """
-
-    def __init__(
-        self,
-        flight: FlightRecorder,
-        stock: Any,
-        *,
-        stay: bool,
-        start_method: str,
-        began: float,
-        started: float,
-    ) -> None:
-        # Weakly: what it looks at goes with the workers.
-        self._flight: Callable[[], FlightRecorder | None] = weakref.ref(flight)
-        self._stock: weakref.ref[Any] = weakref.ref(stock)
-        self.number = len(_torch.workers_of(stock))
-        self.stay = stay
-        self.forked = start_method == "fork"
-        self._start_method = start_method
-        self._began, self._started = began, started
-        self._start_told = False
-        several = self.forked and self.number > 1
-        self.waited = WaitedPositions(read_positions() if several else {})
-
-    def ask(self) -> None:
-        """Have the workers report, and wait for those that do so at once."""
-        stock, flight = self._stock(), self._flight()
-        if stock is None or flight is None:
-            return
-        ended, queues = _torch.expects_end_of(self._stock), _torch.task_queues(stock)
-        asked = {w: flight.reported(w) for w in range(self.number) if not ended(w)}
-        for worker in asked:
-            queues[worker].put(PAUSE)
-        give_up = monotonic() + ANSWER_S
-        while asked and monotonic() < give_up:
-            now = {worker: flight.reported(worker) for worker in asked}
-            asked = {w: was for w, was in asked.items() if now[w] == was or now[w] % 2}
-            sleep(0.0002)
-
-    def reports(self) -> dict[int, SelfReport]:
-        """The newest report of each worker that has made one."""
-        flight = self._flight()
-        if flight is None:
-            return {}
-        raw = {worker: flight.report(worker) for worker in range(self.number)}
-        told = {worker: pickle.loads(each) for worker, each in raw.items() if each}
-        return {worker: self._of_workers(each) for worker, each in told.items()}
-
-    def _of_workers(self, report: SelfReport) -> SelfReport:
-        """The report without files that main may have read itself."""
-        if not report.files:
-            return report
-        paths = self.waited.paths
-        return report._replace(files=tuple(each for each in report.files if each.path in paths))
-
-    def moved_positions(self, said: list[str], reports: Mapping[int, SelfReport]) -> list[str]:
-        """Read positions that a worker moves since the workers were forked, unless told already."""
-        now, then = read_positions(), self.waited.inherited
-        by_workers = {each.path for report in reports.values() for each in report.files}
-        return [
-            f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
-            f"since the workers were forked: the {self.number} workers share it, and what one "
-            "reads, the others skip. Open it in the worker, at first use"
-            for fd, before in then.items()
-            if fd in now
-            and before.path in by_workers
-            and now[fd].path == before.path
-            and now[fd].offset != before.offset
-            and not any(before.path in each for each in said)
-        ]
-
-    def slow_start(self, dataset: Any, stream: bool) -> Iterator[Finding]:
-        """What took long as the workers began, once they have."""
-        flight = self._flight()
-        if flight is None or self._start_told:
-            return
-        ready = [flight.ready_ns(worker) / 1e9 for worker in range(self.number)]
-        if not all(ready):
-            return
-        self._start_told = True
-        seconds = max(ready) - self._began
-        heavy = list if self.forked else partial(heaviest, dataset)
-        took = self._started - self._began
-        yield from slow_start(seconds, took, self._start_method, stream, heavy)
-
-
 def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     """The looks at a loader over ``dataset`` that writes into ``recorder``, from epoch to epoch."""
     known: list[Looks] = recorder.looks
@@ -426,14 +290,3 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     looks = Looks(dataset, length)
     recorder.looks = [*known[-LOADERS_MAX + 1 :], looks]
     return looks
-
-
-def _may_be_cache(value: Any) -> bool:
-    """Whether a container may save work: a history and counts are not read to save any."""
-    base = container_base(type(value))
-    if base is not dict:
-        # A list has places for what is made: the first is there already.
-        return base is list and bool(list.__len__(value))
-    counts = (int, float, list, set)
-    factory = getattr(value, "default_factory", None) if type(value) is defaultdict else None
-    return type(value) is not Counter and not any(factory is each for each in counts)

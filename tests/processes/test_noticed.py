@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import IterableDataset, Sampler, Subset, get_worker_info
 
 from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError
-from safeloader.main import looks
+from safeloader.main import looks, reporting_workers
 from safeloader.supervision import growth, kept_batches
 
 N = 24
@@ -40,7 +40,7 @@ def ways(among: dict[str, dict[str, Any]]) -> Any:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers answer at once unless the machine is busy: then they are waited for."""
-    monkeypatch.setattr(looks, "ANSWER_S", 30.0)
+    monkeypatch.setattr(reporting_workers, "ANSWER_S", 30.0)
     monkeypatch.setattr(growth, "SLOW_START_S", 600.0)  # how long they take is the machine's
 
 
@@ -687,7 +687,7 @@ def test_a_file_that_is_opened_in_the_worker_is_not_told(way: str, file: Path, c
 def test_workers_that_have_nothing_new_to_say_answer_all_the_same(
     caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looks, "ANSWER_S", 600.0)  # the test would end before
+    monkeypatch.setattr(reporting_workers, "ANSWER_S", 600.0)  # the test would end before
     loader = loader_of(torch.zeros(16, 3), "fork, persistent", batch_size=8)  # one batch a worker
     assert said(caplog, loader) == []
 
