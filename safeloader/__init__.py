@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
     from safeloader.errors import (
         CollateError,
         DeliveryError,
+        ResumeError,
         SafeLoaderError,
         SampleError,
         SamplerError,
@@ -34,6 +35,7 @@ if typing.TYPE_CHECKING:
     from safeloader.loader import SafeDataLoader
     from safeloader.provenance.recorder import Recorder
     from safeloader.provenance.table import BatchRecord, Provenance
+    from safeloader.stateful import SafeStatefulDataLoader
     from safeloader.worker.policy import SKIP
 
 __all__ = [
@@ -45,8 +47,10 @@ __all__ = [
     "Failure",
     "Provenance",
     "Recorder",
+    "ResumeError",
     "SafeDataLoader",
     "SafeLoaderError",
+    "SafeStatefulDataLoader",
     "SampleError",
     "SamplerError",
     "TransportError",
@@ -69,6 +73,7 @@ _HOMES = {
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",
+    "SafeStatefulDataLoader": "stateful",
     "doctor": "examining.doctor",
     "instrument": "instrumenting",
     "loaders_of": "instrumenting",

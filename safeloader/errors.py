@@ -11,7 +11,8 @@
     ├── TransportError          something could not be carried over between the processes
     ├── WorkerCrashError        a worker process died; also a RuntimeError
     ├── WorkerTimeoutError      no batch came in time; also a RuntimeError and a TimeoutError
-    └── DeliveryError           what arrived is not what the sampler drew
+    ├── DeliveryError           what arrived is not what the sampler drew
+    └── ResumeError             a state cannot be gone on from; also a ValueError
 
 An error that the user's own code caused is raised as a class that is *both* one of these and the
 type that was raised (``SampleError(KeyError)``), so ``except KeyError`` goes on working. Ray does
@@ -103,6 +104,10 @@ class WorkerTimeoutError(SafeLoaderError, RuntimeError, TimeoutError):
 
 class DeliveryError(SafeLoaderError):
     """What was handed over is not what the sampler drew: missing, twice, or unasked for."""
+
+
+class ResumeError(SafeLoaderError, ValueError):
+    """A state that was saved cannot be gone on from here; its text says what to do."""
 
 
 _END_A_LOOP = (StopIteration, StopAsyncIteration, GeneratorExit)

@@ -129,6 +129,9 @@ class EpochAudit:
         unchecked: what nobody looked at, in a phrase each; ``ok`` says nothing of that.
         noticed: what was seen of wrong data behind right indices, in a sentence each, while this
             epoch ran; ``ok`` says nothing of that. The log says what to do about it.
+        resumed_at: at which batch this run went on with an epoch that another had begun; None as a
+            rule. ``drawn`` and ``repeated`` are then of both.
+        delivered_before: how many samples had been handed over, or accounted for, by then.
         unchecked_since: the batch from which on nothing was checked, because of a fault of
             safeloader's own, which the log tells; None as a rule. Such an epoch is never complete.
 
@@ -177,6 +180,8 @@ class EpochAudit:
     under_indices: dict[int, Any] = dataclasses.field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     noticed: tuple[str, ...] = ()
+    resumed_at: int | None = None
+    delivered_before: int = 0
 
     @property
     def ok(self) -> bool | None:
@@ -281,6 +286,10 @@ class EpochAudit:
         ]
         if replaced := self.counts.get("replaced"):
             lines[0] += f", {replaced} replaced"
+        if self.resumed_at is not None:
+            lines.append(
+                f"  resumed at batch {self.resumed_at}; {self.delivered_before} delivered before"
+            )
         for name, meaning in CLASSES:
             if total := self.counts.get(name):
                 text = self._with_donor if name == "replaced" else index_text
@@ -301,7 +310,8 @@ class EpochAudit:
         lines += self._among_ranks(at)
         lines += self._by_worker()
         if self.complete and not self.counts.get("failed"):
-            said = of_batches(self.announced, self.batches_drawn, self.batches)
+            came = self.batches + (self.resumed_at or 0)
+            said = of_batches(self.announced, self.batches_drawn, came)
             lines += [f"  batches: {said}"] if said else []
         lines += [f"  noticed: {said}" for said in self.noticed]
         lines += [f"  note: {note}" for note in self.notes]

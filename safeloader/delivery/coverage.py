@@ -45,6 +45,10 @@ class IndexSet:
         self.count += len(items)
         self._first += items[: TALLY_LIMIT - len(self._first)]
 
+    def first(self, most: int) -> list[Any]:
+        """The first of them."""
+        return self._first[:most]
+
     def array(self) -> npt.NDArray[Any]:
         """The identities noted, see :func:`as_array`."""
         return as_array(self._first)

@@ -72,6 +72,7 @@ class Ledger:
             go on to send some.
         first_drawn: the indices of the first batch; None before, and of a stream.
         all_drawn: whether the sampler came to its end.
+        batches_before, samples_before: what an earlier run had handed over of this epoch.
         settled: whether everything the sampler had is accounted for and nothing more can come. A
             plain attribute, because it is read with every batch. In a stream it stays False: the
             end of a stream is known when it is asked for.
@@ -93,6 +94,7 @@ class Ledger:
         self._interrupts = 0  # may have lost batches that are not known to be lost
         self._sampler_failed = False
         self.compares_keys = True
+        self.batches_before = self.samples_before = 0
         self._place_of_key: dict[Any, int] = {}  # among these two:
         self._keyed: list[Any] = []  # the index that it was first given for, and by which worker
         self._keyed_by = array("i")
@@ -107,6 +109,9 @@ class Ledger:
 
     def drawn(self, seq: int, indices: Packed) -> None:
         """Batch ``seq`` was drawn. In a stream a draw only says how many samples are wanted."""
+
+    def drawn_before(self, packed: Packed) -> None:
+        """These were handed over, or accounted for, before a resume."""
 
     def draw_failed(self, lost: Packed = b"") -> None:
         """The sampler raised, or an interrupt through it; ``lost`` it had drawn for no batch."""
@@ -299,6 +304,8 @@ class Ledger:
             reasons=dict(self.reasons),
             donors=dict(self.donors),
             delivered_by=dict(enumerate(self.delivered_by[1:])),
+            resumed_at=self.batches_before if self.samples_before else None,
+            delivered_before=self.samples_before,
             same_keys=tuple(self.same_keys),
         )
 
@@ -317,7 +324,8 @@ class MapLedger(Ledger):
 
     @property
     def batches_drawn(self) -> int:
-        return 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
+        here = 0 if self._first_seq is None else self._last_seq + 1 - self._first_seq
+        return here + self.batches_before
 
     def drawn(self, seq: int, indices: Packed) -> None:
         # Hot path: of ours nothing is called here, nor in `check` where all is as it should be.
@@ -335,6 +343,12 @@ class MapLedger(Ledger):
             coverage.waiting.append(indices)
             if coverage.room < 0:
                 coverage.flush()
+
+    def drawn_before(self, packed: Packed) -> None:
+        number = count(packed)
+        self._drawn += number
+        self.samples_before += number
+        self._coverage.add(packed)
 
     def draw_failed(self, lost: Packed = b"") -> None:
         super().draw_failed()
@@ -417,7 +431,9 @@ class MapLedger(Ledger):
     def opened(self, seq: int) -> PendingBatch | None:
         packed = self._pending.get(seq)
         first = self._first_seq or 0
-        return None if packed is None else PendingBatch(seq - first, unpack(packed))
+        if packed is None:
+            return None
+        return PendingBatch(seq - first + self.batches_before, unpack(packed))
 
     def interrupted(self, manifest: BatchManifest | None) -> None:
         super().interrupted(manifest)

@@ -22,10 +22,13 @@ from torch.utils import data
 from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
+from safeloader.delivery.position import Position
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.signals import raised_by_signal
+from safeloader.main.beginning import Watch
+from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
 
@@ -41,6 +44,9 @@ class RecordingSampler:
     that they were: within :meth:`beginning_with_open` a new pool of workers is given them, and then
     what was not drawn yet. With ``in_main`` the samples are fetched in this process, and need not
     be identified again. With ``lends`` each task has with it what was drawn last before it.
+
+    Where a loader keeps its place, ``position`` is told of the draws, and ``watch`` of the
+    generators that the sampler begins with.
     """
 
     drawn_from: Any
@@ -51,6 +57,9 @@ class RecordingSampler:
     in_main: bool = False
     lends: bool = False
     log: Epoch = dataclasses.field(init=False)
+    position: Position | None = dataclasses.field(init=False, default=None)
+    watch: Watch | None = dataclasses.field(init=False, default=None)
+    _left: tuple[Iterator[Any], list[Any]] | None = dataclasses.field(init=False, default=None)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
     _numbers: Iterator[int] = dataclasses.field(
         init=False, default_factory=lambda: iter(range(sys.maxsize))
@@ -136,15 +145,37 @@ class RecordingSampler:
         finally:
             self._resumed = None
 
-    def _begin(self) -> Iterator[Task]:
-        tail: list[Any] = []  # drawn since the last batch
-        source = self.drawn_from
+    def keep_place(self, position: Position, watch: Watch) -> None:
+        """The next epoch tells these of its draws."""
+        self.position, self.watch, self._left = position, watch, None
+
+    def draw_again(self, draws: DrawsAgain, begin: dict[str, Any]) -> DrawnAgain:
+        """Draw what an earlier run handed over; the next epoch begins with what is left."""
+        source, tail = self._source()
+        drawn = draws.draw(source, tail, begin)
+        self._left = drawn.rest, tail
+        return drawn
+
+    def begin_with(self, rest: Iterator[Any]) -> None:
+        """The next epoch begins with ``rest`` in the place of what was left."""
+        assert self._left is not None
+        self._left = rest, self._left[1]
+
+    def _source(self) -> tuple[Any, list[Any]]:
+        """The sampler to iterate, and in what it notes what it drew since its last batch."""
+        tail: list[Any] = []
         try:
-            source = _noting(source, tail)
+            return _noting(self.drawn_from, tail), tail
         except Exception as exc:
             self.log.at_fault("the list of what is dropped", exc)
+        return self.drawn_from, tail
+
+    def _begin(self) -> Iterator[Task]:
+        if self._left is not None:  # torch asks twice before it draws
+            return itertools.chain.from_iterable(self._passes(*self._left))
+        source, tail = self._source()
         try:
-            inner = iter(source)
+            inner = iter(source) if self.watch is None else self.watch.iterating(source)
         except Exception as exc:
             # Raised here it would leave torch's iterator half made. It is told with the first draw.
             return self._fault(*_taken_apart(exc))
@@ -168,7 +199,7 @@ class RecordingSampler:
 
     def _tasks(self, inner: Iterator[Any], tail: list[Any], ended: list[bool]) -> Iterator[Task]:
         """One pass over the sampler; hot path (a generator resumes faster than a method runs)."""
-        numbers, log = self._numbers, self.log
+        numbers, log, position = self._numbers, self.log, self.position
         batched, stream, in_main = self.batched, self.stream, self.in_main
         while True:
             fault = None
@@ -201,6 +232,8 @@ class RecordingSampler:
             try:
                 packed = b"" if stream else pack(index) if batched else pack_unbatched(index)
                 log.drawn(seq, packed)
+                if position is not None:
+                    position.drawn(seq, packed)
             except Exception as exc:
                 log.at_fault("the ledger", exc)
             yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)

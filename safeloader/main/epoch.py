@@ -153,6 +153,12 @@ class Epoch:
         if self.events.begun:
             self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
+    def resumed(self, batches: int, note: str = "") -> None:
+        """This epoch goes on where an earlier run had handed over so many batches."""
+        self.batches = self.ledger.batches_before = batches
+        if note:
+            self._notes.append(note)
+
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
     def at_fault(self, part: str, exc: Exception) -> None:
@@ -530,7 +536,7 @@ class Epoch:
         audit = EpochAudit(number)
         with self._guarded("the ledger" if "the ledger" in self._off else "the audit"):
             audit = self.ledger.audit(number, self.log.length)
-            batches = self.batches - self._lost
+            batches = self.batches - self._lost - self.ledger.batches_before
             said = self._announced
             if said is None and self._length_is_true and audit.complete:
                 said = audit.batches_drawn

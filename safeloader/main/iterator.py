@@ -19,10 +19,12 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
+from safeloader.delivery.position import Position
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.announcing import announced
+from safeloader.main.continuity import KEEPS_PLACE, Continuity
 from safeloader.main.epoch import NOT_ANNOUNCED, Epoch
 from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
@@ -49,7 +51,9 @@ class SafeIterator(Iterator[Any]):
         settings: Settings,
         pool: WorkerPool | None = None,
         said: int | None = None,
+        continuity: Continuity | None = None,
     ) -> None:
+        self._continuity = continuity
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
         self._loader = weakref.ref(loader)
@@ -88,8 +92,13 @@ class SafeIterator(Iterator[Any]):
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
         self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
+        self._position: Position | None = None
+        if self._continuity is not None:
+            self._position = self._continuity.begin(self, loader, self.pool.sampler, epoch)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
+            if self._continuity is not None:
+                self._continuity.built()
             if new:
                 self._advance = self._looks.while_waiting(self._advance)
         except WorkersDied as sign:
@@ -128,6 +137,8 @@ class SafeIterator(Iterator[Any]):
                     except StopIteration:
                         self._looks.at_end()
                         self._epoch.ended(broken=self.pool.broken is not None)
+                        if self._continuity is not None:
+                            self._continuity.ended(self)
                         raise
                     except (WorkersDied, TimedOut) as sign:
                         self._go_on_after(sign)
@@ -172,8 +183,12 @@ class SafeIterator(Iterator[Any]):
                             epoch.sink_failed(told, exc)
                     if epoch.ledger.settled:  # not every loop asks again after the last batch
                         epoch.close()
+                    if self._position is not None:
+                        self._position.passed(manifest.seq, number)
                     return payload
             except (StopIteration, SafeLoaderError):
+                if self._position is not None and type(came) is DeliveredBatch:
+                    self._position.passed(came.manifest.seq, self._epoch.batches - 1)
                 raise
             except BaseException:
                 self._epoch.interrupted(came.manifest if type(came) is DeliveredBatch else None)
@@ -194,11 +209,11 @@ class SafeIterator(Iterator[Any]):
     def _other_than_batch(self, came: Any) -> None:
         """What torch's iterator gave is no batch: raise its error, or leave it out."""
         if type(came) is EmptyBatch:
-            self.pool.sampler.answered(came.manifest.seq)
+            self._answered(came.manifest.seq)
             self._epoch.came_empty(came.manifest)
         elif type(came) is FailedBatch:
             if not self._lost_with_worker(came):
-                self.pool.sampler.answered(came.manifest.seq)
+                self._answered(came.manifest.seq)
                 beside = self._looks.before_failure()
                 raise self._epoch.came_failed(came, self.pool.raised, beside)
         elif self.pool.broken is not None:
@@ -208,6 +223,20 @@ class SafeIterator(Iterator[Any]):
                 f"a batch came without a manifest ({type(came).__name__}): something replaced "
                 "safeloader's fetcher in the workers. Set SAFELOADER=off to run without records."
             )
+
+    def _answered(self, seq: int) -> None:
+        """What became of draw ``seq`` is no batch, and is told."""
+        self.pool.sampler.answered(seq)
+        if self._position is not None:
+            self._position.passed(seq, self._epoch.batches)
+
+    def superseded(self, exc: Callable[[], Exception]) -> None:
+        """This iterator is at its end: what ``exc`` makes is raised from now on."""
+
+        def refuse(_: object) -> NoReturn:
+            raise exc()
+
+        self._advance = refuse
 
     def _lost_with_worker(self, came: FailedBatch) -> bool:
         """Whether a batch could not be loaded because its worker died after sending it.
@@ -283,15 +312,16 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
             next epoch in ``_pool``: the loader itself, or what stands beside it.
     """
     settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
+    continuity: Continuity | None = vars(ours).get(KEEPS_PLACE)
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader, settings, said=said)
+        return SafeIterator(loader, settings, said=said, continuity=continuity)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
     live = None if pool is None else pool.live()
     if live is None:
-        live = SafeIterator(loader, settings, pool, said)
+        live = SafeIterator(loader, settings, pool, said, continuity)
     else:
         live.restart(loader, settings, said)
     stock = live.pool.stock

@@ -1,0 +1,301 @@
+"""Where a loader is, from epoch to epoch, and how it goes on from where another was. Runs in: main.
+
+::
+
+    state_dict() ◄── SavedState ◄── Position, Watch ◄── RecordingSampler ◄── draws
+    load_state_dict() ──► SavedState ──► DrawsAgain ──► what is left of the sampler
+
+A state is a place in a sequence that can be drawn again: where the generators stood as its draws
+began, how much was handed over, and a digest of it. To go on, the part before is drawn again
+without being fetched, and has to have that digest.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from safeloader import _torch
+from safeloader.delivery.position import Place, Position
+from safeloader.errors import ResumeError
+from safeloader.failures.loader_log import length_of
+from safeloader.introspect.ranks import place
+from safeloader.introspect.texts import index_text
+from safeloader.main.beginning import (
+    GLOBAL,
+    FirstDraw,
+    Generators,
+    States,
+    Watch,
+    moved,
+    of_json,
+    to_json,
+)
+from safeloader.main.drawing import RecordingSampler
+from safeloader.main.drawing_again import DrawsAgain
+from safeloader.main.epoch import Epoch
+from safeloader.main.saved_state import SavedState
+
+KEEPS_PLACE = "_continuity"  # the attribute of a loader that keeps its place
+_LEFT_OUT = ("skipped", "replaced", "failed")
+_FIRST = 16  # indices of those left out that a state names
+_EPOCHS_MAX = 64  # of which the furthest place is known
+_BEFORE_ITER = "fresh"  # the moment of a state that was taken before its epoch began
+
+
+class Continuity:
+    """Where one loader is.
+
+    Attributes:
+        epoch: the number of the epoch that runs, or ran last, by the loader's own count.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._begun = self._over = False
+        self._loaded: tuple[SavedState, dict[str, Any]] | None = None
+        self._running: Callable[[], Any] = lambda: None
+        self._position = Position()
+        self._watch: Watch | None = None
+        self._begin: dict[str, Any] | None = None  # as JSON has it, once it is known
+        self._earlier: SavedState = SavedState()  # that this epoch went on from
+        self._accounts: Epoch | None = None
+        self._put_back: States = {}
+        self._furthest: dict[int, int] = {}
+        self._went_on = False
+
+    @property
+    def next_epoch(self) -> int:
+        """The number of the epoch that ``iter()`` would begin."""
+        if self._loaded is not None:
+            return self._loaded[0].epoch
+        return self.epoch + 1 if self._begun else self.epoch
+
+    # an epoch ───────────────────────────────────────────────────────────────────────────────────
+
+    def begin(
+        self, iterator: Any, loader: DataLoader[Any], sampler: RecordingSampler, epoch: Epoch
+    ) -> Position:
+        """An epoch begins, at its beginning or where the state that was loaded has it.
+
+        Raises:
+            ResumeError: if the sampler draws others than it drew then.
+        """
+        self._note_furthest()
+        number, loaded = self.next_epoch, self._loaded
+        generators = Generators(sampler.drawn_from, loader.generator)
+        position, self._watch = Position(), Watch(generators)
+        sampler.keep_place(position, self._watch)
+        self._put_back, self._went_on = {}, False
+        self._begin, self._earlier = None, SavedState()
+        if loaded is not None:
+            saved = loaded[0]
+            saved.refuse_unlike(facts_of(loader))
+            if saved.begun:
+                self._go_on(saved, sampler, generators, position, epoch)
+            elif begin := of_json_states(saved.generators.get(_BEFORE_ITER, {})):
+                self._borrow(begin, generators)
+        self._loaded = None
+        self.epoch, self._begun, self._over = number, True, False
+        self._running = weakref.ref(iterator)
+        self._position, self._accounts = position, epoch
+        return position
+
+    def built(self) -> None:
+        """Torch's iterator over it was made; with workers, the first draws were made too."""
+        put_back, self._put_back = self._put_back, {}
+        watch = self._watch
+        if put_back and watch is not None:
+            if not (watch.done or self._went_on):
+                watch.lent = watch.generators.states()
+            watch.generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
+
+    def ended(self, iterator: Any) -> None:
+        """The epoch of ``iterator`` came to its end."""
+        if self._running() is iterator:
+            self._over = True
+
+    def _borrow(self, begin: States, generators: Generators) -> None:
+        """Begin an epoch from where the generators stood, and put the process's own back then."""
+        here = generators.states()
+        unlike = {name: state for name, state in begin.items() if name in here}
+        if not moved(unlike, here):
+            return  # the program has put them there itself
+        self._put_back = here
+        generators.put(unlike)
+
+    def _go_on(
+        self,
+        saved: SavedState,
+        sampler: RecordingSampler,
+        generators: Generators,
+        position: Position,
+        epoch: Epoch,
+    ) -> None:
+        here = generators.states()
+        begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
+        before = epoch.ledger.drawn_before
+        draws = DrawsAgain(saved, generators, batched=sampler.batched, before=before)
+        try:
+            drawn = sampler.draw_again(draws, begin)
+        except Exception:
+            generators.put(here)
+            raise
+        stays = drawn.lazy | drawn.held
+        generators.put({name: state for name, state in here.items() if name not in stays})
+        position.go_on(drawn.chain, saved.place, saved.ladder, drawn.beyond)
+        sampler.begin_with(FirstDraw(drawn.rest, _putting(generators, stays)))
+        self._put_back = {n: s for n, s in (here | drawn.lazy).items() if n in GLOBAL}
+        self._went_on = True
+        self._begin, self._earlier = saved.generators, saved
+        epoch.resumed(saved.place.batches + len(drawn.beyond), self._again(saved))
+
+    def _note_furthest(self) -> None:
+        if self._begun and not self._over:
+            known = self._furthest
+            known[self.epoch] = max(known.get(self.epoch, 0), self._position.at.batches)
+            for old in list(known)[:-_EPOCHS_MAX]:
+                del known[old]
+
+    def _again(self, saved: SavedState) -> str:
+        """What comes twice because the state is an older one, in a sentence."""
+        came, at = self._furthest.get(saved.epoch, 0), saved.place.batches
+        if came <= at:
+            return ""
+        which = f"batch {at}" if came == at + 1 else f"batches {at} to {came - 1}"
+        return (
+            f"{which} of this epoch had been handed over in this process before the state of batch "
+            f"{at} was loaded, and come again"
+        )
+
+    # states ─────────────────────────────────────────────────────────────────────────────────────
+
+    def state(self, loader: DataLoader[Any], after: Any = None) -> dict[str, Any]:
+        """The state of the loader now, or as it was when a batch was handed over.
+
+        Raises:
+            ResumeError: if ``after`` is not among the newest batches of the running epoch.
+        """
+        if self._loaded is not None and after is None:
+            return copy.deepcopy(self._loaded[1])
+        accounts = self._accounts
+        if accounts is None or not self._begun or (self._over and after is None):
+            if after is not None:
+                raise ResumeError(_NOT_KNOWN)
+            return self._before_epoch(loader).to_dict()
+        at: Place | None = self._position.at
+        if after is not None:
+            same = getattr(after, "epoch", None) == accounts.number
+            at = self._position.after(after.batch) if same else None
+            if at is None:
+                raise ResumeError(_NOT_KNOWN)
+        assert at is not None
+        ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
+        facts = facts_of(loader, accounts.log.length)
+        return dataclasses.replace(
+            facts,
+            epoch=self.epoch,
+            place=at,
+            ladder=ladder,
+            begun=True,
+            generators=self._beginning(),
+            left_out=self._left_out(accounts),
+        ).to_dict()
+
+    def _before_epoch(self, loader: DataLoader[Any]) -> SavedState:
+        facts = dataclasses.replace(facts_of(loader), epoch=self.next_epoch)
+        if facts.seed is not None:
+            return facts
+        generators = Generators(_torch.index_sampler(loader), loader.generator)
+        states = generators.cheap_states()
+        seen = {} if self._watch is None else self._watch.seen
+        more = {name for moment in seen.values() for name in moment} - states.keys()
+        if more:
+            every = generators.states()
+            states |= {name: every[name] for name in more if name in every}
+        known = {name: to_json(state) for name, state in states.items()}
+        return dataclasses.replace(facts, generators={_BEFORE_ITER: known})
+
+    def _beginning(self) -> dict[str, Any]:
+        """Where the draws of the running epoch began, as JSON has it."""
+        if self._begin is not None:
+            return self._begin
+        watch = self._watch
+        if watch is None:
+            return {}
+        seen = {moment: dict(states) for moment, states in watch.seen.items()}
+        if not watch.done:  # the first draw begins from here, or from what is lent to it
+            seen["draw"] = watch.generators.cheap_states() | watch.lent
+        found = {m: {n: to_json(s) for n, s in states.items()} for m, states in seen.items()}
+        if watch.done:
+            self._begin = found
+        return found
+
+    def _left_out(self, accounts: Epoch) -> dict[str, Any]:
+        """How many did not come, in each class, and the first of them."""
+        found: dict[str, Any] = {}
+        before = self._earlier.left_out
+        for name in _LEFT_OUT:
+            here = accounts.ledger.by_class[name]
+            earlier = before.get(name, [0, []])
+            if number := here.count + earlier[0]:
+                first = [*earlier[1], *map(index_text, here.first(_FIRST))][:_FIRST]
+                found[name] = [number, first]
+        return found
+
+    def load(self, loader: DataLoader[Any], state: Any) -> None:
+        """Go on from ``state`` with the next ``iter()``; an iterator made before is at its end.
+
+        Raises:
+            ResumeError: if the loader cannot go on from it; then nothing is changed.
+        """
+        saved = SavedState.of(state)
+        saved.refuse_unlike(facts_of(loader))
+        self._note_furthest()
+        iterator, self._running = self._running(), lambda: None
+        if iterator is not None:
+            iterator.superseded(_superseded)
+        self._loaded = saved, copy.deepcopy(state) if state else saved.to_dict()
+
+
+_NOT_KNOWN = (
+    "the state after this batch is not known: it is kept for the newest 1024 batches of the "
+    "running epoch. Take the state as the batch comes: state_dict(after=loader.last_batch)"
+)
+
+
+def _superseded() -> ResumeError:
+    return ResumeError(
+        "load_state_dict() was called after this iterator was made: it would go on from elsewhere. "
+        "Load the state before iter(loader), and ask the new iterator"
+    )
+
+
+def _putting(generators: Generators, states: States) -> Callable[[Any], Any]:
+    """Put generators where the draws before left them: torch draws a seed from one in between."""
+
+    def first(inner: Any) -> Any:
+        generators.put(states)
+        return next(inner)
+
+    return first
+
+
+def facts_of(loader: DataLoader[Any], length: int | None = None) -> SavedState:
+    """What a loader is, as far as another has to be alike to go on from its states."""
+    own = type(_torch.index_sampler(loader)) is BatchSampler
+    return SavedState(
+        length=length_of(loader.dataset) if length is None else length,
+        batch_size=loader.batch_size if own else None,
+        world_size=place().world_size,
+    )
+
+
+def of_json_states(states: dict[str, Any]) -> States:
+    """The states of generators again."""
+    return {name: of_json(state) for name, state in states.items()}

@@ -1,0 +1,196 @@
+"""Draws again what an earlier run handed over, and proves that it is the same. Runs in: main.
+
+The sampler begins from where its generators stood then, and nothing is fetched. The indices are
+chained into a digest, which is compared on the way with those that were saved: a difference is an
+error that says where it begins.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+from torch.utils.data import BatchSampler
+
+from safeloader.delivery.indices import Packed, count, pack, pack_unbatched
+from safeloader.delivery.position import Chain, Rung
+from safeloader.errors import ResumeError
+from safeloader.main.beginning import Generators, States, moved
+from safeloader.main.saved_state import SavedState
+
+_PIECE = 8192  # indices that are drawn at once where batches do not matter
+
+
+class DrawnAgain(NamedTuple):
+    """What the draws left.
+
+    Attributes:
+        rest: what comes next, of which the first is drawn already.
+        chain: of the indices drawn again.
+        beyond: the identities of each batch handed over behind the first gap.
+        lazy: of generators that went on to move after the first draw, where they stand.
+        held: the same of all that the sampler and the loader hold.
+    """
+
+    rest: Iterator[Any]
+    chain: Chain
+    beyond: dict[int, Packed]
+    lazy: States
+    held: States
+
+
+class DrawsAgain:
+    """Draws what was handed over before a state was saved.
+
+    Args:
+        saved: the state.
+        generators: that the sampler may draw from; left where the draws move them.
+        batched: whether the sampler gives batches.
+        before: is told the identities of what is drawn again, piece by piece.
+    """
+
+    def __init__(
+        self,
+        saved: SavedState,
+        generators: Generators,
+        *,
+        batched: bool,
+        before: Callable[[Packed], None],
+    ) -> None:
+        self._saved = saved
+        self._generators = generators
+        self._pack = pack if batched else pack_unbatched
+        self._batched = batched
+        self._before = before
+        self._chain = Chain()
+        self._samples = self._agreed = 0
+        place = saved.place
+        last = Rung(place.batches, place.samples, place.digest)
+        self._rungs = [*sorted(saved.ladder, key=lambda rung: rung.samples), last]
+        self._after_first: States | None = None
+
+    def draw(self, source: Any, tail: list[Any], begin: dict[str, States]) -> DrawnAgain:
+        """Draw as far as the earlier run came, and one batch further.
+
+        Args:
+            source: the sampler.
+            tail: in which it notes what it drew since its last batch.
+            begin: where the generators stood at the beginning, by moment.
+
+        Raises:
+            ResumeError: if other indices are drawn, or too few.
+        """
+        self._generators.put(begin.get("iter", {}))
+        place = self._saved.place
+        if self._batched and not place.beyond and type(source).__iter__ is BatchSampler.__iter__:
+            inner = self._by_samples(source, begin)
+        else:
+            inner = iter(source)
+            self._generators.put(begin.get("draw", {}))
+            for number in range(place.batches):
+                self._take(self._pack(self._next(inner, number)))
+        if self._agreed != place.batches:  # other batches, which never were as long
+            raise self._others(place.batches)
+        tail.clear()
+        beyond: dict[int, Packed] = {}
+        gaps: list[Any] = []
+        for number in range(place.batches, max(place.beyond, default=-1) + 1):
+            index = self._next(inner, number)
+            if number in place.beyond:
+                beyond[number] = self._pack(index)
+                self._before(beyond[number])
+            else:
+                gaps.append(index)
+            tail.clear()
+        rest = chain(gaps, _Ahead(inner, tail))  # its tail of a batch that never came stays
+        now = self._generators.states()
+        lazy = {}
+        if self._after_first is not None:
+            lazy = {name: now[name] for name in moved(self._after_first, now)}
+        held = {name: now[name] for name in self._generators.held}
+        return DrawnAgain(rest, self._chain, beyond, lazy, held)
+
+    def _by_samples(self, source: Any, begin: dict[str, States]) -> Iterator[Any]:
+        """How indices lie in batches is of no interest: they may have another size now."""
+        self._generators.put(begin.get("draw", {}))
+        indices = iter(source.sampler)
+        number = 0
+        while self._samples < self._saved.place.samples:
+            ends = [rung.samples for rung in self._rungs if rung.samples > self._samples]
+            wanted = min(_PIECE, min(ends) - self._samples) if number else 1
+            piece = list(islice(indices, wanted))
+            if len(piece) < wanted:
+                raise self._too_few(
+                    f"{self._samples + len(piece)} samples", self._saved.place.samples
+                )
+            self._take(pack(piece))
+            number += 1
+        rest = copy.copy(source)
+        rest.sampler = indices
+        return iter(rest)
+
+    def _next(self, inner: Iterator[Any], number: int) -> Any:
+        try:
+            return next(inner)
+        except StopIteration:
+            raise self._too_few(f"{number} batches", self._saved.place.batches) from None
+
+    def _too_few(self, gave: str, wanted: int) -> ResumeError:
+        return ResumeError(
+            f"the sampler gave {gave} and ended, and {wanted} were handed over when the state was "
+            f"saved. {_CAUSES}"
+        )
+
+    def _take(self, packed: Packed) -> None:
+        """A piece was drawn again: it has to be as it was."""
+        self._chain.add(packed)
+        self._samples += count(packed)
+        self._before(packed)
+        if self._after_first is None:
+            self._after_first = self._generators.states()
+        for rung in self._rungs:
+            if rung.samples == self._samples:
+                if self._chain.digest()[: len(rung.digest)] != rung.digest:
+                    raise self._others(rung.batches)
+                self._agreed = rung.batches
+
+    def _others(self, by: int) -> ResumeError:
+        agree = (
+            f"they agree up to batch {self._agreed} and differ" if self._agreed else "they differ"
+        )
+        return ResumeError(
+            f"the sampler draws other indices than when the state was saved: {agree} by batch {by} "
+            f"of the {self._saved.place.batches} that were handed over. {_CAUSES}"
+        )
+
+
+_CAUSES = (
+    "Usual causes: set_epoch() was not called, or with another number; the sampler was made with "
+    "another seed or other weights; it draws from random, numpy.random or torch while the training "
+    "loop draws from them too. Make the sampler as it was, or train with seed=, which makes the "
+    "order of torch's samplers a function of the seed and the epoch"
+)
+
+
+class _Ahead(Iterator[Any]):
+    """An iterator of which the first is drawn already: its end, or its error, comes in its turn."""
+
+    def __init__(self, inner: Iterator[Any], tail: list[Any]) -> None:
+        self._inner = inner
+        self._first: list[Any] = []
+        self._raised: BaseException | None = None
+        try:
+            self._first.append(next(inner))
+            tail.clear()
+        except Exception as exc:
+            self._raised = exc.with_traceback(None)
+
+    def __next__(self) -> Any:
+        if self._first:
+            return self._first.pop()
+        if self._raised is not None:
+            exc, self._raised = self._raised, None
+            raise exc
+        return next(self._inner)

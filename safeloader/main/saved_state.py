@@ -1,0 +1,193 @@
+"""The state of a loader as it is saved, and which loader may go on from it. Runs in: main.
+
+Plain values that JSON takes, so that it fits into any checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from safeloader.delivery.position import Place, Rung
+from safeloader.errors import ResumeError
+from safeloader.introspect.texts import bounded_text
+
+FORMAT = 1
+NOWHERE = Place(0, 0, b"")
+_NAME = "safeloader"  # under which the format stands
+_THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedState:
+    """Where a loader was.
+
+    Attributes:
+        epoch: the number of the epoch, by the loader's own count.
+        place: how far it was; the beginning for one that was not begun.
+        ladder: digests of earlier places.
+        begun: whether its draws had begun.
+        generators: by moment, the states of the generators that its draws began from; of an epoch
+            that was not begun, where they stood as the state was taken.
+        left_out: of the indices before ``place``, how many in each class did not come, and the
+            first of them.
+        length: of the dataset; None where it has none.
+        batch_size: the loader's, None with a batch sampler of the user's or without batching.
+        seed: the loader's.
+        seed_per: what it seeds.
+        world_size: the number of ranks; None outside of distributed training.
+    """
+
+    epoch: int = 0
+    place: Place = NOWHERE
+    ladder: tuple[Rung, ...] = ()
+    begun: bool = False
+    generators: dict[str, Any] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, Any] = dataclasses.field(default_factory=dict)
+    length: int | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    seed_per: str | None = None
+    world_size: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what says nothing is left out."""
+        place = self.place
+        state: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
+        if self.begun:
+            state |= {
+                "batches": place.batches,
+                "samples": place.samples,
+                "digest": place.digest.hex(),
+            }
+        if self.ladder:
+            state["ladder"] = [
+                [each.batches, each.samples, each.digest.hex()] for each in self.ladder
+            ]
+        if place.beyond:
+            state["beyond"] = list(place.beyond)
+        for name in ("generators", "left_out"):
+            if given := getattr(self, name):
+                state[name] = given
+        for name in ("length", "batch_size", "seed", "seed_per", "world_size"):
+            if (value := getattr(self, name)) is not None:
+                state[name] = value
+        return state
+
+    @classmethod
+    def of(cls, state: Any) -> SavedState:
+        """A state that was saved.
+
+        Raises:
+            ResumeError: for what is none, or none that is understood here.
+        """
+        if not isinstance(state, dict):
+            raise ResumeError(
+                f"a state is a dict, as state_dict() gives it; got {bounded_text(state)}"
+            )
+        if not state:
+            return cls()
+        if _NAME not in state:
+            raise ResumeError(_foreign(state))
+        if state[_NAME] != FORMAT:
+            raise ResumeError(
+                f"this state has format {bounded_text(state[_NAME])}, and this release of "
+                f"safeloader reads format {FORMAT}: upgrade safeloader to the release that saved it"
+            )
+        try:
+            place = Place(
+                state.get("batches", 0),
+                state.get("samples", 0),
+                bytes.fromhex(state.get("digest", "")),
+                tuple(state.get("beyond", ())),
+            )
+            ladder = tuple(Rung(b, s, bytes.fromhex(d)) for b, s, d in state.get("ladder", ()))
+            known = {each.name for each in dataclasses.fields(cls)} - {"place", "ladder", "begun"}
+            more = {name: state[name] for name in known if name in state}
+            saved = cls(place=place, ladder=ladder, begun="digest" in state, **more)
+            saved._see_whole()
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise ResumeError(
+                f"this state is damaged ({exc}): it is not as state_dict() gave it. Take an "
+                "earlier checkpoint"
+            ) from exc
+        return saved
+
+    def _see_whole(self) -> None:
+        numbers = [self.epoch, self.place.batches, self.place.samples, *self.place.beyond]
+        numbers += [each for each in (self.length, self.batch_size, self.seed) if each is not None]
+        if not all(type(each) is int and each >= 0 for each in numbers):
+            raise ValueError("a count is no count")
+        if self.begun and not self.place.digest:
+            raise ValueError("no digest")
+        for name in ("generators", "left_out"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} is no dict")
+
+    def refuse_unlike(self, loader: SavedState) -> None:
+        """That a loader, as its own state describes it, may go on from here.
+
+        Raises:
+            ResumeError: if it may not, with what to do.
+        """
+        if (self.seed, self.seed_per) != (loader.seed, loader.seed_per) and self != SavedState():
+            raise ResumeError(
+                f"the state was saved with {_seeds(self)}, and this loader has {_seeds(loader)}: "
+                f"the order and the random numbers would be others. Give it {_seeds(self)}"
+            )
+        if not self.begun:
+            return
+        if self.length != loader.length:
+            raise ResumeError(
+                f"the dataset has {_samples(loader.length)} now and had {_samples(self.length)} "
+                "when the state was saved: the epoch would draw other indices. Resume with the "
+                "dataset as it was, or begin a new epoch: load_state_dict({}), then set_epoch"
+                f"({self.epoch + 1})"
+            )
+        if self.batch_size != loader.batch_size and not self._may_change_batches(loader):
+            raise ResumeError(
+                f"the state was saved with {_batches(self.batch_size)}, and this loader has "
+                f"{_batches(loader.batch_size)}: the batches begin elsewhere. Resume with "
+                f"{_batches(self.batch_size)}, or train with seed= and seed_per='sample', which "
+                "allows another"
+            )
+        if (self.world_size or 1) != (loader.world_size or 1):
+            raise ResumeError(
+                f"the state was saved by one of {self.world_size or 1} ranks, and there are "
+                f"{loader.world_size or 1} now: each rank's share is another. Resume on "
+                f"{self.world_size or 1}, or draw with GlobalBatchSampler, which allows another "
+                "number"
+            )
+
+    def _may_change_batches(self, loader: SavedState) -> bool:
+        both = self.batch_size is not None and loader.batch_size is not None
+        return both and self.seed_per == "sample" and not self.place.beyond
+
+
+def _foreign(state: dict[Any, Any]) -> str:
+    if any(name in state for name in _THEIRS):
+        return (
+            "this is a state of torchdata's StatefulDataLoader, which does not say what was "
+            "delivered: it cannot be gone on from here. Finish the epoch with torchdata's class, "
+            "and save the next state with this one"
+        )
+    names = ", ".join(map(str, list(state)[:5]))
+    return (
+        f"this is no state of a loader: it has {names}. Give what state_dict() of a "
+        "SafeStatefulDataLoader gave, or {} to begin anew"
+    )
+
+
+def _seeds(state: SavedState) -> str:
+    if state.seed is None:
+        return "no seed="
+    per = "" if state.seed_per == "sample" else f", seed_per={state.seed_per!r}"
+    return f"seed={state.seed}{per}"
+
+
+def _samples(length: int | None) -> str:
+    return "no known length" if length is None else f"{length} samples"
+
+
+def _batches(size: int | None) -> str:
+    return "batches of a sampler's own" if size is None else f"batches of {size}"
