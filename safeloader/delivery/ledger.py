@@ -113,6 +113,9 @@ class Ledger:
     def drawn_before(self, packed: Packed) -> None:
         """These were handed over, or accounted for, before a resume."""
 
+    def read_before(self, samples: list[int]) -> None:
+        """So many of each worker's stream were handed over before a resume."""
+
     def draw_failed(self, lost: Packed = b"") -> None:
         """The sampler raised, or an interrupt through it; ``lost`` it had drawn for no batch."""
         self._sampler_failed = True

@@ -40,6 +40,7 @@ class BatchManifest(NamedTuple):
     ``fingerprints`` are those of its leaves, with ``checksum=True``; ``failures`` those of samples
     left out or replaced, with ``on_failure_dump``. ``first_samples``, in a worker's first batch
     under ``checks.schema()``: of its first sample the index, and the structure as number and text.
+    ``snapshot`` is the state of the worker's dataset after the batch, pickled, where that is kept.
     """
 
     seq: int
@@ -55,6 +56,7 @@ class BatchManifest(NamedTuple):
     fingerprints: tuple[Leaf, ...] | None = None
     failures: tuple[Failure, ...] | None = None
     first_samples: tuple[tuple[Any, int, str], ...] | None = None
+    snapshot: bytes | None = None
 
 
 def expected_indices(manifest: BatchManifest) -> tuple[Any, ...]:

@@ -91,7 +91,7 @@ class Position:
         >>> position = Position()
         >>> for seq, indices in enumerate([(1, 2), (3, 4), (5,)]):
         ...     position.drawn(seq, indices)
-        >>> position.passed(0, 0), position.at.batches, position.at.samples
+        >>> position.passed(0, 0, 2), position.at.batches, position.at.samples
         (None, 1, 2)
     """
 
@@ -128,7 +128,7 @@ class Position:
         self._open[batch] = packed
         self._next = batch + 1
 
-    def passed(self, seq: int, number: int) -> None:
+    def passed(self, seq: int, number: int, samples: int | None) -> None:
         """What became of draw ``seq`` is handed over, or raised, as batch ``number``; 2 us."""
         batch = self._batch_of.pop(seq, None)
         if batch is None:
@@ -165,6 +165,23 @@ class Position:
             while ladder and not _leads_to(ladder[-1].batches, batches):
                 ladder.pop()
             ladder.append(Rung(batches, self.at.samples, digest[:_RUNG_BYTES]))
+
+
+class StreamPosition(Position):
+    """The place in an epoch of a stream, whose samples have no index: only counts are known."""
+
+    def __init__(self, batches: int = 0, samples: int = 0) -> None:
+        super().__init__()
+        self.at = Place(batches, samples, b"")
+
+    def drawn(self, seq: int, packed: Packed) -> None:
+        """A draw only says how many samples are wanted."""
+
+    def passed(self, seq: int, number: int, samples: int | None) -> None:
+        """A batch of so many samples is handed over, or its error raised."""
+        at = self.at
+        self.at = Place(at.batches + 1, at.samples + (samples or 0), b"")
+        self._after.append((number, self.at))
 
 
 def _leads_to(rung: int, batches: int) -> bool:

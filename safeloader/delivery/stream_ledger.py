@@ -44,6 +44,10 @@ class StreamLedger(Ledger):
         self._finished = False
         self._read = 0  # by all workers, once they are at their ends
 
+    def read_before(self, samples: list[int]) -> None:
+        self._next = list(samples)
+        self.samples_before = sum(samples)
+
     def check(self, manifest: BatchManifest) -> Discrepancy | None:
         row = manifest.worker_id or 0
         first, samples = manifest.ordinal or 0, manifest.samples or 0

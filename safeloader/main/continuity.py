@@ -15,13 +15,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from safeloader import _torch
-from safeloader.delivery.position import Place, Position
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.ranks import place
@@ -36,10 +38,14 @@ from safeloader.main.beginning import (
     of_json,
     to_json,
 )
+from safeloader.main.dataset_places import DatasetPlaces, Places, workers_of
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.drawing_again import DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.main.saved_state import SavedState
+from safeloader.main.worker_pool import WorkerPool
+from safeloader.transport.messages import StateMessage
+from safeloader.worker.dataset_states import DatasetStates, has_state
 
 KEEPS_PLACE = "_continuity"  # the attribute of a loader that keeps its place
 _LEFT_OUT = ("skipped", "replaced", "failed")
@@ -61,10 +67,14 @@ class Continuity:
         self._loaded: tuple[SavedState, dict[str, Any]] | None = None
         self._running: Callable[[], Any] = lambda: None
         self._position = Position()
+        self._places: DatasetPlaces | None = None
+        self._here: DatasetStates | None = None  # of the main process
+        self._earlier_places: deque[tuple[int, Places]] = deque(maxlen=KEPT)
         self._watch: Watch | None = None
         self._begin: dict[str, Any] | None = None  # as JSON has it, once it is known
         self._earlier: SavedState = SavedState()  # that this epoch went on from
         self._accounts: Epoch | None = None
+        self._pool: Callable[[], WorkerPool | None] = lambda: None
         self._put_back: States = {}
         self._furthest: dict[int, int] = {}
         self._went_on = False
@@ -78,9 +88,7 @@ class Continuity:
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
-    def begin(
-        self, iterator: Any, loader: DataLoader[Any], sampler: RecordingSampler, epoch: Epoch
-    ) -> Position:
+    def begin(self, iterator: Any, loader: DataLoader[Any], pool: WorkerPool, epoch: Epoch) -> None:
         """An epoch begins, at its beginning or where the state that was loaded has it.
 
         Raises:
@@ -88,23 +96,84 @@ class Continuity:
         """
         self._note_furthest()
         number, loaded = self.next_epoch, self._loaded
-        generators = Generators(sampler.drawn_from, loader.generator)
-        position, self._watch = Position(), Watch(generators)
-        sampler.keep_place(position, self._watch)
+        saved = SavedState() if loaded is None else loaded[0]
+        if loaded is not None:
+            saved.refuse_unlike(facts_of(loader))
         self._put_back, self._went_on = {}, False
         self._begin, self._earlier = None, SavedState()
-        if loaded is not None:
-            saved = loaded[0]
-            saved.refuse_unlike(facts_of(loader))
-            if saved.begun:
-                self._go_on(saved, sampler, generators, position, epoch)
-            elif begin := of_json_states(saved.generators.get(_BEFORE_ITER, {})):
-                self._borrow(begin, generators)
+        self._places = self._places_of(loader, saved, goes_on=loaded is not None)
+        pool.plan = None if self._places is None else self._places.plan
+        if pool.stream:
+            self._begin_stream(pool, saved, epoch)
+        else:
+            self._begin_draws(loader, pool.sampler, saved, epoch)
         self._loaded = None
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
-        self._position, self._accounts = position, epoch
-        return position
+        self._pool, self._accounts = weakref.ref(pool), epoch
+
+    def _places_of(
+        self, loader: DataLoader[Any], saved: SavedState, *, goes_on: bool
+    ) -> DatasetPlaces | None:
+        """What keeps the states of the dataset, if it is a stream or has a state of its own."""
+        if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
+            return None
+        workers, every = loader.num_workers, getattr(loader, "snapshot_every_n_steps", 1)
+        given = saved.dataset
+        if given and workers_of(given) != workers:
+            given = {}  # of a map-style dataset: streams are refused
+        return DatasetPlaces(workers, every, given, over=not saved.begun)
+
+    def _begin_stream(self, pool: WorkerPool, saved: SavedState, epoch: Epoch) -> None:
+        self._watch = None
+        place, places = saved.place, self._places
+        assert places is not None
+        self._position = StreamPosition(place.batches, place.samples)
+        pool.sampler.keep_place(self._position, None, places.requests if pool.workers else 0)
+        if saved.begun:
+            epoch.ledger.read_before([samples for _, samples in places.now.counts])
+            epoch.resumed(place.batches, self._again(saved))
+            self._earlier = saved
+
+    def _begin_draws(
+        self, loader: DataLoader[Any], sampler: RecordingSampler, saved: SavedState, epoch: Epoch
+    ) -> None:
+        generators = Generators(sampler.drawn_from, loader.generator)
+        position, self._watch = Position(), Watch(generators)
+        self._position = position
+        asks = 0 if self._places is None or not loader.num_workers else self._places.requests
+        sampler.keep_place(position, self._watch, asks)
+        if saved.begun:
+            self._go_on(saved, sampler, generators, position, epoch)
+        elif begin := of_json_states(saved.generators.get(_BEFORE_ITER, {})):
+            self._borrow(begin, generators)
+
+    def passed(self, manifest: BatchManifest, number: int) -> None:
+        """What became of a draw is handed over, or raised, as batch ``number``."""
+        self._position.passed(manifest.seq, number, manifest.samples)
+        if self._places is not None:
+            self._places.passed(manifest)
+            self._earlier_places.append((number, self._places.now))
+
+    def told(self, message: StateMessage) -> None:
+        """A worker told the state of its dataset."""
+        if self._places is not None:
+            self._places.told(message)
+        if message.again is not None and self._accounts is not None:
+            samples, seconds = message.again
+            self._accounts.log.warning(
+                "worker %d read %d samples again, which took %.1f s, to come to its place in the "
+                "stream, and dropped them. An iterator or a dataset with state_dict() and "
+                "load_state_dict() is put there at once",
+                message.worker_id,
+                samples,
+                seconds,
+            )
+
+    @property
+    def wants_new_workers(self) -> bool:
+        """Whether the state that was loaded is of datasets, and goes to workers as they start."""
+        return self._loaded is not None and bool(self._loaded[0].dataset)
 
     def built(self) -> None:
         """Torch's iterator over it was made; with workers, the first draws were made too."""
@@ -197,6 +266,7 @@ class Continuity:
         assert at is not None
         ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
         facts = facts_of(loader, accounts.log.length)
+        facts = dataclasses.replace(facts, dataset=self._of_dataset(after))
         return dataclasses.replace(
             facts,
             epoch=self.epoch,
@@ -209,6 +279,8 @@ class Continuity:
 
     def _before_epoch(self, loader: DataLoader[Any]) -> SavedState:
         facts = dataclasses.replace(facts_of(loader), epoch=self.next_epoch)
+        if self._over and (loader.persistent_workers or not loader.num_workers):
+            facts = dataclasses.replace(facts, dataset=self._of_dataset(None))
         if facts.seed is not None:
             return facts
         generators = Generators(_torch.index_sampler(loader), loader.generator)
@@ -220,6 +292,20 @@ class Continuity:
             states |= {name: every[name] for name in more if name in every}
         known = {name: to_json(state) for name, state in states.items()}
         return dataclasses.replace(facts, generators={_BEFORE_ITER: known})
+
+    def _of_dataset(self, after: Any) -> dict[str, Any]:
+        """The states of the dataset, if it is a stream or has one."""
+        places = self._places
+        if places is None:
+            return {}
+        pool = self._pool()
+        here = None if pool is None else pool.states
+        at = places.now
+        if after is not None:
+            at = next(p for n, p in reversed(self._earlier_places) if n == after.batch)
+            if here is not None and at is not places.now:
+                raise ResumeError(_ONLY_NOW)
+        return places.save(at, here)
 
     def _beginning(self) -> dict[str, Any]:
         """Where the draws of the running epoch began, as JSON has it."""
@@ -266,6 +352,12 @@ class Continuity:
 _NOT_KNOWN = (
     "the state after this batch is not known: it is kept for the newest 1024 batches of the "
     "running epoch. Take the state as the batch comes: state_dict(after=loader.last_batch)"
+)
+
+
+_ONLY_NOW = (
+    "without workers the dataset is asked for its state as it is now, and the state after an "
+    "earlier batch is not known. Take it as the batch comes, or use num_workers=1"
 )
 
 

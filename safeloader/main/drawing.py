@@ -30,7 +30,7 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.beginning import Watch
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
-from safeloader.transport.messages import SamplerFault, Task
+from safeloader.transport.messages import SamplerFault, StateRequest, Task
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -46,7 +46,7 @@ class RecordingSampler:
     be identified again. With ``lends`` each task has with it what was drawn last before it.
 
     Where a loader keeps its place, ``position`` is told of the draws, and ``watch`` of the
-    generators that the sampler begins with.
+    generators that the sampler begins with; before the first draw come ``requests`` for states.
     """
 
     drawn_from: Any
@@ -59,6 +59,7 @@ class RecordingSampler:
     log: Epoch = dataclasses.field(init=False)
     position: Position | None = dataclasses.field(init=False, default=None)
     watch: Watch | None = dataclasses.field(init=False, default=None)
+    requests: int = dataclasses.field(init=False, default=0)
     _left: tuple[Iterator[Any], list[Any]] | None = dataclasses.field(init=False, default=None)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
     _numbers: Iterator[int] = dataclasses.field(
@@ -80,11 +81,14 @@ class RecordingSampler:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
-        if not self.keep_open:
-            return tasks
-        self._open.clear()
-        self._rest = map(self._keep, tasks)
-        return self._rest
+        if self.keep_open:
+            self._open.clear()
+            tasks = self._rest = map(self._keep, tasks)
+        return itertools.chain(map(self._request, range(self.requests)), tasks)
+
+    def _request(self, _: int) -> Task:
+        """A task that asks a worker for the state of its dataset."""
+        return Task(next(self._numbers), StateRequest())
 
     def _keep(self, task: Task) -> Task:
         self._open[task.seq] = task._replace(index=_copied(task.index))
@@ -145,9 +149,10 @@ class RecordingSampler:
         finally:
             self._resumed = None
 
-    def keep_place(self, position: Position, watch: Watch) -> None:
+    def keep_place(self, position: Position, watch: Watch | None, requests: int = 0) -> None:
         """The next epoch tells these of its draws."""
         self.position, self.watch, self._left = position, watch, None
+        self.requests = requests
 
     def draw_again(self, draws: DrawsAgain, begin: dict[str, Any]) -> DrawnAgain:
         """Draw what an earlier run handed over; the next epoch begins with what is left."""

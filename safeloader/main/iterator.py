@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import perf_counter_ns as clock
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from safeloader import _torch
-from safeloader.delivery.position import Position
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
 from safeloader.introspect.values import short_type_name, type_name
@@ -32,7 +33,7 @@ from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.events import listeners
 from safeloader.settings import SAID, Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
-from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch
+from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch, StateMessage
 from safeloader.transport.slot_reader import WORKER_GONE, changed
 
 
@@ -92,13 +93,13 @@ class SafeIterator(Iterator[Any]):
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
         self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
-        self._position: Position | None = None
         if self._continuity is not None:
-            self._position = self._continuity.begin(self, loader, self.pool.sampler, epoch)
+            self._continuity.begin(self, loader, self.pool, epoch)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
             if self._continuity is not None:
                 self._continuity.built()
+                self._await_states(self.pool.sampler.requests)
             if new:
                 self._advance = self._looks.while_waiting(self._advance)
         except WorkersDied as sign:
@@ -183,12 +184,12 @@ class SafeIterator(Iterator[Any]):
                             epoch.sink_failed(told, exc)
                     if epoch.ledger.settled:  # not every loop asks again after the last batch
                         epoch.close()
-                    if self._position is not None:
-                        self._position.passed(manifest.seq, number)
+                    if self._continuity is not None:
+                        self._continuity.passed(manifest, number)
                     return payload
             except (StopIteration, SafeLoaderError):
-                if self._position is not None and type(came) is DeliveredBatch:
-                    self._position.passed(came.manifest.seq, self._epoch.batches - 1)
+                if self._continuity is not None and type(came) is DeliveredBatch:
+                    self._continuity.passed(came.manifest, self._epoch.batches - 1)
                 raise
             except BaseException:
                 self._epoch.interrupted(came.manifest if type(came) is DeliveredBatch else None)
@@ -208,12 +209,15 @@ class SafeIterator(Iterator[Any]):
 
     def _other_than_batch(self, came: Any) -> None:
         """What torch's iterator gave is no batch: raise its error, or leave it out."""
-        if type(came) is EmptyBatch:
-            self._answered(came.manifest.seq)
+        if type(came) is StateMessage:
+            if self._continuity is not None:
+                self._continuity.told(came)
+        elif type(came) is EmptyBatch:
+            self._answered(came.manifest)
             self._epoch.came_empty(came.manifest)
         elif type(came) is FailedBatch:
             if not self._lost_with_worker(came):
-                self._answered(came.manifest.seq)
+                self._answered(came.manifest)
                 beside = self._looks.before_failure()
                 raise self._epoch.came_failed(came, self.pool.raised, beside)
         elif self.pool.broken is not None:
@@ -224,11 +228,39 @@ class SafeIterator(Iterator[Any]):
                 "safeloader's fetcher in the workers. Set SAFELOADER=off to run without records."
             )
 
-    def _answered(self, seq: int) -> None:
-        """What became of draw ``seq`` is no batch, and is told."""
-        self.pool.sampler.answered(seq)
-        if self._position is not None:
-            self._position.passed(seq, self._epoch.batches)
+    def _answered(self, manifest: BatchManifest) -> None:
+        """What became of a draw is no batch, and is told."""
+        self.pool.sampler.answered(manifest.seq)
+        if self._continuity is not None:
+            self._continuity.passed(manifest, self._epoch.batches)
+
+    def _await_states(self, requests: int) -> None:
+        """Wait for the states that the workers' datasets begin with; what else comes is kept."""
+        kept: deque[Any] = deque()
+        advance = self._advance
+        while requests:
+            try:
+                came = advance(self._stock)
+            except Exception as sign:
+                kept.append(sign)
+                break
+            if type(came) is StateMessage:
+                self._other_than_batch(came)
+            else:
+                kept.append(came)
+            requests -= type(came) in (StateMessage, FailedBatch)
+        if not kept:
+            return
+
+        def first(stock: Any) -> Any:
+            came = kept.popleft()
+            if not kept:
+                self._advance = advance
+            if isinstance(came, BaseException):
+                raise came
+            return came
+
+        self._advance = first
 
     def superseded(self, exc: Callable[[], Exception]) -> None:
         """This iterator is at its end: what ``exc`` makes is raised from now on."""
@@ -317,6 +349,10 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
         return SafeIterator(loader, settings, said=said, continuity=continuity)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
+    if pool is not None and continuity is not None and continuity.wants_new_workers:
+        pool.end()
+        pool.broken = None
+        held = None
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
     live = None if pool is None else pool.live()

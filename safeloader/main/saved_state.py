@@ -15,6 +15,7 @@ from safeloader.introspect.texts import bounded_text
 FORMAT = 1
 NOWHERE = Place(0, 0, b"")
 _NAME = "safeloader"  # under which the format stands
+OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read")
 _THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
 
 
@@ -36,6 +37,8 @@ class SavedState:
         seed: the loader's.
         seed_per: what it seeds.
         world_size: the number of ranks; None outside of distributed training.
+        dataset: the states of the dataset itself, as
+            :class:`~safeloader.main.dataset_places.DatasetPlaces` saves them.
     """
 
     epoch: int = 0
@@ -49,17 +52,16 @@ class SavedState:
     seed: int | None = None
     seed_per: str | None = None
     world_size: int | None = None
+    dataset: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what says nothing is left out."""
         place = self.place
         state: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
         if self.begun:
-            state |= {
-                "batches": place.batches,
-                "samples": place.samples,
-                "digest": place.digest.hex(),
-            }
+            state |= {"batches": place.batches, "samples": place.samples}
+            if place.digest:
+                state["digest"] = place.digest.hex()
         if self.ladder:
             state["ladder"] = [
                 [each.batches, each.samples, each.digest.hex()] for each in self.ladder
@@ -72,7 +74,7 @@ class SavedState:
         for name in ("length", "batch_size", "seed", "seed_per", "world_size"):
             if (value := getattr(self, name)) is not None:
                 state[name] = value
-        return state
+        return state | self.dataset
 
     @classmethod
     def of(cls, state: Any) -> SavedState:
@@ -102,9 +104,11 @@ class SavedState:
                 tuple(state.get("beyond", ())),
             )
             ladder = tuple(Rung(b, s, bytes.fromhex(d)) for b, s, d in state.get("ladder", ()))
-            known = {each.name for each in dataclasses.fields(cls)} - {"place", "ladder", "begun"}
+            apart = {"place", "ladder", "begun", "dataset"}
+            known = {each.name for each in dataclasses.fields(cls)} - apart
             more = {name: state[name] for name in known if name in state}
-            saved = cls(place=place, ladder=ladder, begun="digest" in state, **more)
+            more["dataset"] = {name: state[name] for name in OF_DATASET if name in state}
+            saved = cls(place=place, ladder=ladder, begun="batches" in state, **more)
             saved._see_whole()
         except (TypeError, ValueError, AttributeError) as exc:
             raise ResumeError(
@@ -118,7 +122,7 @@ class SavedState:
         numbers += [each for each in (self.length, self.batch_size, self.seed) if each is not None]
         if not all(type(each) is int and each >= 0 for each in numbers):
             raise ValueError("a count is no count")
-        if self.begun and not self.place.digest:
+        if self.begun and not (self.place.digest or self.dataset):
             raise ValueError("no digest")
         for name in ("generators", "left_out"):
             if not isinstance(getattr(self, name), dict):

@@ -55,6 +55,7 @@ from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext
+from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.policy import Policy
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
@@ -73,6 +74,8 @@ class WorkerPool:
         stream: whether the dataset is iterable-style.
         persistent: whether they stay from epoch to epoch.
         looks: at what its workers report.
+        plan: of a loader that keeps its place, how the states of its dataset are kept.
+        states: the same without workers, in the running epoch.
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
@@ -82,6 +85,8 @@ class WorkerPool:
 
     live: weakref.ref[Any]
     looks: Looks
+    plan: StatesPlan | None = None
+    states: DatasetStates | None = None
 
     def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
         self.workers = loader.num_workers
@@ -155,7 +160,11 @@ class WorkerPool:
 
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
+        states = None if self.plan is None else self.plan.of_worker(None)
+        self.states = states
         try:
+            if states is not None:
+                states.before_iter(loader.dataset)
             self.stock = stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()
@@ -166,7 +175,14 @@ class WorkerPool:
             raise self.sampler.log.error(failure, exc) from None
         context = self._context()
         looks = self.looks
-        _torch.replace_fetcher(stock, lambda fetcher: looks.over(fetcher_for(fetcher, context)))
+
+        def ours(fetcher: Any) -> Any:
+            if states is None:
+                return looks.over(fetcher_for(fetcher, context))
+            made = fetcher_for(states.after_iter(fetcher), context)
+            return looks.over(states.over(made, None))
+
+        _torch.replace_fetcher(stock, ours)
         return stock
 
     def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
@@ -181,6 +197,7 @@ class WorkerPool:
             raised=None if self.workers else self.raised,
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
+            states=self.plan,
         )
 
     def _start(self, loader: DataLoader[Any]) -> Any:

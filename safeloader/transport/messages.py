@@ -37,6 +37,25 @@ class SamplerFault(NamedTuple):
     """
 
 
+class StateRequest(NamedTuple):
+    """Stands for an index where a worker is asked for the state of its dataset."""
+
+
+class StateMessage(NamedTuple):
+    """The state of a worker's dataset, pickled: worker to main, in the place of a batch.
+
+    ``again`` are the samples that it read again to come to its place, and the seconds of it.
+    """
+
+    worker_id: int
+    state: bytes
+    again: tuple[int, float] | None = None
+
+    def pin_memory(self) -> StateMessage:
+        """Nothing to pin."""
+        return self
+
+
 class Task(NamedTuple):
     """One draw of the index sampler: main to worker.
 

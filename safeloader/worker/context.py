@@ -10,6 +10,7 @@ from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import flight_recorder
 from safeloader.transport.packing import Packer
 from safeloader.transport.stream_progress import StreamProgress
+from safeloader.worker.dataset_states import StatesPlan
 from safeloader.worker.policy import Policy
 
 
@@ -36,6 +37,7 @@ class FetchContext:
             The batch must not carry it: frames that its traceback leads back to hold the batch.
         length: the dataset's as main knew it when the epoch began; None if it has none.
         inherited: what was warned of as the workers were forked.
+        states: of a loader that keeps its place, how those of its dataset are kept.
     """
 
     worker_id: int | None = None
@@ -50,3 +52,4 @@ class FetchContext:
     raised: list[BaseException] | None = None
     length: int | None = None
     inherited: tuple[Inherited, ...] = ()
+    states: StatesPlan | None = None

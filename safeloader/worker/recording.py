@@ -78,6 +78,7 @@ class RecordingFetcher:
     _wanted: int  # its samples
     _carefully: bool  # whether it is to be made the slow way
     _spread = 1  # indices that one sample of it stands for
+    snapshot: Callable[[], bytes | None] | None = None  # the state of the dataset, after a batch
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
@@ -186,13 +187,17 @@ class RecordingFetcher:
         try:
             if self._validation is not None and (news := self._validation.news()):
                 manifest = manifest._replace(first_samples=news)
+            if self.snapshot is not None:
+                manifest = manifest._replace(snapshot=self.snapshot())
             if self._context.checksum:
                 manifest = manifest._replace(
                     fingerprints=fingerprint(batch, len(expected_indices(manifest)))
                 )
             return self._packer.seal(manifest, batch)
         except Exception as exc:
-            manifest = manifest._replace(keys=None, fingerprints=None, first_samples=None)
+            manifest = manifest._replace(
+                keys=None, fingerprints=None, first_samples=None, snapshot=None
+            )
             parts = samples if self._spread == 1 and isinstance(samples, list | tuple) else ()
             whole = len(parts) == len(expected_indices(manifest))
             why = why_not_sent(exc, batch, parts if whole else ())

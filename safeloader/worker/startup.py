@@ -88,14 +88,29 @@ class WorkerStartup:
             monitor.notes = observer.sent
             TaskQueue.pauses = staticmethod(observer.paused)
 
+        plan = context.states
+        states = None if plan is None else plan.of_worker(worker_id)
+
+        def open_dataset(create: Callable[[], Any]) -> RecordingFetcher:
+            if states is not None:
+                states.before_iter(dataset)
+            stock = create()
+            if states is not None:
+                states.after_iter(stock)
+            fetcher = fetcher_for(stock, context)
+            if observer is not None:
+                observer.over(fetcher)
+            if states is not None:
+                states.over(fetcher, worker_id)
+            return fetcher
+
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
                 return refused
             monitor.begins(OPEN)
             try:
                 with monitor:
-                    fetcher = fetcher_for(create(), context)
-                    return monitor.over(fetcher if observer is None else observer.over(fetcher))
+                    return monitor.over(open_dataset(create))
             except Exception as exc:
                 return refusing(exc, "sample", "iter(dataset) raised, before any sample")
             finally:

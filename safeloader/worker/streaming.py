@@ -61,6 +61,17 @@ class StreamFetcher(RecordingFetcher):
         """As :class:`RecordingFetcher` has it."""
         self._iterator = self._asked_of if first is None else first.around(self._asked_of)
 
+    def begin_at(self, samples: int, *, ended: bool) -> None:
+        """So many samples were read before, perhaps up to the end."""
+        self._first = self._read = samples
+        self._ended = ended
+        self._note(0, ended=ended)
+
+    @property
+    def read(self) -> int:
+        """How many samples were read."""
+        return self._read
+
     def fetch(self, task: Task) -> Made:
         """The next batch with its manifest; ``StopIteration`` at the end of the stream."""
         try:

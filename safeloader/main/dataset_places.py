@@ -1,0 +1,128 @@
+"""The states of the datasets of all workers, as main knows and saves them. Runs in: main.
+
+A state belongs to the batches that were handed over: of what a worker had made beyond them main
+knows a later state, which it does not save. Saved, they lie where torchdata has them.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+from safeloader.delivery.manifest import BatchManifest
+from safeloader.transport.messages import StateMessage
+from safeloader.worker.dataset_states import DatasetStates, Snapshot, Start, StatesPlan
+
+Counts = tuple[int, int]  # of a worker: batches, and samples read for them
+
+
+class Places(NamedTuple):
+    """The places of all workers at one moment.
+
+    Attributes:
+        counts: what was handed over of each.
+        snapshots: the newest state of each, pickled.
+        last: the worker whose batch was handed over last; None before the first.
+    """
+
+    counts: tuple[Counts, ...]
+    snapshots: dict[int, bytes]
+    last: int | None = None
+
+
+class DatasetPlaces:
+    """Keeps the states of one epoch's workers.
+
+    Args:
+        workers: how many; 0: the main process reads.
+        every: after how many batches of a worker its state is taken.
+        saved: what :meth:`save` gave, to go on from.
+        over: whether that epoch was over, so that the next one begins.
+    """
+
+    def __init__(
+        self, workers: int, every: int, saved: dict[str, Any] | None = None, *, over: bool = False
+    ) -> None:
+        self._workers = workers
+        starts = _starts(saved, over=over) if saved else {}
+        self.plan = StatesPlan(every, starts)
+        begun = {} if over else starts
+        counts = [(0, 0) if w not in begun else begun[w][1:3] for w in range(max(workers, 1))]
+        snapshots = {w: pickle.dumps(start.snapshot) for w, start in begun.items()}
+        last = saved["_snapshot"].get("last") if begun and saved and workers else None
+        self.now = Places(tuple(counts), snapshots, last)
+
+    @property
+    def requests(self) -> int:
+        """How many state requests the workers get before their first task.
+
+        All are asked; and then those before the one whose turn it is, so that it is asked next.
+        """
+        last = self.now.last
+        return self._workers + (0 if last is None else (last + 1) % self._workers)
+
+    @property
+    def samples(self) -> int:
+        """How many samples had been read where this epoch begins."""
+        return sum(samples for _, samples in self.now.counts)
+
+    def told(self, message: StateMessage) -> None:
+        """A worker told its state beside its batches: at its beginning, or at its end."""
+        snapshots = self.now.snapshots | {message.worker_id: message.state}
+        self.now = self.now._replace(snapshots=snapshots)
+
+    def passed(self, manifest: BatchManifest) -> None:
+        """A batch is handed over, or its error raised."""
+        worker = manifest.worker_id or 0
+        counts, snapshots, _ = self.now
+        batches, samples = counts[worker]
+        mine = (batches + 1, samples + (manifest.samples or 0))
+        if manifest.snapshot is not None:
+            snapshots = snapshots | {worker: manifest.snapshot}
+        self.now = Places((*counts[:worker], mine, *counts[worker + 1 :]), snapshots, worker)
+
+    def save(self, places: Places, here: DatasetStates | None) -> dict[str, Any]:
+        """The keys of a state that hold this; ``here``: the main process reads."""
+        if here is not None:
+            snapshot = here.now()._replace(batches=places.counts[0][0])
+            return {**_plain(snapshot), "read": list(places.counts[0])}
+        snapshots = {}
+        for worker in range(self._workers):
+            raw = places.snapshots.get(worker)
+            snapshot = Snapshot() if raw is None else pickle.loads(raw)
+            plain = {"worker_id": worker, **_plain(snapshot)}
+            snapshots[f"worker_{worker}"] = plain | {"at": [snapshot.batches, snapshot.samples]}
+        whole = {"_worker_snapshots": snapshots, "_num_workers": self._workers}
+        if places.last is not None:
+            whole["last"] = places.last
+        return {"_snapshot": whole | {"read": [list(each) for each in places.counts]}}
+
+
+def _plain(snapshot: Snapshot) -> dict[str, Any]:
+    fetcher = {"dataset_iter_state": snapshot.iterator, "fetcher_ended": snapshot.ended}
+    return {"dataset_state": snapshot.dataset, "fetcher_state": fetcher}
+
+
+def _starts(saved: dict[str, Any], *, over: bool) -> dict[int, Start]:
+    """Where each worker is to begin."""
+    if "_snapshot" not in saved:
+        batches, samples = saved["read"]
+        snapshot = _snapshot(saved, (batches, samples))
+        return {0: Start(snapshot, batches, samples, over)}
+    whole = saved["_snapshot"]
+    starts = {}
+    for worker, (batches, samples) in enumerate(whole["read"]):
+        told = whole["_worker_snapshots"][f"worker_{worker}"]
+        starts[worker] = Start(_snapshot(told, told["at"]), batches, samples, over)
+    return starts
+
+
+def _snapshot(told: dict[str, Any], at: Any) -> Snapshot:
+    fetcher = told["fetcher_state"]
+    ended = fetcher["fetcher_ended"]
+    return Snapshot(told["dataset_state"], fetcher["dataset_iter_state"], ended, *at)
+
+
+def workers_of(saved: dict[str, Any]) -> int:
+    """By how many workers the dataset was read; 0: by the main process."""
+    return int(saved["_snapshot"]["_num_workers"]) if "_snapshot" in saved else 0

@@ -1,0 +1,187 @@
+"""States of a dataset that keeps its own place, taken and given back. Runs in: worker.
+
+As torchdata has it: an object with ``state_dict()`` and ``load_state_dict()``. It is the iterator
+that the dataset gives, or else the dataset itself. A dataset without is read again as far as it was
+read, and what comes is dropped.
+"""
+
+from __future__ import annotations
+
+import pickle
+import weakref
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from safeloader.transport.messages import EmptyBatch, FailedBatch, StateMessage, StateRequest, Task
+
+
+class Snapshot(NamedTuple):
+    """The state of one worker's dataset.
+
+    Attributes:
+        dataset: its state; None if it has none, or is its own iterator.
+        iterator: the state of its iterator; None if that has none.
+        ended: whether the stream is at its end.
+        batches: how many batches the worker had made of it in this epoch.
+        samples: how many samples it had read.
+    """
+
+    dataset: Any = None
+    iterator: Any = None
+    ended: bool = False
+    batches: int = 0
+    samples: int = 0
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a state at all, or only a count."""
+        return self.dataset is not None or self.iterator is not None
+
+
+class Start(NamedTuple):
+    """Where a worker is to begin.
+
+    Attributes:
+        snapshot: the state to go on from.
+        batches: how many batches of this worker were handed over.
+        samples: how many samples it read for them.
+        over: whether the epoch was over, so that the next one begins.
+    """
+
+    snapshot: Snapshot
+    batches: int = 0
+    samples: int = 0
+    over: bool = False
+
+
+class StatesPlan(NamedTuple):
+    """What all workers are to do about states.
+
+    Attributes:
+        every: after how many batches of a worker its state is taken.
+        starts: by worker, where it is to begin; in the main process worker 0.
+    """
+
+    every: int = 1
+    starts: dict[int, Start] = {}  # noqa: RUF012  # never changed
+
+    def of_worker(self, worker_id: int | None) -> DatasetStates:
+        """What one process does."""
+        return DatasetStates(self.every, self.starts.get(worker_id or 0))
+
+
+class DatasetStates:
+    """Takes the states of one process's dataset, and puts it where it is to begin.
+
+    Args:
+        every: after how many batches a state is taken.
+        start: where it is to begin; None: at the beginning.
+    """
+
+    def __init__(self, every: int, start: Start | None) -> None:
+        self._every = max(every, 1)
+        self._start = start
+        self._dataset: Any = None
+        self._iterator: Any = None
+        self._batches = 0
+        self._read: Callable[[], int] = lambda: 0
+        self._ended = False
+        self._begins_at = 0
+        self.took: tuple[int, float] | None = None  # samples read again, and the seconds of it
+
+    def before_iter(self, dataset: Any) -> None:
+        """``iter(dataset)`` is about to be called, if it is a stream."""
+        self._dataset = dataset
+        self._ended, self._batches, self._begins_at = False, 0, 0
+        state: Any = None if self._start is None else self._start.snapshot.dataset
+        if state is not None:
+            dataset.load_state_dict(state)
+
+    def after_iter(self, stock: Any) -> Any:
+        """Torch's fetcher over it was made, and is given back with the stream where it is to be."""
+        start, self._start = self._start, None
+        self._iterator = iterator = getattr(stock, "dataset_iter", None)
+        if start is None:
+            return stock
+        snapshot = start.snapshot
+        kept = snapshot.iterator is not None and has_state(iterator)
+        if kept:
+            iterator.load_state_dict(snapshot.iterator)
+        if start.over:
+            if kept:  # of that epoch only what it did to the process is left
+                self._iterator = stock.dataset_iter = iter(self._dataset)
+            return stock
+        self._ended, self._batches, self._begins_at = snapshot.ended, start.batches, start.samples
+        if iterator is not None and not snapshot.ended:
+            self._drop(start.samples - snapshot.samples)
+        return stock
+
+    def _drop(self, samples: int) -> None:
+        began = perf_counter()
+        for _ in range(samples):
+            try:
+                next(self._iterator)
+            except StopIteration:
+                break
+        if samples > 0:
+            self.took = samples, perf_counter() - began
+
+    def over(self, fetcher: Any, worker_id: int | None) -> Any:
+        """Have ``fetcher`` send states with its batches, and answer what asks for one."""
+        if self._iterator is not None:
+            fetcher.begin_at(self._begins_at, ended=self._ended)
+            read = type(fetcher).read.fget
+            me = weakref.ref(fetcher)  # which holds this
+            self._read = lambda: 0 if (fetcher := me()) is None else read(fetcher)
+        if worker_id is None:  # main asks itself
+            return fetcher
+        fetch = fetcher.fetch
+        fetcher.snapshot = self._with_batch
+
+        def answering(task: Task) -> Any:
+            if type(task.index) is StateRequest:
+                took, self.took = self.took, None
+                return StateMessage(worker_id, self.pickled(), took)
+            try:
+                made = fetch(task)
+            except StopIteration:
+                if self._ended:
+                    raise
+                self._ended = True
+                return StateMessage(worker_id, self.pickled(), None)
+            if type(made) in (EmptyBatch, FailedBatch):
+                manifest = made.manifest._replace(snapshot=self._with_batch())
+                return made._replace(manifest=manifest)
+            return made
+
+        fetcher.fetch = answering
+        return fetcher
+
+    def _with_batch(self) -> bytes | None:
+        """The state to send with a batch that was made; None where there is none, or not yet."""
+        self._batches += 1
+        if not self._is_kept or (self._iterator is not None and self._batches % self._every):
+            return None  # one of a map-style dataset goes with each batch: none is fetched twice
+        return self.pickled()
+
+    @property
+    def _is_kept(self) -> bool:
+        return has_state(self._iterator) or has_state(self._dataset)
+
+    def pickled(self) -> bytes:
+        """The state now: a copy, as what it is made of goes on to change."""
+        return pickle.dumps(self.now())
+
+    def now(self) -> Snapshot:
+        """The state now."""
+        dataset, iterator = self._dataset, self._iterator
+        of_iterator = iterator.state_dict() if has_state(iterator) else None
+        own = iterator is dataset and iterator is not None
+        of_dataset = dataset.state_dict() if has_state(dataset) and not own else None
+        return Snapshot(of_dataset, of_iterator, self._ended, self._batches, self._read())
+
+
+def has_state(thing: Any) -> bool:
+    """Whether an object keeps its place, as torchdata has it."""
+    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
