@@ -51,7 +51,8 @@ KEEPS_PLACE = "_continuity"  # the attribute of a loader that keeps its place
 _LEFT_OUT = ("skipped", "replaced", "failed")
 _FIRST = 16  # indices of those left out that a state names
 _EPOCHS_MAX = 64  # of which the furthest place is known
-_BEFORE_ITER = "fresh"  # the moment of a state that was taken before its epoch began
+# The moments of a state that was taken before its epoch began: whether torch draws a base seed yet.
+_BEFORE_ITER, _BEFORE_DRAWS = "fresh", "iter"
 
 
 class Continuity:
@@ -71,10 +72,10 @@ class Continuity:
         self._here: DatasetStates | None = None  # of the main process
         self._earlier_places: deque[tuple[int, Places]] = deque(maxlen=KEPT)
         self._watch: Watch | None = None
+        self._generators: Generators | None = None
         self._begin: dict[str, Any] | None = None  # as JSON has it, once it is known
         self._earlier: SavedState = SavedState()  # that this epoch went on from
         self._accounts: Epoch | None = None
-        self._pool: Callable[[], WorkerPool | None] = lambda: None
         self._put_back: States = {}
         self._furthest: dict[int, int] = {}
         self._went_on = False
@@ -102,7 +103,12 @@ class Continuity:
         self._put_back, self._went_on = {}, False
         self._begin, self._earlier = None, SavedState()
         self._places = self._places_of(loader, saved, goes_on=loaded is not None)
-        pool.plan = None if self._places is None else self._places.plan
+        pool.plan = plan = None if self._places is None else self._places.plan
+        pool.states = self._here = None
+        if plan is not None and not pool.workers:
+            pool.states = self._here = plan.of_worker(None)
+            self._here.before_iter(loader.dataset)  # it may put generators somewhere
+        self._generators = Generators(pool.sampler.drawn_from, loader.generator)
         if pool.stream:
             self._begin_stream(pool, saved, epoch)
         else:
@@ -110,7 +116,7 @@ class Continuity:
         self._loaded = None
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
-        self._pool, self._accounts = weakref.ref(pool), epoch
+        self._accounts = epoch
 
     def _places_of(
         self, loader: DataLoader[Any], saved: SavedState, *, goes_on: bool
@@ -134,19 +140,21 @@ class Continuity:
             epoch.ledger.read_before([samples for _, samples in places.now.counts])
             epoch.resumed(place.batches, self._again(saved))
             self._earlier = saved
+        else:
+            self._borrow(of_json_states(saved.generators.get(_BEFORE_ITER, {})))
 
     def _begin_draws(
         self, loader: DataLoader[Any], sampler: RecordingSampler, saved: SavedState, epoch: Epoch
     ) -> None:
-        generators = Generators(sampler.drawn_from, loader.generator)
-        position, self._watch = Position(), Watch(generators)
+        assert self._generators is not None
+        position, self._watch = Position(), Watch(self._generators)
         self._position = position
         asks = 0 if self._places is None or not loader.num_workers else self._places.requests
         sampler.keep_place(position, self._watch, asks)
-        if saved.begun:
-            self._go_on(saved, sampler, generators, position, epoch)
-        elif begin := of_json_states(saved.generators.get(_BEFORE_ITER, {})):
-            self._borrow(begin, generators)
+        if saved.begun or _BEFORE_DRAWS in saved.generators:
+            self._go_on(saved, sampler, position, epoch)
+        else:
+            self._borrow(of_json_states(saved.generators.get(_BEFORE_ITER, {})))
 
     def passed(self, manifest: BatchManifest, number: int) -> None:
         """What became of a draw is handed over, or raised, as batch ``number``."""
@@ -172,25 +180,33 @@ class Continuity:
 
     @property
     def wants_new_workers(self) -> bool:
-        """Whether the state that was loaded is of datasets, and goes to workers as they start."""
-        return self._loaded is not None and bool(self._loaded[0].dataset)
+        """Whether workers have to start: from states of datasets, or from a base seed."""
+        if self._loaded is None:
+            return False
+        saved = self._loaded[0]
+        return bool(saved.dataset) or _BEFORE_ITER in saved.generators
 
     def built(self) -> None:
         """Torch's iterator over it was made; with workers, the first draws were made too."""
         put_back, self._put_back = self._put_back, {}
-        watch = self._watch
-        if put_back and watch is not None:
-            if not (watch.done or self._went_on):
-                watch.lent = watch.generators.states()
-            watch.generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
+        watch, generators = self._watch, self._generators
+        if put_back and generators is not None:
+            if watch is not None and not (watch.done or self._went_on):
+                watch.lent = generators.states()
+            generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
 
     def ended(self, iterator: Any) -> None:
         """The epoch of ``iterator`` came to its end."""
         if self._running() is iterator:
             self._over = True
+            if self._here is not None:
+                self._here.end()
 
-    def _borrow(self, begin: States, generators: Generators) -> None:
+    def _borrow(self, begin: States) -> None:
         """Begin an epoch from where the generators stood, and put the process's own back then."""
+        generators = self._generators
+        if generators is None or not begin:
+            return
         here = generators.states()
         unlike = {name: state for name, state in begin.items() if name in here}
         if not moved(unlike, here):
@@ -202,10 +218,11 @@ class Continuity:
         self,
         saved: SavedState,
         sampler: RecordingSampler,
-        generators: Generators,
         position: Position,
         epoch: Epoch,
     ) -> None:
+        generators = self._generators
+        assert generators is not None
         here = generators.states()
         begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
         before = epoch.ledger.drawn_before
@@ -217,11 +234,14 @@ class Continuity:
             raise
         stays = drawn.lazy | drawn.held
         generators.put({name: state for name, state in here.items() if name not in stays})
-        position.go_on(drawn.chain, saved.place, saved.ladder, drawn.beyond)
         sampler.begin_with(FirstDraw(drawn.rest, _putting(generators, stays)))
         self._put_back = {n: s for n, s in (here | drawn.lazy).items() if n in GLOBAL}
         self._went_on = True
-        self._begin, self._earlier = saved.generators, saved
+        self._begin = saved.generators
+        if not saved.begun:
+            return
+        position.go_on(drawn.chain, saved.place, saved.ladder, drawn.beyond)
+        self._earlier = saved
         epoch.resumed(saved.place.batches + len(drawn.beyond), self._again(saved))
 
     def _note_furthest(self) -> None:
@@ -291,16 +311,17 @@ class Continuity:
             every = generators.states()
             states |= {name: every[name] for name in more if name in every}
         known = {name: to_json(state) for name, state in states.items()}
-        return dataclasses.replace(facts, generators={_BEFORE_ITER: known})
+        stay = loader.persistent_workers and _torch.kept_iterator(loader) is not None
+        return dataclasses.replace(
+            facts, generators={_BEFORE_DRAWS if stay else _BEFORE_ITER: known}
+        )
 
     def _of_dataset(self, after: Any) -> dict[str, Any]:
         """The states of the dataset, if it is a stream or has one."""
         places = self._places
         if places is None:
             return {}
-        pool = self._pool()
-        here = None if pool is None else pool.states
-        at = places.now
+        here, at = self._here, places.now
         if after is not None:
             at = next(p for n, p in reversed(self._earlier_places) if n == after.batch)
             if here is not None and at is not places.now:

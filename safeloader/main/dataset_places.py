@@ -68,6 +68,8 @@ class DatasetPlaces:
 
     def told(self, message: StateMessage) -> None:
         """A worker told its state beside its batches: at its beginning, or at its end."""
+        if message.worker_id in self.now.snapshots and not message.at_end:
+            return  # the one that it was given to go on from
         snapshots = self.now.snapshots | {message.worker_id: message.state}
         self.now = self.now._replace(snapshots=snapshots)
 
@@ -120,7 +122,9 @@ def _starts(saved: dict[str, Any], *, over: bool) -> dict[int, Start]:
 def _snapshot(told: dict[str, Any], at: Any) -> Snapshot:
     fetcher = told["fetcher_state"]
     ended = fetcher["fetcher_ended"]
-    return Snapshot(told["dataset_state"], fetcher["dataset_iter_state"], ended, *at)
+    snapshot = Snapshot(told["dataset_state"], fetcher["dataset_iter_state"], ended)
+    # Without a state it is read again from its beginning.
+    return snapshot._replace(batches=at[0], samples=at[1]) if snapshot.is_kept else snapshot
 
 
 def workers_of(saved: dict[str, Any]) -> int:

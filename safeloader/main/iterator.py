@@ -244,11 +244,12 @@ class SafeIterator(Iterator[Any]):
             except Exception as sign:
                 kept.append(sign)
                 break
-            if type(came) is StateMessage:
+            if type(came) is StateMessage and not came.at_end:
                 self._other_than_batch(came)
+                requests -= 1
             else:
                 kept.append(came)
-            requests -= type(came) in (StateMessage, FailedBatch)
+                requests -= type(came) is FailedBatch  # it could not begin
         if not kept:
             return
 

@@ -75,7 +75,7 @@ class WorkerPool:
         persistent: whether they stay from epoch to epoch.
         looks: at what its workers report.
         plan: of a loader that keeps its place, how the states of its dataset are kept.
-        states: the same without workers, in the running epoch.
+        states: the same without workers, of the epoch that begins.
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
@@ -160,11 +160,8 @@ class WorkerPool:
 
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
-        states = None if self.plan is None else self.plan.of_worker(None)
-        self.states = states
+        states = self.states
         try:
-            if states is not None:
-                states.before_iter(loader.dataset)
             self.stock = stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()

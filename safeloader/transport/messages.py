@@ -44,11 +44,13 @@ class StateRequest(NamedTuple):
 class StateMessage(NamedTuple):
     """The state of a worker's dataset, pickled: worker to main, in the place of a batch.
 
-    ``again`` are the samples that it read again to come to its place, and the seconds of it.
+    ``at_end``: its stream is at its end, else it was asked. ``again`` are the samples that it read
+    again to come to its place, and the seconds of it.
     """
 
     worker_id: int
     state: bytes
+    at_end: bool = False
     again: tuple[int, float] | None = None
 
     def pin_memory(self) -> StateMessage:

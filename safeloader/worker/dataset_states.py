@@ -94,9 +94,8 @@ class DatasetStates:
         """``iter(dataset)`` is about to be called, if it is a stream."""
         self._dataset = dataset
         self._ended, self._batches, self._begins_at = False, 0, 0
-        state: Any = None if self._start is None else self._start.snapshot.dataset
-        if state is not None:
-            dataset.load_state_dict(state)
+        if self._start is not None and self._start.snapshot.dataset is not None:
+            dataset.load_state_dict(self._start.snapshot.dataset)
 
     def after_iter(self, stock: Any) -> Any:
         """Torch's fetcher over it was made, and is given back with the stream where it is to be."""
@@ -142,14 +141,14 @@ class DatasetStates:
         def answering(task: Task) -> Any:
             if type(task.index) is StateRequest:
                 took, self.took = self.took, None
-                return StateMessage(worker_id, self.pickled(), took)
+                return StateMessage(worker_id, self.pickled(), again=took)
             try:
                 made = fetch(task)
             except StopIteration:
                 if self._ended:
                     raise
                 self._ended = True
-                return StateMessage(worker_id, self.pickled(), None)
+                return StateMessage(worker_id, self.pickled(), at_end=True)
             if type(made) in (EmptyBatch, FailedBatch):
                 manifest = made.manifest._replace(snapshot=self._with_batch())
                 return made._replace(manifest=manifest)
@@ -168,6 +167,12 @@ class DatasetStates:
     @property
     def _is_kept(self) -> bool:
         return has_state(self._iterator) or has_state(self._dataset)
+
+    def end(self) -> None:
+        """In the main process: the epoch is over, and its iterator is let go of."""
+        self._ended = True
+        if self._iterator is not self._dataset:
+            self._iterator = None
 
     def pickled(self) -> bytes:
         """The state now: a copy, as what it is made of goes on to change."""
