@@ -53,6 +53,7 @@ _FIRST = 16  # indices of those left out that a state names
 _EPOCHS_MAX = 64  # of which the furthest place is known
 # The moments of a state that was taken before its epoch began: whether torch draws a base seed yet.
 _BEFORE_ITER, _BEFORE_DRAWS = "fresh", "iter"
+_BEFORE_FIRST = "next"  # of one that was taken after iter(), before the first draw
 
 
 class Continuity:
@@ -225,6 +226,9 @@ class Continuity:
         assert generators is not None
         here = generators.states()
         begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
+        undrawn = begin.pop(_BEFORE_FIRST, {})
+        if undrawn:
+            begin["draw"] = undrawn
         before = epoch.ledger.drawn_before
         draws = DrawsAgain(saved, generators, batched=sampler.batched, before=before)
         try:
@@ -233,11 +237,15 @@ class Continuity:
             generators.put(here)
             raise
         stays = drawn.lazy | drawn.held
+        # What the program has put where it stood before the first draw is moved by that, as then.
+        stays |= {n: drawn.now[n] for n, s in undrawn.items() if not moved({n: s}, here)}
         generators.put({name: state for name, state in here.items() if name not in stays})
         sampler.begin_with(FirstDraw(drawn.rest, _putting(generators, stays)))
-        self._put_back = {n: s for n, s in (here | drawn.lazy).items() if n in GLOBAL}
+        self._put_back = {n: s for n, s in (here | stays).items() if n in GLOBAL}
         self._went_on = True
-        self._begin = saved.generators
+        self._begin = dict(saved.generators)
+        if undrawn:
+            self._begin["draw"] = self._begin.pop(_BEFORE_FIRST)
         if not saved.begun:
             return
         position.go_on(drawn.chain, saved.place, saved.ladder, drawn.beyond)
@@ -337,7 +345,7 @@ class Continuity:
             return {}
         seen = {moment: dict(states) for moment, states in watch.seen.items()}
         if not watch.done:  # the first draw begins from here, or from what is lent to it
-            seen["draw"] = watch.generators.cheap_states() | watch.lent
+            seen[_BEFORE_FIRST] = watch.generators.cheap_states() | watch.lent
         found = {m: {n: to_json(s) for n, s in states.items()} for m, states in seen.items()}
         if watch.done:
             self._begin = found
@@ -406,6 +414,8 @@ def facts_of(loader: DataLoader[Any], length: int | None = None) -> SavedState:
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
         world_size=place().world_size,
+        stream=isinstance(loader.dataset, IterableDataset),
+        workers=loader.num_workers,
     )
 
 

@@ -32,6 +32,7 @@ class DrawnAgain(NamedTuple):
         beyond: the identities of each batch handed over behind the first gap.
         lazy: of generators that went on to move after the first draw, where they stand.
         held: the same of all that the sampler and the loader hold.
+        now: where all stand.
     """
 
     rest: Iterator[Any]
@@ -39,6 +40,7 @@ class DrawnAgain(NamedTuple):
     beyond: dict[int, Packed]
     lazy: States
     held: States
+    now: States
 
 
 class DrawsAgain:
@@ -110,7 +112,7 @@ class DrawsAgain:
         if self._after_first is not None:
             lazy = {name: now[name] for name in moved(self._after_first, now)}
         held = {name: now[name] for name in self._generators.held}
-        return DrawnAgain(rest, self._chain, beyond, lazy, held)
+        return DrawnAgain(rest, self._chain, beyond, lazy, held, now)
 
     def _by_samples(self, source: Any, begin: dict[str, States]) -> Iterator[Any]:
         """How indices lie in batches is of no interest: they may have another size now."""

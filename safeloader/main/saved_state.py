@@ -37,6 +37,8 @@ class SavedState:
         seed: the loader's.
         seed_per: what it seeds.
         world_size: the number of ranks; None outside of distributed training.
+        stream: whether the dataset is iterable-style.
+        workers: how many read it.
         dataset: the states of the dataset itself, as
             :class:`~safeloader.main.dataset_places.DatasetPlaces` saves them.
     """
@@ -53,6 +55,8 @@ class SavedState:
     seed_per: str | None = None
     world_size: int | None = None
     dataset: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stream: bool = False
+    workers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what says nothing is left out."""
@@ -74,6 +78,8 @@ class SavedState:
         for name in ("length", "batch_size", "seed", "seed_per", "world_size"):
             if (value := getattr(self, name)) is not None:
                 state[name] = value
+        if self.stream:
+            state |= {"stream": True, "workers": self.workers}
         return state | self.dataset
 
     @classmethod
@@ -155,6 +161,12 @@ class SavedState:
                 f"{_batches(self.batch_size)}, or train with seed= and seed_per='sample', which "
                 "allows another"
             )
+        if self.workers != loader.workers and self.stream:
+            raise ResumeError(
+                f"the stream was read by {_by(self.workers)} when the state was saved, and this "
+                f"loader has num_workers={loader.workers}: each worker's share is another. Resume "
+                f"with num_workers={self.workers}"
+            )
         if (self.world_size or 1) != (loader.world_size or 1):
             raise ResumeError(
                 f"the state was saved by one of {self.world_size or 1} ranks, and there are "
@@ -187,6 +199,10 @@ def _seeds(state: SavedState) -> str:
         return "no seed="
     per = "" if state.seed_per == "sample" else f", seed_per={state.seed_per!r}"
     return f"seed={state.seed}{per}"
+
+
+def _by(workers: int) -> str:
+    return f"{workers} workers" if workers else "the main process"
 
 
 def _samples(length: int | None) -> str:

@@ -100,7 +100,8 @@ class DatasetStates:
     def after_iter(self, stock: Any) -> Any:
         """Torch's fetcher over it was made, and is given back with the stream where it is to be."""
         start, self._start = self._start, None
-        self._iterator = iterator = getattr(stock, "dataset_iter", None)
+        iterator: Any = getattr(stock, "dataset_iter", None)
+        self._iterator = iterator
         if start is None:
             return stock
         snapshot = start.snapshot

@@ -1,0 +1,610 @@
+"""A loader that was interrupted goes on exactly: against the same run without an interruption."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+from safeloader import ResumeError, SafeStatefulDataLoader, SampleError
+
+N = 43
+NUMBERS = torch.arange(N)
+Make = Callable[..., SafeStatefulDataLoader[Any]]
+
+
+def through_json(state: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(state))
+
+
+def through_torch(state: dict[str, Any]) -> Any:
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=True)
+
+
+def lists(batches: Any) -> list[Any]:
+    return [batch.tolist() for batch in batches]
+
+
+# ── samplers, as people write them ───────────────────────────────────────────────────────────────
+
+
+class AtIter(Sampler[int]):
+    """Draws as it is asked for its iterator, from one of the global generators."""
+
+    def __init__(self, by: str) -> None:
+        self.by = by
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        if self.by == "numpy":
+            return iter(np.random.permutation(N).tolist())
+        order = list(range(N))
+        random.shuffle(order)
+        return iter(order)
+
+
+class OfItsOwn(Sampler[int]):
+    """Has a generator of its own, and draws from it as it goes along."""
+
+    def __init__(self, kind: str) -> None:
+        self.rng: Any = {
+            "numpy": lambda: np.random.default_rng(5),
+            "legacy": lambda: np.random.RandomState(5),
+            "python": lambda: random.Random(5),
+        }[kind]()
+        self.draw = {"numpy": "integers", "legacy": "randint", "python": "randrange"}[kind]
+
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(N):
+            yield int(getattr(self.rng, self.draw)(N))
+
+
+class Batches(Sampler[list[int]]):
+    """Batches of unlike sizes, shuffled."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(N).tolist()
+        for k in range(9):
+            yield order[k * (k + 1) // 2 : (k + 1) * (k + 2) // 2]
+
+
+SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "in order": lambda: {"batch_size": 4},
+    "shuffled": lambda: {"batch_size": 4, "shuffle": True},
+    "the last dropped": lambda: {"batch_size": 4, "shuffle": True, "drop_last": True},
+    "with a generator": lambda: {
+        "batch_size": 4,
+        "shuffle": True,
+        "generator": torch.Generator().manual_seed(3),
+    },
+    "with replacement": lambda: {
+        "batch_size": 4,
+        "sampler": RandomSampler(NUMBERS, replacement=True, num_samples=70),
+    },
+    "with replacement, and the loader's generator": lambda: _with_one_generator(),
+    "weighted": lambda: {"batch_size": 4, "sampler": WeightedRandomSampler([1.0] * N, N)},
+    "of a subset": lambda: {"batch_size": 3, "sampler": SubsetRandomSampler(range(5, 30))},
+    "distributed": lambda: {
+        "batch_size": 3,
+        "sampler": DistributedSampler(NUMBERS, num_replicas=2, rank=1),
+    },
+    "numpy, at iter": lambda: {"batch_size": 4, "sampler": AtIter("numpy")},
+    "python, at iter": lambda: {"batch_size": 4, "sampler": AtIter("python")},
+    "numpy's, its own": lambda: {"batch_size": 4, "sampler": OfItsOwn("numpy")},
+    "legacy numpy's, its own": lambda: {"batch_size": 4, "sampler": OfItsOwn("legacy")},
+    "python's, its own": lambda: {"batch_size": 4, "sampler": OfItsOwn("python")},
+    "batches": lambda: {"batch_sampler": Batches()},
+    "a BatchSampler": lambda: {"batch_sampler": BatchSampler(RandomSampler(NUMBERS), 5, True)},
+    "a batch sampler as sampler": lambda: {
+        "batch_size": None,
+        "sampler": BatchSampler(RandomSampler(NUMBERS), 5, False),
+    },
+    "without batches": lambda: {"batch_size": None, "shuffle": True},
+}
+
+
+def _with_one_generator() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    sampler = RandomSampler(NUMBERS, replacement=True, num_samples=70, generator=generator)
+    return {"batch_size": 4, "sampler": sampler, "generator": generator}
+
+
+class Rows:
+    """A batch of indices is a batch of samples."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: Any) -> Any:
+        return NUMBERS[index]
+
+
+def make(sampler: str, workers: int, **more: Any) -> SafeStatefulDataLoader[Any]:
+    return SafeStatefulDataLoader(Rows(), num_workers=workers, **SAMPLERS[sampler](), **more)
+
+
+def cut_short(
+    loader: SafeStatefulDataLoader[Any], after: int
+) -> tuple[list[Any], dict[str, Any], list[Any]]:
+    """What came before a state was taken, the state, and what comes after."""
+    batches = iter(loader)
+    before = lists(itertools.islice(batches, after))
+    state = loader.state_dict()
+    return before, state, lists(batches)
+
+
+@pytest.mark.parametrize("workers", [(0, 0), (2, 2), (0, 2), (2, 0), (3, 1)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_rest_comes_and_nothing_twice(sampler: str, workers: tuple[int, int]) -> None:
+    for after in (0, 1, 3):
+        before, state, rest = cut_short(make(sampler, workers[0]), after)
+        resumed = make(sampler, workers[1])
+        resumed.load_state_dict(through_json(state))
+        assert resumed.state_dict() == state
+        stood = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
+        assert lists(resumed) == rest
+        audit = resumed.audit
+        assert audit.complete
+        assert audit.ok
+        assert audit.delivered == sum(np.size(each) for each in rest)
+        if after:
+            assert audit.delivered_before == sum(np.size(each) for each in before)
+            assert audit.resumed_at == len(before)
+        now = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
+        if after and "at iter" not in sampler:
+            assert torch.equal(now[0], stood[0])
+            assert now[1:] == stood[1:]
+
+
+@pytest.mark.parametrize("save", [through_json, through_torch, copy.deepcopy])
+def test_a_state_survives_what_checkpoints_do_to_it(save: Callable[[Any], Any]) -> None:
+    _, state, rest = cut_short(make("with a generator", 0), 3)
+    resumed = make("with a generator", 0)
+    resumed.load_state_dict(save(state))
+    assert lists(resumed) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_again_and_again(workers: int) -> None:
+    begin = torch.Generator().manual_seed(8).get_state()
+    torch.set_rng_state(begin)
+    whole = lists(make("shuffled", workers))
+    torch.set_rng_state(begin)
+    loader, came = make("shuffled", workers), []
+    while len(came) < len(whole):
+        batches = iter(loader)
+        came += lists(itertools.islice(batches, 3))
+        state = loader.state_dict()
+        loader = make("shuffled", workers)
+        loader.load_state_dict(state)
+    assert came == whole
+    assert lists(loader) == []  # nothing is left
+    assert loader.state_dict()["epoch"] == 1
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sampler=st.sampled_from([*SAMPLERS]),
+    cuts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=4),
+    persistent=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+@pytest.mark.hypothesis
+def test_any_chain_of_interruptions(
+    sampler: str, cuts: list[tuple[int, int]], persistent: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    stood = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    whole = lists(DataLoader(Rows(), **SAMPLERS[sampler]()))
+    torch.set_rng_state(stood[0])
+    random.setstate(stood[1])
+    np.random.set_state(stood[2])
+    came: list[Any] = []
+    state: dict[str, Any] = {}
+    for k, (length, workers) in enumerate([*cuts, (1000, 0)]):
+        stays = persistent and workers > 0
+        loader = make(sampler, workers, persistent_workers=stays)
+        if k:
+            loader.load_state_dict(through_json(state))
+        came += lists(itertools.islice(iter(loader), length))
+        state = loader.state_dict()
+    assert came == whole
+
+
+# ── the end of an epoch, and the next ────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_left_and_next_epoch_are_two_states(workers: int) -> None:
+    loader = make("in order", workers)
+    for _ in loader:
+        last = loader.state_dict()
+    over = loader.state_dict()
+    assert (last["epoch"], last["batches"]) == (0, 11)
+    assert over["epoch"] == 1
+    assert "batches" not in over
+    resumed = make("in order", workers)
+    resumed.load_state_dict(last)
+    assert lists(resumed) == []
+    assert resumed.audit.complete
+    assert len(lists(resumed)) == 11
+    resumed.load_state_dict(over)
+    assert len(lists(resumed)) == 11
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_next_epochs_follow(persistent: bool) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return make("shuffled", 2, persistent_workers=persistent)
+
+    torch.manual_seed(4)
+    one = loader()
+    epochs = [lists(one), lists(one)]
+    state = one.state_dict()
+    epochs += [lists(one)]
+    other = loader()
+    other.load_state_dict(state)
+    assert lists(other) == epochs[2]
+
+
+def test_an_iterator_made_before_is_at_its_end() -> None:
+    loader = make("in order", 0)
+    batches = iter(loader)
+    next(batches)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(ResumeError, match="Load the state before iter"):
+        next(batches)
+    assert len(lists(loader)) == 10
+
+
+def test_what_comes_twice_is_told() -> None:
+    loader = make("in order", 0)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    lists(itertools.islice(batches, 4))
+    loader.load_state_dict(state)
+    lists(loader)
+    assert "batches 1 to 4 of this epoch had been handed over" in str(loader.audit)
+    loader.load_state_dict({})
+    assert len(lists(loader)) == 11
+    assert loader.audit.resumed_at is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_an_earlier_batch(workers: int) -> None:
+    loader = make("shuffled", workers)
+    batches = iter(loader)
+    states, records = [], []
+    for _ in range(5):
+        next(batches)
+        states.append(loader.state_dict())
+        records.append(loader.last_batch)
+    for state, record in zip(states, records, strict=True):
+        assert loader.state_dict(after=record) == state
+    lists(batches)
+    assert loader.state_dict(after=records[0]) == states[0]
+    lists(loader)
+    with pytest.raises(ResumeError, match="newest 1024 batches"):
+        loader.state_dict(after=records[0])
+
+
+def test_out_of_order_what_came_behind_a_gap_does_not_come_again() -> None:
+    loader = make("in order", 2, in_order=False)
+    batches = iter(loader)
+    came = lists(itertools.islice(batches, 5))
+    state = through_json(loader.state_dict())
+    state_of_gap = dict(state)
+    del batches
+    resumed = make("in order", 2, in_order=False)
+    resumed.load_state_dict(state_of_gap)
+    came += lists(resumed)
+    assert sorted(itertools.chain(*came)) == list(range(N))
+    assert resumed.audit.complete
+
+
+def test_a_gap_is_filled() -> None:
+    """The state of a loader that handed over batches 0, 1, 3 and 5."""
+    whole = make("in order", 0)
+    _, state, _ = cut_short(whole, 2)
+    state["beyond"] = [3, 5]
+    resumed = make("in order", 0)
+    resumed.load_state_dict(state)
+    assert [each[0] for each in lists(resumed)] == [8, 16, 24, 28, 32, 36, 40]
+    assert resumed.audit.complete
+    assert resumed.audit.delivered_before == 16
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(state: Any, loader: SafeStatefulDataLoader[Any]) -> str:
+    def go_on() -> None:
+        loader.load_state_dict(state)
+        iter(loader)
+
+    with pytest.raises(ResumeError) as caught:
+        go_on()
+    assert isinstance(caught.value, ValueError)
+    return str(caught.value)
+
+
+def test_what_is_no_state_of_this_loader_is_refused() -> None:
+    _, state, _ = cut_short(make("shuffled", 0), 3)
+    loader = make("shuffled", 0)
+    assert "a state is a dict" in refused([1], loader)
+    assert "no state of a loader: it has epoch" in refused({"epoch": 3}, loader)
+    assert "torchdata" in refused({"_snapshot": {}}, loader)
+    assert "upgrade safeloader" in refused(state | {"safeloader": 2}, loader)
+    for broken in ({"samples": "x"}, {"digest": "zz"}, {"batches": -1}, {"left_out": 3}):
+        assert "damaged" in refused(state | broken, loader)
+    longer = SafeStatefulDataLoader(torch.arange(50), batch_size=4, shuffle=True)
+    assert "has 50 samples now and had 43" in refused(state, longer)
+    other = SafeStatefulDataLoader(NUMBERS, batch_size=5, shuffle=True)
+    assert "batches of 4, and this loader has batches of 5" in refused(state, other)
+    assert len(lists(loader)) == 11  # it was left alone
+
+
+def test_another_order_is_refused_and_it_is_told_from_where() -> None:
+    def loader(order: list[int]) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(torch.arange(4000), batch_size=2, sampler=order)
+
+    order = list(range(4000))
+    batches = iter(one := loader(order))
+    for _ in range(1500):
+        next(batches)
+    state = through_json(one.state_dict())
+    assert len(json.dumps(state)) < 1000
+    order[2400], order[2401] = order[2401], order[2400]
+    said = refused(state, loader(order))
+    assert "they agree up to batch 1024 and differ by batch 1280 of the 1500" in said
+    assert "seed=" in said
+    assert "ended" in refused(state, loader(order[:2000] * 1))
+    stood = torch.get_rng_state()
+    refused(state, loader(order))
+    assert torch.equal(torch.get_rng_state(), stood)
+
+
+def test_a_sampler_that_shares_its_generator_with_the_loop_is_refused() -> None:
+    class Lazy(Sampler[int]):
+        def __len__(self) -> int:
+            return N
+
+        def __iter__(self) -> Iterator[int]:
+            for _ in range(N):
+                yield int(torch.randint(N, ()))
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(NUMBERS, batch_size=4, sampler=Lazy())
+
+    batches = iter(one := loader())
+    for _ in range(4):
+        next(batches)
+        torch.rand(3)  # as dropout does
+    assert "draws other indices" in refused(one.state_dict(), loader())
+
+
+# ── what a state is, and what it costs ───────────────────────────────────────────────────────────
+
+
+def test_a_state_moves_nothing_and_starts_nothing() -> None:
+    loader = make("shuffled", 2)
+    stood = torch.get_rng_state(), random.getstate()
+    state = loader.state_dict()
+    assert vars(loader)["_iterator"] is None
+    assert len(json.dumps(state)) < 20_000
+    loader.load_state_dict(state)
+    loader.state_dict()
+    assert torch.equal(stood[0], torch.get_rng_state())
+    assert stood[1] == random.getstate()
+
+
+def test_copies_and_pickles_are_at_their_beginning() -> None:
+    loader = make("in order", 0)
+    next(iter(loader))
+    for other in (copy.copy(loader), pickle.loads(pickle.dumps(loader))):
+        assert other.state_dict()["epoch"] == 0
+        assert len(lists(other)) == 11
+
+
+class Broken(Rows):
+    def __getitem__(self, index: Any) -> Any:
+        if index in (6, 30):
+            raise KeyError(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_left_out_samples_stay_left_out(workers: int) -> None:
+    def loader(**more: Any) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Broken(), batch_size=4, num_workers=workers, **more)
+
+    _, state, rest = cut_short(loader(on_error="skip"), 3)
+    assert state["left_out"] == {"skipped": [1, ["6"]]}
+    resumed = loader(on_error="skip")
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+    batches = iter(raising := loader())
+    next(batches)
+    with pytest.raises(SampleError):
+        next(batches)
+    state = raising.state_dict()
+    assert state["batches"] == 2  # the batch of the error is behind it
+    resumed = loader(on_error="skip")
+    resumed.load_state_dict(state)
+    assert lists(resumed)[0] == [8, 9, 10, 11]
+
+
+def test_workers_that_were_restarted(tmp_path: Any) -> None:
+    class Dies(Rows):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 9 and get_worker_info() and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Dies(), batch_size=4, num_workers=2, on_crash="restart")
+
+    before, state, rest = cut_short(loader(), 4)
+    assert before[2] == [8, 9, 10, 11]
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+
+
+# ── streams, and datasets that keep their own place ──────────────────────────────────────────────
+
+
+class Stream(IterableDataset[int]):
+    """Each worker its share; ``kept``: what has a state."""
+
+    def __init__(self, kept: str = "", n: int = N) -> None:
+        self.n, self.kept = n, kept
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        worker, of = (0, 1) if info is None else (info.id, info.num_workers)
+        numbers = range(worker, self.n, of)
+        return Counter(numbers) if self.kept else iter(list(numbers))
+
+
+class Counter(Iterator[int]):
+    def __init__(self, numbers: range) -> None:
+        self.numbers, self.at, self.read = numbers, 0, 0
+
+    def __next__(self) -> int:
+        if self.at == len(self.numbers):
+            raise StopIteration
+        self.at += 1
+        self.read += 1
+        return self.numbers[self.at - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("kept", ["", "iterator"])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_a_stream_goes_on(workers: int, kept: str, every: int) -> None:
+    def loader(**more: Any) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(
+            Stream(kept), 4, num_workers=workers, snapshot_every_n_steps=every, **more
+        )
+
+    for after in (0, 1, 2, 5, 8):
+        before, state, rest = cut_short(loader(), after)
+        resumed = loader()
+        resumed.load_state_dict(through_json(state))
+        assert lists(resumed) == rest
+        audit = resumed.audit
+        assert audit.complete
+        assert audit.ok
+        assert audit.drawn == N
+        if after:
+            assert audit.delivered_before == sum(map(len, before))
+
+
+def test_a_stream_that_is_read_again_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "safeloader")
+    _, state, _ = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=2), 4)
+    resumed = SafeStatefulDataLoader(Stream(), 4, num_workers=2)
+    resumed.load_state_dict(state)
+    lists(resumed)
+    assert "worker 0 read 8 samples again" in caplog.text
+    caplog.clear()
+    _, state, _ = cut_short(SafeStatefulDataLoader(Stream("iterator"), 4, num_workers=2), 4)
+    resumed = SafeStatefulDataLoader(Stream("iterator"), 4, num_workers=2)
+    resumed.load_state_dict(state)
+    lists(resumed)
+    assert "again" not in caplog.text
+
+
+def test_a_stream_on_other_workers_is_refused() -> None:
+    _, state, _ = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=2), 4)
+    said = refused(state, SafeStatefulDataLoader(Stream(), 4, num_workers=3))
+    assert "2 workers" in said
+    assert "num_workers=2" in said
+
+
+# ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────
+
+KILLED = """
+import json, os, signal, sys, torch
+from safeloader import SafeStatefulDataLoader
+
+path, workers, until = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(1)
+loader = SafeStatefulDataLoader(
+    torch.arange(43), 4, shuffle=True, num_workers=workers, generator=torch.Generator()
+)
+if os.path.exists(path + ".state"):
+    loader.load_state_dict(json.load(open(path + ".state")))
+for number, batch in enumerate(loader):
+    if number == until:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(path, "a") as out:
+        out.write(json.dumps(batch.tolist()) + chr(10))
+    state = loader.state_dict()
+    with open(path + ".new", "w") as out:
+        json.dump(state, out)
+    os.replace(path + ".new", path + ".state")
+"""
+
+
+def test_killed_in_between(tmp_path: Any) -> None:
+    path = tmp_path / "came"
+    for workers, until in ((2, 3), (0, 2), (1, 100)):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", KILLED, path, str(workers), str(until)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == (0 if until == 100 else -signal.SIGKILL), done.stderr
+    came = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(itertools.chain(*came)) == list(range(N))
