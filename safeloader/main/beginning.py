@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils import data
+from torch.utils.data import BatchSampler, Sampler
 
 from safeloader.introspect.values import fields, inherits
 
@@ -30,6 +31,9 @@ _KINDS: tuple[type, ...] = (
 _KINDS += (torch.Generator,)
 _SAMPLERS = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")  # of wrappers
 _DEPTH = 4
+# They raise at their first index or never, their lengths are true, and they draw from torch alone.
+TORCHS_OWN = {data.DistributedSampler, data.RandomSampler, data.SequentialSampler}
+TORCHS_OWN |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
 
 
 class Generators:
@@ -41,6 +45,8 @@ class Generators:
     """
 
     def __init__(self, sampler: Any, generator: torch.Generator | None) -> None:
+        inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+        self._torchs_own = type(inner) in TORCHS_OWN
         self._held = dict(_held_by(sampler, "sampler", 0))
         if generator is not None and all(each is not generator for each in self._held.values()):
             self._held["generator"] = generator
@@ -52,13 +58,16 @@ class Generators:
 
     def states(self) -> States:
         """Where each stands, the process's own three among them."""
-        return self.cheap_states() | {
+        return self._cheap_states() | {
             PYTHON: random.getstate(),
             NUMPY: np.random.get_state(legacy=False),
         }
 
-    def cheap_states(self) -> States:
-        """The same of torch's own and of those held: what torch's samplers draw from; 2 us each."""
+    def likely_states(self) -> States:
+        """The same without those that torch's own samplers do not draw from; then 2 us each."""
+        return self._cheap_states() if self._torchs_own else self.states()
+
+    def _cheap_states(self) -> States:
         own: States = {TORCH: torch.get_rng_state()}
         return own | {name: _state_of(each) for name, each in self._held.items()}
 

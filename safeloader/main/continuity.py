@@ -312,12 +312,7 @@ class Continuity:
         if facts.seed is not None:
             return facts
         generators = Generators(_torch.index_sampler(loader), loader.generator)
-        states = generators.cheap_states()
-        seen = {} if self._watch is None else self._watch.seen
-        more = {name for moment in seen.values() for name in moment} - states.keys()
-        if more:
-            every = generators.states()
-            states |= {name: every[name] for name in more if name in every}
+        states = generators.likely_states()
         known = {name: to_json(state) for name, state in states.items()}
         stay = loader.persistent_workers and _torch.kept_iterator(loader) is not None
         return dataclasses.replace(
@@ -345,7 +340,7 @@ class Continuity:
             return {}
         seen = {moment: dict(states) for moment, states in watch.seen.items()}
         if not watch.done:  # the first draw begins from here, or from what is lent to it
-            seen[_BEFORE_FIRST] = watch.generators.cheap_states() | watch.lent
+            seen[_BEFORE_FIRST] = watch.generators.likely_states() | watch.lent
         found = {m: {n: to_json(s) for n, s in states.items()} for m, states in seen.items()}
         if watch.done:
             self._begin = found

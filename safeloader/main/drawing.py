@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils import data
 from torch.utils.data import BatchSampler
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
@@ -27,7 +26,7 @@ from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.main.beginning import Watch
+from safeloader.main.beginning import TORCHS_OWN, Watch
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, StateRequest, Task
@@ -270,11 +269,6 @@ def _copied(index: Any) -> Any:
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"
 
 
-# Torch's own: they raise at their first index or never, and their lengths are true.
-_OWN_KINDS = {data.DistributedSampler, data.RandomSampler, data.SequentialSampler}
-_OWN_KINDS |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
-
-
 def proven_length(sampler: Any) -> int | None:
     """How many draws ``sampler`` has; None unless it is torch's own, and no subclass.
 
@@ -286,7 +280,7 @@ def proven_length(sampler: Any) -> int | None:
 
 def is_torchs_own(sampler: Any) -> bool:
     """Whether a sampler is one of torch's, and no subclass: its length is true."""
-    return type(sampler) in _OWN_KINDS
+    return type(sampler) in TORCHS_OWN
 
 
 def _noting(sampler: Any, tail: list[Any]) -> Any:
@@ -300,7 +294,7 @@ def _noting(sampler: Any, tail: list[Any]) -> Any:
     if (
         not isinstance(sampler, BatchSampler)
         or type(sampler).__iter__ is not BatchSampler.__iter__
-        or (sampler.drop_last is not True and type(sampler.sampler) in _OWN_KINDS)
+        or (sampler.drop_last is not True and type(sampler.sampler) in TORCHS_OWN)
     ):
         return sampler
     try:
