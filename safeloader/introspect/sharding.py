@@ -16,7 +16,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from safeloader.introspect.values import definitions, fields, plain_length
+from safeloader.introspect.values import definitions, fields, inherits, plain_length
 
 _DEPTH = 5
 _WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
@@ -40,6 +40,7 @@ class Shard:
         epoch: the number that the order is drawn from, with ``shuffle=True`` and a ``set_epoch``;
             None where there is no such number, or the order is always the same.
         kind: the name of the sampler's class.
+        drops_by: the argument that has the last indices left out.
 
     Example:
         >>> from torch.utils.data import DistributedSampler
@@ -54,6 +55,7 @@ class Shard:
     total: int | None = None
     epoch: int | None = None
     kind: str = ""
+    drops_by: str = "drop_last"
 
     @property
     def padding(self) -> int:
@@ -68,6 +70,14 @@ class Shard:
         return max(self.length - self.total, 0) if known else 0  # type: ignore[operator]  # known
 
 
+class SaysItsShare:
+    """A sampler of ours, which is asked for its share: looking at it runs no code of the user's."""
+
+    def shard(self) -> Shard | None:
+        """Which share of the indices it draws; None where that is not known."""
+        raise NotImplementedError
+
+
 def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Shard | None:
     """The share that a sampler or batch sampler draws; None where it says nothing of shares.
 
@@ -78,6 +88,8 @@ def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Sh
     """
     inner = sampler
     for _ in range(_DEPTH):
+        if inherits(type(inner), SaysItsShare):
+            return inner.shard()  # type: ignore[no-any-return]
         held: dict[Any, Any] = dict(fields(inner))
         for of, which in _NAMES:
             replicas, rank = held.get(of), held.get(which)
