@@ -165,7 +165,7 @@ class GlobalBatchSampler(Sampler[list[int]], SaysItsShare):
 
     @property
     def sampler(self) -> GlobalBatchSampler:
-        """This one: Lightning sets the epoch of ``batch_sampler.sampler`` and no other."""
+        """Itself, since Lightning and Accelerate set the epoch of ``batch_sampler.sampler``."""
         return self
 
     # all ranks ──────────────────────────────────────────────────────────────────────────────────

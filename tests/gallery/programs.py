@@ -38,8 +38,9 @@ from torch.utils.data import (
 )
 
 import safeloader
-from safeloader import SafeDataLoader, checks
+from safeloader import GlobalBatchSampler, SafeDataLoader, checks
 from safeloader.examining import looks
+from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
 from safeloader.supervision import growth, kept_batches
 
@@ -1104,6 +1105,17 @@ def ranks() -> None:
     print(read(dataset, 2, sampler=sampler).audit)
 
 
+@shown("one rank of two, by GlobalBatchSampler with each tail=")
+def global_batches() -> None:
+    dataset = Numbers(18)
+    for tail in TAILS:
+        sampler = GlobalBatchSampler(len(dataset), 8, 1, 2, tail=tail, shuffle=False)
+        print(read(dataset, batch_size=1, batch_sampler=sampler).audit)
+
+
+TAILS: tuple[Tail, ...] = ("drop", "pad", "uneven")
+
+
 @shown("a stream, without and with key=")
 def stream_audit() -> None:
     print(read(SharedOut(), num_workers=2).audit)
@@ -1269,6 +1281,27 @@ def records() -> None:
         lambda: loader.provenance.save("epoch.xls"),
         lambda: loader.metrics(last=0),
         lambda: safeloader.Recorder(-1),
+    )
+
+
+@shown("GlobalBatchSampler")
+def bad_shares() -> None:
+    def sampler_with(**given: Any) -> Callable[[], object]:
+        return lambda: iter(GlobalBatchSampler(**{"length": 100, "global_batch": 32} | given))
+
+    refused(
+        sampler_with(length=-1),
+        sampler_with(global_batch=True),
+        sampler_with(world=6),
+        sampler_with(rank=4, world=4),
+        sampler_with(rank=1),
+        sampler_with(world=4),
+        sampler_with(tail="keep"),
+        sampler_with(shuffle="yes"),
+        sampler_with(seed=-1),
+        lambda: GlobalBatchSampler(100, 32).set_epoch(-1),
+        lambda: GlobalBatchSampler(100, 32).batches(start=-1),
+        lambda: GlobalBatchSampler(100, 32).global_indices(3),
     )
 
 
