@@ -131,7 +131,7 @@ def why_untried(heard: Heard, samples_left: int) -> str:
 
 def why_unmeasured(heard: Heard) -> str | None:
     """Why no setting was tried, or not as in training; None where nothing is to be said."""
-    kinds = {kind for kind, _ in heard}
+    kinds = dict(heard)
     if "warm" in kinds:
         return (
             "speed with cold caches: the program takes long to load, so what was measured had "
@@ -140,8 +140,15 @@ def why_unmeasured(heard: Heard) -> str | None:
     if "nothing_to_measure" not in kinds:
         return None
     if "no_batch" in kinds:
-        return "speed: drop_last leaves no batch"
+        return f"speed: {_dropping(kinds['no_batch'])[0]} leaves no batch"
     return "speed: no batch is left without the indices that fail"
+
+
+def _dropping(facts: Facts) -> tuple[str, str, str]:
+    """What leaves no batch, the name of its size, and what to say instead."""
+    if facts.get("over_ranks"):
+        return "tail='drop'", "global_batch", "tail='pad' or tail='uneven'"
+    return "drop_last", "batch_size", "drop_last=False"
 
 
 def ruled_out(heard: Heard) -> set[str]:
@@ -391,13 +398,13 @@ class _Words:
         )
 
     def on_no_batch(self, facts: Facts) -> Finding:
+        dropping, size, instead = _dropping(facts)
         return Finding(
             "error",
             "no_batch",
-            f"drop_last leaves no batch: {facts['samples']} samples, "
-            f"batch_size {facts['batch_size']}",
+            f"{dropping} leaves no batch: {facts['samples']} samples, {size} {facts['batch_size']}",
             "an epoch ends at once, without a word",
-            "drop_last=False, or a smaller batch_size",
+            f"{instead}, or a smaller {size}",
         )
 
     def on_no_batch_of_stream(self, facts: Facts) -> Finding | None:

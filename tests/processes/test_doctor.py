@@ -541,6 +541,19 @@ class TestHarmInABatch:
             assert found.answer == f"drop_last leaves no batch: {N} samples, batch_size {size}"
             assert "speed: drop_last leaves no batch" in report.not_looked_at
 
+    @pytest.mark.parametrize(("size", "expected"), [(N + 1, ["no_batch"]), (N, [])])
+    def test_a_tail_that_leaves_no_batch(self, size: int, expected: list[str]) -> None:
+        sampler = safeloader.GlobalBatchSampler(N, size)
+        report = examine(Sound(), 6.0, batch_size=1, batch_sampler=sampler)
+        assert kinds(report) == expected
+        assert report.samples["count"] == N
+        assert report.resume.startswith("yes, at the beginning of an epoch: the order is made")
+        if expected:
+            found = said(report, "no_batch")
+            assert found.answer == f"tail='drop' leaves no batch: {N} samples, global_batch {size}"
+            assert found.advice == "tail='pad' or tail='uneven', or a smaller global_batch"
+            assert "speed: tail='drop' leaves no batch" in report.not_looked_at
+
 
 def missing() -> None:
     raise KeyError("label")
