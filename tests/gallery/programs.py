@@ -1116,6 +1116,27 @@ def global_batches() -> None:
 TAILS: tuple[Tail, ...] = ("drop", "pad", "uneven")
 
 
+class BatchSamplerShard(BatchSampler):
+    """With the attributes of Accelerate's."""
+
+    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.split_batches = False
+        self.even_batches = True
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(self.batch_sampler)[self.process_index :: self.num_processes])
+
+
+@shown("a rank's share that Accelerate shares out once more")
+def shared_out_twice() -> None:
+    dataset = Numbers(18)
+    sampler = BatchSamplerShard(GlobalBatchSampler(18, 6, 1, 2, shuffle=False), 2, 1)
+    print(read(dataset, batch_size=1, batch_sampler=sampler).audit)
+
+
 @shown("a stream, without and with key=")
 def stream_audit() -> None:
     print(read(SharedOut(), num_workers=2).audit)
