@@ -44,8 +44,8 @@ class GlobalBatchSampler(Sampler[list[int]], SaysItsShare):
     had.
 
     The order is a function of ``seed`` and the epoch alone. No generator of the program's is drawn
-    from or moved, and where an epoch ended leaves no trace. Tell the epoch before each one:
-    ``sampler.set_epoch(epoch)``, as of a ``DistributedSampler``.
+    from or moved, and it makes no difference where an earlier epoch was left. Tell the epoch before
+    each one: ``sampler.set_epoch(epoch)``, as of a ``DistributedSampler``.
 
     The shares are dealt out here. A framework that shards a loader must leave this one alone:
     ``use_distributed_sampler=False`` in Lightning, and not ``prepare`` in Accelerate.
