@@ -143,8 +143,16 @@ class _Pool:
             self.rates.append(came / (last - begin))
         self.tell(None)
 
+    def take_over(self, other: _Pool) -> None:
+        """Go on with the workers of another pool of this setting."""
+        self._loader, self._draws, self.is_stopped = other._loader, other._draws, False
+        self.rates += other.rates
+        self.tell(None)
+
     def stop(self) -> None:
         """End the workers."""
+        if self.is_stopped:
+            return
         self.is_stopped = True
         self._say("ending")
         _torch.abandon(self._loader)
@@ -340,10 +348,8 @@ class _Sweep:
                 self._measured.add(setting)
                 if last or (setting.method != self._cheap and setting.workers):
                     pool.tell(raised(exc))
-                elif search(self._subject, self._talk, self._talk.suspects):
-                    self._fails_alone = True
                 else:
-                    self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+                    self._tell_failed(setting, exc)
                 pool.stop()  # with other samples it may do
                 if setting.method != self._cheap and setting.workers:
                     break
@@ -351,6 +357,25 @@ class _Sweep:
                 self._measured.add(setting)
                 return pool
         return None
+
+    def _tell_failed(self, setting: Setting, exc: Exception) -> None:
+        """Tell what a batch failed with, and of which sample; that is left out from now on."""
+        if search(self._subject, self._talk, self._talk.suspects):
+            self._fails_alone = True
+        else:
+            self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+
+    def _once_more(self, pool: _Pool) -> None:
+        """Measure a pool once more; where it fails now, anew, or it is left as it was."""
+        try:
+            pool.turn(_TURN_S)
+            return
+        except Exception as exc:  # a sample that was not among the batches before
+            self._tell_failed(pool.setting, exc)
+        pool.stop()
+        other = self._opened(pool.setting)
+        if other is not None:
+            pool.take_over(other)
 
     def _in_turns(self, pools: list[_Pool], end: float) -> None:
         """Measure those again that may be the best, forwards and backwards in turn."""
@@ -361,9 +386,12 @@ class _Sweep:
             rest = [
                 pool
                 for pool in pools
-                if not number
-                or pool.setting == self._own_setting
-                or pool.best_rate >= _CONTENDS * best.rate
+                if not pool.is_stopped
+                and (
+                    not number
+                    or pool.setting == self._own_setting
+                    or pool.best_rate >= _CONTENDS * best.rate
+                )
             ]
             if number > 1 and all(
                 pool.setting in (best.setting, self._own_setting) for pool in rest
@@ -373,4 +401,4 @@ class _Sweep:
                 cost = _TURN_S + _FEWEST * max(1, pool.setting.workers) / max(pool.rate, 1e-6)
                 if time.monotonic() + cost > end or self._talk.samples <= 0:
                     return
-                pool.turn(_TURN_S)
+                self._once_more(pool)

@@ -30,7 +30,8 @@ from torch.utils.data import (
 
 import safeloader
 from safeloader import SafeDataLoader, doctor
-from safeloader.examining import child, looks, samples
+from safeloader.commands.doctor import main as command
+from safeloader.examining import child, looks, patience, samples, speed
 from safeloader.examining.report import Examination
 from tests.processes.test_launcher import ran
 
@@ -42,6 +43,22 @@ SHORT_S = 12.0
 def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """All looks but the one that takes all the time there is."""
     monkeypatch.setattr(looks, "LOOKS", looks.LOOKS[:-1])
+
+
+def only_workers(patch: pytest.MonkeyPatch, *workers: int) -> None:
+    """Of the settings, only these numbers of workers, each a few times."""
+    patch.setattr(speed, "counts", lambda cores, own: sorted({*workers, own}))
+    patch.setattr(speed, "_MOST", 0)
+    patch.setattr(speed, "_PREFETCH", ())
+    patch.setattr(speed, "_ROUNDS", 2)
+
+
+@pytest.fixture
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measuring that is over in a second: what fails in it fails with the first setting."""
+    only_workers(monkeypatch, 0, 1)
+    monkeypatch.setattr(speed, "_TURN_S", 0.1)
+    monkeypatch.setattr(speed, "_SPAWN_S", float("inf"))  # no time for a fresh Python
 
 
 class Sound(Dataset[Any]):
@@ -462,20 +479,21 @@ def waits_at_five(samples: list[Any]) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_settings")
 class TestHarmInABatch:
     """What was not looked at one by one, and is met while batches are measured."""
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_hang_is_told_with_its_index(self, workers: int) -> None:
-        report = examine(Large(5, wait_for_ever), 8.0, batch_size=8, num_workers=workers)
+        report = examine(Large(5, wait_for_ever), 6.0, batch_size=8, num_workers=workers)
         found = said(report, "hangs")
         assert found.answer.startswith("it hangs at index 5: nothing came for")
         assert "in wait_for_ever" in found.evidence
         assert found.level == "error"
-        assert report.seconds < 14
+        assert report.seconds < 12
 
     def test_a_hang_in_the_collate_function_is_told_with_its_batch(self) -> None:
-        report = examine(Large(), 8.0, batch_size=4, collate_fn=waits_at_five)
+        report = examine(Large(), 6.0, batch_size=4, collate_fn=waits_at_five)
         found = said(report, "hangs")
         assert "in collate_fn, with the samples of [4, 5, 6, 7]" in found.answer
         assert "in waits_at_five" in found.evidence
@@ -960,8 +978,8 @@ class Slow(Sound):
         return super().__getitem__(index)
 
 
-class SlowToBegin(Sound):
-    """Sets something up at first use."""
+class SlowToBegin(Slow):
+    """Sets something up at first use, too."""
 
     ready = False
 
@@ -972,10 +990,15 @@ class SlowToBegin(Sound):
         return super().__getitem__(index)
 
 
+@pytest.fixture(scope="class")
+def measured() -> Examination:
+    return examine(SlowToBegin(), seconds=16.0, num_workers=1)
+
+
 @pytest.mark.slow
 class TestSpeed:
-    def test_settings_are_measured_and_one_is_recommended(self) -> None:
-        report = examine(Slow(), seconds=20.0, num_workers=1, batch_size=2)
+    def test_settings_are_measured_and_one_is_recommended(self, measured: Examination) -> None:
+        report = measured
         assert report.ok
         tried = {row.workers: row for row in report.settings if row.method in (None, "fork")}
         assert {0, 1, 2} <= tried.keys()
@@ -990,14 +1013,19 @@ class TestSpeed:
         assert {"num_workers", "prefetch_factor", "start_method"} <= told.keys()
         assert "first batch" in str(report)
 
-    def test_the_first_batch_is_that_of_copies_which_have_fetched_nothing(self) -> None:
-        report = examine(SlowToBegin(), seconds=16.0, num_workers=1, batch_size=2)
-        tried = [row for row in report.settings if row.rates]
+    def test_the_first_batch_is_that_of_copies_which_have_fetched_nothing(
+        self, measured: Examination
+    ) -> None:
+        tried = [row for row in measured.settings if row.rates]
         assert {0, 1} <= {row.workers for row in tried}
         assert all(row.first_s is not None and row.first_s >= 0.8 for row in tried)
-        assert not [each for each in report.not_looked_at if "cold caches" in each]
+        assert not [each for each in measured.not_looked_at if "cold caches" in each]
 
-    def test_where_forked_workers_hang_others_are_measured(self) -> None:
+    def test_where_forked_workers_hang_others_are_measured(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        only_workers(monkeypatch, 0, 2)
+        monkeypatch.setattr(patience, "_SHARE", 0.1)  # 6 s, and twice that for a fresh Python
         report = examine(Deadlocked(), seconds=60.0, num_workers=2)
         found = [each for each in report.findings if each.kind == "hangs"]
         assert found
@@ -1009,6 +1037,7 @@ class TestSpeed:
         assert best.method != "fork"
         assert any(row.method in ("spawn", "forkserver") and row.rates for row in report.settings)
 
+    @pytest.mark.usefixtures("few_settings")
     def test_what_fails_is_left_out_and_the_rest_measured(self) -> None:
         class Broken(Sound):
             def __len__(self) -> int:
@@ -1038,6 +1067,9 @@ class TestSpeed:
                 return super().__getitem__(index)
 
         monkeypatch.setattr(looks, "LOOKS", (looks.INHERITING, looks.LOOKS[-1]))
+        only_workers(monkeypatch, 1, 6)
+        monkeypatch.setattr(speed, "_ROUNDS", 4)
+        monkeypatch.setattr(speed, "_SPAWN_S", float("inf"))
         # On one core, for the child too: what is busy gains nothing from many workers.
         cores = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(cores)})
@@ -1109,21 +1141,34 @@ def program(tmp_path: Path) -> Any:
     return write
 
 
+@pytest.fixture
+def said_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """The command in this process, which has imported torch: its status, and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        return command([*words]), *capsys.readouterr()
+
+    return run
+
+
 class TestCommand:
-    @pytest.mark.slow
+    @pytest.mark.usefixtures("few_settings")
     @pytest.mark.parametrize("target", ["train.py:make_loader", "train:make_loader"])
-    def test_both_forms(self, tmp_path: Path, program: Any, target: str) -> None:
+    def test_both_forms(self, program: Any, said_by: Any, target: str) -> None:
         program()
-        done = ran(tmp_path, "-m", "safeloader", "doctor", target, "--seconds", "9", "--json")
-        assert done.returncode == 0, done.stderr
-        told = json.loads(done.stdout)
+        status, printed, _ = said_by(target, "--seconds", "9", "--json")
+        assert status == 0
+        told = json.loads(printed)
         assert told["ok"]
         assert told["loader"] == "DataLoader over Words"
         assert told["settings"]
 
     def test_findings_that_break_training(self, tmp_path: Path, program: Any) -> None:
         program(length=12)
-        done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "9")
+        done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "6")
         assert done.returncode == 1
         assert "__len__ is too long: it says 12, and the samples end at 10" in done.stdout
 
@@ -1144,28 +1189,22 @@ class TestCommand:
             ([], "the following arguments are required"),
         ],
     )
-    def test_bad_usage(self, tmp_path: Path, program: Any, words: list[str], told: str) -> None:
+    def test_bad_usage(self, program: Any, said_by: Any, words: list[str], told: str) -> None:
         program()
         program(rest="print('usage: ...'); sys.exit(2)", name="ends.py")
-        done = ran(tmp_path, "-m", "safeloader", "doctor", *words)
-        assert done.returncode == 2
-        assert told in done.stderr
-        assert "Traceback" not in done.stderr
-        assert "safeloader/commands" not in done.stderr
+        status, printed, error = said_by(*words)
+        assert status == 2
+        assert not printed
+        assert told in error
+        assert "Traceback" not in error
+        assert "safeloader/commands" not in error
 
     @pytest.mark.slow
-    def test_a_program_that_works_when_it_is_imported(self, tmp_path: Path, program: Any) -> None:
+    def test_a_program_that_works_when_it_is_imported(self, program: Any, said_by: Any) -> None:
         program(rest="import threading; threading.Event().wait()")
-        done = ran(tmp_path, "-m", "safeloader", "doctor", "train.py:loader", "--seconds", "6")
-        assert done.returncode == 1
-        assert 'under `if __name__ == "__main__":`' in done.stdout
-
-    @pytest.mark.slow
-    def test_a_program_without_a_guard(self, tmp_path: Path, program: Any) -> None:
-        program(rest="import safeloader; print(safeloader.doctor(loader, seconds=25))")
-        done = ran(tmp_path, "train.py")
-        assert done.returncode == 0, done.stderr
-        assert "the program does its work when it is imported" in done.stdout
+        status, printed, _ = said_by("train.py:loader", "--seconds", "5")
+        assert status == 1
+        assert 'under `if __name__ == "__main__":`' in printed
 
 
 @pytest.mark.parametrize(
@@ -1185,13 +1224,18 @@ def test_bad_input_is_refused_at_once(words: Any, error: Any) -> None:
     assert time.monotonic() - begin < 2
 
 
-def test_a_script_without_a_guard_is_told_so_in_a_few_words(tmp_path: Path) -> None:
-    (tmp_path / "bare.py").write_text(
-        "import safeloader\n"
-        "from torch.utils.data import DataLoader\n"
-        "print(safeloader.doctor(DataLoader([1, 2, 3, 4] * 10, batch_size=4), seconds=20))\n"
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_so_in_a_few_words(tmp_path: Path, program: Any) -> None:
+    # The fork's part is made short, also where the program is imported once more.
+    program(
+        rest="import safeloader\n"
+        "from safeloader.examining import speed\n"
+        "speed.counts, speed._MOST = (lambda cores, own: [0, 1]), 0\n"
+        "speed._PREFETCH, speed._ROUNDS = (), 1\n"
+        "print(safeloader.doctor(loader, seconds=20))"
     )
-    done = ran(tmp_path, "bare.py")
+    done = ran(tmp_path, "train.py")
+    assert done.returncode == 0, done.stderr
     assert "1. the program does its work when it is imported, and spawn imports it" in done.stdout
     printed = done.stdout[done.stdout.index("printed: ") :].splitlines()
     shown = [line for line in printed if line.startswith("  | ")]
