@@ -299,7 +299,7 @@ class _Examining:
         told = next((facts for kind, facts in heard if kind == "samples"), {})
         why_not = wording.why_untried(heard, self._samples)
         late = [f"start method {each}: {why_not}" for each in wording.untried(heard)]
-        unmeasured = wording.why_unmeasured(heard)
+        unmeasured = [wording.why_unmeasured(heard), wording.what_was_warm(heard)]
         return Examination(
             loader=own.get("name", name),
             findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
@@ -314,7 +314,7 @@ class _Examining:
             cores=wording.cores_of(heard),
             sent=next((facts for kind, facts in heard if kind == "weight"), {}),
             resume=wording.resume_text(heard),
-            not_looked_at=(*self._not_looked_at, *filter(None, [unmeasured]), *late),
+            not_looked_at=(*self._not_looked_at, *filter(None, unmeasured), *late),
             output=self._output.tail,
             output_bytes=self._output.bytes,
             seconds=time.monotonic() - self._begin,

@@ -144,6 +144,16 @@ def why_unmeasured(heard: Heard) -> str | None:
     return "speed: no batch is left without the indices that fail"
 
 
+def what_was_warm(heard: Heard) -> str | None:
+    """Which start methods were measured on what had fetched samples; None where none was."""
+    if all(kind != "warm_methods" for kind, _ in heard):
+        return None
+    return (
+        "spawn and forkserver with cold caches: the dataset is too large to be kept as it was, so "
+        "their workers were sent what had fetched samples before"
+    )
+
+
 def ruled_out(heard: Heard) -> set[str]:
     """Start methods that cannot be used, by what was found."""
     kinds = {kind for kind, _ in heard}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -990,6 +991,24 @@ class SlowToBegin(Slow):
         return super().__getitem__(index)
 
 
+class Remembering(Sound):
+    """Writes down how each process begins: whether its copy has fetched anything before."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.cache, self.pid = file, dict[int, Any](), 0
+
+    def __getitem__(self, index: int) -> Any:
+        if self.pid != os.getpid():
+            kind = type(multiprocessing.current_process()).__name__
+            with self.file.open("a") as file:
+                file.write(f"{kind if get_worker_info() else 'alone'} {len(self.cache)}\n")
+            self.pid = os.getpid()
+        if index not in self.cache:
+            self.cache[index] = super().__getitem__(index)
+        return self.cache[index]
+
+
 @pytest.fixture(scope="class")
 def measured() -> Examination:
     return examine(SlowToBegin(), seconds=16.0, num_workers=1)
@@ -1020,6 +1039,23 @@ class TestSpeed:
         assert {0, 1} <= {row.workers for row in tried}
         assert all(row.first_s is not None and row.first_s >= 0.8 for row in tried)
         assert not [each for each in measured.not_looked_at if "cold caches" in each]
+
+    @pytest.mark.parametrize("copied_bytes", [1 << 28, 0])
+    def test_workers_are_sent_what_has_fetched_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied_bytes: int
+    ) -> None:
+        only_workers(monkeypatch, 0, 1)
+        monkeypatch.setattr(looks, "LOOKS", (looks.INHERITING, looks.LOOKS[-1]))
+        monkeypatch.setattr(speed, "_COPIED_BYTES", copied_bytes)
+        begins = tmp_path / "begins"
+        report = examine(Remembering(begins), 25.0)
+        told = [line.split() for line in begins.read_text().splitlines()]
+        held = {kind: int(length) for kind, length in told}
+        assert held.pop("alone") == held.pop("ForkProcess") == 0
+        assert held.keys() == {"SpawnProcess", "ForkServerProcess"}
+        assert all(bool(each) != bool(copied_bytes) for each in held.values())
+        warm = [each for each in report.not_looked_at if "spawn and forkserver with cold" in each]
+        assert bool(warm) != bool(copied_bytes)
 
     def test_where_forked_workers_hang_others_are_measured(
         self, monkeypatch: pytest.MonkeyPatch
@@ -1068,7 +1104,6 @@ class TestSpeed:
 
         monkeypatch.setattr(looks, "LOOKS", (looks.INHERITING, looks.LOOKS[-1]))
         only_workers(monkeypatch, 1, 6)
-        monkeypatch.setattr(speed, "_ROUNDS", 4)
         monkeypatch.setattr(speed, "_SPAWN_S", float("inf"))
         # On one core, for the child too: what is busy gains nothing from many workers.
         cores = os.sched_getaffinity(0)
