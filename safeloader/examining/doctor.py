@@ -215,11 +215,17 @@ class _Examining:
                 continue
             if outcome.how == "done":
                 return
-            if outcome.how != "ended" and outcome.suspects and outcome.at.place is None:
+            is_late = outcome.how == "slow" and time.monotonic() >= self._end
+            if (
+                outcome.how != "ended"
+                and not is_late
+                and outcome.suspects
+                and outcome.at.place is None
+            ):
                 outcome, order = self._searched(start, order, outcome)
             at = outcome.at
             self._note(outcome)
-            if outcome.how == "ended":
+            if outcome.how == "ended" or is_late:
                 rest = [look.name for look in looks.LOOKS[at.look + 1 :]]
                 if rest:
                     self._not_looked_at.append(
@@ -283,6 +289,9 @@ class _Examining:
             what=at.what,
             index=at.place,
             seconds=outcome.seconds,
+            whole_s=self._seconds,
+            busy=outcome.busy,
+            locked=outcome.how == "hung" and self._patience.nothing_came,
             cold=outcome.cold,
             code=outcome.code,
             stack=outcome.stack,

@@ -22,6 +22,9 @@ _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
 _INDICES = 8  # that are named of one cause
 _LATE = "the time was up"
+_SLOW = "no batch yet"
+_BUSY = 0.05  # of a processor: less may be the looking itself
+_LONGER = 4  # times as long as was given
 _SPAWNING = ("spawn", "forkserver")
 
 
@@ -95,12 +98,20 @@ def rows_of(heard: Heard, *, lacks_guard: bool = False) -> list[Row]:
         elif kind == "ending" and facts.get("setting"):
             setting = tuple(facts["setting"])
             if setting not in rows:
-                how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
+                how = _ENDS.get(facts["how"])
                 text = f"{how or _LATE} after {facts['seconds']:.1f} s"
                 if lacks_guard and setting[2] in _SPAWNING:
                     text = unguarded
                 rows[setting] = Row(*setting, (), None, text)
     return list(rows.values())
+
+
+_ENDS = {"died": "the process died", "hung": "no batch came", "slow": _SLOW}
+
+
+def _failed(rows: list[Row]) -> list[Row]:
+    """Those that could not be measured, and not for want of time alone."""
+    return [row for row in rows if row.error and not row.error.startswith((_LATE, _SLOW))]
 
 
 def cores_of(heard: Heard) -> int | None:
@@ -119,7 +130,7 @@ def untried(heard: Heard) -> list[str]:
 def why_untried(heard: Heard, samples_left: int) -> str:
     """Why some start methods were not tried."""
     rows = rows_of(heard)
-    failed = [row for row in rows if row.error and not row.error.startswith(_LATE)]
+    failed = _failed(rows)
     if failed and not any(row.rates for row in rows):
         alone = any(not row.workers for row in failed) or any(kind == "raises" for kind, _ in heard)
         where = "without workers" if alone else f"in workers started by {failed[0].method}"
@@ -162,7 +173,7 @@ def ruled_out(heard: Heard) -> set[str]:
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
     out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
-    failed = [row for row in rows_of(heard) if row.error and not row.error.startswith(_LATE)]
+    failed = _failed(rows_of(heard))
     return out | {str(row.method) for row in failed if row.method != "fork"}
 
 
@@ -659,6 +670,8 @@ class _Words:
     def of_endings(self, endings: list[Facts]) -> list[Finding]:
         """Hangs and deaths: each index once, and what happened there."""
         found = [self._hung(facts) for facts in endings if facts["how"] == "hung"]
+        slow = [self._slow(facts) for facts in endings if facts["how"] == "slow"]
+        found += slow[:1]  # it is one thing that takes long, whoever begins with it
         died: dict[Any, list[Facts]] = {}
         for facts in endings:
             if facts["how"] == "died":
@@ -704,8 +717,14 @@ class _Words:
             where = "without workers, and at none of the indices alone"
         evidence = _cut_stack(facts["stack"]) or "it did not answer where it was"
         if facts.get("cold") and facts["index"] is not None:
-            evidence += "\nit was the first that was fetched: it may be that what is set up at "
-            evidence += "first use takes longer; with more seconds that would show"
+            evidence += "\nit was the first that was fetched" + (
+                ", and all of its threads wait for locks: nobody is left to open them"
+                if facts["locked"]
+                else ": it may be that what is set up at first use takes longer; with more seconds "
+                "that would show"
+            )
+        if facts["busy"] > _BUSY:
+            evidence += "\nit worked all the while: an endless loop, or a sample that takes longer"
         return Finding(
             "error",
             "hangs",
@@ -713,6 +732,26 @@ class _Words:
             evidence,
             "give what it waits for a time limit"
             + ("; timeout= of the loader ends such a wait" if self._workers else ""),
+        )
+
+    def _slow(self, facts: Facts) -> Finding:
+        """What did not come in time, and may come if it is given more."""
+        longer = _LONGER * facts["whole_s"]
+        begins = facts["index"] is None
+        if facts["busy"] > _BUSY:
+            seen = f"it worked: {100 * facts['busy']:.0f} % of a processor was used"
+        else:
+            seen = "it used no processor, and waited, but not for a lock that nobody opens"
+        where = _where(facts) + ("" if begins else ", the first that was fetched")
+        stack = _cut_stack(facts["stack"])
+        return Finding(
+            "warning",
+            "slow_start",
+            f"slow: no {'batch' if begins else 'sample'} in {facts['seconds']:.0f} s; give it "
+            f"longer: doctor(loader, seconds={longer:g})",
+            f"{where}; {seen}" + (f"\n{stack}" if stack else ""),
+            f"or --seconds {longer:g} of the command. Each worker pays for what is set up at first "
+            "use: make it lighter, or make it once, before the fork, if it survives one",
         )
 
     # ── settings
@@ -733,7 +772,7 @@ class _Words:
         failed = [row for row in rows if row.error and not (lacks_guard and row.method != "fork")]
         for row in failed[:3]:
             mine = row.workers == self._workers and row.method == self._own.get("method")
-            if row.error.startswith(("the process died", "no batch came", _LATE)):
+            if row.error.startswith((*_ENDS.values(), _LATE)):
                 continue  # told as an end of the child
             told = bool(self._failing) and row.method in (None, "fork")
             if told or row.error.partition(":")[0] in self._raised:

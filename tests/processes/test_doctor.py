@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ class TestHarm:
 
             def __getitem__(self, index: int) -> Any:
                 if not self.ready:
-                    time.sleep(2.2)
+                    time.sleep(3.9)  # more than 0.6 of the time there is
                     self.ready = True
                 return super().__getitem__(index)
 
@@ -238,15 +239,34 @@ class TestHarm:
         assert kinds(report) == ["slow_first"]
         assert report.ok
 
+    @pytest.mark.parametrize("works", [True, False])
+    def test_a_set_up_that_takes_all_the_time_is_slow(self, works: bool) -> None:
+        class SetsUp(Sound):
+            def __getitem__(self, index: int) -> Any:
+                busy(60) if works else time.sleep(60)
+
+        report = examine(SetsUp(), seconds=4.0)
+        assert kinds(report) == ["slow_start"]
+        found = said(report, "slow_start")
+        assert re.fullmatch(
+            r"slow: no sample in \d s; give it longer: doctor\(loader, seconds=16\)", found.answer
+        )
+        assert found.level == "warning"
+        assert "at index 0, the first that was fetched; it " in found.evidence
+        assert ("of a processor was used" in found.evidence) == works
+        assert "test_doctor.py" in found.evidence  # where it stands
+        assert any("the 4 s were up" in each for each in report.not_looked_at)
+        assert report.ok
+
     def test_a_hang_at_the_first_sample_is_told(self) -> None:
         class Hanging(Sound):
             def __getitem__(self, index: int) -> Any:
                 threading.Event().wait()
 
-        report = examine(Hanging(), seconds=6.0)
+        report = examine(Hanging(), seconds=4.0)
         found = [each for each in report.findings if each.kind == "hangs"]
         assert "index 0" in found[0].answer
-        assert "the first that was fetched" in found[0].evidence
+        assert "the first that was fetched, and all of its threads" in found[0].evidence
         assert not report.ok
         assert report.seconds < 12
 
@@ -471,6 +491,10 @@ def wait_for_ever() -> None:
 
 def leave() -> None:
     os._exit(3)
+
+
+def waits_in_a_worker(worker: int) -> None:
+    wait_for_ever()
 
 
 def waits_at_five(samples: list[Any]) -> Any:
@@ -790,6 +814,23 @@ class TestLengths:
 
 @pytest.mark.usefixtures("no_speed")
 class TestCopies:
+    @pytest.mark.parametrize("works", [True, False])
+    def test_workers_that_take_long_to_begin_are_slow(self, works: bool) -> None:
+        def begin(worker: int) -> None:
+            busy(60) if works else time.sleep(60)
+
+        report = examine(Sound(), seconds=6.0, num_workers=2, worker_init_fn=begin)
+        assert [each for each in kinds(report) if each != "unpicklable"] == ["slow_start"]
+        found = said(report, "slow_start")
+        assert found.answer.startswith("slow: no batch in ")
+        assert "while starting 2 workers by fork; it " in found.evidence
+        assert "give it longer: doctor(loader, seconds=24)" in found.answer
+
+    def test_workers_that_hang_as_they_begin_hang(self) -> None:
+        report = examine(Sound(), seconds=6.0, num_workers=2, worker_init_fn=waits_in_a_worker)
+        assert [each for each in kinds(report) if each != "unpicklable"] == ["hangs"]
+        assert "while starting 2 workers by fork" in said(report, "hangs").answer
+
     def test_parts_that_cannot_be_pickled(self) -> None:
         found = said(examine(Lambda()), "unpicklable")
         assert found.answer == "dataset.scale cannot be pickled (a lambda)"
