@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import selectors
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from traceback import format_list
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ _SAMPLED_S = 1.0  # how often it is looked how much of a processor a silent chil
 _BUSY = 0.05  # of the time: on a loaded machine it may be little
 _ASKED = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else None
 _OURS = os.path.join("safeloader", "examining", "")
+# The files by way of which a worker comes to the user's code.
+_STARTING = re.compile(r"[/\\](multiprocessing|torch[/\\]utils[/\\]data)[/\\]")
 _LATE_S = 5.0  # past its time an orphaned child ends itself
 
 # ── the child's end
@@ -550,7 +553,8 @@ def _users(dump: bytes) -> str:
         return ""
     whole = stacks.read(dump.decode("utf-8", "replace"))
     frames = [*takewhile(lambda frame: _OURS not in frame.filename, whole.frames)]
-    return "".join(format_list(frames[::-1])).rstrip() or whole.text
+    theirs = [*dropwhile(lambda frame: _STARTING.search(frame.filename), frames[::-1])]
+    return "".join(format_list(theirs or frames[::-1])).rstrip() or whole.text
 
 
 def _descendants(pid: int) -> list[int]:

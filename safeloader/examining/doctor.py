@@ -204,7 +204,7 @@ class _Examining:
 
     def _all_looks(self, start: Any, inherits: bool) -> None:
         order = Order(0 if inherits else 1, self._end, self._samples)
-        failed, again = 0, False
+        failed, again, unsent = 0, False, False
         while order.first < len(looks.LOOKS):
             order = order._replace(samples=max(1, self._samples))
             outcome = start(order, self._patience)
@@ -222,7 +222,12 @@ class _Examining:
                 and outcome.suspects
                 and outcome.at.place is None
             ):
+                heard = len(self._heard)
                 outcome, order = self._searched(start, order, outcome)
+                if not unsent and any(kind == "unsendable" for kind, _ in self._heard[heard:]):
+                    unsent = True  # for which workers wait; once more without it
+                    order = order._replace(first=outcome.at.look)
+                    continue
             at = outcome.at
             self._note(outcome)
             if outcome.how == "ended" or is_late:

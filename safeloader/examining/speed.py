@@ -214,6 +214,7 @@ class _Sweep:
         self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
         self._own_setting = self._tried_with(self._own)
         self._fails_alone = False
+        self._samples = talk.samples  # that may be fetched
         self._cold: bytes | None = None
 
     def run(self) -> None:
@@ -242,7 +243,7 @@ class _Sweep:
         if alone is not None:
             tried = [alone, *tried]
             end = self._talk.end - _START_SHARE * total if best is not None else self._talk.end
-            self._in_turns(tried, end)
+            self._in_turns(tried, end, 0.1)
         for pool in tried:
             pool.stop()
         if best is not None:
@@ -283,7 +284,7 @@ class _Sweep:
             if workers == tried[-1] and not worse and 0 < workers < _MOST * cores():
                 tried.append(2 * workers)  # it waits for something else than the cores
             pools = self._without_slow(pools)
-        self._in_turns(pools, end)
+        self._in_turns(pools, end, 0.5)
         return pools
 
     def _without_slow(self, pools: list[_Pool]) -> list[_Pool]:
@@ -320,7 +321,7 @@ class _Sweep:
             opened = self._opened(setting)
             if opened is not None:
                 held.append(opened)
-        self._in_turns(held, end)
+        self._in_turns(held, end, 0.35)
         return held
 
     @staticmethod
@@ -413,8 +414,11 @@ class _Sweep:
         if other is not None:
             pool.take_over(other)
 
-    def _in_turns(self, pools: list[_Pool], end: float) -> None:
-        """Measure those again that may be the best, forwards and backwards in turn."""
+    def _in_turns(self, pools: list[_Pool], end: float, left: float) -> None:
+        """Measure those again that may be the best, forwards and backwards in turn.
+
+        ``left`` is the share of the samples that is for what is tried later.
+        """
         for number in range(_ROUNDS):
             best = self._best(pools)
             if best is None:
@@ -435,6 +439,6 @@ class _Sweep:
                 return
             for pool in rest if number % 2 else rest[::-1]:
                 cost = _TURN_S + _FEWEST * max(1, pool.setting.workers) / max(pool.rate, 1e-6)
-                if time.monotonic() + cost > end or self._talk.samples <= 0:
+                if time.monotonic() + cost > end or self._talk.samples <= left * self._samples:
                     return
                 self._once_more(pool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ _LATE = "the time was up"
 _SLOW = "no batch yet"
 _BUSY = 0.05  # of a processor: less may be the looking itself
 _LONGER = 4  # times as long as was given
+_TORCHS = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]")
 _SPAWNING = ("spawn", "forkserver")
 
 
@@ -247,6 +249,7 @@ class _Words:
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
         self._failing = 0
+        self._unsendable = False
         self._raised: set[str] = set()  # types that were told
         self.none_came = False
         self.best: Row | None = None
@@ -440,10 +443,12 @@ class _Words:
         if self._failing > 1:
             return None
         self._raised.add(facts["type"])
-        error = f"{facts['type']}: {facts['text']}\nat {facts['at']}"
+        error = f"{facts['type']}: {facts['text']}"
+        if not _TORCHS.search(facts["at"]):  # where its default_collate stood tells nothing
+            error += f"\nat {facts['at']}"
         if facts.get("index") is not None:
             index, before = facts["index"], facts["before"]
-            seen = f"of the batch {facts['indices']} " + (
+            seen = facts["explained"] or f"of the batch {facts['indices']} " + (
                 f"the samples of {before} can be collated, and no more with that of {index}"
                 if before
                 else f"the sample of {index} cannot be collated alone"
@@ -453,10 +458,12 @@ class _Words:
                 "batch_raises",
                 f"a batch fails in collate_fn, at index {index}: {facts['type']}",
                 f"{error}\n{seen}",
-                f"compare dataset[{index}] with the others: keys, types, shapes; or have "
+                f"mend dataset[{index}], or have collate_fn take both"
+                if facts["explained"]
+                else f"compare dataset[{index}] with the others: keys, types, shapes; or have "
                 "collate_fn take both",
             )
-        where = f"with {facts['workers']} workers " if facts.get("workers") else ""
+        where = _settings_text(f"with {facts['workers']} workers ") if facts.get("workers") else ""
         return Finding(
             "error",
             "batch_raises",
@@ -465,6 +472,19 @@ class _Words:
             "look at what is not the same each time, and at worker_init_fn"
             if where
             else "look at what is not the same each time: random numbers, the network, a file",
+        )
+
+    def on_unsendable(self, facts: Facts) -> Finding | None:
+        if self._unsendable:
+            return None
+        self._unsendable = True
+        return Finding(
+            "error" if self._workers else "warning",
+            "unsendable",
+            f"what index {facts['index']} gives cannot be sent by a worker: {facts['path']} "
+            f"({facts['what']})",
+            f"{facts['reason']}\ntorch's loader waits for such a batch for ever",
+            "leave it out of the sample, or give what was read from it in its place",
         )
 
     def on_look_failed(self, facts: Facts) -> Finding:
@@ -636,7 +656,7 @@ class _Words:
             "unpicklable",
             f"{facts['path']} cannot be pickled ({facts['what']})",
             facts["reason"],
-            f"{facts['advice']} Until then workers can be started by fork only: not on Windows and "
+            f"{facts['advice']} As it is, workers can be started by fork only: not on Windows and "
             "macOS, not beside CUDA",
         )
 
@@ -741,7 +761,7 @@ class _Words:
         if facts["busy"] > _BUSY:
             seen = f"it worked: {100 * facts['busy']:.0f} % of a processor was used"
         else:
-            seen = "it used no processor, and waited, but not for a lock that nobody opens"
+            seen = "it used no processor meanwhile: it waits, for a disk, a network or a clock"
         where = _where(facts) + ("" if begins else ", the first that was fetched")
         stack = _cut_stack(facts["stack"])
         return Finding(
@@ -750,8 +770,9 @@ class _Words:
             f"slow: no {'batch' if begins else 'sample'} in {facts['seconds']:.0f} s; give it "
             f"longer: doctor(loader, seconds={longer:g})",
             f"{where}; {seen}" + (f"\n{stack}" if stack else ""),
-            f"or --seconds {longer:g} of the command. Each worker pays for what is set up at first "
-            "use: make it lighter, or make it once, before the fork, if it survives one",
+            f"with the command, --seconds {longer:g}. In training each worker pays for what is set "
+            "up at first use: make it lighter, or make it once, before the fork, if it survives "
+            "one",
         )
 
     # ── settings
@@ -858,6 +879,11 @@ def _after_death(facts: Facts) -> str:
     else:
         call = f"dataset[{facts['index']}]"
     too = "" if facts["index"] is None else "; a worker would die of it too"
+    if facts["code"] == -signal.SIGKILL:
+        return (
+            f"look at the memory that {call} takes: so the kernel ends what takes more than there "
+            f"is; or run {call} in a fresh process under a debugger{too}"
+        )
     if facts["code"] is not None and facts["code"] >= 0:
         return f"look for sys.exit, os._exit or a library that ends the process: run {call}{too}"
     return f"run {call} in a fresh process under a debugger{too}"

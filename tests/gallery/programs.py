@@ -39,7 +39,7 @@ from torch.utils.data import (
 
 import safeloader
 from safeloader import SafeDataLoader, checks
-from safeloader.examining import looks
+from safeloader.examining import looks, speed
 from safeloader.main import looks as main_looks
 from safeloader.supervision import growth, kept_batches
 
@@ -1359,7 +1359,9 @@ def examined(dataset: Any, seconds: float = 12.0, **more: Any) -> None:
 
 @shown("a sound dataset, with its table")
 def doctor_sound() -> None:
-    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=12))
+    # Few settings, and time enough for each: which are tried is the machine's as well.
+    vars(speed).update(counts=lambda cores, own: [0, 2], _PREFETCH=(), _ROUNDS=3, _MOST=0)
+    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=100))
 
 
 @shown("a transform writes into its dataset")
@@ -1407,6 +1409,25 @@ def doctor_getitems() -> None:
 @shown("a sample waits for ever")
 def doctor_hangs() -> None:
     examined(Sleeps(), seconds=6)
+
+
+class SetsUp(Photos):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(60)
+
+
+@shown("what is set up at first use takes longer than there is time")
+def doctor_slow() -> None:
+    examined(SetsUp(), seconds=3)
+
+
+def sleeps(worker: int) -> None:
+    time.sleep(60)
+
+
+@shown("the same, in each worker")
+def doctor_slow_workers() -> None:
+    examined(Photos(), seconds=6, num_workers=2, worker_init_fn=sleeps)
 
 
 @shown("set_epoch does not reach the workers; a generator that they share")

@@ -545,7 +545,8 @@ class TestHarmInABatch:
         report = examine(Mixed(), 8.0, batch_size=8)
         found = said(report, "batch_raises")
         assert found.answer == "a batch fails in collate_fn, at index 9: KeyError"
-        assert "the batch [8, 9, 10, 11] the samples of [8] can be collated" in found.evidence
+        assert "dataset index 9 (position 1) has the extra key 'other'" in found.evidence
+        assert found.advice.startswith("mend dataset[9], or")
         assert kinds(examine(Mixed(-1), 8.0, batch_size=8)) == []
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -557,6 +558,18 @@ class TestHarmInABatch:
         assert "no index that was tried gives a sample" in found.evidence
         assert "time was left" not in str(report)
         assert "start method spawn: not tried: it failed without workers already" in str(report)
+
+    @pytest.mark.parametrize("kind", [DataLoader, SafeDataLoader])
+    def test_what_cannot_be_sent_is_told_with_its_index(self, kind: Any) -> None:
+        loader = kind(Locked(), batch_size=4, collate_fn=list, num_workers=2)
+        report = doctor(loader, seconds=9.0)
+        assert {"unsendable"} <= {*kinds(report)} <= {"unsendable", "slow_setting"}
+        found = said(report, "unsendable")
+        assert found.answer == (
+            "what index 5 gives cannot be sent by a worker: sample['lock'] (_thread.lock)"
+        )
+        assert found.level == "error"
+        assert report.recommended is not None  # the rest was measured
 
     def test_what_fails_in_workers_alone_is_told_so(self) -> None:
         report = examine(Large(), 8.0, num_workers=2, worker_init_fn=fails)
@@ -596,6 +609,11 @@ class Gone(Sound):
 
 def fails(worker: int) -> None:
     raise ValueError("no such worker")
+
+
+class Locked(Sound):
+    def __getitem__(self, index: int) -> Any:
+        return {"lock": threading.Lock()} if index == 5 else {"at": index}
 
 
 class Mixed(Sound):

@@ -49,7 +49,8 @@ def ended(own: dict[str, Any] = OWN, **facts: Any) -> Finding:
             "run dataset[3] in a fresh process under a debugger; a worker would",
         ),
         ("fetching", "3", 4, "look for sys.exit, os._exit or a library that ends the process: run"),
-        ("iterating the dataset", "3", -9, "run next() of iter(dataset) up to sample 3 in a fresh"),
+        ("iterating the dataset", "3", -6, "run next() of iter(dataset) up to sample 3 in a fresh"),
+        ("fetching", "3", -9, "look at the memory that dataset[3] takes: so the kernel ends"),
         (
             "asking __getitems__",
             "[0, 1]",
