@@ -97,6 +97,11 @@ class Store:
         with without_overrides():
             return value[at] if at < len(value) else None
 
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether it is an array of so many rows that nobody can tell if they were shuffled."""
+        return self.of_array and self._order is None
+
     def only_moved(self) -> bool:
         """Whether an array has the rows that it had at first, in another order."""
         if self._order is None:
@@ -179,8 +184,8 @@ class Element:
         """How it was changed in each of two epochs; None if it was not.
 
         What is made ready in its place once, or counted up, is no harm. Nor is another order of the
-        members of a list, or of the rows of an array of at most 256 KiB; of a list of thousands
-        that is not known, so nothing is said of it.
+        members of a list, or of the rows of an array; of a list of thousands that is not known, so
+        nothing is said of it.
 
         Args:
             only_fetching: whether the program may have written there too, as it may into shared
@@ -189,6 +194,7 @@ class Element:
         if self.before is None or _digests(self.before) == _digests(self._last):
             return None
         shuffled = tuple(moved(self._orders, self._last_orders))
+        only_fetching = only_fetching or self.store.may_have_moved
         for path, epochs in self._changed_in.items():
             if path.startswith(shuffled):
                 continue
