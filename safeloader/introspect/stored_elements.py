@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.byte_code import is_read, loads, stores_elements
+from safeloader.introspect.byte_code import is_read, loads, overwrites, stores_elements
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.digests import known_leaves, parts_of
 from safeloader.introspect.moved import moved, order_of_rows, orders_of
@@ -307,6 +307,8 @@ def stores_of(
             if found < STORES_MAX and _may_store(dataset, key, step, each, length):
                 if step is None and not is_read(dataset, owner, key):
                     continue
+                if owner is dataset and overwrites(dataset, key):
+                    continue  # scratch: no sample is made of what was there before
                 found += 1
                 yield Store(at, owner, key, step, each, place_of)
 
