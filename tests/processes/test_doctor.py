@@ -671,6 +671,20 @@ class TestSamples:
         assert "sample[1]" in found.evidence
         assert found.level == "warning"
 
+    def test_scratch_is_not_what_a_sample_depends_on(self) -> None:
+        class Timed(Sound):
+            def __init__(self) -> None:
+                super().__init__()
+                self.buffer = np.zeros((N, 2))
+
+            def __getitem__(self, index: int) -> Any:
+                self.buffer[index] = time.time_ns() % 10**9, index
+                return self.buffer[index].copy()
+
+        found = said(examine(Timed()), "differs")
+        assert found.answer == "index 0 is another each time, also with the same random numbers"
+        assert "nothing that the dataset holds had changed" in found.evidence
+
     def test_a_sample_that_depends_on_a_counter(self) -> None:
         class Counting(Sound):
             calls = 0
