@@ -1411,6 +1411,15 @@ def doctor_hangs() -> None:
     examined(Sleeps(), seconds=6)
 
 
+@shown("a sample that no worker can send")
+def doctor_unsendable() -> None:
+    vars(speed).update(counts=lambda cores, own: [0, 1], _PREFETCH=(), _ROUNDS=1, _MOST=0)
+    loader = SafeDataLoader(Locked(), batch_size=4, num_workers=1, collate_fn=list)
+    report = safeloader.doctor(loader, seconds=60)
+    [found] = [each for each in report.findings if each.kind == "unsendable"]
+    print(found.answer, found.evidence, found.advice, sep="\n")
+
+
 class SetsUp(Photos):
     def __getitem__(self, index: int) -> Any:
         time.sleep(60)
