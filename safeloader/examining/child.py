@@ -528,6 +528,7 @@ class _Following:
         end = time.monotonic() + _BY_ITSELF_S
         while self._done and not self._is_dead() and time.monotonic() < end:
             time.sleep(0.005)
+        _end_but_trackers({self._pid, *theirs, *_in_session(self._pid)})
         for pid in (self._pid, *theirs):
             with contextlib.suppress(OSError):
                 leads = os.getpgid(pid) == pid and pid != os.getpgid(0)
@@ -555,6 +556,36 @@ def _users(dump: bytes) -> str:
     frames = [*takewhile(lambda frame: _OURS not in frame.filename, whole.frames)]
     theirs = [*dropwhile(lambda frame: _STARTING.search(frame.filename), frames[::-1])]
     return "".join(format_list(theirs or frames[::-1])).rstrip() or whole.text
+
+
+def _end_but_trackers(pids: set[int]) -> None:
+    """End processes, and have those that remove what the others left in shared memory do so.
+
+    Under spawn semaphores have names. Who tracks them ends by itself when all the others have.
+    """
+    import psutil
+
+    trackers: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
+            if any("resource_tracker" in word for word in process.cmdline()):
+                trackers.append(process)
+            elif pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(trackers, timeout=_BY_ITSELF_S)
+
+
+def _in_session(leader: int) -> list[int]:
+    """The processes of a session, whoever their parent is by now."""
+    import psutil
+
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == leader:
+                found.append(pid)
+    return found
 
 
 def _descendants(pid: int) -> list[int]:

@@ -35,6 +35,7 @@ from safeloader import SafeDataLoader, doctor
 from safeloader.commands.doctor import main as command
 from safeloader.examining import child, looks, patience, samples, speed
 from safeloader.examining.report import Examination
+from tests import family
 from tests.processes.test_launcher import ran
 
 N = 12
@@ -1082,6 +1083,10 @@ class Remembering(Sound):
         return self.cache[index]
 
 
+def semaphores() -> set[str]:
+    return {name for name in family.shared_memory() if name.startswith("sem.mp-")}
+
+
 @pytest.fixture(scope="class")
 def measured() -> Examination:
     return examine(SlowToBegin(), seconds=16.0, num_workers=1)
@@ -1121,7 +1126,9 @@ class TestSpeed:
         monkeypatch.setattr(looks, "LOOKS", (looks.INHERITING, looks.LOOKS[-1]))
         monkeypatch.setattr(speed, "_COPIED_BYTES", copied_bytes)
         begins = tmp_path / "begins"
+        before = semaphores()
         report = examine(Remembering(begins), 25.0)
+        assert semaphores() == before  # those that spawn names
         told = [line.split() for line in begins.read_text().splitlines()]
         held = {kind: int(length) for kind, length in told}
         assert held.pop("alone") == held.pop("ForkProcess") == 0
