@@ -366,7 +366,8 @@ class _Sweep:
             setting = best._replace(method=method)
             if setting in self._measured:
                 continue
-            needed = _TURN_S + (0.0 if method == "fork" else _SPAWN_S)
+            fresh_s = _SPAWN_S * max(1.0, setting.workers / cores())
+            needed = _TURN_S + (0.0 if method == "fork" else fresh_s)
             if end - time.monotonic() < needed or self._talk.samples <= 0:
                 return
             subject = subject or self._as_it_was()
