@@ -221,7 +221,7 @@ class Observer:
         self._spent += perf_counter() - began
 
     def _report(self) -> SelfReport:
-        in_place: list[InPlace] = []
+        in_place: list[tuple[Store, InPlace]] = []
         only_moved = cache(Store.only_moved)  # of each once
         filled: dict[str, tuple[int, int]] = {}
         for each in self._elements.values():
@@ -230,7 +230,10 @@ class Observer:
                 empty, full = filled.get(each.store.path, (0, 0))
                 filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
             elif (found := each.change(not self._alone)) and not only_moved(each.store):
-                in_place.append(InPlace(each.asked_as, *found))
+                in_place.append((each.store, InPlace(each.asked_as, *found)))
+        # A shuffle while one sample is made changes that one too; a transform, many of them.
+        alone = [store for store, _ in in_place if store.may_have_moved]
+        told = [each for store, each in in_place if alone.count(store) != 1]
         if self._memory[-1:] and self._memory[-1][0] != self._batches:
             self._remember_memory()
         return SelfReport(
@@ -241,7 +244,7 @@ class Observer:
             self._state(),
             tuple(self._openings),
             self._first,
-            tuple(in_place),
+            tuple(told),
             tuple((path, *counts) for path, counts in filled.items()),
             () if self._files is None else self._files.moved(),
             tuple(self._memory),

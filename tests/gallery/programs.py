@@ -39,7 +39,7 @@ from torch.utils.data import (
 
 import safeloader
 from safeloader import GlobalBatchSampler, SafeDataLoader, checks
-from safeloader.examining import looks
+from safeloader.examining import looks, speed
 from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
 from safeloader.supervision import growth, kept_batches
@@ -1413,7 +1413,9 @@ def examined(dataset: Any, seconds: float = 12.0, **more: Any) -> None:
 
 @shown("a sound dataset, with its table")
 def doctor_sound() -> None:
-    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=12))
+    # Few settings, and time enough for each: which are tried is the machine's as well.
+    vars(speed).update(counts=lambda cores, own: [0, 2], _PREFETCH=(), _ROUNDS=3, _MOST=0)
+    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=100))
 
 
 @shown("a transform writes into its dataset")
@@ -1461,6 +1463,34 @@ def doctor_getitems() -> None:
 @shown("a sample waits for ever")
 def doctor_hangs() -> None:
     examined(Sleeps(), seconds=6)
+
+
+@shown("a sample that no worker can send")
+def doctor_unsendable() -> None:
+    vars(speed).update(counts=lambda cores, own: [0, 1], _PREFETCH=(), _ROUNDS=1, _MOST=0)
+    loader = SafeDataLoader(Locked(), batch_size=4, num_workers=1, collate_fn=list)
+    report = safeloader.doctor(loader, seconds=60)
+    [found] = [each for each in report.findings if each.kind == "unsendable"]
+    print(found.answer, found.evidence, found.advice, sep="\n")
+
+
+class SetsUp(Photos):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(60)
+
+
+@shown("what is set up at first use takes longer than there is time")
+def doctor_slow() -> None:
+    examined(SetsUp(), seconds=3)
+
+
+def sleeps(worker: int) -> None:
+    time.sleep(60)
+
+
+@shown("the same, in each worker")
+def doctor_slow_workers() -> None:
+    examined(Photos(), seconds=6, num_workers=2, worker_init_fn=sleeps)
 
 
 @shown("set_epoch does not reach the workers; a generator that they share")

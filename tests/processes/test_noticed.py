@@ -620,6 +620,24 @@ def test_a_transform_that_works_on_a_copy_is_not_told(kind: str, way: str, caplo
     assert said(caplog, loader_of(InPlace(kind, copies=True), way)) == []
 
 
+class WithScratch(Indexed):
+    """Works in an array of as many rows as it has samples."""
+
+    def __init__(self, empty: bool) -> None:
+        self.data = torch.arange(8.0 * N).reshape(N, 8)
+        self.buffer = torch.zeros(N, 8) if empty else torch.ones(N, 8)
+
+    def __getitem__(self, index: int) -> Any:
+        self.buffer[index] = self.data[index] + torch.rand(8)
+        return self.buffer[index].clone()
+
+
+@ways(MAIN | LASTING | FRESH)
+@pytest.mark.parametrize("empty", [True, False])
+def test_scratch_is_neither_data_nor_a_cache(empty: bool, way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(WithScratch(empty), way)) == []
+
+
 class NumPyIndices(Sampler[Any]):
     """Yields what NumPy or torch makes."""
 

@@ -634,22 +634,52 @@ class Passes:
         """It takes no other way."""
 
 
-def test_rows_of_an_array_that_are_shuffled_are_not_written_into() -> None:
+def shuffled(rows: Any) -> None:
+    rows[:] = rows[[*range(1, len(rows)), 0]]
+
+
+def doubled(rows: Any) -> None:
+    rows *= 2
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("shape", [(9, 2), (9, 100_000), (20_000, 8), (40_000, 8)])
+def test_rows_of_an_array_that_are_shuffled_are_not_written_into(shape: Any, kind: Any) -> None:
     def told_of(write: Any) -> Any:
         reports: list[SelfReport] = []
-        dataset = Items(np.random.rand(9, 2))
-        observer = Observer(dataset, length=9, stream=False, files=None, publish=reports.append)
+        dataset = Items(kind(np.random.rand(*shape)))
+        observer = Observer(
+            dataset, length=shape[0], stream=False, files=None, publish=reports.append
+        )
         for _ in range(3):
             observer.over(Passes())
-            for store in observer.stores():
-                observer.note_element(store, 2, 2)
-            write(dataset.items)
-            observer.fetched()
+            for index in (2, 5):
+                for store in observer.stores():
+                    observer.note_element(store, index, index)
+                if index == 2 or write is doubled:
+                    write(dataset.items)
+                observer.fetched()
             observer.report()
         return reports[-1].in_place
 
-    assert told_of(np.random.shuffle) == ()
-    assert told_of(lambda rows: np.multiply(rows, 2, out=rows)) != ()
+    assert told_of(shuffled) == ()
+    assert told_of(doubled) != ()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("numbers", [100, 1_000_000])
+def test_a_pair_that_changes_places_is_not_written_into(numbers: int, kind: Any) -> None:
+    def told_of(write: Any) -> bool:
+        dataset = Items([kind(np.random.rand(2, numbers).astype(np.float32))])
+        [store] = stores_of(dataset, 1)
+        element = Element(store, "0", 0, epoch=1)
+        for epoch in range(1, 4):
+            write(dataset.items[0])
+            element.look(epoch, fetched=epoch == 1)
+        return element.change(only_fetching=False) is not None
+
+    assert not told_of(shuffled)
+    assert told_of(doubled)
 
 
 class Around:
