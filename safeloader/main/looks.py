@@ -24,6 +24,7 @@ from typing import Any
 
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.byte_code import is_read, names_key, stores_elements
 from safeloader.introspect.copy_state import CopyState, attributes, copy_state
 from safeloader.introspect.file_positions import read_positions
@@ -192,7 +193,7 @@ class Looks:
                     self._told.add(each.about)
                     said.append(each.text)
             if self._workers is not None:
-                said += self._workers.moved_positions(said, reports)
+                said += self._workers.moved_positions(said, reports, self._stream)
         return said
 
     def _has_time(self) -> bool:
@@ -385,14 +386,17 @@ class _Workers:
         paths = self.waited.paths
         return report._replace(files=tuple(each for each in report.files if each.path in paths))
 
-    def moved_positions(self, said: list[str], reports: Mapping[int, SelfReport]) -> list[str]:
+    def moved_positions(
+        self, said: list[str], reports: Mapping[int, SelfReport], stream: bool
+    ) -> list[str]:
         """Read positions that a worker moves since the workers were forked, unless told already."""
         now, then = read_positions(), self.waited.inherited
+        cure = suited(OPEN_THERE, stream=stream, shared=self.number > 1)
         by_workers = {each.path for report in reports.values() for each in report.files}
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
-            "reads, the others skip. Open it in the worker, at first use"
+            f"reads, the others skip. {cure[0].upper()}{cure[1:]}"
             for fd, before in then.items()
             if fd in now
             and before.path in by_workers

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
+from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.copy_state import CopyState, Order
 from safeloader.introspect.generator_digests import Standing
 from safeloader.introspect.texts import plain_text
@@ -411,6 +412,7 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
     """Read positions that several workers move."""
     if seen.workers < 2:
         return
+    cure = suited(OPEN_THERE, stream=seen.stream, shared=True)
     by_path: dict[str, list[tuple[int, int, int, str]]] = {}
     for worker, report in seen.reports.items():
         for each in report.files:
@@ -435,6 +437,5 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
             )
         yield Finding(
             ("shared file", path),
-            f"{said}. Open it in the worker, at first use: None in __init__, and opened in "
-            "__getitem__ where it is None",
+            f"{said}. {cure[0].upper()}{cure[1:]}",
         )
