@@ -29,6 +29,7 @@ from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
     array_facts,
     container_base,
+    definitions,
     fields,
     held_by,
     inherits,
@@ -88,12 +89,15 @@ class CopyState(NamedTuple):
         orders: by their path, lists and arrays that have an element for each sample.
         lengths: how much each list, dict or set holds.
         counts: paths of dicts whose values are whole numbers or marks, by the newest of them.
+        defaults: of the scalars, what the class has under their name: a copy on which it was never
+            set has that.
     """
 
     scalars: dict[str, Any]
     orders: dict[str, Order]
     lengths: dict[str, int]
     counts: list[str] = []  # noqa: RUF012  # each state is given its own
+    defaults: dict[str, Any] = {}  # noqa: RUF012
 
 
 class Attribute(NamedTuple):
@@ -182,7 +186,7 @@ def copy_state(
     >>> state.scalars, list(state.orders), state.lengths
     ({'dataset.epoch': 2}, ['dataset.order'], {'dataset.order': 3, 'dataset.cache': 0})
     """
-    state = CopyState({}, {}, {}, [])
+    state = CopyState({}, {}, {}, [], {})
     walk, left = attributes(dataset, name), SORTED_IN_ALL
     orders = {} if last is None else last.orders
     while True:
@@ -208,6 +212,9 @@ def _note(
     if (plain := _plain(value)) is not _NO_SCALAR:
         if not is_secret(key, value):
             state.scalars[path] = plain
+            for default in definitions(type(owner), key)[:1]:
+                if (usual := _plain(default)) is not _NO_SCALAR:
+                    state.defaults[path] = usual
         return 0
     base = container_base(type(value))
     if base is not None:

@@ -13,6 +13,7 @@ and not the epoch.
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 import weakref
 from collections import Counter, defaultdict, deque
@@ -25,7 +26,7 @@ from typing import Any
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.advice import OPEN_THERE, suited
-from safeloader.introspect.byte_code import is_read, names_key, stores_elements
+from safeloader.introspect.byte_code import is_read, is_unread, names_key, stores_elements
 from safeloader.introspect.copy_state import CopyState, attributes, copy_state
 from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.fork_hazards import was_told
@@ -49,6 +50,7 @@ FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
 OF_DATA = (*CAUSES, "same numbers", "in place")  # what an audit tells of, in each epoch
+_COLUMN = re.compile(r"\[[^\]]*\]$")  # of a table, at the end of a path
 EARLIER_MAX = 3  # epochs of workers that are gone, of which the beginnings are kept
 
 
@@ -283,12 +285,15 @@ class Looks:
             return any(
                 _may_be_cache(each.value) for each in attributes(dataset) if each.path == about[0]
             )
-        if kind == "diverged" and about[1:]:
-            # Notes for each sample, that a worker began itself, are no order.
-            path, _, name = about[0].rpartition(".")
-            owners = [each.owner for each in attributes(dataset) if each.path == about[0]]
+        if kind == "diverged":
+            whole = _COLUMN.sub("", about[0])
+            path, _, name = whole.rpartition(".")
+            owners = [each.owner for each in attributes(dataset) if each.path == whole]
             owners += [dataset] if path == "dataset" else []
-            return not any(stores_elements(owner, name) for owner in owners)
+            # Notes for each sample, that a worker began itself, are no order.
+            notes = bool(about[1:]) and any(stores_elements(owner, name) for owner in owners)
+            unread = bool(owners) and all(is_unread(each, name) for each in (dataset, *owners))
+            return not notes and not unread
         return True
 
     def _remember(self, reports: Mapping[int, SelfReport]) -> None:

@@ -90,15 +90,16 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
                 continue  # something to draw from, and no order
             changes = {_change(one, path), _change(other, path)}
             reordered = "reordered" in changes and changes <= {"", "reordered"}
+            came_apart = changes == {""} and _same_contents(one, other, path)
             made = changes == {"replaced"} and here.length == seen.length
-            if reordered or (made and _both_made(one, other, path)):
+            if reordered or came_apart or (made and _both_made(one, other, path)):
                 yield Finding(
                     ("diverged", path, *changes & {"replaced"}),
                     f"{path} is in another order in worker {u} than in worker {v}: one index is "
                     f"two samples, so some samples come twice and others never. Each worker has a "
-                    f"copy of its own and changed it (a shuffle in the dataset?). Make the order "
-                    "in the main process before iter(loader), and with persistent_workers=False; "
-                    "or leave it to the loader's sampler",
+                    f"copy of its own and {_changed_by(one, other, path, came_apart)}. Make the "
+                    "order in the main process before iter(loader), and with "
+                    "persistent_workers=False; or leave it to the loader's sampler",
                 )
         for path, length in one.now.lengths.items():
             start, there_length = one.start.orders.get(path), other.now.lengths.get(path)
@@ -109,9 +110,29 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             yield Finding(
                 ("diverged", path),
                 f"{path} has {length} entries in worker {u} and {there_length} in worker {v}; both "
-                f"began with {start.length}, one for each sample. Each worker changed its copy, so "
+                f"began with {start.length}, one for each sample. {_cut_by(one, other, path)}, so "
                 "one index is two samples. Change it in the main process, before iter(loader)",
             )
+
+
+def _changed_by(one: SelfReport, other: SelfReport, path: str, came_apart: bool) -> str:
+    """What put a worker's order into its own, as far as that is seen."""
+    if came_apart:
+        return "made it as it came to it (a shuffle, or list(set(...)), in __setstate__?)"
+    if path in one.set_up_orders or path in other.set_up_orders:
+        return "worker_init_fn changed it there, in each worker in its own way"
+    return "changed it (a shuffle in the dataset?)"
+
+
+def _cut_by(one: SelfReport, other: SelfReport, path: str) -> str:
+    by_function = path in one.set_up_lengths or path in other.set_up_lengths
+    return f"{'worker_init_fn' if by_function else 'Each worker'} changed its copy"
+
+
+def _same_contents(one: SelfReport, other: SelfReport, path: str) -> bool:
+    """Whether two copies held the same, as they came."""
+    a, b = one.start.orders[path], other.start.orders[path]
+    return a.contents is not None and a.contents == b.contents
 
 
 def _differ(start: Order | None, one: Order, other: Order) -> bool:
@@ -167,17 +188,11 @@ def _stale(seen: Seen) -> Iterator[Finding]:
         return
     reports = list(seen.reports.values())
     for path, here in seen.main.scalars.items():
-        if not all(path in each.start.scalars and path in each.now.scalars for each in reports):
+        held = [_untouched(each, path, seen.main.defaults) for each in reports]
+        theirs = {repr(each) for each in held}
+        if any(each is _TOUCHED for each in held) or len(theirs) != 1 or theirs == {repr(here)}:
             continue
-        theirs = {repr(each.now.scalars[path]) for each in reports}
-        untouched = all(
-            each.start.scalars[path] == each.now.scalars[path]
-            and type(each.start.scalars[path]) is type(each.now.scalars[path])
-            for each in reports
-        )
-        if not untouched or len(theirs) != 1 or theirs == {repr(here)}:
-            continue
-        if type(reports[0].now.scalars[path]) is not type(here):
+        if type(held[0]) is not type(here):
             continue  # None: made at first use, wherever that is
         (there,) = theirs
         if seen.persistent:
@@ -198,6 +213,22 @@ def _stale(seen: Seen) -> Iterator[Finding]:
         )
 
 
+_TOUCHED = object()  # or not known
+
+
+def _untouched(report: SelfReport, path: str, defaults: Mapping[str, object]) -> object:
+    """What a worker's copy has had under a name from its start on, itself or by its class."""
+    start, now = report.start.scalars, report.now.scalars
+    if path in start and path in now:
+        same = start[path] == now[path] and type(start[path]) is type(now[path])
+        return now[path] if same else _TOUCHED
+    owner = path.rpartition(".")[0]
+    known = owner == "dataset" or any(each.startswith(f"{owner}.") for each in start)
+    if path in start or path in now or not known or report.left_out:
+        return _TOUCHED
+    return defaults.get(path, _TOUCHED)
+
+
 def _lost(seen: Seen) -> Iterator[Finding]:
     """Caches that workers filled, and took with them."""
     if not seen.workers or seen.persistent or seen.epochs < 2:
@@ -208,7 +239,7 @@ def _lost(seen: Seen) -> Iterator[Finding]:
     for report in seen.reports.values():
         made += report.batches
         for path, length in report.now.lengths.items():
-            before = report.start.lengths.get(path)
+            before = report.lengths_at_work.get(path)
             if path in report.now.counts:
                 continue  # nothing was saved by them
             if before is not None and length > before:

@@ -222,6 +222,149 @@ def test_one_order_for_all_is_not_told(way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(Reshuffles(seed=3), way)) == []
 
 
+# ── copies that differ before the first sample ───────────────────────────────────────────────────
+
+
+class Ordered(Indexed):
+    """Has an order that a ``worker_init_fn`` may change; as it is sent, it may change it itself."""
+
+    def __init__(self, kind: str = "words", as_sent: bool = False) -> None:
+        self.items: Any = {
+            "words": [f"{k}.jpg" for k in range(N)],
+            "pairs": [(f"{k}.jpg", k % 3) for k in range(N)],
+            "numbers": list(range(N)),
+            "array": np.arange(N),
+            "tensor": torch.arange(N),
+        }[kind]
+        self.unused = list(range(N))
+        self.as_sent = as_sent
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index % len(self.items)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.as_sent:
+            random.Random(os.getpid()).shuffle(self.items)
+
+
+def shuffle(items: Any, seed: int | None = None) -> None:
+    if isinstance(items, torch.Tensor):
+        items[:] = items[torch.from_numpy(np.random.default_rng(seed).permutation(N))]
+    elif seed is None:
+        np.random.shuffle(items) if isinstance(items, np.ndarray) else random.shuffle(items)
+    else:
+        np.random.default_rng(seed).shuffle(items)
+
+
+def shuffles(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+def makes_an_order(worker_id: int) -> None:
+    random.seed(worker_id)
+    get_worker_info().dataset.items = random.sample(range(N), N)  # type: ignore[union-attr]
+
+
+def shuffles_alike(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.items, 3)  # type: ignore[union-attr]
+
+
+def shuffles_what_nobody_reads(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.unused)  # type: ignore[union-attr]
+
+
+def sets_up_what_is_its_own(worker_id: int) -> None:
+    dataset: Any = get_worker_info().dataset  # type: ignore[union-attr]
+    dataset.seeds = np.random.default_rng(worker_id).random(N)
+    dataset.worker_id = worker_id
+    dataset.table = {k: str(k) for k in range(100)}
+
+
+def takes_its_part(worker_id: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.items = info.dataset.items[info.id :: info.num_workers]
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("kind", ["words", "pairs", "numbers", "array", "tensor"])
+def test_an_order_that_worker_init_fn_shuffles(kind: str, way: str, caplog: Any) -> None:
+    loader = loader_of(Ordered(kind), way, worker_init_fn=shuffles, collate_fn=list)
+    [told] = said(caplog, loader)
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+    assert "worker_init_fn changed it there" in told
+
+
+@ways(FRESH | LASTING)
+def test_an_order_that_worker_init_fn_makes(way: str, caplog: Any) -> None:
+    loader = loader_of(Ordered("numbers"), way, worker_init_fn=makes_an_order)
+    [told] = said(caplog, loader)
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_part_of_what_is_asked_by_index_is_no_share(way: str, caplog: Any) -> None:
+    dataset = Ordered()
+    dataset.items.append("one more")
+    loader = loader_of(dataset, way, worker_init_fn=takes_its_part)
+    assert said(caplog, loader) == []  # the order has not an element for each sample
+    dataset.__class__ = OneMore
+    [told] = said(caplog, loader_of(dataset, way, worker_init_fn=takes_its_part))
+    assert told.startswith(f"dataset.items has {N // 2 + 1} entries in worker 0 and {N // 2} in")
+    assert "worker_init_fn changed its copy" in told
+
+
+class OneMore(Ordered):
+    def __len__(self) -> int:
+        return N + 1
+
+
+@ways({"spawn": {}, "spawn, persistent": {}})
+def test_an_order_that_is_made_as_a_copy_comes(way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Ordered(as_sent=True), way))
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+    assert "__setstate__" in told
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize(
+    "initialise", [shuffles_alike, shuffles_what_nobody_reads, sets_up_what_is_its_own]
+)
+@pytest.mark.parametrize("kind", ["words", "pairs"])
+def test_what_worker_init_fn_may_well_set_up_is_not_told(
+    kind: str, initialise: Any, way: str, caplog: Any
+) -> None:
+    loader = loader_of(Ordered(kind), way, worker_init_fn=initialise, collate_fn=list)
+    assert said(caplog, loader) == []
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_one_worker_may_shuffle_its_copy(way: str, caplog: Any) -> None:
+    loader = loader_of(Ordered(), way, num_workers=1, worker_init_fn=shuffles)
+    assert said(caplog, loader) == []
+
+
+class Files(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.items = [f"{k}.tar" for k in range(N)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items)
+
+
+def takes_and_shuffles_its_part(worker_id: int) -> None:
+    takes_its_part(worker_id)
+    shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("initialise", [takes_its_part, takes_and_shuffles_its_part])
+def test_a_stream_that_worker_init_fn_shares_out_is_not_told(
+    initialise: Any, way: str, caplog: Any
+) -> None:
+    assert said(caplog, loader_of(Files(), way, worker_init_fn=initialise)) == []
+
+
 def test_the_audit_says_of_each_epoch_what_was_noticed() -> None:
     loader = loader_of(Reshuffles(), "fork, persistent")
     for _ in range(2):
@@ -319,6 +462,44 @@ def test_what_is_set_between_epochs_does_not_reach_workers_that_stay(way: str, c
     dataset.transform.strength = 5
     [told] = said(caplog, loader, epochs=1)
     assert told.startswith("dataset.transform.strength is 5 here and 0 in the workers")
+
+
+class SeededByClass(Indexed):
+    """Has an epoch of its own once it is set."""
+
+    epoch = 0
+
+    def __getitem__(self, index: int) -> int:
+        return index + self.epoch
+
+
+class CountsByClass(SeededByClass):
+    def __getitem__(self, index: int) -> int:
+        self.epoch += 1  # in each process for itself
+        return self.epoch
+
+
+@ways(LASTING)
+def test_an_attribute_that_was_the_class_s_is_set_too_late(way: str, caplog: Any) -> None:
+    for dataset, late in ((SeededByClass(), True), (CountsByClass(), False)):
+        loader = loader_of(dataset, way)
+        assert said(caplog, loader, epochs=1) == []
+        dataset.epoch = 3
+        told = said(caplog, loader, epochs=1)
+        assert [each[:45] for each in told] == [
+            "dataset.epoch is 3 here and 0 in the workers:"
+        ] * late
+
+
+@ways(FRESH | LASTING)
+def test_an_attribute_that_was_the_class_s_is_set_in_time(way: str, caplog: Any) -> None:
+    dataset = SeededByClass()
+    loader = loader_of(dataset, way)
+    dataset.epoch = 3
+    assert said(caplog, loader) == []
+    if "persistent" not in way:
+        dataset.epoch = 4
+        assert said(caplog, loader) == []
 
 
 @ways({"fork": {}, "fork, persistent": {}})
