@@ -26,10 +26,17 @@ from typing import Any
 from safeloader import _torch
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.advice import OPEN_THERE, suited
-from safeloader.introspect.byte_code import is_read, is_unread, names_key, stores_elements
-from safeloader.introspect.copy_state import CopyState, attributes, copy_state
+from safeloader.introspect.byte_code import (
+    changes_as_it_is_read,
+    is_read,
+    is_unread,
+    names_key,
+    stores_elements,
+)
+from safeloader.introspect.copy_state import Attribute, CopyState, attributes, copy_state
 from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.fork_hazards import was_told
+from safeloader.introspect.frames import is_third_party
 from safeloader.introspect.heaviest import heaviest
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import container_base, weakly
@@ -85,6 +92,7 @@ class Looks:
         self._failures = 0
         self._workers: _Workers | None = None
         self._as_drawn = CopyState({}, {}, {})
+        self._before: CopyState | None = None  # main's copy, until new workers have it
         self._observer: Observer | None = None
         self._fetcher: Callable[[], Any] = lambda: None  # of main, without workers
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
@@ -132,6 +140,11 @@ class Looks:
         self._epochs += 1
         if not num_workers:
             self._workers = None  # those of an earlier epoch, or of another loader
+        elif self._on:
+            with self._guarded():
+                self._as_drawn = copy_state(self._dataset())
+                there = self._workers is not None and self._workers.stay
+                self._before = None if there else self._as_drawn
         self._look_at = 4 * max(1, num_workers)
         self._kept.begin()
         self.due = 0 if self._on else sys.maxsize
@@ -139,8 +152,10 @@ class Looks:
     def on(self, *about: Any, **more: Any) -> None:
         """From now on it is these workers; as :class:`_Workers` takes them."""
         with self._guarded():
-            self._workers = _Workers(*about, **more)
             self._as_drawn = copy_state(self._dataset())  # their first batches are drawn
+            # Where others have died, these have the copy of now.
+            more["began_with"], self._before = self._before or self._as_drawn, None
+            self._workers = _Workers(*about, **more, since=self._epochs - 1)
 
     def while_waiting(self, advance: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What waits for a batch, with what is looked at meanwhile on new workers."""
@@ -258,6 +273,9 @@ class Looks:
             persistent=stay,
             workers=workers.number if workers else 0,
             epochs=self._epochs,
+            began=CopyState({}, {}, {}) if workers is None else workers.began,
+            drawn=self._as_drawn,
+            their_epoch=self._epochs - workers.since if workers else 0,
         )
         for finding in findings(seen, self._earlier):
             if self._counts(finding, dataset):
@@ -278,6 +296,7 @@ class Looks:
             return any(
                 is_read(dataset, each.owner, each.name)
                 and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
+                and not (about[1:] and _changes_by_itself(dataset, each))
                 for each in attributes(dataset)
                 if each.path == path
             )
@@ -336,6 +355,8 @@ class _Workers:
         number: how many.
         stay: whether they stay for the next epoch.
         forked: whether they began as copies of main.
+        began: main's copy of the dataset as they were about to begin.
+        since: how many epochs the loader had begun before them.
     """
 
     def __init__(
@@ -347,7 +368,10 @@ class _Workers:
         start_method: str,
         began: float,
         started: float,
+        began_with: CopyState,
+        since: int,
     ) -> None:
+        self.began, self.since = began_with, since
         # Weakly: what it looks at goes with the workers.
         self._flight: Callable[[], FlightRecorder | None] = weakref.ref(flight)
         self._stock: weakref.ref[Any] = weakref.ref(stock)
@@ -435,6 +459,12 @@ def looks_for(recorder: Recorder, dataset: Any, length: int | None) -> Looks:
     looks = Looks(dataset, length)
     recorder.looks = [*known[-LOADERS_MAX + 1 :], looks]
     return looks
+
+
+def _changes_by_itself(dataset: Any, found: Attribute) -> bool:
+    """Whether the code that makes samples writes to it, or a library keeps it for itself."""
+    own = found.name.startswith("_") and is_third_party(type(found.owner))
+    return own or any(changes_as_it_is_read(o, found.name) for o in (dataset, found.owner))
 
 
 def _may_be_cache(value: Any) -> bool:

@@ -49,6 +49,9 @@ class Seen(NamedTuple):
         persistent: whether the workers stay for the next epoch.
         workers: how many there are; 0: main makes the samples.
         epochs: how many the loader has begun.
+        began: main's copy as the workers were about to begin.
+        drawn: main's copy as the epoch began; with new workers, as its first batches were drawn.
+        their_epoch: which of their epochs the workers are in, from 1.
     """
 
     reports: Mapping[int, SelfReport]
@@ -58,6 +61,9 @@ class Seen(NamedTuple):
     persistent: bool
     workers: int
     epochs: int
+    began: CopyState = CopyState({}, {}, {})
+    drawn: CopyState = CopyState({}, {}, {})
+    their_epoch: int = 0
 
 
 def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
@@ -67,7 +73,16 @@ def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = Non
         seen: the state of the loader.
         earlier: by worker, the openings of earlier epochs by workers that are gone.
     """
-    rules = (_diverged, _same_stream, _shared_files, _stale, _same_numbers, _in_place, _lost)
+    rules = (
+        _diverged,
+        _same_stream,
+        _shared_files,
+        _stale,
+        _set_anew,
+        _same_numbers,
+        _in_place,
+        _lost,
+    )
     found = [each for rule in rules for each in rule(seen)]
     return found + list(_repeated_numbers(seen, earlier or {}))
 
@@ -182,12 +197,21 @@ def _both_made(one: SelfReport, other: SelfReport, path: str) -> bool:
     return True
 
 
+_BEFORE = (
+    "Set it before iter(loader): the sampler's __iter__ runs when the workers have their copies "
+    "already"
+)
+
+
 def _stale(seen: Seen) -> Iterator[Finding]:
     """Numbers and words that main has changed, and the workers' copies have not."""
     if not seen.workers or not seen.reports:
         return
     reports = list(seen.reports.values())
+    anew = tuple(f"{each.about[1]}[" for each in _set_anew(seen))
     for path, here in seen.main.scalars.items():
+        if path.startswith(anew):
+            continue  # of an element that is another now
         held = [_untouched(each, path, seen.main.defaults) for each in reports]
         theirs = {repr(each) for each in held}
         if any(each is _TOUCHED for each in held) or len(theirs) != 1 or theirs == {repr(here)}:
@@ -195,22 +219,56 @@ def _stale(seen: Seen) -> Iterator[Finding]:
         if type(held[0]) is not type(here):
             continue  # None: made at first use, wherever that is
         (there,) = theirs
-        if seen.persistent:
-            cure = (
-                "Persistent workers never get another copy: hold it in shared memory "
-                "(multiprocessing.Value), or have a new copy each epoch by persistent_workers=False"
-            )
-        else:
-            cure = (
-                "Set it before iter(loader): the sampler's __iter__ runs when the workers have "
-                "their copies already"
-            )
+        cure = (
+            "Persistent workers never get another copy: hold it in shared memory "
+            "(multiprocessing.Value), or have a new copy each epoch by persistent_workers=False"
+        )
+        cure = cure if seen.persistent else _BEFORE
         yield Finding(
             ("stale", path),
             f"{path} is {cut(plain_text(repr(here)), 60)} here and {cut(plain_text(there), 60)} in "
             f"the workers: it was changed after they had got their copies of the dataset, and what "
             f"they make is by the old value. {cure}",
         )
+
+
+def _set_anew(seen: Seen) -> Iterator[Finding]:
+    """Lists and arrays that main has changed, and the workers' copies have not.
+
+    A dataset that changes them where samples are made does so in the workers too: so some have to
+    have made samples of this epoch, and in none anything may have changed.
+    """
+    now = seen.their_epoch - 1
+    if not any(each.epoch == now for one in seen.reports.values() for each in one.openings):
+        return
+    told: tuple[str, ...] = ()
+    for path, here in seen.drawn.held.items():
+        if path.startswith(told):
+            continue  # in an element that is another now
+        was = seen.began.held.get(path)
+        became = was.became(here) if was is not None else ""
+        if was is None or not became or not all(_kept(r, path) for r in seen.reports.values()):
+            continue
+        if was.length != here.length and became != "set anew" and was.length != seen.length:
+            continue  # a history, a cache
+        sizes = f" ({here.length} entries here, {was.length} there)" * (was.length != here.length)
+        cure = (
+            "Persistent workers never get another copy: make the loader anew after such a change, "
+            "have new copies each epoch by persistent_workers=False, or hold it in shared memory "
+            "(a tensor with .share_memory_(), changed in place)"
+        )
+        told += (f"{path}[",)
+        yield Finding(
+            ("stale", path, "held"),
+            f"{path} was {became} here after the workers began: they still have what it was{sizes} "
+            f"and make samples by that. {cure if seen.persistent else _BEFORE}",
+        )
+
+
+def _kept(report: SelfReport, path: str) -> bool:
+    """Whether a worker's copy still holds under a name what it held as it came."""
+    start, now = report.start.held.get(path), report.now.held.get(path)
+    return start is not None and now is not None and start.is_as(now)
 
 
 _TOUCHED = object()  # or not known

@@ -502,6 +502,164 @@ def test_an_attribute_that_was_the_class_s_is_set_in_time(way: str, caplog: Any)
         assert said(caplog, loader) == []
 
 
+class Holds(Indexed):
+    """Reads what main may set anew, or change in its place, between epochs."""
+
+    def __init__(self) -> None:
+        self.samples: Any = [f"{k}.jpg" for k in range(N)]
+        self.pairs = [(f"{k}.jpg", k) for k in range(N)]
+        self.files = [Path(f"{k}.jpg") for k in range(N)]
+        self.order: Any = np.arange(N)
+        self.weights = torch.arange(5.0)
+        self.size = (224, 224)
+        self.table = {"x": list(range(N)), "y": 3}
+        self.names = {k: f"{k}" for k in range(20)}
+        self.buffer = np.zeros(N)
+        self.cache: list[Any] = [None] * N
+        self.spare = list(range(N))
+
+    def __getitem__(self, index: int) -> Any:
+        at = int(self.order[index])
+        self.buffer[at] += 1
+        if self.cache[at] is None:
+            self.cache[at] = self.samples[at % len(self.samples)]
+        read = self.pairs[at], self.files[at], self.weights, self.size, self.table["x"][at]
+        return len(read) + len(self.names)
+
+    def reversed(self, name: str) -> None:
+        held = getattr(self, name)
+        setattr(self, name, held[::-1] if not isinstance(held, torch.Tensor) else held.flip(0))
+
+
+CHANGES: dict[str, tuple[str, Any]] = {
+    "a new list": ("samples", lambda it: it.reversed("samples")),
+    "a shorter list": ("samples", lambda it: setattr(it, "samples", it.samples[:10])),
+    "a list, shuffled": ("samples", lambda it: random.Random(3).shuffle(it.samples)),
+    "pairs, shuffled": ("pairs", lambda it: random.Random(3).shuffle(it.pairs)),
+    "paths, shuffled": ("files", lambda it: random.Random(3).shuffle(it.files)),
+    "a list, cut": ("samples", lambda it: it.samples.pop()),
+    "a new array": ("order", lambda it: it.reversed("order")),
+    "an array, shuffled": ("order", lambda it: np.random.default_rng(3).shuffle(it.order)),
+    "a new tensor": ("weights", lambda it: it.reversed("weights")),
+    "a pair": ("size", lambda it: setattr(it, "size", (320, 320))),
+    "a column": ("table['x']", lambda it: it.table.update(x=list(range(1, N + 1)))),
+    "a new dict": ("names", lambda it: setattr(it, "names", {k: f"_{k}" for k in range(20)})),
+}
+
+
+@ways(LASTING)
+def test_what_main_holds_anew_does_not_reach_workers_that_stay(way: str, caplog: Any) -> None:
+    for change, (name, make) in CHANGES.items():
+        dataset = Holds()
+        loader = loader_of(dataset, way)
+        assert said(caplog, loader, epochs=2) == [], change
+        make(dataset)
+        told = said(caplog, loader, epochs=2)
+        assert len(told) == 1, change
+        became = "changed" if "shuffled" in change or "cut" in change else "set anew"
+        if change != "a column":
+            assert told[0].startswith(f"dataset.{name} was {became} here after the workers"), change
+        assert told[0].startswith(f"dataset.{name} was "), change
+        assert "make the loader anew" in told[0], change
+        assert ("(10 entries here, 24 there)" in told[0]) is (change == "a shorter list")
+
+
+class Anew(Sampler[int]):
+    """Sets the order as it is iterated: workers that fork have their copy."""
+
+    def __init__(self, dataset: Holds) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[int]:
+        self.dataset.reversed("order")
+        yield from range(N)
+
+
+@ways(FRESH)
+def test_what_the_sampler_holds_anew_does_not_reach_the_workers(way: str, caplog: Any) -> None:
+    dataset = Holds()
+    loader = loader_of(dataset, way, sampler=Anew(dataset))
+    [told] = [each for each in said(caplog, loader) if "is lost with them" not in each]
+    assert told.startswith("dataset.order was set anew here after the workers began")
+    assert "Set it before iter(loader)" in told
+
+
+def in_shared_memory(dataset: Holds) -> None:
+    dataset.weights.copy_(dataset.weights.flip(0))
+
+
+def with_equal_contents(dataset: Holds) -> None:
+    dataset.samples, dataset.order = list(dataset.samples), dataset.order.copy()
+    dataset.names = dict(dataset.names)
+
+
+def what_nobody_reads(dataset: Holds) -> None:
+    dataset.spare = dataset.spare[::-1]
+
+
+def by_asking_it_here(dataset: Holds) -> None:
+    for index in range(N):
+        assert dataset[index]
+
+
+def what_is_kept(dataset: Holds) -> None:
+    dataset.cache[:] = [f"{k}" for k in range(N)]
+    dataset.names.pop(0)
+    dataset.names["more"] = "x"
+
+
+@ways(LASTING)
+def test_what_main_may_well_do_to_its_copy_is_not_told(way: str, caplog: Any) -> None:
+    changes = [with_equal_contents, what_nobody_reads, by_asking_it_here, what_is_kept]
+    for change in [in_shared_memory, *changes]:
+        dataset = Holds()
+        dataset.weights.share_memory_()
+        loader = loader_of(dataset, way, num_workers=1)
+        assert said(caplog, loader, epochs=1) == [], change
+        change(dataset)
+        assert said(caplog, loader, epochs=2) == [], change
+
+
+@ways(FRESH | LASTING)
+def test_what_is_held_anew_before_new_workers_is_theirs_too(way: str, caplog: Any) -> None:
+    for name, make in CHANGES.values():
+        dataset = Holds()
+        make(dataset)
+        assert said(caplog, loader_of(dataset, way), epochs=1) == [], name
+        make(dataset)
+        assert said(caplog, loader_of(dataset, way), epochs=1) == [], name
+
+
+class OrderedByEpoch(Indexed):
+    """Each process makes the order anew as it sees the next epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self.made_for = 0
+        self.order = list(range(N))
+
+    def __getitem__(self, index: int) -> int:
+        if self.made_for != int(self.epoch):
+            self.make()
+        return self.order[index]
+
+    def make(self) -> None:
+        self.made_for = int(self.epoch)
+        self.order = np.random.default_rng(self.made_for).permutation(N).tolist()
+
+
+@ways(LASTING)
+def test_an_order_that_each_process_makes_by_a_shared_number_is_not_told(
+    way: str, caplog: Any
+) -> None:
+    dataset = OrderedByEpoch()
+    loader = loader_of(dataset, way)
+    for epoch in range(3):
+        dataset.epoch.fill_(epoch)
+        dataset.make()
+        assert said(caplog, loader, epochs=1) == []
+
+
 @ways({"fork": {}, "fork, persistent": {}})
 def test_what_the_loop_sets_reaches_the_workers_of_the_next_epoch(way: str, caplog: Any) -> None:
     dataset = Seeded()
