@@ -49,8 +49,9 @@ SAMPLED = 64  # elements of an order that are compared
 SORTED_MAX = 20_000  # elements of an order that are compared in no order
 SORTED_IN_ALL = 30_000  # of all orders of one dataset
 WORD_MAX = 80  # characters of a text that is compared
-HELD_MAX = 48  # containers of which a few elements are compared
+HELD_MAX = 32  # containers of which a few elements are compared
 HELD_SAMPLED = 16  # of each
+GLANCE_CHARS = 128
 ELEMENT_BYTES = 1 << 12  # of an element of an order that are compared
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -468,15 +469,13 @@ def held(value: Any) -> Held | None:
     base: Any = container_base(type(value))
     if base is dict:
         pairs = held_by(value, HELD_SAMPLED)
-        digests = tuple(
-            _element(each) and (_element((key,)) ^ _element(each)) for key, each in pairs
-        )
+        digests = tuple(_glance(each) and _glance((key, each)) for key, each in pairs)
         return Held(dict.__len__(value), digests, id(value), changes=True)
     if base in (list, tuple):
         length = base.__len__(value)
-        few = 4 if length and _is_array(base.__getitem__(value, 0)) else HELD_SAMPLED
+        few = 2 if length and _is_array(base.__getitem__(value, 0)) else HELD_SAMPLED
         some = [base.__getitem__(value, at) for at in range(0, length, _step(length, few))]
-        return Held(length, tuple(map(_element, some)), id(value), tuple(map(id, some)))
+        return Held(length, tuple(map(_glance, some)), id(value), tuple(map(id, some)))
     if type(value) is np.ndarray:
         if not value.ndim or not value.size or value.dtype.kind not in "biufcSUMm":
             return None
@@ -493,6 +492,17 @@ def held(value: Any) -> Held | None:
             shared: bool = value.is_shared()  # type: ignore[no-untyped-call]
             return Held(len(value), digests, id(value), shared=shared)
     return None
+
+
+def _glance(value: Any) -> int:
+    """As :func:`_element`, of the last characters of a text, and the first few parts of a row."""
+    cls = type(value)
+    if is_one_of(cls, str, bytes):
+        return crc32(repr(value[-GLANCE_CHARS:]).encode("utf-8", "replace")) or 1
+    if is_one_of(cls, tuple, list):
+        parts = [_glance(each) for each in value[:4] if not is_one_of(type(each), tuple, list)]
+        return crc32(repr(parts).encode()) if all(parts) else 0
+    return _element(value)
 
 
 def _step(length: int, few: int) -> int:
