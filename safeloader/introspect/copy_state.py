@@ -277,7 +277,11 @@ def _note(
                 columns.append((at, each))
             elif type(name_of) is str and not is_secret(name_of, each):
                 state.scalars[at] = plain
-    for at, each in columns if is_table else [(path, value)]:
+    whole = [(path, value)]
+    if base in (list, tuple) and state.lengths[path] <= WITHIN_MAX:
+        parts = ((f"{path}[{at}]", each) for at, each in held_by(value) if _is_array(each))
+        whole += parts
+    for at, each in columns if is_table else whole:
         if len(state.held) < HELD_MAX and (held_now := held(each)) is not None:
             state.held[at] = held_now
     if length is None:
@@ -472,14 +476,13 @@ def held(value: Any) -> Held | None:
         digests = tuple(_glance(each) and _glance((key, each)) for key, each in pairs)
         return Held(dict.__len__(value), digests, id(value), changes=True)
     if base in (list, tuple):
-        length = base.__len__(value)
-        few = 2 if length and _is_array(base.__getitem__(value, 0)) else HELD_SAMPLED
-        some = [base.__getitem__(value, at) for at in range(0, length, _step(length, few))]
-        return Held(length, tuple(map(_glance, some)), id(value), tuple(map(id, some)))
+        return _of_objects(value, base, base.__len__(value), id(value))
     if type(value) is np.ndarray:
-        if not value.ndim or not value.size or value.dtype.kind not in "biufcSUMm":
+        if not value.ndim or not value.size or value.dtype.kind not in "biufcSUMmO":
             return None
         rows = value[:: _step(len(value), HELD_SAMPLED)]
+        if value.dtype.kind == "O":
+            return _of_objects(rows.tolist(), list, len(value), id(value))
         return Held(len(value), _rows(rows), id(value), shared=_is_of_others(value))
     if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
         with without_overrides():
@@ -492,6 +495,14 @@ def held(value: Any) -> Held | None:
             shared: bool = value.is_shared()  # type: ignore[no-untyped-call]
             return Held(len(value), digests, id(value), shared=shared)
     return None
+
+
+def _of_objects(value: Any, base: Any, length: int, held_as: int) -> Held:
+    """Of a list, or of some objects of as many."""
+    there = base.__len__(value)
+    few = 2 if there and _is_array(base.__getitem__(value, 0)) else HELD_SAMPLED
+    some = [base.__getitem__(value, at) for at in range(0, there, _step(there, few))]
+    return Held(length, tuple(map(_glance, some)), held_as, tuple(map(id, some)))
 
 
 def _glance(value: Any) -> int:

@@ -57,7 +57,7 @@ FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
 OF_DATA = (*CAUSES, "same numbers", "in place")  # what an audit tells of, in each epoch
-_COLUMN = re.compile(r"\[[^\]]*\]$")  # of a table, at the end of a path
+_COLUMN = re.compile(r"\[[^\]]*\]$")  # or an element, at the end of a path
 EARLIER_MAX = 3  # epochs of workers that are gone, of which the beginnings are kept
 
 
@@ -92,6 +92,7 @@ class Looks:
         self._failures = 0
         self._workers: _Workers | None = None
         self._as_drawn = CopyState({}, {}, {})
+        self._drawn_before: tuple[CopyState, ...] = ()  # as the epoch before on these workers
         self._before: CopyState | None = None  # main's copy, until new workers have it
         self._observer: Observer | None = None
         self._fetcher: Callable[[], Any] = lambda: None  # of main, without workers
@@ -142,8 +143,9 @@ class Looks:
             self._workers = None  # those of an earlier epoch, or of another loader
         elif self._on:
             with self._guarded():
-                self._as_drawn = copy_state(self._dataset())
                 there = self._workers is not None and self._workers.stay
+                self._drawn_before = (self._as_drawn,) if there else ()
+                self._as_drawn = copy_state(self._dataset())
                 self._before = None if there else self._as_drawn
         self._look_at = 4 * max(1, num_workers)
         self._kept.begin()
@@ -153,6 +155,7 @@ class Looks:
         """From now on it is these workers; as :class:`_Workers` takes them."""
         with self._guarded():
             self._as_drawn = copy_state(self._dataset())  # their first batches are drawn
+            self._drawn_before = ()
             # Where others have died, these have the copy of now.
             more["began_with"], self._before = self._before or self._as_drawn, None
             self._workers = _Workers(*about, **more, since=self._epochs - 1)
@@ -274,7 +277,7 @@ class Looks:
             workers=workers.number if workers else 0,
             epochs=self._epochs,
             began=CopyState({}, {}, {}) if workers is None else workers.began,
-            drawn=self._as_drawn,
+            drawn=(*self._drawn_before, self._as_drawn),
             their_epoch=self._epochs - workers.since if workers else 0,
         )
         for finding in findings(seen, self._earlier):
@@ -293,10 +296,11 @@ class Looks:
         kind, *about = finding.about
         if kind == "stale":
             path, _, key = about[0].partition("['")
+            path = _COLUMN.sub("", path)
             return any(
                 is_read(dataset, each.owner, each.name)
                 and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
-                and not (about[1:] and _changes_by_itself(dataset, each))
+                and not ((about[1:] or "[" in path) and _changes_by_itself(dataset, each))
                 for each in attributes(dataset)
                 if each.path == path
             )

@@ -50,7 +50,8 @@ class Seen(NamedTuple):
         workers: how many there are; 0: main makes the samples.
         epochs: how many the loader has begun.
         began: main's copy as the workers were about to begin.
-        drawn: main's copy as the epoch began; with new workers, as its first batches were drawn.
+        drawn: main's copy as the newest epochs of the workers began, the newest last; with new
+            workers, as the first batches were drawn.
         their_epoch: which of their epochs the workers are in, from 1.
     """
 
@@ -62,7 +63,7 @@ class Seen(NamedTuple):
     workers: int
     epochs: int
     began: CopyState = CopyState({}, {}, {})
-    drawn: CopyState = CopyState({}, {}, {})
+    drawn: tuple[CopyState, ...] = ()
     their_epoch: int = 0
 
 
@@ -236,13 +237,14 @@ def _set_anew(seen: Seen) -> Iterator[Finding]:
     """Lists and arrays that main has changed, and the workers' copies have not.
 
     A dataset that changes them where samples are made does so in the workers too: so some have to
-    have made samples of this epoch, and in none anything may have changed.
+    have made samples of an epoch that began with the change, and in none it may have changed.
     """
-    now = seen.their_epoch - 1
-    if not any(each.epoch == now for one in seen.reports.values() for each in one.openings):
-        return
+    made = {each.epoch + 1 for one in seen.reports.values() for each in one.openings}
+    drawn = zip(range(seen.their_epoch, 0, -1), reversed(seen.drawn), strict=False)
+    # The reports of an exhausted stream come after main has looked.
+    state = next((state for epoch, state in drawn if epoch in made), CopyState({}, {}, {}))
     told: tuple[str, ...] = ()
-    for path, here in seen.drawn.held.items():
+    for path, here in state.held.items():
         if path.startswith(told):
             continue  # in an element that is another now
         was = seen.began.held.get(path)
