@@ -9,6 +9,7 @@ from typing import Any
 
 from safeloader.examining.choosing import Own, Row, chosen, gains, own_row
 from safeloader.examining.report import Finding, Level, setting_text, time_text
+from safeloader.introspect.advice import BY_PATH, suited
 from safeloader.introspect.resources import human_bytes
 from safeloader.supervision import causes
 
@@ -676,8 +677,7 @@ class _Words:
             "weight",
             f"{human_bytes(facts['bytes'])} are sent to each worker under spawn and forkserver",
             parts or "estimated from what is pickled",
-            "open it in the worker, by path (np.load(path, mmap_mode='r') in the first "
-            "__getitem__), or hold an array as a torch tensor, which is shared and not sent",
+            suited(BY_PATH, stream=bool(self._own.get("stream"))),
         )
 
     def on_hazard(self, facts: Facts) -> Finding:

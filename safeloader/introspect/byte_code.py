@@ -82,7 +82,11 @@ def is_read(dataset: Any, owner: Any, name: str) -> bool:
 
     ``self.settings.size`` is read by the dataset's own code, whoever has it.
     """
-    return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
+    if loads(dataset, name):
+        return True
+    # Of a dataset under it other methods are asked by whoever draws the indices.
+    asked = any(definitions(type(owner), entry) for entry in ("__getitem__", "__iter__"))
+    return owner is not dataset and loads(owner, name, whole=not asked)
 
 
 def is_unread(owner: Any, name: str) -> bool:
@@ -152,6 +156,33 @@ def names_key(owner: Any, key: str) -> bool:
     (True, False)
     """
     return any(key in code.co_consts for code in _code_of(type(owner), True))
+
+
+def changes_as_it_is_read(owner: Any, name: str) -> bool:
+    """Whether the code that makes samples sets an attribute, or assigns elements of it.
+
+    >>> class Ordered:
+    ...     def __getitem__(self, i):
+    ...         self.newest = self.order[i]
+    ...         return self.newest
+    ...     def reshuffle(self):
+    ...         self.order = self.order[::-1]
+    >>> changes_as_it_is_read(Ordered(), "newest"), changes_as_it_is_read(Ordered(), "order")
+    (True, False)
+    """
+    return any(
+        name in code.co_names and (name in _set_by(code) or name in _written(code))
+        for code in _code_of(type(owner), False)
+    )
+
+
+@lru_cache(4096)
+def _set_by(code: types.CodeType) -> frozenset[str]:
+    return frozenset(
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
+    )
 
 
 def stores_elements(owner: Any, name: str) -> bool:

@@ -850,6 +850,34 @@ def drops() -> None:
     read(Drops(24), num_workers=2)
 
 
+class Lists(Numbers):
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.items = list(range(24))
+
+    def __getitem__(self, index: int) -> int:
+        return self.items[index]
+
+
+def shuffles_items(worker: int) -> None:
+    random.seed(worker)
+    random.shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+@shown("worker_init_fn shuffles what the dataset holds")
+def shuffled_at_the_start() -> None:
+    read(Lists(), num_workers=2, worker_init_fn=shuffles_items)
+
+
+@shown("dataset.items is set anew, and the workers persist")
+def set_anew() -> None:
+    dataset = Lists()
+    loader = SafeDataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    list(loader)
+    dataset.items = dataset.items[::-1]
+    list(loader)
+
+
 class OfEpoch(Numbers):
     epoch = 0
 

@@ -133,6 +133,41 @@ def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) ->
     assert len(told(report(start, now), report(start, now), main=main)) == behind
 
 
+class HeldByClass:
+    """Has an epoch by its class, until it is set."""
+
+    epoch, step, name = 0, None, "a"
+    items: tuple[int, ...] = ()
+    calls = property(lambda self: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("main", "start", "now", "behind"),
+    [
+        ({"epoch": 3}, {}, {}, True),
+        ({"epoch": 0}, {}, {}, False),
+        ({"name": "b"}, {}, {}, True),
+        ({"step": 3}, {}, {}, False),  # None: made at first use
+        ({"epoch": 3}, {}, {"epoch": 3}, False),  # it has reached them
+        ({"epoch": 3}, {}, {"epoch": 1}, False),  # each counts for itself
+        ({"other": 3}, {}, {}, False),  # the class has nothing of that name
+    ],
+)
+def test_a_copy_that_has_what_its_class_has(main: Any, start: Any, now: Any, behind: bool) -> None:
+    before, after, here = (copy_state(with_default(each)) for each in (start, now, main))
+    of_worker = SelfReport(1, 1, 10, before, after)
+    seen = Seen({0: of_worker, 1: of_worker}, here, None, False, True, 2, 1)
+    assert len(findings(seen)) == behind
+    cut = of_worker._replace(left_out=1)  # it may have had more than there was room for
+    assert findings(seen._replace(reports={0: cut, 1: cut})) == []
+
+
+def with_default(attributes: dict[str, Any]) -> HeldByClass:
+    held = HeldByClass()
+    vars(held).update(attributes)
+    return held
+
+
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────
 
 
