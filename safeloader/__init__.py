@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
     from safeloader.examining.doctor import doctor
     from safeloader.failures.failure import Failure
     from safeloader.failures.replay import replay
+    from safeloader.global_batches import GlobalBatchSampler
     from safeloader.instrumenting import instrument, loaders_of
     from safeloader.loader import SafeDataLoader
     from safeloader.provenance.recorder import Recorder
@@ -45,6 +46,7 @@ __all__ = [
     "DeliveryError",
     "EpochAudit",
     "Failure",
+    "GlobalBatchSampler",
     "Provenance",
     "Recorder",
     "ResumeError",
@@ -70,6 +72,7 @@ _HOMES = {
     "BatchRecord": "provenance.table",
     "EpochAudit": "delivery.audit",
     "Failure": "failures.failure",
+    "GlobalBatchSampler": "global_batches",
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",

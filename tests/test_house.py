@@ -39,6 +39,7 @@ FLOORS = (
     "delivery",
     "failures",
     "checks",
+    "global_batches",
     "introspect",
     "_torch",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import Dataset
 
-from safeloader import SafeDataLoader
+from safeloader import GlobalBatchSampler, SafeDataLoader
 
 
 class Samples(Dataset[int]):
@@ -23,6 +23,7 @@ SafeDataLoader(Samples(), num_workers="2")  # refused
 SafeDataLoader(Samples(), key="id")  # refused
 SafeDataLoader(Samples(), recorder=3)  # refused
 SafeDataLoader()  # refused
+GlobalBatchSampler(3, 2, tail="keep")  # refused
 loader = SafeDataLoader(Samples(), batch_size=3)
 wrong: SafeDataLoader[str] = loader  # refused
 print(loader.last_batch.indicies)  # refused
