@@ -28,6 +28,7 @@ FLOORS = (
     "integrations",
     "beside",
     "instrumenting",
+    "stateful",
     "loader",
     "handles",
     "main",
