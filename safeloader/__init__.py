@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
     from safeloader.failures.failure import Failure
     from safeloader.failures.replay import replay
     from safeloader.instrumenting import instrument, loaders_of
+    from safeloader.introspect.seeds import sample_rng
     from safeloader.loader import SafeDataLoader
     from safeloader.provenance.recorder import Recorder
     from safeloader.provenance.table import BatchRecord, Provenance
@@ -59,6 +60,7 @@ __all__ = [
     "instrument",
     "loaders_of",
     "replay",
+    "sample_rng",
 ]
 
 _HOMES = {
@@ -73,6 +75,7 @@ _HOMES = {
     "instrument": "instrumenting",
     "loaders_of": "instrumenting",
     "replay": "failures.replay",
+    "sample_rng": "introspect.seeds",
 }
 
 

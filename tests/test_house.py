@@ -30,6 +30,7 @@ FLOORS = (
     "instrumenting",
     "loader",
     "handles",
+    "epochs",
     "main",
     "records",
     "worker",

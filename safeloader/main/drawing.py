@@ -12,11 +12,13 @@ import copy
 import dataclasses
 import functools
 import itertools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import data
 from torch.utils.data import BatchSampler
@@ -25,6 +27,7 @@ from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, 
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, Task
@@ -41,6 +44,7 @@ class RecordingSampler:
     that they were: within :meth:`beginning_with_open` a new pool of workers is given them, and then
     what was not drawn yet. With ``in_main`` the samples are fetched in this process, and need not
     be identified again. With ``lends`` each task has with it what was drawn last before it.
+    With a seed, told by :meth:`begin`, stock samplers draw by it, and each task carries it.
     """
 
     drawn_from: Any
@@ -51,6 +55,8 @@ class RecordingSampler:
     in_main: bool = False
     lends: bool = False
     log: Epoch = dataclasses.field(init=False)
+    _seed: EpochSeed | None = dataclasses.field(init=False, default=None)
+    _seq_of_first: int = dataclasses.field(init=False, default=0)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
     _numbers: Iterator[int] = dataclasses.field(
         init=False, default_factory=lambda: iter(range(sys.maxsize))
@@ -62,11 +68,33 @@ class RecordingSampler:
     # Snapshots that are to stand in for nothing.
     _killers: set[int | bytes] = dataclasses.field(init=False, default_factory=set)
 
+    def begin(self, log: Epoch, seed: EpochSeed | None = None, seq_of_first: int = 0) -> None:
+        """An epoch is about to begin, in whose draws the first has the number ``seq_of_first``.
+
+        Where the first batches of the epoch are drawn by nobody (an earlier run had them), it is
+        that which the first would have: see :attr:`next_seq`.
+        """
+        self.log, self._seed, self._seq_of_first = log, seed, seq_of_first
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next draw."""
+        return sys.maxsize - operator.length_hint(self._numbers)
+
+    def batch_number(self, seq: int) -> int:
+        """The position of a draw among those of its epoch, which the seed of a batch goes by."""
+        return seq - self._seq_of_first
+
+    def _with_seed(self, seed: EpochSeed, task: Task) -> Task:
+        return task._replace(seed=seed.of_batch(self.batch_number(task.seq)).fields)
+
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
         if self._resumed is not None:  # torch asks twice before it draws
             return self._resumed
         tasks = self._begin()
+        if self._seed is not None:
+            tasks = map(functools.partial(self._with_seed, self._seed), tasks)
         if self.lends and not self.stream:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
@@ -140,6 +168,8 @@ class RecordingSampler:
         tail: list[Any] = []  # drawn since the last batch
         source = self.drawn_from
         try:
+            if self._seed is not None:
+                source = _ordered(source, self._seed)
             source = _noting(source, tail)
         except Exception as exc:
             self.log.at_fault("the list of what is dropped", exc)
@@ -249,6 +279,30 @@ def proven_length(sampler: Any) -> int | None:
 def is_torchs_own(sampler: Any) -> bool:
     """Whether a sampler is one of torch's, and no subclass: its length is true."""
     return type(sampler) in _OWN_KINDS
+
+
+_SHUFFLING = {data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler}
+
+
+def shuffling(sampler: Any) -> Any:
+    """The stock sampler that draws at random, alone or in a stock batch sampler; or None."""
+    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    return inner if type(inner) in _SHUFFLING else None
+
+
+def _ordered(sampler: Any, seed: EpochSeed) -> Any:
+    """A copy of a stock sampler that draws by the seed; any other as it is."""
+    inner = shuffling(sampler)
+    if inner is None:
+        return sampler
+    drawing = copy.copy(inner)
+    drawing.generator = torch.Generator()
+    drawing.generator.manual_seed(seed.order())
+    if inner is sampler:
+        return drawing
+    batches = copy.copy(sampler)
+    batches.sampler = drawing
+    return batches
 
 
 def _noting(sampler: Any, tail: list[Any]) -> Any:

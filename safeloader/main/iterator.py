@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from safeloader import _torch
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.announcing import announced
 from safeloader.main.epoch import NOT_ANNOUNCED, Epoch
@@ -49,11 +50,12 @@ class SafeIterator(Iterator[Any]):
         settings: Settings,
         pool: WorkerPool | None = None,
         said: int | None = None,
+        seed: EpochSeed | None = None,
     ) -> None:
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
         self._loader = weakref.ref(loader)
-        self._begin(loader, settings, pool, said)
+        self._begin(loader, settings, pool, said, seed)
         self.pool.live = weakref.ref(self)
 
     def _begin(
@@ -62,6 +64,7 @@ class SafeIterator(Iterator[Any]):
         settings: Settings,
         pool: WorkerPool | None,
         said_length: int | None,
+        seed: EpochSeed | None,
     ) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
         kind = short_type_name(type_name(type(loader)))
@@ -76,7 +79,15 @@ class SafeIterator(Iterator[Any]):
             said = announced(loader, self.pool.stream, log.length, said_length)
         sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
         self._epoch = epoch = Epoch(
-            loader.dataset, settings, log, ledger, also, announced=said, sampler=sampler
+            loader.dataset,
+            settings,
+            log,
+            ledger,
+            also,
+            announced=said,
+            sampler=sampler,
+            seed=seed,
+            seq_of_first=self.pool.sampler.next_seq,
         )
         # A stream cannot be asked again for what a dead worker had read.
         again = self.pool.workers and not self.pool.stream
@@ -87,7 +98,7 @@ class SafeIterator(Iterator[Any]):
         new = self.pool.workers > 0 and self.pool.stock is None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
-        self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
+        self._looks.begin(log, self.pool.workers, self.pool.stream, *told, seed)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
             if new:
@@ -95,7 +106,13 @@ class SafeIterator(Iterator[Any]):
         except WorkersDied as sign:
             self._go_on_after(sign)
 
-    def restart(self, loader: DataLoader[Any], settings: Settings, said: int | None = None) -> None:
+    def restart(
+        self,
+        loader: DataLoader[Any],
+        settings: Settings,
+        said: int | None = None,
+        seed: EpochSeed | None = None,
+    ) -> None:
         """Begin the next epoch on the same workers."""
         if self._turn.locked():
             raise self._out_of_turn()
@@ -103,7 +120,7 @@ class SafeIterator(Iterator[Any]):
             self._whose = get_ident()
             self._epoch.release()
             self._looks.release()
-            self._begin(loader, settings, self.pool, said)
+            self._begin(loader, settings, self.pool, said, seed)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -279,21 +296,25 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
 
     Args:
         loader: a loader of any class.
-        ours: what has our keywords as attributes, and keeps the pool of persistent workers for the
-            next epoch in ``_pool``: the loader itself, or what stands beside it.
+        ours: what has our keywords as attributes, counts epochs for ``seed=``, and keeps the pool
+            of persistent workers for the next one in ``_pool``: the loader itself, or what stands
+            beside it.
     """
     settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
+    seed = ours._seed_of_next(settings)
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader, settings, said=said)
+        return SafeIterator(loader, settings, said=said, seed=seed)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
+    if pool is not None and pool.seeds_per != (seed and seed.per):
+        pool = None  # its workers seed in another way, or not at all
     live = None if pool is None else pool.live()
     if live is None:
-        live = SafeIterator(loader, settings, pool, said)
+        live = SafeIterator(loader, settings, pool, said, seed)
     else:
-        live.restart(loader, settings, said)
+        live.restart(loader, settings, said, seed)
     stock = live.pool.stock
     if stock is not held:  # new, or the workers were replaced
         _torch.keep_iterator(loader, stock)

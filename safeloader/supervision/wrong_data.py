@@ -48,6 +48,7 @@ class Seen(NamedTuple):
         persistent: whether the workers stay for the next epoch.
         workers: how many there are; 0: main makes the samples.
         epochs: how many the loader has begun.
+        seeded: whether ``seed=`` says where the process's own generators stand before a sample.
     """
 
     reports: Mapping[int, SelfReport]
@@ -57,6 +58,7 @@ class Seen(NamedTuple):
     persistent: bool
     workers: int
     epochs: int
+    seeded: bool = False
 
 
 def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
@@ -319,7 +321,7 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
             # The first sample of a stream is where it is set up: a shuffle by a seed that all
             # workers share is as it should be.
             alike = _alike_second(a, b) if seen.stream else _alike(mine, a, theirs, b)
-            if alike == "from":
+            if alike == "from" and not _is_seeded(seen, name):
                 yield Finding(
                     ("same numbers", name),
                     f"workers {u} and {v} draw the same random numbers from {name}: it stood at "
@@ -335,6 +337,12 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                     "it came from different ones. It is seeded by a fixed number where samples "
                     "are made. Leave that out: torch seeds each worker",
                 )
+
+
+def _is_seeded(seen: Seen, name: str) -> bool:
+    """Whether a generator stands where ``seed=`` has put it: at one place for one epoch's number,
+    which the user may have given twice."""
+    return seen.seeded and not name.startswith("dataset")
 
 
 def _each_time(draws: FirstDraws) -> bool:
@@ -365,7 +373,7 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
                     continue
                 alike = _alike(one, a, other, b)
                 who = f"worker {worker}" if seen.workers else "the dataset"
-                if alike == "from":
+                if alike == "from" and not _is_seeded(seen, name):
                     yield Finding(
                         ("same numbers", name),
                         f"{who} draws the same random numbers from {name} in each epoch: it stood "
