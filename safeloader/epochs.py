@@ -98,17 +98,17 @@ def why_not_seedable(loader: DataLoader[Any], per: SeedPer, *, made_by_user: boo
             f"the {type(sampler).__name__} has a generator of its own, and under seed= its order "
             "is made from the seed: leave generator= out of it, or seed= out of the loader"
         )
-    if per == "sample" and _torch.batches_itself(loader) and not _loops(loader.dataset):
-        name = short_type_name(type_name(type(loader.dataset)))
+    at_once = _at_once(loader.dataset) if _torch.batches_itself(loader) else None
+    if per == "sample" and at_once is not None:
         return (
-            f"{name} makes a whole batch in one call (__getitems__), so its samples cannot be "
+            f"{short_type_name(type_name(at_once))} makes a whole batch in one call (__getitems__), so its samples cannot be "
             "seeded one by one: give seed_per='batch'"
         )
     return ""
 
 
-def _loops(dataset: Any) -> bool:
-    """Whether its samples can be asked for one by one: of a Subset those of what is under it."""
+def _at_once(dataset: Any) -> type | None:
+    """The class that makes the samples of a batch in one call, if one does; a Subset hands it on."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    return not getattr(dataset, "__getitems__", None)
+    return type(dataset) if getattr(dataset, "__getitems__", None) else None

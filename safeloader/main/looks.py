@@ -26,7 +26,6 @@ from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.generators import generators_of
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.values import type_name
 from safeloader.main.held_for_epochs import HeldForEpochs
 from safeloader.main.reporting_workers import ReportingWorkers
 from safeloader.provenance.recorder import Recorder
@@ -129,13 +128,12 @@ class Looks:
         self._told.add(_NOT_SEEDED)
         found = generators_of(self._dataset())
         if found:
-            names = [f"{path} ({type_name(type(each))})" for path, each in found.items()][:3]
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             self._log.warning(
-                "seed= does not reach %s%s: what is drawn from there depends on the worker, and on "
-                "what it drew before. Draw from safeloader.sample_rng() in __getitem__ instead, "
-                "which is a generator of each sample's own",
-                ", ".join(names),
+                "seed= does not reach %s%s, of the dataset's own: what is drawn from there depends "
+                "on the worker, and on what it drew before. Draw from safeloader.sample_rng() in "
+                "__getitem__ instead, which gives each sample a generator of its own",
+                ", ".join([*found][:3]),
                 more,
             )
 
