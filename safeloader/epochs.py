@@ -101,14 +101,14 @@ def why_not_seedable(loader: DataLoader[Any], per: SeedPer, *, made_by_user: boo
     at_once = _at_once(loader.dataset) if _torch.batches_itself(loader) else None
     if per == "sample" and at_once is not None:
         return (
-            f"{short_type_name(type_name(at_once))} makes a whole batch in one call (__getitems__), so its samples cannot be "
-            "seeded one by one: give seed_per='batch'"
+            f"{short_type_name(type_name(at_once))} makes a whole batch in one call "
+            "(__getitems__), so its samples cannot be seeded one by one: give seed_per='batch'"
         )
     return ""
 
 
 def _at_once(dataset: Any) -> type | None:
-    """The class that makes the samples of a batch in one call, if one does; a Subset hands it on."""
+    """The class that makes a batch in one call, if one does; a Subset hands the call on."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return type(dataset) if getattr(dataset, "__getitems__", None) else None

@@ -70,12 +70,12 @@ class Marks:
     """
 
     def __init__(self) -> None:
-        self.python = _Watched(_python_address(), random.getstate, lambda state: state[2])
+        self._python = _Watched(_python_address(), random.getstate, lambda state: state[2])
         self._numpy_generator: Any = None  # the user may put another in its place
 
     def mark(self) -> tuple[Any, Any, Any]:
         """The fields of a :class:`RandomState`, where they stand."""
-        return self.python.now(), self.watch_numpy().now(), torch.default_generator.get_state()
+        return self._python.now(), self.watch_numpy().now(), torch.default_generator.get_state()
 
     def watch_numpy(self) -> _Watched:
         """Numpy's, as it is now."""
@@ -109,7 +109,7 @@ class Apart:
 
     def keep(self) -> _Kept:
         """Where they stand."""
-        words = None if self._shared is None else self._marks.python.raw
+        words = None if self._shared is None else self._marks._python.raw
         return _Kept(
             random.getstate() if words is None else self._shared.gauss_next,
             None if words is None else bytes(words),
@@ -132,7 +132,7 @@ class Apart:
             raise
 
     def _put_back(self, kept: _Kept) -> None:
-        words = self._marks.python.raw
+        words = self._marks._python.raw
         if kept.words is None or words is None:
             random.setstate(kept.python)
         else:

@@ -24,7 +24,7 @@ from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.fork_hazards import was_told
 from safeloader.introspect.generators import generators_of
-from safeloader.introspect.seeds import EpochSeed
+from safeloader.introspect.seeds import EpochSeed, SeedPer
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.held_for_epochs import HeldForEpochs
 from safeloader.main.reporting_workers import ReportingWorkers
@@ -57,7 +57,8 @@ class Looks:
     def __init__(self, dataset: Any, length: int | None) -> None:
         self._dataset = HeldForEpochs(dataset, gone=self._let_go)
         self._length = length
-        self._stream = self._seeded = False
+        self._stream = False
+        self._seeds_per: SeedPer | None = None
         self._told: set[tuple[str, ...]] = set()
         self._earlier: dict[int, tuple[Opening, ...]] = {}
         self._kept = KeptBatches()
@@ -110,8 +111,8 @@ class Looks:
         self._log = log
         self._noticed, self._unchecked = noticed, unchecked
         self._stream = stream
-        self._seeded = seed is not None
-        if self._seeded:
+        self._seeds_per = None if seed is None else seed.per
+        if seed is not None:
             with self._guarded():
                 self._tell_of_own_generators()
         self._epochs += 1
@@ -259,7 +260,7 @@ class Looks:
             persistent=stay,
             workers=workers.number if workers else 0,
             epochs=self._epochs,
-            seeded=self._seeded,
+            seeds_per=self._seeds_per,
         )
         for finding in findings(seen, self._earlier):
             if matters(finding, dataset):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState, Order
 from safeloader.introspect.generator_digests import Standing
+from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
 from safeloader.supervision.self_report import (
@@ -48,7 +49,7 @@ class Seen(NamedTuple):
         persistent: whether the workers stay for the next epoch.
         workers: how many there are; 0: main makes the samples.
         epochs: how many the loader has begun.
-        seeded: whether ``seed=`` says where the process's own generators stand before a sample.
+        seeds_per: what ``seed=`` seeds the process's own generators for; None without.
     """
 
     reports: Mapping[int, SelfReport]
@@ -58,7 +59,7 @@ class Seen(NamedTuple):
     persistent: bool
     workers: int
     epochs: int
-    seeded: bool = False
+    seeds_per: SeedPer | None = None
 
 
 def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
@@ -320,8 +321,12 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
             a, b = mine.draws[name], theirs.draws[name]
             # The first sample of a stream is where it is set up: a shuffle by a seed that all
             # workers share is as it should be.
-            alike = _alike_second(a, b) if seen.stream else _alike(mine, a, theirs, b)
-            if alike == "from" and not _is_seeded(seen, name):
+            alike = (
+                _alike_second(a, b)
+                if seen.stream
+                else _but_for_seed(seen, name, mine, a, theirs, b)
+            )
+            if alike == "from":
                 yield Finding(
                     ("same numbers", name),
                     f"workers {u} and {v} draw the same random numbers from {name}: it stood at "
@@ -339,10 +344,19 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                 )
 
 
-def _is_seeded(seen: Seen, name: str) -> bool:
-    """Whether a generator stands where ``seed=`` has put it: at one place for one epoch's number,
-    which the user may have given twice."""
-    return seen.seeded and not name.startswith("dataset")
+def _but_for_seed(
+    seen: Seen, name: str, mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws
+) -> str:
+    """As :func:`_alike`, but for what ``seed=`` has put at one place.
+
+    For batches: before both, where the user gave one number of an epoch twice. For samples it does
+    not matter where a generator stood before them, and after two of them it stands at two places.
+    """
+    alike = _alike(mine, a, theirs, b)
+    if seen.seeds_per is None or name.startswith("dataset") or alike != "from":
+        return alike
+    same = a.after == b.after and mine.indices[:1] != theirs.indices[:1]
+    return "to" if seen.seeds_per == "sample" and same else ""
 
 
 def _each_time(draws: FirstDraws) -> bool:
@@ -371,9 +385,9 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
                 # A validation that is the same each time may be meant so: it begins with one index.
                 if one.indices[:1] == other.indices[:1]:
                     continue
-                alike = _alike(one, a, other, b)
+                alike = _but_for_seed(seen, name, one, a, other, b)
                 who = f"worker {worker}" if seen.workers else "the dataset"
-                if alike == "from" and not _is_seeded(seen, name):
+                if alike == "from":
                     yield Finding(
                         ("same numbers", name),
                         f"{who} draws the same random numbers from {name} in each epoch: it stood "
