@@ -217,11 +217,7 @@ _shared: Any = getattr(random.seed, "__self__", None)
 _seed_shared: Any = super(random.Random, _shared).seed if _shared is not None else random.seed
 
 
-_unpack, _seed_torch, _seed_numpy = (
-    _SEEDS.unpack,
-    torch.default_generator.manual_seed,
-    np.random.seed,
-)
+_unpack, _seed_torch = _SEEDS.unpack, torch.default_generator.manual_seed
 
 
 def _seed(digest: bytes) -> None:
@@ -231,7 +227,7 @@ def _seed(digest: bytes) -> None:
         _shared.gauss_next = None
     _seed_torch(of_torch)
     try:
-        _seed_numpy(numpy)
+        np.random.seed(numpy)
     except TypeError:  # the program put a generator of another kind in its place
         return
 
