@@ -753,6 +753,11 @@ def generator() -> None:
     read(Drawing(rng=np.random.default_rng(3)), num_workers=2)
 
 
+@shown("the same under seed=, num_workers=0")
+def generator_beside_seed() -> None:
+    read(Drawing(rng=np.random.default_rng(3)), seed=11)
+
+
 class Drawing(Owns):
     rng: Any
 
