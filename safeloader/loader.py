@@ -251,13 +251,18 @@ def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
     """Whether torch's own iterator serves ``loader``: it is to, or nothing else can.
 
     Raises:
-        SafeLoaderError: if ``verify="raise"`` was asked for and nothing can be verified here.
+        SafeLoaderError: if ``verify="raise"`` or ``seed=`` was asked for, which cannot be had here.
     """
     if is_off():
         return True
     why = why_unrecorded(loader.num_workers > 0)
     if not why:
         return False
+    if loader.seed is not None:
+        raise SafeLoaderError(
+            f"seed= was asked for, and random numbers cannot be made from it here: {why}. Leave "
+            "seed out, or set SAFELOADER=off, to have torch's own loader and its random numbers"
+        )
     if loader.verify == "raise" and not isinstance(loader.verify, Unasked):
         raise SafeLoaderError(
             f"verify='raise' was asked for, and nothing can be verified: {why}. Leave verify out, "

@@ -133,8 +133,11 @@ class Records:
         seeded = SeededAs(seed.of_batch(manifest.seq - facts.seq_of_first), seed.per)
         contents = BatchContents.of(manifest)
         at, asked = contents.positions[position], record.indices[position]
-        if manifest.fetched_at_once and at < len(contents.expected) and seed.per == "batch":
-            return partial(seeded_at_once, self.dataset, contents.expected, at, seeded)
+        if manifest.fetched_at_once and at < len(contents.expected):
+            if seed.per == "batch" and getattr(self.dataset, "__getitems__", None):
+                return partial(seeded_at_once, self.dataset, contents.expected, at, seeded)
+            if len(contents.expected) > 1:  # drawn as one list, with ``batch_size=None``
+                return None
         return partial(seeded_again, self.dataset, contents.expected[:at], asked, seeded)
 
     @property

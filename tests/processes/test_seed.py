@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -779,3 +780,79 @@ def test_threads_of_the_program_may_draw_meanwhile() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+# ── edges ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@per_each
+def test_without_batching_a_delivered_sample_is_made_again(
+    per: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"batch_size": None, "collate_fn": None, "seed_per": per}
+    for dataset in (Draws(), AtOnce()):
+        loader = loader_of(dataset, **more)
+        for sample in loader:
+            assert plain(loader.replay(loader.last_batch, position=0)) == plain(sample)
+    assert caplog.records == []
+
+
+def test_what_was_drawn_as_one_list_is_called_with_a_word_on_its_numbers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Lists(Draws):
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            each = index if isinstance(index, list) else [index]
+            return torch.tensor([[at, *numbers()] for at in each])
+
+    more = {"batch_size": None, "collate_fn": None, "sampler": BatchSampler(range(6), 3, False)}
+    expected = epochs(loader_of(Lists(), **more))
+    loader = loader_of(Lists(), num_workers=2, **more)
+    assert epochs(loader) == expected
+    loader.replay(loader.last_batch, position=1)
+    assert "called without the random numbers that it had" in caplog.text
+
+
+class Refuses(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[float]:
+        raise OSError(f"no stream: {random.random()}")
+
+
+def test_a_stream_that_cannot_be_begun_says_so_and_moves_nothing() -> None:
+    told = []
+    for workers in (0, 1):
+        seed_all(3)
+        torch.empty((), dtype=torch.int64).random_()  # the base seed
+        expected = rng_state()
+        seed_all(3)
+        with pytest.raises(OSError, match="no stream") as caught:
+            list(loader_of(Refuses(), num_workers=workers))
+        told += re.findall(r"no stream: (0\.\d+)", str(caught.value))[-1:]
+        assert rng_state() == expected
+    assert len(told) == 2
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_checks_see_samples_by_their_own_index(workers: int) -> None:
+    seen: list[Any] = []
+    loader = loader_of(validate=lambda sample, index: seen.append((index, int(sample[0]))))
+    assert epochs(loader, 1) == epochs(loader_of(num_workers=workers), 1)
+    assert [one for one, _ in seen] == [other for _, other in seen]
+
+
+def test_a_torch_that_is_not_known_cannot_keep_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safeloader.loader, "why_unrecorded", lambda workers: "torch has moved")
+    with pytest.raises(safeloader.SafeLoaderError, match=r"seed= was asked for.*has moved"):
+        iter(loader_of())
+
+
+def test_switched_off_a_seed_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER", "off")
+
+    def make(cls: Any, **keywords: Any) -> Any:
+        return cls(AtOnce(), 4, shuffle=True, **keywords)
+
+    assert observe(lambda *_, **__: None, lambda _: make(DataLoader)) == observe(  # type: ignore[arg-type]
+        SafeDataLoader, lambda cls: make(cls, seed=3)
+    )
