@@ -104,7 +104,7 @@ class SafeDataLoader(DataLoader[T_co], Records, CountedEpochs, Keywords):
             handed over. What differs is a :class:`~safeloader.TransportError`. With
             ``num_workers=0`` there is nothing to compare.
         seed: an int, 0 or more, that all random numbers of an epoch are made from, with the count
-            of epochs (see :meth:`set_epoch`): the order of torch's own samplers, and what is drawn
+            of epochs (see ``set_epoch``): the order of torch's own samplers, and what is drawn
             from the default generators of Python, NumPy and torch (CPU) where samples and batches
             are made. Batches are then bit for bit the same on any number of workers, none
             included, and after a worker's restart, if the dataset draws from these generators or
