@@ -50,3 +50,5 @@ try:
 except SafeLoaderError as error:
     print(error.failure.phase if error.failure else error.index)
 audit: EpochAudit = loader.audit
+seeded = SafeDataLoader(Samples(), shuffle=True, seed=3, seed_per="batch")
+seeded.set_epoch(2)
