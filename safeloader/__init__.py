@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
     from safeloader.examining.doctor import doctor
     from safeloader.failures.failure import Failure
     from safeloader.failures.replay import replay
+    from safeloader.global_batches import GlobalBatchSampler
     from safeloader.instrumenting import instrument, loaders_of
     from safeloader.introspect.seeds import sample_rng
     from safeloader.loader import SafeDataLoader
@@ -44,6 +45,7 @@ __all__ = [
     "DeliveryError",
     "EpochAudit",
     "Failure",
+    "GlobalBatchSampler",
     "Provenance",
     "Recorder",
     "SafeDataLoader",
@@ -68,6 +70,7 @@ _HOMES = {
     "BatchRecord": "provenance.table",
     "EpochAudit": "delivery.audit",
     "Failure": "failures.failure",
+    "GlobalBatchSampler": "global_batches",
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
     "SafeDataLoader": "loader",

@@ -50,7 +50,7 @@ class CountedEpochs:
         for each in (of_batches, beneath, getattr(loader, "sampler", None)):
             told = getattr(each, "set_epoch", None)
             if callable(told):
-                told(epoch)
+                told(self._next_epoch)
                 return
 
     def _count_from(self, epoch: Any) -> None:

@@ -40,6 +40,7 @@ FLOORS = (
     "delivery",
     "failures",
     "checks",
+    "global_batches",
     "introspect",
     "_torch",
 )

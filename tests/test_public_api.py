@@ -31,6 +31,7 @@ NAMES = [
     "DeliveryError",
     "EpochAudit",
     "Failure",
+    "GlobalBatchSampler",
     "Provenance",
     "Recorder",
     "SafeDataLoader",

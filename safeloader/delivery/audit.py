@@ -95,7 +95,7 @@ class EpochAudit:
         duplicated: handed over twice; with ``key``, also the second index of one sample.
         unexpected: handed over, never drawn.
         failed: in a batch whose error was raised to the user.
-        dropped: left out by ``drop_last``.
+        dropped: left out by ``drop_last``, or what ``dropped_by`` names.
         skipped: left out because of an error, where that was asked for (``on_error``,
             ``on_crash``).
         replaced: not handed over because of an error, another sample stands in its place.
@@ -120,6 +120,7 @@ class EpochAudit:
             they are for other ranks to draw, and ``unvisited`` is empty.
         padding: how many indices all ranks together draw a second time, so that each has as many as
             the others.
+        dropped_by: the argument that has indices ``dropped``.
         same_keys: with ``key``, the first 1000 pairs of indices that are one sample: see
             ``duplicated``.
         under: the class of a dataset that only points into others, ``"Subset"`` or
@@ -172,6 +173,7 @@ class EpochAudit:
     shard: tuple[int, int] | None = None
     elsewhere: int = 0
     padding: int = 0
+    dropped_by: str = "drop_last"
     same_keys: tuple[SameKey, ...] = ()
     under: str = ""
     under_indices: dict[int, Any] = dataclasses.field(default_factory=dict)
@@ -225,6 +227,7 @@ class EpochAudit:
         known: dict[str, Any] = {"rank": at.rank, "world_size": at.world_size}
         if shard is not None:
             known |= {"shard": (shard.rank, shard.replicas), "padding": shard.padding}
+            known["dropped_by"] = shard.drops_by
         if at.world_size != 1 or (shard is not None and shard.replicas > 1):
             counts = self.counts | {"unvisited": 0}
             elsewhere = self.counts.get("unvisited", 0)
@@ -283,6 +286,8 @@ class EpochAudit:
             lines[0] += f", {replaced} replaced"
         for name, meaning in CLASSES:
             if total := self.counts.get(name):
+                if name == "dropped":
+                    meaning = f"left out by {self.dropped_by}"
                 text = self._with_donor if name == "replaced" else index_text
                 shown = getattr(self, name)[:_SHOWN].tolist()  # a stream's: (worker, ordinal)
                 shown = [tuple(k) if type(k) is list else k for k in shown]

@@ -6,6 +6,7 @@ import itertools
 
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
+from safeloader.global_batches import GlobalBatchSampler
 
 _COUNTED = 1_000_000  # indices of a sampler
 _NONE = object()
@@ -14,6 +15,11 @@ _NONE = object()
 def look(subject: Subject, talk: Talk) -> None:
     """Draw the first batch."""
     drawn = subject.batch_sampler
+    if type(drawn) is GlobalBatchSampler:
+        if drawn.length and not drawn.global_batches:
+            facts = {"samples": drawn.length, "batch_size": drawn.global_batch}
+            talk.tell("no_batch", over_ranks=True, **facts)
+        return
     if subject.is_stream or not subject.batched or getattr(drawn, "drop_last", False) is not True:
         return
     talk.at("drawing a batch")

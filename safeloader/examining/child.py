@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import selectors
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from traceback import format_list
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ import torch
 from safeloader import _python
 from safeloader.examining.looks import look_all, search_again
 from safeloader.examining.patience import Patience, is_fetching
+from safeloader.examining.stuck import is_deadlocked, processor_s
 from safeloader.examining.subject import Subject, pickled_alone
 from safeloader.examining.talk import Order, Source, Talk
 from safeloader.supervision import stacks
@@ -52,8 +54,12 @@ _GUARDS = (b"bootstrapping phase", CALLED_AGAIN.encode())  # what multiprocessin
 _LOOK_S = 0.05  # how often it is looked whether the child lives
 _BY_ITSELF_S = 0.5  # a child that has said all is left to end by itself for so long
 _ANSWER_S = 0.5  # how long a stack is waited for
+_SAMPLED_S = 1.0  # how often it is looked how much of a processor a silent child uses
+_BUSY = 0.05  # of the time: on a loaded machine it may be little
 _ASKED = signal.SIGUSR2 if hasattr(signal, "SIGUSR2") else None
 _OURS = os.path.join("safeloader", "examining", "")
+# The files by way of which a worker comes to the user's code.
+_STARTING = re.compile(r"[/\\](multiprocessing|torch[/\\]utils[/\\]data)[/\\]")
 _LATE_S = 5.0  # past its time an orphaned child ends itself
 
 # ── the child's end
@@ -151,7 +157,8 @@ class Outcome(NamedTuple):
     """How a child ended.
 
     Attributes:
-        how: ``"done"``, ``"died"``, ``"hung"`` or ``"ended"`` (all time was up).
+        how: ``"done"``, ``"died"``, ``"hung"``, ``"slow"`` (nothing came, and it may well be that
+            it would) or ``"ended"`` (all time was up).
         at: where it was.
         seconds: how long it had been there.
         code: its exit code, as :mod:`subprocess` has it; None if it was ended from here.
@@ -161,6 +168,7 @@ class Outcome(NamedTuple):
         excluded: indices that it told not to come; ``samples_end``, if the length is not true.
         cold: whether no sample had come in this child.
         rest_left: whether it left the look it was at to another.
+        busy: of the time without a word, the share of a processor that was used.
     """
 
     how: str
@@ -174,6 +182,7 @@ class Outcome(NamedTuple):
     samples_end: int | None = None
     cold: bool = False
     rest_left: bool = False
+    busy: float = 0.0
 
 
 class Output:
@@ -334,6 +343,7 @@ class _Following:
         self._cold = True
         self._rest_left = False
         self._done = False
+        self._used: list[tuple[float, float]] = []  # when, and how much of a processor by then
 
     def to_the_end(self) -> Outcome:
         """Follow the child until it has ended, by itself or from here."""
@@ -343,7 +353,7 @@ class _Following:
                 waiting.register(fd, selectors.EVENT_READ)
             try:
                 how = self._follow(waiting)
-                while how == "hung" and self._answers(waiting):
+                while how in ("hung", "slow") and self._answers(waiting):
                     how = self._follow(waiting)  # what came to an answer after all is no hang
                 seconds = time.monotonic() - self._since
                 if how == "ended":
@@ -362,6 +372,7 @@ class _Following:
             self._samples_end,
             self._cold,
             self._rest_left,
+            self._busy,
         )
 
     def _answers(self, waiting: selectors.BaseSelector) -> bool:
@@ -383,11 +394,55 @@ class _Following:
                 self._read(waiting, 0.0)
                 return "done" if self._done else "died"
             waited = now - self._since
+            if waited > _SAMPLED_S:
+                self._sample(now)
             if now >= self._order.end:
-                hung = waited > self._patience.at_the_end(self._at.what)
-                return "hung" if hung else "ended"
+                if waited > self._patience.at_the_end(self._at.what):
+                    return self._hung_or_slow()
+                return "ended"
             if waited > self._patience.of(self._at.what, cold=self._cold):
-                return "hung"
+                how = self._hung_or_slow()
+                if how == "hung" or not self._is_worth_waiting():
+                    return how
+
+    # ── what says nothing
+
+    def _sample(self, now: float) -> None:
+        """Look how much of a processor it has used, about once a second."""
+        if self._used and self._used[0][0] < self._since:
+            self._used.clear()
+        if not self._used or now - self._used[-1][0] > _SAMPLED_S:
+            self._used.append((now, processor_s([self._pid, *_descendants(self._pid)])))
+
+    @property
+    def _busy(self) -> float:
+        """The share of a processor that was used of late: in the last third of the silence."""
+        if len(self._used) < 2 or self._used[0][0] < self._since:
+            return 0.0
+        last, used = self._used[-1]
+        since = last - max(_SAMPLED_S, (last - self._since) / 3)
+        then, before = next(each for each in self._used if each[0] >= since or each[0] == last)
+        if then == last:
+            then, before = self._used[-2]
+        return max(0.0, used - before) / (last - then)
+
+    def _hung_or_slow(self) -> str:
+        """What begins may take long: of that only what cannot come to an end is called a hang."""
+        what = self._at.what
+        if not (_begins_workers(what) or (is_fetching(what) and self._patience.nothing_came)):
+            return "hung"
+        if self._busy > _BUSY:
+            return "slow"
+        processes = _descendants(self._pid) if _begins_workers(what) else []
+        return "hung" if any(map(is_deadlocked, processes or [self._pid])) else "slow"
+
+    def _is_worth_waiting(self) -> bool:
+        """Whether to go on until all time is up, where it may only be slow.
+
+        Where no sample came yet, no other look would do better; but workers that are not at work
+        may come to something if they are started in another way.
+        """
+        return not _begins_workers(self._at.what) or self._busy > _BUSY
 
     def _read(self, waiting: selectors.BaseSelector, seconds: float) -> None:
         for key, _ in waiting.select(seconds):
@@ -473,6 +528,7 @@ class _Following:
         end = time.monotonic() + _BY_ITSELF_S
         while self._done and not self._is_dead() and time.monotonic() < end:
             time.sleep(0.005)
+        _end_but_trackers({self._pid, *theirs, *_in_session(self._pid)})
         for pid in (self._pid, *theirs):
             with contextlib.suppress(OSError):
                 leads = os.getpgid(pid) == pid and pid != os.getpgid(0)
@@ -488,13 +544,48 @@ class _Following:
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
+def _begins_workers(what: str) -> bool:
+    return what.startswith("starting") and "worker" in what
+
+
 def _users(dump: bytes) -> str:
     """The part of a stack that is the user's, the newest frame last; all of it if there is none."""
     if not dump:
         return ""
     whole = stacks.read(dump.decode("utf-8", "replace"))
     frames = [*takewhile(lambda frame: _OURS not in frame.filename, whole.frames)]
-    return "".join(format_list(frames[::-1])).rstrip() or whole.text
+    theirs = [*dropwhile(lambda frame: _STARTING.search(frame.filename), frames[::-1])]
+    return "".join(format_list(theirs or frames[::-1])).rstrip() or whole.text
+
+
+def _end_but_trackers(pids: set[int]) -> None:
+    """End processes, and have those that remove what the others left in shared memory do so.
+
+    Under spawn semaphores have names. Who tracks them ends by itself when all the others have.
+    """
+    import psutil
+
+    trackers: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(pid)
+            if any("resource_tracker" in word for word in process.cmdline()):
+                trackers.append(process)
+            elif pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs(trackers, timeout=_BY_ITSELF_S)
+
+
+def _in_session(leader: int) -> list[int]:
+    """The processes of a session, whoever their parent is by now."""
+    import psutil
+
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            if os.getsid(pid) == leader:
+                found.append(pid)
+    return found
 
 
 def _descendants(pid: int) -> list[int]:

@@ -204,7 +204,7 @@ class _Examining:
 
     def _all_looks(self, start: Any, inherits: bool) -> None:
         order = Order(0 if inherits else 1, self._end, self._samples)
-        failed, again = 0, False
+        failed, again, unsent = 0, False, False
         while order.first < len(looks.LOOKS):
             order = order._replace(samples=max(1, self._samples))
             outcome = start(order, self._patience)
@@ -215,11 +215,22 @@ class _Examining:
                 continue
             if outcome.how == "done":
                 return
-            if outcome.how != "ended" and outcome.suspects and outcome.at.place is None:
+            is_late = outcome.how == "slow" and time.monotonic() >= self._end
+            if (
+                outcome.how != "ended"
+                and not is_late
+                and outcome.suspects
+                and outcome.at.place is None
+            ):
+                heard = len(self._heard)
                 outcome, order = self._searched(start, order, outcome)
+                if not unsent and any(kind == "unsendable" for kind, _ in self._heard[heard:]):
+                    unsent = True  # for which workers wait; once more without it
+                    order = order._replace(first=outcome.at.look)
+                    continue
             at = outcome.at
             self._note(outcome)
-            if outcome.how == "ended":
+            if outcome.how == "ended" or is_late:
                 rest = [look.name for look in looks.LOOKS[at.look + 1 :]]
                 if rest:
                     self._not_looked_at.append(
@@ -283,6 +294,9 @@ class _Examining:
             what=at.what,
             index=at.place,
             seconds=outcome.seconds,
+            whole_s=self._seconds,
+            busy=outcome.busy,
+            locked=outcome.how == "hung" and self._patience.nothing_came,
             cold=outcome.cold,
             code=outcome.code,
             stack=outcome.stack,
@@ -299,7 +313,7 @@ class _Examining:
         told = next((facts for kind, facts in heard if kind == "samples"), {})
         why_not = wording.why_untried(heard, self._samples)
         late = [f"start method {each}: {why_not}" for each in wording.untried(heard)]
-        unmeasured = wording.why_unmeasured(heard)
+        unmeasured = [wording.why_unmeasured(heard), wording.what_was_warm(heard)]
         return Examination(
             loader=own.get("name", name),
             findings=tuple(wording.findings_of(heard, own, forked=self._forked, lacks_guard=guard)),
@@ -314,7 +328,7 @@ class _Examining:
             cores=wording.cores_of(heard),
             sent=next((facts for kind, facts in heard if kind == "weight"), {}),
             resume=wording.resume_text(heard),
-            not_looked_at=(*self._not_looked_at, *filter(None, [unmeasured]), *late),
+            not_looked_at=(*self._not_looked_at, *filter(None, unmeasured), *late),
             output=self._output.tail,
             output_bytes=self._output.bytes,
             seconds=time.monotonic() - self._begin,

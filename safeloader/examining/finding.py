@@ -2,7 +2,8 @@
 
 A batch that hangs, kills its process or raises says nothing of the index in it that did. So its
 samples are fetched again without workers, each announced before; what hangs or dies then is known
-by its place, and what raises is told here.
+by its place, and what raises is told here, or cannot be sent, for which torch's loader waits for
+ever.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from safeloader.examining.samples import raised
-from safeloader.examining.subject import Subject
+from safeloader.examining.subject import Subject, pickled_alone
 from safeloader.examining.talk import Suspects, Talk
+from safeloader.introspect.pickling import all_unpicklable
 from safeloader.introspect.texts import index_text
+from safeloader.worker.collating import explain
 
 
 def search(subject: Subject, talk: Talk, suspects: Suspects) -> bool:
@@ -68,19 +71,50 @@ def _fails(subject: Subject, talk: Talk, indices: list[Any], collated: bool) -> 
             return True
     talk.at("collating", indices)
     try:
-        subject.collate_fn(samples if subject.batched else samples[0])
+        batch = subject.collate_fn(samples if subject.batched else samples[0])
     except Exception as exc:
         _tell_uncollated(subject, talk, indices, samples, exc)
         return True
+    talk.at("pickling what was collated of", indices)
+    try:
+        pickled_alone(batch)
+    except Exception:
+        return _tell_unsendable(subject, talk, indices, samples)
+    return False
+
+
+def _tell_unsendable(subject: Subject, talk: Talk, indices: list[Any], samples: Any) -> bool:
+    """Of which index a batch cannot be sent; whether that was found."""
+    if type(samples) not in (list, tuple) or len(samples) != len(indices):
+        return False
+    for index, sample in zip(indices, samples, strict=True):
+        for part in all_unpicklable(sample, "sample", spawning=False, most=1):
+            _exclude(subject, index)
+            talk.tell(
+                "unsendable",
+                index=index_text(index),
+                path=part.path,
+                what=part.kind,
+                reason=part.reason,
+            )
+            return True
     return False
 
 
 def _tell_uncollated(
     subject: Subject, talk: Talk, indices: list[Any], samples: Any, exc: Exception
 ) -> None:
-    """Which sample the batch fails with: the last of the shortest beginning of it that fails."""
-    found = None
-    if subject.batched and type(samples) in (list, tuple):
+    """Which sample the batch fails with: the one that is not like the others.
+
+    Else it is the last of the shortest beginning of the batch that fails.
+    """
+    found = explained = None
+    if subject.batched and type(samples) in (list, tuple) and len(samples) == len(indices):
+        explained = explain(samples, indices)
+    odd = None if explained is None else explained.position
+    if odd is not None:
+        found = odd
+    elif subject.batched and type(samples) in (list, tuple):
         for most in range(1, len(samples)):
             if talk.left() < 0 or not _collates(subject, samples[:most]):
                 found = most - 1
@@ -95,7 +129,8 @@ def _tell_uncollated(
     talk.tell(
         "batch_raises",
         index=index_text(indices[found or 0]) if known else None,
-        before=index_text(indices[:found]) if known and found else None,
+        before=index_text(indices[:found]) if known and found and odd is None else None,
+        explained=None if explained is None else explained.text,
         indices=index_text(indices),
         **raised(exc),
     )

@@ -22,6 +22,9 @@ _FETCHING = ("fetching", "iterating the dataset", "asking __getitems__")
 class Patience:
     """How long may be waited; it learns from each answer.
 
+    Attributes:
+        nothing_came: whether no sample has come to any child.
+
     Args:
         whole_s: the time there is for all.
         least_s: what is the least to wait, if that is known better.
@@ -38,6 +41,7 @@ class Patience:
         self._whole_s = whole_s
         self._least_s = max(_LEAST_S, whole_s * _SHARE) if least_s is None else least_s
         self._longest_s = 0.0
+        self.nothing_came = True
 
     def of(self, what: str, *, cold: bool) -> float:
         """Seconds without a word, after which it hangs; ``cold`` until a sample has come."""
@@ -56,6 +60,7 @@ class Patience:
 
     def answered(self, what: str, seconds: float) -> None:
         """What was done, and how long it took to a word."""
+        self.nothing_came &= not is_fetching(what)
         if not _is_loading(what):
             self._longest_s = max(self._longest_s, seconds / self._share_of_core(what))
 
@@ -63,6 +68,7 @@ class Patience:
         """The same, for what is known to hang."""
         other = Patience(self._whole_s, least_s)
         other._longest_s = self._longest_s
+        other.nothing_came = self.nothing_came
         return other
 
     def _expected(self, what: str) -> float:

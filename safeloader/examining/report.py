@@ -10,6 +10,7 @@ from safeloader.introspect.resources import human_bytes
 
 Level = Literal["error", "warning", "note"]
 _LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+_OF_SETTINGS = ("slow_setting", "too_many_workers")  # kinds that say which setting to use
 _TITLES = {"error": "breaks training", "warning": "warning", "note": "note"}
 
 
@@ -123,7 +124,9 @@ class Examination:
         if not self.settings:
             return []
         best = self.recommended
-        lines = [] if best is None else [f"use {setting_text(best)}: {self.chosen_because}", ""]
+        told = any(each.kind in _OF_SETTINGS for each in self.findings)
+        use = "" if best is None else f"use {setting_text(best)}: {self.chosen_because}"
+        lines = ["settings measured:" if told else use, ""] if use else []
         heads = ("num_workers", "prefetch_factor", "start method", "batches/s", "turns")
         table = [[*heads, "first batch"]]
         for row in sorted(self.settings, key=_place):

@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, Se
 
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
+from safeloader.global_batches import GlobalBatchSampler
 
 
 def look(subject: Subject, talk: Talk) -> None:
@@ -36,7 +37,7 @@ def _order(subject: Subject, sampler: Any) -> str:
         return "stream"
     if type(sampler) is SequentialSampler:
         return "sequential"
-    if isinstance(sampler, DistributedSampler):
+    if isinstance(sampler, DistributedSampler) or type(sampler) is GlobalBatchSampler:
         return "seed and epoch"
     if type(sampler) is RandomSampler:
         return "generator" if sampler.generator is not None else "global"

@@ -18,6 +18,7 @@ from safeloader.examining.probe import print_of, set_state, state_of, states_of
 from safeloader.examining.stored import changes, stored
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
+from safeloader.introspect.byte_code import overwrites
 from safeloader.introspect.fingerprint import difference, fingerprint
 from safeloader.introspect.frames import frames_of, user_frames
 from safeloader.introspect.generators import generators_of
@@ -30,6 +31,7 @@ _STREAM_TWICE = 8
 _FAILED_MAX = 5
 _FAILED = object()  # in the place of a sample that did not come
 _GOES_ON = -1  # as a seed: the generators go on where they stand
+_ATTRIBUTE = re.compile(r"dataset\.(\w+)(?:\[|$)")
 _IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
 _PLACE = re.compile(r'^  File "(.+)", line (\d+)', re.MULTILINE)
 
@@ -94,7 +96,11 @@ def look(subject: Subject, talk: Talk) -> None:
         good.append(index)
     _tell_sizes(talk, measured, first_again_s)
     if different:
-        changed = changes(before, stored(subject.dataset, indices))
+        changed = [
+            each
+            for each in changes(before, stored(subject.dataset, indices))
+            if not _is_scratch(subject.dataset, each.path)
+        ]
         index, path = different[0]
         talk.tell(
             "differs",
@@ -109,6 +115,12 @@ def look(subject: Subject, talk: Talk) -> None:
         _look_at_seeding(subject, talk, fetches, good)
     if len(good) and talk.left() > 0 and not different:
         _look_at_getitems(subject, talk, fetches, good)
+
+
+def _is_scratch(dataset: Any, path: str) -> bool:
+    """Whether what is held there goes into no sample: it is written first, each time."""
+    found = _ATTRIBUTE.match(path)
+    return found is not None and overwrites(dataset, found[1])
 
 
 class _Fetches:

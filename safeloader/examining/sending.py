@@ -49,12 +49,13 @@ def tell_unpicklable(found: list[UnpicklablePart], talk: Any) -> None:
 class _Scales(ForkingPickler):
     """Pickles into nothing and counts; arrays by their size, uncopied.
 
-    A tensor is shared with a worker, and not sent: of it a handle goes.
+    A tensor is shared with a worker, and not sent: of it a handle goes, if it is not ``copied``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copied: bool) -> None:
         super().__init__(self, pickle.DEFAULT_PROTOCOL)
         self.bytes = 0
+        self._copied = copied
         self._seen: dict[int, Any] = {}
 
     def write(self, data: Any) -> int:
@@ -68,13 +69,19 @@ class _Scales(ForkingPickler):
             return None
         if id(value) not in self._seen:
             self._seen[id(value)] = value
-            self.bytes += int(value.nbytes) if isinstance(value, np.ndarray) else _HANDLE_BYTES
+            sent = self._copied or isinstance(value, np.ndarray)
+            self.bytes += int(value.nbytes) if sent else _HANDLE_BYTES
         return id(value)
 
 
-def weighed(value: Any) -> int:
-    """Bytes that a value takes when it is sent; 0 where it cannot be."""
-    scales = _Scales()
+def weighed(value: Any, *, copied: bool = False) -> int:
+    """Bytes that a value takes when it is sent; 0 where it cannot be.
+
+    Args:
+        value: any object.
+        copied: whether tensors are to be copied, and not shared.
+    """
+    scales = _Scales(copied)
     try:
         with as_if_spawning(_POPEN):
             scales.dump(value)

@@ -4,14 +4,19 @@ Batches per second are of whole epochs of workers that run already. Each has as 
 worker as for the other, so all work from its begin to its end. A setting's pool stays; between its
 turns it has nothing to do, so it takes nothing from the others. Start-up is told apart, as the time
 to the first batch.
+
+Each setting begins with a copy of the dataset that has fetched nothing, as in training: workers are
+forked before anything is fetched here, and what spawn and forkserver send was pickled before.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import statistics
 import time
 import warnings
@@ -22,7 +27,8 @@ from safeloader import _torch
 from safeloader.examining.choosing import TURNS, Row, gains
 from safeloader.examining.finding import search
 from safeloader.examining.samples import raised
-from safeloader.examining.subject import Subject
+from safeloader.examining.sending import weighed
+from safeloader.examining.subject import TO_WORKERS, Subject, pickled_alone
 from safeloader.examining.talk import Suspects, Talk
 
 _TURN_S = 0.4
@@ -34,7 +40,9 @@ _HOPELESS = 0.6  # of the best, in one turn: is not, where there are many worker
 _PREFETCH = (1, 4, 8)
 _MARK_S = 0.5
 _SPAWN_S = 2.5  # in which a fresh Python has imported torch
+_WEIGHING_S = 0.5  # what takes longer to weigh takes long to be copied
 _START_SHARE = 0.25  # of the time, for the start methods
+_COPIED_BYTES = 1 << 28  # of a dataset: a larger one is sent as it is when its turn comes
 _MOST = 8  # workers for each core, where speed grows so far
 
 
@@ -143,8 +151,16 @@ class _Pool:
             self.rates.append(came / (last - begin))
         self.tell(None)
 
+    def take_over(self, other: _Pool) -> None:
+        """Go on with the workers of another pool of this setting."""
+        self._loader, self._draws, self.is_stopped = other._loader, other._draws, False
+        self.rates += other.rates
+        self.tell(None)
+
     def stop(self) -> None:
         """End the workers."""
+        if self.is_stopped:
+            return
         self.is_stopped = True
         self._say("ending")
         _torch.abandon(self._loader)
@@ -198,6 +214,8 @@ class _Sweep:
         self._cheap = "fork" if "fork" in self._methods else next(iter(self._methods), None)
         self._own_setting = self._tried_with(self._own)
         self._fails_alone = False
+        self._samples = talk.samples  # that may be fetched
+        self._cold: bytes | None = None
 
     def run(self) -> None:
         self._talk.tell("machine", cores=cores(), methods=self._methods)
@@ -208,7 +226,7 @@ class _Sweep:
                 self._talk.tell("nothing_to_measure")
                 return
             self._source = itertools.chain([first], self._source)
-        # What forks workers has fetched nothing before: so without workers is tried last.
+        # What workers are made of has fetched nothing before: so without workers is tried last.
         total = self._talk.left()
         tried = self._numbers_of_workers(self._talk.end - 0.55 * total) if self._methods else []
         best = self._best(tried)
@@ -220,11 +238,12 @@ class _Sweep:
                     pool.stop()
             tried = [pool for pool in held if not pool.is_stopped]
         # Before the start methods: a fresh Python takes how long it likes, and this must be known.
+        self._keep_cold()
         alone = self._opened(Setting(0, None, None))
         if alone is not None:
             tried = [alone, *tried]
             end = self._talk.end - _START_SHARE * total if best is not None else self._talk.end
-            self._in_turns(tried, end)
+            self._in_turns(tried, end, 0.1)
         for pool in tried:
             pool.stop()
         if best is not None:
@@ -265,7 +284,7 @@ class _Sweep:
             if workers == tried[-1] and not worse and 0 < workers < _MOST * cores():
                 tried.append(2 * workers)  # it waits for something else than the cores
             pools = self._without_slow(pools)
-        self._in_turns(pools, end)
+        self._in_turns(pools, end, 0.5)
         return pools
 
     def _without_slow(self, pools: list[_Pool]) -> list[_Pool]:
@@ -302,7 +321,7 @@ class _Sweep:
             opened = self._opened(setting)
             if opened is not None:
                 held.append(opened)
-        self._in_turns(held, end)
+        self._in_turns(held, end, 0.35)
         return held
 
     @staticmethod
@@ -317,22 +336,49 @@ class _Sweep:
         ]
         return max(sure, key=lambda pool: pool.rate)
 
+    def _keep_cold(self) -> None:
+        """Pickle what is to be sent to workers, as long as nothing of it was fetched here."""
+        if not set(self._methods) - {"fork"}:
+            return
+        self._talk.at("pickling")
+        parts = {name: getattr(self._subject, name) for name in TO_WORKERS}
+        begin = time.monotonic()
+        size = weighed(parts, copied=True)
+        if size > _COPIED_BYTES or time.monotonic() - begin > _WEIGHING_S:
+            return
+        try:
+            self._cold = pickled_alone(parts)
+        except Exception:  # which is told of what cannot be sent
+            return
+
+    def _as_it_was(self) -> Subject:
+        """What had fetched nothing, once more; else what there is, and that is told."""
+        if self._cold is None:
+            self._talk.tell("warm_methods")
+            return self._subject
+        subject = copy.copy(self._subject)
+        vars(subject).update(pickle.loads(self._cold))
+        return subject
+
     def _start_methods(self, best: Setting, end: float) -> None:
+        subject: Subject | None = None
         for method in self._methods:
             setting = best._replace(method=method)
             if setting in self._measured:
                 continue
-            needed = _TURN_S + (0.0 if method == "fork" else _SPAWN_S)
+            fresh_s = _SPAWN_S * max(1.0, setting.workers / cores())
+            needed = _TURN_S + (0.0 if method == "fork" else fresh_s)
             if end - time.monotonic() < needed or self._talk.samples <= 0:
                 return
-            pool = self._opened(setting)
+            subject = subject or self._as_it_was()
+            pool = self._opened(setting, subject)
             if pool is not None:
                 pool.stop()
 
-    def _opened(self, setting: Setting) -> _Pool | None:
+    def _opened(self, setting: Setting, subject: Subject | None = None) -> _Pool | None:
         """A pool that was started and measured once; None if it could not be."""
         for last in (False, False, True):
-            pool = _Pool(setting, self._subject, self._talk, self._source)
+            pool = _Pool(setting, subject or self._subject, self._talk, self._source)
             try:
                 pool.start()
                 pool.turn(_TURN_S)
@@ -340,10 +386,8 @@ class _Sweep:
                 self._measured.add(setting)
                 if last or (setting.method != self._cheap and setting.workers):
                     pool.tell(raised(exc))
-                elif search(self._subject, self._talk, self._talk.suspects):
-                    self._fails_alone = True
                 else:
-                    self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+                    self._tell_failed(setting, exc)
                 pool.stop()  # with other samples it may do
                 if setting.method != self._cheap and setting.workers:
                     break
@@ -352,8 +396,30 @@ class _Sweep:
                 return pool
         return None
 
-    def _in_turns(self, pools: list[_Pool], end: float) -> None:
-        """Measure those again that may be the best, forwards and backwards in turn."""
+    def _tell_failed(self, setting: Setting, exc: Exception) -> None:
+        """Tell what a batch failed with, and of which sample; that is left out from now on."""
+        if search(self._subject, self._talk, self._talk.suspects):
+            self._fails_alone = True
+        else:
+            self._talk.tell("batch_raises", workers=setting.workers, **raised(exc))
+
+    def _once_more(self, pool: _Pool) -> None:
+        """Measure a pool once more; where it fails now, anew, or it is left as it was."""
+        try:
+            pool.turn(_TURN_S)
+            return
+        except Exception as exc:  # a sample that was not among the batches before
+            self._tell_failed(pool.setting, exc)
+        pool.stop()
+        other = self._opened(pool.setting)
+        if other is not None:
+            pool.take_over(other)
+
+    def _in_turns(self, pools: list[_Pool], end: float, left: float) -> None:
+        """Measure those again that may be the best, forwards and backwards in turn.
+
+        ``left`` is the share of the samples that is for what is tried later.
+        """
         for number in range(_ROUNDS):
             best = self._best(pools)
             if best is None:
@@ -361,9 +427,12 @@ class _Sweep:
             rest = [
                 pool
                 for pool in pools
-                if not number
-                or pool.setting == self._own_setting
-                or pool.best_rate >= _CONTENDS * best.rate
+                if not pool.is_stopped
+                and (
+                    not number
+                    or pool.setting == self._own_setting
+                    or pool.best_rate >= _CONTENDS * best.rate
+                )
             ]
             if number > 1 and all(
                 pool.setting in (best.setting, self._own_setting) for pool in rest
@@ -371,6 +440,6 @@ class _Sweep:
                 return
             for pool in rest if number % 2 else rest[::-1]:
                 cost = _TURN_S + _FEWEST * max(1, pool.setting.workers) / max(pool.rate, 1e-6)
-                if time.monotonic() + cost > end or self._talk.samples <= 0:
+                if time.monotonic() + cost > end or self._talk.samples <= left * self._samples:
                     return
-                pool.turn(_TURN_S)
+                self._once_more(pool)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 
 from safeloader import _torch
 from safeloader._python import ForkingPickler, extra_reducers
+from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.pickling import UnpicklablePart, all_unpicklable
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import plain_length, type_name
@@ -143,7 +144,9 @@ class Subject:
             found += list(batch) if self.batched else [batch]
             if len(found) >= _DRAWN:
                 break
-        if not found and self.batched:  # drop_last leaves no batch
+        if type(drawn) is GlobalBatchSampler:
+            found += drawn.dropped()
+        elif not found and self.batched:  # drop_last leaves no batch
             found += itertools.islice(iter(getattr(drawn, "sampler", ())), _DRAWN)
         length = self.length()
         if length and self.draws_all():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
 from safeloader.examining.choosing import Own, Row, chosen, gains, own_row
 from safeloader.examining.report import Finding, Level, setting_text, time_text
+from safeloader.introspect.advice import BY_PATH, suited
 from safeloader.introspect.resources import human_bytes
 from safeloader.supervision import causes
 
@@ -22,6 +24,10 @@ _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
 _INDICES = 8  # that are named of one cause
 _LATE = "the time was up"
+_SLOW = "no batch yet"
+_BUSY = 0.05  # of a processor: less may be the looking itself
+_LONGER = 4  # times as long as was given
+_TORCHS = re.compile(r"[/\\]torch[/\\]utils[/\\]data[/\\]")
 _SPAWNING = ("spawn", "forkserver")
 
 
@@ -95,12 +101,20 @@ def rows_of(heard: Heard, *, lacks_guard: bool = False) -> list[Row]:
         elif kind == "ending" and facts.get("setting"):
             setting = tuple(facts["setting"])
             if setting not in rows:
-                how = {"died": "the process died", "hung": "no batch came"}.get(facts["how"])
+                how = _ENDS.get(facts["how"])
                 text = f"{how or _LATE} after {facts['seconds']:.1f} s"
                 if lacks_guard and setting[2] in _SPAWNING:
                     text = unguarded
                 rows[setting] = Row(*setting, (), None, text)
     return list(rows.values())
+
+
+_ENDS = {"died": "the process died", "hung": "no batch came", "slow": _SLOW}
+
+
+def _failed(rows: list[Row]) -> list[Row]:
+    """Those that could not be measured, and not for want of time alone."""
+    return [row for row in rows if row.error and not row.error.startswith((_LATE, _SLOW))]
 
 
 def cores_of(heard: Heard) -> int | None:
@@ -119,7 +133,7 @@ def untried(heard: Heard) -> list[str]:
 def why_untried(heard: Heard, samples_left: int) -> str:
     """Why some start methods were not tried."""
     rows = rows_of(heard)
-    failed = [row for row in rows if row.error and not row.error.startswith(_LATE)]
+    failed = _failed(rows)
     if failed and not any(row.rates for row in rows):
         alone = any(not row.workers for row in failed) or any(kind == "raises" for kind, _ in heard)
         where = "without workers" if alone else f"in workers started by {failed[0].method}"
@@ -131,7 +145,7 @@ def why_untried(heard: Heard, samples_left: int) -> str:
 
 def why_unmeasured(heard: Heard) -> str | None:
     """Why no setting was tried, or not as in training; None where nothing is to be said."""
-    kinds = {kind for kind, _ in heard}
+    kinds = dict(heard)
     if "warm" in kinds:
         return (
             "speed with cold caches: the program takes long to load, so what was measured had "
@@ -140,8 +154,25 @@ def why_unmeasured(heard: Heard) -> str | None:
     if "nothing_to_measure" not in kinds:
         return None
     if "no_batch" in kinds:
-        return "speed: drop_last leaves no batch"
+        return f"speed: {_dropping(kinds['no_batch'])[0]} leaves no batch"
     return "speed: no batch is left without the indices that fail"
+
+
+def _dropping(facts: Facts) -> tuple[str, str, str]:
+    """What leaves no batch, the name of its size, and what to say instead."""
+    if facts.get("over_ranks"):
+        return "tail='drop'", "global_batch", "tail='pad' or tail='uneven'"
+    return "drop_last", "batch_size", "drop_last=False"
+
+
+def what_was_warm(heard: Heard) -> str | None:
+    """Which start methods were measured on what had fetched samples; None where none was."""
+    if all(kind != "warm_methods" for kind, _ in heard):
+        return None
+    return (
+        "spawn and forkserver with cold caches: the dataset is too large to be kept as it was, so "
+        "their workers were sent what had fetched samples before"
+    )
 
 
 def ruled_out(heard: Heard) -> set[str]:
@@ -152,7 +183,7 @@ def ruled_out(heard: Heard) -> set[str]:
     if "unpicklable" in kinds:
         out |= {*_SPAWNING}
     out |= {"fork" for kind, facts in heard if kind == "ending" and _fork_hangs(facts)}
-    failed = [row for row in rows_of(heard) if row.error and not row.error.startswith(_LATE)]
+    failed = _failed(rows_of(heard))
     return out | {str(row.method) for row in failed if row.method != "fork"}
 
 
@@ -226,6 +257,7 @@ class _Words:
     def __init__(self, own: Facts, forked: bool) -> None:
         self._own, self._forked = own, forked
         self._failing = 0
+        self._unsendable = False
         self._raised: set[str] = set()  # types that were told
         self.none_came = False
         self.best: Row | None = None
@@ -391,13 +423,13 @@ class _Words:
         )
 
     def on_no_batch(self, facts: Facts) -> Finding:
+        dropping, size, instead = _dropping(facts)
         return Finding(
             "error",
             "no_batch",
-            f"drop_last leaves no batch: {facts['samples']} samples, "
-            f"batch_size {facts['batch_size']}",
+            f"{dropping} leaves no batch: {facts['samples']} samples, {size} {facts['batch_size']}",
             "an epoch ends at once, without a word",
-            "drop_last=False, or a smaller batch_size",
+            f"{instead}, or a smaller {size}",
         )
 
     def on_no_batch_of_stream(self, facts: Facts) -> Finding | None:
@@ -419,10 +451,12 @@ class _Words:
         if self._failing > 1:
             return None
         self._raised.add(facts["type"])
-        error = f"{facts['type']}: {facts['text']}\nat {facts['at']}"
+        error = f"{facts['type']}: {facts['text']}"
+        if not _TORCHS.search(facts["at"]):  # where its default_collate stood tells nothing
+            error += f"\nat {facts['at']}"
         if facts.get("index") is not None:
             index, before = facts["index"], facts["before"]
-            seen = f"of the batch {facts['indices']} " + (
+            seen = facts["explained"] or f"of the batch {facts['indices']} " + (
                 f"the samples of {before} can be collated, and no more with that of {index}"
                 if before
                 else f"the sample of {index} cannot be collated alone"
@@ -432,10 +466,12 @@ class _Words:
                 "batch_raises",
                 f"a batch fails in collate_fn, at index {index}: {facts['type']}",
                 f"{error}\n{seen}",
-                f"compare dataset[{index}] with the others: keys, types, shapes; or have "
+                f"mend dataset[{index}], or have collate_fn take both"
+                if facts["explained"]
+                else f"compare dataset[{index}] with the others: keys, types, shapes; or have "
                 "collate_fn take both",
             )
-        where = f"with {facts['workers']} workers " if facts.get("workers") else ""
+        where = _settings_text(f"with {facts['workers']} workers ") if facts.get("workers") else ""
         return Finding(
             "error",
             "batch_raises",
@@ -444,6 +480,19 @@ class _Words:
             "look at what is not the same each time, and at worker_init_fn"
             if where
             else "look at what is not the same each time: random numbers, the network, a file",
+        )
+
+    def on_unsendable(self, facts: Facts) -> Finding | None:
+        if self._unsendable:
+            return None
+        self._unsendable = True
+        return Finding(
+            "error" if self._workers else "warning",
+            "unsendable",
+            f"what index {facts['index']} gives cannot be sent by a worker: {facts['path']} "
+            f"({facts['what']})",
+            f"{facts['reason']}\ntorch's loader waits for such a batch for ever",
+            "leave it out of the sample, or give what was read from it in its place",
         )
 
     def on_look_failed(self, facts: Facts) -> Finding:
@@ -615,7 +664,7 @@ class _Words:
             "unpicklable",
             f"{facts['path']} cannot be pickled ({facts['what']})",
             facts["reason"],
-            f"{facts['advice']} Until then workers can be started by fork only: not on Windows and "
+            f"{facts['advice']} As it is, workers can be started by fork only: not on Windows and "
             "macOS, not beside CUDA",
         )
 
@@ -628,8 +677,7 @@ class _Words:
             "weight",
             f"{human_bytes(facts['bytes'])} are sent to each worker under spawn and forkserver",
             parts or "estimated from what is pickled",
-            "open it in the worker, by path (np.load(path, mmap_mode='r') in the first "
-            "__getitem__), or hold an array as a torch tensor, which is shared and not sent",
+            suited(BY_PATH, stream=bool(self._own.get("stream"))),
         )
 
     def on_hazard(self, facts: Facts) -> Finding:
@@ -649,6 +697,8 @@ class _Words:
     def of_endings(self, endings: list[Facts]) -> list[Finding]:
         """Hangs and deaths: each index once, and what happened there."""
         found = [self._hung(facts) for facts in endings if facts["how"] == "hung"]
+        slow = [self._slow(facts) for facts in endings if facts["how"] == "slow"]
+        found += slow[:1]  # it is one thing that takes long, whoever begins with it
         died: dict[Any, list[Facts]] = {}
         for facts in endings:
             if facts["how"] == "died":
@@ -694,8 +744,14 @@ class _Words:
             where = "without workers, and at none of the indices alone"
         evidence = _cut_stack(facts["stack"]) or "it did not answer where it was"
         if facts.get("cold") and facts["index"] is not None:
-            evidence += "\nit was the first that was fetched: it may be that what is set up at "
-            evidence += "first use takes longer; with more seconds that would show"
+            evidence += "\nit was the first that was fetched" + (
+                ", and all of its threads wait for locks: nobody is left to open them"
+                if facts["locked"]
+                else ": it may be that what is set up at first use takes longer; with more seconds "
+                "that would show"
+            )
+        if facts["busy"] > _BUSY:
+            evidence += "\nit worked all the while: an endless loop, or a sample that takes longer"
         return Finding(
             "error",
             "hangs",
@@ -703,6 +759,27 @@ class _Words:
             evidence,
             "give what it waits for a time limit"
             + ("; timeout= of the loader ends such a wait" if self._workers else ""),
+        )
+
+    def _slow(self, facts: Facts) -> Finding:
+        """What did not come in time, and may come if it is given more."""
+        longer = _LONGER * facts["whole_s"]
+        begins = facts["index"] is None
+        if facts["busy"] > _BUSY:
+            seen = f"it worked: {100 * facts['busy']:.0f} % of a processor was used"
+        else:
+            seen = "it used no processor meanwhile: it waits, for a disk, a network or a clock"
+        where = _where(facts) + ("" if begins else ", the first that was fetched")
+        stack = _cut_stack(facts["stack"])
+        return Finding(
+            "warning",
+            "slow_start",
+            f"slow: no {'batch' if begins else 'sample'} in {facts['seconds']:.0f} s; give it "
+            f"longer: doctor(loader, seconds={longer:g})",
+            f"{where}; {seen}" + (f"\n{stack}" if stack else ""),
+            f"with the command, --seconds {longer:g}. In training each worker pays for what is set "
+            "up at first use: make it lighter, or make it once, before the fork, if it survives "
+            "one",
         )
 
     # ── settings
@@ -723,7 +800,7 @@ class _Words:
         failed = [row for row in rows if row.error and not (lacks_guard and row.method != "fork")]
         for row in failed[:3]:
             mine = row.workers == self._workers and row.method == self._own.get("method")
-            if row.error.startswith(("the process died", "no batch came", _LATE)):
+            if row.error.startswith((*_ENDS.values(), _LATE)):
                 continue  # told as an end of the child
             told = bool(self._failing) and row.method in (None, "fork")
             if told or row.error.partition(":")[0] in self._raised:
@@ -809,6 +886,11 @@ def _after_death(facts: Facts) -> str:
     else:
         call = f"dataset[{facts['index']}]"
     too = "" if facts["index"] is None else "; a worker would die of it too"
+    if facts["code"] == -signal.SIGKILL:
+        return (
+            f"look at the memory that {call} takes: so the kernel ends what takes more than there "
+            f"is; or run {call} in a fresh process under a debugger{too}"
+        )
     if facts["code"] is not None and facts["code"] >= 0:
         return f"look for sys.exit, os._exit or a library that ends the process: run {call}{too}"
     return f"run {call} in a fresh process under a debugger{too}"

@@ -3,7 +3,8 @@
 A handle is told about in three places: where it cannot be pickled (spawn), where it does not
 survive a fork, and where a worker hangs or fails over it. They say the same, and what they say
 cures all three: open it in the worker, on first use. Nobody is sent from one start method to the
-other with an object that bears neither.
+other with an object that bears neither. The table is written for a dataset that is asked by index;
+:func:`suited` makes of each what fits a stream.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from typing import NamedTuple
 
 from safeloader.introspect.values import mro_of, type_name
 
+_FIRST_USE = "on first use in __getitem__"
 LAZILY = (
-    "open or make it in the worker, on first use in __getitem__ or in worker_init_fn "
+    f"open or make it in the worker, {_FIRST_USE} or in worker_init_fn "
     "(get_worker_info().dataset); until then keep None here"
 )
+OPEN_THERE = f"open it in the worker, {_FIRST_USE}, and set it to None in __init__"
+BY_PATH = (
+    f"open it in the worker, by path (np.load(path, mmap_mode='r') {_FIRST_USE}), or hold an array "
+    "as a torch tensor, which is shared and not sent"
+)
+_SHARES = "give each worker its share by get_worker_info()"
 
 
 class Hazard(NamedTuple):
@@ -71,7 +79,8 @@ _CLASSES: tuple[tuple[Hazard, str], ...] = (
     (THREAD, "threading.Condition threading.Thread multiprocessing.DummyProcess"),
 )
 HAZARDS = {name: hazard for hazard, names in _CLASSES for name in names.split()}
-_HANDLES = (CONNECTION, HANDLE, VIDEO, FILE, LOCK, THREAD)
+_SOURCES = (CONNECTION, HANDLE, VIDEO, FILE)
+_HANDLES = (*_SOURCES, LOCK, THREAD)
 
 # What only pickling minds: a forked worker has each as it is.
 MODULE_LEVEL = "define it at module level"
@@ -107,8 +116,43 @@ def is_handle(cls: type) -> bool:
     >>> is_handle(socket.socket), is_handle(re.Pattern)
     (True, False)
     """
+    return _is_one_of(cls, _HANDLES)
+
+
+def _is_one_of(cls: type, hazards: Iterable[Hazard]) -> bool:
     known = (HAZARDS.get(class_key(each)) for each in mro_of(cls))
-    return any(hazard is each for hazard in known for each in _HANDLES)
+    return any(hazard is each for hazard in known for each in hazards)
+
+
+def is_read_from(cls: type) -> bool:
+    """Say whether samples are read from what a class makes, from its beginning by each worker.
+
+    >>> import socket
+    >>> is_read_from(socket.socket), is_read_from(re.Pattern)
+    (True, False)
+    """
+    return _is_one_of(cls, _SOURCES)
+
+
+def suited(advice: str, *, stream: bool, shared: bool = False) -> str:
+    """Give a sentence of advice as it suits the kind of the dataset.
+
+    A stream has no ``__getitem__``: what is opened, is opened in ``__iter__``. Workers that each
+    open what all read from then read all of it, unless each is given a part.
+
+    Args:
+        advice: from this table; what names no method is given back as it is.
+        stream: whether the dataset is an ``IterableDataset``.
+        shared: whether several workers read from what is spoken of.
+
+    >>> suited(OPEN_THERE, stream=True, shared=True).partition(";")[0]
+    'open it in the worker, in __iter__, and set it to None in __init__'
+    >>> suited(OPEN_THERE, stream=False, shared=True) == OPEN_THERE
+    True
+    """
+    if not stream or _FIRST_USE not in advice:
+        return advice
+    return advice.replace(_FIRST_USE, "in __iter__") + f"; and {_SHARES}" * shared
 
 
 def next_step(advice: str) -> str:

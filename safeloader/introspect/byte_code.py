@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeloader.introspect.values import (
     definitions,
@@ -82,7 +82,11 @@ def is_read(dataset: Any, owner: Any, name: str) -> bool:
 
     ``self.settings.size`` is read by the dataset's own code, whoever has it.
     """
-    return loads(dataset, name) or (owner is not dataset and loads(owner, name, whole=True))
+    if loads(dataset, name):
+        return True
+    # Of a dataset under it other methods are asked by whoever draws the indices.
+    asked = any(definitions(type(owner), entry) for entry in ("__getitem__", "__iter__"))
+    return owner is not dataset and loads(owner, name, whole=not asked)
 
 
 def is_unread(owner: Any, name: str) -> bool:
@@ -154,6 +158,33 @@ def names_key(owner: Any, key: str) -> bool:
     return any(key in code.co_consts for code in _code_of(type(owner), True))
 
 
+def changes_as_it_is_read(owner: Any, name: str) -> bool:
+    """Whether the code that makes samples sets an attribute, or assigns elements of it.
+
+    >>> class Ordered:
+    ...     def __getitem__(self, i):
+    ...         self.newest = self.order[i]
+    ...         return self.newest
+    ...     def reshuffle(self):
+    ...         self.order = self.order[::-1]
+    >>> changes_as_it_is_read(Ordered(), "newest"), changes_as_it_is_read(Ordered(), "order")
+    (True, False)
+    """
+    return any(
+        name in code.co_names and (name in _set_by(code) or name in _written(code))
+        for code in _code_of(type(owner), False)
+    )
+
+
+@lru_cache(4096)
+def _set_by(code: types.CodeType) -> frozenset[str]:
+    return frozenset(
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR")
+    )
+
+
 def stores_elements(owner: Any, name: str) -> bool:
     """Whether a method assigns elements of an attribute (``self.seen[i] += 1``), by its byte code.
 
@@ -194,6 +225,116 @@ def _written(code: types.CodeType) -> set[str]:
             del stack[max(0, len(stack) + effect - 1) :]
             stack.append("")
     return found - {""}
+
+
+def overwrites(owner: Any, name: str) -> bool:
+    """Whether samples write an attribute's elements before they read any: scratch.
+
+    What was there before goes into no sample then. False where the byte code does not show it: of
+    an element a part is written, not each time, or by another method than the one that reads it.
+
+    >>> class Scratch:
+    ...     def __getitem__(self, i):
+    ...         self.buffer[i] = self.data[i] * 2
+    ...         self.data[i] = self.data[i] / 2
+    ...         return self.buffer[i] + 1
+    >>> overwrites(Scratch(), "buffer"), overwrites(Scratch(), "data")
+    (True, False)
+    """
+    first = [
+        _first_uses(code).get(name)
+        for code in _code_of(type(owner), False)
+        if name in code.co_names and name in attributes_of(code)
+    ]
+    return bool(first) and all(first)
+
+
+class _Held(NamedTuple):
+    """On the stack: an attribute, or (``part``) an element of it."""
+
+    name: str
+    part: bool = False
+
+
+_SLICE, _TUPLE = _Held("<slice>"), _Held("<tuple>")
+_FILLING = ("copy_", "fill_", "zero_", "fill")  # methods that write all of a tensor or an array
+_LEFT = ("CACHE", "NOP", "RESUME", "PRECALL", "EXTENDED_ARG", "KW_NAMES", "MAKE_CELL")
+
+
+@lru_cache(1024)
+def _first_uses(code: types.CodeType) -> dict[str, bool]:
+    """By attribute, whether the first thing that a function does with it is to write elements.
+
+    Each time, that is: no jump leads past it. The stack is followed as by :func:`_written`.
+    """
+    first: dict[str, bool] = {}
+    stack: list[_Held | None] = []
+    local: dict[str, _Held | None] = {}
+    furthest = -1  # where a jump may have led by now
+
+    def used(held: _Held | None, *, at: int = 0, written: bool = False) -> None:
+        if held is not None:
+            first.setdefault(held.name, written and furthest <= at)
+
+    for step in dis.get_instructions(code):
+        name, effect = step.opname, dis.stack_effect(step.opcode, step.arg, jump=False)
+        if name in _LEFT or name.startswith("JUMP_NO_INTERRUPT"):
+            continue
+        if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
+            furthest = max(furthest, int(step.argval))
+            if effect == 0:
+                continue
+        if name.startswith("LOAD_FAST") and type(step.argval) is str:
+            stack.append(local.get(step.argval))
+        elif name == "STORE_FAST":
+            local[str(step.argval)] = stack.pop() if stack else None
+        elif name == "COPY" and step.arg is not None:
+            stack.append(stack[-step.arg] if step.arg <= len(stack) else None)
+        elif name == "SWAP" and step.arg is not None:
+            if step.arg <= len(stack):
+                stack[-1], stack[-step.arg] = stack[-step.arg], stack[-1]
+        elif name in ("LOAD_ATTR", "LOAD_METHOD"):
+            held = stack.pop() if stack else None
+            used(held, at=step.offset, written=step.argval in _FILLING)
+            of_self = held is None
+            stack += [_Held(str(step.argval)) if of_self else None, *[None] * effect]
+        elif name == "BUILD_SLICE":
+            del stack[max(0, len(stack) + effect - 1) :]
+            stack.append(_SLICE)
+        elif name == "BUILD_TUPLE":
+            for held in stack[max(0, len(stack) + effect - 1) :]:
+                used(held)
+            del stack[max(0, len(stack) + effect - 1) :]
+            stack.append(_TUPLE)
+        elif name == "BINARY_SUBSCR" or (name == "BINARY_OP" and step.argrepr == "[]"):
+            held, index = (stack[-2], stack[-1]) if len(stack) > 1 else (None, None)
+            del stack[-2:]
+            if held is None or held.part or index is not None:
+                used(held)
+                used(index)
+                held = None
+            stack.append(held and held._replace(part=True))
+        elif name == "STORE_SUBSCR":
+            value, held, index = stack[-3:] if len(stack) > 2 else (None, None, None)
+            del stack[-3:]
+            used(value)
+            whole = held is not None and not held.part and index in (None, _SLICE)
+            used(held, at=step.offset, written=whole)
+        elif name == "STORE_SLICE":
+            value, held = (stack[-4], stack[-3]) if len(stack) > 3 else (None, None)
+            del stack[-4:]
+            used(value)
+            used(held, at=step.offset, written=held is not None and not held.part)
+        elif effect > 0:
+            stack += [None] * effect
+        else:
+            pure = name.startswith(("POP_", "STORE_", "DELETE_", "RETURN_", "RAISE_", "END_"))
+            taken = stack[max(0, len(stack) + effect - (not pure)) :]
+            del stack[len(stack) - len(taken) :]
+            for held in taken:
+                used(held)
+            stack += [None] * (not pure)
+    return first
 
 
 @once_for_class  # it takes milliseconds for a large class

@@ -8,6 +8,8 @@ much each container holds. It runs no code of the user's.
 
 from __future__ import annotations
 
+import os
+import pathlib
 import sys
 import types
 from collections import deque
@@ -29,6 +31,7 @@ from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
     array_facts,
     container_base,
+    definitions,
     fields,
     held_by,
     inherits,
@@ -46,6 +49,9 @@ SAMPLED = 64  # elements of an order that are compared
 SORTED_MAX = 20_000  # elements of an order that are compared in no order
 SORTED_IN_ALL = 30_000  # of all orders of one dataset
 WORD_MAX = 80  # characters of a text that is compared
+HELD_MAX = 32  # containers of which a few elements are compared
+HELD_SAMPLED = 16  # of each
+GLANCE_CHARS = 128
 ELEMENT_BYTES = 1 << 12  # of an element of an order that are compared
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -80,6 +86,44 @@ class Order(NamedTuple):
         return self.which or self.sampled
 
 
+class Held(NamedTuple):
+    """What a list, a dict, an array or a tensor holds, by a few of its elements.
+
+    Attributes:
+        length: how many elements.
+        sampled: digests of some, evenly spread; 0 for None and for what is unknown.
+        held_as: tells this object from another in the same place, in one process.
+        which: tells the same elements from others, in one process; empty but for lists.
+        shared: whether another process may write to it, or its memory is not its own.
+        changes: whether it may change in place as a cache does, and not as what is read.
+    """
+
+    length: int
+    sampled: tuple[int, ...]
+    held_as: int
+    which: tuple[int, ...] = ()
+    shared: bool = False
+    changes: bool = False
+
+    def became(self, now: Held) -> str:
+        """What became of it in one process: "" (nothing, or not known), "changed", "set anew"."""
+        anew = self.held_as != now.held_as
+        if now.shared or (now.changes and not anew):
+            return ""
+        pairs = zip(self.sampled, now.sampled, strict=False)
+        others = any(a != b for a, b in pairs if a and b) and (
+            not (self.which and now.which) or self.which != now.which
+        )
+        if not others and self.length == now.length:
+            return ""
+        return "set anew" if anew else "changed"
+
+    def is_as(self, other: Held) -> bool:
+        """Whether it holds the same as before, in one process, as far as that is looked at."""
+        places, others = self.which or self.sampled, other.which or other.sampled
+        return self.length == other.length and places == others
+
+
 class CopyState(NamedTuple):
     """What one copy of a dataset is at; picklable, and equal where nothing changed.
 
@@ -88,12 +132,17 @@ class CopyState(NamedTuple):
         orders: by their path, lists and arrays that have an element for each sample.
         lengths: how much each list, dict or set holds.
         counts: paths of dicts whose values are whole numbers or marks, by the newest of them.
+        defaults: of the scalars, what the class has under their name: a copy on which it was never
+            set has that.
+        held: what each container holds, by a few of its elements.
     """
 
     scalars: dict[str, Any]
     orders: dict[str, Order]
     lengths: dict[str, int]
     counts: list[str] = []  # noqa: RUF012  # each state is given its own
+    defaults: dict[str, Any] = {}  # noqa: RUF012
+    held: dict[str, Held] = {}  # noqa: RUF012
 
 
 class Attribute(NamedTuple):
@@ -155,7 +204,7 @@ def _looked_into(cls: type) -> bool:
     name = type_name(cls)
     if name.startswith(("torch.utils.data.", "torch.utils.data")):
         return True
-    return "." in name and not name.startswith(LEFT_ALONE)
+    return "." in name and not name.startswith((*LEFT_ALONE, "pathlib."))
 
 
 _NEVER = frozenset(map(id, (type, types.ModuleType, types.FunctionType, types.MethodType)))
@@ -182,7 +231,7 @@ def copy_state(
     >>> state.scalars, list(state.orders), state.lengths
     ({'dataset.epoch': 2}, ['dataset.order'], {'dataset.order': 3, 'dataset.cache': 0})
     """
-    state = CopyState({}, {}, {}, [])
+    state = CopyState({}, {}, {}, [], {}, {})
     walk, left = attributes(dataset, name), SORTED_IN_ALL
     orders = {} if last is None else last.orders
     while True:
@@ -208,6 +257,9 @@ def _note(
     if (plain := _plain(value)) is not _NO_SCALAR:
         if not is_secret(key, value):
             state.scalars[path] = plain
+            for default in definitions(type(owner), key)[:1]:
+                if (usual := _plain(default)) is not _NO_SCALAR:
+                    state.defaults[path] = usual
         return 0
     base = container_base(type(value))
     if base is not None:
@@ -215,7 +267,8 @@ def _note(
     columns: list[tuple[str, Any]] = []
     if base is dict and _are_counts(value):
         state.counts.append(path)
-    if base is dict and state.lengths[path] <= WITHIN_MAX:  # settings, columns
+    is_table = base is dict and state.lengths[path] <= WITHIN_MAX  # settings, columns
+    if is_table:
         for name_of, each in held_by(value):
             if not is_one_of(type(name_of), str, int):
                 continue
@@ -224,19 +277,26 @@ def _note(
                 columns.append((at, each))
             elif type(name_of) is str and not is_secret(name_of, each):
                 state.scalars[at] = plain
+    whole = [(path, value)]
+    if base in (list, tuple) and state.lengths[path] <= WITHIN_MAX:
+        parts = ((f"{path}[{at}]", each) for at, each in held_by(value) if _is_array(each))
+        whole += parts
+    for at, each in columns if is_table else whole:
+        if len(state.held) < HELD_MAX and (held_now := held(each)) is not None:
+            state.held[at] = held_now
     if length is None:
         return 0
     spent = 0
     for at, each in columns or [(path, value)]:
         if len(state.orders) >= ORDERS_MAX:
             break
-        held = container_base(type(each))
+        of_kind = container_base(type(each))
         look = _Look(min(SORTED_MAX, left - spent), last.get(at))
-        order = look.order(each, held, length)
+        order = look.order(each, of_kind, length)
         if order is None and owner is not dataset and inherits(type(owner), Dataset):
-            order = look.order(each, held, _own_length(each, held))  # under a Subset
-        if columns and held is not None:
-            state.lengths[at] = held.__len__(each)
+            order = look.order(each, of_kind, _own_length(each, of_kind))  # under a Subset
+        if columns and of_kind is not None:
+            state.lengths[at] = of_kind.__len__(each)
         if order is not None:
             state.orders[at] = order._replace(is_data=True) if columns else order
             spent += look.spent
@@ -360,9 +420,7 @@ class _Look:
         length: int,
         is_data: bool,
     ) -> Order:
-        width = max(1, ELEMENT_BYTES // max(1, some.itemsize))
-        sampled = tuple(crc32(np.asarray(each).flat[:width].tobytes()) or 1 for each in some)
-        order = Order(length, sampled, None, held_as, is_data=is_data)
+        order = Order(length, _rows(some), None, held_as, is_data=is_data)
         last = self._last
         if last is not None and _same_places(last, order):
             return last
@@ -403,7 +461,83 @@ def _of_table(value: Any, length: int, most: int) -> Order | None:
     return None
 
 
+def held(value: Any) -> Held | None:
+    """What a container holds, by a few of its elements; None of what is no container.
+
+    >>> numbers = list(range(300, 400))
+    >>> before = held(numbers)
+    >>> numbers.reverse()
+    >>> before.became(held(numbers)), before.became(held([300, 400]))
+    ('changed', 'set anew')
+    """
+    base: Any = container_base(type(value))
+    if base is dict:
+        pairs = held_by(value, HELD_SAMPLED)
+        digests = tuple(_glance(each) and _glance((key, each)) for key, each in pairs)
+        return Held(dict.__len__(value), digests, id(value), changes=True)
+    if base in (list, tuple):
+        return _of_objects(value, base, base.__len__(value), id(value))
+    if type(value) is np.ndarray:
+        if not value.ndim or not value.size or value.dtype.kind not in "biufcSUMmO":
+            return None
+        rows = value[:: _step(len(value), HELD_SAMPLED)]
+        if value.dtype.kind == "O":
+            return _of_objects(rows.tolist(), list, len(value), id(value))
+        return Held(len(value), _rows(rows), id(value), shared=_is_of_others(value))
+    if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
+        with without_overrides():
+            if not value.dim() or not value.numel() or value.is_quantized or value.is_nested:
+                return None
+            if value[0].numel() * value.element_size() > ELEMENT_BYTES:
+                return None  # to copy a part of each takes long
+            some_of_it = value.detach()[:: _step(len(value), HELD_SAMPLED)].contiguous()
+            digests = _rows(raw_bytes(some_of_it).reshape(len(some_of_it), -1))
+            shared: bool = value.is_shared()  # type: ignore[no-untyped-call]
+            return Held(len(value), digests, id(value), shared=shared)
+    return None
+
+
+def _of_objects(value: Any, base: Any, length: int, held_as: int) -> Held:
+    """Of a list, or of some objects of as many."""
+    there = base.__len__(value)
+    few = 2 if there and _is_array(base.__getitem__(value, 0)) else HELD_SAMPLED
+    some = [base.__getitem__(value, at) for at in range(0, there, _step(there, few))]
+    return Held(length, tuple(map(_glance, some)), held_as, tuple(map(id, some)))
+
+
+def _glance(value: Any) -> int:
+    """As :func:`_element`, of the last characters of a text, and the first few parts of a row."""
+    cls = type(value)
+    if is_one_of(cls, str, bytes):
+        return crc32(repr(value[-GLANCE_CHARS:]).encode("utf-8", "replace")) or 1
+    if is_one_of(cls, tuple, list):
+        parts = [_glance(each) for each in value[:4] if not is_one_of(type(each), tuple, list)]
+        return crc32(repr(parts).encode()) if all(parts) else 0
+    return _element(value)
+
+
+def _step(length: int, few: int) -> int:
+    return max(1, -(-length // few))
+
+
+def _is_array(value: Any) -> bool:
+    return is_one_of(type(value), np.ndarray, torch.Tensor)
+
+
+def _is_of_others(array: Any) -> bool:
+    """Whether the memory of an array is no array's own: mapped, shared, or a buffer's."""
+    while type(array.base) is np.ndarray:
+        array = array.base
+    return array.base is not None
+
+
+def _rows(some: Any) -> tuple[int, ...]:
+    width = max(1, ELEMENT_BYTES // max(1, some.itemsize))
+    return tuple(crc32(np.asarray(each).flat[:width].tobytes()) or 1 for each in some)
+
+
 _IN_AN_ORDER = (bool, int, float, str, bytes)
+_PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.WindowsPath, pathlib.PureWindowsPath)
 
 
 def _element(value: Any, width: int = 16) -> int:
@@ -414,6 +548,9 @@ def _element(value: Any, width: int = 16) -> int:
     cls = type(value)
     if is_one_of(cls, str, bytes):
         value = value[:ELEMENT_BYTES]
+    if is_one_of(cls, *_PATHS):  # it may keep its text once that was asked for
+        value = os.fspath(value)[:ELEMENT_BYTES]
+        cls = str
     if is_one_of(cls, *_IN_AN_ORDER):
         return crc32(repr(value).encode("utf-8", "replace")) or 1
     if is_one_of(cls, tuple, list) and len(value) <= width:

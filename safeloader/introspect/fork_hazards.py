@@ -36,6 +36,8 @@ from safeloader.introspect.advice import (
     NATIVE,
     Hazard,
     class_key,
+    is_read_from,
+    suited,
 )
 from safeloader.introspect.byte_code import ENTRIES, LEFT_ALONE, codes
 from safeloader.introspect.copy_state import attributes
@@ -85,7 +87,8 @@ def survey(
     >>> found.path, found.kind
     ('dataset.rng', 'numpy.random.Generator')
     """
-    walk = _Walk(start_method == "fork", num_workers)
+    stream = inherits(type(thing), torch.utils.data.IterableDataset)
+    walk = _Walk(start_method == "fork", num_workers, stream)
     end = monotonic() + bound_s
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
@@ -108,8 +111,10 @@ def natives(dataset: object) -> list[Inherited]:
     Nothing is known of what such an object keeps outside Python, so nothing is said of it unless a
     worker hangs in it.
     """
+    stream = inherits(type(dataset), torch.utils.data.IterableDataset)
+    cure = suited(NATIVE.cure, stream=stream)
     return [
-        Inherited(each.path, _kind(cls), NATIVE.why, NATIVE.cure, id(each.value))
+        Inherited(each.path, _kind(cls), NATIVE.why, cure, id(each.value))
         for each in attributes(dataset)
         if is_third_party(cls := type(each.value))
         and not type_name(cls).startswith(LEFT_ALONE)
@@ -263,10 +268,10 @@ class _Item(NamedTuple):
 class _Walk:
     """Breadth first, so that everything is told by the shortest way to it."""
 
-    def __init__(self, forks: bool, workers: int) -> None:
+    def __init__(self, forks: bool, workers: int, stream: bool) -> None:
         self.found: list[Inherited] = []
         self.queue: deque[_Item] = deque()
-        self._forks, self._workers = forks, workers
+        self._forks, self._workers, self._stream = forks, workers, stream
         self._generators: dict[_Owner, list[str]] = {}
         self._users: dict[int, bool] = {}  # by id: a metaclass may define ``__hash__``
         # The process-wide generators, which torch seeds in each worker, are no finding.
@@ -314,7 +319,9 @@ class _Walk:
             hazard = _for_generator(path, kind, self._workers)
             if item.library is not None:
                 self._generators.setdefault(item.library, []).append(path)
-        found = Inherited(path, kind, *hazard, token)
+        shared = self._workers > 1 and is_read_from(type(item.value))
+        cure = suited(hazard.cure, stream=self._stream, shared=shared)
+        found = Inherited(path, kind, hazard.why, cure, token)
         if found not in self.found:  # a wrapper may have several live parts
             self.found.append(found)
 

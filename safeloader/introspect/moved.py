@@ -6,6 +6,7 @@ from what they were before, in one process, without holding any of it.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from typing import Any
 from zlib import crc32
@@ -26,6 +27,7 @@ from safeloader.introspect.values import container_base, held_by, is_one_of
 
 MEMBERS_MAX = 1 << 12  # of all lists of a value
 ARRAY_BYTES = 1 << 18  # of one array of a value
+_A_NUMBER = 16  # bytes that may be read one after the other, for one that stands alone
 
 
 def orders_of(value: Any) -> dict[str, tuple[int, int] | None]:
@@ -62,12 +64,17 @@ def _of_members(members: Any) -> tuple[int, int]:
 
 
 def order_of_rows(array: Any, most: int) -> tuple[int, int] | None:
-    """Digests of an array or tensor in its order and in none; None of more bytes than ``most``."""
+    """Digests of an array or tensor in its order and in none; None where that takes too long.
+
+    Of one with more bytes than ``most``, some numbers of each row stand for the row.
+    """
     if type(array) is np.ndarray:
         spread = not array.flags.c_contiguous
-        if array.ndim and array.dtype.kind in "iufcSUMm" and array.nbytes <= most >> 4 * spread:
+        if not array.ndim or array.dtype.kind not in "iufcSUMm":
+            return None
+        if array.nbytes <= most >> 4 * spread:
             return leaf_digest(array), in_no_order(array)
-        return None
+        return None if spread else _of_some(array.reshape(len(array), -1), most)
     if type(array) is not torch.Tensor:
         return None
     with without_overrides():
@@ -75,9 +82,25 @@ def order_of_rows(array: Any, most: int) -> tuple[int, int] | None:
             return None
         spread = not array.is_contiguous()
         nbytes = array.numel() * array.element_size()
-        if array.is_quantized or not array.dim() or not nbytes or nbytes > most >> 4 * spread:
+        if array.is_quantized or not array.dim() or not nbytes:
             return None
+        if nbytes > most >> 4 * spread:
+            if spread or array.is_conj() or array.is_neg():
+                return None
+            # A view that NumPy knows nothing of: what it has seen cannot be resized any more.
+            raw: Any = (ctypes.c_char * nbytes).from_address(array.data_ptr())
+            numbers = np.frombuffer(raw, np.dtype(f"V{array.element_size()}"))
+            return _of_some(numbers.reshape(len(array), -1), most)
         return leaf_digest(array), in_no_order(raw_bytes(array).reshape(len(array), -1))
+
+
+def _of_some(rows: np.ndarray[Any, Any], most: int) -> tuple[int, int] | None:
+    """Digests of numbers that are spread over each row."""
+    each = (most // _A_NUMBER) // len(rows)
+    if not each:
+        return None
+    some = np.ascontiguousarray(rows[:, :: max(1, rows.shape[1] // each)])
+    return crc32(some.tobytes()), in_no_order(some)
 
 
 def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

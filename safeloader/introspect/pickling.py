@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from safeloader._python import ForkingPickler, as_if_spawning
 from safeloader.introspect import advice
-from safeloader.introspect.advice import is_handle
+from safeloader.introspect.advice import is_handle, is_read_from
 from safeloader.introspect.texts import key_text, name_of, plain_text
 from safeloader.introspect.values import (
     bounded,
@@ -53,6 +54,7 @@ _POPEN: Any = types.SimpleNamespace(duplicate_for_child=int, DupFd=int)
 # What these modules make is told as it is: the lock inside a thread is not the user's.
 _OPAQUE = {"asyncio", "concurrent", "gzip", "io", "logging", "multiprocessing", "queue", "socket"}
 _OPAQUE |= {"subprocess", "tarfile", "tempfile", "threading", "weakref", "zipfile"}
+_FILES = {"gzip", "io", "socket", "tarfile", "tempfile", "zipfile"}
 
 
 class UnpicklablePart(NamedTuple):
@@ -125,6 +127,8 @@ def _found(thing: object, name: str, spawning: bool, bound_s: float) -> Iterator
         if (found := search.deepest) is None:
             return
         cure, forks = _advice(found, spawning)
+        stream = inherits(type(thing), IterableDataset)
+        cure = advice.suited(cure, stream=stream, shared=_is_read_from(type(found.value)))
         kind = _kind(found.value) + ", nested too deeply to pickle" * found.too_deep
         reason = cut(found.reason, REASON_MAX - len(note)) + note
         cure = f"{cure[0].upper()}{cure[1:]}."
@@ -335,6 +339,11 @@ def _kind(value: Any) -> str:
             return f"an open file {cut(value.name)!r} ({name})"
     base = _opaque_base(cls)
     return cut(name if base in ("", name) else f"{name} (a {base})")
+
+
+def _is_read_from(cls: type) -> bool:
+    modules = (type_name(each).lstrip("_").partition(".")[0] for each in mro_of(cls))
+    return is_read_from(cls) or not _FILES.isdisjoint(modules)
 
 
 def _opaque_base(cls: type) -> str:

@@ -7,16 +7,18 @@ samplers of timm's and others'. Attributes are read where the interpreter keeps 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch.utils.data import (
     BatchSampler,
+    DistributedSampler,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
 )
 
-from safeloader.introspect.values import definitions, fields, plain_length
+from safeloader.introspect.values import definitions, fields, inherits, plain_length
 
 _DEPTH = 5
 _WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
@@ -40,6 +42,7 @@ class Shard:
         epoch: the number that the order is drawn from, with ``shuffle=True`` and a ``set_epoch``;
             None where there is no such number, or the order is always the same.
         kind: the name of the sampler's class.
+        drops_by: the argument that has the last indices left out.
 
     Example:
         >>> from torch.utils.data import DistributedSampler
@@ -54,6 +57,7 @@ class Shard:
     total: int | None = None
     epoch: int | None = None
     kind: str = ""
+    drops_by: str = "drop_last"
 
     @property
     def padding(self) -> int:
@@ -68,6 +72,14 @@ class Shard:
         return max(self.length - self.total, 0) if known else 0  # type: ignore[operator]  # known
 
 
+class SaysItsShare:
+    """A sampler of ours, which is asked for its share: looking at it runs no code of the user's."""
+
+    def shard(self) -> Shard | None:
+        """Which share of the indices it draws; None where that is not known."""
+        raise NotImplementedError
+
+
 def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Shard | None:
     """The share that a sampler or batch sampler draws; None where it says nothing of shares.
 
@@ -76,18 +88,52 @@ def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Sh
         dataset: what the loader reads.
         length: its length, where that is known.
     """
-    inner = sampler
-    for _ in range(_DEPTH):
-        held: dict[Any, Any] = dict(fields(inner))
+    for inner, held in _levels(sampler):
+        if inherits(type(inner), SaysItsShare):
+            return inner.shard()  # type: ignore[no-any-return]
         for of, which in _NAMES:
             replicas, rank = held.get(of), held.get(which)
             if type(replicas) is int and type(rank) is int and 0 <= rank < replicas:
                 return _shard(inner, held, rank, replicas, dataset, length)
-        within = (held.get(name) for name in _WITHIN)
-        inner = next((each for each in within if each is not None), None)
-        if inner is None:
-            return None
     return None
+
+
+def shared_out_twice(sampler: Any) -> str:
+    """A sentence, where Accelerate shares out what is one rank's share already.
+
+    Only of samplers that are known to share out: others may have such attributes and do without.
+    """
+    dealing = ""
+    for inner, held in _levels(sampler):
+        replicas = held.get("num_processes")
+        if _is_accelerates(held) and type(replicas) is int and replicas > 1:
+            dealing = f"{type(inner).__name__} deals out to {replicas} ranks"
+        elif dealing and inherits(type(inner), DistributedSampler, SaysItsShare):
+            shard = shard_of(inner)
+            if shard is None or shard.replicas == 1:
+                return ""
+            return (
+                f"the indices are shared out twice: {dealing} what is the share of one rank of "
+                f"{shard.replicas} already, by {shard.kind}, so that about one index in "
+                f"{shard.replicas} is drawn at all. Give the loader to accelerator.prepare with "
+                "a sampler of all indices, or leave it out of prepare"
+            )
+    return ""
+
+
+def _levels(sampler: Any) -> Iterator[tuple[Any, dict[Any, Any]]]:
+    """A sampler and what it holds, and the same of the one that it draws from, and so on."""
+    for _ in range(_DEPTH):
+        held: dict[Any, Any] = dict(fields(sampler))
+        yield sampler, held
+        within = (held.get(name) for name in _WITHIN)
+        sampler = next((each for each in within if each is not None), None)
+        if sampler is None:
+            return
+
+
+def _is_accelerates(held: dict[Any, Any]) -> bool:
+    return "split_batches" in held and "even_batches" in held
 
 
 def _shard(
@@ -100,7 +146,7 @@ def _shard(
     )
     epoch = held.get("epoch")
     orders = held.get("shuffle") is True and definitions(type(sampler), "set_epoch")
-    if "split_batches" in held and "even_batches" in held:  # Accelerate's
+    if _is_accelerates(held):
         length, total = _of_batches(held, replicas, known)
     return Shard(
         rank,

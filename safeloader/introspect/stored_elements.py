@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from safeloader._torch import without_overrides
-from safeloader.introspect.byte_code import is_read, loads, stores_elements
+from safeloader.introspect.byte_code import is_read, loads, overwrites, stores_elements
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.digests import known_leaves, parts_of
 from safeloader.introspect.moved import moved, order_of_rows, orders_of
@@ -96,6 +96,11 @@ class Store:
             return base.__getitem__(value, at) if at < base.__len__(value) else None
         with without_overrides():
             return value[at] if at < len(value) else None
+
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether it is an array of so many rows that nobody can tell if they were shuffled."""
+        return self.of_array and self._order is None
 
     def only_moved(self) -> bool:
         """Whether an array has the rows that it had at first, in another order."""
@@ -179,8 +184,8 @@ class Element:
         """How it was changed in each of two epochs; None if it was not.
 
         What is made ready in its place once, or counted up, is no harm. Nor is another order of the
-        members of a list, or of the rows of an array of at most 256 KiB; of a list of thousands
-        that is not known, so nothing is said of it.
+        members of a list, or of the rows of an array; of a list of thousands that is not known, so
+        nothing is said of it.
 
         Args:
             only_fetching: whether the program may have written there too, as it may into shared
@@ -189,6 +194,7 @@ class Element:
         if self.before is None or _digests(self.before) == _digests(self._last):
             return None
         shuffled = tuple(moved(self._orders, self._last_orders))
+        only_fetching = only_fetching or self.store.may_have_moved
         for path, epochs in self._changed_in.items():
             if path.startswith(shuffled):
                 continue
@@ -301,6 +307,8 @@ def stores_of(
             if found < STORES_MAX and _may_store(dataset, key, step, each, length):
                 if step is None and not is_read(dataset, owner, key):
                     continue
+                if owner is dataset and overwrites(dataset, key):
+                    continue  # scratch: no sample is made of what was there before
                 found += 1
                 yield Store(at, owner, key, step, each, place_of)
 

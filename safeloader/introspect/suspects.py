@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from safeloader.introspect.advice import GENERATOR, LAZILY, WAITED_FOR
+from safeloader.introspect.advice import GENERATOR, WAITED_FOR
 from safeloader.introspect.frames import frames_of, is_users
 from safeloader.introspect.values import fields, held_by, module_of
 
@@ -21,9 +21,9 @@ _STEP = re.compile(r"\.(\w+)|\[(\d+|'[^']*')\]")
 _EVERYWHERE = {"torch", "numpy", "io", "builtins", "threading", "queue", "concurrent", "socket"}
 
 
-NEXT_STEP = (
-    f"{LAZILY}. replay() runs in the main process, to which it belongs, and mostly succeeds: it is "
-    "no way to see this"
+_NO_WAY_TO_SEE = (
+    "{} runs in the main process, to which it belongs, and mostly succeeds: it is no way to see "
+    "this"
 )
 
 
@@ -50,6 +50,19 @@ class Inherited(NamedTuple):
         return GENERATOR.why not in self.why
 
     @property
+    def says(self) -> str:
+        """That it is the first suspect, and why."""
+        return (
+            f"first suspect: {self.path} ({self.kind}), inherited over the fork, as was warned of "
+            f"at the start: {self.why}"
+        )
+
+    def next_step(self, *, stream: bool) -> str:
+        """What to do, and what would show nothing."""
+        again = "to iterate the dataset again here" if stream else "replay()"
+        return f"{self.advice}. {_NO_WAY_TO_SEE.format(again)}"
+
+    @property
     def is_waited_for(self) -> bool:
         """Whether whoever uses it may wait for ever: a lock, or threads that do not exist."""
         return self.why in WAITED_FOR
@@ -61,8 +74,10 @@ class Inherited(NamedTuple):
         return bool(name) and any(re.search(rf"\b{name}\b", line) for line in lines)
 
 
-def suspect_of(exc: BaseException, inherited: Iterable[Inherited], dataset: Any) -> str:
-    """What is to be said of the inherited object that ``exc`` came out of; "" if none is known.
+def suspect_of(
+    exc: BaseException, inherited: Iterable[Inherited], dataset: Any
+) -> Inherited | None:
+    """The inherited object that ``exc`` came out of; None if none is known.
 
     It did if a failing line of the user's names its attribute, or if the exception, or a frame that
     it went through, is of the library of the object's class.
@@ -85,11 +100,8 @@ def suspect_of(exc: BaseException, inherited: Iterable[Inherited], dataset: Any)
         package = each.kind.partition(".")[0]
         blamed = each.by_fork and (each.is_named_in(lines) or package in passed)
         if blamed and is_still_there(each, dataset):
-            return (
-                f"first suspect: {each.path} ({each.kind}), inherited over the fork, as was "
-                f"warned of at the start: {each.why}"
-            )
-    return ""
+            return each
+    return None
 
 
 def is_still_there(each: Inherited, dataset: Any) -> bool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.asking import asking_changes_nothing
 from safeloader.introspect.values import definitions
-from safeloader.main.drawing import is_torchs_own
+from safeloader.main.drawing import length_is_true
 from safeloader.main.epoch import NOT_ANNOUNCED, Announced
 
 _TORCHS_LEN = definitions(DataLoader, "__len__")[0]
@@ -39,7 +39,7 @@ def announced(
     if stream:
         return Announced(_of_stream(loader, length))
     sampler = _torch.index_sampler(loader)
-    if is_torchs_own(sampler.sampler if type(sampler) is BatchSampler else sampler):
+    if length_is_true(sampler):
         return Announced(proven=True)
     return Announced(length_of(sampler) if asking_changes_nothing(sampler) else said)
 

@@ -27,6 +27,7 @@ from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, 
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
+from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.epoch import Epoch
@@ -268,12 +269,17 @@ _OWN_KINDS |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
 
 
 def proven_length(sampler: Any) -> int | None:
-    """How many draws ``sampler`` has; None unless it is torch's own, and no subclass.
+    """How many draws ``sampler`` has; None unless its length is true."""
+    return length_of(sampler) if length_is_true(sampler) else None
 
-    What other samplers announce proves nothing: they may have more.
+
+def length_is_true(sampler: Any) -> bool:
+    """Whether it is a sampler or batch sampler of torch's or ours, and no subclass.
+
+    What others announce proves nothing: they may have more.
     """
     inner = sampler.sampler if type(sampler) is BatchSampler else sampler
-    return length_of(sampler) if is_torchs_own(inner) else None
+    return type(sampler) is GlobalBatchSampler or is_torchs_own(inner)
 
 
 def is_torchs_own(sampler: Any) -> bool:
@@ -311,8 +317,10 @@ def _noting(sampler: Any, tail: list[Any]) -> Any:
     Torch's batch sampler keeps to itself what it drew for a batch that does not come about: with
     ``drop_last``, and where its sampler raises. A copy of it, which only reads its three
     attributes, draws from a note-taker instead. Batch samplers with an ``__iter__`` of their
-    own are left alone: what they drop they alone know.
+    own are left alone: what they drop they alone know. Ours tells it.
     """
+    if type(sampler) is GlobalBatchSampler:
+        return _TellingWhatItDropped(sampler, tail)
     if (
         not isinstance(sampler, BatchSampler)
         or type(sampler).__iter__ is not BatchSampler.__iter__
@@ -326,6 +334,22 @@ def _noting(sampler: Any, tail: list[Any]) -> Any:
     except Exception:  # a subclass that cannot be copied, or has no such attribute to set
         return sampler
     return noting
+
+
+@dataclasses.dataclass(frozen=True)
+class _TellingWhatItDropped:
+    """Our batch sampler, which at its end puts into ``tail`` what it left out."""
+
+    sampler: GlobalBatchSampler
+    tail: list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.sampler)
+        return itertools.chain(batches, self._at_its_end(self.sampler.dropped()))
+
+    def _at_its_end(self, dropped: list[int]) -> Iterator[Any]:
+        self.tail.extend(dropped)
+        yield from ()
 
 
 def _noted(sampler: Iterable[Any], tail: list[Any]) -> Iterator[Any]:

@@ -26,7 +26,7 @@ from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed, SeededAs
-from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.sharding import Shard, shard_of, shared_out_twice
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
@@ -118,7 +118,9 @@ class Epoch:
         self._sampler = sampler
         self._shard: Shard | None = None
         self._under: Underlying | None = None
+        self._notes: list[str] = []
         with guarded("the look at the sampler", lambda: log):
+            self._notes += filter(None, [shared_out_twice(sampler)])
             self._shard = shard_of(sampler, dataset, log.length)
             log.at = place(self._shard)
             self._under = underlying(dataset)
@@ -130,7 +132,6 @@ class Epoch:
         self._ended = False
         self._closed = False
         self._pid = os.getpid()
-        self._notes: list[str] = []
         self.noticed: list[str] = []
         self.unchecked: list[str] = []
         self._warned_of: list[str] = []  # what was told beside a discrepancy

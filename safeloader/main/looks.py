@@ -71,6 +71,8 @@ class Looks:
         self._failures = 0
         self._workers: ReportingWorkers | None = None
         self._as_drawn = CopyState({}, {}, {})
+        self._drawn_before: tuple[CopyState, ...] = ()  # as the epoch before on these workers
+        self._before: CopyState | None = None  # main's copy, until new workers have it
         self._observer: Observer | None = None
         self._fetcher: Callable[[], Any] = lambda: None  # of main, without workers
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
@@ -118,6 +120,12 @@ class Looks:
         self._epochs += 1
         if not num_workers:
             self._workers = None  # those of an earlier epoch, or of another loader
+        elif self._on:
+            with self._guarded():
+                there = self._workers is not None and self._workers.stay
+                self._drawn_before = (self._as_drawn,) if there else ()
+                self._as_drawn = copy_state(self._dataset())
+                self._before = None if there else self._as_drawn
         self._look_at = 4 * max(1, num_workers)
         self._kept.begin()
         self.due = 0 if self._on else sys.maxsize
@@ -141,8 +149,11 @@ class Looks:
     def on(self, *about: Any, **more: Any) -> None:
         """From now on it is these workers; as :class:`ReportingWorkers` takes them."""
         with self._guarded():
-            self._workers = ReportingWorkers(*about, **more)
             self._as_drawn = copy_state(self._dataset())  # their first batches are drawn
+            self._drawn_before = ()
+            # Where others have died, these have the copy of now.
+            more["began_with"], self._before = self._before or self._as_drawn, None
+            self._workers = ReportingWorkers(*about, **more, since=self._epochs - 1)
 
     def while_waiting(self, advance: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What waits for a batch, with what is looked at meanwhile on new workers."""
@@ -197,7 +208,7 @@ class Looks:
                     self._told.add(each.about)
                     said.append(each.text)
             if self._workers is not None:
-                said += self._workers.moved_positions(said, reports)
+                said += self._workers.moved_positions(said, reports, self._stream)
         return said
 
     def _has_time(self) -> bool:
@@ -260,6 +271,9 @@ class Looks:
             persistent=stay,
             workers=workers.number if workers else 0,
             epochs=self._epochs,
+            began=CopyState({}, {}, {}) if workers is None else workers.began,
+            drawn=(*self._drawn_before, self._as_drawn),
+            their_epoch=self._epochs - workers.since if workers else 0,
             seeds_per=self._seeds_per,
         )
         for finding in findings(seen, self._earlier):

@@ -10,6 +10,8 @@ from time import monotonic, sleep
 from typing import Any
 
 from safeloader import _torch
+from safeloader.introspect.advice import OPEN_THERE, suited
+from safeloader.introspect.copy_state import CopyState
 from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.heaviest import heaviest
 from safeloader.main.waited_positions import WaitedPositions
@@ -29,6 +31,8 @@ class ReportingWorkers:
         number: how many.
         stay: whether they stay for the next epoch.
         forked: whether they began as copies of main.
+        began: main's copy of the dataset as they were about to begin.
+        since: how many epochs the loader had begun before them.
     """
 
     def __init__(
@@ -40,7 +44,10 @@ class ReportingWorkers:
         start_method: str,
         began: float,
         started: float,
+        began_with: CopyState,
+        since: int,
     ) -> None:
+        self.began, self.since = began_with, since
         # Weakly: what it looks at goes with the workers.
         self._flight: Callable[[], FlightRecorder | None] = weakref.ref(flight)
         self._stock: weakref.ref[Any] = weakref.ref(stock)
@@ -84,14 +91,17 @@ class ReportingWorkers:
         paths = self.waited.paths
         return report._replace(files=tuple(each for each in report.files if each.path in paths))
 
-    def moved_positions(self, said: list[str], reports: Mapping[int, SelfReport]) -> list[str]:
+    def moved_positions(
+        self, said: list[str], reports: Mapping[int, SelfReport], stream: bool
+    ) -> list[str]:
         """Read positions that a worker moves since the workers were forked, unless told already."""
         now, then = read_positions(), self.waited.inherited
+        cure = suited(OPEN_THERE, stream=stream, shared=self.number > 1)
         by_workers = {each.path for report in reports.values() for each in report.files}
         return [
             f"the read position of {before.path} moved from {before.offset} to {now[fd].offset} "
             f"since the workers were forked: the {self.number} workers share it, and what one "
-            "reads, the others skip. Open it in the worker, at first use"
+            f"reads, the others skip. {cure[0].upper()}{cure[1:]}"
             for fd, before in then.items()
             if fd in now
             and before.path in by_workers

@@ -62,14 +62,13 @@ def _steady(series: Sequence[tuple[int, int]]) -> bool:
 
 
 def _cause(report: SelfReport) -> str:
+    began = report.lengths_at_work
     gains = {
-        path: length - report.start.lengths[path]
-        for path, length in report.now.lengths.items()
-        if path in report.start.lengths
+        path: length - began[path] for path, length in report.now.lengths.items() if path in began
     }
     path = max(gains, key=lambda each: gains[each], default="")
     if path and gains[path] >= max(16, report.batches // 2):
-        before, after = report.start.lengths[path], report.now.lengths[path]
+        before, after = began[path], report.now.lengths[path]
         return (
             f"{path} grew meanwhile from {before:,} to {after:,} entries: bound it (an LRU cache), "
             "or keep it on disk or in one shared array"

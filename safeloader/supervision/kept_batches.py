@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safeloader.introspect.memories import memories
+from safeloader.introspect.outside import kept_outside
 from safeloader.introspect.resources import cgroup_memory, human_bytes, machine_memory
 from safeloader.introspect.values import inherits
 from safeloader.supervision.wrong_data import Finding
@@ -98,17 +99,22 @@ class KeptBatches:
     def _alive(self) -> list[tuple[int, _Watched]]:
         return [each for each in self._watched.items() if each[1].owner() is not None]
 
-    def finding(self, makers: Any) -> Iterator[Finding]:
+    def finding(self, makers: tuple[Any, ...]) -> Iterator[Finding]:
         """What is to be told, once the batches that are kept hold a tenth of the memory.
 
         Args:
             makers: the dataset, and whatever else in this process may hold batches of its own.
+                So may modules and classes that their code names (a global cache).
         """
         self._watched = dict(self._alive())
         total = _memory_bytes()
         if total is None or self._in_doubt or not self._is_much(total):
             return
         self._leave_out(makers)
+        if self._in_doubt or not self._is_much(total):
+            return
+        for maker in makers:
+            self._leave_out(tuple(kept_outside(maker)))
         if self._in_doubt or not self._is_much(total):
             return
         kept = self._kept()
@@ -132,7 +138,7 @@ class KeptBatches:
         held = sum(each.size * each.every for each in kept)
         return held > SHARE * total and len({(each.epoch, each.number) for each in kept}) >= FEW
 
-    def _leave_out(self, makers: Any) -> None:
+    def _leave_out(self, makers: tuple[Any, ...]) -> None:
         """Take what the dataset holds for its own.
 
         Of a large dataset only the first elements are looked at: if some are among the batches,

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from safeloader.introspect.copy_state import CopyState, Order
+from safeloader.introspect.copy_state import CopyState, Held, Order
 from safeloader.supervision.self_report import SelfReport
 
 NO_ROOM = (
     "whether the workers' copies of the dataset agree in {:,} attributes, which are too many for a "
     "worker's report"
 )
-_PARTS = ("orders", "scalars", "lengths")
+_PARTS = ("orders", "scalars", "lengths", "held")
 _STEPS = 8
 
 
@@ -55,15 +55,15 @@ def _sharing(start: CopyState, now: CopyState) -> CopyState:
         part: {names.get(path, path): value for path, value in getattr(now, part).items()}
         for part in _PARTS
     }
-    for part in ("orders", "scalars"):
+    for part in ("orders", "scalars", "held"):
         for path, value in getattr(start, part).items():
-            if type(value) in (Order, str) and shared[part].get(path) == value:
+            if type(value) in (Order, Held, str) and shared[part].get(path) == value:
                 shared[part][path] = value
     return now._replace(**shared)
 
 
 def _size(path: str, value: Any) -> int:
-    if type(value) is Order:
+    if type(value) in (Order, Held):
         return 8 * (len(value.sampled) + len(value.which)) + len(path)
     return len(path) + (len(value) if type(value) is str else 8)
 

@@ -83,7 +83,7 @@ class SelfReport(NamedTuple):
         pid: of the process.
         epochs: how many it has begun.
         batches: how many it has made, in all epochs.
-        start: its copy of the dataset as its work began.
+        start: its copy of the dataset as it came, before ``worker_init_fn``.
         now: the same copy as it is now.
         openings: of its epochs, the first two and the newest.
         stream: digests of the first samples of its stream; None of a sample of an unknown kind.
@@ -95,6 +95,8 @@ class SelfReport(NamedTuple):
         left_out: how many attributes are in neither copy, as there was no room for them.
         stream_ended: whether there were no more samples of the stream than those.
         unsteady: paths of orders that one sample, not the first, put in another order.
+        set_up_lengths: what ``worker_init_fn`` made longer, shorter or anew, and how long.
+        set_up_orders: paths of orders that it changed or made.
     """
 
     pid: int
@@ -111,3 +113,10 @@ class SelfReport(NamedTuple):
     left_out: int = 0
     stream_ended: bool = False
     unsteady: tuple[str, ...] = ()
+    set_up_lengths: dict[str, int] = {}  # noqa: RUF012  # never written to
+    set_up_orders: tuple[str, ...] = ()
+
+    @property
+    def lengths_at_work(self) -> dict[str, int]:
+        """How much each container held as the work began."""
+        return self.start.lengths | self.set_up_lengths

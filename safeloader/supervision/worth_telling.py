@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from typing import Any
 
-from safeloader.introspect.byte_code import is_read, names_key, stores_elements
+from safeloader.introspect.byte_code import (
+    changes_as_it_is_read,
+    is_read,
+    is_unread,
+    names_key,
+    stores_elements,
+)
 from safeloader.introspect.copy_state import Attribute, attributes
+from safeloader.introspect.frames import is_third_party
 from safeloader.introspect.values import container_base
 from safeloader.supervision.wrong_data import Finding
+
+_COLUMN = re.compile(r"\[[^\]]*\]$")  # or an element, at the end of a path
 
 
 def matters(finding: Finding, dataset: Any) -> bool:
@@ -22,11 +32,11 @@ def matters(finding: Finding, dataset: Any) -> bool:
     """
     kind, *about = finding.about
     if kind == "stale":
-        return _is_read(dataset, about[0])
+        return _is_read(dataset, about[0], of_container=bool(about[1:]))
     if kind == "lost":
         return any(_may_be_cache(each.value) for each in _at(dataset, about[0]))
-    if kind == "diverged" and about[1:]:
-        return not _are_notes(dataset, about[0])
+    if kind == "diverged":
+        return not _is_no_order(dataset, about[0], lengths_too=bool(about[1:]))
     return True
 
 
@@ -34,22 +44,39 @@ def _at(dataset: Any, path: str) -> list[Attribute]:
     return [each for each in attributes(dataset) if each.path == path]
 
 
-def _is_read(dataset: Any, path: str) -> bool:
-    """Whether what makes samples reads an attribute, or a key of one."""
+def _is_read(dataset: Any, path: str, *, of_container: bool) -> bool:
+    """Whether what makes samples reads an attribute, or a key of one.
+
+    Of a container, or of an element of one, only where that code does not change it as well.
+    """
     path, _, key = path.partition("['")
+    path = _COLUMN.sub("", path)
     return any(
         is_read(dataset, each.owner, each.name)
         and (not key or any(names_key(o, key[:-2]) for o in (dataset, each.owner)))
+        and not ((of_container or "[" in path) and _changes_by_itself(dataset, each))
         for each in _at(dataset, path)
     )
 
 
-def _are_notes(dataset: Any, path: str) -> bool:
-    """Whether a container holds notes for each sample, that a worker began itself: no order."""
-    holder, _, name = path.rpartition(".")
-    owners = [each.owner for each in _at(dataset, path)]
+def _changes_by_itself(dataset: Any, found: Attribute) -> bool:
+    """Whether the code that makes samples writes to it, or a library keeps it for itself."""
+    own = found.name.startswith("_") and is_third_party(type(found.owner))
+    return own or any(changes_as_it_is_read(o, found.name) for o in (dataset, found.owner))
+
+
+def _is_no_order(dataset: Any, path: str, *, lengths_too: bool) -> bool:
+    """Whether a container that differs makes no samples: nobody reads it, or it holds notes.
+
+    Notes for each sample, that a worker began itself, are no order.
+    """
+    whole = _COLUMN.sub("", path)
+    holder, _, name = whole.rpartition(".")
+    owners = [each.owner for each in _at(dataset, whole)]
     owners += [dataset] if holder == "dataset" else []
-    return any(stores_elements(owner, name) for owner in owners)
+    if lengths_too and any(stores_elements(owner, name) for owner in owners):
+        return True
+    return bool(owners) and all(is_unread(each, name) for each in (dataset, *owners))
 
 
 def _may_be_cache(value: Any) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
+from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.copy_state import CopyState, Order
 from safeloader.introspect.generator_digests import Standing
 from safeloader.introspect.seeds import SeedPer
@@ -49,6 +50,10 @@ class Seen(NamedTuple):
         persistent: whether the workers stay for the next epoch.
         workers: how many there are; 0: main makes the samples.
         epochs: how many the loader has begun.
+        began: main's copy as the workers were about to begin.
+        drawn: main's copy as the newest epochs of the workers began, the newest last; with new
+            workers, as the first batches were drawn.
+        their_epoch: which of their epochs the workers are in, from 1.
         seeds_per: what ``seed=`` seeds the process's own generators for; None without.
     """
 
@@ -59,6 +64,9 @@ class Seen(NamedTuple):
     persistent: bool
     workers: int
     epochs: int
+    began: CopyState = CopyState({}, {}, {})
+    drawn: tuple[CopyState, ...] = ()
+    their_epoch: int = 0
     seeds_per: SeedPer | None = None
 
 
@@ -69,7 +77,16 @@ def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = Non
         seen: the state of the loader.
         earlier: by worker, the openings of earlier epochs by workers that are gone.
     """
-    rules = (_diverged, _same_stream, _shared_files, _stale, _same_numbers, _in_place, _lost)
+    rules = (
+        _diverged,
+        _same_stream,
+        _shared_files,
+        _stale,
+        _set_anew,
+        _same_numbers,
+        _in_place,
+        _lost,
+    )
     found = [each for rule in rules for each in rule(seen)]
     return found + list(_repeated_numbers(seen, earlier or {}))
 
@@ -92,15 +109,16 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
                 continue  # something to draw from, and no order
             changes = {_change(one, path), _change(other, path)}
             reordered = "reordered" in changes and changes <= {"", "reordered"}
+            came_apart = changes == {""} and _same_contents(one, other, path)
             made = changes == {"replaced"} and here.length == seen.length
-            if reordered or (made and _both_made(one, other, path)):
+            if reordered or came_apart or (made and _both_made(one, other, path)):
                 yield Finding(
                     ("diverged", path, *changes & {"replaced"}),
                     f"{path} is in another order in worker {u} than in worker {v}: one index is "
                     f"two samples, so some samples come twice and others never. Each worker has a "
-                    f"copy of its own and changed it (a shuffle in the dataset?). Make the order "
-                    "in the main process before iter(loader), and with persistent_workers=False; "
-                    "or leave it to the loader's sampler",
+                    f"copy of its own and {_changed_by(one, other, path, came_apart)}. Make the "
+                    "order in the main process before iter(loader), and with "
+                    "persistent_workers=False; or leave it to the loader's sampler",
                 )
         for path, length in one.now.lengths.items():
             start, there_length = one.start.orders.get(path), other.now.lengths.get(path)
@@ -111,9 +129,29 @@ def _diverged(seen: Seen) -> Iterator[Finding]:
             yield Finding(
                 ("diverged", path),
                 f"{path} has {length} entries in worker {u} and {there_length} in worker {v}; both "
-                f"began with {start.length}, one for each sample. Each worker changed its copy, so "
+                f"began with {start.length}, one for each sample. {_cut_by(one, other, path)}, so "
                 "one index is two samples. Change it in the main process, before iter(loader)",
             )
+
+
+def _changed_by(one: SelfReport, other: SelfReport, path: str, came_apart: bool) -> str:
+    """What put a worker's order into its own, as far as that is seen."""
+    if came_apart:
+        return "made it as it came to it (a shuffle, or list(set(...)), in __setstate__?)"
+    if path in one.set_up_orders or path in other.set_up_orders:
+        return "worker_init_fn changed it there, in each worker in its own way"
+    return "changed it (a shuffle in the dataset?)"
+
+
+def _cut_by(one: SelfReport, other: SelfReport, path: str) -> str:
+    by_function = path in one.set_up_lengths or path in other.set_up_lengths
+    return f"{'worker_init_fn' if by_function else 'Each worker'} changed its copy"
+
+
+def _same_contents(one: SelfReport, other: SelfReport, path: str) -> bool:
+    """Whether two copies held the same, as they came."""
+    a, b = one.start.orders[path], other.start.orders[path]
+    return a.contents is not None and a.contents == b.contents
 
 
 def _differ(start: Order | None, one: Order, other: Order) -> bool:
@@ -163,41 +201,95 @@ def _both_made(one: SelfReport, other: SelfReport, path: str) -> bool:
     return True
 
 
+_BEFORE = (
+    "Set it before iter(loader): the sampler's __iter__ runs when the workers have their copies "
+    "already"
+)
+
+
 def _stale(seen: Seen) -> Iterator[Finding]:
     """Numbers and words that main has changed, and the workers' copies have not."""
     if not seen.workers or not seen.reports:
         return
     reports = list(seen.reports.values())
+    anew = tuple(f"{each.about[1]}[" for each in _set_anew(seen))
     for path, here in seen.main.scalars.items():
-        if not all(path in each.start.scalars and path in each.now.scalars for each in reports):
+        if path.startswith(anew):
+            continue  # of an element that is another now
+        held = [_untouched(each, path, seen.main.defaults) for each in reports]
+        theirs = {repr(each) for each in held}
+        if any(each is _TOUCHED for each in held) or len(theirs) != 1 or theirs == {repr(here)}:
             continue
-        theirs = {repr(each.now.scalars[path]) for each in reports}
-        untouched = all(
-            each.start.scalars[path] == each.now.scalars[path]
-            and type(each.start.scalars[path]) is type(each.now.scalars[path])
-            for each in reports
-        )
-        if not untouched or len(theirs) != 1 or theirs == {repr(here)}:
-            continue
-        if type(reports[0].now.scalars[path]) is not type(here):
+        if type(held[0]) is not type(here):
             continue  # None: made at first use, wherever that is
         (there,) = theirs
-        if seen.persistent:
-            cure = (
-                "Persistent workers never get another copy: hold it in shared memory "
-                "(multiprocessing.Value), or have a new copy each epoch by persistent_workers=False"
-            )
-        else:
-            cure = (
-                "Set it before iter(loader): the sampler's __iter__ runs when the workers have "
-                "their copies already"
-            )
+        cure = (
+            "Persistent workers never get another copy: hold it in shared memory "
+            "(multiprocessing.Value), or have a new copy each epoch by persistent_workers=False"
+        )
+        cure = cure if seen.persistent else _BEFORE
         yield Finding(
             ("stale", path),
             f"{path} is {cut(plain_text(repr(here)), 60)} here and {cut(plain_text(there), 60)} in "
             f"the workers: it was changed after they had got their copies of the dataset, and what "
             f"they make is by the old value. {cure}",
         )
+
+
+def _set_anew(seen: Seen) -> Iterator[Finding]:
+    """Lists and arrays that main has changed, and the workers' copies have not.
+
+    A dataset that changes them where samples are made does so in the workers too: so some have to
+    have made samples of an epoch that began with the change, and in none it may have changed.
+    """
+    made = {each.epoch + 1 for one in seen.reports.values() for each in one.openings}
+    drawn = zip(range(seen.their_epoch, 0, -1), reversed(seen.drawn), strict=False)
+    # The reports of an exhausted stream come after main has looked.
+    state = next((state for epoch, state in drawn if epoch in made), CopyState({}, {}, {}))
+    told: tuple[str, ...] = ()
+    for path, here in state.held.items():
+        if path.startswith(told):
+            continue  # in an element that is another now
+        was = seen.began.held.get(path)
+        became = was.became(here) if was is not None else ""
+        if was is None or not became or not all(_kept(r, path) for r in seen.reports.values()):
+            continue
+        if was.length != here.length and became != "set anew" and was.length != seen.length:
+            continue  # a history, a cache
+        sizes = f" ({here.length} entries here, {was.length} there)" * (was.length != here.length)
+        cure = (
+            "Persistent workers never get another copy: make the loader anew after such a change, "
+            "have new copies each epoch by persistent_workers=False, or hold it in shared memory "
+            "(a tensor with .share_memory_(), changed in place)"
+        )
+        told += (f"{path}[",)
+        yield Finding(
+            ("stale", path, "held"),
+            f"{path} was {became} here after the workers began: they still have what it was{sizes} "
+            f"and make samples by that. {cure if seen.persistent else _BEFORE}",
+        )
+
+
+def _kept(report: SelfReport, path: str) -> bool:
+    """Whether a worker's copy still holds under a name what it held as it came."""
+    start, now = report.start.held.get(path), report.now.held.get(path)
+    return start is not None and now is not None and start.is_as(now)
+
+
+_TOUCHED = object()  # or not known
+
+
+def _untouched(report: SelfReport, path: str, defaults: Mapping[str, object]) -> object:
+    """What a worker's copy has had under a name from its start on, itself or by its class."""
+    start, now = report.start.scalars, report.now.scalars
+    if path in start and path in now:
+        same = start[path] == now[path] and type(start[path]) is type(now[path])
+        return now[path] if same else _TOUCHED
+    owner = path.rpartition(".")[0]
+    known = owner == "dataset" or any(each.startswith(f"{owner}.") for each in start)
+    if path in start or path in now or not known or report.left_out:
+        return _TOUCHED
+    return defaults.get(path, _TOUCHED)
 
 
 def _lost(seen: Seen) -> Iterator[Finding]:
@@ -210,7 +302,7 @@ def _lost(seen: Seen) -> Iterator[Finding]:
     for report in seen.reports.values():
         made += report.batches
         for path, length in report.now.lengths.items():
-            before = report.start.lengths.get(path)
+            before = report.lengths_at_work.get(path)
             if path in report.now.counts:
                 continue  # nothing was saved by them
             if before is not None and length > before:
@@ -433,6 +525,7 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
     """Read positions that several workers move."""
     if seen.workers < 2:
         return
+    cure = suited(OPEN_THERE, stream=seen.stream, shared=True)
     by_path: dict[str, list[tuple[int, int, int, str]]] = {}
     for worker, report in seen.reports.items():
         for each in report.files:
@@ -457,6 +550,5 @@ def _shared_files(seen: Seen) -> Iterator[Finding]:
             )
         yield Finding(
             ("shared file", path),
-            f"{said}. Open it in the worker, at first use: None in __init__, and opened in "
-            "__getitem__ where it is None",
+            f"{said}. {cure[0].upper()}{cure[1:]}",
         )

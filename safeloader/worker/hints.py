@@ -17,8 +17,7 @@ from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.frames import subscripted, user_frames
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.resource_exhaustion import shortage
-from safeloader.introspect.suspects import NEXT_STEP as INHERITED_STEP
-from safeloader.introspect.suspects import suspect_of
+from safeloader.introspect.suspects import Inherited, suspect_of
 from safeloader.introspect.tables import table_rows
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import fields, plain_length
@@ -31,14 +30,17 @@ KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
 LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for what an index went past
+_OF_STREAM = ", of a stream"  # which is not asked by index
 _NEXT_STEPS = {  # by phase, and by what was found in it
     KEY_FAULT: "call it on loader.dataset[index] to repeat it; a key is an int, str or tuple of "
     "them",
+    KEY_FAULT + _OF_STREAM: "call it on a sample of the stream to repeat it; a key is an int, str "
+    "or tuple of them",
     "refused": "sample = safeloader.replay(error, loader.dataset) makes the sample again, with the "
     "same random numbers",
     "fault of a check": "leave this check out of validate=, and report it to safeloader with the "
     "cause above",
-    "refused, of a stream": "mend the data, or leave such samples out: on_error='skip'",
+    "refused" + _OF_STREAM: "mend the data, or leave such samples out: on_error='skip'",
     ON_ERROR_FAULT: "mend the callable given as on_error=: it takes a Failure, and gives a sample "
     "or safeloader.SKIP",
     GIVEN_FAULT: "have the callable given as on_error= give a sample that passes, or "
@@ -51,12 +53,15 @@ _NEXT_STEPS = {  # by phase, and by what was found in it
     "that shares itself out by it has to be given worker {worker}'s share by hand",
     "collate": "the samples are alike in structure; loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices]) repeats the call here",
+    "collate" + _OF_STREAM: "the samples are alike in structure; loader.collate_fn(samples) of as "
+    "many, one after the other, of the stream repeats the call here",
     "collate, found": "mend the sample, or have collate_fn= take it",
     "collate, found, by the user's": "look at {at}, which raised on these samples: what differs "
     "between them may be as it should be",
     "transport": "pickle.dumps(loader.collate_fn([loader.dataset[i] for i in "
     "error.failure.indices])) may repeat it here",
-    "inherited": INHERITED_STEP,
+    "transport" + _OF_STREAM: "pickle.dumps(loader.collate_fn(samples)) of as many samples of the "
+    "stream may repeat it here",
     "init": "no sample was fetched yet: call worker_init_fn by itself to repeat it",
 }
 
@@ -75,10 +80,10 @@ def failure_in(
         state = describe(dataset, length=context.length)
         if context.start_state is not None:
             state["changed_since_worker_start"] = changes(context.start_state, state)
-        index, suspect = known.get("index"), ""
+        index, suspect = known.get("index"), None
         if context.inherited:
             suspect = suspect_of(exc, context.inherited, dataset)
-        known["_inherited"] = suspect
+        known["_inherited"] = "" if suspect is None else suspect.says
         hint = hint_for(exc, phase, index, found, dataset, context.length, suspect)
         return failure_of(
             exc, where=where, dataset=dataset, dataset_state=state, hint=hint, **known
@@ -125,13 +130,13 @@ def hint_for(
     found: str,
     dataset: Any = None,
     length: int | None = None,
-    suspect: str = "",
+    suspect: Inherited | None = None,
 ) -> str:
     """Lines: what was found out beyond the exception, and last the next step.
 
     ``found`` may end with a line that says what to do.
     ``length`` is the dataset's, where that is known; the dataset is not asked for it here.
-    ``suspect`` is said of an inherited object that the exception came out of.
+    ``suspect`` is the inherited object that the exception came out of.
     """
     short = shortage(exc)
     if short is not None:
@@ -146,24 +151,29 @@ def hint_for(
             "have ended the epoch here without a word"
         )
     step, worker, ordinal, at = phase, None, None, ""
-    if suspect:
-        parts.append(suspect)
-        step = "inherited"
+    stream = isinstance(dataset, IterableDataset)
+    if suspect is not None:
+        parts.append(suspect.says)
+        step = suspect.next_step(stream=stream)
     elif found in _NEXT_STEPS:
         step = found
     elif isinstance(exc, CheckFault):
         step = "fault of a check"
     elif refused:
-        step = "refused, of a stream" if isinstance(dataset, IterableDataset) else "refused"
+        step = "refused"
     elif phase != "sample":
         step = f"{phase}, found" if found else phase
         at = _users_line(exc) if step == "collate, found" else ""
         step += ", by the user's" if at else ""
-    elif type(index) is tuple and (dataset is None or isinstance(dataset, IterableDataset)):
+    elif type(index) is tuple and (dataset is None or stream):
         step, (worker, ordinal) = "sample of a stream", index
     elif index is None:
         step = ""
-    if step in _NEXT_STEPS:
+    if stream and step + _OF_STREAM in _NEXT_STEPS:
+        step += _OF_STREAM
+    if suspect is not None:
+        parts.append(step)
+    elif step in _NEXT_STEPS:
         words = {"index": index_text(index), "worker": worker, "ordinal": ordinal, "at": at}
         parts.append(_NEXT_STEPS[step].format(**words))
     elif "\n" in found:  # it ends with what to do

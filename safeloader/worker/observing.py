@@ -52,6 +52,7 @@ class Observer:
         publish: is given each report.
         private: gives the private memory of this process in bytes, as last sampled, or None.
         alone: whether no code but that which makes samples writes to this copy of the dataset.
+        came: the copy as it came, where ``worker_init_fn`` has run since.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Observer:
         publish: Callable[[SelfReport], object],
         private: Callable[[], int | None] = lambda: None,
         alone: bool = True,
+        came: CopyState | None = None,
     ) -> None:
         self._dataset = weakly(dataset)  # whoever keeps the records need not keep it
         self._length = None if stream else length
@@ -88,7 +90,18 @@ class Observer:
         self._memory: list[tuple[int, int, int | None]] = []
         self._unsteady: tuple[str, ...] = ()
         self._compared = self._length if alone else None  # of main no order is compared
-        self._start = self._now = copy_state(dataset, self._compared)
+        self._now = copy_state(dataset, self._compared, last=came)
+        self._start = self._now if came is None else came
+        self._set_up_lengths = {
+            path: length
+            for path, length in self._now.lengths.items()
+            if self._start.lengths.get(path) != length
+        }
+        self._set_up_orders = tuple(
+            path
+            for path, order in self._now.orders.items()
+            if path not in self._start.orders or self._start.orders[path].places != order.places
+        )
 
     def _state(self) -> CopyState:
         self._now = copy_state(self._dataset(), self._compared, last=self._now)
@@ -221,7 +234,7 @@ class Observer:
         self._spent += perf_counter() - began
 
     def _report(self) -> SelfReport:
-        in_place: list[InPlace] = []
+        in_place: list[tuple[Store, InPlace]] = []
         only_moved = cache(Store.only_moved)  # of each once
         filled: dict[str, tuple[int, int]] = {}
         for each in self._elements.values():
@@ -230,7 +243,10 @@ class Observer:
                 empty, full = filled.get(each.store.path, (0, 0))
                 filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
             elif (found := each.change(not self._alone)) and not only_moved(each.store):
-                in_place.append(InPlace(each.asked_as, *found))
+                in_place.append((each.store, InPlace(each.asked_as, *found)))
+        # A shuffle while one sample is made changes that one too; a transform, many of them.
+        alone = [store for store, _ in in_place if store.may_have_moved]
+        told = [each for store, each in in_place if alone.count(store) != 1]
         if self._memory[-1:] and self._memory[-1][0] != self._batches:
             self._remember_memory()
         return SelfReport(
@@ -241,12 +257,14 @@ class Observer:
             self._state(),
             tuple(self._openings),
             self._first,
-            tuple(in_place),
+            tuple(told),
             tuple((path, *counts) for path, counts in filled.items()),
             () if self._files is None else self._files.moved(),
             tuple(self._memory),
             stream_ended=self._stream_ended,
             unsteady=self._unsteady,
+            set_up_lengths=self._set_up_lengths,
+            set_up_orders=self._set_up_orders,
         )
 
     def _remember_memory(self) -> None:

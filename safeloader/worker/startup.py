@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
+from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.dataset_state import describe
 from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.seeds import BatchSeed
@@ -72,6 +73,7 @@ class WorkerStartup:
         def refusing(exc: Exception, phase: str, found: str = "") -> RefusingFetcher:
             return RefusingFetcher(failure_in(context, exc, phase, dataset, found), context)
 
+        came = None if self.user_init_fn is None else self._as_it_came(dataset)
         refused: RefusingFetcher | None = None
         if self.user_init_fn is not None:
             try:
@@ -85,7 +87,7 @@ class WorkerStartup:
         packer.install()
         start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
-        observer = self._observer(worker_id, dataset, files, monitor)
+        observer = self._observer(worker_id, dataset, files, monitor, came)
         if observer is not None:
             monitor.notes = observer.sent
             TaskQueue.pauses = staticmethod(observer.paused)
@@ -119,8 +121,23 @@ class WorkerStartup:
                     return InheritedFiles(positions, dataset)
         return None
 
+    def _as_it_came(self, dataset: Any) -> CopyState | None:
+        """This worker's copy before the user's function, which may make another of it."""
+        with suppress(Exception):  # of ours: the worker does without
+            return copy_state(dataset, None if self._is_stream else self.context.length)
+        return None
+
+    @property
+    def _is_stream(self) -> bool:
+        return self.context.progress is not None
+
     def _observer(
-        self, worker_id: int, dataset: Any, files: InheritedFiles | None, monitor: WorkerMonitor
+        self,
+        worker_id: int,
+        dataset: Any,
+        files: InheritedFiles | None,
+        monitor: WorkerMonitor,
+        came: CopyState | None,
     ) -> Observer | None:
         """What notices what becomes of this worker's copy; None where it cannot be told to main."""
         if self.flight is None:
@@ -129,8 +146,9 @@ class WorkerStartup:
             return Observer(
                 dataset,
                 length=self.context.length,
-                stream=self.context.progress is not None,
+                stream=self._is_stream,
                 files=files,
+                came=came,
                 private=monitor.private_bytes,
                 publish=into_flight_recorder(
                     functools.partial(self.flight.write_report, worker_id)

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from safeloader import Recorder, SafeDataLoader, SampleError
+from safeloader import GlobalBatchSampler, Recorder, SafeDataLoader, SampleError
 from tests import datasets, faults
 from tests.frameworks.stand_ins import still_alive, workers_of
 
@@ -94,6 +94,20 @@ def test_fit_with_train_and_validation(kind: str, tmp_path: Path) -> None:
     assert verdict(val) == (2, True, True, LENGTH)
     assert [indices(val, epoch) for epoch in range(3)] == [ALL[:10], ALL, ALL]
     assert model.validated == ALL[:10] + ALL + ALL
+
+
+@every_kind
+def test_fit_tells_our_batch_sampler_the_epoch(kind: str, tmp_path: Path) -> None:
+    sampler = GlobalBatchSampler(LENGTH, 4, tail="uneven")
+    train = SafeDataLoader(Numbered(), batch_sampler=sampler, **KINDS[kind])  # type: ignore[arg-type]
+    model = AsksInTheStep(train)
+    trainer(tmp_path).fit(model, train)
+    orders = [list(sampler.batches(epoch)) for epoch in range(2)]
+    assert model.trained == orders[0] + orders[1]
+    assert orders[0] != orders[1]
+    assert verdict(train) == (1, True, True, LENGTH)
+    assert train.audit is not None
+    assert train.audit.notes == ()
 
 
 def test_fit_stops_the_persistent_workers_and_starts_them_again(tmp_path: Path) -> None:

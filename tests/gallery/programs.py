@@ -38,8 +38,9 @@ from torch.utils.data import (
 )
 
 import safeloader
-from safeloader import SafeDataLoader, checks
-from safeloader.examining import looks
+from safeloader import GlobalBatchSampler, SafeDataLoader, checks
+from safeloader.examining import looks, speed
+from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
 from safeloader.supervision import growth, kept_batches
 
@@ -854,6 +855,34 @@ def drops() -> None:
     read(Drops(24), num_workers=2)
 
 
+class Lists(Numbers):
+    def __init__(self) -> None:
+        super().__init__(24)
+        self.items = list(range(24))
+
+    def __getitem__(self, index: int) -> int:
+        return self.items[index]
+
+
+def shuffles_items(worker: int) -> None:
+    random.seed(worker)
+    random.shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+@shown("worker_init_fn shuffles what the dataset holds")
+def shuffled_at_the_start() -> None:
+    read(Lists(), num_workers=2, worker_init_fn=shuffles_items)
+
+
+@shown("dataset.items is set anew, and the workers persist")
+def set_anew() -> None:
+    dataset = Lists()
+    loader = SafeDataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=True)
+    list(loader)
+    dataset.items = dataset.items[::-1]
+    list(loader)
+
+
 class OfEpoch(Numbers):
     epoch = 0
 
@@ -1109,6 +1138,38 @@ def ranks() -> None:
     print(read(dataset, 2, sampler=sampler).audit)
 
 
+@shown("one rank of two, by GlobalBatchSampler with each tail=")
+def global_batches() -> None:
+    dataset = Numbers(18)
+    for tail in TAILS:
+        sampler = GlobalBatchSampler(len(dataset), 8, 1, 2, tail=tail, shuffle=False)
+        print(read(dataset, batch_size=1, batch_sampler=sampler).audit)
+
+
+TAILS: tuple[Tail, ...] = ("drop", "pad", "uneven")
+
+
+class BatchSamplerShard(BatchSampler):
+    """With the attributes of Accelerate's."""
+
+    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.split_batches = False
+        self.even_batches = True
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(self.batch_sampler)[self.process_index :: self.num_processes])
+
+
+@shown("a rank's share that Accelerate shares out once more")
+def shared_out_twice() -> None:
+    dataset = Numbers(18)
+    sampler = BatchSamplerShard(GlobalBatchSampler(18, 6, 1, 2, shuffle=False), 2, 1)
+    print(read(dataset, batch_size=1, batch_sampler=sampler).audit)
+
+
 @shown("a stream, without and with key=")
 def stream_audit() -> None:
     print(read(SharedOut(), num_workers=2).audit)
@@ -1284,6 +1345,27 @@ def records() -> None:
     )
 
 
+@shown("GlobalBatchSampler")
+def bad_shares() -> None:
+    def sampler_with(**given: Any) -> Callable[[], object]:
+        return lambda: iter(GlobalBatchSampler(**{"length": 100, "global_batch": 32} | given))
+
+    refused(
+        sampler_with(length=-1),
+        sampler_with(global_batch=True),
+        sampler_with(world=6),
+        sampler_with(rank=4, world=4),
+        sampler_with(rank=1),
+        sampler_with(world=4),
+        sampler_with(tail="keep"),
+        sampler_with(shuffle="yes"),
+        sampler_with(seed=-1),
+        lambda: GlobalBatchSampler(100, 32).set_epoch(-1),
+        lambda: GlobalBatchSampler(100, 32).batches(start=-1),
+        lambda: GlobalBatchSampler(100, 32).global_indices(3),
+    )
+
+
 @shown("instrument")
 def instrument() -> None:
     refused(
@@ -1371,7 +1453,9 @@ def examined(dataset: Any, seconds: float = 12.0, **more: Any) -> None:
 
 @shown("a sound dataset, with its table")
 def doctor_sound() -> None:
-    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=12))
+    # Few settings, and time enough for each: which are tried is the machine's as well.
+    vars(speed).update(counts=lambda cores, own: [0, 2], _PREFETCH=(), _ROUNDS=3, _MOST=0)
+    print(safeloader.doctor(DataLoader(Photos(64), batch_size=4), seconds=100))
 
 
 @shown("a transform writes into its dataset")
@@ -1419,6 +1503,34 @@ def doctor_getitems() -> None:
 @shown("a sample waits for ever")
 def doctor_hangs() -> None:
     examined(Sleeps(), seconds=6)
+
+
+@shown("a sample that no worker can send")
+def doctor_unsendable() -> None:
+    vars(speed).update(counts=lambda cores, own: [0, 1], _PREFETCH=(), _ROUNDS=1, _MOST=0)
+    loader = SafeDataLoader(Locked(), batch_size=4, num_workers=1, collate_fn=list)
+    report = safeloader.doctor(loader, seconds=60)
+    [found] = [each for each in report.findings if each.kind == "unsendable"]
+    print(found.answer, found.evidence, found.advice, sep="\n")
+
+
+class SetsUp(Photos):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(60)
+
+
+@shown("what is set up at first use takes longer than there is time")
+def doctor_slow() -> None:
+    examined(SetsUp(), seconds=3)
+
+
+def sleeps(worker: int) -> None:
+    time.sleep(60)
+
+
+@shown("the same, in each worker")
+def doctor_slow_workers() -> None:
+    examined(Photos(), seconds=6, num_workers=2, worker_init_fn=sleeps)
 
 
 @shown("set_epoch does not reach the workers; a generator that they share")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset, Sampler, Subset, get_worker_info
+from torch.utils.data import IterableDataset, Sampler, Subset, TensorDataset, get_worker_info
 
 from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError
 from safeloader.main import looks, reporting_workers
@@ -222,6 +222,151 @@ def test_one_order_for_all_is_not_told(way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(Reshuffles(seed=3), way)) == []
 
 
+# ── copies that differ before the first sample ───────────────────────────────────────────────────
+
+
+class Ordered(Indexed):
+    """Has an order that a ``worker_init_fn`` may change; as it is sent, it may change it itself."""
+
+    def __init__(self, kind: str = "words", as_sent: bool = False) -> None:
+        self.items: Any = {
+            "words": [f"{k}.jpg" for k in range(N)],
+            "pairs": [(f"{k}.jpg", k % 3) for k in range(N)],
+            "numbers": list(range(N)),
+            "array": np.arange(N),
+            "tensor": torch.arange(N),
+        }[kind]
+        self.unused = list(range(N))
+        self.as_sent = as_sent
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index % len(self.items)]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.as_sent:
+            random.Random(os.getpid()).shuffle(self.items)
+
+
+def shuffle(items: Any, seed: int | None = None) -> None:
+    if isinstance(items, torch.Tensor):
+        items[:] = items[torch.from_numpy(np.random.default_rng(seed).permutation(N))]
+    elif seed is None:
+        np.random.shuffle(items) if isinstance(items, np.ndarray) else random.shuffle(items)
+    else:
+        np.random.default_rng(seed).shuffle(items)
+
+
+def shuffles(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+def makes_an_order(worker_id: int) -> None:
+    random.seed(worker_id)
+    get_worker_info().dataset.items = random.sample(range(N), N)  # type: ignore[union-attr]
+
+
+def shuffles_alike(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.items, 3)  # type: ignore[union-attr]
+
+
+def shuffles_what_nobody_reads(worker_id: int) -> None:
+    shuffle(get_worker_info().dataset.unused)  # type: ignore[union-attr]
+
+
+def sets_up_what_is_its_own(worker_id: int) -> None:
+    dataset: Any = get_worker_info().dataset  # type: ignore[union-attr]
+    dataset.seeds = np.random.default_rng(worker_id).random(N)
+    dataset.worker_id = worker_id
+    dataset.table = {k: str(k) for k in range(100)}
+
+
+def takes_its_part(worker_id: int) -> None:
+    info: Any = get_worker_info()
+    info.dataset.items = info.dataset.items[info.id :: info.num_workers]
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("kind", ["words", "pairs", "numbers", "array", "tensor"])
+def test_an_order_that_worker_init_fn_shuffles(kind: str, way: str, caplog: Any) -> None:
+    if kind == "tensor" and way not in ("fork", "fork, persistent"):
+        pytest.skip("a tensor that is sent is shared by all workers")
+    loader = loader_of(Ordered(kind), way, worker_init_fn=shuffles, collate_fn=list)
+    [told] = said(caplog, loader)
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+    assert "worker_init_fn changed it there" in told
+
+
+@ways(FRESH | LASTING)
+def test_an_order_that_worker_init_fn_makes(way: str, caplog: Any) -> None:
+    loader = loader_of(Ordered("numbers"), way, worker_init_fn=makes_an_order)
+    [told] = said(caplog, loader)
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_a_part_of_what_is_asked_by_index_is_no_share(way: str, caplog: Any) -> None:
+    dataset = Ordered()
+    dataset.items.append("one more")
+    loader = loader_of(dataset, way, worker_init_fn=takes_its_part)
+    assert said(caplog, loader) == []  # the order has not an element for each sample
+    dataset.__class__ = OneMore
+    [told] = said(caplog, loader_of(dataset, way, worker_init_fn=takes_its_part))
+    assert told.startswith(f"dataset.items has {N // 2 + 1} entries in worker 0 and {N // 2} in")
+    assert "worker_init_fn changed its copy" in told
+
+
+class OneMore(Ordered):
+    def __len__(self) -> int:
+        return N + 1
+
+
+@ways({"spawn": {}, "spawn, persistent": {}})
+def test_an_order_that_is_made_as_a_copy_comes(way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(Ordered(as_sent=True), way))
+    assert told.startswith("dataset.items is in another order in worker 0 than in worker 1: one")
+    assert "__setstate__" in told
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize(
+    "initialise", [shuffles_alike, shuffles_what_nobody_reads, sets_up_what_is_its_own]
+)
+@pytest.mark.parametrize("kind", ["words", "pairs"])
+def test_what_worker_init_fn_may_well_set_up_is_not_told(
+    kind: str, initialise: Any, way: str, caplog: Any
+) -> None:
+    loader = loader_of(Ordered(kind), way, worker_init_fn=initialise, collate_fn=list)
+    assert said(caplog, loader) == []
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_one_worker_may_shuffle_its_copy(way: str, caplog: Any) -> None:
+    loader = loader_of(Ordered(), way, num_workers=1, worker_init_fn=shuffles)
+    assert said(caplog, loader) == []
+
+
+class Files(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.items = [f"{k}.tar" for k in range(N)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items)
+
+
+def takes_and_shuffles_its_part(worker_id: int) -> None:
+    takes_its_part(worker_id)
+    shuffle(get_worker_info().dataset.items)  # type: ignore[union-attr]
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("initialise", [takes_its_part, takes_and_shuffles_its_part])
+def test_a_stream_that_worker_init_fn_shares_out_is_not_told(
+    initialise: Any, way: str, caplog: Any
+) -> None:
+    assert said(caplog, loader_of(Files(), way, worker_init_fn=initialise)) == []
+
+
 def test_the_audit_says_of_each_epoch_what_was_noticed() -> None:
     loader = loader_of(Reshuffles(), "fork, persistent")
     for _ in range(2):
@@ -319,6 +464,301 @@ def test_what_is_set_between_epochs_does_not_reach_workers_that_stay(way: str, c
     dataset.transform.strength = 5
     [told] = said(caplog, loader, epochs=1)
     assert told.startswith("dataset.transform.strength is 5 here and 0 in the workers")
+
+
+class SeededByClass(Indexed):
+    """Has an epoch of its own once it is set."""
+
+    epoch = 0
+
+    def __getitem__(self, index: int) -> int:
+        return index + self.epoch
+
+
+class CountsByClass(SeededByClass):
+    def __getitem__(self, index: int) -> int:
+        self.epoch += 1  # in each process for itself
+        return self.epoch
+
+
+@ways(LASTING)
+def test_an_attribute_that_was_the_class_s_is_set_too_late(way: str, caplog: Any) -> None:
+    for dataset, late in ((SeededByClass(), True), (CountsByClass(), False)):
+        loader = loader_of(dataset, way)
+        assert said(caplog, loader, epochs=1) == []
+        dataset.epoch = 3
+        told = said(caplog, loader, epochs=1)
+        assert [each[:45] for each in told] == [
+            "dataset.epoch is 3 here and 0 in the workers:"
+        ] * late
+
+
+@ways(FRESH | LASTING)
+def test_an_attribute_that_was_the_class_s_is_set_in_time(way: str, caplog: Any) -> None:
+    dataset = SeededByClass()
+    loader = loader_of(dataset, way)
+    dataset.epoch = 3
+    assert said(caplog, loader) == []
+    if "persistent" not in way:
+        dataset.epoch = 4
+        assert said(caplog, loader) == []
+
+
+class Holds(Indexed):
+    """Reads what main may set anew, or change in its place, between epochs."""
+
+    def __init__(self) -> None:
+        self.samples: Any = [f"{k}.jpg" for k in range(N)]
+        self.pairs = [(f"{k}.jpg", k) for k in range(N)]
+        self.files = [Path(f"{k}.jpg") for k in range(N)]
+        self.order: Any = np.arange(N)
+        self.words = np.array([f"{k}" for k in range(N)], dtype=object)
+        self.weights = torch.arange(5.0)
+        self.size = (224, 224)
+        self.table = {"x": list(range(N)), "y": 3}
+        self.names = {k: f"{k}" for k in range(20)}
+        self.buffer = np.zeros(N)
+        self.cache: list[Any] = [None] * N
+        self.spare = list(range(N))
+
+    def __getitem__(self, index: int) -> Any:
+        at = int(self.order[index])
+        self.buffer[at] += 1
+        if self.cache[at] is None:
+            self.cache[at] = self.samples[at % len(self.samples)]
+        read = (
+            self.words[at],
+            self.pairs[at],
+            self.files[at],
+            self.weights,
+            self.size,
+            self.table["x"][at],
+        )
+        return len(read) + len(self.names)
+
+    def reversed(self, name: str) -> None:
+        held = getattr(self, name)
+        setattr(self, name, held[::-1] if not isinstance(held, torch.Tensor) else held.flip(0))
+
+
+CHANGES: dict[str, tuple[str, Any]] = {
+    "a new list": ("samples", lambda it: it.reversed("samples")),
+    "a shorter list": ("samples", lambda it: setattr(it, "samples", it.samples[:10])),
+    "a list, shuffled": ("samples", lambda it: random.Random(3).shuffle(it.samples)),
+    "pairs, shuffled": ("pairs", lambda it: random.Random(3).shuffle(it.pairs)),
+    "paths, shuffled": ("files", lambda it: random.Random(3).shuffle(it.files)),
+    "a list, cut": ("samples", lambda it: it.samples.pop()),
+    "a new array": ("order", lambda it: it.reversed("order")),
+    "an array, shuffled": ("order", lambda it: np.random.default_rng(3).shuffle(it.order)),
+    "a new tensor": ("weights", lambda it: it.reversed("weights")),
+    "a pair": ("size", lambda it: setattr(it, "size", (320, 320))),
+    "a column": ("table['x']", lambda it: it.table.update(x=list(range(1, N + 1)))),
+    "an array of words": ("words", lambda it: it.reversed("words")),
+    "a new dict": ("names", lambda it: setattr(it, "names", {k: f"_{k}" for k in range(20)})),
+}
+
+
+FEW = ("a new list", "an array, shuffled", "a new tensor")
+
+
+@ways(LASTING)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_main_holds_anew_does_not_reach_workers_that_stay(
+    change: str, way: str, caplog: Any
+) -> None:
+    if way != "fork, persistent" and change not in FEW:
+        pytest.skip("how it is held matters no more than under fork")
+    name, make = CHANGES[change]
+    dataset = Holds()
+    loader = loader_of(dataset, way)
+    assert said(caplog, loader, epochs=2) == []
+    make(dataset)
+    [told] = said(caplog, loader, epochs=2)
+    became = "changed" if "shuffled" in change or "cut" in change else "set anew"
+    assert told.startswith(f"dataset.{name} was {became} here after the workers began")
+    assert "make the loader anew" in told
+    assert ("(10 entries here, 24 there)" in told) is (change == "a shorter list")
+
+
+class FilesOf(IterableDataset):  # type: ignore[type-arg]
+    def __init__(self) -> None:
+        self.files = [f"{k}.tar" for k in range(N)]
+
+    def __iter__(self) -> Iterator[str]:
+        info: Any = get_worker_info()
+        yield from self.files[info.id :: info.num_workers]
+
+
+def numbers() -> TensorDataset:
+    return TensorDataset(torch.arange(N))
+
+
+WITHIN: dict[str, tuple[Any, str, Any]] = {
+    "under a subset": (
+        lambda: Subset(Holds(), range(N)),
+        "dataset.dataset.samples was changed",
+        lambda it: it.dataset.samples.reverse(),
+    ),
+    "the subset's own": (
+        lambda: Subset(Holds(), list(range(N))),
+        "dataset.indices was set anew",
+        lambda it: setattr(it, "indices", it.indices[::-1]),
+    ),
+    "a tensor, in its place": (
+        numbers,
+        "dataset.tensors[0] was changed",
+        lambda it: it.tensors[0].copy_(it.tensors[0].flip(0)),
+    ),
+    "a new tensor": (
+        numbers,
+        "dataset.tensors was set anew",
+        lambda it: setattr(it, "tensors", (it.tensors[0].flip(0),)),
+    ),
+    "of a stream": (FilesOf, "dataset.files was changed", lambda it: it.files.reverse()),
+}
+
+
+@ways({"fork, persistent": {}})
+@pytest.mark.parametrize("which", WITHIN)
+def test_whatever_holds_it_a_copy_that_is_behind_is_told(which: str, way: str, caplog: Any) -> None:
+    make, told, change = WITHIN[which]
+    dataset = make()
+    loader = loader_of(dataset, way)
+    assert said(caplog, loader, epochs=2) == []
+    change(dataset)
+    [line] = said(caplog, loader, epochs=2)
+    assert line.startswith(f"{told} here after the workers began: they still have what it was")
+
+
+class Visit:
+    def __init__(self, number: int) -> None:
+        self.number, self.visits = number, 0
+
+
+class Visited(Indexed):
+    def __init__(self) -> None:
+        self.items = [Visit(k) for k in range(N)]
+
+    def __getitem__(self, index: int) -> int:
+        self.items[index].visits += 1
+        return self.items[index].number
+
+
+@ways({"fork, persistent": {}})
+def test_marks_on_elements_are_each_process_s_own(way: str, caplog: Any) -> None:
+    dataset = Visited()
+    loader = loader_of(dataset, way, sampler=range(20, N))
+    assert said(caplog, loader, epochs=1) == []
+    for index in range(N):
+        assert dataset[index] == index
+    assert said(caplog, loader, epochs=2) == []
+
+
+class Anew(Sampler[int]):
+    """Sets the order as it is iterated: workers that fork have their copy."""
+
+    def __init__(self, dataset: Holds) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[int]:
+        self.dataset.reversed("order")
+        yield from range(N)
+
+
+@ways(FRESH)
+def test_what_the_sampler_holds_anew_does_not_reach_the_workers(way: str, caplog: Any) -> None:
+    dataset = Holds()
+    loader = loader_of(dataset, way, sampler=Anew(dataset))
+    [told] = [each for each in said(caplog, loader) if "is lost with them" not in each]
+    assert told.startswith("dataset.order was set anew here after the workers began")
+    assert "Set it before iter(loader)" in told
+
+
+def in_shared_memory(dataset: Holds) -> None:
+    dataset.weights.copy_(dataset.weights.flip(0))
+
+
+def with_equal_contents(dataset: Holds) -> None:
+    dataset.samples, dataset.order = list(dataset.samples), dataset.order.copy()
+    dataset.names = dict(dataset.names)
+
+
+def what_nobody_reads(dataset: Holds) -> None:
+    dataset.spare = dataset.spare[::-1]
+
+
+def by_asking_it_here(dataset: Holds) -> None:
+    for index in range(N):
+        assert dataset[index]
+
+
+def what_is_kept(dataset: Holds) -> None:
+    dataset.cache[:] = [f"{k}" for k in range(N)]
+    dataset.names.pop(0)
+    dataset.names["more"] = "x"
+
+
+@ways(LASTING)
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_shared_memory,
+        with_equal_contents,
+        what_nobody_reads,
+        by_asking_it_here,
+        what_is_kept,
+    ],
+)
+def test_what_main_may_well_do_to_its_copy_is_not_told(change: Any, way: str, caplog: Any) -> None:
+    dataset = Holds()
+    dataset.weights.share_memory_()
+    loader = loader_of(dataset, way, num_workers=1)
+    assert said(caplog, loader, epochs=1) == []
+    change(dataset)
+    assert said(caplog, loader, epochs=2) == []
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("change", FEW)
+def test_what_is_held_anew_before_new_workers_is_theirs_too(
+    change: str, way: str, caplog: Any
+) -> None:
+    _, make = CHANGES[change]
+    dataset = Holds()
+    make(dataset)
+    assert said(caplog, loader_of(dataset, way), epochs=1) == []
+    make(dataset)
+    assert said(caplog, loader_of(dataset, way), epochs=1) == []
+
+
+class OrderedByEpoch(Indexed):
+    """Each process makes the order anew as it sees the next epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self.made_for = 0
+        self.order = list(range(N))
+
+    def __getitem__(self, index: int) -> int:
+        if self.made_for != int(self.epoch):
+            self.make()
+        return self.order[index]
+
+    def make(self) -> None:
+        self.made_for = int(self.epoch)
+        self.order = np.random.default_rng(self.made_for).permutation(N).tolist()
+
+
+@ways(LASTING)
+def test_an_order_that_each_process_makes_by_a_shared_number_is_not_told(
+    way: str, caplog: Any
+) -> None:
+    dataset = OrderedByEpoch()
+    loader = loader_of(dataset, way)
+    for epoch in range(3):
+        dataset.epoch.fill_(epoch)
+        dataset.make()
+        assert said(caplog, loader, epochs=1) == []
 
 
 @ways({"fork": {}, "fork, persistent": {}})
@@ -618,6 +1058,24 @@ def test_a_transform_that_writes_into_its_dataset(kind: str, way: str, caplog: A
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transform_that_works_on_a_copy_is_not_told(kind: str, way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(InPlace(kind, copies=True), way)) == []
+
+
+class WithScratch(Indexed):
+    """Works in an array of as many rows as it has samples."""
+
+    def __init__(self, empty: bool) -> None:
+        self.data = torch.arange(8.0 * N).reshape(N, 8)
+        self.buffer = torch.zeros(N, 8) if empty else torch.ones(N, 8)
+
+    def __getitem__(self, index: int) -> Any:
+        self.buffer[index] = self.data[index] + torch.rand(8)
+        return self.buffer[index].clone()
+
+
+@ways(MAIN | LASTING | FRESH)
+@pytest.mark.parametrize("empty", [True, False])
+def test_scratch_is_neither_data_nor_a_cache(empty: bool, way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(WithScratch(empty), way)) == []
 
 
 class NumPyIndices(Sampler[Any]):

@@ -9,5 +9,5 @@ from tests.soak import soak
 
 @pytest.mark.slow
 def test_a_short_soak() -> None:
-    before, after = soak(100, seed=7)
+    before, after = soak(40, seed=7)
     assert after == before

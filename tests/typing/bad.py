@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.utils.data import Dataset
 
-from safeloader import SafeDataLoader
+from safeloader import GlobalBatchSampler, SafeDataLoader
 
 
 class Samples(Dataset[int]):
@@ -25,6 +25,7 @@ SafeDataLoader(Samples(), recorder=3)  # refused
 SafeDataLoader(Samples(), seed="3")  # refused
 SafeDataLoader(Samples(), seed_per="epoch")  # refused
 SafeDataLoader()  # refused
+GlobalBatchSampler(3, 2, tail="keep")  # refused
 loader = SafeDataLoader(Samples(), batch_size=3)
 wrong: SafeDataLoader[str] = loader  # refused
 print(loader.last_batch.indicies)  # refused

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from safeloader import SKIP, EpochAudit, Failure, Recorder, SafeDataLoader, SafeLoaderError
+from safeloader import (
+    SKIP,
+    EpochAudit,
+    Failure,
+    GlobalBatchSampler,
+    Recorder,
+    SafeDataLoader,
+    SafeLoaderError,
+)
 
 
 class Samples(Dataset[int]):
@@ -50,5 +58,9 @@ try:
 except SafeLoaderError as error:
     print(error.failure.phase if error.failure else error.index)
 audit: EpochAudit = loader.audit
+shares = GlobalBatchSampler(3, 2, rank=0, world=1, tail="pad")
+shared = SafeDataLoader(Samples(), batch_sampler=shares)
+both: DataLoader[int] = DataLoader(Samples(), batch_sampler=shares)
+indices: list[int] = next(shares.batches(epoch=1, start=1)) + shares.global_indices(0)
 seeded = SafeDataLoader(Samples(), shuffle=True, seed=3, seed_per="batch")
 seeded.set_epoch(2)

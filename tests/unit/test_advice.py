@@ -8,19 +8,24 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from safeloader import SafeDataLoader, TransportError
+from safeloader.examining.wording import findings_of
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, HAZARDS, LAZILY, without_threads
+from safeloader.introspect.copy_state import CopyState
 from safeloader.introspect.fork_hazards import survey
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.suspects import Inherited
+from safeloader.supervision.self_report import SelfReport, SharedFile
+from safeloader.supervision.wrong_data import Seen, findings
+from safeloader.worker.hints import KEY_FAULT, hint_for
 
 
 class Holding(Dataset[Any]):
@@ -99,6 +104,94 @@ def test_forking_is_advised_of_what_bears_it_alone(held: dict[str, Any], forks: 
     if forks:
         again = SafeDataLoader(Holding(**held), num_workers=1, multiprocessing_context="fork")
         assert len(list(again)) == 4
+
+
+# ── an index or a stream ─────────────────────────────────────────────────────────────────────────
+
+
+class Streaming(IterableDataset[Any]):
+    def __init__(self, **held: Any) -> None:
+        vars(self).update(held)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.handle)
+
+
+def advice_on(dataset: Any, workers: int) -> dict[str, str]:
+    """What is said of the handle that a dataset holds, by where it is said."""
+    (forked,) = found_in(dataset, workers)
+    pickled = find_unpicklable(dataset, "dataset")
+    assert pickled is not None
+    stream = isinstance(dataset, IterableDataset)
+    suspected = forked.next_step(stream=stream)
+    return {"at the start": forked.advice, "spawn": pickled.advice, "with an error": suspected}
+
+
+@pytest.mark.parametrize("name", HANDLES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_method_that_is_named_is_one_that_the_dataset_has(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"x")
+    handle = HANDLES[name](tmp_path / "x")
+    for where, said in advice_on(Holding(handle=handle), 2).items():
+        assert "__getitem__" in said, where
+        assert "__iter__" not in said, where
+        assert "its share" not in said, where
+    for where, said in advice_on(Streaming(handle=handle), 2).items():
+        assert "__iter__" in said, where
+        assert "__getitem__" not in said, where
+        assert ("give each worker its share by get_worker_info()" in said) is (name != "a lock")
+        assert "replay()" not in said, where
+    assert "its share" not in advice_on(Streaming(handle=handle), 1)["at the start"]
+    if hasattr(handle, "close"):
+        handle.close()
+
+
+def shared_file(stream: bool) -> str:
+    files = (SharedFile("/data/frames.bin", "dataset.file", 3, 2),)
+    bare = CopyState({}, {}, {})
+    reports = {worker: SelfReport(1, 1, 4, bare, bare, files=files) for worker in range(2)}
+    seen = Seen(reports, bare, None, stream=stream, persistent=False, workers=2, epochs=1)
+    (found,) = findings(seen)
+    return found.text
+
+
+def sent(stream: bool) -> str:
+    facts = ("weight", {"bytes": 1 << 30, "heaviest": [["dataset.frames", 1 << 30]]})
+    own = {"workers": 2, "method": "spawn", "stream": stream}
+    return " ".join(
+        each.advice for each in findings_of([facts], own, forked=True, lacks_guard=False)
+    )
+
+
+def a_key_that_fails(stream: bool) -> str:
+    return hint_for(KeyError("x"), "sample", 3, KEY_FAULT, Streaming() if stream else Holding())
+
+
+def collating_that_fails(stream: bool) -> str:
+    return hint_for(KeyError("x"), "collate", 3, "", Streaming() if stream else Holding())
+
+
+def sending_that_fails(stream: bool) -> str:
+    return hint_for(KeyError("x"), "transport", 3, "", Streaming() if stream else Holding())
+
+
+@pytest.mark.parametrize(
+    ("said", "by_index"),
+    [
+        (shared_file, "__getitem__"),
+        (sent, "__getitem__"),
+        (a_key_that_fails, "dataset["),
+        (collating_that_fails, "dataset["),
+        (sending_that_fails, "dataset["),
+    ],
+)
+def test_no_stream_is_asked_by_index(said: Callable[[bool], str], by_index: str) -> None:
+    assert by_index in said(False)
+    assert by_index not in said(True)
+    assert said(True)
+    if by_index == "__getitem__":
+        assert "__iter__" in said(True)
+        assert "__iter__" not in said(False)
 
 
 def test_every_hazard_has_a_cure() -> None:

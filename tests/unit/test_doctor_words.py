@@ -13,11 +13,20 @@ from safeloader.examining import resuming
 from safeloader.examining.report import Examination, Finding
 from safeloader.examining.sending import weighed
 from safeloader.examining.subject import Subject
-from safeloader.examining.wording import findings_of, resume_text, rows_of
+from safeloader.examining.wording import findings_of, recommended, resume_text, rows_of
 
 OWN: dict[str, Any] = {"workers": 2, "prefetch": 2, "method": "fork", "persistent": False}
 ALONE: dict[str, Any] = {"workers": 0, "prefetch": None, "method": "fork", "persistent": False}
-ENDING = {"look": "samples", "seconds": 5.0, "stack": "", "printed": "", "setting": None}
+ENDING = {
+    "look": "samples",
+    "seconds": 5.0,
+    "whole_s": 30.0,
+    "busy": 0.0,
+    "locked": False,
+    "stack": "",
+    "printed": "",
+    "setting": None,
+}
 RAISED = {"type": "OSError", "text": "network", "at": "a.py:3"}
 
 
@@ -40,7 +49,8 @@ def ended(own: dict[str, Any] = OWN, **facts: Any) -> Finding:
             "run dataset[3] in a fresh process under a debugger; a worker would",
         ),
         ("fetching", "3", 4, "look for sys.exit, os._exit or a library that ends the process: run"),
-        ("iterating the dataset", "3", -9, "run next() of iter(dataset) up to sample 3 in a fresh"),
+        ("iterating the dataset", "3", -6, "run next() of iter(dataset) up to sample 3 in a fresh"),
+        ("fetching", "3", -9, "look at the memory that dataset[3] takes: so the kernel ends"),
         (
             "asking __getitems__",
             "[0, 1]",
@@ -60,6 +70,26 @@ def test_the_loaders_timeout_is_advised_where_it_works() -> None:
     hung = {"how": "hung", "what": "fetching", "index": "3", "code": None}
     assert "timeout= of the loader" in ended(**hung).advice
     assert ended(ALONE, **hung).advice == "give what it waits for a time limit"
+
+
+def test_what_works_without_a_word_may_be_a_loop_without_an_end() -> None:
+    hung = {"how": "hung", "what": "fetching", "index": "3", "code": None}
+    assert "an endless loop" in ended(**hung, busy=0.9).evidence
+    assert "an endless loop" not in ended(**hung).evidence
+
+
+def test_what_takes_long_to_begin_is_told_once() -> None:
+    slow = {**ENDING, "how": "slow", "index": None, "code": None, "setting": [2, 2, "fork"]}
+    heard = [
+        ("ending", {**slow, "what": "starting 2 workers by fork", "method": "fork", "busy": 0.5}),
+        ("ending", {**slow, "what": "starting: 2 workers by spawn", "method": "spawn"}),
+    ]
+    [found] = findings_of(heard, OWN, forked=True, lacks_guard=False)
+    assert found.kind == "slow_start"
+    assert found.answer == ("slow: no batch in 5 s; give it longer: doctor(loader, seconds=120)")
+    assert found.evidence.endswith("it worked: 50 % of a processor was used")
+    assert all(row.error.startswith("no batch yet") for row in rows_of(heard))
+    assert recommended(heard) == (None, "")
 
 
 def test_one_worker_is_one() -> None:

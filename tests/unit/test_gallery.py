@@ -37,6 +37,10 @@ def test_a_page_tells_its_entries() -> None:
         ("open /tmp/gallery-x/frames.bin", "open /data/frames.bin"),
         ("no batch came for 3.2 s", "no batch came for N s"),
         ("16.1 of 31.4 GiB available", "N of N GiB available"),
+        (
+            "about 1,075 batches that were handed over are still held, with 64 KiB of",
+            "about N batches that were handed over are still held, with N MiB of",
+        ),
         ("index 5 of batch 3", "index 5 of batch 3"),
     ],
 )

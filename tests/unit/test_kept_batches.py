@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def told(
             watch.note(epoch, within, batch)
         held.append(keep(number, batch))
         del batch
-    found = [each.text for each in watch.finding(dataset)]
+    found = [each.text for each in watch.finding((dataset,))]
     if not found:
         return None
     number_of = re.match(r"about ([\d,]+) batches", found[0])
@@ -239,7 +240,7 @@ def test_memory_that_was_let_go_and_came_again_counts() -> None:
         watch.note(0, number, batch)
         if number >= 100:  # the first hundred are gone, and their addresses are given again
             held.append(batch)
-    assert len(list(watch.finding(None))) == 1
+    assert len(list(watch.finding(()))) == 1
 
 
 # ── kinds of batches ─────────────────────────────────────────────────────────────────────────────
@@ -356,3 +357,76 @@ def test_a_stream_that_holds_its_shard(caplog: pytest.LogCaptureFixture) -> None
     assert warnings_of(loader, caplog, epochs=2, keep=False) == []
     loader = SafeDataLoader(Shards(copies=True), batch_size=None)
     assert len(warnings_of(loader, caplog, epochs=1, keep=True)) == 1
+
+
+# ── what the dataset's code keeps outside of the dataset
+
+
+KEPT: dict[int, torch.Tensor] = {}
+
+
+def made(index: int) -> torch.Tensor:
+    return torch.full((LARGE,), float(index))
+
+
+@functools.lru_cache(None)
+def loaded(index: int) -> torch.Tensor:
+    return made(index)
+
+
+@functools.lru_cache(60)
+def bounded(index: int) -> torch.Tensor:
+    return made(index)
+
+
+def remembered(index: int) -> torch.Tensor:
+    if index not in KEPT:
+        KEPT[index] = made(index)
+    return KEPT[index]
+
+
+class Remembering:
+    held: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    @functools.lru_cache(None)  # noqa: B019
+    def by_method(self, index: int) -> torch.Tensor:
+        return made(index)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.way == "module":
+            return KEPT.setdefault(index, made(index))
+        if self.way == "class":
+            return self.held.setdefault(index, made(index))
+        if self.way == "method":
+            return self.by_method(index)
+        return {"function": loaded, "bounded": bounded, "another function": remembered}[self.way](
+            index
+        )
+
+
+WAYS = ["module", "class", "method", "function", "bounded", "another function"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_dataset_keeps_outside_of_it_is_not_kept_by_the_loop(way: str) -> None:
+    for cache in (KEPT, Remembering.held):
+        cache.clear()
+    for cached in (loaded, bounded, Remembering.by_method):
+        cached.cache_clear()
+    dataset = Remembering(way)
+    assert told((dataset[k] for k in range(50)), lambda k, batch: None, dataset=dataset) is None
+
+
+def test_a_list_at_module_level_that_the_loop_alone_fills_is_the_loops() -> None:
+    class Plain:
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return made(index)
+
+    dataset = Plain()
+    assert told((dataset[k] for k in range(50)), dataset=dataset) == 50
+    KEPT.clear()
+    assert told((dataset[k] for k in range(50)), KEPT.__setitem__, dataset=dataset) == 50
+    KEPT.clear()

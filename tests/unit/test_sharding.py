@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from safeloader import Recorder, SafeDataLoader, instrument
+from safeloader import GlobalBatchSampler, Recorder, SafeDataLoader, instrument
 from safeloader.introspect.ranks import Place, place
 from safeloader.introspect.sharding import Shard, shard_of
 
@@ -29,7 +30,7 @@ class BatchSamplerShard(BatchSampler):
 
     def __init__(
         self,
-        batch_sampler: BatchSampler,
+        batch_sampler: Any,
         num_processes: int = 1,
         process_index: int = 0,
         split_batches: bool = False,
@@ -40,8 +41,8 @@ class BatchSamplerShard(BatchSampler):
         self.process_index = process_index
         self.split_batches = split_batches
         self.even_batches = even_batches
-        self.batch_size = batch_sampler.batch_size
-        self.drop_last = batch_sampler.drop_last
+        self.batch_size = getattr(batch_sampler, "batch_size", None)  # type: ignore[assignment]
+        self.drop_last = getattr(batch_sampler, "drop_last", False)
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(list(self.batch_sampler)[self.process_index :: self.num_processes])
@@ -250,6 +251,74 @@ def test_failures_and_log_lines_have_the_rank(caplog: pytest.LogCaptureFixture) 
     lines = [each.getMessage() for each in caplog.records]
     assert lines
     assert all(line.startswith("SafeDataLoader over list (7), rank 1: ") for line in lines)
+
+
+# ── shared out twice ─────────────────────────────────────────────────────────────────────────────
+
+
+class SkipBatchSampler(BatchSampler):
+    """With the attributes of Accelerate's."""
+
+    def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
+        self.batch_sampler = batch_sampler
+        self.skip_batches = skip_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self.batch_sampler, self.skip_batches, None)
+
+
+def distributed(world: int) -> Any:
+    sampler = DistributedSampler(SEVEN, num_replicas=world, rank=0)
+    return BatchSampler(sampler, 1, drop_last=False)
+
+
+@pytest.mark.parametrize(
+    ("inner", "kind"),
+    [
+        (distributed(2), "DistributedSampler"),
+        (GlobalBatchSampler(7, 2, 0, 2), "GlobalBatchSampler"),
+    ],
+)
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_share_that_accelerate_shares_out_is_told_once(
+    inner: Any, kind: str, skips: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler: Any = BatchSamplerShard(inner, 2, 0)
+    sampler = SkipBatchSampler(sampler) if skips else sampler
+    loader = instrument(DataLoader(SEVEN, batch_sampler=sampler))
+    audit = epochs(loader, 2, inner.sampler.set_epoch)
+    (note,) = audit.notes
+    assert note.startswith(
+        "the indices are shared out twice: BatchSamplerShard deals out to 2 ranks what is the "
+        f"share of one rank of 2 already, by {kind}, so that about one index in 2 is drawn"
+    )
+    lines = [each.getMessage() for each in caplog.records if "twice" in each.getMessage()]
+    assert [line.partition("epoch ")[2] for line in lines] == [f"0: {note}"]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        BatchSamplerShard(distributed(1), 2, 0),
+        BatchSamplerShard(distributed(2), 1, 0),
+        BatchSamplerShard(GlobalBatchSampler(7, 2, 0, 1), 2, 0),
+        BatchSamplerShard(BatchSampler(RandomSampler(SEVEN), 2, drop_last=False), 2, 0),
+        SkipBatchSampler(distributed(2)),
+        SkipBatchSampler(GlobalBatchSampler(7, 2, 0, 2)),
+        GlobalBatchSampler(7, 2, 0, 2),
+        distributed(2),
+    ],
+)
+def test_what_is_shared_out_once_is_not_spoken_of(sampler: Any) -> None:
+    loader = SafeDataLoader(SEVEN, batch_sampler=sampler)
+    assert epochs(loader, 1).notes == ()
+
+
+def test_attributes_of_a_foreign_sampler_are_no_proof_of_sharing_out() -> None:
+    """It may hold them for its length, and leave the sharing to the sampler in it."""
+    foreign = Foreign()
+    foreign.sampler = distributed(3)  # type: ignore[attr-defined]
+    assert epochs(SafeDataLoader(SEVEN, sampler=foreign), 1).notes == ()
 
 
 # ── set_epoch ────────────────────────────────────────────────────────────────────────────────────

@@ -130,11 +130,12 @@ def test_it_goes_by_the_attribute_or_by_the_library() -> None:
     known = Inherited("dataset.database", "sqlite3.Connection", *CONNECTION, id(first))
     by_library = Inherited("dataset.__getitem__.__closure__['db']", "sqlite3.Connection", *FILE)
     failed, other = raised(dataset.reads), raised(dataset.reads_another)
-    assert suspect_of(failed, [known], dataset).startswith("first suspect: dataset.database (")
-    assert suspect_of(failed, [by_library], dataset) != ""
-    assert suspect_of(other, [known, by_library], dataset) == ""
+    assert suspect_of(failed, [known], dataset) is known
+    assert known.says.startswith("first suspect: dataset.database (")
+    assert suspect_of(failed, [by_library], dataset) is by_library
+    assert suspect_of(other, [known, by_library], dataset) is None
     dataset.database = second  # made anew in the worker
-    assert suspect_of(raised(dataset.reads), [known], dataset) == ""
+    assert suspect_of(raised(dataset.reads), [known], dataset) is None
     first.close()
     second.close()
 

@@ -133,6 +133,41 @@ def test_a_copy_that_is_behind(main: Any, start: Any, now: Any, behind: bool) ->
     assert len(told(report(start, now), report(start, now), main=main)) == behind
 
 
+class HeldByClass:
+    """Has an epoch by its class, until it is set."""
+
+    epoch, step, name = 0, None, "a"
+    items: tuple[int, ...] = ()
+    calls = property(lambda self: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("main", "start", "now", "behind"),
+    [
+        ({"epoch": 3}, {}, {}, True),
+        ({"epoch": 0}, {}, {}, False),
+        ({"name": "b"}, {}, {}, True),
+        ({"step": 3}, {}, {}, False),  # None: made at first use
+        ({"epoch": 3}, {}, {"epoch": 3}, False),  # it has reached them
+        ({"epoch": 3}, {}, {"epoch": 1}, False),  # each counts for itself
+        ({"other": 3}, {}, {}, False),  # the class has nothing of that name
+    ],
+)
+def test_a_copy_that_has_what_its_class_has(main: Any, start: Any, now: Any, behind: bool) -> None:
+    before, after, here = (copy_state(with_default(each)) for each in (start, now, main))
+    of_worker = SelfReport(1, 1, 10, before, after)
+    seen = Seen({0: of_worker, 1: of_worker}, here, None, False, True, 2, 1)
+    assert len(findings(seen)) == behind
+    cut = of_worker._replace(left_out=1)  # it may have had more than there was room for
+    assert findings(seen._replace(reports={0: cut, 1: cut})) == []
+
+
+def with_default(attributes: dict[str, Any]) -> HeldByClass:
+    held = HeldByClass()
+    vars(held).update(attributes)
+    return held
+
+
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -634,22 +669,52 @@ class Passes:
         """It takes no other way."""
 
 
-def test_rows_of_an_array_that_are_shuffled_are_not_written_into() -> None:
+def shuffled(rows: Any) -> None:
+    rows[:] = rows[[*range(1, len(rows)), 0]]
+
+
+def doubled(rows: Any) -> None:
+    rows *= 2
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("shape", [(9, 2), (9, 100_000), (20_000, 8), (40_000, 8)])
+def test_rows_of_an_array_that_are_shuffled_are_not_written_into(shape: Any, kind: Any) -> None:
     def told_of(write: Any) -> Any:
         reports: list[SelfReport] = []
-        dataset = Items(np.random.rand(9, 2))
-        observer = Observer(dataset, length=9, stream=False, files=None, publish=reports.append)
+        dataset = Items(kind(np.random.rand(*shape)))
+        observer = Observer(
+            dataset, length=shape[0], stream=False, files=None, publish=reports.append
+        )
         for _ in range(3):
             observer.over(Passes())
-            for store in observer.stores():
-                observer.note_element(store, 2, 2)
-            write(dataset.items)
-            observer.fetched()
+            for index in (2, 5):
+                for store in observer.stores():
+                    observer.note_element(store, index, index)
+                if index == 2 or write is doubled:
+                    write(dataset.items)
+                observer.fetched()
             observer.report()
         return reports[-1].in_place
 
-    assert told_of(np.random.shuffle) == ()
-    assert told_of(lambda rows: np.multiply(rows, 2, out=rows)) != ()
+    assert told_of(shuffled) == ()
+    assert told_of(doubled) != ()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("numbers", [100, 1_000_000])
+def test_a_pair_that_changes_places_is_not_written_into(numbers: int, kind: Any) -> None:
+    def told_of(write: Any) -> bool:
+        dataset = Items([kind(np.random.rand(2, numbers).astype(np.float32))])
+        [store] = stores_of(dataset, 1)
+        element = Element(store, "0", 0, epoch=1)
+        for epoch in range(1, 4):
+            write(dataset.items[0])
+            element.look(epoch, fetched=epoch == 1)
+        return element.change(only_fetching=False) is not None
+
+    assert not told_of(shuffled)
+    assert told_of(doubled)
 
 
 class Around:
