@@ -35,7 +35,13 @@ from torch.utils.data import (
 )
 
 import safeloader
-from safeloader import SafeDataLoader, SampleError, WorkerCrashError, sample_rng
+from safeloader import (
+    GlobalBatchSampler,
+    SafeDataLoader,
+    SampleError,
+    WorkerCrashError,
+    sample_rng,
+)
 from safeloader.main import reporting_workers
 from safeloader.supervision import growth
 from tests.frameworks.library_loaders import Endless
@@ -856,3 +862,21 @@ def test_switched_off_a_seed_does_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert observe(lambda *_, **__: None, lambda _: make(DataLoader)) == observe(  # type: ignore[arg-type]
         SafeDataLoader, lambda cls: make(cls, seed=3)
     )
+
+
+def test_samples_of_a_global_batch_are_the_same_on_any_number_of_ranks() -> None:
+    def batches(world: int, epoch: int) -> list[list[Any]]:
+        """Of each global batch the rows of all ranks, in their order."""
+        came: list[list[Any]] = []
+        for rank in range(world):
+            sampler = GlobalBatchSampler(N, 4, rank, world, seed=5)
+            loader = loader_of(batch_sampler=sampler, batch_size=1, num_workers=rank % 2)
+            loader.set_epoch(epoch)
+            for k, batch in enumerate(loader):
+                came += [[]] * (k == len(came))
+                came[k] = came[k] + [plain(row) for row in batch[:-1]]
+        return came
+
+    alone = batches(1, 2)
+    assert [len(each) for each in alone] == [4] * 5
+    assert batches(2, 2) == batches(4, 2) == alone != batches(1, 3)
