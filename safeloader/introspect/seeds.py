@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from struct import Struct
 from typing import Any, Literal, NamedTuple
@@ -239,6 +239,33 @@ def sample_is(now: tuple[bytes, Any] | None) -> None:
     _now[0] = now
 
 
+def called_in(seed: int, dataset: Any, index: Any) -> Any:
+    """``dataset[index]`` with the :func:`sample_rng` of epoch 0; nothing is seeded."""
+    before = sample_now()
+    sample_is((EpochSeed(seed, 0).key, index))
+    try:
+        return dataset[index]
+    finally:
+        sample_is(before)
+
+
+def iterated_in(seed: int, dataset: Any) -> Iterator[Any]:
+    """The samples of a stream, in the same way."""
+    key, before = EpochSeed(seed, 0).key, sample_now()
+    stream = iter(dataset)
+    number = 0
+    while True:
+        sample_is((key, (0, number)))
+        try:
+            sample = next(stream)
+        except StopIteration:
+            return
+        finally:
+            sample_is(before)
+        yield sample
+        number += 1
+
+
 def sample_rng() -> np.random.Generator:
     """A NumPy generator of the sample that is being fetched, made from seed, epoch and index.
 
@@ -271,8 +298,8 @@ def sample_rng() -> np.random.Generator:
     if now is None:
         raise RuntimeError(
             "sample_rng() belongs to a sample that a loader with seed= is fetching, and there is "
-            "none here: call it in __getitem__ (not in __getitems__ or collate_fn), and give the "
-            "loader seed="
+            "none here: call it in __getitem__ (not in __getitems__ or collate_fn) under a loader "
+            "with seed=; loader.replay(index, epoch=0) calls dataset[index] with it"
         )
     key, index = now
     number = int.from_bytes(_digest(key, _RNG, bytes_of(index), _KEY_BYTES), "little")

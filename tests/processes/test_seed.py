@@ -880,3 +880,15 @@ def test_samples_of_a_global_batch_are_the_same_on_any_number_of_ranks() -> None
     alone = batches(1, 2)
     assert [len(each) for each in alone] == [4] * 5
     assert batches(2, 2) == batches(4, 2) == alone != batches(1, 3)
+
+
+@pytest.mark.parametrize("dataset", [Draws, Stream])
+def test_the_doctor_finds_nothing_wrong_with_a_sound_dataset(dataset: Any) -> None:
+    loader = loader_of(dataset(), num_workers=1, worker_init_fn=_sets_nothing)
+    examined = safeloader.doctor(loader, seconds=10)
+    assert [str(each) for each in examined.findings if "sample_rng" in str(each)] == []
+    assert examined.ok, str(examined)
+
+
+def _sets_nothing(worker: int) -> None:
+    assert worker in range(32)
