@@ -19,6 +19,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(accelerate|lightning|numpy|torch|transformers|os|collections)\..+"),
     ("py:.*", r"Dataset|(.+\.)?T_co"),
-    ("py:class", r"Verify|OnError|OnCrash|Transport|Check|Tail"),
+    ("py:class", r"Verify|OnError|OnCrash|Transport|Check|SeedPer|Tail"),
     ("py:.*", r"safeloader\.[a-z_]+\..+"),
 ]

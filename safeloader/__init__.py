@@ -33,6 +33,7 @@ if typing.TYPE_CHECKING:
     from safeloader.failures.replay import replay
     from safeloader.global_batches import GlobalBatchSampler
     from safeloader.instrumenting import instrument, loaders_of
+    from safeloader.introspect.seeds import sample_rng
     from safeloader.loader import SafeDataLoader
     from safeloader.provenance.recorder import Recorder
     from safeloader.provenance.table import BatchRecord, Provenance
@@ -65,6 +66,7 @@ __all__ = [
     "instrument",
     "loaders_of",
     "replay",
+    "sample_rng",
 ]
 
 _HOMES = {
@@ -81,6 +83,7 @@ _HOMES = {
     "instrument": "instrumenting",
     "loaders_of": "instrumenting",
     "replay": "failures.replay",
+    "sample_rng": "introspect.seeds",
 }
 
 

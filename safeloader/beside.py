@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python, _torch
 from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.epochs import why_not_seedable
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, say
@@ -263,7 +264,15 @@ def _handle(loader: DataLoader[Any]) -> LoaderHandle:
         why = ""
         if not isinstance(loader, SafeDataLoader):  # whose records are its own
             why = why_not_recordable(loader) or why_unrecorded(loader.num_workers > 0)
-        handle = LoaderHandle(loader, _state.options, calling_line(), Recorder())
+        options, unseeded = _state.options, ""
+        if not why and options.get("seed") is not None:
+            per = options.get("seed_per", "sample")
+            unseeded = why_not_seedable(loader, per, made_by_user=False)
+        if unseeded:
+            options = options | {"seed": None}
+        handle = LoaderHandle(loader, options, calling_line(), Recorder())
+        if unseeded:
+            _state.say_once(unseeded, f". --seed does not serve {handle.kind} at {handle.line}")
         if why:
             _leave(handle, why)
         return handle

@@ -18,6 +18,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from safeloader import _python
+from safeloader.epochs import CountedEpochs
 from safeloader.provenance.recorder import Recorder
 from safeloader.records import Records
 from safeloader.settings import Keywords
@@ -26,7 +27,7 @@ _handles: dict[int, LoaderHandle] = {}
 _python.at_fork(after_in_child=_handles.clear)
 
 
-class LoaderHandle(Records, Keywords):
+class LoaderHandle(Records, CountedEpochs, Keywords):
     """The records of a loader whose class stays torch's own.
 
     Args:
@@ -67,6 +68,9 @@ class LoaderHandle(Records, Keywords):
         if loader is None:
             raise LookupError(f"the {self.kind} of {self.line} is gone, and its dataset with it")
         return loader.dataset
+
+    def _seeded_loader(self) -> Any:
+        return self._loader()
 
     def __repr__(self) -> str:
         return f"LoaderHandle({self.kind}, first iterated at {self.line})"

@@ -26,6 +26,7 @@ from safeloader.loader import (
     SafeDataLoader,
     checked,
     recorder_of,
+    refuse_unseedable,
     with_our_keywords,
 )
 from safeloader.records import Records
@@ -59,8 +60,8 @@ def instrument(obj: _T, **options: Any) -> _T:
             batches, its workers are threads, it has an attribute of its own by the name of one of
             ours (a keyword, ``audit``, ``metrics``), or an option is not one of ours or of another
             kind than is taken.
-        ValueError: for an option out of range, or a loader that keeps an iterator of its own which
-            is in the middle of an epoch.
+        ValueError: for an option out of range, a loader that ``seed=`` cannot serve, or one that
+            keeps an iterator of its own which is in the middle of an epoch.
 
     Whatever is raised, nothing is changed then.
 
@@ -88,7 +89,7 @@ def instrument(obj: _T, **options: Any) -> _T:
         )
     if isinstance(loader, SafeDataLoader):
         now = {name: getattr(loader, name) for name in KEYWORDS}
-        checked(now | options, loader.dataset)
+        refuse_unseedable(loader, checked(now | options, loader.dataset), made_by_user=False)
         for name, value in options.items():
             setattr(loader, name, value)
         return obj
@@ -96,9 +97,15 @@ def instrument(obj: _T, **options: Any) -> _T:
     if why:
         raise TypeError(why)
     settings = checked(options, loader.dataset)
+    refuse_unseedable(loader, settings, made_by_user=False)
     kept = _torch.iterators_in(loader)
     for name, iterator in kept.items():
         _refuse_midway(loader, name, iterator)
+        if settings.seed is not None and settings.seed_per == "sample":
+            raise ValueError(
+                f"this {type(loader).__qualname__} keeps one iterator for all epochs ({name}), so "
+                "each would have the random numbers of the one before: give seed_per='batch'"
+            )
     theirs, before = type(loader), dict(vars(loader))
     try:
         _make_ours(loader, settings, kept)
@@ -234,15 +241,21 @@ def _class_over(theirs: Any) -> Any:
             return _blank, (theirs, *args[1:]), *rest
         return make, args, *rest
 
+    def set_epoch(self: Any, epoch: int) -> Any:
+        self._count_from(epoch)
+        return theirs.set_epoch(self, epoch)
+
     signature = inspect.signature(theirs.__init__)
     ours = [name for name in KEYWORDS if name not in signature.parameters]
     __init__.__signature__ = with_our_keywords(signature)  # type: ignore[attr-defined]  # as inspect has it
-    body = {
+    body: dict[str, Any] = {
         "__module__": theirs.__module__,
         "__doc__": theirs.__doc__,
         "__init__": __init__,
         "__reduce_ex__": __reduce_ex__,
     }
+    if callable(getattr(theirs, "set_epoch", None)):  # it stands in front of ours
+        body["set_epoch"] = set_epoch
     cls: Any = type(f"Safe{theirs.__name__}", (theirs, SafeDataLoader), body)
     return cls
 

@@ -24,9 +24,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from safeloader import _python, _torch
+from safeloader.epochs import CountedEpochs, why_not_seedable
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
+from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.records import Records
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 T_co = TypeVar("T_co", covariant=True)
 
 
-class SafeDataLoader(DataLoader[T_co], Records, Keywords):
+class SafeDataLoader(DataLoader[T_co], Records, CountedEpochs, Keywords):
     """A ``torch.utils.data.DataLoader`` that knows which sample, where, when and by whom.
 
     Takes every argument of ``DataLoader``, positional or by keyword, and gives the same batches in
@@ -101,6 +103,17 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
         checksum: whether workers fingerprint every leaf of a batch, to be compared with what is
             handed over. What differs is a :class:`~safeloader.TransportError`. With
             ``num_workers=0`` there is nothing to compare.
+        seed: an int, 0 or more, that all random numbers of an epoch are made from, with the count
+            of epochs (see ``set_epoch``): the order of torch's own samplers, and what is drawn
+            from the default generators of Python, NumPy and torch (CPU) where samples and batches
+            are made. Batches are then bit for bit the same on any number of workers, none
+            included, and after a worker's restart, if the dataset draws from these generators or
+            :func:`~safeloader.sample_rng` alone; those of the main process stay where they are.
+            None: as torch has it.
+        seed_per: ``"sample"`` seeds them for each sample, from seed, epoch and index (a sample is
+            then the same at any batch size and on any rank; an index drawn twice in an epoch is the
+            same sample twice), and once more for collation; ``"batch"`` for each batch, from seed,
+            epoch, rank and the number of the batch: less than a tenth of the cost.
         kwargs: further keywords of ``DataLoader``.
 
     Attributes:
@@ -108,7 +121,9 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
 
     Raises:
         ValueError: for a value that is not among those above, a folder that cannot be written to,
-            ``on_crash="restart"`` with an iterable dataset.
+            ``on_crash="restart"`` with an iterable dataset, ``seed`` together with ``generator``
+            (of the loader or of its sampler), or, for each sample, with a dataset whose
+            ``__getitems__`` makes batches in one call.
         TypeError: for a ``key`` that cannot be called, a ``trace`` or ``recorder`` of another kind.
 
     Iterating raises the subclasses of :class:`~safeloader.SafeLoaderError`.
@@ -163,6 +178,8 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
             on_failure_dump: str | os.PathLike[str] | None = None,
             transport: Transport = "auto",
             checksum: bool = False,
+            seed: int | None = None,
+            seed_per: SeedPer = "sample",
         ) -> None: ...
 
     else:  # its signature is spelled out below, as frameworks need it that read and hand on
@@ -173,6 +190,7 @@ class SafeDataLoader(DataLoader[T_co], Records, Keywords):
             given |= {name: kwargs.pop(name) for name in KEYWORDS if name in kwargs}
             settings = checked(given, dataset)
             super().__init__(dataset, *args, **kwargs)
+            refuse_unseedable(self, settings)
             for name in KEYWORDS:
                 setattr(self, name, getattr(settings, name))
             if self.recorder is None:
@@ -233,13 +251,18 @@ def _unrecorded(loader: SafeDataLoader[Any]) -> bool:
     """Whether torch's own iterator serves ``loader``: it is to, or nothing else can.
 
     Raises:
-        SafeLoaderError: if ``verify="raise"`` was asked for and nothing can be verified here.
+        SafeLoaderError: if ``verify="raise"`` or ``seed=`` was asked for, which cannot be had here.
     """
     if is_off():
         return True
     why = why_unrecorded(loader.num_workers > 0)
     if not why:
         return False
+    if loader.seed is not None:
+        raise SafeLoaderError(
+            f"seed= was asked for, and random numbers cannot be made from it here: {why}. Leave "
+            "seed out, or set SAFELOADER=off, to have torch's own loader and its random numbers"
+        )
     if loader.verify == "raise" and not isinstance(loader.verify, Unasked):
         raise SafeLoaderError(
             f"verify='raise' was asked for, and nothing can be verified: {why}. Leave verify out, "
@@ -328,6 +351,20 @@ def checked(given: dict[str, Any], dataset: object) -> Settings:
             f"{bounded_text(settings.recorder)}"
         )
     return settings
+
+
+def refuse_unseedable(
+    loader: DataLoader[Any], settings: Settings, *, made_by_user: bool = True
+) -> None:
+    """See that what ``seed=`` promises can be kept; ``made_by_user``: whether its sampler is.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if settings.seed is None or is_off():
+        return
+    if why := why_not_seedable(loader, settings.seed_per, made_by_user=made_by_user):
+        raise ValueError(why)
 
 
 def with_our_keywords(signature: inspect.Signature) -> inspect.Signature:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.manifest import BatchContents
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.failures.replay import replay, replay_index
+from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
+from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
@@ -43,8 +47,10 @@ class Records:
     ) -> Any:
         """``dataset[index]`` once more, here: of a failure under the random numbers it failed with.
 
-        See :func:`safeloader.replay`. A delivered sample is called by its place: the log then says
-        which epoch, batch and worker gave it, and that the random numbers it had are not kept.
+        See :func:`safeloader.replay`. A delivered sample is called by its place. Of a loader with
+        ``seed=`` it has the random numbers that it had, and is the same, bit for bit, if the
+        dataset draws from them alone; else the log says which epoch, batch and worker gave it, and
+        that the random numbers it had are not kept.
 
         Args:
             what: an error, its failure, an index, or the record of a batch.
@@ -107,12 +113,32 @@ class Records:
     def _replay_delivered(self, record: BatchRecord, position: int) -> Any:
         if isinstance(self.dataset, IterableDataset):
             return replay(None, self.dataset)  # which tells what to do instead
+        seeded = self._seeded_again(record, position)
+        if seeded is not None:
+            return seeded()
         by = "in the main process" if record.worker_id is None else f"by worker {record.worker_id}"
         told = (
             f"delivered in epoch {record.epoch}, batch {record.batch}, position {position} {by} "
             f"(pid {record.pid})"
         )
         return replay_index(record.indices[position], self.dataset, told)
+
+    def _seeded_again(self, record: BatchRecord, position: int) -> Callable[[], Any] | None:
+        """What makes a delivered sample under the seed it had; None where that is not known."""
+        recorder = self._recorder_on_demand()
+        facts, found = recorder.facts.of(record.epoch), recorder.find(record.batch, record.epoch)
+        if facts is None or facts.seed is None or found is None:
+            return None
+        manifest, seed = found.manifest, facts.seed
+        seeded = SeededAs(seed.of_batch(manifest.seq - facts.seq_of_first), seed.per)
+        contents = BatchContents.of(manifest)
+        at, asked = contents.positions[position], record.indices[position]
+        if manifest.fetched_at_once and at < len(contents.expected):
+            if seed.per == "batch" and getattr(self.dataset, "__getitems__", None):
+                return partial(seeded_at_once, self.dataset, contents.expected, at, seeded)
+            if len(contents.expected) > 1:  # drawn as one list, with ``batch_size=None``
+                return None
+        return partial(seeded_again, self.dataset, contents.expected[:at], asked, seeded)
 
     @property
     def last_batch(self) -> BatchRecord | Any:

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from safeloader.checks.unique import Unique
 from safeloader.introspect.files import folder_of, see_writable
+from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import bounded_text
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Keywords:
     on_failure_dump: str | os.PathLike[str] | None = None
     transport: Transport = "auto"
     checksum: bool = False
+    seed: int | None = None
+    seed_per: SeedPer = "sample"
 
 
 @dataclass(frozen=True)
@@ -258,5 +261,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, bool),
         "True (the leaves of each batch are fingerprinted in the worker and compared when it is "
         "handed over) or False",
+    ),
+    "seed": (
+        lambda value: value is None or (_is_a(int)(value) and value >= 0),
+        "an int, 0 or more, that all random numbers are made from, or None for torch's own way",
+    ),
+    "seed_per": (
+        _one_of("sample", "batch"),
+        "'sample' (the generators are seeded for each sample, and for collation) or 'batch' (once "
+        "for each batch)",
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safeloader.failures.loader_log import LoaderLog
 from safeloader.loader import SafeDataLoader
 from safeloader.main.continuity import KEEPS_PLACE, Continuity
 from safeloader.provenance.table import BatchRecord
@@ -84,6 +85,10 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
                 then.
         """
         self._place().load(self, state)
+
+    def _count_from(self, epoch: Any) -> None:
+        super()._count_from(epoch)
+        self._place().set_epoch(self._next_epoch, LoaderLog(self.dataset))
 
     def _get_iterator(self) -> Any:
         self._place()

@@ -31,6 +31,7 @@ FLOORS = (
     "stateful",
     "loader",
     "handles",
+    "epochs",
     "main",
     "records",
     "worker",

@@ -50,6 +50,7 @@ NAMES = [
     "instrument",
     "loaders_of",
     "replay",
+    "sample_rng",
 ]
 OUR_KEYWORDS = {
     "verify": "raise",
@@ -65,6 +66,8 @@ OUR_KEYWORDS = {
     "on_failure_dump": None,
     "transport": "auto",
     "checksum": False,
+    "seed": None,
+    "seed_per": "sample",
 }
 
 
@@ -164,6 +167,8 @@ def test_the_keywords_are_instance_attributes() -> None:
         "on_failure_dump": None,
         "transport": "torch",
         "checksum": True,
+        "seed": 3,
+        "seed_per": "batch",
     }
     loader = SafeDataLoader([1], **given)
     assert {name: vars(loader)[name] for name in OUR_KEYWORDS} == given

@@ -117,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="compare what is handed over with what the workers made",
     )
+    add(
+        "--seed",
+        type=_natural,
+        metavar="N",
+        help="make all random numbers of the loaders from this, the epoch and the sample",
+    )
+    add(
+        "--seed-per",
+        choices=("sample", "batch"),
+        help="seed the generators for each sample or for each batch (default: sample)",
+    )
     add("command", nargs=argparse.REMAINDER, metavar="CMD...")
     return parser
 

@@ -128,6 +128,10 @@ class Position:
         self._open[batch] = packed
         self._next = batch + 1
 
+    def batch_of(self, seq: int) -> int | None:
+        """The number in the epoch of a draw that was not handed over; None where it goes by seq."""
+        return self._batch_of.get(seq)
+
     def passed(self, seq: int, number: int, samples: int | None) -> None:
         """What became of draw ``seq`` is handed over, or raised, as batch ``number``; 2 us."""
         batch = self._batch_of.pop(seq, None)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from safeloader import _torch
 from safeloader.examining.finding import search
 from safeloader.examining.inheriting import fork_breaks
-from safeloader.examining.probe import GLOBAL, Probe, Told, scalars_of
+from safeloader.examining.probe import GLOBAL, Initialized, Probe, Told, scalars_of
 from safeloader.examining.samples import raised
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Suspects, Talk
@@ -55,11 +55,12 @@ def _look(subject: Subject, talk: Talk, method: str) -> None:
 
 
 def _loader(subject: Subject, method: str, persistent: bool, **draws: Any) -> Any:
+    init = subject.worker_init_fn
     return DataLoader(
         subject.dataset,
         num_workers=_WORKERS,
         multiprocessing_context=get_context(method),
-        worker_init_fn=subject.worker_init_fn,
+        worker_init_fn=init if subject.seed is None else Initialized(init, subject.seed),
         collate_fn=Probe(),
         persistent_workers=persistent,
         **draws,

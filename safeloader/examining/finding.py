@@ -35,7 +35,7 @@ def _in_stream(subject: Subject, talk: Talk, count: int) -> bool:
     number = 0
     try:
         talk.at("iterating the dataset")
-        for _ in subject.dataset:
+        for _ in subject.stream():
             number += 1
             talk.fetched()
             if number >= count or talk.left() < 0:
@@ -53,7 +53,7 @@ def _fails(subject: Subject, talk: Talk, indices: list[Any], collated: bool) -> 
         talk.at("fetching", index)
         talk.fetched()
         try:
-            samples.append(subject.dataset[index])
+            samples.append(subject.sample(index))
         except Exception as exc:
             _exclude(subject, index)
             talk.tell("raises", index=index_text(index), **raised(exc))

@@ -75,7 +75,7 @@ def _comes(subject: Subject, talk: Talk, index: int) -> Any:
     talk.at("fetching", index)
     talk.fetched()
     try:
-        subject.dataset[index]
+        subject.sample(index)
     except Exception as exc:
         return exc
     return True

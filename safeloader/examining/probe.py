@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -14,6 +15,7 @@ from torch.utils.data import get_worker_info
 from safeloader.introspect.copy_state import copy_state
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.generators import generators_of
+from safeloader.introspect.seeds import EpochSeed, sample_is
 
 GLOBAL = {"random": "Python's random", "numpy": "NumPy's", "torch": "torch's"}
 
@@ -43,6 +45,19 @@ class Probe:
         return Told(
             info.id, states_of(info.dataset), scalars_of(info.dataset), print_of(samples) or 0
         )
+
+
+class Initialized:
+    """Stands for ``worker_init_fn`` with ``seed=``: there is a :func:`safeloader.sample_rng`."""
+
+    def __init__(self, by_user: Callable[[int], Any] | None, seed: int) -> None:
+        self._by_user, self._seed = by_user, seed
+
+    def __call__(self, worker: int) -> None:
+        """The user's own, then ours; no two workers have the same."""
+        if self._by_user is not None:
+            self._by_user(worker)
+        sample_is((EpochSeed(self._seed, 0).key, worker))
 
 
 def print_of(sample: Any) -> int | None:

@@ -164,7 +164,7 @@ class _Fetches:
         self._talk.fetched()
         start = time.perf_counter()
         try:
-            return self._subject.dataset[index], None
+            return self._subject.sample(index), None
         except Exception as exc:
             return None, exc
         finally:
@@ -254,7 +254,7 @@ def _look_at_stream(subject: Subject, talk: Talk) -> None:
             numbers.set()
             prints, number = [], -1
             talk.at("iterating the dataset")
-            for number, (sample, taken_s) in enumerate(_timed(subject.dataset)):
+            for number, (sample, taken_s) in enumerate(_timed(subject)):
                 if not again:
                     measured.append((number, taken_s, size_of(sample)))
                 talk.fetched()
@@ -292,8 +292,8 @@ def _look_at_stream(subject: Subject, talk: Talk) -> None:
             talk.tell("stream_length", length=length, came=came, ended=ended)
 
 
-def _timed(dataset: Any) -> Iterator[tuple[Any, float]]:
-    iterator = iter(dataset)
+def _timed(subject: Subject) -> Iterator[tuple[Any, float]]:
+    iterator = subject.stream()
     while True:
         start = time.perf_counter()
         try:

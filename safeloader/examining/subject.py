@@ -16,11 +16,15 @@ from safeloader import _torch
 from safeloader._python import ForkingPickler, extra_reducers
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.pickling import UnpicklablePart, all_unpicklable
+from safeloader.introspect.seeds import called_in, iterated_in
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import plain_length, type_name
 from safeloader.loader import KEYWORDS, SafeDataLoader
 
-_KEPT = ("key", "validate", "on_error", "retries", "max_skipped", "transport", "checksum")
+_KEPT = (
+    *("key", "validate", "on_error", "retries", "max_skipped", "transport", "checksum"),
+    *("seed", "seed_per"),
+)
 _DRAWN = 2000  # indices that are drawn to choose from
 _REMEMBERED = 1000  # batches of a sampler that can be iterated once only
 TO_WORKERS = ("dataset", "collate_fn", "worker_init_fn")  # what spawn has to send
@@ -35,6 +39,7 @@ class Subject:
         batch_size, drop_last, num_workers, persistent_workers: as the loader has them.
         prefetch_factor: None without workers.
         method: how its workers are started.
+        seed: the loader's, if it has one.
         kind: the name of its class; ``name`` says its dataset too.
         batched: whether samples are put into batches.
         is_stream: whether the dataset is an iterable one.
@@ -68,6 +73,7 @@ class Subject:
         self._ours: dict[str, Any] | None = None
         if isinstance(loader, SafeDataLoader):
             self._ours = {name: getattr(loader, name) for name in _KEPT if name in KEYWORDS}
+        self.seed: int | None = None if self._ours is None else self._ours["seed"]
 
     @property
     def name(self) -> str:
@@ -94,6 +100,16 @@ class Subject:
         return SafeDataLoader(self.dataset, **options, **self._ours)
 
     # ── what to fetch
+
+    def sample(self, index: Any) -> Any:
+        """``dataset[index]``, as it is called under the loader's ``seed=``: with a sample_rng()."""
+        if self.seed is None:
+            return self.dataset[index]
+        return called_in(self.seed, self.dataset, index)
+
+    def stream(self) -> Iterator[Any]:
+        """``iter(dataset)``, in the same way."""
+        return iter(self.dataset) if self.seed is None else iterated_in(self.seed, self.dataset)
 
     def length(self) -> int | None:
         """``len(dataset)``; None if it has none."""

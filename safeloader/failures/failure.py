@@ -27,6 +27,7 @@ from safeloader.failures.exception_parts import (
 from safeloader.introspect.frames import OURS, is_users, user_frame
 from safeloader.introspect.random_state import RandomState
 from safeloader.introspect.redaction import scrub
+from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import (
     bounded_text,
     index_text,
@@ -107,6 +108,8 @@ class Failure:
     _refused_by: str = ""  # the check of ``validate=`` that raised, on a sample that came
     _exception_parts: ExceptionParts | None = dataclasses.field(default=None, compare=False)
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
+    # What its numbers were made from, with ``seed=``.
+    _seeded: SeededAs | None = dataclasses.field(default=None, compare=False)
     # The batch's indices up to this one as they were drawn, pickled, where they are no plain ints.
     _drawn: bytes | None = dataclasses.field(default=None, compare=False)
 

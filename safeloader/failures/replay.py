@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.dataset_state import changes, describe
 from safeloader.introspect.random_state import RandomState, preserved
+from safeloader.introspect.seeds import SeededAs, Seeder, sample_is, sample_now
 from safeloader.introspect.texts import index_text, indices_text
 
 _NOT_BY_US = (
@@ -31,8 +33,10 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
 
     For an error or its failure, the generators of python, numpy and torch are first put where they
     stood when the batch was begun, and the samples before it are fetched, so that the sample draws
-    the numbers it drew there. Afterwards the generators are put back. What the dataset raises is
-    raised as it is: run it under a debugger (``python -m pdb``, or a ``breakpoint()`` there).
+    the numbers it drew there; of a loader with ``seed=`` they are seeded as they were there, for
+    the sample alone with ``seed_per="sample"``. Afterwards they are put back. What the dataset
+    raises is raised as it is: run it under a debugger (``python -m pdb``, or a ``breakpoint()``
+    there).
 
     Where the sample comes although it failed there, a warning in the log says so, and what differs
     here; where it cannot have the random numbers that it had, as for a bare index, one says that.
@@ -100,13 +104,16 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
             "killed" if what.phase == "crash" else "hung",
         )
     *before, asked = _as_drawn(what)
-    with preserved():
-        if what._random is not None:
-            what._random.set()
-            for index in before:
-                with suppress(Exception):  # skipped there too, with the numbers it drew until then
-                    dataset[index]
-        sample = dataset[asked]
+    if what._seeded is not None:
+        sample = seeded_again(dataset, before, asked, what._seeded)
+    else:
+        with preserved():
+            if what._random is not None:
+                what._random.set()
+                for index in before:
+                    with suppress(Exception):  # skipped there too, with the numbers it drew
+                        dataset[index]
+            sample = dataset[asked]
     # Of what failed in collation or on the way the sample came there too.
     if what.phase in _OF_SAMPLE and not what._refused_by:
         LoaderLog(dataset).warning("%s", _passes(what, dataset))
@@ -119,6 +126,37 @@ def _as_drawn(failure: Failure) -> list[Any]:
         if failure._drawn is not None:
             return list(pickle.loads(failure._drawn))
     return [*failure.indices[: failure.position], failure.index]
+
+
+def seeded_again(dataset: Any, before: Sequence[Any], asked: Any, seeded: SeededAs) -> Any:
+    """``dataset[asked]`` under the numbers that ``seed=`` gave it; generators stay where they are.
+
+    ``before`` is what was fetched before it in its batch: where that was seeded, and not each of
+    its samples, it is fetched here too.
+    """
+    seed, now = seeded.batch, sample_now()
+    seeder = Seeder(seeded.per)
+    try:
+        with preserved():
+            seeder.begin(seed.seed, seed.epoch)
+            seeder.batch(seed.bytes)
+            for index in before if seeded.per == "batch" else ():
+                with suppress(Exception):  # skipped there too, with the numbers it drew until then
+                    seeder.sample(index)
+                    dataset[index]
+            seeder.sample(asked)
+            return dataset[asked]
+    finally:
+        sample_is(now)
+
+
+def seeded_at_once(dataset: Any, indices: Sequence[Any], position: int, seeded: SeededAs) -> Any:
+    """As :func:`seeded_again`, of a batch that the dataset made in one call."""
+    seeder = Seeder(seeded.per)
+    with preserved():
+        seeder.begin(seeded.batch.seed, seeded.batch.epoch)
+        seeder.batch(seeded.batch.bytes)
+        return dataset.__getitems__(list(indices))[position]
 
 
 def replay_index(index: Any, dataset: Any, told: str = "") -> Any:
@@ -154,11 +192,12 @@ def _passes(failure: Failure, dataset: Any) -> str:
         was = failure.dataset_state or {}
         now = describe(dataset, length=was.get("length"))
         differs += [f"dataset: {name} {how}" for name, how in changes(was, now).items()][:_SHOWN]
-    if failure._random is None:
+    known = failure._random is not None or failure._seeded is not None
+    if not known:
         differs.append("the random numbers, which this failure does not carry")
     said = f"index {index_text(failure.index)} passes here: {_DID[failure.phase]} there. "
     said += f"What differs is {'; '.join(differs)}. " if differs else ""
-    if failure._random is not None:
+    if known:
         said += "The random numbers are the same. "
     if failure._inherited:
         inherited = failure._inherited.removeprefix("first suspect: ")

@@ -52,6 +52,11 @@ class Generators:
             self._held["generator"] = generator
 
     @property
+    def are_of_torchs_sampler(self) -> bool:
+        """Whether the sampler is torch's own: it draws from torch's generator, or from its own."""
+        return self._torchs_own
+
+    @property
     def held(self) -> list[str]:
         """The names of those that the sampler and the loader hold."""
         return list(self._held)

@@ -25,7 +25,7 @@ from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
 from safeloader.errors import ResumeError
-from safeloader.failures.loader_log import length_of
+from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.introspect.ranks import place
 from safeloader.introspect.texts import index_text
 from safeloader.main.beginning import (
@@ -65,6 +65,7 @@ class Continuity:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self._asked_for: int | None = None
         self._begun = self._over = False
         self._loaded: tuple[SavedState, dict[str, Any]] | None = None
         self._running: Callable[[], Any] = lambda: None
@@ -86,7 +87,28 @@ class Continuity:
         """The number of the epoch that ``iter()`` would begin."""
         if self._loaded is not None:
             return self._loaded[0].epoch
+        if self._asked_for is not None:
+            return self._asked_for
         return self.epoch + 1 if self._begun else self.epoch
+
+    @property
+    def batches_before(self) -> int:
+        """How many batches of the epoch that begins an earlier run had, without a gap."""
+        return 0 if self._loaded is None else self._loaded[0].place.batches
+
+    def set_epoch(self, epoch: int, log: LoaderLog) -> None:
+        """The next ``iter()`` is to begin this epoch; nothing changes where it would."""
+        if epoch == self.next_epoch:
+            return
+        if self._loaded is not None and self._loaded[0].begun:
+            saved = self._loaded[0]
+            log.warning(
+                "set_epoch(%d) leaves the state that was loaded, of batch %d of epoch %d: the next "
+                "iter() begins epoch %d from its first batch. To go on from the state, call "
+                "set_epoch(%d), or not at all",
+                *(epoch, saved.place.batches, saved.epoch, epoch, saved.epoch),
+            )
+        self._loaded, self._asked_for = None, epoch
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
@@ -98,6 +120,7 @@ class Continuity:
         """
         self._note_furthest()
         number, loaded = self.next_epoch, self._loaded
+        pool.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         saved = SavedState() if loaded is None else loaded[0]
         if loaded is not None:
             saved.refuse_unlike(facts_of(loader))
@@ -114,7 +137,7 @@ class Continuity:
             self._begin_stream(pool, saved, epoch)
         else:
             self._begin_draws(loader, pool.sampler, saved, epoch)
-        self._loaded = None
+        self._loaded = self._asked_for = None
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
         self._accounts = epoch
@@ -309,9 +332,9 @@ class Continuity:
         facts = dataclasses.replace(facts_of(loader), epoch=self.next_epoch)
         if self._over and (loader.persistent_workers or not loader.num_workers):
             facts = dataclasses.replace(facts, dataset=self._of_dataset(None))
-        if facts.seed is not None:
-            return facts
         generators = Generators(_torch.index_sampler(loader), loader.generator)
+        if facts.seed is not None and generators.are_of_torchs_sampler:
+            return facts
         states = generators.likely_states()
         known = {name: to_json(state) for name, state in states.items()}
         stay = loader.persistent_workers and _torch.kept_iterator(loader) is not None
@@ -335,11 +358,14 @@ class Continuity:
         """Where the draws of the running epoch began, as JSON has it."""
         if self._begin is not None:
             return self._begin
-        watch = self._watch
+        watch, accounts_seed = self._watch, self._accounts and self._accounts.seed
         if watch is None:
             return {}
         seen = {moment: dict(states) for moment, states in watch.seen.items()}
-        if not watch.done:  # the first draw begins from here, or from what is lent to it
+        seeded = accounts_seed is not None and watch.generators.are_of_torchs_sampler
+        if not (
+            watch.done or seeded
+        ):  # the first draw begins from here, or from what is lent to it
             seen[_BEFORE_FIRST] = watch.generators.likely_states() | watch.lent
         found = {m: {n: to_json(s) for n, s in states.items()} for m, states in seen.items()}
         if watch.done:
@@ -402,12 +428,14 @@ def _putting(generators: Generators, states: States) -> Callable[[Any], Any]:
     return first
 
 
-def facts_of(loader: DataLoader[Any], length: int | None = None) -> SavedState:
+def facts_of(loader: Any, length: int | None = None) -> SavedState:
     """What a loader is, as far as another has to be alike to go on from its states."""
     own = type(_torch.index_sampler(loader)) is BatchSampler
     return SavedState(
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
+        seed=getattr(loader, "seed", None),
+        seed_per=None if getattr(loader, "seed", None) is None else loader.seed_per,
         world_size=place().world_size,
         stream=isinstance(loader.dataset, IterableDataset),
         workers=loader.num_workers,

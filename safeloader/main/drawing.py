@@ -12,13 +12,20 @@ import copy
 import dataclasses
 import functools
 import itertools
+import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
 from safeloader.delivery.position import Position
@@ -26,6 +33,7 @@ from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.beginning import TORCHS_OWN, Watch
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
@@ -47,6 +55,7 @@ class RecordingSampler:
 
     Where a loader keeps its place, ``position`` is told of the draws, and ``watch`` of the
     generators that the sampler begins with; before the first draw come ``requests`` for states.
+    With a seed, told by :meth:`begin`, stock samplers draw by it, and each task carries it.
     """
 
     drawn_from: Any
@@ -61,6 +70,8 @@ class RecordingSampler:
     watch: Watch | None = dataclasses.field(init=False, default=None)
     requests: int = dataclasses.field(init=False, default=0)
     _left: tuple[Iterator[Any], list[Any]] | None = dataclasses.field(init=False, default=None)
+    _seed: EpochSeed | None = dataclasses.field(init=False, default=None)
+    _seq_of_first: int = dataclasses.field(init=False, default=0)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
     _numbers: Iterator[int] = dataclasses.field(
         init=False, default_factory=lambda: iter(range(sys.maxsize))
@@ -72,11 +83,34 @@ class RecordingSampler:
     # Snapshots that are to stand in for nothing.
     _killers: set[int | bytes] = dataclasses.field(init=False, default_factory=set)
 
+    def begin(self, log: Epoch, seed: EpochSeed | None = None, seq_of_first: int = 0) -> None:
+        """An epoch is about to begin, in whose draws the first has the number ``seq_of_first``.
+
+        Where the first batches of the epoch are drawn by nobody (an earlier run had them), it is
+        that which the first would have: see :attr:`next_seq`.
+        """
+        self.log, self._seed, self._seq_of_first = log, seed, seq_of_first
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next draw."""
+        return sys.maxsize - operator.length_hint(self._numbers)
+
+    def batch_number(self, seq: int) -> int:
+        """The position of a draw among those of its epoch, which the seed of a batch goes by."""
+        number = None if self.position is None else self.position.batch_of(seq)
+        return seq - self._seq_of_first if number is None else number
+
+    def _with_seed(self, seed: EpochSeed, task: Task) -> Task:
+        return task._replace(seed=seed.of_batch(self.batch_number(task.seq)).fields)
+
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
         if self._resumed is not None:  # torch asks twice before it draws
             return self._resumed
         tasks = self._begin()
+        if self._seed is not None:
+            tasks = map(functools.partial(self._with_seed, self._seed), tasks)
         if self.lends and not self.stream:
             self._killers.clear()
             drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
@@ -86,9 +120,10 @@ class RecordingSampler:
             tasks = self._rest = map(self._keep, tasks)
         return itertools.chain(map(self._request, range(self.requests)), tasks)
 
-    def _request(self, _: int) -> Task:
-        """A task that asks a worker for the state of its dataset."""
-        return Task(next(self._numbers), StateRequest())
+    def _request(self, number: int) -> Task:
+        """A task that asks a worker for the state of its dataset; it takes no number of a draw."""
+        seed = None if self._seed is None else self._seed.of_batch(0).fields
+        return Task(-1 - number, StateRequest(), seed=seed)
 
     def _keep(self, task: Task) -> Task:
         self._open[task.seq] = task._replace(index=_copied(task.index))
@@ -170,7 +205,10 @@ class RecordingSampler:
         """The sampler to iterate, and in what it notes what it drew since its last batch."""
         tail: list[Any] = []
         try:
-            return _noting(self.drawn_from, tail), tail
+            source = self.drawn_from
+            if self._seed is not None:
+                source = _ordered(source, self._seed)
+            return _noting(source, tail), tail
         except Exception as exc:
             self.log.at_fault("the list of what is dropped", exc)
         return self.drawn_from, tail
@@ -287,6 +325,30 @@ def length_is_true(sampler: Any) -> bool:
 def is_torchs_own(sampler: Any) -> bool:
     """Whether a sampler is one of torch's, and no subclass: its length is true."""
     return type(sampler) in TORCHS_OWN
+
+
+_SHUFFLING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}
+
+
+def shuffling(sampler: Any) -> Any:
+    """The stock sampler that draws at random, alone or in a stock batch sampler; or None."""
+    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    return inner if type(inner) in _SHUFFLING else None
+
+
+def _ordered(sampler: Any, seed: EpochSeed) -> Any:
+    """A copy of a stock sampler that draws by the seed; any other as it is."""
+    inner = shuffling(sampler)
+    if inner is None:
+        return sampler
+    drawing = copy.copy(inner)
+    drawing.generator = torch.Generator()
+    drawing.generator.manual_seed(seed.order())
+    if inner is sampler:
+        return drawing
+    batches = copy.copy(sampler)
+    batches.sampler = drawing
+    return batches
 
 
 def _noting(sampler: Any, tail: list[Any]) -> Any:

@@ -25,6 +25,7 @@ from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
+from safeloader.introspect.seeds import EpochSeed, SeededAs
 from safeloader.introspect.sharding import Shard, shard_of, shared_out_twice
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
@@ -82,6 +83,8 @@ class Epoch:
         also: further sinks of its events.
         announced: what ``len(loader)`` says.
         sampler: what the indices come from; of a stream the dataset.
+        seed: what its random numbers are made from, with ``seed=``.
+        seq_of_first: the number that its first draw has.
 
     Attributes:
         number: as the recorder counts.
@@ -100,6 +103,8 @@ class Epoch:
         also: Sequence[object] = (),
         announced: Announced = NOT_ANNOUNCED,
         sampler: Any = None,
+        seed: EpochSeed | None = None,
+        seq_of_first: int = 0,
     ) -> None:
         self.log = log
         self.ledger = ledger
@@ -119,6 +124,8 @@ class Epoch:
             self._shard = shard_of(sampler, dataset, log.length)
             log.at = place(self._shard)
             self._under = underlying(dataset)
+        self.seed = seed and seed._replace(rank=log.at.rank or 0)
+        self.seq_of_first = seq_of_first
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
@@ -144,7 +151,7 @@ class Epoch:
             recorder.newest_audit = functools.partial(self.audit, self.number)
         with guarded("the earlier audits", lambda: log):
             recorder.history.begins(self.number, self)
-            facts = EpochFacts(log.at.rank, self._under)
+            facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
@@ -430,6 +437,9 @@ class Epoch:
             said = f"index {index} of the {under.name} is "
             if said not in failure.hint:
                 more = {"hint": f"{said}{text}\n{more.pop('hint', failure.hint)}"} | more
+        if self.seed is not None and self.seed.per == "sample" and failure._seeded is None:
+            # Of a worker that died or hangs; what its batch was does not matter for a sample.
+            more["_seeded"] = SeededAs(self.seed.of_batch(0), self.seed.per)
         return dataclasses.replace(failure, epoch=self.number, rank=self.log.at.rank, **more)
 
     def _beneath(self, index: Any) -> str:

@@ -23,6 +23,7 @@ from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.announcing import announced
 from safeloader.main.continuity import KEEPS_PLACE, Continuity
@@ -52,13 +53,14 @@ class SafeIterator(Iterator[Any]):
         settings: Settings,
         pool: WorkerPool | None = None,
         said: int | None = None,
+        seed: EpochSeed | None = None,
         continuity: Continuity | None = None,
     ) -> None:
         self._continuity = continuity
         self._turn = threading.Lock()  # held in next(); nobody waits for it
         self._whose = 0
         self._loader = weakref.ref(loader)
-        self._begin(loader, settings, pool, said)
+        self._begin(loader, settings, pool, said, seed)
         self.pool.live = weakref.ref(self)
 
     def _begin(
@@ -67,6 +69,7 @@ class SafeIterator(Iterator[Any]):
         settings: Settings,
         pool: WorkerPool | None,
         said_length: int | None,
+        seed: EpochSeed | None,
     ) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
         kind = short_type_name(type_name(type(loader)))
@@ -80,8 +83,17 @@ class SafeIterator(Iterator[Any]):
         with guarded("the look at the loader's length", lambda: log):
             said = announced(loader, self.pool.stream, log.length, said_length)
         sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
+        before = 0 if self._continuity is None else self._continuity.batches_before
         self._epoch = epoch = Epoch(
-            loader.dataset, settings, log, ledger, also, announced=said, sampler=sampler
+            loader.dataset,
+            settings,
+            log,
+            ledger,
+            also,
+            announced=said,
+            sampler=sampler,
+            seed=seed,
+            seq_of_first=self.pool.sampler.next_seq - before,
         )
         # A stream cannot be asked again for what a dead worker had read.
         again = self.pool.workers and not self.pool.stream
@@ -92,7 +104,7 @@ class SafeIterator(Iterator[Any]):
         new = self.pool.workers > 0 and self.pool.stock is None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
-        self._looks.begin(log, self.pool.workers, self.pool.stream, *told)
+        self._looks.begin(log, self.pool.workers, self.pool.stream, *told, seed)
         if self._continuity is not None:
             self._continuity.begin(self, loader, self.pool, epoch)
         try:
@@ -105,7 +117,13 @@ class SafeIterator(Iterator[Any]):
         except WorkersDied as sign:
             self._go_on_after(sign)
 
-    def restart(self, loader: DataLoader[Any], settings: Settings, said: int | None = None) -> None:
+    def restart(
+        self,
+        loader: DataLoader[Any],
+        settings: Settings,
+        said: int | None = None,
+        seed: EpochSeed | None = None,
+    ) -> None:
         """Begin the next epoch on the same workers."""
         if self._turn.locked():
             raise self._out_of_turn()
@@ -113,7 +131,7 @@ class SafeIterator(Iterator[Any]):
             self._whose = get_ident()
             self._epoch.release()
             self._looks.release()
-            self._begin(loader, settings, self.pool, said)
+            self._begin(loader, settings, self.pool, said, seed)
 
     def __iter__(self) -> SafeIterator:
         return self
@@ -341,13 +359,17 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
 
     Args:
         loader: a loader of any class.
-        ours: what has our keywords as attributes, and keeps the pool of persistent workers for the
-            next epoch in ``_pool``: the loader itself, or what stands beside it.
+        ours: what has our keywords as attributes, counts epochs for ``seed=``, and keeps the pool
+            of persistent workers for the next one in ``_pool``: the loader itself, or what stands
+            beside it.
     """
     settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
     continuity: Continuity | None = vars(ours).get(KEEPS_PLACE)
+    if continuity is not None:
+        ours._next_epoch = continuity.next_epoch
+    seed = ours._seed_of_next(settings)
     if not (loader.persistent_workers and loader.num_workers > 0):
-        return SafeIterator(loader, settings, said=said, continuity=continuity)
+        return SafeIterator(loader, settings, said=said, seed=seed, continuity=continuity)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
     if pool is not None and continuity is not None and continuity.wants_new_workers:
@@ -356,11 +378,13 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
         held = None
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died
+    if pool is not None and pool.seeds_per != (seed and seed.per):
+        pool = None  # its workers seed in another way, or not at all
     live = None if pool is None else pool.live()
     if live is None:
-        live = SafeIterator(loader, settings, pool, said, continuity)
+        live = SafeIterator(loader, settings, pool, said, seed, continuity)
     else:
-        live.restart(loader, settings, said)
+        live.restart(loader, settings, said, seed)
     stock = live.pool.stock
     if stock is not held:  # new, or the workers were replaced
         _torch.keep_iterator(loader, stock)

@@ -23,6 +23,8 @@ from typing import Any
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.fork_hazards import was_told
+from safeloader.introspect.generators import generators_of
+from safeloader.introspect.seeds import EpochSeed, SeedPer
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.held_for_epochs import HeldForEpochs
 from safeloader.main.reporting_workers import ReportingWorkers
@@ -41,6 +43,7 @@ FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
 OF_DATA = (*CAUSES, "same numbers", "in place")  # what an audit tells of, in each epoch
+_NOT_SEEDED = ("generators not seeded",)
 EARLIER_MAX = 3  # epochs of workers that are gone, of which the beginnings are kept
 
 
@@ -55,6 +58,7 @@ class Looks:
         self._dataset = HeldForEpochs(dataset, gone=self._let_go)
         self._length = length
         self._stream = False
+        self._seeds_per: SeedPer | None = None
         self._told: set[tuple[str, ...]] = set()
         self._earlier: dict[int, tuple[Opening, ...]] = {}
         self._kept = KeptBatches()
@@ -102,12 +106,17 @@ class Looks:
         stream: bool,
         noticed: list[str],
         unchecked: list[str],
+        seed: EpochSeed | None = None,
     ) -> None:
         """An epoch begins; what is seen of wrong data goes into ``noticed``, in short, and what
         could not be looked at into ``unchecked``."""
         self._log = log
         self._noticed, self._unchecked = noticed, unchecked
         self._stream = stream
+        self._seeds_per = None if seed is None else seed.per
+        if seed is not None:
+            with self._guarded():
+                self._tell_of_own_generators()
         self._epochs += 1
         if not num_workers:
             self._workers = None  # those of an earlier epoch, or of another loader
@@ -120,6 +129,22 @@ class Looks:
         self._look_at = 4 * max(1, num_workers)
         self._kept.begin()
         self.due = 0 if self._on else sys.maxsize
+
+    def _tell_of_own_generators(self) -> None:
+        """Once: that ``seed=`` does not reach the generators that a dataset holds."""
+        if _NOT_SEEDED in self._told or not self._on or self._log is None:
+            return
+        self._told.add(_NOT_SEEDED)
+        found = generators_of(self._dataset())
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            self._log.warning(
+                "seed= does not reach %s%s, of the dataset's own: what is drawn from there depends "
+                "on the worker, and on what it drew before. Draw from safeloader.sample_rng() in "
+                "__getitem__ instead, which gives each sample a generator of its own",
+                ", ".join([*found][:3]),
+                more,
+            )
 
     def on(self, *about: Any, **more: Any) -> None:
         """From now on it is these workers; as :class:`ReportingWorkers` takes them."""
@@ -249,6 +274,7 @@ class Looks:
             began=CopyState({}, {}, {}) if workers is None else workers.began,
             drawn=(*self._drawn_before, self._as_drawn),
             their_epoch=self._epochs - workers.since if workers else 0,
+            seeds_per=self._seeds_per,
         )
         for finding in findings(seen, self._earlier):
             if matters(finding, dataset):

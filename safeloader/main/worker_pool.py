@@ -17,10 +17,12 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, StackDataset, Subset
 
 from safeloader import _python, _torch
@@ -35,6 +37,7 @@ from safeloader.introspect.generator_digests import own_generators
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
+from safeloader.introspect.seeds import EpochSeed, Seeder
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.threads import threads_here
 from safeloader.introspect.two_ways import passed_by
@@ -57,6 +60,7 @@ from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.policy import Policy
+from safeloader.worker.seeding import seeded_in_main
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
@@ -79,6 +83,7 @@ class WorkerPool:
         live: gives the checked iterator over it, as long as there is one.
         broken: what ended the workers, once something did.
         timeout_s: the loader's ``timeout``.
+        seeds_per: how its samples are seeded, with ``seed=``.
         hangs: whether it ran out, and the workers are not waited for when nobody wants a batch.
         raised: exceptions of failed batches, without workers.
     """
@@ -97,6 +102,7 @@ class WorkerPool:
         self.hangs = False
         self._stock: Callable[[], Any] = lambda: None
         self.persistent = loader.persistent_workers
+        self.seeds_per = None if settings.seed is None else settings.seed_per
         self._log = log
         self.sampler = RecordingSampler(
             _torch.index_sampler(loader),
@@ -143,7 +149,7 @@ class WorkerPool:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
         """
         self._settings = settings
-        self.sampler.log = epoch
+        self.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         if not self.stream and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)
@@ -161,8 +167,13 @@ class WorkerPool:
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
+        context, seed = self._context(), self.sampler.log.seed
+        beginning: AbstractContextManager[object] = nullcontext()
+        if seed is not None and context.seeder is not None and self.stream:
+            beginning = _beginning_stream(view, context.seeder, seed)
         try:
-            self.stock = stock = _torch.build_iterator(view)
+            with beginning:
+                self.stock = stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()
             if not _torch.raised_by_dataset_iter(exc):
@@ -170,14 +181,15 @@ class WorkerPool:
             hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
             failure = failure_of(exc, phase="sample", where="", hint=hint)
             raise self.sampler.log.error(failure, exc) from None
-        context = self._context()
         looks = self.looks
 
         def ours(fetcher: Any) -> Any:
-            if states is None:
-                return looks.over(fetcher_for(fetcher, context))
-            made = fetcher_for(states.after_iter(fetcher), context)
-            return looks.over(states.over(made, None))
+            if states is not None:
+                states.after_iter(fetcher)
+            recording = looks.over(fetcher_for(fetcher, context))
+            if states is not None:
+                states.over(recording, None)
+            return recording if seed is None else seeded_in_main(recording, context)
 
         _torch.replace_fetcher(stock, ours)
         return stock
@@ -191,6 +203,7 @@ class WorkerPool:
             checks=settings.checks,
             policy=Policy(settings.on_error, settings.retries, tells=dumps),
             checksum=settings.checksum,
+            seeder=None if settings.seed is None else Seeder(settings.seed_per),
             raised=None if self.workers else self.raised,
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
@@ -369,6 +382,25 @@ class WorkerPool:
             stock = self._start(blueprint)
         blueprint.generator = generator
         return stock
+
+
+@contextmanager
+def _beginning_stream(view: Any, seeder: Seeder, seed: EpochSeed) -> Iterator[None]:
+    """While torch makes its iterator here: its base seed is drawn as ever, the stream is seeded.
+
+    Torch draws first and asks the dataset then, in one call. So it draws from a copy of the default
+    generator, which is put where the copy is left.
+    """
+    drawn = torch.default_generator.clone_state()
+    if view.generator is None:
+        view.generator = drawn
+    try:
+        with preserved():
+            seeder.begin(seed.seed, seed.epoch)
+            seeder.stream(0)
+            yield
+    finally:
+        torch.default_generator.set_state(drawn.get_state())
 
 
 def _without_seeded(found: list[Inherited], loader: DataLoader[Any]) -> list[Inherited]:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.underlying import Underlying
 
 _EPOCHS_MAX = 1024
@@ -22,11 +23,14 @@ class EpochFacts(NamedTuple):
     """What holds for all batches of an epoch.
 
     ``rank`` is that of the process, in distributed training; ``under`` the way to the dataset under
-    a Subset.
+    a Subset; ``seed`` what its random numbers are made from, with ``seed=``, and ``seq_of_first``
+    the number of its first draw.
     """
 
     rank: int | None
     under: Underlying | None
+    seed: EpochSeed | None = None
+    seq_of_first: int = 0
 
 
 class FactsOfEpochs:
@@ -53,7 +57,7 @@ class FactsOfEpochs:
 
     def note(self, epoch: int, facts: EpochFacts) -> EpochFacts:
         """Keep what holds for all of an epoch that begins; what is given back is what is kept."""
-        rank, under = facts
+        rank, under = facts.rank, facts.under
         self.ranked |= rank is not None
         ways = [way for each in self._ways if (way := each()) is not None]
         if under is not None:
@@ -65,7 +69,7 @@ class FactsOfEpochs:
                     break
         self._bound(ways)
         self._ways = [weakref.ref(way) for way in (*ways, under) if way is not None]
-        self._facts[epoch] = facts = EpochFacts(rank, under)
+        self._facts[epoch] = facts = facts._replace(under=under)
         self._facts.pop(epoch - _EPOCHS_MAX, None)
         return facts
 

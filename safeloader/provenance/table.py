@@ -170,7 +170,7 @@ class Provenance:
             known = facts.of(epoch)
             if known is None:  # so many epochs ago
                 continue
-            rank, under = known
+            rank, under = known.rank, known.under
             rows = table["epoch"] == epoch
             if _RANK in added and rank is not None:
                 wider[_RANK][rows] = rank

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.copy_state import CopyState, Order
 from safeloader.introspect.generator_digests import Standing
+from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
 from safeloader.supervision.self_report import (
@@ -53,6 +54,7 @@ class Seen(NamedTuple):
         drawn: main's copy as the newest epochs of the workers began, the newest last; with new
             workers, as the first batches were drawn.
         their_epoch: which of their epochs the workers are in, from 1.
+        seeds_per: what ``seed=`` seeds the process's own generators for; None without.
     """
 
     reports: Mapping[int, SelfReport]
@@ -65,6 +67,7 @@ class Seen(NamedTuple):
     began: CopyState = CopyState({}, {}, {})
     drawn: tuple[CopyState, ...] = ()
     their_epoch: int = 0
+    seeds_per: SeedPer | None = None
 
 
 def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
@@ -410,7 +413,11 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
             a, b = mine.draws[name], theirs.draws[name]
             # The first sample of a stream is where it is set up: a shuffle by a seed that all
             # workers share is as it should be.
-            alike = _alike_second(a, b) if seen.stream else _alike(mine, a, theirs, b)
+            alike = (
+                _alike_second(a, b)
+                if seen.stream
+                else _but_for_seed(seen, name, mine, a, theirs, b)
+            )
             if alike == "from":
                 yield Finding(
                     ("same numbers", name),
@@ -427,6 +434,21 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                     "it came from different ones. It is seeded by a fixed number where samples "
                     "are made. Leave that out: torch seeds each worker",
                 )
+
+
+def _but_for_seed(
+    seen: Seen, name: str, mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws
+) -> str:
+    """As :func:`_alike`, but for what ``seed=`` has put at one place.
+
+    For batches: before both, where the user gave one number of an epoch twice. For samples it does
+    not matter where a generator stood before them, and after two of them it stands at two places.
+    """
+    alike = _alike(mine, a, theirs, b)
+    if seen.seeds_per is None or name.startswith("dataset") or alike != "from":
+        return alike
+    same = a.after == b.after and mine.indices[:1] != theirs.indices[:1]
+    return "to" if seen.seeds_per == "sample" and same else ""
 
 
 def _each_time(draws: FirstDraws) -> bool:
@@ -455,7 +477,7 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
                 # A validation that is the same each time may be meant so: it begins with one index.
                 if one.indices[:1] == other.indices[:1]:
                     continue
-                alike = _alike(one, a, other, b)
+                alike = _but_for_seed(seen, name, one, a, other, b)
                 who = f"worker {worker}" if seen.workers else "the dataset"
                 if alike == "from":
                     yield Finding(

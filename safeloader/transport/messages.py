@@ -68,6 +68,7 @@ class Task(NamedTuple):
     ``donors`` are what was drawn before it in this epoch, the newest first: one of them stands in
     where the whole batch fails (``on_error="replace"``). They are snapshots
     (:func:`~safeloader.delivery.indices.snapshots`); their positions follow the batch's own.
+    ``seed`` are the fields of its :class:`~safeloader.introspect.seeds.BatchSeed`, with ``seed=``.
     """
 
     seq: int
@@ -76,6 +77,7 @@ class Task(NamedTuple):
     one_by_one: bool = False
     packed: Packed | None = None
     donors: tuple[int | bytes, ...] = ()
+    seed: tuple[int, int, int, int] | None = None
 
 
 class EmptyBatch(NamedTuple):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from safeloader.introspect.seeds import Seeder
 from safeloader.introspect.suspects import Inherited
 from safeloader.supervision import flight_recorder
 from safeloader.transport.packing import Packer
@@ -28,6 +29,7 @@ class FetchContext:
         progress: where streams note how far they are.
         key: the user's, which gives samples an identity.
         checks: what each sample is to pass.
+        seeder: what seeds the generators, with ``seed=``.
         start_state: the dataset as it was when the worker started.
         policy: what to do about samples that fail.
         cells: this worker's row of the flight recorder, if there is one.
@@ -44,6 +46,7 @@ class FetchContext:
     progress: StreamProgress | None = None
     key: Callable[[Any], Any] | None = None
     checks: tuple[Callable[[Any, Any], object], ...] = ()
+    seeder: Seeder | None = None
     start_state: dict[str, Any] | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     cells: memoryview | None = None

@@ -26,6 +26,7 @@ from safeloader.delivery.indices import (
 )
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.introspect.random_state import preserved
+from safeloader.introspect.seeds import BatchSeed
 from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.supervision.flight_recorder import (
     COUNTED,
@@ -38,6 +39,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, no_fault_of_a_sample, struck
+from safeloader.worker.seeding import SeededItems
 from safeloader.worker.validating import ValidatedItems, refused_by
 
 _EXCLUDED = "its worker died at it twice"
@@ -54,10 +56,16 @@ class MapFetcher(RecordingFetcher):
     def __init__(self, stock: Any, context: FetchContext) -> None:
         super().__init__(stock, context)
         checked = self._validation
-        self._asked_of = dataset = self._dataset
+        self._asked_of: Any = self._dataset
+        if context.seeder is not None:
+            self._asked_of = SeededItems(self._dataset, context.seeder)
         if checked is not None:
-            self._asked_of = ValidatedItems(dataset, checked)
+            self._asked_of = ValidatedItems(self._asked_of, checked)
         self._items: Any = self._asked_of
+        # Samples that are seeded apart are asked for one by one.
+        self._may_be_at_once = self._batched and (
+            context.seeder is None or context.seeder.per == "batch"
+        )
         self._by_default = stock.collate_fn is default_collate
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
@@ -65,6 +73,10 @@ class MapFetcher(RecordingFetcher):
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""
         self._items = self._asked_of if first is None else first.around(self._asked_of)
+
+    def seeded_by(self, seed: BatchSeed) -> bytes:
+        """As :class:`RecordingFetcher` has it."""
+        return seed.bytes
 
     def _begin(self) -> tuple[Packed, int | None, bool]:
         task, batched = self._task, self._batched
@@ -74,7 +86,8 @@ class MapFetcher(RecordingFetcher):
         if packed is None:
             packed = pack(indices) if batched else pack_unbatched(indices)
         number = count(packed)
-        self._at_once = at_once = batched and bool(getattr(self._dataset, "__getitems__", None))
+        at_once = self._may_be_at_once and bool(getattr(self._dataset, "__getitems__", None))
+        self._at_once = at_once
         if batched:
             self._asked, self._wanted = indices, number
         else:

@@ -32,6 +32,7 @@ from safeloader.failures.failure import Failure, without_ours
 from safeloader.introspect.fingerprint import fingerprint
 from safeloader.introspect.random_state import Marks, RandomState
 from safeloader.introspect.resource_exhaustion import met_in_sharing
+from safeloader.introspect.seeds import BatchSeed, SeededAs
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import Opaque
 from safeloader.supervision.flight_recorder import (
@@ -73,7 +74,7 @@ class RecordingFetcher:
 
     # Of the running batch; each begins with new ones.
     _task: Task
-    _random: tuple[Any, Any, Any]  # the generators, at its start
+    _random: tuple[Any, Any, Any] | None  # the generators, at its start; with a seed it tells
     _stamps: Any  # where its times go
     _wanted: int  # its samples
     _carefully: bool  # whether it is to be made the slow way
@@ -94,7 +95,10 @@ class RecordingFetcher:
         self._cells = private_row() if context.cells is None else context.cells
         self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer
-        self._mark = Marks().mark
+        self._mark: Callable[[], Any] = Marks().mark
+        if context.seeder is not None:  # its numbers are known without where they begin
+            self._mark = lambda: None
+            self._collate = context.seeder.before_collation(self._collate)
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest; hot path."""
@@ -137,6 +141,15 @@ class RecordingFetcher:
             task.seq, worker_id, pid, indices, number, first, times, at_once, keys
         )
         return self._handed_over(manifest, batch, samples)
+
+    def _seeded(self) -> SeededAs | None:
+        """What the numbers of the running batch are made from, with ``seed=``."""
+        seed, seeder = self._task.seed, self._context.seeder
+        return None if seed is None or seeder is None else SeededAs(BatchSeed(*seed), seeder.per)
+
+    def seeded_by(self, seed: BatchSeed) -> bytes:
+        """What stands for the batch that is about to be made, in the making of its seed."""
+        raise NotImplementedError
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """Fetch by way of what looks at the first samples; None: the dataset itself again."""
@@ -308,7 +321,8 @@ class RecordingFetcher:
             position=position,
             indices=indices,
             _refused_by=refused_by(fault.cause)[0],
-            _random=RandomState(*self._random),
+            _random=None if self._random is None else RandomState(*self._random),
+            _seeded=self._seeded(),
             _drawn=None if position is None else self._drawn_up_to(indices[: position + 1]),
         )
 

@@ -22,6 +22,7 @@ from safeloader.failures.failure import Failure
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.dataset_state import describe
 from safeloader.introspect.file_positions import read_positions
+from safeloader.introspect.seeds import BatchSeed
 from safeloader.supervision.flight_recorder import IDLE, INIT, OPEN, PID, READY, FlightRecorder
 from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue, TaskQueue
@@ -34,6 +35,7 @@ from safeloader.worker.hints import failure_in
 from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.observing import Observer, into_flight_recorder
 from safeloader.worker.recording import RecordingFetcher
+from safeloader.worker.seeding import SeededFetcher
 from safeloader.worker.shared_files import InheritedFiles
 from safeloader.worker.streaming import StreamFetcher
 
@@ -109,6 +111,11 @@ class WorkerStartup:
         def make(create: Callable[[], Any]) -> Any:
             if refused is not None:
                 return refused
+            if context.seeder is not None:
+                return SeededFetcher(functools.partial(opened, create), context)
+            return opened(create)
+
+        def opened(create: Callable[[], Any]) -> Any:
             monitor.begins(OPEN)
             try:
                 with monitor:
@@ -172,6 +179,10 @@ class RefusingFetcher:
     failure: Failure
     context: FetchContext
     told: bool = False
+
+    def seeded_by(self, seed: BatchSeed) -> bytes:
+        """As :class:`~safeloader.worker.recording.RecordingFetcher` has it."""
+        return b""
 
     def fetch(self, task: Task) -> FailedBatch:
         """The failure; for a stream once, then its end, as there are no batches to lose."""

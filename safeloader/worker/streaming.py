@@ -11,12 +11,14 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.delivery.indices import Packed
+from safeloader.introspect.seeds import BatchSeed
 from safeloader.supervision.flight_recorder import FETCH, ORDINAL, PHASE, SINCE
 from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Unrepairable
+from safeloader.worker.seeding import SeededStream
 from safeloader.worker.validating import ValidatedStream
 
 _CUT_SHORT = (
@@ -50,12 +52,22 @@ class StreamFetcher(RecordingFetcher):
         self._last_failed: Exception | None = None  # of the newest sample, if it was left out
         self._decides = _decides_itself(self._iterator)
         self._so_far: Callable[[], int] = lambda: 0  # samples of the running batch
+        index = self._index
+        if context.seeder is not None:
+            self._iterator = SeededStream(self._iterator, context.seeder, index)
         if self._validation is not None:
-            self._iterator = ValidatedStream(
-                self._iterator, self._validation, lambda: (self._row, self._first + self._so_far())
-            )
+            self._iterator = ValidatedStream(self._iterator, self._validation, index)
         self._asked_of = self._iterator
         self._note(0, ended=False)
+
+    def _index(self) -> tuple[int, int]:
+        """Of the sample that is asked for."""
+        return self._row, self._first + self._so_far()
+
+    def seeded_by(self, seed: BatchSeed) -> bytes:
+        """By its place in this worker's stream: which of the epoch's batches that is depends, near
+        the end of the streams, on who comes first."""
+        return b"%d %d" % (self._row, self._read)
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""

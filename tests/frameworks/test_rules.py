@@ -361,7 +361,7 @@ def test_framework_that_stops_the_workers_and_lets_go_of_the_iterator() -> None:
 
 @every_kind
 def test_names_that_frameworks_probe_for_are_there_as_on_the_stock_loader(kind: str) -> None:
-    names = "nonsense set_epoch state_dict load_state_dict device prepare __pl_saved_args _workers"
+    names = "nonsense state_dict load_state_dict device prepare __pl_saved_args _workers"
     loader = SafeDataLoader(datasets.Noisy(), 4, **KINDS[kind])
     stock = DataLoader(datasets.Noisy(), 4, **KINDS[kind])
     for _ in range(2):
@@ -370,6 +370,21 @@ def test_names_that_frameworks_probe_for_are_there_as_on_the_stock_loader(kind: 
             assert not hasattr(stock, name)
         list(loader)
     assert not hasattr(SafeDataLoader, "__getattr__")
+
+
+@every_kind
+def test_set_epoch_is_the_samplers_affair_without_a_seed(kind: str) -> None:
+    def batches(cls: Any, says: bool) -> list[Any]:
+        seed_all(3)
+        sampler: Any = DistributedSampler(datasets.Noisy(), num_replicas=2, rank=0)
+        loader = cls(datasets.Noisy(), 4, sampler=sampler, **KINDS[kind])
+        came = []
+        for epoch in (0, 3):
+            (loader if says else sampler).set_epoch(epoch)
+            came.append([plain(batch) for batch in loader])
+        return came
+
+    assert batches(SafeDataLoader, says=True) == batches(DataLoader, says=False)
 
 
 @pytest.mark.parametrize("kind", ["workers", "persistent"])

@@ -754,6 +754,11 @@ def generator() -> None:
     read(Drawing(rng=np.random.default_rng(3)), num_workers=2)
 
 
+@shown("the same under seed=, num_workers=0")
+def generator_beside_seed() -> None:
+    read(Drawing(rng=np.random.default_rng(3)), seed=11)
+
+
 class Drawing(Owns):
     rng: Any
 
@@ -1301,6 +1306,13 @@ def keywords() -> None:
         loader_with(on_failure_dump="taken"),
         loader_with(transport="fast"),
         loader_with(checksum=1),
+        loader_with(seed=-1),
+        loader_with(seed_per="epoch"),
+        loader_with(seed=1, generator=torch.Generator()),
+        loader_with(seed=1, sampler=RandomSampler(Numbers(), generator=torch.Generator())),
+        loader_with(Together(), seed=1),
+        lambda: SafeDataLoader(Numbers()).set_epoch(-1),
+        safeloader.sample_rng,
         loader_with(recorder="run"),
         loader_with(on_eror="skip"),
     )

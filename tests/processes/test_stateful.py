@@ -254,6 +254,88 @@ def test_any_chain_of_interruptions(
     assert came == whole
 
 
+# ── seed= ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Noisy(Rows):
+    """Draws from all three generators."""
+
+    def __getitem__(self, index: Any) -> Any:
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return torch.tensor([index, *drawn], dtype=torch.float64)
+
+
+def seeded(workers: int, per: str = "sample", **more: Any) -> SafeStatefulDataLoader[Any]:
+    more = {"batch_size": 4, "shuffle": True, "seed": 11, **more}
+    return SafeStatefulDataLoader(Noisy(), num_workers=workers, seed_per=per, **more)
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0), (2, 3), (1, 1)])
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_with_a_seed_batches_are_bit_identical(per: str, workers: tuple[int, int]) -> None:
+    torch.manual_seed(len(per))  # which is of no interest
+    one = seeded(workers[0], per)
+    epochs = [lists(one), lists(one)]
+    for after in (0, 1, 5):
+        batches = iter(one := seeded(workers[0], per))
+        lists(itertools.islice(batches, after))
+        state = through_json(one.state_dict())
+        assert len(json.dumps(state)) < 1000
+        torch.manual_seed(after)
+        resumed = seeded(workers[1], per)
+        resumed.load_state_dict(state)
+        assert lists(resumed) == epochs[0][after:]
+        assert lists(resumed) == epochs[1]
+    assert len(json.dumps(one.state_dict())) < 1000
+
+
+def test_with_a_seed_per_sample_batches_may_have_another_size() -> None:
+    whole = list(itertools.chain(*lists(seeded(0))))
+    batches = iter(one := seeded(2))
+    came = list(itertools.chain(*lists(itertools.islice(batches, 3))))
+    for size in (5, 3, 7):
+        resumed = seeded(0, batch_size=size)
+        resumed.load_state_dict(through_json(one.state_dict()))
+        batches = iter(one := resumed)
+        came += itertools.chain(*lists(itertools.islice(batches, 2)))
+    resumed = seeded(2)
+    resumed.load_state_dict(through_json(one.state_dict()))
+    came += itertools.chain(*lists(resumed))
+    assert came == whole
+    assert resumed.audit.complete
+    state = seeded(0, "batch").state_dict() | {"batches": 1, "samples": 4, "digest": "00" * 16}
+    assert "batches of 4" in refused(state, seeded(0, "batch", batch_size=5))
+
+
+def test_another_seed_is_refused() -> None:
+    state = seeded(0).state_dict()
+    assert "Give it seed=11" in refused(state, seeded(0, seed=12))
+    assert "Give it no seed=" in refused(make("shuffled", 0).state_dict(), seeded(0))
+    assert "seed_per='batch'" in refused(seeded(0, "batch").state_dict(), seeded(0))
+
+
+def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> None:
+    one = seeded(0)
+    epochs = [lists(one), lists(one)]
+    one.set_epoch(0)
+    assert one.state_dict()["epoch"] == 0
+    next(iter(one))  # a peek
+    one.set_epoch(0)
+    assert lists(one) == epochs[0]
+    batches = iter(other := seeded(0))
+    next(batches)
+    state = other.state_dict()
+    other = seeded(0)
+    other.load_state_dict(state)
+    other.set_epoch(0)  # it is so
+    assert lists(other) == epochs[0][1:]
+    other.load_state_dict(state)
+    assert not caplog.records
+    other.set_epoch(1)
+    assert "leaves the state that was loaded, of batch 1 of epoch 0" in caplog.text
+    assert lists(other) == epochs[1]
+
+
 # ── the end of an epoch, and the next ────────────────────────────────────────────────────────────
 
 

@@ -22,6 +22,8 @@ SafeDataLoader(Samples(), retries="3")  # refused
 SafeDataLoader(Samples(), num_workers="2")  # refused
 SafeDataLoader(Samples(), key="id")  # refused
 SafeDataLoader(Samples(), recorder=3)  # refused
+SafeDataLoader(Samples(), seed="3")  # refused
+SafeDataLoader(Samples(), seed_per="epoch")  # refused
 SafeDataLoader()  # refused
 GlobalBatchSampler(3, 2, tail="keep")  # refused
 loader = SafeDataLoader(Samples(), batch_size=3)

@@ -30,6 +30,7 @@ from benchmarks import (
     memory,
     report,
     run,
+    seeding,
     timing,
 )
 from benchmarks.cases import CASES, Case, Unavailable
@@ -483,6 +484,29 @@ def test_checks_are_timed_by_sample_and_by_byte(
     monkeypatch.setattr(checks, "BAR_GB_S", 1e9)
     assert checks.main(["--quick", "--check"]) == 1
     assert "BELOW" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ seeding
+
+
+def test_seeding_is_timed_against_a_loader_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(seeding, "SAMPLES", 2 * seeding.BATCH)
+    times = {"none": [1.0, 2.0], "batch": [1.5, 2.5], "sample": [3.0, 4.0]}
+    assert seeding.added_us(times, "batch") == pytest.approx([0.5e6 / 128] * 2)
+    monkeypatch.setattr(seeding, "BARS_US", {"batch": 1e9, "sample": 1e9})
+    assert seeding.main(["--repeats=2", "--check", f"--out={tmp_path}"]) == 0
+    assert 'seed_per="sample"' in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-seeding.json"))
+    assert {name: len(each) for name, each in result["cpu_seconds_per_epoch"].items()} == {
+        "none": 2,
+        "batch": 2,
+        "sample": 2,
+    }
+    monkeypatch.setattr(seeding, "BARS_US", {"batch": -1e9, "sample": -1e9})
+    assert seeding.main(["--quick", "--check"]) == 1
+    assert "ABOVE" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- CUDA
