@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from safeloader.introspect.texts import bounded_text
 
 Tail = Literal["drop", "pad", "uneven"]
 _SEEDS = 2**64
+_DIGESTED = 1 << 16  # places of the order
 _SEED = "an int from 0 to 2**64 - 1"
 _INT32 = 2**31
 
@@ -125,6 +127,7 @@ class GlobalBatchSampler(Sampler[list[int]], SaysItsShare):
         self.shuffle = shuffle
         self.epoch = 0
         self._order: tuple[tuple[int, int, int], Any] | None = None
+        self._digest: tuple[dict[str, Any], str] | None = None
         self._see(*self._told())
 
     # the shares ─────────────────────────────────────────────────────────────────────────────────
@@ -216,6 +219,33 @@ class GlobalBatchSampler(Sampler[list[int]], SaysItsShare):
         first, end = _part(rest, *self._stands())
         whole = self.length - rest
         return self._at(self._order_of(epoch), whole + first, whole + end)
+
+    def made_from(self) -> dict[str, Any]:
+        """What the order of the epoch is made from: the same on each rank.
+
+        Example:
+            >>> one = GlobalBatchSampler(10, 4, rank=1, world=2, seed=7)
+            >>> one.made_from() == GlobalBatchSampler(10, 4, seed=7).made_from()
+            True
+        """
+        names = ("length", "global_batch", "seed", "tail", "shuffle", "epoch")
+        return {name: getattr(self, name) for name in names}
+
+    def order_digest(self) -> str:
+        """A digest of the order of the epoch, of 65,536 places of a long one; kept for the epoch.
+
+        Example:
+            >>> one = GlobalBatchSampler(10, 4, rank=1, world=2, seed=7)
+            >>> one.order_digest() == GlobalBatchSampler(10, 4, seed=7).order_digest()
+            True
+        """
+        made_from = self.made_from()
+        if self._digest is None or self._digest[0] != made_from:
+            order, step = self._order_of(None), max(1, self.length // _DIGESTED)
+            some = np.arange(0, self.length, step) if order is None else order[::step]
+            told = blake2b(some.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+            self._digest = made_from, told
+        return self._digest[1]
 
     def shard(self) -> Shard | None:
         """Which share of the indices this rank has, as the audit tells it; None if nobody knows."""

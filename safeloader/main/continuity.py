@@ -26,6 +26,7 @@ from safeloader.delivery.manifest import BatchManifest
 from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog, length_of
+from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.ranks import place
 from safeloader.introspect.texts import index_text
 from safeloader.main.beginning import (
@@ -249,6 +250,8 @@ class Continuity:
         assert generators is not None
         here = generators.states()
         begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
+        if saved.order:
+            _see_order(sampler.drawn_from, saved.order)
         undrawn = begin.pop(_BEFORE_FIRST, {})
         if undrawn:
             begin["draw"] = undrawn
@@ -271,7 +274,11 @@ class Continuity:
             self._begin["draw"] = self._begin.pop(_BEFORE_FIRST)
         if not saved.begun:
             return
-        position.go_on(drawn.chain, saved.place, saved.ladder, drawn.beyond)
+        at, ladder = saved.place, saved.ladder
+        if saved.order:  # the share of this rank may be another
+            at = at._replace(samples=drawn.samples, digest=drawn.chain.digest())
+            ladder = ()
+        position.go_on(drawn.chain, at, ladder, drawn.beyond)
         self._earlier = saved
         epoch.resumed(saved.place.batches + len(drawn.beyond), self._again(saved))
 
@@ -318,6 +325,10 @@ class Continuity:
         ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
         facts = facts_of(loader, accounts.log.length)
         facts = dataclasses.replace(facts, dataset=self._of_dataset(after))
+        if facts.order:
+            sampler = _torch.index_sampler(loader)
+            # The epoch of what runs: the sampler may be told of the next one already.
+            facts.order["digest"] = sampler.order_digest()
         return dataclasses.replace(
             facts,
             epoch=self.epoch,
@@ -428,15 +439,28 @@ def _putting(generators: Generators, states: States) -> Callable[[Any], Any]:
     return first
 
 
+def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
+    """Put a sampler to the epoch of a state, and see that its order is the same there."""
+    sampler.set_epoch(order["epoch"])
+    if sampler.order_digest() != order["digest"]:
+        raise ResumeError(
+            "the order that this GlobalBatchSampler makes of its seed and epoch is another than "
+            "when the state was saved: another release of torch or of safeloader makes it. Go on "
+            "with the release that saved the state, or begin the next epoch"
+        )
+
+
 def facts_of(loader: Any, length: int | None = None) -> SavedState:
     """What a loader is, as far as another has to be alike to go on from its states."""
-    own = type(_torch.index_sampler(loader)) is BatchSampler
+    sampler = _torch.index_sampler(loader)
+    own = type(sampler) is BatchSampler
     return SavedState(
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
         seed=getattr(loader, "seed", None),
         seed_per=None if getattr(loader, "seed", None) is None else loader.seed_per,
         world_size=place().world_size,
+        order=sampler.made_from() if type(sampler) is GlobalBatchSampler else {},
         stream=isinstance(loader.dataset, IterableDataset),
         workers=loader.num_workers,
     )

@@ -33,6 +33,7 @@ class DrawnAgain(NamedTuple):
         lazy: of generators that went on to move after the first draw, where they stand.
         held: the same of all that the sampler and the loader hold.
         now: where all stand.
+        samples: how many indices were drawn again.
     """
 
     rest: Iterator[Any]
@@ -41,6 +42,7 @@ class DrawnAgain(NamedTuple):
     lazy: States
     held: States
     now: States
+    samples: int
 
 
 class DrawsAgain:
@@ -70,6 +72,8 @@ class DrawsAgain:
         self._samples = self._agreed = 0
         place = saved.place
         last = Rung(place.batches, place.samples, place.digest)
+        # A rank's share of a global order is proved by that order, and may be another one now.
+        self._proves = not saved.order
         self._rungs = [*sorted(saved.ladder, key=lambda rung: rung.samples), last]
         self._after_first: States | None = None
 
@@ -92,8 +96,15 @@ class DrawsAgain:
             inner = iter(source)
             self._generators.put(begin.get("draw", {}))
             for number in range(place.batches):
-                self._take(self._pack(self._next(inner, number)))
-        if self._agreed != place.batches:  # other batches, which never were as long
+                try:
+                    self._take(self._pack(self._next(inner, number)))
+                except ResumeError:
+                    if self._proves:
+                        raise
+                    break  # of an uneven tail this rank has no share
+        if (
+            self._proves and self._agreed != place.batches
+        ):  # other batches, which never were as long
             raise self._others(place.batches)
         tail.clear()
         beyond: dict[int, Packed] = {}
@@ -112,7 +123,7 @@ class DrawsAgain:
         if self._after_first is not None:
             lazy = {name: now[name] for name in moved(self._after_first, now)}
         held = {name: now[name] for name in self._generators.held}
-        return DrawnAgain(rest, self._chain, beyond, lazy, held, now)
+        return DrawnAgain(rest, self._chain, beyond, lazy, held, now, self._samples)
 
     def _by_samples(self, source: Any, begin: dict[str, States]) -> Iterator[Any]:
         """How indices lie in batches is of no interest: they may have another size now."""
@@ -152,7 +163,7 @@ class DrawsAgain:
         self._before(packed)
         if self._after_first is None:
             self._after_first = self._generators.states()
-        for rung in self._rungs:
+        for rung in self._rungs if self._proves else ():
             if rung.samples == self._samples:
                 if self._chain.digest()[: len(rung.digest)] != rung.digest:
                     raise self._others(rung.batches)

@@ -37,6 +37,7 @@ class SavedState:
         seed: the loader's.
         seed_per: what it seeds.
         world_size: the number of ranks; None outside of distributed training.
+        order: of a :class:`~safeloader.GlobalBatchSampler`, what its order is made from.
         stream: whether the dataset is iterable-style.
         workers: how many read it.
         dataset: the states of the dataset itself, as
@@ -55,6 +56,7 @@ class SavedState:
     seed_per: str | None = None
     world_size: int | None = None
     dataset: dict[str, Any] = dataclasses.field(default_factory=dict)
+    order: dict[str, Any] = dataclasses.field(default_factory=dict)
     stream: bool = False
     workers: int = 0
 
@@ -72,7 +74,7 @@ class SavedState:
             ]
         if place.beyond:
             state["beyond"] = list(place.beyond)
-        for name in ("generators", "left_out"):
+        for name in ("generators", "left_out", "order"):
             if given := getattr(self, name):
                 state[name] = given
         for name in ("length", "batch_size", "seed", "seed_per", "world_size"):
@@ -130,7 +132,7 @@ class SavedState:
             raise ValueError("a count is no count")
         if self.begun and not (self.place.digest or self.dataset):
             raise ValueError("no digest")
-        for name in ("generators", "left_out"):
+        for name in ("generators", "left_out", "order"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} is no dict")
 
@@ -167,12 +169,30 @@ class SavedState:
                 f"loader has num_workers={loader.workers}: each worker's share is another. Resume "
                 f"with num_workers={self.workers}"
             )
+        if self.order or loader.order:
+            self._refuse_other_order(loader)
+            return
         if (self.world_size or 1) != (loader.world_size or 1):
             raise ResumeError(
                 f"the state was saved by one of {self.world_size or 1} ranks, and there are "
                 f"{loader.world_size or 1} now: each rank's share is another. Resume on "
                 f"{self.world_size or 1}, or draw with GlobalBatchSampler, which allows another "
                 "number"
+            )
+
+    def _refuse_other_order(self, loader: SavedState) -> None:
+        """Any rank's state will do, on any number of ranks, if the order of all is the same."""
+        apart = ("epoch", "digest")
+        names = [each for each in {**self.order, **loader.order} if each not in apart]
+        unlike = [
+            f"{name}={then!r}, now {now!r}"
+            for name in names
+            if (then := self.order.get(name)) != (now := loader.order.get(name))
+        ]
+        if unlike:
+            raise ResumeError(
+                "the GlobalBatchSampler was another when the state was saved: "
+                f"{'; '.join(unlike)}. The order of all ranks would be another: make it as it was"
             )
 
     def _may_change_batches(self, loader: SavedState) -> bool:

@@ -33,7 +33,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from safeloader import ResumeError, SafeStatefulDataLoader, SampleError
+from safeloader import GlobalBatchSampler, ResumeError, SafeStatefulDataLoader, SampleError
 
 N = 43
 NUMBERS = torch.arange(N)
@@ -334,6 +334,64 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     other.set_epoch(1)
     assert "leaves the state that was loaded, of batch 1 of epoch 0" in caplog.text
     assert lists(other) == epochs[1]
+
+
+# ── ranks ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_rank(rank: int, world: int, tail: str = "drop", **more: Any) -> Any:
+    sampler = GlobalBatchSampler(N, 12, rank, world, seed=5, tail=tail)  # type: ignore[arg-type]
+    return SafeStatefulDataLoader(Noisy(), batch_sampler=sampler, seed=11, **more)
+
+
+def global_batches(loaders: list[Any]) -> list[Any]:
+    """The batches of all ranks, put together."""
+    shares = zip(*(lists(loader) for loader in loaders), strict=True)
+    return [list(itertools.chain(*each)) for each in shares]
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+@pytest.mark.parametrize("worlds", [(3, 2), (2, 4), (4, 1), (1, 6), (2, 2)])
+def test_any_ranks_state_restores_all_on_any_number_of_ranks(
+    worlds: tuple[int, int], tail: str
+) -> None:
+    before, after = worlds
+    whole = global_batches([of_rank(0, 1, tail)])
+    for rank in range(before):
+        batches = iter(one := of_rank(rank, before, tail))
+        next(batches)
+        state = through_json(one.state_dict())
+        assert len(json.dumps(state)) < 1000
+        loaders = [of_rank(r, after, tail) for r in range(after)]
+        for each in loaders:
+            each.load_state_dict(state)
+        assert global_batches(loaders) == whole[1:]
+        assert all(each.audit.complete and each.audit.ok for each in loaders)
+        assert {each.audit.delivered_before for each in loaders} == {12 // after}
+        again = through_json(loaders[0].state_dict())
+        assert again["epoch"] == 1
+
+
+def test_of_an_uneven_tail_a_rank_may_have_none_left() -> None:
+    batches = iter(one := of_rank(0, 1, "uneven"))
+    assert [len(next(batches)) for _ in range(4)] == [12, 12, 12, 7]
+    loaders = [of_rank(r, 12, "uneven") for r in range(12)]
+    for each in loaders:
+        each.load_state_dict(one.state_dict())
+        assert lists(each) == []
+        assert each.audit.ok
+
+
+def test_another_global_order_is_refused() -> None:
+    batches = iter(one := of_rank(0, 2))
+    next(batches)
+    state = through_json(one.state_dict())
+    other = SafeStatefulDataLoader(
+        Noisy(), batch_sampler=GlobalBatchSampler(N, 6, 0, 2, seed=5), seed=11
+    )
+    assert "global_batch=12, now 6" in refused(state, other)
+    state["order"]["digest"] = "00" * 8
+    assert "another release" in refused(state, of_rank(0, 2))
 
 
 # ── the end of an epoch, and the next ────────────────────────────────────────────────────────────
