@@ -8,7 +8,7 @@ FRAMEWORKS ?= .venv-frameworks
 # The release the tests are run with. Any from 2.6 on will do: make TORCH='torch>=2.6' test
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-fast test-frameworks test-versions bench lint types docs mutation clean
+.PHONY: demo demo-resume test test-fast test-frameworks test-versions bench lint types docs mutation clean
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
@@ -47,6 +47,10 @@ $(FRAMEWORKS)/ready: setup.cfg pyproject.toml
 
 demo: $(VENV)/base
 	$(BIN)/python examples/train_digits.py
+
+# A training that is killed and goes on: bit for bit the same.
+demo-resume: $(VENV)/base
+	$(BIN)/python examples/resume.py
 
 # All tests, with coverage: about 35 minutes on two cores that have nothing else to do.
 test: $(VENV)/dev

@@ -146,3 +146,21 @@ for arguments in sys.argv[1:]:
     assert len(complaints) == len(REFUSED)
     for expected, complaint in zip(REFUSED.values(), complaints, strict=True):
         assert expected in complaint
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_ends_with_the_same_weights() -> None:
+    """And four ranks, and then two, have the samples of one."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "examples" / "resume.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=220,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("    killed") == 2
+    assert "resumed at batch" in done.stdout
+    assert done.stdout.splitlines()[-1] == (
+        "14 global batches and 14: the same samples, bit for bit"
+    )
