@@ -99,7 +99,7 @@ def part_one(folder: Path) -> bool:
     print("One run without an interruption, 0 workers:")
     output = run("train", folder / "whole", "--workers", 0)
     whole = last_word(output)
-    steps = sorted(random.Random().sample(range(3, 42), 2))
+    steps = sorted(random.SystemRandom().sample(range(3, 42), 2))
     for step, workers in zip([*steps, None], (2, 1, 2), strict=True):
         until = "to its end" if step is None else f"killed with -9 at step {step}"
         print(f"The same run, {workers} workers, {until}:")
@@ -153,7 +153,7 @@ def ranks(folder: Path, world: int, die_at: int | None = None) -> None:
 def part_two(folder: Path) -> bool:
     print("Global batches on one rank, without an interruption")
     ranks(folder / "one", 1)
-    die_at = random.Random().randrange(2, 11)
+    die_at = random.SystemRandom().randrange(2, 11)
     print(f"The same on 4 ranks, killed with -9 at batch {die_at}, and then on 2")
     ranks(folder / "many", 4, die_at)
     ranks(folder / "many", 2)
