@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog
-from safeloader.loader import SafeDataLoader
+from safeloader.loader import SafeDataLoader, why_unrecorded
 from safeloader.main.continuity import KEEPS_PLACE, Continuity
 from safeloader.provenance.table import BatchRecord
+from safeloader.settings import is_off
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -70,8 +72,9 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
                 was handed over. Frameworks take a batch ahead of the one they train on.
 
         Raises:
-            ResumeError: if the state after that batch is not known.
+            ResumeError: if the state after that batch is not known, or nothing is recorded.
         """
+        self._see_recorded()
         return self._place().state(self, after)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -84,7 +87,15 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
                 changed. Whether the sampler draws the same is seen by ``iter()``, which raises it
                 then.
         """
+        self._see_recorded()
         self._place().load(self, state)
+
+    def _see_recorded(self) -> None:
+        why = "SAFELOADER=off is set" if is_off() else why_unrecorded(self.num_workers > 0)
+        if why:
+            raise ResumeError(
+                f"the place of this loader is not known, as torch's own iterator serves it: {why}"
+            )
 
     def _count_from(self, epoch: Any) -> None:
         super()._count_from(epoch)

@@ -138,7 +138,6 @@ class Continuity:
             self._begin_stream(pool, saved, epoch)
         else:
             self._begin_draws(loader, pool.sampler, saved, epoch)
-        self._loaded = self._asked_for = None
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
         self._accounts = epoch
@@ -212,7 +211,11 @@ class Continuity:
         return bool(saved.dataset) or _BEFORE_ITER in saved.generators
 
     def built(self) -> None:
-        """Torch's iterator over it was made; with workers, the first draws were made too."""
+        """Torch's iterator over it was made; with workers, the first draws were made too.
+
+        Until then what was loaded is kept: if no worker can be started, the next ``iter()`` tries.
+        """
+        self._loaded = self._asked_for = None
         put_back, self._put_back = self._put_back, {}
         watch, generators = self._watch, self._generators
         if put_back and generators is not None:
@@ -259,7 +262,7 @@ class Continuity:
         draws = DrawsAgain(saved, generators, batched=sampler.batched, before=before)
         try:
             drawn = sampler.draw_again(draws, begin)
-        except Exception:
+        except BaseException:
             generators.put(here)
             raise
         stays = drawn.lazy | drawn.held

@@ -109,13 +109,13 @@ class SafeIterator(Iterator[Any]):
             self._continuity.begin(self, loader, self.pool, epoch)
         try:
             self._stock = self.pool.begin(loader, settings, epoch)
-            if self._continuity is not None:
-                self._continuity.built()
-                self._await_states(self.pool.sampler.requests)
             if new:
                 self._advance = self._looks.while_waiting(self._advance)
         except WorkersDied as sign:
             self._go_on_after(sign)
+        if self._continuity is not None:
+            self._continuity.built()
+            self._await_states(self.pool.sampler.requests)
 
     def restart(
         self,
@@ -373,8 +373,8 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
     held = _torch.kept_iterator(loader)
     pool = ours._pool
     if pool is not None and continuity is not None and continuity.wants_new_workers:
-        pool.end()
-        pool.broken = None
+        if pool.stock is not None:
+            pool.end()
         held = None
     if pool is not None and (held is None or held is not pool.stock or pool.broken is not None):
         pool = None  # let go of by a framework, or its workers died

@@ -33,7 +33,13 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from safeloader import GlobalBatchSampler, ResumeError, SafeStatefulDataLoader, SampleError
+from safeloader import (
+    GlobalBatchSampler,
+    ResumeError,
+    SafeStatefulDataLoader,
+    SampleError,
+    TransportError,
+)
 
 N = 43
 NUMBERS = torch.arange(N)
@@ -588,6 +594,38 @@ def test_copies_and_pickles_are_at_their_beginning() -> None:
     for other in (copy.copy(loader), pickle.loads(pickle.dumps(loader))):
         assert other.state_dict()["epoch"] == 0
         assert len(lists(other)) == 11
+
+
+def test_what_was_loaded_is_kept_where_no_worker_can_start() -> None:
+    class Once(Rows):
+        refuses = True
+
+        def __reduce__(self) -> Any:
+            if self.refuses:
+                raise TypeError("not yet")
+            return Rows, ()
+
+    _, state, rest = cut_short(make("in order", 0), 4)
+    loader = SafeStatefulDataLoader(
+        dataset := Once(), batch_size=4, num_workers=1, multiprocessing_context="spawn"
+    )
+    loader.load_state_dict(state)
+    with pytest.raises(TransportError):
+        iter(loader)
+    assert loader.state_dict() == state
+    dataset.refuses = False
+    assert lists(loader) == rest
+
+
+def test_without_records_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make("in order", 0)
+    state = loader.state_dict()
+    monkeypatch.setenv("SAFELOADER", "off")
+    assert len(lists(loader)) == 11
+    with pytest.raises(ResumeError, match="SAFELOADER=off"):
+        loader.state_dict()
+    with pytest.raises(ResumeError, match="SAFELOADER=off"):
+        loader.load_state_dict(state)
 
 
 class Broken(Rows):
