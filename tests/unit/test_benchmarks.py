@@ -31,6 +31,7 @@ from benchmarks import (
     report,
     run,
     seeding,
+    stateful,
     timing,
 )
 from benchmarks.cases import CASES, Case, Unavailable
@@ -38,7 +39,7 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
 from benchmarks.peers import PEERS, maker
 from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
-from safeloader import beside
+from safeloader import SafeStatefulDataLoader, beside
 from safeloader.introspect import warned
 
 BATCHES = 3
@@ -540,3 +541,32 @@ def test_a_line_of_the_cuda_report() -> None:
     stock = dataclasses.replace(ours, wait_share=0.4, host_cpu_per_batch_us=90)
     made = cuda_pinned.Row(64, "side", "safe", Spread(2, (1, 3), (1.5, 2.5)), [2], ours, stock)
     assert "ratio 2.00 (1.50 to 2.50); wait share 10% (stock 40%)" in cuda_pinned.line(made)
+
+
+# ----------------------------------------------------------------------------------- stateful
+
+
+@pytest.mark.slow
+def test_resuming_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stateful, "SAMPLES", 6 * stateful.BATCH)
+    monkeypatch.setattr(stateful, "CUT", 2)
+    monkeypatch.setattr(stateful, "LONG", 10_000)
+
+    def makers() -> dict[str, Any]:  # without torchdata, which is no dependency of the tests
+        def make(**more: Any) -> Any:
+            return lambda: SafeStatefulDataLoader(
+                stateful.Noisy(),  # type: ignore[arg-type]  # indexable
+                stateful.BATCH,
+                shuffle=True,
+                **more,
+            )
+
+        return {"torchdata": make(), "ours": make(), "ours, seed=": make(seed=1)}
+
+    monkeypatch.setattr(stateful, "makers", makers)
+    assert stateful.main(["--repeats=1", f"--out={tmp_path}"]) == 0
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-stateful.json"))
+    assert [row[-2:] for row in result["rows"]][1:] == [["4 of 4", "0 of 4"], ["4 of 4", "4 of 4"]]
+    assert "10000 shuffled samples" in capsys.readouterr().out
