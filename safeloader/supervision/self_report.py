@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState
-from safeloader.introspect.generator_digests import Standing
+from safeloader.introspect.generator_kinds import Standing
 
 STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker's
 
@@ -21,11 +21,11 @@ STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker
 class FirstDraws(NamedTuple):
     """Where a random generator stood at the first two samples of an epoch.
 
-    ``second`` is where it stood before the second sample; None where there was none, or both were
-    fetched at once.
+    ``before`` is None of a generator that the first sample made. ``second`` is where it stood
+    before the second sample; None where there was none, or both were fetched at once.
     """
 
-    before: Standing
+    before: Standing | None
     after: Standing
     second: Standing | None = None
     after_second: Standing | None = None
@@ -95,6 +95,8 @@ class SelfReport(NamedTuple):
         left_out: how many attributes are in neither copy, as there was no room for them.
         stream_ended: whether there were no more samples of the stream than those.
         unsteady: paths of orders that one sample, not the first, put in another order.
+        seeds: by the name of a generator, the seeds (as of :class:`Standing`) by which it stood
+            as this process reported.
     """
 
     pid: int
@@ -111,3 +113,4 @@ class SelfReport(NamedTuple):
     left_out: int = 0
     stream_ended: bool = False
     unsteady: tuple[str, ...] = ()
+    seeds: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  # never changed
