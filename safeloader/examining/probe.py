@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 from zlib import crc32
 
-import numpy as np
-import torch
 from torch.utils.data import get_worker_info
 
 from safeloader.introspect.copy_state import copy_state
 from safeloader.introspect.fingerprint import fingerprint
+from safeloader.introspect.generator_kinds import process_generators, standing
 from safeloader.introspect.generators import generators_of
 from safeloader.introspect.seeds import EpochSeed, sample_is
 
@@ -68,45 +66,12 @@ def print_of(sample: Any) -> int | None:
 
 def states_of(dataset: Any) -> dict[str, int]:
     """Prints of where the generators stand: the three global ones and those that it holds."""
-    held = {path: state_of(each) for path, each in generators_of(dataset).items()}
-    own = {
-        "random": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-    }
-    return {path: _hash(state) for path, state in (own | held).items() if state is not None}
-
-
-def state_of(generator: Any) -> Any:
-    """The state of a generator; None where it cannot be had."""
-    try:
-        if isinstance(generator, torch.Generator):
-            return generator.get_state()
-        if isinstance(generator, random.Random):
-            return generator.getstate()
-        if isinstance(generator, np.random.RandomState):
-            return generator.get_state(legacy=False)
-        return getattr(generator, "bit_generator", generator).state
-    except Exception:
-        return None
-
-
-def set_state(generator: Any, state: Any) -> None:
-    """Put a generator back."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
-    else:
-        getattr(generator, "bit_generator", generator).state = state
-
-
-def _hash(state: Any) -> int:
-    if isinstance(state, torch.Tensor):
-        return crc32(state.numpy().tobytes())
-    return crc32(pickle.dumps(state))
+    own = {name.partition(".")[0]: each for name, each in process_generators().items()}
+    found: dict[str, int] = {}
+    for path, each in (own | generators_of(dataset)).items():
+        with suppress(Exception):  # on a device that this process cannot use
+            found[path] = standing(each).at
+    return found
 
 
 def scalars_of(dataset: Any) -> dict[str, Any]:

@@ -14,13 +14,14 @@ import torch
 
 from safeloader.checks.leaves import leaves_of
 from safeloader.checks.schema import structure_of
-from safeloader.examining.probe import print_of, set_state, state_of, states_of
+from safeloader.examining.probe import print_of, states_of
 from safeloader.examining.stored import changes, stored
 from safeloader.examining.subject import Subject
 from safeloader.examining.talk import Talk
 from safeloader.introspect.byte_code import overwrites
 from safeloader.introspect.fingerprint import difference, fingerprint
 from safeloader.introspect.frames import frames_of, user_frames
+from safeloader.introspect.generator_kinds import put_back, state_of
 from safeloader.introspect.generators import generators_of
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import array_facts, cut, exception_text, own_length, type_name
@@ -52,8 +53,7 @@ class Numbers:
         np.random.seed(number)
         torch.manual_seed(number)
         for generator, state in self._held:
-            if state is not None:
-                set_state(generator, state)
+            put_back(generator, state)
 
 
 def look(subject: Subject, talk: Talk) -> None:
@@ -174,13 +174,16 @@ class _Fetches:
 def _look_at_seeding(subject: Subject, talk: Talk, fetches: _Fetches, good: list[Any]) -> None:
     """Whether fetching puts a global generator to a fixed place: the same draws for each index."""
     after: list[dict[str, int]] = []
-    for seed, index in ((11, good[0]), (12, good[-1])):
+    if good[0] is good[-1]:
+        return
+    # One seed for a group of indices (the frames of a clip) is no fixed number.
+    among = [good[0], *good[1 : -1 : max(1, len(good) // 6)], good[-1]]
+    for seed, index in enumerate(among, 11):
         if fetches.one(index, seed=seed) is _FAILED:
             return
         after.append(states_of(subject.dataset))
-    if good[0] is good[-1]:
-        return
-    fixed = [name for name in ("random", "numpy", "torch") if after[0][name] == after[1][name]]
+    names = ("random", "numpy", "torch")
+    fixed = [name for name in names if len({each[name] for each in after}) == 1]
     if fixed:
         talk.tell("seeds", generators=fixed, indices=[index_text(good[0]), index_text(good[-1])])
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import pathlib
-import random
 import re
 import socket
 import threading
@@ -42,6 +41,7 @@ from safeloader.introspect.advice import (
 from safeloader.introspect.byte_code import ENTRIES, LEFT_ALONE, codes
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
+from safeloader.introspect.generator_kinds import how_to_seed, process_generators
 from safeloader.introspect.parts import all_held_by, named_fields
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
@@ -167,6 +167,12 @@ def was_told(dataset: object, path: str) -> bool:
     return (type_name(type(dataset)), path) in _said
 
 
+def cure_of(dataset: object, path: str) -> str:
+    """What a warning says, or would say, to do about the generators at a path; "" if nothing."""
+    found = survey(dataset, "dataset", start_method="spawn", num_workers=2)
+    return next((each.advice for each in found if each.path == path and not each.by_fork), "")
+
+
 # ---- what is known
 
 
@@ -275,8 +281,7 @@ class _Walk:
         self._generators: dict[_Owner, list[str]] = {}
         self._users: dict[int, bool] = {}  # by id: a metaclass may define ``__hash__``
         # The process-wide generators, which torch seeds in each worker, are no finding.
-        own = (getattr(draw, "__self__", None) for draw in (random.random, np.random.rand))
-        self._seen = {id(each) for each in (torch.default_generator, *own)}
+        self._seen = {id(each) for each in process_generators().values()}
 
     def add(self, item: _Item) -> None:
         if id(type(item.value)) not in _PLAIN_IDS and id(item.value) not in self._seen:
@@ -316,7 +321,7 @@ class _Walk:
         if hazard is GENERATOR:
             if item.private:
                 return  # the library's business: what it draws, it draws as it means to
-            hazard = _for_generator(path, kind, self._workers)
+            hazard = _for_generator(path, whole.cls, self._workers)
             if item.library is not None:
                 self._generators.setdefault(item.library, []).append(path)
         shared = self._workers > 1 and is_read_from(type(item.value))
@@ -378,7 +383,7 @@ def _kind(cls: type) -> str:
     return cut(_PUBLIC.get(name) or re.sub(r"^_(?!_)|\._[^.]*(?=\.)", "", name))
 
 
-def _for_generator(path: str, kind: str, workers: int) -> Hazard:
+def _for_generator(path: str, cls: Any, workers: int) -> Hazard:
     why = f"the worker starts each epoch from {GENERATOR.why}: unless something seeds it there, "
     why += "the same numbers again"
     if workers > 1:
@@ -387,10 +392,12 @@ def _for_generator(path: str, kind: str, workers: int) -> Hazard:
     seed = "get_worker_info().seed"
     if not path.startswith("dataset.") or "__" in path or "{" in path:
         return Hazard(why, f"make it in the worker from {seed}")
-    again = f".{'manual_seed' if kind == 'torch.Generator' else 'seed'}({seed} % 2**32)"
-    if kind.startswith("numpy.random.") and not kind.endswith("RandomState"):
-        again = f" = np.random.default_rng({seed})"
-    return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, get_worker_info().{path}{again}")
+    again = how_to_seed(cls, f"get_worker_info().{path}", seed) or f"seed {path} by {seed}"
+    return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")
+
+
+# How an object of a library seeds all generators in it: one of albumentations, one of MONAI.
+_SEEDING = {"set_random_seed": "", "set_random_state": "seed="}
 
 
 def _for_owner(owner: _Owner, workers: int) -> Hazard:
@@ -399,7 +406,8 @@ def _for_owner(owner: _Owner, workers: int) -> Hazard:
     why = f"of the random generators in it, {each} {GENERATOR.why}: unless something seeds them "
     why += "there, " + ("all draw the same numbers" if workers > 1 else "each epoch is the same")
     seed, here = "get_worker_info().seed", owner.path.startswith("dataset.")
-    if here and "__" not in owner.path and definitions(owner.cls, "set_random_seed"):
-        again = f"get_worker_info().{owner.path}.set_random_seed({seed} % 2**32)"
+    seeds = [each for each in _SEEDING if definitions(owner.cls, each)]
+    if here and "__" not in owner.path and seeds:
+        again = f"get_worker_info().{owner.path}.{seeds[0]}({_SEEDING[seeds[0]]}{seed} % 2**32)"
         return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")
     return Hazard(why, f"make it in the worker, or seed it there from {seed}")

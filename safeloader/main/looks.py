@@ -22,7 +22,7 @@ from typing import Any
 
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.copy_state import CopyState, copy_state
-from safeloader.introspect.fork_hazards import was_told
+from safeloader.introspect.fork_hazards import cure_of, was_told
 from safeloader.introspect.generators import generators_of
 from safeloader.introspect.seeds import EpochSeed, SeedPer
 from safeloader.introspect.signals import raised_by_signal
@@ -78,6 +78,8 @@ class Looks:
         self._own: deque[SelfReport] = deque(maxlen=1)  # of main, without workers
         self._log: LoaderLog | None = None
         self._noticed: list[str] = []
+        self._noted: set[tuple[str, ...]] = set()  # in this epoch
+        self._cures: dict[str, str] = {}
         self._unchecked: list[str] = []
 
     def over_dataset(self, dataset: Any) -> bool:
@@ -112,6 +114,7 @@ class Looks:
         could not be looked at into ``unchecked``."""
         self._log = log
         self._noticed, self._unchecked = noticed, unchecked
+        self._noted = set()
         self._stream = stream
         self._seeds_per = None if seed is None else seed.per
         if seed is not None:
@@ -192,7 +195,8 @@ class Looks:
         """The epoch is at its end."""
         with self._guarded():
             if self._has_time():
-                self._remember(self._look(asking=self._workers is not None and self._workers.stay))
+                stay = self._workers is not None and self._workers.stay
+                self._remember(self._look(asking=stay, ended=True))
 
     def before_failure(self) -> list[str]:
         """What is known that may be the cause of a failure, in sentences; told with it."""
@@ -221,13 +225,13 @@ class Looks:
 
     # looking ────────────────────────────────────────────────────────────────────────────────────
 
-    def _look(self, *, asking: bool) -> Mapping[int, SelfReport]:
+    def _look(self, *, asking: bool, ended: bool = False) -> Mapping[int, SelfReport]:
         """Tell what is new; the reports by which it is known."""
         began = perf_counter()
         reports = self._reports(asking=asking)
         if left_out := max((each.left_out for each in reports.values()), default=0):
             self._unchecked[:] = [NO_ROOM.format(left_out)]
-        for finding in chain(self._of_data(reports), self._of_memory(reports)):
+        for finding in chain(self._of_data(reports, ended), self._of_memory(reports)):
             self._note(finding)
             if self._is_new(finding) and self._log is not None and not self._was_told(finding):
                 self._log.warning("%s", finding.text)
@@ -235,8 +239,9 @@ class Looks:
         return reports
 
     def _note(self, finding: Finding) -> None:
-        said, _, _ = finding.text.partition(". ")  # what is so; what to do stands in the log
-        if finding.about[0] in OF_DATA and said not in self._noticed:
+        said = finding.short or finding.text.partition(". ")[0]  # what to do stands in the log
+        if finding.about[0] in OF_DATA and finding.about not in self._noted:
+            self._noted.add(finding.about)
             self._noticed.append(said)
 
     def _was_told(self, finding: Finding) -> bool:
@@ -259,7 +264,7 @@ class Looks:
             self._workers.ask()
         return self._workers.reports()
 
-    def _of_data(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
+    def _of_data(self, reports: Mapping[int, SelfReport], ended: bool = False) -> Iterator[Finding]:
         """What is wrong with the data; any of it may be the cause of a failure."""
         workers, dataset = self._workers, self._dataset()
         stay = workers is not None and workers.stay
@@ -275,10 +280,18 @@ class Looks:
             drawn=(*self._drawn_before, self._as_drawn),
             their_epoch=self._epochs - workers.since if workers else 0,
             seeds_per=self._seeds_per,
+            ended=ended,
+            cure=self._cure,
         )
         for finding in findings(seen, self._earlier):
             if matters(finding, dataset):
                 yield finding
+
+    def _cure(self, path: str) -> str:
+        """What the warning at the start says, or would say, of generators at a path."""
+        if path not in self._cures:
+            self._cures[path] = cure_of(self._dataset(), path)
+        return self._cures[path]
 
     def _of_memory(self, reports: Mapping[int, SelfReport]) -> Iterator[Finding]:
         """What the memory and the start of the workers say, and the batches that are kept."""

@@ -33,7 +33,7 @@ from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
 from safeloader.introspect.byte_code import codes
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
-from safeloader.introspect.generator_digests import own_generators
+from safeloader.introspect.generators import own_generators
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage

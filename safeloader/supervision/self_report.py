@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from safeloader.introspect.copy_state import CopyState
-from safeloader.introspect.generator_digests import Standing
+from safeloader.introspect.generator_kinds import Standing
 
 STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker's
 
@@ -21,11 +21,11 @@ STREAM_SAMPLES = 8  # of a worker's stream that are compared with another worker
 class FirstDraws(NamedTuple):
     """Where a random generator stood at the first two samples of an epoch.
 
-    ``second`` is where it stood before the second sample; None where there was none, or both were
-    fetched at once.
+    ``before`` is None of a generator that the first sample made. ``second`` is where it stood
+    before the second sample; None where there was none, or both were fetched at once.
     """
 
-    before: Standing
+    before: Standing | None
     after: Standing
     second: Standing | None = None
     after_second: Standing | None = None
@@ -97,6 +97,8 @@ class SelfReport(NamedTuple):
         unsteady: paths of orders that one sample, not the first, put in another order.
         set_up_lengths: what ``worker_init_fn`` made longer, shorter or anew, and how long.
         set_up_orders: paths of orders that it changed or made.
+        seeds: by the name of a generator, the seeds (as of :class:`Standing`) by which it stood
+            as this process reported.
     """
 
     pid: int
@@ -115,6 +117,7 @@ class SelfReport(NamedTuple):
     unsteady: tuple[str, ...] = ()
     set_up_lengths: dict[str, int] = {}  # noqa: RUF012  # never written to
     set_up_orders: tuple[str, ...] = ()
+    seeds: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  # never changed
 
     @property
     def lengths_at_work(self) -> dict[str, int]:

@@ -8,13 +8,14 @@ so, then by what that is known, then what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import combinations
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, combinations, takewhile
 from typing import NamedTuple
 
 from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.copy_state import CopyState, Order
-from safeloader.introspect.generator_digests import Standing
+from safeloader.introspect.generator_kinds import Standing
 from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
@@ -32,10 +33,17 @@ STREAM_MIN = 4  # different samples among those of a stream that are equal in tw
 
 
 class Finding(NamedTuple):
-    """Something that is so: ``about`` names it, so that it is told once."""
+    """Something that is so.
+
+    Attributes:
+        about: names it, so that it is told once.
+        text: what is so, by what it is known, what to do.
+        short: what is so, where the first sentence of the text says more.
+    """
 
     about: tuple[str, ...]
     text: str
+    short: str = ""
 
 
 class Seen(NamedTuple):
@@ -55,6 +63,9 @@ class Seen(NamedTuple):
             workers, as the first batches were drawn.
         their_epoch: which of their epochs the workers are in, from 1.
         seeds_per: what ``seed=`` seeds the process's own generators for; None without.
+        ended: whether the newest of them is at its end.
+        cure: gives what to do about generators of the dataset's, by their path, as it is said at
+            the start; "" where that is not known.
     """
 
     reports: Mapping[int, SelfReport]
@@ -68,6 +79,8 @@ class Seen(NamedTuple):
     drawn: tuple[CopyState, ...] = ()
     their_epoch: int = 0
     seeds_per: SeedPer | None = None
+    ended: bool = True
+    cure: Callable[[str], str] = lambda _: ""
 
 
 def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = None) -> list[Finding]:
@@ -77,18 +90,21 @@ def findings(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]] | None = Non
         seen: the state of the loader.
         earlier: by worker, the openings of earlier epochs by workers that are gone.
     """
+
+    def numbers(seen: Seen) -> Iterator[Finding]:
+        return _random_numbers(seen, earlier or {})
+
     rules = (
         _diverged,
         _same_stream,
         _shared_files,
         _stale,
         _set_anew,
-        _same_numbers,
+        numbers,
         _in_place,
         _lost,
     )
-    found = [each for rule in rules for each in rule(seen)]
-    return found + list(_repeated_numbers(seen, earlier or {}))
+    return [each for rule in rules for each in rule(seen)]
 
 
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────
@@ -358,35 +374,97 @@ def _same_stream(seen: Seen) -> Iterator[Finding]:
 # ── random numbers ──────────────────────────────────────────────────────────────────────────────
 
 
-def _cure(name: str) -> str:
-    if not name.startswith("dataset"):
+class _Repeat(NamedTuple):
+    """A generator that repeats: who draws what again, by what that is known, and what to do."""
+
+    name: str
+    who: str
+    how_often: str
+    known_by: str
+    cure: str = ""
+
+
+_LEAVE_OUT = "It is seeded by a fixed number where samples are made. Leave that out"
+
+
+def _random_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) -> Iterator[Finding]:
+    """Random numbers that come again, once for each generator, and for each object with several."""
+    first: dict[str, _Repeat] = {}
+    for each in chain(_same_numbers(seen), _repeated_numbers(seen, earlier)):
+        first.setdefault(each.name, each)
+    together: dict[str, list[_Repeat]] = {}
+    for each in first.values():
+        top = ".".join(each.name.split(".")[:2])
+        together.setdefault(top if each.name.startswith("dataset.") else each.name, []).append(each)
+    for several in together.values():
+        name, who, how_often, known_by, cure = several[0]
+        number = ""
+        if len(several) > 1:
+            name = _common_path([each.name for each in several])
+            number = f" ({len(several)} generators)"
+        so = f"{who} the same random numbers from {name}{number}{how_often}"
+        text = f"{so}: {known_by}. {cure or _cure(seen, name)}"
+        yield Finding(("same numbers", name), text, so)
+
+
+def _common_path(paths: list[str]) -> str:
+    """What holds all of them: ``dataset.t`` of ``dataset.t[0].rng`` and ``dataset.t[1].rng``."""
+    steps = [re.findall(r"^\w+|\.\w+|\[[^]]*\]", path) for path in paths]
+    same = takewhile(lambda step: len(set(step)) == 1, zip(*steps, strict=False))
+    return "".join(step[0] for step in same)
+
+
+def _cure(seen: Seen, name: str) -> str:
+    if name in ("random", "numpy.random", "torch"):
         return (
             "Do not seed it by a fixed number, in worker_init_fn or in the dataset: torch gives "
             "each worker and each epoch a seed of its own (torch.initial_seed())"
         )
-    return f"Make it in the worker, from torch.initial_seed(): {name} is a copy of main's"
+    advice = seen.cure(name) if seen.workers else ""
+    return advice[:1].upper() + advice[1:] or "Where it is made, seed it by torch.initial_seed()"
 
 
 def _openings(seen: Seen) -> Iterator[tuple[tuple[int, Opening], tuple[int, Opening]]]:
-    """Pairs of openings of one epoch in two workers."""
+    """Pairs of openings of one epoch, the newest that both have begun, in two workers."""
     for (u, one), (v, other) in combinations(seen.reports.items(), 2):
         by_epoch = {each.epoch: each for each in other.openings}
-        for mine in one.openings:
-            if mine.epoch in by_epoch:
-                yield (u, mine), (v, by_epoch[mine.epoch])
+        both = [each for each in one.openings if each.epoch in by_epoch]
+        for mine in both[-1:]:
+            yield (u, mine), (v, by_epoch[mine.epoch])
 
 
 def _alike(mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws) -> str:
     """Whether two first samples drew the same numbers, which both have to have drawn.
 
     ``"from"``: the generator stood at the same place before them. ``"to"``: it came from different
-    places to the same one, for samples of different indices: it was seeded meanwhile.
+    places to the same one, for samples of different indices: it was seeded meanwhile. ``"made"``:
+    there was none before them.
     """
+    if a.before is None or b.before is None:
+        return "made" if a.before is b.before and _made_alike(mine, a, theirs, b) else ""
     if a.before == a.after or b.before == b.after:
         return ""
     if a.before == b.before:
-        return "from" if _drew_on(a.after, b.after) else ""
+        if not _drew_on(a.after, b.after):
+            return ""
+        if a.before.seed == a.after.seed:
+            return "from"
+        if a.after_second is b.after_second is None:
+            return "from"
+        # Seeded by what these samples share, or much was drawn: that tells as a worker begins.
+        if not _each_time(a) and not _each_time(b):
+            on = a.after_second and b.after_second and _drew_on(a.after_second, b.after_second)
+            return "from" if on and mine.epoch == theirs.epoch == 0 else ""
     return "to" if a.after == b.after and mine.indices[:1] != theirs.indices[:1] else ""
+
+
+def _made_alike(mine: Opening, a: FirstDraws, theirs: Opening, b: FirstDraws) -> bool:
+    """Whether first samples made a generator from one seed, and second samples drew from it."""
+    moved = a.second != a.after_second is not None and b.second != b.after_second is not None
+    others = mine.indices[:1] != theirs.indices[:1]
+    if not (moved and others and a.after_second and b.after_second):
+        return False
+    return _drew_on(a.after, b.after) and _drew_on(a.after_second, b.after_second)
 
 
 def _alike_second(a: FirstDraws, b: FirstDraws) -> str:
@@ -406,11 +484,13 @@ def _drew_on(after: Standing, other: Standing) -> bool:
     return after.seed == other.seed
 
 
-def _same_numbers(seen: Seen) -> Iterator[Finding]:
+def _same_numbers(seen: Seen) -> Iterator[_Repeat]:
     """Two workers that draw the same numbers."""
     for (u, mine), (v, theirs) in _openings(seen):
-        for name in mine.draws.keys() & theirs.draws.keys():
-            a, b = mine.draws[name], theirs.draws[name]
+        for name, a in mine.draws.items():
+            b = theirs.draws.get(name)
+            if b is None:
+                continue
             # The first sample of a stream is where it is set up: a shuffle by a seed that all
             # workers share is as it should be.
             alike = (
@@ -418,22 +498,51 @@ def _same_numbers(seen: Seen) -> Iterator[Finding]:
                 if seen.stream
                 else _but_for_seed(seen, name, mine, a, theirs, b)
             )
+            who = f"workers {u} and {v} draw"
             if alike == "from":
-                yield Finding(
-                    ("same numbers", name),
-                    f"workers {u} and {v} draw the same random numbers from {name}: it stood at "
-                    f"the same place in both before {_first(seen)}. What one worker's samples get "
-                    f"at random, the other's get too. {_cure(name)}",
+                yield _Repeat(
+                    name,
+                    who,
+                    "",
+                    f"it stood at the same place in both before {_first(seen)}. What one worker's "
+                    "samples get at random, the other's get too",
                 )
-            elif alike == "to":
-                who = "each sample draws" if _each_time(a) else f"workers {u} and {v} draw"
-                yield Finding(
-                    ("same numbers", name),
-                    f"{who} the same random numbers from {name}: after {_sample(mine)} in worker "
-                    f"{u} and {_sample(theirs)} in worker {v} it stood at the same place, though "
-                    "it came from different ones. It is seeded by a fixed number where samples "
-                    "are made. Leave that out: torch seeds each worker",
+            elif alike == "made":
+                yield _Repeat(
+                    name,
+                    who,
+                    "",
+                    f"it was made there, for {_sample(mine)} in worker {u} and {_sample(theirs)} "
+                    f"in worker {v}, and began by the same seed. What one worker's samples get at "
+                    "random, the other's get too",
                 )
+            elif alike == "to" and _is_fixed(seen, name, a, b, (u, v)):
+                yield _Repeat(
+                    name,
+                    "each sample draws" if _each_time(a) else who,
+                    "",
+                    f"after {_sample(mine)} in worker {u} and {_sample(theirs)} in worker {v} it "
+                    f"stood at the same place, {_came_from(a, b)}",
+                    f"{_LEAVE_OUT}: torch seeds each worker",
+                )
+
+
+def _is_fixed(
+    seen: Seen, name: str, a: FirstDraws, b: FirstDraws, workers: tuple[int, int]
+) -> bool:
+    """Whether what seeds a generator for samples is one number, as far as can be seen.
+
+    A number for each group of indices (the frames of a clip) is sound: then other samples leave it
+    at other places, of which an epoch's end shows more than its beginning.
+    """
+    if not all(
+        each is None or _drew_on(a.after, each) for each in (a.after_second, b.after_second)
+    ):
+        return False
+    if not _each_time(a) or not _each_time(b):
+        return True  # seeded once
+    later = {seed for each in workers for seed in seen.reports[each].seeds.get(name, ())}
+    return seen.ended and later <= {a.after.seed}
 
 
 def _but_for_seed(
@@ -456,6 +565,12 @@ def _each_time(draws: FirstDraws) -> bool:
     return draws.after_second in (None, draws.after)
 
 
+def _came_from(a: FirstDraws, b: FirstDraws) -> str:
+    if a.before == b.before:
+        return "as after all others that were looked at"
+    return "though it came from different ones"
+
+
 def _first(seen: Seen) -> str:
     return "their second samples" if seen.stream else "their first samples"
 
@@ -464,36 +579,45 @@ def _sample(opening: Opening) -> str:
     return f"index {opening.indices[0]}" if opening.indices else "the first sample"
 
 
-def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) -> Iterator[Finding]:
+def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) -> Iterator[_Repeat]:
     """A worker that draws in one epoch what it drew in another."""
     if seen.stream:
         return
     for worker, report in seen.reports.items():
-        gone = earlier.get(worker, ())
-        epochs = [*gone, *report.openings] if not seen.persistent else list(report.openings)
-        for one, other in combinations(epochs, 2):
-            for name in one.draws.keys() & other.draws.keys():
-                a, b = one.draws[name], other.draws[name]
-                # A validation that is the same each time may be meant so: it begins with one index.
-                if one.indices[:1] == other.indices[:1]:
-                    continue
-                alike = _but_for_seed(seen, name, one, a, other, b)
+        gone = earlier.get(worker, ()) if not seen.persistent else ()
+        epochs = [*gone, *report.openings]
+        for one, other in ((each, epochs[-1]) for each in epochs[:-1]):
+            if one.indices[:1] == other.indices[:1]:
+                continue  # a validation that is the same each time may be meant so
+            for name, a in one.draws.items():
+                b = other.draws.get(name)
+                alike = b and _but_for_seed(seen, name, one, a, other, b)
                 who = f"worker {worker}" if seen.workers else "the dataset"
                 if alike == "from":
-                    yield Finding(
-                        ("same numbers", name),
-                        f"{who} draws the same random numbers from {name} in each epoch: it stood "
-                        f"at the same place before {_sample(one)} and, in a later epoch, before "
-                        f"{_sample(other)}. {_cure(name)}",
+                    yield _Repeat(
+                        name,
+                        f"{who} draws",
+                        " in each epoch",
+                        f"it stood at the same place before {_sample(one)} and, in a later epoch, "
+                        f"before {_sample(other)}",
                     )
-                elif alike == "to":
-                    who = "each sample draws" if _each_time(a) else f"{who} draws in each epoch"
-                    yield Finding(
-                        ("same numbers", name),
-                        f"{who} the same random numbers from {name}: after "
-                        f"{_sample(one)} and, in a later epoch, after {_sample(other)} it stood at "
-                        "the same place, though it came from different ones. It is seeded by a "
-                        "fixed number where samples are made. Leave that out",
+                elif alike == "made":
+                    yield _Repeat(
+                        name,
+                        f"{who} draws",
+                        " in each epoch",
+                        f"it was made there, for {_sample(one)} and, in a later epoch, for "
+                        f"{_sample(other)}, and began by the same seed",
+                    )
+                elif alike == "to" and b and _is_fixed(seen, name, a, b, (worker, worker)):
+                    each_time = _each_time(a)
+                    yield _Repeat(
+                        name,
+                        "each sample draws" if each_time else f"{who} draws",
+                        "" if each_time else " in each epoch",
+                        f"after {_sample(one)} and, in a later epoch, after {_sample(other)} it "
+                        f"stood at the same place, {_came_from(a, b)}",
+                        _LEAVE_OUT,
                     )
 
 

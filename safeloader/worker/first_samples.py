@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safeloader.introspect.digests import digest
+from safeloader.introspect.generator_kinds import standing
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
 from safeloader.supervision.self_report import STREAM_SAMPLES, FirstDraws
 
 if TYPE_CHECKING:
     from safeloader.introspect.copy_state import Order
-    from safeloader.introspect.generator_digests import Standing
+    from safeloader.introspect.generator_kinds import Standing
     from safeloader.introspect.stored_elements import Store
 
 WATCHED_MAX = 64  # samples of an epoch
@@ -29,8 +30,8 @@ class Notes(Protocol):
     def stores(self) -> list[Store]:
         """Lists and arrays of the dataset that have an element for each sample."""
 
-    def generators(self) -> dict[str, Callable[[], Standing]]:
-        """By name, what gives the digest of each generator's state."""
+    def generators(self, anew: bool = False) -> dict[str, Any]:
+        """The generators by name; ``anew``: the dataset's own are looked for again."""
 
     def note_element(self, store: Store, index: Any, at: int) -> bool:
         """Note an element before it is fetched for the first time; False once there are enough."""
@@ -60,6 +61,7 @@ class FirstSamples:
         self._inner: Any = None
         self._indices: list[str] = []
         self._states: list[tuple[dict[str, Standing], dict[str, Standing]]] = []
+        self._generators: dict[str, Any] = {}
         self._digests: list[int | None] = []
         self._orders: dict[str, Order] = {}
         self._made = 0
@@ -117,7 +119,9 @@ class FirstSamples:
             if len(self._states) == 1:
                 self._orders = self._observer.orders()
             if len(self._states) < 2:
-                return {name: read() for name, read in self._observer.generators().items()}
+                if not self._states:
+                    self._generators = self._observer.generators()
+                return _standings(self._generators)
         except Exception as exc:
             self._fails(exc)
         return None
@@ -135,8 +139,9 @@ class FirstSamples:
         try:
             self._observer.fetched()
             if before is not None:
-                reads = self._observer.generators()
-                self._states.append((before, {name: reads[name]() for name in before}))
+                if not self._states:
+                    before = self._with_those_made(before)
+                self._states.append((before, _standings(self._generators)))
                 self._indices += map(index_text, list(indices)[:2])
                 if len(self._states) <= 2:
                     self._observer.opened(self._indices[:2], self._draws())
@@ -157,14 +162,18 @@ class FirstSamples:
             raise exc
         self._end()
 
+    def _with_those_made(self, before: dict[str, Standing]) -> dict[str, Standing]:
+        """Look for generators that the first sample made; they stood nowhere ``before`` it."""
+        were, self._generators = self._generators, self._observer.generators(anew=True)
+        same = {name for name, each in self._generators.items() if were.get(name) is each}
+        return {name: each for name, each in before.items() if name in same}
+
     def _draws(self) -> dict[str, FirstDraws]:
         before, after = self._states[0]
-        if len(self._states) < 2:
-            return {name: FirstDraws(before[name], after[name]) for name in before}
-        second, after_second = self._states[1]
+        second, after_second = self._states[1] if len(self._states) > 1 else ({}, {})
         return {
-            name: FirstDraws(before[name], after[name], second.get(name), after_second.get(name))
-            for name in before
+            name: FirstDraws(before.get(name), each, second.get(name), after_second.get(name))
+            for name, each in after.items()
         }
 
     def _end(self) -> None:
@@ -173,3 +182,7 @@ class FirstSamples:
         fetcher = self._fetcher()
         if fetcher is not None:
             fetcher.by_way_of(None)
+
+
+def _standings(generators: dict[str, Any]) -> dict[str, Standing]:
+    return {name: standing(each) for name, each in generators.items()}

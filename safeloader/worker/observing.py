@@ -23,7 +23,8 @@ from time import perf_counter
 from typing import Any
 
 from safeloader.introspect.copy_state import CopyState, Order, copy_state
-from safeloader.introspect.generator_digests import Standing, global_generators, own_generators
+from safeloader.introspect.generator_kinds import process_generators, standing
+from safeloader.introspect.generators import own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of, whole_number
@@ -37,6 +38,7 @@ from safeloader.worker.shared_files import InheritedFiles
 ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fetched
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
+SEEDS_MAX = 2  # that a generator was met with: more than one is all that counts
 ALWAYS = 16  # epochs, at the ends of which it reports, and main looks
 SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
 
@@ -85,7 +87,8 @@ class Observer:
         self._leaves = 0  # of all of them
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
-        self._generators: dict[str, Callable[[], Standing]] | None = None
+        self._generators: dict[str, Any] | None = None
+        self._seeds: dict[str, tuple[int, ...]] = {}
         self._files = files
         self._memory: list[tuple[int, int, int | None]] = []
         self._unsteady: tuple[str, ...] = ()
@@ -129,10 +132,10 @@ class Observer:
             raise exc
         self._on = False
 
-    def generators(self) -> dict[str, Callable[[], Standing]]:
-        """By name, what gives the digest of each generator's state."""
-        if self._generators is None:
-            self._generators = global_generators()
+    def generators(self, anew: bool = False) -> dict[str, Any]:
+        """The generators by name; ``anew``: the dataset's own are looked for again."""
+        if self._generators is None or anew:
+            self._generators = process_generators()
             if not self._stream:
                 self._generators |= own_generators(self._dataset())
         return self._generators
@@ -265,7 +268,16 @@ class Observer:
             unsteady=self._unsteady,
             set_up_lengths=self._set_up_lengths,
             set_up_orders=self._set_up_orders,
+            seeds=self._seeds_met(),
         )
+
+    def _seeds_met(self) -> dict[str, tuple[int, ...]]:
+        """By generator, a few seeds by which it stood as this reported."""
+        for name, each in (self._generators or {}).items() if self._batches else ():
+            met, now = self._seeds.get(name, ()), standing(each).seed
+            if now not in met and len(met) < SEEDS_MAX:
+                self._seeds[name] = (*met, now)
+        return dict(self._seeds)
 
     def _remember_memory(self) -> None:
         own = anonymous_bytes()

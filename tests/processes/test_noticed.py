@@ -893,6 +893,73 @@ def test_a_generator_that_is_seeded_by_the_index_is_not_told(
     assert said(caplog, loader) == []
 
 
+class MakesItsGenerator(Indexed):
+    """Has a generator of its own from its first sample on."""
+
+    def __init__(self, seed: Any, kind: str = "numpy") -> None:
+        self.seed, self.kind, self.rng = seed, kind, None
+
+    def __getitem__(self, index: int) -> float:
+        if self.rng is None:
+            seed = torch.initial_seed() if self.seed == "worker" else self.seed
+            made: Any = {"python": random.Random, "numpy": np.random.default_rng}
+            self.rng = made[self.kind](seed)
+        return float(self.rng.random())
+
+
+@ways(FRESH | LASTING)
+@pytest.mark.parametrize("kind", ["python", "numpy"])
+def test_a_generator_that_each_worker_makes_from_one_seed(kind: str, way: str, caplog: Any) -> None:
+    [told] = said(caplog, loader_of(MakesItsGenerator(0, kind), way, shuffle=True))
+    assert told.startswith("workers 0 and 1 draw the same random numbers from dataset.rng: it was")
+    assert said(caplog, loader_of(MakesItsGenerator("worker", kind), way, shuffle=True)) == []
+
+
+class SeededByGroup(Indexed):
+    """Eight samples in a row, the frames of a clip, are cropped alike."""
+
+    def __getitem__(self, index: int) -> float:
+        random.seed(index // 8)
+        return random.random()
+
+
+@ways(ALL)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_one_seed_for_each_group_of_indices_is_not_told(
+    shuffle: bool, way: str, caplog: Any
+) -> None:
+    torch.manual_seed(0)
+    assert said(caplog, loader_of(SeededByGroup(), way, shuffle=shuffle)) == []
+
+
+class Pipeline:
+    """As a library has it: each of its steps draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.steps = [OwnGenerator() for _ in range(3)]
+
+
+class ByPipeline(Indexed):
+    def __init__(self) -> None:
+        self.pipeline = Pipeline()
+
+    def __getitem__(self, index: int) -> float:
+        return sum(each[index] for each in self.pipeline.steps)
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_what_repeats_is_told_once_and_shortly_in_each_audit(way: str, caplog: Any) -> None:
+    loader = loader_of(ByPipeline(), way, shuffle=True, worker_init_fn=seeds_nothing)
+    with caplog.at_level(logging.WARNING, "safeloader"):
+        for _ in range(3):
+            list(loader)
+            assert loader.audit.noticed == (
+                "workers 0 and 1 draw the same random numbers from dataset.pipeline.steps "
+                "(3 generators)",
+            )
+    assert sum("draw" in record.getMessage() for record in caplog.records) == 1
+
+
 class DrawsUnlike(OwnGenerator):
     """Draws more for one sample than for another."""
 

@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ from safeloader.introspect.copy_state import (
     copy_state,
 )
 from safeloader.introspect.digests import by_leaf, digest, known_leaves
-from safeloader.introspect.generator_digests import Standing, own_generators
+from safeloader.introspect.generator_kinds import (
+    Standing,
+    kind_of,
+    put_back,
+    standing,
+    state_of,
+)
+from safeloader.introspect.generators import own_generators
 from safeloader.introspect.stored_elements import Element, looked_at, stores_of
 from safeloader.introspect.two_ways import passed_by
 from safeloader.supervision.flight_recorder import REPORT_BYTES, FlightRecorder
@@ -193,11 +201,62 @@ def test_numbers_that_two_workers_share(one: Any, other: Any, repeats: bool) -> 
     assert len(told(report(openings=one), report(openings=other))) == repeats
 
 
-@pytest.mark.parametrize(("second", "who"), [(2, "each sample draws"), (5, "workers 0 and 1 draw")])
+@pytest.mark.parametrize(
+    ("second", "who"), [(2, "each sample draws"), (2.2, "workers 0 and 1 draw")]
+)
 def test_who_draws_the_same_after_a_fixed_seed(second: int, who: str) -> None:
     one, other = opening(1, 2, 2, second), opening(3, 2, 2, second, index="9")
     [said] = told(report(openings=one), report(openings=other))
     assert said.startswith(f"{who} the same random numbers from random")
+
+
+def test_a_seed_for_each_group_of_indices_is_no_fixed_one() -> None:
+    one, other = opening(1, 2, 2, 2), opening(3, 2, 2, 2, index="9")
+    later = {"random": (2, 8)}  # another group left it there
+    assert told(report(openings=one, seeds=later), report(openings=other)) == []
+    assert told(report(openings=one), report(openings=other), ended=False) == []
+    next_group = opening(3, 2, 2, 5, index="9")
+    assert told(report(openings=one), report(openings=next_group)) == []
+
+
+def made(seed: float, second: float, after_second: float, index: str) -> tuple[Opening, ...]:
+    """An opening in which the first sample made the generator."""
+    ((epoch, indices, draws),) = opening(0, seed, second, after_second, index=index)
+    return (Opening(epoch, indices, {"dataset.rng": draws["random"]._replace(before=None)}),)
+
+
+@pytest.mark.parametrize(
+    ("other", "repeats"),
+    [
+        (made(1.1, 1.1, 1.2, "9"), True),
+        (made(1.2, 1.2, 1.4, "9"), True),  # it draws another amount
+        (made(2.1, 2.1, 2.2, "9"), False),  # by the worker's seed
+        (made(1.1, 1.1, 1.1, "9"), False),  # nothing is drawn any more
+        (made(1.1, 1.1, 1.2, "0"), False),
+        (made(1.1, 1.1, 2.2, "9"), False),  # seeded by the index
+    ],
+)
+def test_a_generator_that_the_first_sample_makes(other: Any, repeats: bool) -> None:
+    one = made(1.1, 1.1, 1.2, "0")
+    said = told(report(openings=one), report(openings=other))
+    assert len(said) == repeats
+    assert all("began by the same seed" in each for each in said)
+
+
+def test_numbers_that_come_again_are_told_once_for_each_object_that_holds_generators() -> None:
+    names = ("dataset.t.rng", "dataset.t.parts[0].rng", "dataset.t.parts[1].rng", "dataset.rng")
+    ((_, _, draws),) = opening(1.1, 1.2)
+    all_of_them = dict.fromkeys(names, draws["random"])
+    reports = [
+        report(openings=tuple(Opening(each, (f"{k}{each}",), all_of_them) for each in range(3)))
+        for k in range(3)
+    ]
+    said = told(*reports, persistent=True, cure=lambda path: f"seed {path}")
+    assert [each.partition(":")[0] for each in said] == [
+        "workers 0 and 1 draw the same random numbers from dataset.t (3 generators)",
+        "workers 0 and 1 draw the same random numbers from dataset.rng",
+    ]
+    assert [each.rpartition(". ")[2] for each in said] == ["Seed dataset.t", "Seed dataset.rng"]
 
 
 def test_of_a_stream_only_what_its_second_samples_draw_counts() -> None:
@@ -892,7 +951,8 @@ def test_the_order_under_a_subset_is_compared() -> None:
 def test_own_generators_are_found_and_not_moved() -> None:
     held = Held({"a": random.Random(1), "b": Held({"c": np.random.default_rng(2)})})
     vars(held).update(d=torch.Generator().manual_seed(3), e=np.random.RandomState(4))
-    reads = own_generators(held)
+    found = own_generators(held)
+    reads = {name: partial(standing, each) for name, each in found.items()}
     assert set(reads) == {"dataset.a", "dataset.b.c", "dataset.d", "dataset.e"}
     before = {name: read() for name, read in reads.items()}
     assert before == {name: read() for name, read in reads.items()}
@@ -911,11 +971,33 @@ def test_own_generators_are_found_and_not_moved() -> None:
 def test_a_draw_is_no_seeding(bits: Any) -> None:
     for made in (np.random.Generator, np.random.RandomState):
         rng = made(bits(1))
-        (read,) = own_generators(Held({"rng": rng})).values()
+        (found,) = own_generators(Held({"rng": rng})).values()
         rng.standard_normal()
-        first = read()
+        first = standing(found)
         rng.standard_normal()
-        assert (read().seed == first.seed, read().at == first.at) == (True, False)
+        now = standing(found)
+        assert (now.seed == first.seed, now.at == first.at) == (True, False)
+
+
+class Counting(random.Random):
+    def getstate(self) -> Any:
+        raise AssertionError("code of the user's")
+
+
+@pytest.mark.parametrize(
+    "rng", [random.Random(1), Counting(1), np.random.PCG64(1), np.random.RandomState(1)]
+)
+def test_each_kind_is_read_and_put_back(rng: Any) -> None:
+    assert kind_of(rng) is not None
+    before, kept = standing(rng), state_of(rng)
+    getattr(rng, "random_raw", getattr(rng, "random", None))()
+    assert standing(rng) != before
+    put_back(rng, kept)
+    assert (standing(rng) == before) == (kept is not None)
+
+
+def test_what_has_no_state_is_of_no_kind() -> None:
+    assert own_generators(Held({"rng": random.SystemRandom(), "random": random})) == {}
 
 
 def test_a_report_is_read_whole_or_not_at_all() -> None:
