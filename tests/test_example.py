@@ -101,7 +101,9 @@ def test_it_works_where_workers_are_spawned(tmp_path: Path) -> None:
         "import multiprocessing\nmultiprocessing.set_start_method('spawn')\n"
     )
     done = run("--epochs", "1", "--break-at", "137", path=tmp_path)
-    assert (done.returncode, done.stderr) == (1, "")
+    # On a busy machine the workers may take long, which is told.
+    said = [line for line in done.stderr.splitlines() if "until they were ready" not in line]
+    assert (done.returncode, said) == (1, [])
     assert done.stdout.count("digits to train on") == 1  # the workers import the script, no more
     assert "dataset index 137 (position " in done.stdout
 
