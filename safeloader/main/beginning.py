@@ -18,17 +18,11 @@ import torch
 from torch.utils import data
 from torch.utils.data import BatchSampler, Sampler
 
+from safeloader.introspect.generator_kinds import kind_of, put_back, state_of
 from safeloader.introspect.values import fields, inherits
 
 States = dict[str, Any]
 GLOBAL = PYTHON, NUMPY, TORCH = "random", "numpy.random", "torch"
-_KINDS: tuple[type, ...] = (
-    random.Random,
-    np.random.RandomState,
-    np.random.Generator,
-    np.random.BitGenerator,
-)
-_KINDS += (torch.Generator,)
 _SAMPLERS = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")  # of wrappers
 _DEPTH = 4
 # They raise at their first index or never, their lengths are true, and they draw from torch alone.
@@ -74,7 +68,7 @@ class Generators:
 
     def _cheap_states(self) -> States:
         own: States = {TORCH: torch.get_rng_state()}
-        return own | {name: _state_of(each) for name, each in self._held.items()}
+        return own | {name: state_of(each) for name, each in self._held.items()}
 
     def put(self, states: States) -> None:
         """Put those that ``states`` names there."""
@@ -86,14 +80,14 @@ class Generators:
             elif name == TORCH:
                 torch.set_rng_state(state)
             elif name in self._held:
-                _put(self._held[name], state)
+                put_back(self._held[name], state)
 
 
 def _held_by(sampler: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
     """The generators among the attributes of a sampler, and of the samplers in it."""
     for name, value in fields(sampler):
         cls = type(value)
-        if inherits(cls, *_KINDS) and not inherits(cls, random.SystemRandom):
+        if kind_of(value) is not None:
             yield f"{path}.{name}", value
         elif depth < _DEPTH and (inherits(cls, Sampler) or name in _SAMPLERS):
             yield from _held_by(value, f"{path}.{name}", depth + 1)
@@ -155,31 +149,6 @@ class FirstDraw(Iterator[Any]):
             return next(self._inner)
         first, self._first = self._first, None
         return first(self._inner)
-
-
-def _state_of(generator: Any) -> Any:
-    cls = type(generator)
-    if inherits(cls, torch.Generator):
-        return generator.get_state()
-    if inherits(cls, random.Random):
-        return generator.getstate()
-    if inherits(cls, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return (generator.bit_generator if inherits(cls, np.random.Generator) else generator).state
-
-
-def _put(generator: Any, state: Any) -> None:
-    cls = type(generator)
-    if inherits(cls, torch.Generator):
-        generator.set_state(state)
-    elif inherits(cls, random.Random):
-        generator.setstate(state)
-    elif inherits(cls, np.random.RandomState):
-        generator.set_state(state)
-    elif inherits(cls, np.random.Generator):
-        generator.bit_generator.state = state
-    else:
-        generator.state = state
 
 
 def _same(one: Any, other: Any) -> bool:
