@@ -28,6 +28,7 @@ _LEAVES = (str, bytes, int, float, complex, type(None), np.ndarray, torch.Tensor
 def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
     """Return the random generators that a dataset holds, by path; the process's own are none.
 
+    >>> import random
     >>> [*generators_of({"rng": random.Random(0)})]
     ["dataset['rng']"]
     """
@@ -55,6 +56,7 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
 def own_generators(dataset: Any) -> dict[str, Any]:
     """The generators that a dataset holds under names: fewer than :func:`generators_of`, sooner.
 
+    >>> import random
     >>> class Noisy:
     ...     def __init__(self):
     ...         self.rng = random.Random(0)
