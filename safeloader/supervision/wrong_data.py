@@ -541,6 +541,8 @@ def _is_fixed(
         return False
     if not _each_time(a) or not _each_time(b):
         return True  # seeded once
+    if seen.seeds_per == "sample" and not name.startswith("dataset"):
+        return True  # collation is seeded too: where it stands at a report tells nothing
     later = {seed for each in workers for seed in seen.reports[each].seeds.get(name, ())}
     return seen.ended and later <= {a.after.seed}
 
