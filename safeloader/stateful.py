@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.loader import SafeDataLoader, why_unrecorded
 from safeloader.main.continuity import KEEPS_PLACE, Continuity
 from safeloader.provenance.table import BatchRecord
-from safeloader.settings import is_off
+from safeloader.settings import Settings, is_off
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -47,6 +48,9 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
         epoch 0: complete, ok; 6 drawn, 4 delivered
           resumed at batch 1; 2 delivered before
     """
+
+    # At class level: some frameworks make loaders on which __init__ never runs.
+    snapshot_every_n_steps = 1
 
     if not TYPE_CHECKING:
 
@@ -89,6 +93,10 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
         """
         self._see_recorded()
         self._place().load(self, state)
+
+    def _seed_of_next(self, settings: Settings) -> EpochSeed | None:
+        self._next_epoch = self._place().next_epoch
+        return super()._seed_of_next(settings)
 
     def _see_recorded(self) -> None:
         why = "SAFELOADER=off is set" if is_off() else why_unrecorded(self.num_workers > 0)

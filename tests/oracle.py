@@ -21,6 +21,18 @@ def rng_state() -> tuple[Any, ...]:
     return random.getstate(), (name, keys.tolist(), rest), torch.get_rng_state().tolist()
 
 
+def numbers() -> list[float]:
+    """What each of the three default generators gives next, of a uniform kind and a normal."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        float(torch.rand(())),
+        *torch.randn(2).tolist(),
+    ]
+
+
 def plain(value: Any) -> Any:
     """A batch as plain values with every type, dtype, stride and bit in it."""
     if isinstance(value, torch.Tensor):

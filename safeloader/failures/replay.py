@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -134,29 +134,33 @@ def seeded_again(dataset: Any, before: Sequence[Any], asked: Any, seeded: Seeded
     ``before`` is what was fetched before it in its batch: where that was seeded, and not each of
     its samples, it is fetched here too.
     """
+    with _under(seeded) as seeder:
+        for index in before if seeded.per == "batch" else ():
+            with suppress(Exception):  # skipped there too, with the numbers it drew until then
+                seeder.sample(index)
+                dataset[index]
+        seeder.sample(asked)
+        return dataset[asked]
+
+
+def seeded_at_once(dataset: Any, indices: Sequence[Any], position: int, seeded: SeededAs) -> Any:
+    """As :func:`seeded_again`, of a batch that the dataset made in one call."""
+    with _under(seeded):
+        return dataset.__getitems__(list(indices))[position]
+
+
+@contextmanager
+def _under(seeded: SeededAs) -> Iterator[Seeder]:
+    """Within, the generators begin a batch as they began it there."""
     seed, now = seeded.batch, sample_now()
     seeder = Seeder(seeded.per)
     try:
         with preserved():
             seeder.begin(seed.seed, seed.epoch)
             seeder.batch(seed.bytes)
-            for index in before if seeded.per == "batch" else ():
-                with suppress(Exception):  # skipped there too, with the numbers it drew until then
-                    seeder.sample(index)
-                    dataset[index]
-            seeder.sample(asked)
-            return dataset[asked]
+            yield seeder
     finally:
         sample_is(now)
-
-
-def seeded_at_once(dataset: Any, indices: Sequence[Any], position: int, seeded: SeededAs) -> Any:
-    """As :func:`seeded_again`, of a batch that the dataset made in one call."""
-    seeder = Seeder(seeded.per)
-    with preserved():
-        seeder.begin(seeded.batch.seed, seeded.batch.epoch)
-        seeder.batch(seeded.batch.bytes)
-        return dataset.__getitems__(list(indices))[position]
 
 
 def replay_index(index: Any, dataset: Any, told: str = "") -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 from safeloader.introspect.values import definitions, fields, inherits, plain_length
 
 _DEPTH = 5
-_WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
+WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
 _NAMES = (  # of the number of shares, and of this one
     ("num_replicas", "rank"),
     ("num_processes", "process_index"),
@@ -126,7 +126,7 @@ def _levels(sampler: Any) -> Iterator[tuple[Any, dict[Any, Any]]]:
     for _ in range(_DEPTH):
         held: dict[Any, Any] = dict(fields(sampler))
         yield sampler, held
-        within = (held.get(name) for name in _WITHIN)
+        within = (held.get(name) for name in WITHIN)
         sampler = next((each for each in within if each is not None), None)
         if sampler is None:
             return

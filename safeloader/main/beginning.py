@@ -9,7 +9,6 @@ and those that the sampler and the loader hold.
 from __future__ import annotations
 
 import base64
-import random
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,16 +17,27 @@ import torch
 from torch.utils import data
 from torch.utils.data import BatchSampler, Sampler
 
-from safeloader.introspect.generator_kinds import kind_of, put_back, state_of
+from safeloader.introspect.generator_kinds import (
+    kind_of,
+    process_generators,
+    put_back,
+    state_of,
+)
+from safeloader.introspect.sharding import WITHIN
 from safeloader.introspect.values import fields, inherits
 
 States = dict[str, Any]
-GLOBAL = PYTHON, NUMPY, TORCH = "random", "numpy.random", "torch"
-_SAMPLERS = ("sampler", "batch_sampler", "_sampler", "_batch_sampler")  # of wrappers
+TORCH = "torch"
+GLOBAL = ("random", "numpy.random", TORCH)
 _DEPTH = 4
 # They raise at their first index or never, their lengths are true, and they draw from torch alone.
 TORCHS_OWN = {data.DistributedSampler, data.RandomSampler, data.SequentialSampler}
 TORCHS_OWN |= {data.SubsetRandomSampler, data.WeightedRandomSampler}
+
+
+def beneath_batches(sampler: Any) -> Any:
+    """The sampler that torch's own batch sampler draws from; of any other itself."""
+    return sampler.sampler if type(sampler) is BatchSampler else sampler
 
 
 class Generators:
@@ -36,51 +46,36 @@ class Generators:
     Args:
         sampler: what the indices come from.
         generator: the loader's own, if it has one.
+
+    Attributes:
+        are_torchs: whether the sampler is torch's own, and draws from torch's generators alone.
+        held: the names of those that the sampler and the loader hold.
     """
 
     def __init__(self, sampler: Any, generator: torch.Generator | None) -> None:
-        inner = sampler.sampler if type(sampler) is BatchSampler else sampler
-        self._torchs_own = type(inner) in TORCHS_OWN
-        self._held = dict(_held_by(sampler, "sampler", 0))
-        if generator is not None and all(each is not generator for each in self._held.values()):
-            self._held["generator"] = generator
-
-    @property
-    def are_of_torchs_sampler(self) -> bool:
-        """Whether the sampler is torch's own: it draws from torch's generator, or from its own."""
-        return self._torchs_own
-
-    @property
-    def held(self) -> list[str]:
-        """The names of those that the sampler and the loader hold."""
-        return list(self._held)
+        self.are_torchs = type(beneath_batches(sampler)) in TORCHS_OWN
+        held = dict(_held_by(sampler, "sampler", 0))
+        if generator is not None and all(each is not generator for each in held.values()):
+            held["generator"] = generator
+        self.held = [*held]
+        self._all = process_generators() | held
 
     def states(self) -> States:
         """Where each stands, the process's own three among them."""
-        return self._cheap_states() | {
-            PYTHON: random.getstate(),
-            NUMPY: np.random.get_state(legacy=False),
-        }
+        return self._states_of([*self._all])
 
     def likely_states(self) -> States:
         """The same without those that torch's own samplers do not draw from; then 2 us each."""
-        return self._cheap_states() if self._torchs_own else self.states()
+        return self._states_of([TORCH, *self.held]) if self.are_torchs else self.states()
 
-    def _cheap_states(self) -> States:
-        own: States = {TORCH: torch.get_rng_state()}
-        return own | {name: state_of(each) for name, each in self._held.items()}
+    def _states_of(self, names: list[str]) -> States:
+        return {name: state_of(self._all[name]) for name in names if name in self._all}
 
     def put(self, states: States) -> None:
         """Put those that ``states`` names there."""
         for name, state in states.items():
-            if name == PYTHON:
-                random.setstate(state)
-            elif name == NUMPY:
-                np.random.set_state(state)
-            elif name == TORCH:
-                torch.set_rng_state(state)
-            elif name in self._held:
-                put_back(self._held[name], state)
+            if name in self._all:
+                put_back(self._all[name], state)
 
 
 def _held_by(sampler: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
@@ -89,7 +84,7 @@ def _held_by(sampler: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
         cls = type(value)
         if kind_of(value) is not None:
             yield f"{path}.{name}", value
-        elif depth < _DEPTH and (inherits(cls, Sampler) or name in _SAMPLERS):
+        elif depth < _DEPTH and (inherits(cls, Sampler) or name in WITHIN):
             yield from _held_by(value, f"{path}.{name}", depth + 1)
 
 

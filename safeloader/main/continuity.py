@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
+from safeloader.delivery.position import KEPT, Position, StreamPosition
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.global_batches import GlobalBatchSampler
@@ -81,7 +81,6 @@ class Continuity:
         self._accounts: Epoch | None = None
         self._put_back: States = {}
         self._furthest: dict[int, int] = {}
-        self._went_on = False
 
     @property
     def next_epoch(self) -> int:
@@ -121,13 +120,12 @@ class Continuity:
         """
         self._note_furthest()
         number, loaded = self.next_epoch, self._loaded
-        pool.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         saved = SavedState() if loaded is None else loaded[0]
         if loaded is not None:
             saved.refuse_unlike(facts_of(loader))
-        self._put_back, self._went_on = {}, False
+        self._put_back = {}
         self._begin, self._earlier = None, SavedState()
-        self._places = self._places_of(loader, saved, goes_on=loaded is not None)
+        self._places = _places_of(loader, saved)
         pool.plan = plan = None if self._places is None else self._places.plan
         pool.states = self._here = None
         if plan is not None and not pool.workers:
@@ -137,29 +135,17 @@ class Continuity:
         if pool.stream:
             self._begin_stream(pool, saved, epoch)
         else:
-            self._begin_draws(loader, pool.sampler, saved, epoch)
+            self._begin_draws(pool.sampler, saved, epoch)
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
         self._accounts = epoch
-
-    def _places_of(
-        self, loader: DataLoader[Any], saved: SavedState, *, goes_on: bool
-    ) -> DatasetPlaces | None:
-        """What keeps the states of the dataset, if it is a stream or has a state of its own."""
-        if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
-            return None
-        workers, every = loader.num_workers, getattr(loader, "snapshot_every_n_steps", 1)
-        given = saved.dataset
-        if given and workers_of(given) != workers:
-            given = {}  # of a map-style dataset: streams are refused
-        return DatasetPlaces(workers, every, given, over=not saved.begun)
 
     def _begin_stream(self, pool: WorkerPool, saved: SavedState, epoch: Epoch) -> None:
         self._watch = None
         place, places = saved.place, self._places
         assert places is not None
         self._position = StreamPosition(place.batches, place.samples)
-        pool.sampler.keep_place(self._position, None, places.requests if pool.workers else 0)
+        pool.sampler.keep_place(self._position, None, places.requests)
         if saved.begun:
             epoch.ledger.read_before([samples for _, samples in places.now.counts])
             epoch.resumed(place.batches, self._again(saved))
@@ -167,14 +153,12 @@ class Continuity:
         else:
             self._borrow(of_json_states(saved.generators.get(_BEFORE_ITER, {})))
 
-    def _begin_draws(
-        self, loader: DataLoader[Any], sampler: RecordingSampler, saved: SavedState, epoch: Epoch
-    ) -> None:
+    def _begin_draws(self, sampler: RecordingSampler, saved: SavedState, epoch: Epoch) -> None:
         assert self._generators is not None
         position, self._watch = Position(), Watch(self._generators)
         self._position = position
-        asks = 0 if self._places is None or not loader.num_workers else self._places.requests
-        sampler.keep_place(position, self._watch, asks)
+        requests = 0 if self._places is None else self._places.requests
+        sampler.keep_place(position, self._watch, requests)
         if saved.begun or _BEFORE_DRAWS in saved.generators:
             self._go_on(saved, sampler, position, epoch)
         else:
@@ -219,7 +203,7 @@ class Continuity:
         put_back, self._put_back = self._put_back, {}
         watch, generators = self._watch, self._generators
         if put_back and generators is not None:
-            if watch is not None and not (watch.done or self._went_on):
+            if watch is not None and not watch.done and self._begin is None:
                 watch.lent = generators.states()
             generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
 
@@ -265,13 +249,12 @@ class Continuity:
         except BaseException:
             generators.put(here)
             raise
-        stays = drawn.lazy | drawn.held
         # What the program has put where it stood before the first draw is moved by that, as then.
-        stays |= {n: drawn.now[n] for n, s in undrawn.items() if not moved({n: s}, here)}
+        as_then = undrawn.keys() - moved(undrawn, here).keys()
+        stays = drawn.stays | {name: drawn.now[name] for name in as_then}
         generators.put({name: state for name, state in here.items() if name not in stays})
         sampler.begin_with(FirstDraw(drawn.rest, _putting(generators, stays)))
         self._put_back = {n: s for n, s in (here | stays).items() if n in GLOBAL}
-        self._went_on = True
         self._begin = dict(saved.generators)
         if undrawn:
             self._begin["draw"] = self._begin.pop(_BEFORE_FIRST)
@@ -318,13 +301,13 @@ class Continuity:
             if after is not None:
                 raise ResumeError(_NOT_KNOWN)
             return self._before_epoch(loader).to_dict()
-        at: Place | None = self._position.at
+        at = self._position.at
         if after is not None:
             same = getattr(after, "epoch", None) == accounts.number
-            at = self._position.after(after.batch) if same else None
-            if at is None:
+            known = self._position.after(after.batch) if same else None
+            if known is None:
                 raise ResumeError(_NOT_KNOWN)
-        assert at is not None
+            at = known
         ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
         facts = facts_of(loader, accounts.log.length)
         facts = dataclasses.replace(facts, dataset=self._of_dataset(after))
@@ -347,7 +330,7 @@ class Continuity:
         if self._over and (loader.persistent_workers or not loader.num_workers):
             facts = dataclasses.replace(facts, dataset=self._of_dataset(None))
         generators = Generators(_torch.index_sampler(loader), loader.generator)
-        if facts.seed is not None and generators.are_of_torchs_sampler:
+        if facts.seed is not None and generators.are_torchs:
             return facts
         states = generators.likely_states()
         known = {name: to_json(state) for name, state in states.items()}
@@ -372,14 +355,12 @@ class Continuity:
         """Where the draws of the running epoch began, as JSON has it."""
         if self._begin is not None:
             return self._begin
-        watch, accounts_seed = self._watch, self._accounts and self._accounts.seed
-        if watch is None:
+        watch, accounts = self._watch, self._accounts
+        if watch is None or accounts is None:
             return {}
         seen = {moment: dict(states) for moment, states in watch.seen.items()}
-        seeded = accounts_seed is not None and watch.generators.are_of_torchs_sampler
-        if not (
-            watch.done or seeded
-        ):  # the first draw begins from here, or from what is lent to it
+        by_seed = accounts.seed is not None and watch.generators.are_torchs
+        if not (watch.done or by_seed):  # the first draw begins from here, or from what is lent
             seen[_BEFORE_FIRST] = watch.generators.likely_states() | watch.lent
         found = {m: {n: to_json(s) for n, s in states.items()} for m, states in seen.items()}
         if watch.done:
@@ -453,6 +434,17 @@ def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
         )
 
 
+def _places_of(loader: Any, saved: SavedState) -> DatasetPlaces | None:
+    """What keeps the states of the dataset, if it is a stream or has a state of its own."""
+    if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
+        return None
+    given = saved.dataset
+    if given and workers_of(given) != loader.num_workers:
+        given = {}  # of a map-style dataset: streams are refused
+    every = loader.snapshot_every_n_steps
+    return DatasetPlaces(loader.num_workers, every, given, over=not saved.begun)
+
+
 def facts_of(loader: Any, length: int | None = None) -> SavedState:
     """What a loader is, as far as another has to be alike to go on from its states."""
     sampler = _torch.index_sampler(loader)
@@ -460,8 +452,8 @@ def facts_of(loader: Any, length: int | None = None) -> SavedState:
     return SavedState(
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
-        seed=getattr(loader, "seed", None),
-        seed_per=None if getattr(loader, "seed", None) is None else loader.seed_per,
+        seed=loader.seed,
+        seed_per=None if loader.seed is None else loader.seed_per,
         world_size=place().world_size,
         order=sampler.made_from() if type(sampler) is GlobalBatchSampler else {},
         stream=isinstance(loader.dataset, IterableDataset),

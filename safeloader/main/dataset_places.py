@@ -57,14 +57,12 @@ class DatasetPlaces:
         """How many state requests the workers get before their first task.
 
         All are asked; and then those before the one whose turn it is, so that it is asked next.
+        Without workers nobody is: main asks itself.
         """
         last = self.now.last
+        if not self._workers:
+            return 0
         return self._workers + (0 if last is None else (last + 1) % self._workers)
-
-    @property
-    def samples(self) -> int:
-        """How many samples had been read where this epoch begins."""
-        return sum(samples for _, samples in self.now.counts)
 
     def told(self, message: StateMessage) -> None:
         """A worker told its state beside its batches: at its beginning, or at its end."""

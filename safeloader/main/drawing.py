@@ -35,7 +35,7 @@ from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.main.beginning import TORCHS_OWN, Watch
+from safeloader.main.beginning import TORCHS_OWN, Watch, beneath_batches
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, StateRequest, Task
@@ -318,13 +318,7 @@ def length_is_true(sampler: Any) -> bool:
 
     What others announce proves nothing: they may have more.
     """
-    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
-    return type(sampler) is GlobalBatchSampler or is_torchs_own(inner)
-
-
-def is_torchs_own(sampler: Any) -> bool:
-    """Whether a sampler is one of torch's, and no subclass: its length is true."""
-    return type(sampler) in TORCHS_OWN
+    return type(sampler) is GlobalBatchSampler or type(beneath_batches(sampler)) in TORCHS_OWN
 
 
 _SHUFFLING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}
@@ -332,7 +326,7 @@ _SHUFFLING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}
 
 def shuffling(sampler: Any) -> Any:
     """The stock sampler that draws at random, alone or in a stock batch sampler; or None."""
-    inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+    inner = beneath_batches(sampler)
     return inner if type(inner) in _SHUFFLING else None
 
 

@@ -30,18 +30,17 @@ class DrawnAgain(NamedTuple):
         rest: what comes next, of which the first is drawn already.
         chain: of the indices drawn again.
         beyond: the identities of each batch handed over behind the first gap.
-        lazy: of generators that went on to move after the first draw, where they stand.
-        held: the same of all that the sampler and the loader hold.
-        now: where all stand.
+        now: where the generators stand.
+        stays: of those that the sampler and the loader hold, and that went on to move after the
+            first draw, where they stand: there they are to go on.
         samples: how many indices were drawn again.
     """
 
     rest: Iterator[Any]
     chain: Chain
     beyond: dict[int, Packed]
-    lazy: States
-    held: States
     now: States
+    stays: States
     samples: int
 
 
@@ -102,9 +101,8 @@ class DrawsAgain:
                     if self._proves:
                         raise
                     break  # of an uneven tail this rank has no share
-        if (
-            self._proves and self._agreed != place.batches
-        ):  # other batches, which never were as long
+        # Batches of other sizes never are as long as the rungs.
+        if self._proves and self._agreed != place.batches:
             raise self._others(place.batches)
         tail.clear()
         beyond: dict[int, Packed] = {}
@@ -119,11 +117,9 @@ class DrawsAgain:
             tail.clear()
         rest = chain(gaps, _Ahead(inner, tail))  # its tail of a batch that never came stays
         now = self._generators.states()
-        lazy = {}
-        if self._after_first is not None:
-            lazy = {name: now[name] for name in moved(self._after_first, now)}
-        held = {name: now[name] for name in self._generators.held}
-        return DrawnAgain(rest, self._chain, beyond, lazy, held, now, self._samples)
+        lazy = moved(self._after_first, now) if self._after_first is not None else {}
+        stays = {name: now[name] for name in [*self._generators.held, *lazy]}
+        return DrawnAgain(rest, self._chain, beyond, now, stays, self._samples)
 
     def _by_samples(self, source: Any, begin: dict[str, States]) -> Iterator[Any]:
         """How indices lie in batches is of no interest: they may have another size now."""

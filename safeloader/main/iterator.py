@@ -105,6 +105,7 @@ class SafeIterator(Iterator[Any]):
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
         self._looks.begin(log, self.pool.workers, self.pool.stream, *told, seed)
+        self.pool.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         if self._continuity is not None:
             self._continuity.begin(self, loader, self.pool, epoch)
         try:
@@ -365,8 +366,6 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
     """
     settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
     continuity: Continuity | None = vars(ours).get(KEEPS_PLACE)
-    if continuity is not None:
-        ours._next_epoch = continuity.next_epoch
     seed = ours._seed_of_next(settings)
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader, settings, said=said, seed=seed, continuity=continuity)

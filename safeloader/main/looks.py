@@ -38,7 +38,6 @@ from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.worker.observing import ALWAYS, Observer
 
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
-ANSWER_S = 0.2  # workers that have nothing to do answer within a millisecond
 FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps

@@ -149,7 +149,6 @@ class WorkerPool:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
         """
         self._settings = settings
-        self.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         if not self.stream and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)

@@ -85,10 +85,11 @@ class DatasetStates:
         self._dataset: Any = None
         self._iterator: Any = None
         self._batches = 0
-        self._read: Callable[[], int] = lambda: 0
+        self._fetcher: Callable[[], Any] = lambda: None  # of a stream; it holds this
         self._ended = False
         self._begins_at = 0
-        self.took: tuple[int, float] | None = None  # samples read again, and the seconds of it
+        self._is_kept = False  # whether there is a state to send
+        self._again: tuple[int, float] | None = None  # samples read again, and the seconds of it
 
     def before_iter(self, dataset: Any) -> None:
         """``iter(dataset)`` is about to be called, if it is a stream."""
@@ -125,31 +126,30 @@ class DatasetStates:
             except StopIteration:
                 break
         if samples > 0:
-            self.took = samples, perf_counter() - began
+            self._again = samples, perf_counter() - began
 
     def over(self, fetcher: Any, worker_id: int | None) -> Any:
         """Have ``fetcher`` send states with its batches, and answer what asks for one."""
         if self._iterator is not None:
             fetcher.begin_at(self._begins_at, ended=self._ended)
-            read = type(fetcher).read.fget
-            me = weakref.ref(fetcher)  # which holds this
-            self._read = lambda: 0 if (fetcher := me()) is None else read(fetcher)
+            self._fetcher = weakref.ref(fetcher)
         if worker_id is None:  # main asks itself
             return fetcher
         fetch = fetcher.fetch
         fetcher.snapshot = self._with_batch
+        self._is_kept = has_state(self._iterator) or has_state(self._dataset)
 
         def answering(task: Task) -> Any:
             if type(task.index) is StateRequest:
-                took, self.took = self.took, None
-                return StateMessage(worker_id, self.pickled(), again=took)
+                again, self._again = self._again, None
+                return StateMessage(worker_id, self._pickled(), again=again)
             try:
                 made = fetch(task)
             except StopIteration:
                 if self._ended:
                     raise
                 self._ended = True
-                return StateMessage(worker_id, self.pickled(), at_end=True)
+                return StateMessage(worker_id, self._pickled(), at_end=True)
             if type(made) in (EmptyBatch, FailedBatch):
                 manifest = made.manifest._replace(snapshot=self._with_batch())
                 return made._replace(manifest=manifest)
@@ -163,11 +163,7 @@ class DatasetStates:
         self._batches += 1
         if not self._is_kept or (self._iterator is not None and self._batches % self._every):
             return None  # one of a map-style dataset goes with each batch: none is fetched twice
-        return self.pickled()
-
-    @property
-    def _is_kept(self) -> bool:
-        return has_state(self._iterator) or has_state(self._dataset)
+        return self._pickled()
 
     def end(self) -> None:
         """In the main process: the epoch is over, and its iterator is let go of."""
@@ -175,7 +171,7 @@ class DatasetStates:
         if self._iterator is not self._dataset:
             self._iterator = None
 
-    def pickled(self) -> bytes:
+    def _pickled(self) -> bytes:
         """The state now: a copy, as what it is made of goes on to change."""
         return pickle.dumps(self.now())
 
@@ -185,7 +181,9 @@ class DatasetStates:
         of_iterator = iterator.state_dict() if has_state(iterator) else None
         own = iterator is dataset and iterator is not None
         of_dataset = dataset.state_dict() if has_state(dataset) and not own else None
-        return Snapshot(of_dataset, of_iterator, self._ended, self._batches, self._read())
+        fetcher = self._fetcher()
+        read = 0 if fetcher is None else fetcher.read
+        return Snapshot(of_dataset, of_iterator, self._ended, self._batches, read)
 
 
 def has_state(thing: Any) -> bool:

@@ -45,7 +45,7 @@ from safeloader import (
 from safeloader.main import reporting_workers
 from safeloader.supervision import growth
 from tests.frameworks.library_loaders import Endless
-from tests.oracle import observe, plain, rng_state, seed_all
+from tests.oracle import numbers, observe, plain, rng_state, seed_all
 from tests.processes.test_launcher import ROOT, surroundings
 
 N = 23
@@ -66,17 +66,6 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast the machine is does not matter here."""
     monkeypatch.setattr(reporting_workers, "ANSWER_S", 30.0)
     monkeypatch.setattr(growth, "SLOW_START_S", 600.0)
-
-
-def numbers() -> list[float]:
-    return [
-        random.random(),
-        random.gauss(0, 1),
-        float(np.random.rand()),
-        float(np.random.randn()),
-        float(torch.rand(())),
-        *torch.randn(2).tolist(),
-    ]
 
 
 class Draws:

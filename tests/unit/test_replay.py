@@ -15,7 +15,7 @@ import safeloader
 from safeloader import SKIP, Failure, SafeDataLoader, SampleError, replay
 from safeloader.introspect.random_state import preserved
 from tests.datasets import Stream
-from tests.oracle import rng_state, seed_all
+from tests.oracle import numbers, rng_state, seed_all
 from tests.processes.test_failures import caught
 
 BAD = 13
@@ -23,17 +23,6 @@ BAD = 13
 
 class Bad(Exception):
     """Carries the numbers that were drawn when it was raised."""
-
-
-def numbers() -> list[float]:
-    return [
-        random.random(),
-        random.gauss(0, 1),
-        float(np.random.rand()),
-        float(np.random.randn()),
-        float(torch.rand(())),
-        *torch.randn(2).tolist(),
-    ]
 
 
 class Draws:

@@ -26,7 +26,7 @@ from safeloader.introspect.seeds import (
     sample_is,
     sample_now,
 )
-from tests.oracle import rng_state
+from tests.oracle import numbers, rng_state
 
 
 class Colour(enum.Enum):
@@ -44,17 +44,6 @@ class Plain:
 
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-def numbers() -> list[float]:
-    return [
-        random.random(),
-        random.gauss(0, 1),
-        float(np.random.rand()),
-        float(np.random.randn()),
-        float(torch.rand(())),
-        *torch.randn(2).tolist(),
-    ]
 
 
 @pytest.fixture(autouse=True)
