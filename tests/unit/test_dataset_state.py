@@ -27,7 +27,7 @@ harm: list[str] = []  # what was asked of hostile objects
 
 
 class Holding(Dataset[Any]):
-    def __init__(self, **attributes: Any) -> None:
+    def __init__(self, /, **attributes: Any) -> None:
         vars(self).update(attributes)
 
     def __len__(self) -> int:
