@@ -42,7 +42,7 @@ from safeloader.introspect.byte_code import ENTRIES, LEFT_ALONE, codes
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
 from safeloader.introspect.generator_kinds import how_to_seed, process_generators
-from safeloader.introspect.parts import all_held_by, named_fields
+from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, named_fields
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
     array_facts,
@@ -169,7 +169,7 @@ def was_told(dataset: object, path: str) -> bool:
 
 def cure_of(dataset: object, path: str) -> str:
     """What a warning says, or would say, to do about the generators at a path; "" if nothing."""
-    found = survey(dataset, "dataset", start_method="spawn", num_workers=2)
+    found = survey(dataset, "dataset", start_method="fork", num_workers=2)  # globals too
     return next((each.advice for each in found if each.path == path and not each.by_fork), "")
 
 
@@ -301,7 +301,7 @@ class _Walk:
             library = _Owner.of(value, path)
         for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
-            self.add(_Item(child, path + step, part_of, library, hidden))
+            self.add(_Item(child, beyond(path, step), part_of, library, hidden))
 
     def end(self) -> list[Inherited]:
         """All that was found: of a library's object with several generators, the object."""
@@ -390,10 +390,21 @@ def _for_generator(path: str, cls: Any, workers: int) -> Hazard:
         why = f"each of the {workers} workers gets {GENERATOR.why}: unless something seeds it "
         why += "there, all draw the same numbers"
     seed = "get_worker_info().seed"
-    if not path.startswith("dataset.") or "__" in path or "{" in path:
+    there = _in_worker_init_fn(path)
+    if not there:
         return Hazard(why, f"make it in the worker from {seed}")
-    again = how_to_seed(cls, f"get_worker_info().{path}", seed) or f"seed {path} by {seed}"
+    again = how_to_seed(cls, there, seed) or f"seed {there} by {seed}"
+    if again.startswith(f"{there} =") and there.isidentifier():
+        again = f"{GLOBAL}{there}; {again}"
     return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")
+
+
+def _in_worker_init_fn(path: str) -> str:
+    """The expression for what lies at a path, in the user's ``worker_init_fn``; "" without one."""
+    if path.startswith(GLOBAL):
+        return path.removeprefix(GLOBAL)
+    reachable = path.startswith("dataset.") and "__" not in path and "{" not in path
+    return f"get_worker_info().{path}" if reachable else ""
 
 
 # How an object of a library seeds all generators in it: one of albumentations, one of MONAI.
@@ -405,9 +416,9 @@ def _for_owner(owner: _Owner, workers: int) -> Hazard:
     each = f"each of the {workers} workers gets" if workers > 1 else "the worker starts from"
     why = f"of the random generators in it, {each} {GENERATOR.why}: unless something seeds them "
     why += "there, " + ("all draw the same numbers" if workers > 1 else "each epoch is the same")
-    seed, here = "get_worker_info().seed", owner.path.startswith("dataset.")
+    seed, there = "get_worker_info().seed", _in_worker_init_fn(owner.path)
     seeds = [each for each in _SEEDING if definitions(owner.cls, each)]
-    if here and "__" not in owner.path and seeds:
-        again = f"get_worker_info().{owner.path}.{seeds[0]}({_SEEDING[seeds[0]]}{seed} % 2**32)"
+    if there and seeds:
+        again = f"{there}.{seeds[0]}({_SEEDING[seeds[0]]}{seed} % 2**32)"
         return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")
     return Hazard(why, f"make it in the worker, or seed it there from {seed}")

@@ -16,6 +16,8 @@ import torch
 
 from safeloader.introspect.values import definitions, fields, inherits, module_of, mro_of
 
+PROCESS_WIDE = ("random", "numpy.random", "torch")  # those that torch seeds in each worker
+
 
 class Standing(NamedTuple):
     """Where a generator stands, as digests.
@@ -141,17 +143,15 @@ def kinds() -> tuple[Kind, ...]:
 
 
 def process_generators() -> dict[str, Any]:
-    """The process-wide generators, which torch seeds in each worker, by the names of people.
+    """The process-wide generators by the names of people, as in ``PROCESS_WIDE``.
 
     >>> list(process_generators())
     ['random', 'numpy.random', 'torch']
     """
-    found = {
-        "random": getattr(random.random, "__self__", None),
-        "numpy.random": getattr(np.random.rand, "__self__", None),
-        "torch": torch.default_generator,
-    }
-    return {name: each for name, each in found.items() if is_generator(each)}
+    python = getattr(random.random, "__self__", None)
+    of_numpy = getattr(np.random.rand, "__self__", None)
+    found = zip(PROCESS_WIDE, (python, of_numpy, torch.default_generator), strict=True)
+    return {name: each for name, each in found if is_generator(each)}
 
 
 def is_generator(value: object) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safeloader.introspect.byte_code import ENTRIES
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.generator_kinds import is_generator, kind_of, process_generators
-from safeloader.introspect.parts import all_held_by
+from safeloader.introspect.parts import all_held_by, beyond
 from safeloader.introspect.values import container_base, definitions, inherits
 
 _OBJECTS = 2000
@@ -49,7 +49,7 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
             continue
         with suppress(Exception):  # another thread may change what is read here
             parts = all_held_by(value, container_base(cls), is_generator)
-            queue += [(each, path + step) for step, each in parts]
+            queue += [(each, beyond(path, step)) for step, each in parts]
     return found
 
 

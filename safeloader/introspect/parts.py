@@ -17,6 +17,7 @@ from safeloader.introspect.values import cut, fields, held_by
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
+GLOBAL = "global "  # begins the path of a module's global
 
 
 def named_fields(value: Any) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def named_fields(value: Any) -> dict[str, Any]:
 def all_held_by(
     value: Any, base: Any, wanted: Callable[[Any], bool] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """What an object holds: the step in the path, and itself.
+    """What an object holds: the step to it, for :func:`beyond`, and itself.
 
     Args:
         value: any object.
@@ -51,8 +52,23 @@ def all_held_by(
         for name in globals_of(value.__code__) if wanted else ():
             child = dict.get(value.__globals__, name)
             if wanted is not None and wanted(child):
-                yield f".__globals__[{name!r}]", child
+                yield _global(value.__globals__, name), child
         yield ".__defaults__", value.__defaults__
         yield ".__kwdefaults__", value.__kwdefaults__
     for name, child in named_fields(value).items() if cls is not base else ():
         yield f".{cut(name)}", child
+
+
+def _global(module: dict[str, Any], name: str) -> str:
+    where = dict.get(module, "__name__")
+    in_script = type(where) is not str or where in ("__main__", "__mp_main__")
+    return f"{GLOBAL}{name}" if in_script else f"{GLOBAL}{where}.{name}"
+
+
+def beyond(path: str, step: str) -> str:
+    """The path to what lies one step beyond another; a global's begins anew, with its module.
+
+    >>> beyond("dataset.items", "[0]"), beyond("dataset.__getitem__", "global augment.RNG")
+    ('dataset.items[0]', 'global augment.RNG')
+    """
+    return step if step.startswith(GLOBAL) else path + step

@@ -141,7 +141,7 @@ class Looks:
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             self._log.warning(
-                "seed= does not reach %s%s, of the dataset's own: what is drawn from there depends "
+                "seed= does not reach %s%s: what is drawn from there depends "
                 "on the worker, and on what it drew before. Draw from safeloader.sample_rng() in "
                 "__getitem__ instead, which gives each sample a generator of its own",
                 ", ".join([*found][:3]),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from safeloader.introspect.advice import OPEN_THERE, suited
 from safeloader.introspect.copy_state import CopyState, Order
-from safeloader.introspect.generator_kinds import Standing
+from safeloader.introspect.generator_kinds import PROCESS_WIDE, Standing
 from safeloader.introspect.seeds import SeedPer
 from safeloader.introspect.texts import plain_text
 from safeloader.introspect.values import cut
@@ -415,7 +415,7 @@ def _common_path(paths: list[str]) -> str:
 
 
 def _cure(seen: Seen, name: str) -> str:
-    if name in ("random", "numpy.random", "torch"):
+    if name in PROCESS_WIDE:
         return (
             "Do not seed it by a fixed number, in worker_init_fn or in the dataset: torch gives "
             "each worker and each epoch a seed of its own (torch.initial_seed())"
@@ -541,7 +541,7 @@ def _is_fixed(
         return False
     if not _each_time(a) or not _each_time(b):
         return True  # seeded once
-    if seen.seeds_per == "sample" and not name.startswith("dataset"):
+    if seen.seeds_per == "sample" and name in PROCESS_WIDE:
         return True  # collation is seeded too: where it stands at a report tells nothing
     later = {seed for each in workers for seed in seen.reports[each].seeds.get(name, ())}
     return seen.ended and later <= {a.after.seed}
@@ -556,7 +556,7 @@ def _but_for_seed(
     not matter where a generator stood before them, and after two of them it stands at two places.
     """
     alike = _alike(mine, a, theirs, b)
-    if seen.seeds_per is None or name.startswith("dataset") or alike != "from":
+    if seen.seeds_per is None or name not in PROCESS_WIDE or alike != "from":
         return alike
     same = a.after == b.after and mine.indices[:1] != theirs.indices[:1]
     return "to" if seen.seeds_per == "sample" and same else ""

@@ -660,7 +660,7 @@ def test_a_generator_that_a_dataset_owns_is_told_of_once(caplog: pytest.LogCaptu
     loader = loader_of(Owns())
     (line,) = said(caplog, loader)
     assert line == (
-        "seed= does not reach dataset.rng, of the dataset's own: what is drawn from there depends "
+        "seed= does not reach dataset.rng: what is drawn from there depends "
         "on the worker, and on what it drew before. Draw from safeloader.sample_rng() in "
         "__getitem__ instead, which gives each sample a generator of its own"
     )

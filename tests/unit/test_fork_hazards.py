@@ -672,7 +672,7 @@ def test_module_globals_that_functions_use_are_found_under_fork() -> None:
     def paths(function: Any, start_method: str = "fork") -> list[str]:
         return [each.path for each in found_in(Holding(), start_method, collate_fn=function)]
 
-    assert paths(with_global) == ["collate_fn.__globals__['RNG']"]
+    assert paths(with_global) == [f"global {__name__}.RNG"]
     assert paths(with_global, "spawn") == []  # the module is imported anew
     assert paths(with_attribute_of_that_name) == []
     assert paths(default_collate) == []
@@ -691,8 +691,11 @@ def test_the_datasets_own_methods_are_looked_at() -> None:
             return rng.random()
 
     [found] = found_in(UsesGlobal())
-    assert found.path == "dataset.__getitem__.__globals__['RNG']"
-    assert found.advice == "make it in the worker from get_worker_info().seed"
+    assert found.path == f"global {__name__}.RNG"
+    assert found.advice == (
+        f"seed it per worker: in worker_init_fn, {__name__}.RNG = "
+        "np.random.default_rng(get_worker_info().seed)"
+    )
     assert [x.path for x in found_in(Local())] == ["dataset.__getitem__.__closure__['rng']"]
 
 
