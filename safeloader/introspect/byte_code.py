@@ -43,14 +43,15 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from codes(inner)
 
 
-def globals_of(code: types.CodeType) -> dict[str, None]:
+@lru_cache(4096)
+def globals_of(code: types.CodeType) -> tuple[str, ...]:
     """The names of the globals that a function uses, and those defined in it; in order.
 
-    >>> list(globals_of((lambda: print(len)).__code__))
-    ['print', 'len']
+    >>> globals_of((lambda: print(len)).__code__)
+    ('print', 'len')
     """
     steps = (step for each in codes(code) for step in dis.get_instructions(each))
-    return dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL")
+    return tuple(dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL"))
 
 
 def loads(owner: Any, name: str, *, whole: bool = False) -> bool:

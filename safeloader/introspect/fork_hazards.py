@@ -38,11 +38,11 @@ from safeloader.introspect.advice import (
     is_read_from,
     suited,
 )
-from safeloader.introspect.byte_code import ENTRIES, LEFT_ALONE, codes
+from safeloader.introspect.byte_code import LEFT_ALONE, codes
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
 from safeloader.introspect.generator_kinds import how_to_seed, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, named_fields
+from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, named_fields
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
     array_facts,
@@ -93,9 +93,6 @@ def survey(
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
             walk.add(_Item(each, path))
-        for method in ENTRIES:
-            for function in definitions(type(thing), method)[:1]:  # for its closure and globals
-                walk.add(_Item(function, f"{name}.{method}"))
         for _ in range(bound_items):
             if not walk.queue or monotonic() > end:
                 break
@@ -302,6 +299,8 @@ class _Walk:
         for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
             self.add(_Item(child, beyond(path, step), part_of, library, hidden))
+        for step, function in makers_of(cls) if base is None and not role else ():
+            self.add(_Item(function, path + step, part_of, library, private))
 
     def end(self) -> list[Inherited]:
         """All that was found: of a library's object with several generators, the object."""

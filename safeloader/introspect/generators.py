@@ -9,18 +9,19 @@ from __future__ import annotations
 import types
 from collections import deque
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from safeloader.introspect.byte_code import ENTRIES
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.generator_kinds import is_generator, kind_of, process_generators
-from safeloader.introspect.parts import all_held_by, beyond
-from safeloader.introspect.values import container_base, definitions, inherits
+from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of
+from safeloader.introspect.values import container_base, inherits
 
 _OBJECTS = 2000
+_FUNCTIONS = 100
 OWN_MAX = 8  # of a dataset's own
 _LEAVES = (str, bytes, int, float, complex, type(None), np.ndarray, torch.Tensor, type)
 
@@ -35,8 +36,6 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: dict[int, Any] = {id(each): each for each in process_generators().values()}
     queue: deque[tuple[Any, str]] = deque([(thing, name)])
-    for method in ENTRIES:  # what they close over, and the globals that they use
-        queue += [(each, f"{name}.{method}") for each in definitions(type(thing), method)[:1]]
     while queue and len(seen) < _OBJECTS:
         value, path = queue.popleft()
         cls = type(value)
@@ -50,11 +49,14 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
         with suppress(Exception):  # another thread may change what is read here
             parts = all_held_by(value, container_base(cls), is_generator)
             queue += [(each, beyond(path, step)) for step, each in parts]
+            queue += [(each, path + step) for step, each in makers_of(cls)]
     return found
 
 
 def own_generators(dataset: Any) -> dict[str, Any]:
-    """The generators that a dataset holds under names: fewer than :func:`generators_of`, sooner.
+    """The generators that a dataset holds under names, or draws from in a module's globals.
+
+    Fewer than :func:`generators_of`, sooner.
 
     >>> import random
     >>> class Noisy:
@@ -65,9 +67,27 @@ def own_generators(dataset: Any) -> dict[str, Any]:
     """
     known = {id(each) for each in process_generators().values()}
     found: dict[str, Any] = {}
+    functions: deque[Any] = deque(each for _, each in makers_of(type(dataset)))
     for each in attributes(dataset):
-        if kind_of(each.value) is None or id(each.value) in known or len(found) >= OWN_MAX:
+        found |= _if_own(each.path, each.value, known)
+        functions += [each.value] if type(each.value) is types.FunctionType else ()
+        functions += [function for _, function in makers_of(type(each.value))]
+    seen: set[int] = set()
+    while functions and len(seen) < _FUNCTIONS:
+        function = functions.popleft()
+        if id(function) in seen:
             continue
-        if not inherits(type(each.value), torch.Generator) or each.value.device.type == "cpu":
-            found[each.path] = each.value
-    return found
+        seen.add(id(function))
+        for step, each in all_held_by(function, None, is_generator):
+            if step.startswith(GLOBAL):
+                found |= _if_own(step, each, known)
+                functions += [each] if type(each) is types.FunctionType else ()
+    return dict(islice(found.items(), OWN_MAX))
+
+
+def _if_own(path: str, value: Any, known: set[int]) -> dict[str, Any]:
+    """A generator by its path, if it can be read here, and is none of the process's own."""
+    if kind_of(value) is None or id(value) in known:
+        return {}
+    on_cpu = not inherits(type(value), torch.Generator) or value.device.type == "cpu"
+    return {path: value} if on_cpu else {}

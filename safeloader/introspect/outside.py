@@ -59,7 +59,7 @@ def kept_outside(root: Any) -> list[Any]:
         if function is None or id(function) in seen or _is_left_alone(function):
             continue
         seen.add(id(function))
-        for name in _names(function.__code__):
+        for name in globals_of(function.__code__):
             value = dict.get(function.__globals__, name)
             functions.append(value)
             if not is_one_of(type(value), *_PLAIN, types.FunctionType, types.BuiltinFunctionType):
@@ -108,8 +108,3 @@ def _function_in(value: Any) -> Any:
 def _is_left_alone(function: Any) -> bool:
     module = function.__module__
     return type(module) is str and f"{module}.".startswith(LEFT_ALONE)
-
-
-@functools.lru_cache(1024)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    return tuple(globals_of(code))

@@ -915,6 +915,42 @@ def test_a_generator_that_each_worker_makes_from_one_seed(kind: str, way: str, c
     assert said(caplog, loader_of(MakesItsGenerator("worker", kind), way, shuffle=True)) == []
 
 
+OF_THE_MODULE = np.random.RandomState(0)
+
+
+def from_the_module() -> float:
+    return float(OF_THE_MODULE.rand())
+
+
+class DrawsFromTheModule(Indexed):
+    """Its own code calls a function, which has the generator."""
+
+    def __getitem__(self, index: int) -> float:
+        return self.noise() + index
+
+    def noise(self) -> float:
+        return from_the_module()
+
+
+def seeds_that_of_the_module(worker_id: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    OF_THE_MODULE.seed(info.seed % 2**32)
+
+
+@ways(FRESH | LASTING)
+def test_a_generator_of_a_module_that_repeats(way: str, caplog: Any) -> None:
+    path = f"{__name__}.OF_THE_MODULE"
+    loader = loader_of(DrawsFromTheModule(), way, shuffle=True, worker_init_fn=seeds_nothing)
+    [told] = said(caplog, loader)
+    assert told.startswith(f"workers 0 and 1 draw the same random numbers from global {path}: it")
+    cure = f"Seed it per worker: in worker_init_fn, {path}.seed(get_worker_info().seed % 2**32)"
+    assert told.endswith(cure)
+    init = seeds_that_of_the_module
+    loader = loader_of(DrawsFromTheModule(), way, shuffle=True, worker_init_fn=init)
+    assert said(caplog, loader) == []
+
+
 class SeededByGroup(Indexed):
     """Eight samples in a row, the frames of a clip, are cropped alike."""
 

@@ -53,6 +53,7 @@ from safeloader.introspect import fork_hazards, parts
 from safeloader.introspect.advice import CUDA, LOCK
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.suspects import Inherited
+from tests import datasets
 
 
 class Holding(Dataset[Any]):
@@ -676,6 +677,50 @@ def test_module_globals_that_functions_use_are_found_under_fork() -> None:
     assert paths(with_global, "spawn") == []  # the module is imported anew
     assert paths(with_attribute_of_that_name) == []
     assert paths(default_collate) == []
+
+
+def adds_noise(x: Any) -> Any:
+    return x + RNG.random()
+
+
+class AddsNoise:
+    def __call__(self, x: Any) -> Any:
+        return self._noise(x)
+
+    def _noise(self, x: Any) -> Any:
+        return adds_noise(x)
+
+
+class CallsModule(Holding):
+    def __getitem__(self, index: int) -> Any:
+        return datasets.adds_noise(index)
+
+
+def test_globals_are_found_through_what_makes_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions and methods of the user's are followed, also those of an imported module."""
+
+    def paths(dataset: Any) -> list[str]:
+        return [each.path for each in found_in(dataset)]
+
+    here = [f"global {__name__}.RNG"]
+    assert paths(Holding(transform=adds_noise)) == here
+    assert paths(Holding(transforms=[AddsNoise()])) == here
+    monkeypatch.setattr(datasets, "adds_noise", adds_noise, raising=False)
+    assert paths(CallsModule()) == here
+    monkeypatch.setattr(datasets, "adds_noise", RNG)
+    assert paths(CallsModule()) == ["global tests.datasets.adds_noise"]
+
+
+def test_a_scripts_global_is_named_without_a_module() -> None:
+    script: dict[str, Any] = {"__name__": "__main__", "OLD": random.Random(0), "NEW": RNG}
+    exec("def collate_fn(batch): return OLD, NEW", script)
+    found = found_in(Holding(), collate_fn=script["collate_fn"])
+    cures = {each.path: each.advice.partition("worker_init_fn, ")[2] for each in found}
+    seed = "get_worker_info().seed"
+    assert cures == {
+        "global OLD": f"OLD.seed({seed} % 2**32)",
+        "global NEW": f"global NEW; NEW = np.random.default_rng({seed})",
+    }
 
 
 class UsesGlobal(Dataset[Any]):
