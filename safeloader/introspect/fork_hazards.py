@@ -160,14 +160,30 @@ def _within(path: str) -> str:
 
 
 def was_told(dataset: object, path: str) -> bool:
-    """Whether :func:`warn_once` has told of what lies at ``path`` in this dataset."""
-    return (type_name(type(dataset)), path) in _said
+    """Whether :func:`warn_once` has told of what lies at ``path``, around it or in it."""
+    cls = type_name(type(dataset))
+    return any(of == cls and bool(_order_of(told, path)) for of, told in list(_said))
 
 
 def cure_of(dataset: object, path: str) -> str:
-    """What a warning says, or would say, to do about the generators at a path; "" if nothing."""
+    """What a warning says, or would say, to do about the generators at a path; "" if nothing.
+
+    Else what it says of the nearest that holds them, or of the first that is held there.
+    """
     found = survey(dataset, "dataset", start_method="fork", num_workers=2)  # globals too
-    return next((each.advice for each in found if each.path == path and not each.by_fork), "")
+    told = [each for each in found if not each.by_fork and _order_of(each.path, path)]
+    return max(told, key=lambda each: _order_of(each.path, path)).advice if told else ""
+
+
+def _order_of(told: str, path: str) -> int:
+    """How well what is told of one path suits another: itself, around it, in it; 0 if not at all.
+
+    >>> [_order_of(told, "dataset.t[0]") for told in ("dataset.t", "dataset.t[0].rng", "dataset.s")]
+    [9, 1, 0]
+    """
+    if path == told or path.startswith((f"{told}.", f"{told}[")):
+        return len(told)
+    return int(told.startswith((f"{path}.", f"{path}[")))
 
 
 # ---- what is known
@@ -294,7 +310,7 @@ class _Walk:
             part_of = _Owner.of(value, path)
         if base is None and self._is_users(cls):
             library = None
-        elif base is None and library is None and is_third_party(cls):
+        elif base is None and is_third_party(cls) and _is_better_owner(cls, library):
             library = _Owner.of(value, path)
         for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
@@ -410,13 +426,22 @@ def _in_worker_init_fn(path: str) -> str:
 _SEEDING = {"set_random_seed": "", "set_random_state": "seed="}
 
 
+def _seeding(cls: Any) -> list[str]:
+    return [each for each in _SEEDING if definitions(cls, each)]
+
+
+def _is_better_owner(cls: type, owner: _Owner | None) -> bool:
+    """Whether the generators in an object are told as this one's: the first that seeds them all."""
+    return owner is None or bool(_seeding(cls) and not _seeding(owner.cls))
+
+
 def _for_owner(owner: _Owner, workers: int) -> Hazard:
     """Of a library's object that holds several generators."""
     each = f"each of the {workers} workers gets" if workers > 1 else "the worker starts from"
     why = f"of the random generators in it, {each} {GENERATOR.why}: unless something seeds them "
     why += "there, " + ("all draw the same numbers" if workers > 1 else "each epoch is the same")
     seed, there = "get_worker_info().seed", _in_worker_init_fn(owner.path)
-    seeds = [each for each in _SEEDING if definitions(owner.cls, each)]
+    seeds = _seeding(owner.cls)
     if there and seeds:
         again = f"{there}.{seeds[0]}({_SEEDING[seeds[0]]}{seed} % 2**32)"
         return Hazard(why, f"{GENERATOR.cure}: in worker_init_fn, {again}")

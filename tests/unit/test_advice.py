@@ -20,7 +20,7 @@ from safeloader import SafeDataLoader, TransportError
 from safeloader.examining.wording import findings_of
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, HAZARDS, LAZILY, without_threads
 from safeloader.introspect.copy_state import CopyState
-from safeloader.introspect.fork_hazards import survey
+from safeloader.introspect.fork_hazards import cure_of, survey, warn_once, was_told
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.suspects import Inherited
 from safeloader.supervision.self_report import SelfReport, SharedFile
@@ -248,7 +248,18 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Any:
         def __init__(self) -> None:
             self._rng = np.random.default_rng(3)
 
+    @of_library
+    class Wrapping(Dataset[Any]):
+        """A dataset of the library's, which seeds nothing itself."""
+
+        def __init__(self, transform: Any) -> None:
+            self.transform = transform
+
+        def __getitem__(self, index: int) -> float:
+            return float(self.transform.rng.random())
+
     module.Compose, module.Stream, module.Base, module.Public = Compose, Stream, Base, Public
+    module.Wrapping = Wrapping
     return module
 
 
@@ -261,6 +272,20 @@ def test_many_generators_of_one_object_are_one_warning_with_one_cure(library: An
     )
     line = found.advice.partition("in worker_init_fn, ")[2]
     assert line.count("get_worker_info()") == 2
+
+
+def test_of_several_around_generators_the_one_is_told_that_seeds_them(library: Any) -> None:
+    dataset = library.Wrapping(library.Compose())
+    [found] = found_in(dataset)
+    assert found.path == "dataset.transform"
+    assert "dataset.transform.set_random_seed(" in found.advice
+    assert cure_of(dataset, "dataset.transform.transforms") == found.advice
+    assert not was_told(dataset, found.path)
+    with pytest.warns(RuntimeWarning, match="safeloader: dataset.transform "):
+        warn_once([found], dataset)
+    assert was_told(dataset, "dataset.transform.transforms[0].rng")
+    assert was_told(dataset, "dataset")
+    assert not was_told(dataset, "dataset.transformed")
 
 
 class Drawing(Holding):
