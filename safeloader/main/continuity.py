@@ -39,7 +39,7 @@ from safeloader.main.beginning import (
     of_json,
     to_json,
 )
-from safeloader.main.dataset_places import DatasetPlaces, Places, workers_of
+from safeloader.main.dataset_places import DatasetPlaces, Places, putting_back, workers_of
 from safeloader.main.drawing import RecordingSampler
 from safeloader.main.drawing_again import DrawsAgain
 from safeloader.main.epoch import Epoch
@@ -125,12 +125,13 @@ class Continuity:
             saved.refuse_unlike(facts_of(loader))
         self._put_back = {}
         self._begin, self._earlier = None, SavedState()
-        self._places = _places_of(loader, saved)
+        self._places = _places_of(loader, saved, epoch.log)
         pool.plan = plan = None if self._places is None else self._places.plan
         pool.states = self._here = None
         if plan is not None and not pool.workers:
             pool.states = self._here = plan.of_worker(None)
-            self._here.before_iter(loader.dataset)  # it may put generators somewhere
+            with putting_back(self._here):
+                self._here.before_iter(loader.dataset)  # it may put generators somewhere
         self._generators = Generators(pool.sampler.drawn_from, loader.generator)
         if pool.stream:
             self._begin_stream(pool, saved, epoch)
@@ -434,15 +435,27 @@ def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
         )
 
 
-def _places_of(loader: Any, saved: SavedState) -> DatasetPlaces | None:
+def _places_of(loader: Any, saved: SavedState, log: LoaderLog) -> DatasetPlaces | None:
     """What keeps the states of the dataset, if it is a stream or has a state of its own."""
     if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
         return None
-    given = saved.dataset
-    if given and workers_of(given) != loader.num_workers:
-        given = {}  # of a map-style dataset: streams are refused
+    given, now = saved.dataset, loader.num_workers
+    if given and (then := workers_of(given)) != now:  # not of streams: those are refused
+        log.warning(
+            "the state of the dataset is left aside, and it begins anew: it was saved of %s, and "
+            "now it is %s. The indices go on from where they were. Where the samples depend on "
+            "that state, go on with num_workers=%d",
+            *(_copies(then), _copies(now), then),
+        )
+        given = {}
     every = loader.snapshot_every_n_steps
-    return DatasetPlaces(loader.num_workers, every, given, over=not saved.begun)
+    return DatasetPlaces(now, every, given, over=not saved.begun)
+
+
+def _copies(workers: int) -> str:
+    if not workers:
+        return "the one in the main process"
+    return f"the {workers} copies in the workers" if workers > 1 else "the copy in the worker"
 
 
 def facts_of(loader: Any, length: int | None = None) -> SavedState:

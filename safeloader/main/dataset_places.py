@@ -7,9 +7,13 @@ knows a later state, which it does not save. Saved, they lie where torchdata has
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from safeloader.delivery.manifest import BatchManifest
+from safeloader.errors import ResumeError
+from safeloader.introspect.values import exception_text
 from safeloader.transport.messages import StateMessage
 from safeloader.worker.dataset_states import DatasetStates, Snapshot, Start, StatesPlan
 
@@ -96,6 +100,23 @@ class DatasetPlaces:
         if places.last is not None:
             whole["last"] = places.last
         return {"_snapshot": whole | {"read": [list(each) for each in places.counts]}}
+
+
+@contextmanager
+def putting_back(states: DatasetStates) -> Iterator[None]:
+    """Around the user's code that is given a state, in the main process.
+
+    Raises:
+        ResumeError: if it raises over the state.
+    """
+    try:
+        yield
+    except Exception as exc:
+        found, _, next_step = states.refusal.partition("\n")
+        if not found:
+            raise
+        what = f"{type(exc).__qualname__}: {exception_text(exc)}"
+        raise ResumeError(f"{found} ({what})\n  next: {next_step}") from exc
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.threads import threads_here
 from safeloader.introspect.two_ways import passed_by
 from safeloader.introspect.values import weakly
+from safeloader.main.dataset_places import putting_back
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
@@ -59,6 +60,7 @@ from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
+from safeloader.worker.hints import ITER_RAISED
 from safeloader.worker.policy import Policy
 from safeloader.worker.seeding import seeded_in_main
 from safeloader.worker.startup import WorkerStartup, fetcher_for
@@ -177,14 +179,14 @@ class WorkerPool:
             failure_was_told()
             if not _torch.raised_by_dataset_iter(exc):
                 raise
-            hint = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
-            failure = failure_of(exc, phase="sample", where="", hint=hint)
+            failure = failure_of(exc, phase="sample", where="", hint=ITER_RAISED)
             raise self.sampler.log.error(failure, exc) from None
         looks = self.looks
 
         def ours(fetcher: Any) -> Any:
             if states is not None:
-                states.after_iter(fetcher)
+                with putting_back(states):
+                    states.after_iter(fetcher)
             recording = looks.over(fetcher_for(fetcher, context))
             if states is not None:
                 states.over(recording, None)

@@ -82,6 +82,7 @@ class DatasetStates:
     def __init__(self, every: int, start: Start | None) -> None:
         self._every = max(every, 1)
         self._start = start
+        self._loading = ""  # the call of the user's that is given a state, or raised over it
         self._dataset: Any = None
         self._iterator: Any = None
         self._batches = 0
@@ -96,7 +97,7 @@ class DatasetStates:
         self._dataset = dataset
         self._ended, self._batches, self._begins_at = False, 0, 0
         if self._start is not None and self._start.snapshot.dataset is not None:
-            dataset.load_state_dict(self._start.snapshot.dataset)
+            self._load("dataset", dataset, self._start.snapshot.dataset)
 
     def after_iter(self, stock: Any) -> Any:
         """Torch's fetcher over it was made, and is given back with the stream where it is to be."""
@@ -108,7 +109,7 @@ class DatasetStates:
         snapshot = start.snapshot
         kept = snapshot.iterator is not None and has_state(iterator)
         if kept:
-            iterator.load_state_dict(snapshot.iterator)
+            self._load("iter(dataset)", iterator, snapshot.iterator)
         if start.over:
             if kept:  # of that epoch only what it did to the process is left
                 self._iterator = stock.dataset_iter = iter(self._dataset)
@@ -117,6 +118,16 @@ class DatasetStates:
         if iterator is not None and not snapshot.ended:
             self._drop(start.samples - snapshot.samples)
         return stock
+
+    def _load(self, name: str, thing: Any, state: Any) -> None:
+        self._loading = f"{name}.load_state_dict()"
+        thing.load_state_dict(state)
+        self._loading = ""
+
+    @property
+    def refusal(self) -> str:
+        """What is found, and what to do, where a state was not taken; "" if all were."""
+        return self._loading and f"{self._loading} raised: {_NOT_TAKEN}"
 
     def _drop(self, samples: int) -> None:
         began = perf_counter()
@@ -184,6 +195,12 @@ class DatasetStates:
         fetcher = self._fetcher()
         read = 0 if fetcher is None else fetcher.read
         return Snapshot(of_dataset, of_iterator, self._ended, self._batches, read)
+
+
+_NOT_TAKEN = (
+    "it does not take the state that was saved of it\nmend it, or begin anew by "
+    "loader.load_state_dict({})"
+)
 
 
 def has_state(thing: Any) -> bool:

@@ -27,6 +27,7 @@ from safeloader.worker.sources import inner_dataset, source_of
 from safeloader.worker.validating import CheckFault, refused_by
 
 KEY_FAULT = "raised by key= (or that of checks.unique), not by the dataset"
+ITER_RAISED = "iter(dataset) raised, before any sample\niter(loader.dataset) repeats it"
 LOOK_AT_SAMPLER = ": look at the sampler"  # main knows better where the dataset grew meanwhile
 _PICKLED_AGAIN_S = 5.0  # for finding what cannot be pickled
 _ATTRIBUTES_MAX = 64  # of the dataset, looked through for what an index went past

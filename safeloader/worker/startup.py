@@ -31,7 +31,7 @@ from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
-from safeloader.worker.hints import failure_in
+from safeloader.worker.hints import ITER_RAISED, failure_in
 from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.observing import Observer, into_flight_recorder
 from safeloader.worker.recording import RecordingFetcher
@@ -121,7 +121,9 @@ class WorkerStartup:
                 with monitor:
                     return monitor.over(open_dataset(create))
             except Exception as exc:
-                return refusing(exc, "sample", "iter(dataset) raised, before any sample")
+                of_state = "" if states is None else states.refusal
+                in_worker = ", where get_worker_info() is None"
+                return refusing(exc, "sample", of_state or ITER_RAISED + in_worker)
             finally:
                 monitor.begins(IDLE)
 

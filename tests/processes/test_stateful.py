@@ -36,6 +36,7 @@ from torch.utils.data import (
 from safeloader import (
     GlobalBatchSampler,
     ResumeError,
+    SafeLoaderError,
     SafeStatefulDataLoader,
     SampleError,
     TransportError,
@@ -226,7 +227,7 @@ def test_resumed_again_and_again(workers: int) -> None:
     assert loader.state_dict()["epoch"] == 1
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     sampler=st.sampled_from([*SAMPLERS]),
     cuts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=4),
@@ -750,6 +751,87 @@ def test_a_stream_on_other_workers_is_refused() -> None:
     said = refused(state, SafeStatefulDataLoader(Stream(), 4, num_workers=3))
     assert "2 workers" in said
     assert "num_workers=2" in said
+
+
+class Refusing(Counter):
+    """Does not take the states that it gave."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise KeyError("count")
+
+
+class StreamRefusing(Stream):
+    def __iter__(self) -> Iterator[int]:
+        return Refusing(range(self.n))
+
+
+class RowsRefusing(Rows):
+    def state_dict(self) -> dict[str, int]:
+        return {"at": 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise KeyError("count")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("make_dataset", "call"),
+    [
+        (RowsRefusing, "dataset.load_state_dict()"),
+        (StreamRefusing, "iter(dataset).load_state_dict()"),
+    ],
+    ids=["map-style", "stream"],
+)
+def test_a_dataset_that_does_not_take_its_state(make_dataset: Any, call: str, workers: int) -> None:
+    _, state, _ = cut_short(SafeStatefulDataLoader(make_dataset(), 4, num_workers=workers), 2)
+    resumed = SafeStatefulDataLoader(make_dataset(), 4, num_workers=workers)
+    resumed.load_state_dict(state)
+    with pytest.raises(SafeLoaderError) as caught:
+        lists(resumed)
+    said = str(caught.value)
+    assert f"{call} raised: it does not take the state that was saved of it" in said
+    assert "KeyError: 'count'" in said
+    assert said.endswith("next: mend it, or begin anew by loader.load_state_dict({})")
+    assert isinstance(caught.value, KeyError if workers else ResumeError)
+    resumed.load_state_dict({})
+    assert len(lists(resumed)) == 11
+
+
+class Counting(Rows):
+    """A map-style dataset that counts what was asked of it, in each worker."""
+
+    asked = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked += 1
+        return super().__getitem__(index)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+def test_states_of_other_workers_are_left_aside_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, state, rest = cut_short(SafeStatefulDataLoader(Counting(), 4, num_workers=2), 4)
+    for workers in (2, 3, 0):
+        caplog.clear()
+        resumed = SafeStatefulDataLoader(Counting(), 4, num_workers=workers)
+        resumed.load_state_dict(state)
+        with caplog.at_level(logging.WARNING, "safeloader"):
+            assert lists(resumed) == rest
+        told = [each for each in caplog.messages if "the state of the dataset" in each]
+        assert len(told) == (workers != 2)
+        if workers:
+            assert all(
+                "saved of the 2 copies in the workers, and now it is the 3" in x for x in told
+            )
+        else:
+            assert "now it is the one in the main process" in told[0]
+            assert told[0].endswith("go on with num_workers=2")
 
 
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────
