@@ -45,7 +45,7 @@ from safeloader.main.drawing_again import DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.main.saved_state import SavedState
 from safeloader.main.worker_pool import WorkerPool
-from safeloader.transport.messages import StateMessage
+from safeloader.transport.messages import Again, StateMessage
 from safeloader.worker.dataset_states import DatasetStates, has_state
 
 KEEPS_PLACE = "_continuity"  # the attribute of a loader that keeps its place
@@ -176,16 +176,18 @@ class Continuity:
         """A worker told the state of its dataset."""
         if self._places is not None:
             self._places.told(message)
-        if message.again is not None and self._accounts is not None:
-            samples, seconds = message.again
-            self._accounts.log.warning(
-                "worker %d read %d samples again, which took %.1f s, to come to its place in the "
-                "stream, and dropped them. An iterator or a dataset with state_dict() and "
-                "load_state_dict() is put there at once",
-                message.worker_id,
-                samples,
-                seconds,
-            )
+        self._tell_again(f"worker {message.worker_id}", message.again)
+
+    def _tell_again(self, who: str, again: Again | None) -> None:
+        if again is None or self._accounts is None:
+            return
+        samples, seconds, proved = again
+        self._accounts.log.warning(
+            "%s read %d samples again, which took %.1f s, to come to its place in the stream, and "
+            "dropped them; %s. An iterator or a dataset with state_dict() and load_state_dict() is "
+            "put there at once",
+            *(who, samples, seconds, _PROVED if proved else _NOT_PROVED),
+        )
 
     @property
     def wants_new_workers(self) -> bool:
@@ -201,6 +203,8 @@ class Continuity:
         Until then what was loaded is kept: if no worker can be started, the next ``iter()`` tries.
         """
         self._loaded = self._asked_for = None
+        if self._here is not None:
+            self._tell_again("the main process", self._here.take_again())
         put_back, self._put_back = self._put_back, {}
         watch, generators = self._watch, self._generators
         if put_back and generators is not None:
@@ -401,6 +405,8 @@ _NOT_KNOWN = (
 )
 
 
+_PROVED = "they are those of then, by key="
+_NOT_PROVED = "key= would prove that they are those of then"
 _ONLY_NOW = (
     "without workers the dataset is asked for its state as it is now, and the state after an "
     "earlier batch is not known. Take it as the batch comes, or use num_workers=1"

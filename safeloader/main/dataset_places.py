@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from safeloader.delivery.key_chain import BEGIN, chained
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.errors import ResumeError
 from safeloader.introspect.values import exception_text
@@ -27,11 +28,13 @@ class Places(NamedTuple):
         counts: what was handed over of each.
         snapshots: the newest state of each, pickled.
         last: the worker whose batch was handed over last; None before the first.
+        keys: with ``key=``, of each the digest of the keys of what was handed over.
     """
 
     counts: tuple[Counts, ...]
     snapshots: dict[int, bytes]
     last: int | None = None
+    keys: dict[int, bytes | None] = {}  # noqa: RUF012  # never changed
 
 
 class DatasetPlaces:
@@ -54,7 +57,8 @@ class DatasetPlaces:
         counts = [(0, 0) if w not in begun else begun[w][1:3] for w in range(max(workers, 1))]
         snapshots = {w: pickle.dumps(start.snapshot) for w, start in begun.items()}
         last = saved["_snapshot"].get("last") if begun and saved and workers else None
-        self.now = Places(tuple(counts), snapshots, last)
+        keys = {w: start.keys for w, start in begun.items()}
+        self.now = Places(tuple(counts), snapshots, last, keys)
 
     @property
     def requests(self) -> int:
@@ -78,24 +82,28 @@ class DatasetPlaces:
     def passed(self, manifest: BatchManifest) -> None:
         """A batch is handed over, or its error raised."""
         worker = manifest.worker_id or 0
-        counts, snapshots, _ = self.now
+        counts, snapshots, _, keys = self.now
         batches, samples = counts[worker]
         mine = (batches + 1, samples + (manifest.samples or 0))
         if manifest.snapshot is not None:
             snapshots = snapshots | {worker: manifest.snapshot}
-        self.now = Places((*counts[:worker], mine, *counts[worker + 1 :]), snapshots, worker)
+        if manifest.keys is not None or keys:
+            keys = keys | {worker: _with_keys(keys.get(worker, BEGIN), manifest)}
+        counts = (*counts[:worker], mine, *counts[worker + 1 :])
+        self.now = Places(counts, snapshots, worker, keys)
 
     def save(self, places: Places, here: DatasetStates | None) -> dict[str, Any]:
         """The keys of a state that hold this; ``here``: the main process reads."""
         if here is not None:
             snapshot = here.now()._replace(batches=places.counts[0][0])
-            return {**_plain(snapshot), "read": list(places.counts[0])}
+            return {**_plain(snapshot), "read": list(places.counts[0]), **_keys(places, 0)}
         snapshots = {}
         for worker in range(self._workers):
             raw = places.snapshots.get(worker)
             snapshot = Snapshot() if raw is None else pickle.loads(raw)
             plain = {"worker_id": worker, **_plain(snapshot)}
-            snapshots[f"worker_{worker}"] = plain | {"at": [snapshot.batches, snapshot.samples]}
+            at = {"at": [snapshot.batches, snapshot.samples], **_keys(places, worker)}
+            snapshots[f"worker_{worker}"] = plain | at
         whole = {"_worker_snapshots": snapshots, "_num_workers": self._workers}
         if places.last is not None:
             whole["last"] = places.last
@@ -119,6 +127,18 @@ def putting_back(states: DatasetStates) -> Iterator[None]:
         raise ResumeError(f"{found} ({what})\n  next: {next_step}") from exc
 
 
+def _with_keys(digest: bytes | None, manifest: BatchManifest) -> bytes | None:
+    """The digest with the keys of a batch; None where a sample of it has none: it was left out."""
+    if manifest.keys is None or len(manifest.keys) != manifest.samples or manifest.incidents:
+        return None
+    return chained(digest, manifest.keys)
+
+
+def _keys(places: Places, worker: int) -> dict[str, str]:
+    digest = places.keys.get(worker)
+    return {} if digest is None else {"keys": digest.hex()}
+
+
 def _plain(snapshot: Snapshot) -> dict[str, Any]:
     fetcher = {"dataset_iter_state": snapshot.iterator, "fetcher_ended": snapshot.ended}
     return {"dataset_state": snapshot.dataset, "fetcher_state": fetcher}
@@ -129,13 +149,18 @@ def _starts(saved: dict[str, Any], *, over: bool) -> dict[int, Start]:
     if "_snapshot" not in saved:
         batches, samples = saved["read"]
         snapshot = _snapshot(saved, (batches, samples))
-        return {0: Start(snapshot, batches, samples, over)}
+        return {0: Start(snapshot, batches, samples, over, _digest(saved))}
     whole = saved["_snapshot"]
     starts = {}
     for worker, (batches, samples) in enumerate(whole["read"]):
         told = whole["_worker_snapshots"][f"worker_{worker}"]
-        starts[worker] = Start(_snapshot(told, told["at"]), batches, samples, over)
+        at = _snapshot(told, told["at"])
+        starts[worker] = Start(at, batches, samples, over, _digest(told))
     return starts
+
+
+def _digest(told: dict[str, Any]) -> bytes | None:
+    return bytes.fromhex(told["keys"]) if "keys" in told else None
 
 
 def _snapshot(told: dict[str, Any], at: Any) -> Snapshot:

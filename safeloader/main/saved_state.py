@@ -15,7 +15,7 @@ from safeloader.introspect.texts import bounded_text
 FORMAT = 1
 NOWHERE = Place(0, 0, b"")
 _NAME = "safeloader"  # under which the format stands
-OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read")
+OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read", "keys")
 _THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
 
 

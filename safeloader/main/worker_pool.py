@@ -62,6 +62,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.hints import ITER_RAISED
 from safeloader.worker.policy import Policy
+from safeloader.worker.recording import key_of
 from safeloader.worker.seeding import seeded_in_main
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
@@ -186,7 +187,7 @@ class WorkerPool:
         def ours(fetcher: Any) -> Any:
             if states is not None:
                 with putting_back(states):
-                    states.after_iter(fetcher)
+                    states.after_iter(fetcher, key_of(context.key))
             recording = looks.over(fetcher_for(fetcher, context))
             if states is not None:
                 states.over(recording, None)

@@ -41,17 +41,20 @@ class StateRequest(NamedTuple):
     """Stands for an index where a worker is asked for the state of its dataset."""
 
 
+Again = tuple[int, float, bool]
+
+
 class StateMessage(NamedTuple):
     """The state of a worker's dataset, pickled: worker to main, in the place of a batch.
 
     ``at_end``: its stream is at its end, else it was asked. ``again`` are the samples that it read
-    again to come to its place, and the seconds of it.
+    again to come to its place, the seconds of it, and whether their keys are those of then.
     """
 
     worker_id: int
     state: bytes
     at_end: bool = False
-    again: tuple[int, float] | None = None
+    again: Again | None = None
 
     def pin_memory(self) -> StateMessage:
         """Nothing to pin."""

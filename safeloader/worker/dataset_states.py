@@ -13,7 +13,20 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from safeloader.transport.messages import EmptyBatch, FailedBatch, StateMessage, StateRequest, Task
+from torch.utils.data import get_worker_info
+
+from safeloader.delivery.key_chain import BEGIN, chained
+from safeloader.errors import ResumeError
+from safeloader.transport.messages import (
+    Again,
+    EmptyBatch,
+    FailedBatch,
+    StateMessage,
+    StateRequest,
+    Task,
+)
+
+KeyOf = Callable[[Any], Any]
 
 
 class Snapshot(NamedTuple):
@@ -47,12 +60,14 @@ class Start(NamedTuple):
         batches: how many batches of this worker were handed over.
         samples: how many samples it read for them.
         over: whether the epoch was over, so that the next one begins.
+        keys: the digest of the keys of these samples; None if it is not known.
     """
 
     snapshot: Snapshot
     batches: int = 0
     samples: int = 0
     over: bool = False
+    keys: bytes | None = None
 
 
 class StatesPlan(NamedTuple):
@@ -90,7 +105,7 @@ class DatasetStates:
         self._ended = False
         self._begins_at = 0
         self._is_kept = False  # whether there is a state to send
-        self._again: tuple[int, float] | None = None  # samples read again, and the seconds of it
+        self._again: Again | None = None  # as :class:`StateMessage` has it
 
     def before_iter(self, dataset: Any) -> None:
         """``iter(dataset)`` is about to be called, if it is a stream."""
@@ -99,8 +114,16 @@ class DatasetStates:
         if self._start is not None and self._start.snapshot.dataset is not None:
             self._load("dataset", dataset, self._start.snapshot.dataset)
 
-    def after_iter(self, stock: Any) -> Any:
-        """Torch's fetcher over it was made, and is given back with the stream where it is to be."""
+    def after_iter(self, stock: Any, key: KeyOf | None = None) -> Any:
+        """Torch's fetcher over it was made, and is given back with the stream where it is to be.
+
+        Args:
+            stock: torch's fetcher.
+            key: gives the key of a sample, with ``key=``.
+
+        Raises:
+            ResumeError: if what is read again has other keys, by the user's ``key``, than then.
+        """
         start, self._start = self._start, None
         iterator: Any = getattr(stock, "dataset_iter", None)
         self._iterator = iterator
@@ -116,7 +139,7 @@ class DatasetStates:
             return stock
         self._ended, self._batches, self._begins_at = snapshot.ended, start.batches, start.samples
         if iterator is not None and not snapshot.ended:
-            self._drop(start.samples - snapshot.samples)
+            self._drop(start, key)
         return stock
 
     def _load(self, name: str, thing: Any, state: Any) -> None:
@@ -129,15 +152,37 @@ class DatasetStates:
         """What is found, and what to do, where a state was not taken; "" if all were."""
         return self._loading and f"{self._loading} raised: {_NOT_TAKEN}"
 
-    def _drop(self, samples: int) -> None:
-        began = perf_counter()
+    def _drop(self, start: Start, key: KeyOf | None) -> None:
+        """Read up to the place, and see that it is what was read then."""
+        began, samples = perf_counter(), start.samples - start.snapshot.samples
+        # From a state on it is not known which keys came behind it.
+        known = key is not None and start.keys is not None and not start.snapshot.is_kept
+        digest: bytes | None = BEGIN
         for _ in range(samples):
             try:
-                next(self._iterator)
+                sample = next(self._iterator)
             except StopIteration:
+                digest = b""  # fewer than then
                 break
-        if samples > 0:
-            self._again = samples, perf_counter() - began
+            if known and key is not None:
+                digest = chained(digest, [key(sample)])
+        if samples <= 0:
+            return
+        if known and digest is not None and digest != start.keys:
+            worker = get_worker_info()
+            of = "" if worker is None else f" of worker {worker.id}"
+            raise ResumeError(
+                f"the stream{of} is another than it was: its first {samples} samples, which were "
+                "read again, have other keys (by key=) than when the state was saved. Read its "
+                "files in one order, shuffle them by a fixed seed, or give the dataset or its "
+                "iterator state_dict() and load_state_dict()"
+            )
+        self._again = samples, perf_counter() - began, known and digest is not None
+
+    def take_again(self) -> Again | None:
+        """What was read again, once."""
+        again, self._again = self._again, None
+        return again
 
     def over(self, fetcher: Any, worker_id: int | None) -> Any:
         """Have ``fetcher`` send states with its batches, and answer what asks for one."""
@@ -152,8 +197,7 @@ class DatasetStates:
 
         def answering(task: Task) -> Any:
             if type(task.index) is StateRequest:
-                again, self._again = self._again, None
-                return StateMessage(worker_id, self._pickled(), again=again)
+                return StateMessage(worker_id, self._pickled(), again=self.take_again())
             try:
                 made = fetch(task)
             except StopIteration:

@@ -121,7 +121,7 @@ class RecordingFetcher:
         try:
             samples, number = self._gather(came)
             if self._key is not None and self._spread == 1:
-                keys = _keys(self._key, enumerate(samples))
+                keys = keys_of(self._key, enumerate(samples))
             phase = "collate"
             cells[PHASE] = COLLATE
             if self._worker_id is not None:
@@ -273,7 +273,7 @@ class RecordingFetcher:
             batch, samples = repair.collated(collate, compared, failed)
             keys = None
             if self._key is not None and not together:
-                keys = _keys(self._key, zip(repair.places, samples, strict=True))
+                keys = keys_of(self._key, zip(repair.places, samples, strict=True))
             end = repair.asked + bool(repair.lent) + 1
             stamps[end] = clock()
         except Exception as exc:
@@ -343,7 +343,7 @@ class RecordingFetcher:
         return pickled if len(pickled) <= _DRAWN_MAX else None
 
 
-def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tuple[Any, ...]:
+def keys_of(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tuple[Any, ...]:
     """The identities that the user's ``key`` gives the samples, each with its position."""
     keys: list[Any] = []
     for position, sample in samples:
@@ -360,6 +360,11 @@ def _keys(key: Callable[[Any], Any], samples: Iterable[tuple[int, Any]]) -> tupl
             raise KeyFault(position, exc, KEY_FAULT) from exc
         keys.append(known_as)
     return tuple(keys)
+
+
+def key_of(key: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """What gives one sample's key, as it travels; None without ``key``."""
+    return None if key is None else lambda sample: keys_of(key, [(0, sample)])[0]
 
 
 class KeyFault(Unrepairable):

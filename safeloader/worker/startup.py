@@ -34,7 +34,7 @@ from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import ITER_RAISED, failure_in
 from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.observing import Observer, into_flight_recorder
-from safeloader.worker.recording import RecordingFetcher
+from safeloader.worker.recording import RecordingFetcher, key_of
 from safeloader.worker.seeding import SeededFetcher
 from safeloader.worker.shared_files import InheritedFiles
 from safeloader.worker.streaming import StreamFetcher
@@ -100,7 +100,7 @@ class WorkerStartup:
                 states.before_iter(dataset)
             stock = create()
             if states is not None:
-                states.after_iter(stock)
+                states.after_iter(stock, key_of(context.key))
             fetcher = fetcher_for(stock, context)
             if observer is not None:
                 observer.over(fetcher)

@@ -746,6 +746,83 @@ def test_a_stream_that_is_read_again_says_so(caplog: pytest.LogCaptureFixture) -
     assert "again" not in caplog.text
 
 
+class Shuffled(Stream):
+    """In another order in each process that makes it, or in each with this seed."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        numbers = list(super().__iter__())
+        random.Random(self.seed).shuffle(numbers)
+        return iter(numbers)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_with_keys_a_stream_that_is_read_again_is_proved(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loader(seed: int | None, key: Any = abs) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Shuffled(seed), 4, num_workers=workers, key=key)
+
+    caplog.set_level(logging.WARNING, "safeloader")
+    before, state, rest = cut_short(loader(3), 5)
+    resumed = loader(3)
+    resumed.load_state_dict(through_json(state))
+    batches = iter(resumed)
+    more = lists(itertools.islice(batches, 2))
+    assert caplog.text.count("they are those of then, by key=") == max(workers, 1)
+    again = loader(3)  # a chain of resumes
+    again.load_state_dict(through_json(resumed.state_dict()))
+    assert [*before, *more, *lists(again)] == [*before, *rest]
+
+    resumed = loader(None)
+    resumed.load_state_dict(state)
+    with pytest.raises(ResumeError, match=r"the stream.* is another than it was: its first \d+ sa"):
+        lists(resumed)
+    caplog.clear()
+    resumed = loader(None, key=None)  # nothing tells
+    resumed.load_state_dict(state)
+    lists(resumed)
+    assert caplog.text.count("key= would prove that they are those of then") == max(workers, 1)
+
+
+def test_of_samples_left_out_no_keys_are_kept() -> None:
+    """Then the stream goes on without a proof."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        dataset = FailsAt(7)
+        return SafeStatefulDataLoader(dataset, 4, num_workers=1, key=abs, on_error="skip")
+
+    _, state, rest = cut_short(loader(), 5)
+    assert "keys" not in state["_snapshot"]["_worker_snapshots"]["worker_0"]
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+
+
+class FailsAt(Stream):
+    def __init__(self, at: int) -> None:
+        super().__init__("iterator")
+        self.at = at
+
+    def __iter__(self) -> Iterator[int]:
+        return Failing(range(self.n), self.at)
+
+
+class Failing(Counter):
+    def __init__(self, numbers: range, fails_at: int) -> None:
+        super().__init__(numbers)
+        self.fails_at = fails_at
+
+    def __next__(self) -> int:
+        found = super().__next__()
+        if found == self.fails_at:
+            raise ValueError(found)
+        return found
+
+
 def test_a_stream_on_other_workers_is_refused() -> None:
     _, state, _ = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=2), 4)
     said = refused(state, SafeStatefulDataLoader(Stream(), 4, num_workers=3))
