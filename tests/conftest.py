@@ -16,6 +16,7 @@ from tests import family
 
 HERE = Path(__file__).parent
 OF_WORKERS = ("catalogue", "frameworks", "parity", "processes")  # folders
+UNCOVERED = ("catalogue", "frameworks", "parity")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,8 +55,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if times > 1 and isinstance(item, pytest.Function):
             _try_more(item, times)
-        if item.path.relative_to(HERE).parts[0] in OF_WORKERS:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder in OF_WORKERS:
             item.add_marker("workers")
+        if folder in UNCOVERED:
+            item.add_marker("uncovered")
     if config.getoption("--one-process"):
         config.hook.pytest_deselected(items=[each for each in items if _with_workers(each)])
         items[:] = [each for each in items if not _with_workers(each)]

@@ -150,6 +150,7 @@ for arguments in sys.argv[1:]:
         assert expected in complaint
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 def test_a_training_that_is_killed_ends_with_the_same_weights() -> None:
     """And four ranks, and then two, have the samples of one."""

@@ -128,7 +128,8 @@ def runs() -> Iterator[Any]:
                     continue
                 if method == "spawn" and mode == "fresh" and "persistent" in case.modes:
                     continue
-                slow = [pytest.mark.slow] if method == "spawn" and not marks else []
+                slow = [pytest.mark.slow, pytest.mark.thorough]
+                slow = slow if method == "spawn" and not marks else []
                 ident = "-".join(dict.fromkeys((name, mode, method)))
                 yield pytest.param(case, mode, method, id=ident, marks=[*marks, *slow])
 

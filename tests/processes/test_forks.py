@@ -68,6 +68,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.uncovered
 @pytest.mark.parametrize("how", ["os.fork", "Process", "stock", "ours"])
 @pytest.mark.parametrize("kind", ["plain", "persistent", "error"])
 def test_an_iterator_that_a_forked_process_frees(how: str, kind: str) -> None:

@@ -536,6 +536,7 @@ def test_a_dataset_that_asks_its_own_loader_is_refused() -> None:
     assert [batch.tolist() for batch in iterator] == [[0, 1], [2, 3]]
 
 
+@pytest.mark.uncovered
 @pytest.mark.parametrize("names", [False, True])
 def test_an_audit_from_another_thread_is_of_one_moment(names: bool) -> None:
     class Sampler:

@@ -521,6 +521,7 @@ def test_without_a_folder_no_failure_travels(monkeypatch: pytest.MonkeyPatch) ->
 indices = st.integers(0, 29)
 
 
+@pytest.mark.uncovered
 @settings(max_examples=25, deadline=None)
 @given(
     bad=st.lists(indices, unique=True, max_size=12),

@@ -277,6 +277,7 @@ def _modes(draw: st.DrawFn) -> dict[str, Any]:
     return given
 
 
+@pytest.mark.uncovered
 @pytest.mark.hypothesis
 @given(mode=_modes(), workers=st.integers(1, 3), persistent=st.booleans(), leave=st.booleans())
 def test_any_mode_is_the_same_on_any_workers(

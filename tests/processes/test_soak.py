@@ -8,6 +8,7 @@ from tests.soak import soak
 
 
 @pytest.mark.slow
+@pytest.mark.uncovered
 def test_a_short_soak() -> None:
     before, after = soak(40, seed=7)
     assert after == before

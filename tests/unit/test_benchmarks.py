@@ -86,6 +86,7 @@ def leaves(batch: Any) -> int:
 # -------------------------------------------------------------------------------------- cases
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_contender_yields_the_same_batches(case: Case, tmp_path: Path) -> None:

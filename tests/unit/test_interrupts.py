@@ -135,6 +135,7 @@ def test_descriptors_of_a_torn_message_go_with_its_worker() -> None:
     assert descriptors() == before
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 def test_a_death_is_told_whenever_an_interrupt_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox_module, "_TOGETHER_S", 0)

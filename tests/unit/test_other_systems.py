@@ -136,12 +136,14 @@ def test_without_workers_any_system_will_do() -> None:
     assert {name: said for name, said in told(SYSTEMS).items() if not works(said)} == {}
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_no_single_name_is_needed_without_workers() -> None:
     assert {name: said for name, said in told(SINGLE).items() if not works(said)} == {}
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("platform", "lacks"), [("win32", WINDOWS), ("darwin", MACOS)])

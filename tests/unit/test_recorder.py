@@ -330,6 +330,7 @@ class FailsAtLength:
         raise ValueError("why it failed, at length: " + 4 * str(index)[:80])
 
 
+@pytest.mark.uncovered
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["short", "long", "pairs"])
 def test_skipped_samples_stay_within_the_bound_too(kind: str) -> None:

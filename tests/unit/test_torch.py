@@ -82,6 +82,7 @@ def checked(said: dict[str, Any], kind: str, name: str) -> None:
     assert said["log"] == ""
 
 
+@pytest.mark.uncovered
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_torch_in_which_a_name_has_moved(case: tuple[str, str, str]) -> None:
