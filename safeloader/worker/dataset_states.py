@@ -236,9 +236,11 @@ class DatasetStates:
         of_iterator = iterator.state_dict() if has_state(iterator) else None
         own = iterator is dataset and iterator is not None
         of_dataset = dataset.state_dict() if has_state(dataset) and not own else None
-        fetcher = self._fetcher()
-        read = 0 if fetcher is None else fetcher.read
-        return Snapshot(of_dataset, of_iterator, self._ended, self._batches, read)
+        fetcher, ended, read = self._fetcher(), self._ended, 0
+        if fetcher is not None:
+            # A dataset that is at its end often stands at its beginning again.
+            ended, read = ended or fetcher.ended, fetcher.read
+        return Snapshot(of_dataset, of_iterator, ended, self._batches, read)
 
 
 _NOT_TAKEN = (
