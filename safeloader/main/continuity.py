@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.delivery.position import KEPT, Position, StreamPosition
+from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.global_batches import GlobalBatchSampler
@@ -67,6 +67,7 @@ class Continuity:
     def __init__(self) -> None:
         self.epoch = 0
         self._asked_for: int | None = None
+        self._asked_at: Place | None = None  # the place as that epoch was asked for
         self._begun = self._over = False
         self._loaded: tuple[SavedState, dict[str, Any]] | None = None
         self._running: Callable[[], Any] = lambda: None
@@ -77,6 +78,8 @@ class Continuity:
         self._watch: Watch | None = None
         self._generators: Generators | None = None
         self._begin: dict[str, Any] | None = None  # as JSON has it, once it is known
+        # Of what runs: a GlobalBatchSampler may be told of the next epoch already.
+        self._order: dict[str, Any] = {}
         self._earlier: SavedState = SavedState()  # that this epoch went on from
         self._accounts: Epoch | None = None
         self._put_back: States = {}
@@ -92,6 +95,16 @@ class Continuity:
         return self.epoch + 1 if self._begun else self.epoch
 
     @property
+    def given(self) -> tuple[dict[str, Any] | None, int | None]:
+        """The state that the next ``iter()`` goes on from, and the epoch that was asked for."""
+        return None if self._loaded is None else self._loaded[1], self._asked_for
+
+    @property
+    def handed_over(self) -> int:
+        """How many batches of the running epoch were handed over or left out, in all runs."""
+        return self._position.at.batches + len(self._position.at.beyond)
+
+    @property
     def batches_before(self) -> int:
         """How many batches of the epoch that begins an earlier run had, without a gap."""
         return 0 if self._loaded is None else self._loaded[0].place.batches
@@ -99,6 +112,8 @@ class Continuity:
     def set_epoch(self, epoch: int, log: LoaderLog) -> None:
         """The next ``iter()`` is to begin this epoch; nothing changes where it would."""
         if epoch == self.next_epoch:
+            if self._loaded is None:  # states are of that epoch's beginning from now on
+                self._asked_for, self._asked_at = epoch, self._position.at
             return
         if self._loaded is not None and self._loaded[0].begun:
             saved = self._loaded[0]
@@ -108,7 +123,7 @@ class Continuity:
                 "set_epoch(%d), or not at all",
                 *(epoch, saved.place.batches, saved.epoch, epoch, saved.epoch),
             )
-        self._loaded, self._asked_for = None, epoch
+        self._loaded, self._asked_for, self._asked_at = None, epoch, self._position.at
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
@@ -119,6 +134,9 @@ class Continuity:
             ResumeError: if the sampler draws others than it drew then.
         """
         self._note_furthest()
+        before = self._running()
+        if before is not None and before is not iterator:
+            before.left_alone()
         number, loaded = self.next_epoch, self._loaded
         saved = SavedState() if loaded is None else loaded[0]
         if loaded is not None:
@@ -137,6 +155,7 @@ class Continuity:
             self._begin_stream(pool, saved, epoch)
         else:
             self._begin_draws(pool.sampler, saved, epoch)
+        self._order = _order_of(pool.sampler.drawn_from)
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
         self._accounts = epoch
@@ -302,7 +321,9 @@ class Continuity:
         if self._loaded is not None and after is None:
             return copy.deepcopy(self._loaded[1])
         accounts = self._accounts
-        if accounts is None or not self._begun or (self._over and after is None):
+        # Another epoch was asked for, and the one that runs was not gone on with since.
+        asked = self._asked_for is not None and self._position.at is self._asked_at
+        if accounts is None or not self._begun or ((self._over or asked) and after is None):
             if after is not None:
                 raise ResumeError(_NOT_KNOWN)
             return self._before_epoch(loader).to_dict()
@@ -316,12 +337,9 @@ class Continuity:
         ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
         facts = facts_of(loader, accounts.log.length)
         facts = dataclasses.replace(facts, dataset=self._of_dataset(after))
-        if facts.order:
-            sampler = _torch.index_sampler(loader)
-            # The epoch of what runs: the sampler may be told of the next one already.
-            facts.order["digest"] = sampler.order_digest()
         return dataclasses.replace(
             facts,
+            order=self._order,
             epoch=self.epoch,
             place=at,
             ladder=ladder,
@@ -428,6 +446,13 @@ def _putting(generators: Generators, states: States) -> Callable[[Any], Any]:
         return next(inner)
 
     return first
+
+
+def _order_of(sampler: Any) -> dict[str, Any]:
+    """What the order of the epoch that begins is made from, and its digest; {} if not ours."""
+    if type(sampler) is not GlobalBatchSampler:
+        return {}
+    return sampler.made_from() | {"digest": sampler.order_digest()}
 
 
 def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:

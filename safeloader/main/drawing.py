@@ -27,14 +27,21 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
+from safeloader.delivery.indices import (
+    Packed,
+    copied,
+    pack,
+    pack_unbatched,
+    restored,
+    snapshots,
+    unpack,
+)
 from safeloader.delivery.position import Position
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
-from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.beginning import TORCHS_OWN, Watch, beneath_batches
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
@@ -126,7 +133,7 @@ class RecordingSampler:
         return Task(-1 - number, StateRequest(), seed=seed)
 
     def _keep(self, task: Task) -> Task:
-        self._open[task.seq] = task._replace(index=_copied(task.index))
+        self._open[task.seq] = task._replace(index=copied(task.index))
         return task
 
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
@@ -288,21 +295,6 @@ class RecordingSampler:
         if name.startswith("__") or "drawn_from" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.drawn_from, name)
-
-
-def _copied(index: Any) -> Any:
-    """What a worker is sent, kept for later: a sampler may fill one list again and again.
-
-    Not by pickle: it would take along, for each tensor, all of the memory that it is a view of.
-    """
-    if type(index) is list and {int, str}.issuperset(map(type, index)):
-        return index[:]
-    try:
-        return copy.deepcopy(index)
-    except Exception as exc:  # it cannot be sent either, which is told there
-        if raised_by_signal(exc):
-            raise
-        return index
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler
 
-from safeloader.delivery.indices import Packed, count, pack, pack_unbatched
+from safeloader.delivery.indices import Packed, copied, count, pack, pack_unbatched
 from safeloader.delivery.position import Chain, Rung
 from safeloader.errors import ResumeError
 from safeloader.main.beginning import Generators, States, moved
@@ -113,7 +113,9 @@ class DrawsAgain:
                 beyond[number] = self._pack(index)
                 self._before(beyond[number])
             else:
-                gaps.append(index)
+                # A copy: the sampler may fill one list again and again.
+                one_shot = self._batched and isinstance(index, Iterator)
+                gaps.append(list(index) if one_shot else copied(index))
             tail.clear()
         rest = chain(gaps, _Ahead(inner, tail))  # its tail of a batch that never came stays
         now = self._generators.states()

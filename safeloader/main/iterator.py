@@ -290,6 +290,10 @@ class SafeIterator(Iterator[Any]):
 
         self._advance = refuse
 
+    def left_alone(self) -> None:
+        """The loader keeps the place of a newer iterator; this one tells it nothing more."""
+        self._continuity = Continuity()  # not None: another thread may be in next()
+
     def _lost_with_worker(self, came: FailedBatch) -> bool:
         """Whether a batch could not be loaded because its worker died after sending it.
 

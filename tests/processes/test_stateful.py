@@ -349,6 +349,23 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     assert lists(other) == epochs[1]
 
 
+def test_once_an_epoch_was_asked_for_states_are_of_its_beginning() -> None:
+    """As a loop has it that leaves an epoch early, and saves as the next one begins."""
+    whole = seeded(0)
+    epochs = [lists(whole), lists(whole)]
+    batches = iter(one := seeded(0))
+    next(batches)
+    record = one.last_batch
+    one.set_epoch(1)
+    resumed = seeded(0)
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == epochs[1]
+    assert one.state_dict(after=record)["batches"] == 1
+    next(batches)  # it goes on with the old one after all
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == epochs[0][2:]
+
+
 # ── ranks ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -393,6 +410,15 @@ def test_of_an_uneven_tail_a_rank_may_have_none_left() -> None:
         each.load_state_dict(one.state_dict())
         assert lists(each) == []
         assert each.audit.ok
+
+
+def test_the_sampler_may_be_told_of_the_next_epoch_before_the_state_is_taken() -> None:
+    batches = iter(one := of_rank(0, 1))
+    next(batches)
+    one.batch_sampler.set_epoch(1)
+    resumed = of_rank(0, 1)
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == lists(batches)
 
 
 def test_another_global_order_is_refused() -> None:
@@ -453,6 +479,19 @@ def test_an_iterator_made_before_is_at_its_end() -> None:
     assert len(lists(loader)) == 10
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_two_iterators_the_newer_has_the_place(workers: int) -> None:
+    loader = make("in order", workers)
+    older, newer = iter(loader), iter(loader)
+    next(newer)
+    state = loader.state_dict()
+    lists(itertools.islice(older, 5))
+    assert loader.state_dict() == state
+    resumed = make("in order", 0)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == lists(newer)
+
+
 def test_what_comes_twice_is_told() -> None:
     loader = make("in order", 0)
     batches = iter(loader)
@@ -509,6 +548,60 @@ def test_a_gap_is_filled() -> None:
     assert [each[0] for each in lists(resumed)] == [8, 16, 24, 28, 32, 36, 40]
     assert resumed.audit.complete
     assert resumed.audit.delivered_before == 16
+
+
+class OneList(Sampler[list[int]]):
+    """Fills one list again and again."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for k in range(10):
+            batch[:] = range(4 * k, 4 * k + 4)
+            yield batch
+
+
+def test_gaps_are_filled_from_a_list_that_is_filled_again() -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Rows(), batch_sampler=OneList())
+
+    _, state, _ = cut_short(loader(), 1)
+    state["beyond"] = [3, 5]
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert [each[0] for each in lists(resumed)] == [4, 8, 16, 24, 28, 32, 36]
+
+
+class Name:
+    """An index with an equality of its own, and its address in its text."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Name) and self.number == other.number
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+
+class Named:
+    def __getitem__(self, index: Any) -> int:
+        return index.number if isinstance(index, Name) else len(index)
+
+
+def test_indices_that_are_objects_are_known_again() -> None:
+    def loader(*numbers: int) -> SafeStatefulDataLoader[Any]:
+        order = [Name(number) for number in numbers]
+        return SafeStatefulDataLoader(Named(), 2, sampler=order)  # type: ignore[arg-type]
+
+    _, state, rest = cut_short(loader(3, 1, 2, 0), 1)
+    resumed = loader(3, 1, 2, 0)
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+    assert "draws other indices" in refused(state, loader(1, 3, 2, 0))
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────
@@ -735,6 +828,40 @@ def test_a_stream_goes_on(workers: int, kept: str, every: int) -> None:
         assert audit.drawn == N
         if after:
             assert audit.delivered_before == sum(map(len, before))
+
+
+class BeginsAgain(Stream):
+    """Counts for itself, and stands at its beginning again once it is at its end."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < self.n:
+            self.at += 1
+            yield self.at - 1
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_begins_again_at_its_end_does_not_come_twice(workers: int) -> None:
+    """Its last batch is a short one: with it came the end."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(BeginsAgain(n=5), 2, num_workers=workers)
+
+    before, state, rest = cut_short(loader(), 3)
+    assert (before, rest) == ([[0, 1], [2, 3], [4]], [])
+    resumed = loader()
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == []
+    assert resumed.audit.ok
+    assert lists(resumed) == before
 
 
 def test_a_stream_that_is_read_again_says_so(caplog: pytest.LogCaptureFixture) -> None:
