@@ -261,7 +261,7 @@ class Continuity:
         assert generators is not None
         here = generators.states()
         begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
-        if saved.order:
+        if saved.order and saved.begun:
             _see_order(sampler.drawn_from, saved.order)
         undrawn = begin.pop(_BEFORE_FIRST, {})
         if undrawn:

@@ -77,6 +77,7 @@ class RecordingSampler:
     watch: Watch | None = dataclasses.field(init=False, default=None)
     requests: int = dataclasses.field(init=False, default=0)
     _left: tuple[Iterator[Any], list[Any]] | None = dataclasses.field(init=False, default=None)
+    _before: list[int | bytes] = dataclasses.field(init=False, default_factory=list)
     _seed: EpochSeed | None = dataclasses.field(init=False, default=None)
     _seq_of_first: int = dataclasses.field(init=False, default=0)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
@@ -120,7 +121,7 @@ class RecordingSampler:
             tasks = map(functools.partial(self._with_seed, self._seed), tasks)
         if self.lends and not self.stream:
             self._killers.clear()
-            drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
+            drawn: deque[int | bytes] = deque(reversed(self._before), maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
         if self.keep_open:
             self._open.clear()
@@ -193,14 +194,14 @@ class RecordingSampler:
 
     def keep_place(self, position: Position, watch: Watch | None, requests: int = 0) -> None:
         """The next epoch tells these of its draws."""
-        self.position, self.watch, self._left = position, watch, None
+        self.position, self.watch, self._left, self._before = position, watch, None, []
         self.requests = requests
 
     def draw_again(self, draws: DrawsAgain, begin: dict[str, Any]) -> DrawnAgain:
         """Draw what an earlier run handed over; the next epoch begins with what is left."""
         source, tail = self._source()
         drawn = draws.draw(source, tail, begin)
-        self._left = drawn.rest, tail
+        self._left, self._before = (drawn.rest, tail), drawn.newest
         return drawn
 
     def begin_with(self, rest: Iterator[Any]) -> None:

@@ -260,7 +260,7 @@ class SafeIterator(Iterator[Any]):
         while requests:
             try:
                 came = advance(self._stock)
-            except Exception as sign:
+            except (Exception, WorkersDied, TimedOut) as sign:  # told in its turn, by next()
                 kept.append(sign)
                 break
             if type(came) is StateMessage and not came.at_end:

@@ -40,6 +40,7 @@ from safeloader import (
     SafeStatefulDataLoader,
     SampleError,
     TransportError,
+    WorkerCrashError,
 )
 
 N = 43
@@ -469,6 +470,22 @@ def test_the_next_epochs_follow(persistent: bool) -> None:
     assert lists(other) == epochs[2]
 
 
+def test_persistent_workers_begin_the_epoch_that_their_sampler_was_told() -> None:
+    def loader() -> Any:
+        return of_rank(0, 1, num_workers=1, persistent_workers=True)
+
+    whole = loader()
+    epochs = []
+    for epoch in range(2):
+        whole.batch_sampler.set_epoch(epoch)
+        epochs.append(lists(whole))
+    lists(one := loader())
+    resumed = loader()
+    resumed.load_state_dict(through_json(one.state_dict()))
+    resumed.batch_sampler.set_epoch(1)
+    assert lists(resumed) == epochs[1]
+
+
 def test_an_iterator_made_before_is_at_its_end() -> None:
     loader = make("in order", 0)
     batches = iter(loader)
@@ -774,6 +791,27 @@ def test_workers_that_were_restarted(tmp_path: Any) -> None:
     assert lists(resumed) == rest
 
 
+class FailsLate(Rows):
+    def __getitem__(self, index: Any) -> Any:
+        if index in (8, 9, 10, 11):
+            raise KeyError(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_what_stands_in_was_drawn_before_the_state_was_taken(batch_size: int | None) -> None:
+    """Of a batch that fails whole: an index drawn shortly before it, by the run before too."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(FailsLate(), batch_size, on_error="replace", seed=11)
+
+    for after in (2, 9):
+        _, state, rest = cut_short(loader(), after)
+        resumed = loader()
+        resumed.load_state_dict(through_json(state))
+        assert lists(resumed) == rest
+
+
 # ── streams, and datasets that keep their own place ──────────────────────────────────────────────
 
 
@@ -1042,6 +1080,23 @@ def test_states_of_other_workers_are_left_aside_and_that_is_said(
         else:
             assert "now it is the one in the main process" in told[0]
             assert told[0].endswith("go on with num_workers=2")
+
+
+@pytest.mark.parametrize("on_crash", ["raise", "restart"])
+def test_a_worker_that_dies_before_it_told_its_state(on_crash: Any, tmp_path: Any) -> None:
+    class Dies(Counting):
+        def state_dict(self) -> dict[str, int]:
+            if get_worker_info() and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().state_dict()
+
+    loader = SafeStatefulDataLoader(Dies(), 4, num_workers=1, on_crash=on_crash)
+    if on_crash == "raise":
+        with pytest.raises(WorkerCrashError):
+            lists(loader)
+    else:
+        assert lists(loader) == lists(make("in order", 0))
 
 
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────
