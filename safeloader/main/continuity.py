@@ -469,6 +469,11 @@ def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
 def _places_of(loader: Any, saved: SavedState, log: LoaderLog) -> DatasetPlaces | None:
     """What keeps the states of the dataset, if it is a stream or has a state of its own."""
     if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
+        if saved.dataset:
+            log.warning(
+                "the state of the dataset is left aside: it had state_dict() and load_state_dict() "
+                "when it was saved, and has not now. The indices go on from where they were"
+            )
         return None
     given, now = saved.dataset, loader.num_workers
     if given and (then := workers_of(given)) != now:  # not of streams: those are refused
@@ -492,13 +497,14 @@ def _copies(workers: int) -> str:
 def facts_of(loader: Any, length: int | None = None) -> SavedState:
     """What a loader is, as far as another has to be alike to go on from its states."""
     sampler = _torch.index_sampler(loader)
-    own = type(sampler) is BatchSampler
+    own, at = type(sampler) is BatchSampler, place()
     return SavedState(
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
         seed=loader.seed,
         seed_per=None if loader.seed is None else loader.seed_per,
-        world_size=place().world_size,
+        world_size=at.world_size,
+        rank=at.rank,
         order=sampler.made_from() if type(sampler) is GlobalBatchSampler else {},
         stream=isinstance(loader.dataset, IterableDataset),
         workers=loader.num_workers,

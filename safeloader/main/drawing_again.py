@@ -194,10 +194,11 @@ class DrawsAgain:
 
 
 _CAUSES = (
-    "Usual causes: set_epoch() was not called, or with another number; the sampler was made with "
-    "another seed or other weights; it draws from random, numpy.random or torch while the training "
-    "loop draws from them too. Make the sampler as it was, or train with seed=, which makes the "
-    "order of torch's samplers a function of the seed and the epoch"
+    "Usual causes: set_epoch() was not called, or with another number; it is the state of another "
+    "rank; the sampler was made with another seed or other weights; it draws from random, "
+    "numpy.random or torch while the training loop draws from them too. Make the sampler as it "
+    "was, or train with seed=, which makes the order of torch's samplers a function of the seed "
+    "and the epoch"
 )
 
 

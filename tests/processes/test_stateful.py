@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_the_rest_comes_and_nothing_twice(sampler: str, workers: tuple[int, int]
             assert now[1:] == stood[1:]
 
 
-@pytest.mark.parametrize("save", [through_json, through_torch, copy.deepcopy])
+@pytest.mark.parametrize("save", [through_json, through_torch, copy.deepcopy, OrderedDict])
 def test_a_state_survives_what_checkpoints_do_to_it(save: Callable[[Any], Any]) -> None:
     _, state, rest = cut_short(make("with a generator", 0), 3)
     resumed = make("with a generator", 0)
@@ -318,6 +319,7 @@ def test_with_a_seed_per_sample_batches_may_have_another_size() -> None:
     assert came == whole
     assert resumed.audit.complete
     state = seeded(0, "batch").state_dict() | {"batches": 1, "samples": 4, "digest": "00" * 16}
+    del state["check"]
     assert "batches of 4" in refused(state, seeded(0, "batch", batch_size=5))
 
 
@@ -431,6 +433,7 @@ def test_another_global_order_is_refused() -> None:
     )
     assert "global_batch=12, now 6" in refused(state, other)
     state["order"]["digest"] = "00" * 8
+    del state["check"]
     assert "another release" in refused(state, of_rank(0, 2))
 
 
@@ -560,6 +563,7 @@ def test_a_gap_is_filled() -> None:
     whole = make("in order", 0)
     _, state, _ = cut_short(whole, 2)
     state["beyond"] = [3, 5]
+    del state["check"]
     resumed = make("in order", 0)
     resumed.load_state_dict(state)
     assert [each[0] for each in lists(resumed)] == [8, 16, 24, 28, 32, 36, 40]
@@ -586,6 +590,7 @@ def test_gaps_are_filled_from_a_list_that_is_filled_again() -> None:
 
     _, state, _ = cut_short(loader(), 1)
     state["beyond"] = [3, 5]
+    del state["check"]
     resumed = loader()
     resumed.load_state_dict(state)
     assert [each[0] for each in lists(resumed)] == [4, 8, 16, 24, 28, 32, 36]
@@ -642,6 +647,8 @@ def test_what_is_no_state_of_this_loader_is_refused() -> None:
     assert "no state of a loader: it has epoch" in refused({"epoch": 3}, loader)
     assert "torchdata" in refused({"_snapshot": {}}, loader)
     assert "upgrade safeloader" in refused(state | {"safeloader": 2}, loader)
+    assert "a part of it is missing" in refused(state | {"generators": {"draw": {}}}, loader)
+    del state["check"]  # to come to what it stands before
     for broken in ({"samples": "x"}, {"digest": "zz"}, {"batches": -1}, {"left_out": 3}):
         assert "damaged" in refused(state | broken, loader)
     longer = SafeStatefulDataLoader(torch.arange(50), batch_size=4, shuffle=True)
@@ -1001,6 +1008,21 @@ def test_a_stream_on_other_workers_is_refused() -> None:
     assert "num_workers=2" in said
 
 
+def test_a_stream_of_another_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning saves the state of rank 0 alone."""
+
+    def of(rank: int) -> SafeStatefulDataLoader[Any]:
+        monkeypatch.setenv("RANK", str(rank))
+        return SafeStatefulDataLoader(Stream("iterator"), 4)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, state, rest = cut_short(of(0), 4)
+    assert "this is the state of rank 0, and this is rank 1" in refused(state, of(1))
+    resumed = of(0)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+
+
 class Refusing(Counter):
     """Does not take the states that it gave."""
 
@@ -1043,6 +1065,23 @@ def test_a_dataset_that_does_not_take_its_state(make_dataset: Any, call: str, wo
     assert isinstance(caught.value, KeyError if workers else ResumeError)
     resumed.load_state_dict({})
     assert len(lists(resumed)) == 11
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_keeps_its_place_no_more(workers: int) -> None:
+    _, state, _ = cut_short(SafeStatefulDataLoader(Stream("iterator"), 4, num_workers=workers), 2)
+    resumed = SafeStatefulDataLoader(Stream(), 4, num_workers=workers)
+    resumed.load_state_dict(state)
+    with pytest.raises(ResumeError, match=r"the place of iter\(dataset\), which had state_dict"):
+        lists(resumed)
+
+
+def test_rows_that_keep_their_place_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    _, state, rest = cut_short(SafeStatefulDataLoader(Counting(), 4), 2)
+    resumed = SafeStatefulDataLoader(Rows(), 4)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+    assert "the state of the dataset is left aside" in caplog.text
 
 
 class Counting(Rows):
