@@ -122,8 +122,8 @@ class Position:
 
     def drawn(self, seq: int, packed: Packed) -> None:
         """The sampler's draw ``seq`` was made."""
-        batch = self._next
-        while batch in self._beyond:  # handed over by an earlier run
+        batch = max(self._next, self.at.batches)  # what an earlier run handed over lies between
+        while batch in self._beyond:
             batch += 1
         self._batch_of[seq] = batch
         self._open[batch] = packed

@@ -168,7 +168,7 @@ class Continuity:
         pool.sampler.keep_place(self._position, None, places.requests)
         if saved.begun:
             epoch.ledger.read_before([samples for _, samples in places.now.counts])
-            epoch.resumed(place.batches, self._again(saved))
+            epoch.resumed(place.batches, _gone(saved), self._again(saved))
             self._earlier = saved
         else:
             self._borrow(of_json_states(saved.generators.get(_BEFORE_ITER, {})))
@@ -290,7 +290,8 @@ class Continuity:
             ladder = ()
         position.go_on(drawn.chain, at, ladder, drawn.beyond)
         self._earlier = saved
-        epoch.resumed(saved.place.batches + len(drawn.beyond), self._again(saved))
+        came = saved.place.batches + len(drawn.beyond)
+        epoch.resumed(came, _gone(saved), self._again(saved))
 
     def _note_furthest(self) -> None:
         if self._begun and not self._over:
@@ -429,6 +430,11 @@ _ONLY_NOW = (
     "without workers the dataset is asked for its state as it is now, and the state after an "
     "earlier batch is not known. Take it as the batch comes, or use num_workers=1"
 )
+
+
+def _gone(saved: SavedState) -> int:
+    """How many samples were skipped or replaced before the state was saved."""
+    return sum(saved.left_out.get(name, [0])[0] for name in ("skipped", "replaced"))
 
 
 def _superseded() -> ResumeError:

@@ -571,6 +571,23 @@ def test_a_gap_is_filled() -> None:
     assert resumed.audit.delivered_before == 16
 
 
+@pytest.mark.parametrize("more", [1, 2, 3, 5])
+def test_interrupted_again_behind_a_gap(more: int) -> None:
+    """Without workers nothing is drawn ahead: gaps are behind it as the next batch is drawn."""
+    whole = lists(seeded(0, "batch"))
+    _, state, _ = cut_short(seeded(0, "batch"), 2)
+    state["beyond"] = [3, 5]
+    del state["check"]
+    resumed = seeded(0, "batch")
+    resumed.load_state_dict(state)
+    came = lists(itertools.islice(iter(resumed), more))
+    again = seeded(0, "batch")
+    again.load_state_dict(through_json(resumed.state_dict()))
+    earlier = [*whole[:2], whole[3], whole[5]]
+    assert sorted([*earlier, *came, *lists(again)]) == sorted(whole)
+    assert again.audit.ok
+
+
 class OneList(Sampler[list[int]]):
     """Fills one list again and again."""
 
@@ -778,6 +795,21 @@ def test_left_out_samples_stay_left_out(workers: int) -> None:
     resumed = loader(on_error="skip")
     resumed.load_state_dict(state)
     assert lists(resumed)[0] == [8, 9, 10, 11]
+
+
+def test_what_was_left_out_before_counts_too() -> None:
+    """The bound is one of the epoch."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Broken(), 4, on_error="skip", max_skipped=1)
+
+    batches = iter(one := loader())
+    lists(itertools.islice(batches, 3))
+    resumed = loader()
+    resumed.load_state_dict(through_json(one.state_dict()))
+    for rest in (batches, resumed):
+        with pytest.raises(SampleError, match="2 of the 32 samples so far"):
+            lists(rest)
 
 
 def test_workers_that_were_restarted(tmp_path: Any) -> None:
