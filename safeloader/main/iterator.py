@@ -272,10 +272,10 @@ class SafeIterator(Iterator[Any]):
         if not kept:
             return
 
-        def first(stock: Any) -> Any:
-            came = kept.popleft()
+        def first(stock: Any) -> Any:  # which does not hold self: a cycle would keep the workers
             if not kept:
-                self._advance = advance
+                return advance(stock)
+            came = kept.popleft()
             if isinstance(came, BaseException):
                 raise came
             return came

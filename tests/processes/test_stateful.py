@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import json
@@ -13,6 +14,8 @@ import random
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -1151,6 +1154,27 @@ def test_states_of_other_workers_are_left_aside_and_that_is_said(
         else:
             assert "now it is the one in the main process" in told[0]
             assert told[0].endswith("go on with num_workers=2")
+
+
+def test_workers_end_with_an_iterator_that_waited_for_their_states() -> None:
+    """And not with the garbage collector: batches that came before the states are kept."""
+
+    class Slow(Counting):
+        def state_dict(self) -> dict[str, int]:
+            info = get_worker_info()
+            time.sleep(0.5 if info is not None and info.id == 1 else 0)
+            return super().state_dict()
+
+    loader = SafeStatefulDataLoader(Slow(), 4, num_workers=2, in_order=False)
+    gc.disable()
+    try:
+        batches: Any = iter(loader)
+        stock = weakref.ref(batches._stock)
+        del batches
+        assert stock() is None
+    finally:
+        gc.enable()
+    assert sorted(itertools.chain(*lists(loader))) == list(range(N))
 
 
 @pytest.mark.parametrize("on_crash", ["raise", "restart"])
