@@ -7,6 +7,7 @@ the most common, becomes the bytes of an int64 array: one comparison checks the 
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
 import pickle
@@ -89,6 +90,21 @@ def snapshots(indices: Any, most: int = 20) -> Iterator[int | bytes]:
         except Exception as exc:
             if raised_by_signal(exc):
                 raise
+
+
+def copied(index: Any) -> Any:
+    """What was drawn, kept for later: a sampler may fill one list again and again.
+
+    Not by pickle: it would take along, for each tensor, all of the memory that it is a view of.
+    """
+    if type(index) is list and {int, str}.issuperset(map(type, index)):
+        return index[:]
+    try:
+        return copy.deepcopy(index)
+    except Exception as exc:  # it cannot be sent either, which is told there
+        if raised_by_signal(exc):
+            raise
+        return index
 
 
 def restored(snapshot: int | bytes) -> Any:

@@ -19,6 +19,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from safeloader.delivery.indices import Packed, count
+from safeloader.introspect.seeds import bytes_of
 
 KEPT = 1024  # batches, of which the position after each is known
 _STEP = 16  # batches between two rungs
@@ -74,7 +75,7 @@ class Chain:
             if type(each) is int and each in _INT64:  # as in a batch of ints
                 self._hash.update(each.to_bytes(8, "little", signed=True))
             else:
-                self._hash.update(repr(each).encode("utf-8", "surrogatepass") + b"\0")
+                self._hash.update(bytes_of(each) + b"\0")  # no repr: an object's has its address
 
     def digest(self) -> bytes:
         """Of all so far: 16 bytes."""
@@ -121,8 +122,8 @@ class Position:
 
     def drawn(self, seq: int, packed: Packed) -> None:
         """The sampler's draw ``seq`` was made."""
-        batch = self._next
-        while batch in self._beyond:  # handed over by an earlier run
+        batch = max(self._next, self.at.batches)  # what an earlier run handed over lies between
+        while batch in self._beyond:
             batch += 1
         self._batch_of[seq] = batch
         self._open[batch] = packed

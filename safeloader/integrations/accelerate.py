@@ -69,7 +69,8 @@ def prepare(
         accelerator: what the training runs by.
         loader: its batches are those of one process, as for ``accelerator.prepare``: global batches
             are ``num_processes`` times as large, unless ``split_batches`` is set. It is left as it
-            is, and no longer needed.
+            is, and no longer needed: a state that was loaded into it, or an epoch that was set,
+            goes with what is returned. One that is prepared already is given back.
 
     Returns:
         A :class:`~safeloader.integrations.prepared.PreparedDataLoader`, whose batches come on the

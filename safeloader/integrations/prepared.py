@@ -15,9 +15,11 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.global_batches import GlobalBatchSampler, Tail
 from safeloader.loader import KEYWORDS
 from safeloader.stateful import SafeStatefulDataLoader
+from safeloader.worker.dataset_states import has_state
 
 T_co = TypeVar("T_co", covariant=True)
 _KEPT = (
@@ -38,6 +40,7 @@ class PreparedDataLoader(SafeStatefulDataLoader[T_co], DataLoaderStateMixin):
     """
 
     _accelerator: Any = None
+    _is_accelerate_prepared = True  # accelerator.prepare() leaves it as it is
     _drop_last = True
     gradient_state: Any = None
 
@@ -49,18 +52,23 @@ class PreparedDataLoader(SafeStatefulDataLoader[T_co], DataLoaderStateMixin):
 
     def _followed(self, batches: Iterator[Any]) -> Iterator[Any]:
         accelerator, self.gradient_state = self._accelerator, GradientState()
-        length = None if isinstance(self.dataset, IterableDataset) else len(self)
+        length = None if isinstance(self.dataset, IterableDataset) else length_of(self)
         self.begin()
         try:
             for batch in batches:
-                newest = self.last_batch
-                self.end_of_dataloader = newest is not None and newest.batch + 1 == length
+                self.end_of_dataloader = self._place().handed_over == length
                 if accelerator is not None and accelerator.device_placement:
                     device, late = accelerator.device, accelerator.non_blocking
                     batch = send_to_device(batch, device, non_blocking=late)
                 yield batch
         finally:
             self.end()
+
+    def begin(self) -> None:
+        """An epoch begins. How many are drawn may be another number than the dataset has."""
+        super().begin()
+        if not self._drop_last:
+            self.remainder = _drawn(self) % self.total_batch_size
 
     @property
     def total_batch_size(self) -> int:
@@ -79,6 +87,8 @@ def prepared(
     accelerator: Accelerator, loader: SafeStatefulDataLoader[T_co]
 ) -> PreparedDataLoader[T_co]:
     """As ``safeloader.integrations.accelerate.prepare`` says."""
+    if isinstance(loader, PreparedDataLoader):
+        return loader
     if type(loader) is not SafeStatefulDataLoader:
         raise TypeError(
             f"prepare() takes a SafeStatefulDataLoader, and this is a {type(loader).__qualname__}: "
@@ -91,6 +101,17 @@ def prepared(
     )
     made._accelerator = accelerator
     made._drop_last = _leaves_out(made)
+    if accelerator.num_processes > 1 and has_state(loader.dataset):
+        LoaderLog(loader.dataset).warning(
+            "the dataset has a state of its own, and Accelerate saves that of the main process "
+            "alone: after load_state() each process has it. Where they differ, save "
+            "loader.state_dict() in each"
+        )
+    state, epoch = loader._place().given
+    if state is not None:
+        made.load_state_dict(state)
+    elif epoch is not None:
+        made.set_epoch(epoch)
     accelerator.register_for_checkpointing(made)
     return made
 
@@ -124,9 +145,14 @@ def _draws(accelerator: Any, loader: SafeStatefulDataLoader[Any]) -> dict[str, A
             )
         }
     if several:
+        lacks = [
+            *(["seed="] if loader.seed is None else []),
+            *([] if type(batches) is BatchSampler else ["a batch_size"]),
+            *([] if _is_torchs(sampler) else ["no sampler of its own (shuffle=True or False)"]),
+        ]
         raise ValueError(
-            "this loader cannot be dealt out to several processes: give it seed= and no sampler of "
-            "its own (shuffle=True or False), or batch_sampler=GlobalBatchSampler(...)"
+            f"this loader cannot be dealt out to several processes: give it {' and '.join(lacks)}, "
+            "or batch_sampler=GlobalBatchSampler(...)"
         )
     if batches is None or type(batches) is BatchSampler:
         size = loader.batch_size
@@ -141,6 +167,14 @@ def _is_torchs(sampler: Any) -> bool:
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
     return type(sampler) is SequentialSampler
+
+
+def _drawn(loader: PreparedDataLoader[Any]) -> int:
+    """How many indices an epoch has, over all processes; 0 where no batch is known to be short."""
+    batches: Any = loader.batch_sampler
+    if type(batches) is GlobalBatchSampler:
+        return batches.length
+    return (length_of(batches.sampler) or 0) if type(batches) is BatchSampler else 0
 
 
 def _leaves_out(loader: PreparedDataLoader[Any]) -> bool:

@@ -14,6 +14,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import definitions, fields, inherits, module_of, mro_of
 
 PROCESS_WIDE = ("random", "numpy.random", "torch")  # those that torch seeds in each worker
@@ -182,7 +183,9 @@ def state_of(generator: Any) -> Any:
     kind = kind_of(generator)
     try:
         return kind and kind.state(generator)
-    except Exception:
+    except Exception as exc:
+        if raised_by_signal(exc):  # a time limit of the program's
+            raise
         return None
 
 

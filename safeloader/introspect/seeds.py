@@ -13,6 +13,7 @@ library two samples of a large epoch may share a stream; :func:`sample_rng`, of 
 from __future__ import annotations
 
 import enum
+import io
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -142,7 +143,19 @@ def _plain(index: Any) -> Any:
         return ("dict", *((_plain(key), _plain(value)) for key, value in index.items()))
     if kind is slice:
         return "slice", index.start, index.stop, index.step
-    return pickle.dumps(index, 4)
+    if issubclass(kind, set | frozenset):  # texts lie in another order in each process
+        return ("set", *sorted(map(bytes_of, index)))
+    raw = io.BytesIO()
+    _ByClassName(raw, 4).dump(index)
+    return raw.getvalue()
+
+
+class _ByClassName(pickle.Pickler):
+    """Leaves modules out: a script's own is ``__main__`` here, ``__mp_main__`` where spawned."""
+
+    def persistent_id(self, thing: object) -> str | None:
+        """A class by its name, and all else as it is."""
+        return thing.__qualname__ if isinstance(thing, type) else None
 
 
 class Seeder:

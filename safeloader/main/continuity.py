@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.delivery.position import KEPT, Position, StreamPosition
+from safeloader.delivery.position import KEPT, Place, Position, StreamPosition
 from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog, length_of
 from safeloader.global_batches import GlobalBatchSampler
@@ -67,6 +67,7 @@ class Continuity:
     def __init__(self) -> None:
         self.epoch = 0
         self._asked_for: int | None = None
+        self._asked_at: Place | None = None  # the place as that epoch was asked for
         self._begun = self._over = False
         self._loaded: tuple[SavedState, dict[str, Any]] | None = None
         self._running: Callable[[], Any] = lambda: None
@@ -77,6 +78,8 @@ class Continuity:
         self._watch: Watch | None = None
         self._generators: Generators | None = None
         self._begin: dict[str, Any] | None = None  # as JSON has it, once it is known
+        # Of what runs: a GlobalBatchSampler may be told of the next epoch already.
+        self._order: dict[str, Any] = {}
         self._earlier: SavedState = SavedState()  # that this epoch went on from
         self._accounts: Epoch | None = None
         self._put_back: States = {}
@@ -92,6 +95,16 @@ class Continuity:
         return self.epoch + 1 if self._begun else self.epoch
 
     @property
+    def given(self) -> tuple[dict[str, Any] | None, int | None]:
+        """The state that the next ``iter()`` goes on from, and the epoch that was asked for."""
+        return None if self._loaded is None else self._loaded[1], self._asked_for
+
+    @property
+    def handed_over(self) -> int:
+        """How many batches of the running epoch were handed over or left out, in all runs."""
+        return self._position.at.batches + len(self._position.at.beyond)
+
+    @property
     def batches_before(self) -> int:
         """How many batches of the epoch that begins an earlier run had, without a gap."""
         return 0 if self._loaded is None else self._loaded[0].place.batches
@@ -99,6 +112,8 @@ class Continuity:
     def set_epoch(self, epoch: int, log: LoaderLog) -> None:
         """The next ``iter()`` is to begin this epoch; nothing changes where it would."""
         if epoch == self.next_epoch:
+            if self._loaded is None:  # states are of that epoch's beginning from now on
+                self._asked_for, self._asked_at = epoch, self._position.at
             return
         if self._loaded is not None and self._loaded[0].begun:
             saved = self._loaded[0]
@@ -108,7 +123,7 @@ class Continuity:
                 "set_epoch(%d), or not at all",
                 *(epoch, saved.place.batches, saved.epoch, epoch, saved.epoch),
             )
-        self._loaded, self._asked_for = None, epoch
+        self._loaded, self._asked_for, self._asked_at = None, epoch, self._position.at
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 
@@ -119,6 +134,9 @@ class Continuity:
             ResumeError: if the sampler draws others than it drew then.
         """
         self._note_furthest()
+        before = self._running()
+        if before is not None and before is not iterator:
+            before.left_alone()
         number, loaded = self.next_epoch, self._loaded
         saved = SavedState() if loaded is None else loaded[0]
         if loaded is not None:
@@ -137,6 +155,7 @@ class Continuity:
             self._begin_stream(pool, saved, epoch)
         else:
             self._begin_draws(pool.sampler, saved, epoch)
+        self._order = _order_of(pool.sampler.drawn_from)
         self.epoch, self._begun, self._over = number, True, False
         self._running = weakref.ref(iterator)
         self._accounts = epoch
@@ -149,7 +168,7 @@ class Continuity:
         pool.sampler.keep_place(self._position, None, places.requests)
         if saved.begun:
             epoch.ledger.read_before([samples for _, samples in places.now.counts])
-            epoch.resumed(place.batches, self._again(saved))
+            epoch.resumed(place.batches, _gone(saved), self._again(saved))
             self._earlier = saved
         else:
             self._borrow(of_json_states(saved.generators.get(_BEFORE_ITER, {})))
@@ -242,7 +261,7 @@ class Continuity:
         assert generators is not None
         here = generators.states()
         begin = {moment: of_json_states(states) for moment, states in saved.generators.items()}
-        if saved.order:
+        if saved.order and saved.begun:
             _see_order(sampler.drawn_from, saved.order)
         undrawn = begin.pop(_BEFORE_FIRST, {})
         if undrawn:
@@ -271,7 +290,8 @@ class Continuity:
             ladder = ()
         position.go_on(drawn.chain, at, ladder, drawn.beyond)
         self._earlier = saved
-        epoch.resumed(saved.place.batches + len(drawn.beyond), self._again(saved))
+        came = saved.place.batches + len(drawn.beyond)
+        epoch.resumed(came, _gone(saved), self._again(saved))
 
     def _note_furthest(self) -> None:
         if self._begun and not self._over:
@@ -302,7 +322,9 @@ class Continuity:
         if self._loaded is not None and after is None:
             return copy.deepcopy(self._loaded[1])
         accounts = self._accounts
-        if accounts is None or not self._begun or (self._over and after is None):
+        # Another epoch was asked for, and the one that runs was not gone on with since.
+        asked = self._asked_for is not None and self._position.at is self._asked_at
+        if accounts is None or not self._begun or ((self._over or asked) and after is None):
             if after is not None:
                 raise ResumeError(_NOT_KNOWN)
             return self._before_epoch(loader).to_dict()
@@ -316,12 +338,9 @@ class Continuity:
         ladder = tuple(rung for rung in self._position.ladder if rung.batches <= at.batches)
         facts = facts_of(loader, accounts.log.length)
         facts = dataclasses.replace(facts, dataset=self._of_dataset(after))
-        if facts.order:
-            sampler = _torch.index_sampler(loader)
-            # The epoch of what runs: the sampler may be told of the next one already.
-            facts.order["digest"] = sampler.order_digest()
         return dataclasses.replace(
             facts,
+            order=self._order,
             epoch=self.epoch,
             place=at,
             ladder=ladder,
@@ -413,6 +432,11 @@ _ONLY_NOW = (
 )
 
 
+def _gone(saved: SavedState) -> int:
+    """How many samples were skipped or replaced before the state was saved."""
+    return sum(saved.left_out.get(name, [0])[0] for name in ("skipped", "replaced"))
+
+
 def _superseded() -> ResumeError:
     return ResumeError(
         "load_state_dict() was called after this iterator was made: it would go on from elsewhere. "
@@ -430,6 +454,13 @@ def _putting(generators: Generators, states: States) -> Callable[[Any], Any]:
     return first
 
 
+def _order_of(sampler: Any) -> dict[str, Any]:
+    """What the order of the epoch that begins is made from, and its digest; {} if not ours."""
+    if type(sampler) is not GlobalBatchSampler:
+        return {}
+    return sampler.made_from() | {"digest": sampler.order_digest()}
+
+
 def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
     """Put a sampler to the epoch of a state, and see that its order is the same there."""
     sampler.set_epoch(order["epoch"])
@@ -444,6 +475,11 @@ def _see_order(sampler: GlobalBatchSampler, order: dict[str, Any]) -> None:
 def _places_of(loader: Any, saved: SavedState, log: LoaderLog) -> DatasetPlaces | None:
     """What keeps the states of the dataset, if it is a stream or has a state of its own."""
     if not (isinstance(loader.dataset, IterableDataset) or has_state(loader.dataset)):
+        if saved.dataset:
+            log.warning(
+                "the state of the dataset is left aside: it had state_dict() and load_state_dict() "
+                "when it was saved, and has not now. The indices go on from where they were"
+            )
         return None
     given, now = saved.dataset, loader.num_workers
     if given and (then := workers_of(given)) != now:  # not of streams: those are refused
@@ -467,13 +503,14 @@ def _copies(workers: int) -> str:
 def facts_of(loader: Any, length: int | None = None) -> SavedState:
     """What a loader is, as far as another has to be alike to go on from its states."""
     sampler = _torch.index_sampler(loader)
-    own = type(sampler) is BatchSampler
+    own, at = type(sampler) is BatchSampler, place()
     return SavedState(
         length=length_of(loader.dataset) if length is None else length,
         batch_size=loader.batch_size if own else None,
         seed=loader.seed,
         seed_per=None if loader.seed is None else loader.seed_per,
-        world_size=place().world_size,
+        world_size=at.world_size,
+        rank=at.rank,
         order=sampler.made_from() if type(sampler) is GlobalBatchSampler else {},
         stream=isinstance(loader.dataset, IterableDataset),
         workers=loader.num_workers,

@@ -27,14 +27,21 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from safeloader.delivery.indices import Packed, pack, pack_unbatched, restored, snapshots, unpack
+from safeloader.delivery.indices import (
+    Packed,
+    copied,
+    pack,
+    pack_unbatched,
+    restored,
+    snapshots,
+    unpack,
+)
 from safeloader.delivery.position import Position
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
-from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.beginning import TORCHS_OWN, Watch, beneath_batches
 from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
@@ -70,6 +77,7 @@ class RecordingSampler:
     watch: Watch | None = dataclasses.field(init=False, default=None)
     requests: int = dataclasses.field(init=False, default=0)
     _left: tuple[Iterator[Any], list[Any]] | None = dataclasses.field(init=False, default=None)
+    _before: list[int | bytes] = dataclasses.field(init=False, default_factory=list)
     _seed: EpochSeed | None = dataclasses.field(init=False, default=None)
     _seq_of_first: int = dataclasses.field(init=False, default=0)
     # Not `itertools.count`, which from Python 3.14 on can be neither copied nor pickled.
@@ -113,7 +121,7 @@ class RecordingSampler:
             tasks = map(functools.partial(self._with_seed, self._seed), tasks)
         if self.lends and not self.stream:
             self._killers.clear()
-            drawn: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
+            drawn: deque[int | bytes] = deque(reversed(self._before), maxlen=LONGEST_RUN)
             tasks = map(functools.partial(self._with_donors, drawn), tasks)
         if self.keep_open:
             self._open.clear()
@@ -126,7 +134,7 @@ class RecordingSampler:
         return Task(-1 - number, StateRequest(), seed=seed)
 
     def _keep(self, task: Task) -> Task:
-        self._open[task.seq] = task._replace(index=_copied(task.index))
+        self._open[task.seq] = task._replace(index=copied(task.index))
         return task
 
     def _with_donors(self, drawn: deque[int | bytes], task: Task) -> Task:
@@ -186,14 +194,14 @@ class RecordingSampler:
 
     def keep_place(self, position: Position, watch: Watch | None, requests: int = 0) -> None:
         """The next epoch tells these of its draws."""
-        self.position, self.watch, self._left = position, watch, None
+        self.position, self.watch, self._left, self._before = position, watch, None, []
         self.requests = requests
 
     def draw_again(self, draws: DrawsAgain, begin: dict[str, Any]) -> DrawnAgain:
         """Draw what an earlier run handed over; the next epoch begins with what is left."""
         source, tail = self._source()
         drawn = draws.draw(source, tail, begin)
-        self._left = drawn.rest, tail
+        self._left, self._before = (drawn.rest, tail), drawn.newest
         return drawn
 
     def begin_with(self, rest: Iterator[Any]) -> None:
@@ -288,21 +296,6 @@ class RecordingSampler:
         if name.startswith("__") or "drawn_from" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.drawn_from, name)
-
-
-def _copied(index: Any) -> Any:
-    """What a worker is sent, kept for later: a sampler may fill one list again and again.
-
-    Not by pickle: it would take along, for each tensor, all of the memory that it is a view of.
-    """
-    if type(index) is list and {int, str}.issuperset(map(type, index)):
-        return index[:]
-    try:
-        return copy.deepcopy(index)
-    except Exception as exc:  # it cannot be sent either, which is told there
-        if raised_by_signal(exc):
-            raise
-        return index
 
 
 SAMPLER_HINT = "list(loader.batch_sampler or loader.sampler) in the main process repeats it"

@@ -8,14 +8,23 @@ error that says where it begins.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from torch.utils.data import BatchSampler
 
-from safeloader.delivery.indices import Packed, count, pack, pack_unbatched
+from safeloader.delivery.indices import (
+    Packed,
+    copied,
+    count,
+    pack,
+    pack_unbatched,
+    snapshots,
+)
 from safeloader.delivery.position import Chain, Rung
+from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.errors import ResumeError
 from safeloader.main.beginning import Generators, States, moved
 from safeloader.main.saved_state import SavedState
@@ -34,6 +43,7 @@ class DrawnAgain(NamedTuple):
         stays: of those that the sampler and the loader hold, and that went on to move after the
             first draw, where they stand: there they are to go on.
         samples: how many indices were drawn again.
+        newest: the last of them, as :func:`~safeloader.delivery.indices.snapshots` has them.
     """
 
     rest: Iterator[Any]
@@ -42,6 +52,7 @@ class DrawnAgain(NamedTuple):
     now: States
     stays: States
     samples: int
+    newest: list[int | bytes]
 
 
 class DrawsAgain:
@@ -69,6 +80,7 @@ class DrawsAgain:
         self._before = before
         self._chain = Chain()
         self._samples = self._agreed = 0
+        self._newest: deque[int | bytes] = deque(maxlen=LONGEST_RUN)
         place = saved.place
         last = Rung(place.batches, place.samples, place.digest)
         # A rank's share of a global order is proved by that order, and may be another one now.
@@ -96,7 +108,7 @@ class DrawsAgain:
             self._generators.put(begin.get("draw", {}))
             for number in range(place.batches):
                 try:
-                    self._take(self._pack(self._next(inner, number)))
+                    self._take(self._next(inner, number))
                 except ResumeError:
                     if self._proves:
                         raise
@@ -113,13 +125,15 @@ class DrawsAgain:
                 beyond[number] = self._pack(index)
                 self._before(beyond[number])
             else:
-                gaps.append(index)
+                # A copy: the sampler may fill one list again and again.
+                one_shot = self._batched and isinstance(index, Iterator)
+                gaps.append(list(index) if one_shot else copied(index))
             tail.clear()
         rest = chain(gaps, _Ahead(inner, tail))  # its tail of a batch that never came stays
         now = self._generators.states()
         lazy = moved(self._after_first, now) if self._after_first is not None else {}
         stays = {name: now[name] for name in [*self._generators.held, *lazy]}
-        return DrawnAgain(rest, self._chain, beyond, now, stays, self._samples)
+        return DrawnAgain(rest, self._chain, beyond, now, stays, self._samples, [*self._newest])
 
     def _by_samples(self, source: Any, begin: dict[str, States]) -> Iterator[Any]:
         """How indices lie in batches is of no interest: they may have another size now."""
@@ -134,7 +148,7 @@ class DrawsAgain:
                 raise self._too_few(
                     f"{self._samples + len(piece)} samples", self._saved.place.samples
                 )
-            self._take(pack(piece))
+            self._take(piece)
             number += 1
         rest = copy.copy(source)
         rest.sampler = indices
@@ -152,8 +166,12 @@ class DrawsAgain:
             f"saved. {_CAUSES}"
         )
 
-    def _take(self, packed: Packed) -> None:
+    def _take(self, index: Any) -> None:
         """A piece was drawn again: it has to be as it was."""
+        if self._batched and isinstance(index, Iterator):
+            index = list(index)
+        packed = self._pack(index)
+        self._newest.extend(snapshots(index if self._batched else [index], LONGEST_RUN))
         self._chain.add(packed)
         self._samples += count(packed)
         self._before(packed)
@@ -176,10 +194,11 @@ class DrawsAgain:
 
 
 _CAUSES = (
-    "Usual causes: set_epoch() was not called, or with another number; the sampler was made with "
-    "another seed or other weights; it draws from random, numpy.random or torch while the training "
-    "loop draws from them too. Make the sampler as it was, or train with seed=, which makes the "
-    "order of torch's samplers a function of the seed and the epoch"
+    "Usual causes: set_epoch() was not called, or with another number; it is the state of another "
+    "rank; the sampler was made with another seed or other weights; it draws from random, "
+    "numpy.random or torch while the training loop draws from them too. Make the sampler as it "
+    "was, or train with seed=, which makes the order of torch's samplers a function of the seed "
+    "and the epoch"
 )
 
 

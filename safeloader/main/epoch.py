@@ -161,9 +161,13 @@ class Epoch:
         if self.events.begun:
             self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
-    def resumed(self, batches: int, note: str = "") -> None:
-        """This epoch goes on where an earlier run had handed over so many batches."""
+    def resumed(self, batches: int, left_out: int, note: str = "") -> None:
+        """This epoch goes on where an earlier run had handed over so many batches.
+
+        So many samples were skipped or replaced in them: the bound is one of the epoch.
+        """
         self.batches = self.ledger.batches_before = batches
+        self._skip_budget.skipped = left_out
         if note:
             self._notes.append(note)
 
@@ -340,7 +344,7 @@ class Epoch:
         if "the count of skipped samples" in self._off:
             return None
         ledger = self.ledger
-        so_far = ledger.delivered_count + self._uncounted + len(asked)
+        so_far = ledger.samples_before + ledger.delivered_count + self._uncounted + len(asked)
         so_far += ledger.by_class["skipped"].count + ledger.by_class["replaced"].count
         return self._skip_budget.exceeded(manifest, so_far)
 

@@ -260,7 +260,7 @@ class SafeIterator(Iterator[Any]):
         while requests:
             try:
                 came = advance(self._stock)
-            except Exception as sign:
+            except (Exception, WorkersDied, TimedOut) as sign:  # told in its turn, by next()
                 kept.append(sign)
                 break
             if type(came) is StateMessage and not came.at_end:
@@ -272,10 +272,10 @@ class SafeIterator(Iterator[Any]):
         if not kept:
             return
 
-        def first(stock: Any) -> Any:
-            came = kept.popleft()
+        def first(stock: Any) -> Any:  # which does not hold self: a cycle would keep the workers
             if not kept:
-                self._advance = advance
+                return advance(stock)
+            came = kept.popleft()
             if isinstance(came, BaseException):
                 raise came
             return came
@@ -289,6 +289,10 @@ class SafeIterator(Iterator[Any]):
             raise exc()
 
         self._advance = refuse
+
+    def left_alone(self) -> None:
+        """The loader keeps the place of a newer iterator; this one tells it nothing more."""
+        self._continuity = Continuity()  # not None: another thread may be in next()
 
     def _lost_with_worker(self, came: FailedBatch) -> bool:
         """Whether a batch could not be loaded because its worker died after sending it.

@@ -6,6 +6,8 @@ Plain values that JSON takes, so that it fits into any checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import json
+from hashlib import blake2b
 from typing import Any
 
 from safeloader.delivery.position import Place, Rung
@@ -15,6 +17,8 @@ from safeloader.introspect.texts import bounded_text
 FORMAT = 1
 NOWHERE = Place(0, 0, b"")
 _NAME = "safeloader"  # under which the format stands
+_CHECK = "check"  # under which a digest of all the rest stands
+_OF_USER = ("dataset_state", "dataset_iter_state")  # which may be anything
 OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read", "keys")
 _THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
 
@@ -37,6 +41,7 @@ class SavedState:
         seed: the loader's.
         seed_per: what it seeds.
         world_size: the number of ranks; None outside of distributed training.
+        rank: of the process; None outside of distributed training.
         order: of a :class:`~safeloader.GlobalBatchSampler`, what its order is made from.
         stream: whether the dataset is iterable-style.
         workers: how many read it.
@@ -55,6 +60,7 @@ class SavedState:
     seed: int | None = None
     seed_per: str | None = None
     world_size: int | None = None
+    rank: int | None = None
     dataset: dict[str, Any] = dataclasses.field(default_factory=dict)
     order: dict[str, Any] = dataclasses.field(default_factory=dict)
     stream: bool = False
@@ -77,12 +83,13 @@ class SavedState:
         for name in ("generators", "left_out", "order"):
             if given := getattr(self, name):
                 state[name] = given
-        for name in ("length", "batch_size", "seed", "seed_per", "world_size"):
+        for name in ("length", "batch_size", "seed", "seed_per", "world_size", "rank"):
             if (value := getattr(self, name)) is not None:
                 state[name] = value
         if self.stream:
             state |= {"stream": True, "workers": self.workers}
-        return state | self.dataset
+        state |= self.dataset
+        return state | {_CHECK: _check(state)}
 
     @classmethod
     def of(cls, state: Any) -> SavedState:
@@ -105,6 +112,8 @@ class SavedState:
                 f"safeloader reads format {FORMAT}: upgrade safeloader to the release that saved it"
             )
         try:
+            if state.get(_CHECK, "") not in ("", _check(state)):
+                raise ValueError("a part of it is missing or another")
             place = Place(
                 state.get("batches", 0),
                 state.get("samples", 0),
@@ -179,6 +188,11 @@ class SavedState:
                 f"{self.world_size or 1}, or draw with GlobalBatchSampler, which allows another "
                 "number"
             )
+        if self.stream and None not in (self.rank, loader.rank) and self.rank != loader.rank:
+            raise ResumeError(
+                f"this is the state of rank {self.rank}, and this is rank {loader.rank}: it would "
+                "read the other's share of the stream. Save a state in each rank, and load it there"
+            )
 
     def _refuse_other_order(self, loader: SavedState) -> None:
         """Any rank's state will do, on any number of ranks, if the order of all is the same."""
@@ -198,6 +212,19 @@ class SavedState:
     def _may_change_batches(self, loader: SavedState) -> bool:
         both = self.batch_size is not None and loader.batch_size is not None
         return both and self.seed_per == "sample" and not self.place.beyond
+
+
+def _check(state: dict[str, Any]) -> str:
+    """A digest of what is ours in a state, the same before and after JSON."""
+
+    def ours(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return list(map(ours, value)) if isinstance(value, list | tuple) else value
+        return {name: name in _OF_USER or ours(each) for name, each in value.items()}
+
+    parts = {name: each for name, each in state.items() if name != _CHECK}
+    told = json.dumps(ours(parts), sort_keys=True)
+    return blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def _foreign(state: dict[Any, Any]) -> str:

@@ -133,6 +133,8 @@ class DatasetStates:
         kept = snapshot.iterator is not None and has_state(iterator)
         if kept:
             self._load("iter(dataset)", iterator, snapshot.iterator)
+        elif snapshot.iterator is not None and not start.over:
+            raise ResumeError(_HAD_STATE)
         if start.over:
             if kept:  # of that epoch only what it did to the process is left
                 self._iterator = stock.dataset_iter = iter(self._dataset)
@@ -236,11 +238,18 @@ class DatasetStates:
         of_iterator = iterator.state_dict() if has_state(iterator) else None
         own = iterator is dataset and iterator is not None
         of_dataset = dataset.state_dict() if has_state(dataset) and not own else None
-        fetcher = self._fetcher()
-        read = 0 if fetcher is None else fetcher.read
-        return Snapshot(of_dataset, of_iterator, self._ended, self._batches, read)
+        fetcher, ended, read = self._fetcher(), self._ended, 0
+        if fetcher is not None:
+            # A dataset that is at its end often stands at its beginning again.
+            ended, read = ended or fetcher.ended, fetcher.read
+        return Snapshot(of_dataset, of_iterator, ended, self._batches, read)
 
 
+_HAD_STATE = (
+    "the state holds the place of iter(dataset), which had state_dict() and load_state_dict() then "
+    "and has not now: it cannot be put there. Give it the two again, or begin anew by "
+    "loader.load_state_dict({})"
+)
 _NOT_TAKEN = (
     "it does not take the state that was saved of it\nmend it, or begin anew by "
     "loader.load_state_dict({})"

@@ -84,6 +84,11 @@ class StreamFetcher(RecordingFetcher):
         """How many samples were read."""
         return self._read
 
+    @property
+    def ended(self) -> bool:
+        """Whether the stream said that it has no more; with a short last batch, if there is one."""
+        return self._ended
+
     def fetch(self, task: Task) -> Made:
         """The next batch with its manifest; ``StopIteration`` at the end of the stream."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import json
@@ -13,6 +14,9 @@ import random
 import signal
 import subprocess
 import sys
+import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +44,7 @@ from safeloader import (
     SafeStatefulDataLoader,
     SampleError,
     TransportError,
+    WorkerCrashError,
 )
 
 N = 43
@@ -206,7 +211,7 @@ def test_the_rest_comes_and_nothing_twice(sampler: str, workers: tuple[int, int]
             assert now[1:] == stood[1:]
 
 
-@pytest.mark.parametrize("save", [through_json, through_torch, copy.deepcopy])
+@pytest.mark.parametrize("save", [through_json, through_torch, copy.deepcopy, OrderedDict])
 def test_a_state_survives_what_checkpoints_do_to_it(save: Callable[[Any], Any]) -> None:
     _, state, rest = cut_short(make("with a generator", 0), 3)
     resumed = make("with a generator", 0)
@@ -317,6 +322,7 @@ def test_with_a_seed_per_sample_batches_may_have_another_size() -> None:
     assert came == whole
     assert resumed.audit.complete
     state = seeded(0, "batch").state_dict() | {"batches": 1, "samples": 4, "digest": "00" * 16}
+    del state["check"]
     assert "batches of 4" in refused(state, seeded(0, "batch", batch_size=5))
 
 
@@ -347,6 +353,23 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     other.set_epoch(1)
     assert "leaves the state that was loaded, of batch 1 of epoch 0" in caplog.text
     assert lists(other) == epochs[1]
+
+
+def test_once_an_epoch_was_asked_for_states_are_of_its_beginning() -> None:
+    """As a loop has it that leaves an epoch early, and saves as the next one begins."""
+    whole = seeded(0)
+    epochs = [lists(whole), lists(whole)]
+    batches = iter(one := seeded(0))
+    next(batches)
+    record = one.last_batch
+    one.set_epoch(1)
+    resumed = seeded(0)
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == epochs[1]
+    assert one.state_dict(after=record)["batches"] == 1
+    next(batches)  # it goes on with the old one after all
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == epochs[0][2:]
 
 
 # ── ranks ────────────────────────────────────────────────────────────────────────────────────────
@@ -395,6 +418,15 @@ def test_of_an_uneven_tail_a_rank_may_have_none_left() -> None:
         assert each.audit.ok
 
 
+def test_the_sampler_may_be_told_of_the_next_epoch_before_the_state_is_taken() -> None:
+    batches = iter(one := of_rank(0, 1))
+    next(batches)
+    one.batch_sampler.set_epoch(1)
+    resumed = of_rank(0, 1)
+    resumed.load_state_dict(one.state_dict())
+    assert lists(resumed) == lists(batches)
+
+
 def test_another_global_order_is_refused() -> None:
     batches = iter(one := of_rank(0, 2))
     next(batches)
@@ -404,6 +436,7 @@ def test_another_global_order_is_refused() -> None:
     )
     assert "global_batch=12, now 6" in refused(state, other)
     state["order"]["digest"] = "00" * 8
+    del state["check"]
     assert "another release" in refused(state, of_rank(0, 2))
 
 
@@ -443,6 +476,22 @@ def test_the_next_epochs_follow(persistent: bool) -> None:
     assert lists(other) == epochs[2]
 
 
+def test_persistent_workers_begin_the_epoch_that_their_sampler_was_told() -> None:
+    def loader() -> Any:
+        return of_rank(0, 1, num_workers=1, persistent_workers=True)
+
+    whole = loader()
+    epochs = []
+    for epoch in range(2):
+        whole.batch_sampler.set_epoch(epoch)
+        epochs.append(lists(whole))
+    lists(one := loader())
+    resumed = loader()
+    resumed.load_state_dict(through_json(one.state_dict()))
+    resumed.batch_sampler.set_epoch(1)
+    assert lists(resumed) == epochs[1]
+
+
 def test_an_iterator_made_before_is_at_its_end() -> None:
     loader = make("in order", 0)
     batches = iter(loader)
@@ -451,6 +500,19 @@ def test_an_iterator_made_before_is_at_its_end() -> None:
     with pytest.raises(ResumeError, match="Load the state before iter"):
         next(batches)
     assert len(lists(loader)) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_of_two_iterators_the_newer_has_the_place(workers: int) -> None:
+    loader = make("in order", workers)
+    older, newer = iter(loader), iter(loader)
+    next(newer)
+    state = loader.state_dict()
+    lists(itertools.islice(older, 5))
+    assert loader.state_dict() == state
+    resumed = make("in order", 0)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == lists(newer)
 
 
 def test_what_comes_twice_is_told() -> None:
@@ -504,11 +566,84 @@ def test_a_gap_is_filled() -> None:
     whole = make("in order", 0)
     _, state, _ = cut_short(whole, 2)
     state["beyond"] = [3, 5]
+    del state["check"]
     resumed = make("in order", 0)
     resumed.load_state_dict(state)
     assert [each[0] for each in lists(resumed)] == [8, 16, 24, 28, 32, 36, 40]
     assert resumed.audit.complete
     assert resumed.audit.delivered_before == 16
+
+
+@pytest.mark.parametrize("more", [1, 2, 3, 5])
+def test_interrupted_again_behind_a_gap(more: int) -> None:
+    """Without workers nothing is drawn ahead: gaps are behind it as the next batch is drawn."""
+    whole = lists(seeded(0, "batch"))
+    _, state, _ = cut_short(seeded(0, "batch"), 2)
+    state["beyond"] = [3, 5]
+    del state["check"]
+    resumed = seeded(0, "batch")
+    resumed.load_state_dict(state)
+    came = lists(itertools.islice(iter(resumed), more))
+    again = seeded(0, "batch")
+    again.load_state_dict(through_json(resumed.state_dict()))
+    earlier = [*whole[:2], whole[3], whole[5]]
+    assert sorted([*earlier, *came, *lists(again)]) == sorted(whole)
+    assert again.audit.ok
+
+
+class OneList(Sampler[list[int]]):
+    """Fills one list again and again."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for k in range(10):
+            batch[:] = range(4 * k, 4 * k + 4)
+            yield batch
+
+
+def test_gaps_are_filled_from_a_list_that_is_filled_again() -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Rows(), batch_sampler=OneList())
+
+    _, state, _ = cut_short(loader(), 1)
+    state["beyond"] = [3, 5]
+    del state["check"]
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert [each[0] for each in lists(resumed)] == [4, 8, 16, 24, 28, 32, 36]
+
+
+class Name:
+    """An index with an equality of its own, and its address in its text."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Name) and self.number == other.number
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+
+class Named:
+    def __getitem__(self, index: Any) -> int:
+        return index.number if isinstance(index, Name) else len(index)
+
+
+def test_indices_that_are_objects_are_known_again() -> None:
+    def loader(*numbers: int) -> SafeStatefulDataLoader[Any]:
+        order = [Name(number) for number in numbers]
+        return SafeStatefulDataLoader(Named(), 2, sampler=order)  # type: ignore[arg-type]
+
+    _, state, rest = cut_short(loader(3, 1, 2, 0), 1)
+    resumed = loader(3, 1, 2, 0)
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+    assert "draws other indices" in refused(state, loader(1, 3, 2, 0))
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────
@@ -532,6 +667,8 @@ def test_what_is_no_state_of_this_loader_is_refused() -> None:
     assert "no state of a loader: it has epoch" in refused({"epoch": 3}, loader)
     assert "torchdata" in refused({"_snapshot": {}}, loader)
     assert "upgrade safeloader" in refused(state | {"safeloader": 2}, loader)
+    assert "a part of it is missing" in refused(state | {"generators": {"draw": {}}}, loader)
+    del state["check"]  # to come to what it stands before
     for broken in ({"samples": "x"}, {"digest": "zz"}, {"batches": -1}, {"left_out": 3}):
         assert "damaged" in refused(state | broken, loader)
     longer = SafeStatefulDataLoader(torch.arange(50), batch_size=4, shuffle=True)
@@ -663,6 +800,21 @@ def test_left_out_samples_stay_left_out(workers: int) -> None:
     assert lists(resumed)[0] == [8, 9, 10, 11]
 
 
+def test_what_was_left_out_before_counts_too() -> None:
+    """The bound is one of the epoch."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Broken(), 4, on_error="skip", max_skipped=1)
+
+    batches = iter(one := loader())
+    lists(itertools.islice(batches, 3))
+    resumed = loader()
+    resumed.load_state_dict(through_json(one.state_dict()))
+    for rest in (batches, resumed):
+        with pytest.raises(SampleError, match="2 of the 32 samples so far"):
+            lists(rest)
+
+
 def test_workers_that_were_restarted(tmp_path: Any) -> None:
     class Dies(Rows):
         def __getitem__(self, index: Any) -> Any:
@@ -679,6 +831,27 @@ def test_workers_that_were_restarted(tmp_path: Any) -> None:
     resumed = loader()
     resumed.load_state_dict(state)
     assert lists(resumed) == rest
+
+
+class FailsLate(Rows):
+    def __getitem__(self, index: Any) -> Any:
+        if index in (8, 9, 10, 11):
+            raise KeyError(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_what_stands_in_was_drawn_before_the_state_was_taken(batch_size: int | None) -> None:
+    """Of a batch that fails whole: an index drawn shortly before it, by the run before too."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(FailsLate(), batch_size, on_error="replace", seed=11)
+
+    for after in (2, 9):
+        _, state, rest = cut_short(loader(), after)
+        resumed = loader()
+        resumed.load_state_dict(through_json(state))
+        assert lists(resumed) == rest
 
 
 # ── streams, and datasets that keep their own place ──────────────────────────────────────────────
@@ -735,6 +908,40 @@ def test_a_stream_goes_on(workers: int, kept: str, every: int) -> None:
         assert audit.drawn == N
         if after:
             assert audit.delivered_before == sum(map(len, before))
+
+
+class BeginsAgain(Stream):
+    """Counts for itself, and stands at its beginning again once it is at its end."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.at < self.n:
+            self.at += 1
+            yield self.at - 1
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_begins_again_at_its_end_does_not_come_twice(workers: int) -> None:
+    """Its last batch is a short one: with it came the end."""
+
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(BeginsAgain(n=5), 2, num_workers=workers)
+
+    before, state, rest = cut_short(loader(), 3)
+    assert (before, rest) == ([[0, 1], [2, 3], [4]], [])
+    resumed = loader()
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == []
+    assert resumed.audit.ok
+    assert lists(resumed) == before
 
 
 def test_a_stream_that_is_read_again_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -836,6 +1043,21 @@ def test_a_stream_on_other_workers_is_refused() -> None:
     assert "num_workers=2" in said
 
 
+def test_a_stream_of_another_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning saves the state of rank 0 alone."""
+
+    def of(rank: int) -> SafeStatefulDataLoader[Any]:
+        monkeypatch.setenv("RANK", str(rank))
+        return SafeStatefulDataLoader(Stream("iterator"), 4)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, state, rest = cut_short(of(0), 4)
+    assert "this is the state of rank 0, and this is rank 1" in refused(state, of(1))
+    resumed = of(0)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+
+
 class Refusing(Counter):
     """Does not take the states that it gave."""
 
@@ -880,6 +1102,23 @@ def test_a_dataset_that_does_not_take_its_state(make_dataset: Any, call: str, wo
     assert len(lists(resumed)) == 11
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_keeps_its_place_no_more(workers: int) -> None:
+    _, state, _ = cut_short(SafeStatefulDataLoader(Stream("iterator"), 4, num_workers=workers), 2)
+    resumed = SafeStatefulDataLoader(Stream(), 4, num_workers=workers)
+    resumed.load_state_dict(state)
+    with pytest.raises(ResumeError, match=r"the place of iter\(dataset\), which had state_dict"):
+        lists(resumed)
+
+
+def test_rows_that_keep_their_place_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    _, state, rest = cut_short(SafeStatefulDataLoader(Counting(), 4), 2)
+    resumed = SafeStatefulDataLoader(Rows(), 4)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+    assert "the state of the dataset is left aside" in caplog.text
+
+
 class Counting(Rows):
     """A map-style dataset that counts what was asked of it, in each worker."""
 
@@ -915,6 +1154,44 @@ def test_states_of_other_workers_are_left_aside_and_that_is_said(
         else:
             assert "now it is the one in the main process" in told[0]
             assert told[0].endswith("go on with num_workers=2")
+
+
+def test_workers_end_with_an_iterator_that_waited_for_their_states() -> None:
+    """And not with the garbage collector: batches that came before the states are kept."""
+
+    class Slow(Counting):
+        def state_dict(self) -> dict[str, int]:
+            info = get_worker_info()
+            time.sleep(0.5 if info is not None and info.id == 1 else 0)
+            return super().state_dict()
+
+    loader = SafeStatefulDataLoader(Slow(), 4, num_workers=2, in_order=False)
+    gc.disable()
+    try:
+        batches: Any = iter(loader)
+        stock = weakref.ref(batches._stock)
+        del batches
+        assert stock() is None
+    finally:
+        gc.enable()
+    assert sorted(itertools.chain(*lists(loader))) == list(range(N))
+
+
+@pytest.mark.parametrize("on_crash", ["raise", "restart"])
+def test_a_worker_that_dies_before_it_told_its_state(on_crash: Any, tmp_path: Any) -> None:
+    class Dies(Counting):
+        def state_dict(self) -> dict[str, int]:
+            if get_worker_info() and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().state_dict()
+
+    loader = SafeStatefulDataLoader(Dies(), 4, num_workers=1, on_crash=on_crash)
+    if on_crash == "raise":
+        with pytest.raises(WorkerCrashError):
+            lists(loader)
+    else:
+        assert lists(loader) == lists(make("in order", 0))
 
 
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeloader.introspect import random_state
+from safeloader.introspect.generator_kinds import state_of
 from safeloader.introspect.random_state import Marks, RandomState, preserved
 
 DRAWS: dict[str, Callable[[], Any]] = {
@@ -178,3 +180,20 @@ def test_marks_survive_an_interrupt_in_the_first(monkeypatch: pytest.MonkeyPatch
     first = np.random.rand()
     before.set()
     assert np.random.rand() == first
+
+
+def test_a_time_limit_that_strikes_while_a_state_is_read_is_raised() -> None:
+    class Struck(random.Random):
+        def getstate(self) -> Any:
+            signal.raise_signal(signal.SIGUSR1)
+            return super().getstate()
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGUSR1, too_long)
+    try:
+        with pytest.raises(TimeoutError):
+            state_of(Struck())
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import pickle
 import random
 import subprocess
@@ -76,6 +77,27 @@ def test_different_indices_have_different_bytes() -> None:
     different = [3, -3, "3", b"3", 3.5, None, (3,), (3, 3), ("3",), {"a": 1}, {"a": 2}]
     different += [slice(1, 2), slice(1, 3), Colour.RED, Place("a", 1), Place("a", 2), Plain(1)]
     assert len(set(map(bytes_of, different))) == len(different)
+
+
+def test_bytes_are_the_same_in_another_process() -> None:
+    """Where texts are hashed to other numbers, and a script's classes are in ``__mp_main__``."""
+    program = (
+        "class Plain:\n  def __init__(self): self.number = 2\n"
+        "Plain.__module__ = __name__ = {!r}\n"
+        "import sys; sys.modules[__name__] = sys.modules['__main__']\n"
+        "from safeloader.introspect.seeds import bytes_of\n"
+        "print(bytes_of((frozenset('abcdef'), Plain())))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program.format(name)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for name, seed in (("__main__", "1"), ("__mp_main__", "2"))
+    }
+    assert len(said) == 1
 
 
 def test_an_index_that_cannot_be_pickled_stands_for_its_class() -> None:
