@@ -106,8 +106,8 @@ class Records:
         others = f"it was in epoch {', '.join(map(str, known))}; " if known else ""
         raise LookupError(
             f"index {index_text(index)} is not known to have been delivered in epoch {epoch}: "
-            f"{others}the recorder holds {self._recorder_on_demand()!r}. Epochs count from 0; to "
-            "keep more, pass recorder=Recorder(max_bytes=...)"
+            f"{others}the recorder holds {self._recorder_on_demand()!r}. Epochs count from 0 in "
+            "each process, after a resume too; to keep more, pass recorder=Recorder(max_bytes=...)"
         )
 
     def _replay_delivered(self, record: BatchRecord, position: int) -> Any:

@@ -163,7 +163,7 @@ class DrawsAgain:
     def _too_few(self, gave: str, wanted: int) -> ResumeError:
         return ResumeError(
             f"the sampler gave {gave} and ended, and {wanted} were handed over when the state was "
-            f"saved. {_CAUSES}"
+            f"saved. {self._causes()}"
         )
 
     def _take(self, index: Any) -> None:
@@ -183,22 +183,28 @@ class DrawsAgain:
                     raise self._others(rung.batches)
                 self._agreed = rung.batches
 
+    def _causes(self) -> str:
+        return _CAUSES + ("" if self._saved.seed is not None else _OR_SEED)
+
     def _others(self, by: int) -> ResumeError:
         agree = (
             f"they agree up to batch {self._agreed} and differ" if self._agreed else "they differ"
         )
         return ResumeError(
             f"the sampler draws other indices than when the state was saved: {agree} by batch {by} "
-            f"of the {self._saved.place.batches} that were handed over. {_CAUSES}"
+            f"of the {self._saved.place.batches} that were handed over. {self._causes()}"
         )
 
 
 _CAUSES = (
-    "Usual causes: set_epoch() was not called, or with another number; it is the state of another "
-    "rank; the sampler was made with another seed or other weights; it draws from random, "
-    "numpy.random or torch while the training loop draws from them too. Make the sampler as it "
-    "was, or train with seed=, which makes the order of torch's samplers a function of the seed "
-    "and the epoch"
+    "Usual causes: shuffle= or sampler= is another; set_epoch() was not called, or with another "
+    "number; it is the state of another rank; the sampler was made with another seed or other "
+    "weights; it draws from random, numpy.random or torch while the training loop draws from them "
+    "too. Make the sampler as it was"
+)
+_OR_SEED = (
+    ", or train with seed=, which makes the order of torch's samplers a function of the seed and "
+    "the epoch"
 )
 
 

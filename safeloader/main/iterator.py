@@ -104,7 +104,7 @@ class SafeIterator(Iterator[Any]):
         new = self.pool.workers > 0 and self.pool.stock is None
         self._looks = self.pool.looks = looks_for(settings.recorder, loader.dataset, log.length)
         told = epoch.noticed, epoch.unchecked
-        self._looks.begin(log, self.pool.workers, self.pool.stream, *told, seed)
+        self._looks.begin(log, self.pool.workers, self.pool.stream, *told, seed, resumed=before > 0)
         self.pool.sampler.begin(epoch, epoch.seed, epoch.seq_of_first)
         if self._continuity is not None:
             self._continuity.begin(self, loader, self.pool, epoch)

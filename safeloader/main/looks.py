@@ -58,6 +58,7 @@ class Looks:
         self._length = length
         self._stream = False
         self._seeds_per: SeedPer | None = None
+        self._resumed = False
         self._told: set[tuple[str, ...]] = set()
         self._earlier: dict[int, tuple[Opening, ...]] = {}
         self._kept = KeptBatches()
@@ -108,6 +109,8 @@ class Looks:
         noticed: list[str],
         unchecked: list[str],
         seed: EpochSeed | None = None,
+        *,
+        resumed: bool = False,
     ) -> None:
         """An epoch begins; what is seen of wrong data goes into ``noticed``, in short, and what
         could not be looked at into ``unchecked``."""
@@ -116,6 +119,7 @@ class Looks:
         self._noted = set()
         self._stream = stream
         self._seeds_per = None if seed is None else seed.per
+        self._resumed = self._resumed or (resumed and seed is None)
         if seed is not None:
             with self._guarded():
                 self._tell_of_own_generators()
@@ -280,6 +284,7 @@ class Looks:
             their_epoch=self._epochs - workers.since if workers else 0,
             seeds_per=self._seeds_per,
             ended=ended,
+            resumed=self._resumed,
             cure=self._cure,
         )
         for finding in findings(seen, self._earlier):

@@ -234,6 +234,12 @@ def _foreign(state: dict[Any, Any]) -> str:
             "delivered: it cannot be gone on from here. Finish the epoch with torchdata's class, "
             "and save the next state with this one"
         )
+    for name, value in state.items():
+        if isinstance(value, dict) and _NAME in value:
+            return (
+                f"this is no state of a loader, but it has one under {name!r}, as a checkpoint "
+                f"does: load_state_dict(checkpoint[{name!r}])"
+            )
     names = ", ".join(map(str, list(state)[:5]))
     return (
         f"this is no state of a loader: it has {names}. Give what state_dict() of a "

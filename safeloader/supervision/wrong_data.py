@@ -64,6 +64,7 @@ class Seen(NamedTuple):
         their_epoch: which of their epochs the workers are in, from 1.
         seeds_per: what ``seed=`` seeds the process's own generators for; None without.
         ended: whether the newest of them is at its end.
+        resumed: whether an epoch of these went on from a state.
         cure: gives what to do about generators of the dataset's, by their path, as it is said at
             the start; "" where that is not known.
     """
@@ -80,6 +81,7 @@ class Seen(NamedTuple):
     their_epoch: int = 0
     seeds_per: SeedPer | None = None
     ended: bool = True
+    resumed: bool = False
     cure: Callable[[str], str] = lambda _: ""
 
 
@@ -384,6 +386,14 @@ class _Repeat(NamedTuple):
     cure: str = ""
 
 
+# Torch seeds new workers by a number that it draws from the global generator. Of a resumed epoch
+# that is put back, so that the next one has the order that the program gives it.
+_RESUMED = (
+    "Without seed=, the workers of an epoch that is resumed begin where those of the next one do, "
+    "if the loop draws nothing from torch in between. Train with seed=, which gives each epoch "
+    "numbers of its own. If the audits of later epochs tell it too, something seeds by a fixed "
+    "number, in worker_init_fn or in the dataset: leave that out"
+)
 _LEAVE_OUT = "It is seeded by a fixed number where samples are made. Leave that out"
 
 
@@ -599,9 +609,10 @@ def _repeated_numbers(seen: Seen, earlier: Mapping[int, tuple[Opening, ...]]) ->
                     yield _Repeat(
                         name,
                         f"{who} draws",
-                        " in each epoch",
+                        " in two epochs" if seen.resumed else " in each epoch",
                         f"it stood at the same place before {_sample(one)} and, in a later epoch, "
                         f"before {_sample(other)}",
+                        _RESUMED if seen.resumed and name in PROCESS_WIDE else "",
                     )
                 elif alike == "made":
                     yield _Repeat(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, Sampler, Subset, TensorDataset, get_worker_info
 
-from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError
+from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError, SafeStatefulDataLoader
 from safeloader.main import looks, reporting_workers
 from safeloader.supervision import growth, kept_batches
 
@@ -836,6 +836,28 @@ def test_one_worker_that_begins_each_epoch_alike(caplog: Any) -> None:
     )
     [told] = said(caplog, loader)
     assert told.startswith("worker 0 draws the same random numbers from numpy.random in each epoch")
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_an_epoch_that_was_resumed_and_the_next_draw_alike(draws: bool, caplog: Any) -> None:
+    def loader(**more: Any) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Draws(), batch_size=4, shuffle=True, num_workers=1, **more)
+
+    torch.manual_seed(0)
+    next(iter(one := loader()))
+    (other := loader()).load_state_dict(one.state_dict())
+    told = said(caplog, other, epochs=1)
+    torch.rand(int(draws))  # as dropout does
+    told += said(caplog, other)
+    if draws:
+        assert not told
+    else:
+        [text] = told
+        assert text.startswith("worker 0 draws the same random numbers from random in two epochs")
+        assert "Without seed=, the workers of an epoch that is resumed begin where" in text
+    next(iter(one := loader(seed=1)))
+    (other := loader(seed=1)).load_state_dict(one.state_dict())
+    assert not said(caplog, other)  # the cure
 
 
 class OwnGenerator(Indexed):

@@ -665,6 +665,7 @@ def test_what_is_no_state_of_this_loader_is_refused() -> None:
     loader = make("shuffled", 0)
     assert "a state is a dict" in refused([1], loader)
     assert "no state of a loader: it has epoch" in refused({"epoch": 3}, loader)
+    assert "load_state_dict(checkpoint['loader'])" in refused({"epoch": 3, "loader": state}, loader)
     assert "torchdata" in refused({"_snapshot": {}}, loader)
     assert "upgrade safeloader" in refused(state | {"safeloader": 2}, loader)
     assert "a part of it is missing" in refused(state | {"generators": {"draw": {}}}, loader)
@@ -715,6 +716,14 @@ def test_a_sampler_that_shares_its_generator_with_the_loop_is_refused() -> None:
         next(batches)
         torch.rand(3)  # as dropout does
     assert "draws other indices" in refused(one.state_dict(), loader())
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_loader_that_does_not_shuffle_any_more_is_told_what_it_can_do(seed: int | None) -> None:
+    _, state, _ = cut_short(make("shuffled", 0, seed=seed), 3)
+    said = refused(state, SafeStatefulDataLoader(NUMBERS, batch_size=4, seed=seed))
+    assert "Usual causes: shuffle= or sampler= is another" in said
+    assert ("train with seed=" in said) == (seed is None)  # it has one
 
 
 # ── what a state is, and what it costs ───────────────────────────────────────────────────────────
