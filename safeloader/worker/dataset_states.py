@@ -98,6 +98,7 @@ class DatasetStates:
         self._every = max(every, 1)
         self._start = start
         self._loading = ""  # the call of the user's that is given a state, or raised over it
+        self._is_another = False  # the stream, by its keys
         self._dataset: Any = None
         self._iterator: Any = None
         self._batches = 0
@@ -149,7 +150,10 @@ class DatasetStates:
 
     @property
     def refusal(self) -> str:
-        """What is found, and what to do, where a state was not taken; "" if all were."""
+        """What is found, and what to do, where a state was not taken or the stream is another; ""
+        if neither is so."""
+        if self._is_another:
+            return f"seen as the stream was read again up to its place\n{_ONE_ORDER}"
         return self._loading and f"{self._loading} raised: {_NOT_TAKEN}"
 
     def _drop(self, start: Start, key: KeyOf | None) -> None:
@@ -171,11 +175,11 @@ class DatasetStates:
         if known and digest is not None and digest != start.keys:
             worker = get_worker_info()
             of = "" if worker is None else f" of worker {worker.id}"
+            self._is_another = True
             raise ResumeError(
                 f"the stream{of} is another than it was: its first {samples} samples, which were "
-                "read again, have other keys (by key=) than when the state was saved. Read its "
-                "files in one order, shuffle them by a fixed seed, or give the dataset or its "
-                "iterator state_dict() and load_state_dict()"
+                "read again, have other keys (by key=) than when the state was saved. "
+                f"{_ONE_ORDER[:1].upper()}{_ONE_ORDER[1:]}"
             )
         self._again = samples, perf_counter() - began, known and digest is not None
 
@@ -241,6 +245,10 @@ class DatasetStates:
         return Snapshot(of_dataset, of_iterator, self._ended, self._batches, read)
 
 
+_ONE_ORDER = (
+    "read its files in one order, by a seed of the dataset's own and the epoch of then, or give it "
+    "state_dict() and load_state_dict()"
+)
 _NOT_TAKEN = (
     "it does not take the state that was saved of it\nmend it, or begin anew by "
     "loader.load_state_dict({})"

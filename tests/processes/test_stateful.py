@@ -794,8 +794,11 @@ def test_with_keys_a_stream_that_is_read_again_is_proved(
 
     resumed = loader(None)
     resumed.load_state_dict(state)
-    with pytest.raises(ResumeError, match=r"the stream.* is another than it was: its first \d+ sa"):
+    is_another = r"the stream.* is another than it was: its first \d+ sa"
+    with pytest.raises(ResumeError, match=is_another) as caught:
         lists(resumed)
+    assert "and the epoch of then" in str(caught.value)
+    assert "iter(loader.dataset) repeats it" not in str(caught.value)  # it raises nothing
     caplog.clear()
     resumed = loader(None, key=None)  # nothing tells
     resumed.load_state_dict(state)
