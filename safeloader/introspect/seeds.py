@@ -158,6 +158,14 @@ class _ByClassName(pickle.Pickler):
         return thing.__qualname__ if isinstance(thing, type) else None
 
 
+def batch_of_stream(row: int, first: int) -> bytes:
+    """What stands for a batch of a worker's stream: its place there.
+
+    Which of the epoch's batches it is depends, near the end of the streams, on who comes first.
+    """
+    return b"%d %d" % (row, first)
+
+
 class Seeder:
     """Seeds the global generators of this process, for one loader; hot path: 7 us a seeding.
 
@@ -207,6 +215,18 @@ class Seeder:
         """The dataset is about to be asked for its iterator."""
         _now[0] = None
         _seed(_digest(self._key, _STREAM, b"%d" % worker, _SEEDS.size))
+
+    def of_stream(self, row: int, number: int, size: int) -> None:
+        """A sample that a worker's stream gave in an earlier run is about to be read again.
+
+        Args:
+            row: the worker.
+            number: of the sample, in its stream.
+            size: of its batches.
+        """
+        if number % size == 0:
+            self.batch(batch_of_stream(row, number))
+        self.sample((row, number))
 
     def before_collation(self, collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """``collate``, with the generators seeded first."""

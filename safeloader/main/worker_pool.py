@@ -186,8 +186,8 @@ class WorkerPool:
 
         def ours(fetcher: Any) -> Any:
             if states is not None:
-                with putting_back(states):
-                    states.after_iter(fetcher, key_of(context.key))
+                with putting_back(states), nullcontext() if seed is None else preserved():
+                    states.after_iter(fetcher, key_of(context.key), context.seeder)
             recording = looks.over(fetcher_for(fetcher, context))
             if states is not None:
                 states.over(recording, None)

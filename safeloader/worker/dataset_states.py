@@ -17,6 +17,7 @@ from torch.utils.data import get_worker_info
 
 from safeloader.delivery.key_chain import BEGIN, chained
 from safeloader.errors import ResumeError
+from safeloader.introspect.seeds import Seeder, sample_is, sample_now
 from safeloader.transport.messages import (
     Again,
     EmptyBatch,
@@ -98,6 +99,7 @@ class DatasetStates:
         self._every = max(every, 1)
         self._start = start
         self._loading = ""  # the call of the user's that is given a state, or raised over it
+        self._is_another = False  # the stream, by its keys
         self._dataset: Any = None
         self._iterator: Any = None
         self._batches = 0
@@ -114,12 +116,13 @@ class DatasetStates:
         if self._start is not None and self._start.snapshot.dataset is not None:
             self._load("dataset", dataset, self._start.snapshot.dataset)
 
-    def after_iter(self, stock: Any, key: KeyOf | None = None) -> Any:
+    def after_iter(self, stock: Any, key: KeyOf | None = None, seeder: Seeder | None = None) -> Any:
         """Torch's fetcher over it was made, and is given back with the stream where it is to be.
 
         Args:
             stock: torch's fetcher.
             key: gives the key of a sample, with ``key=``.
+            seeder: seeds the generators before what is read again, as then, with ``seed=``.
 
         Raises:
             ResumeError: if what is read again has other keys, by the user's ``key``, than then.
@@ -141,7 +144,7 @@ class DatasetStates:
             return stock
         self._ended, self._batches, self._begins_at = snapshot.ended, start.batches, start.samples
         if iterator is not None and not snapshot.ended:
-            self._drop(start, key)
+            self._drop(start, key, seeder)
         return stock
 
     def _load(self, name: str, thing: Any, state: Any) -> None:
@@ -151,16 +154,24 @@ class DatasetStates:
 
     @property
     def refusal(self) -> str:
-        """What is found, and what to do, where a state was not taken; "" if all were."""
+        """What is found, and what to do, where a state was not taken or the stream is another; ""
+        if neither is so."""
+        if self._is_another:
+            return f"seen as the stream was read again up to its place\n{_ONE_ORDER}"
         return self._loading and f"{self._loading} raised: {_NOT_TAKEN}"
 
-    def _drop(self, start: Start, key: KeyOf | None) -> None:
+    def _drop(self, start: Start, key: KeyOf | None, seeder: Seeder | None) -> None:
         """Read up to the place, and see that it is what was read then."""
         began, samples = perf_counter(), start.samples - start.snapshot.samples
         # From a state on it is not known which keys came behind it.
         known = key is not None and start.keys is not None and not start.snapshot.is_kept
         digest: bytes | None = BEGIN
-        for _ in range(samples):
+        worker = get_worker_info()
+        row, asked_for = 0 if worker is None else worker.id, sample_now()
+        size = -(-start.samples // max(start.batches, 1))  # of its batches, but for the last
+        for number in range(start.snapshot.samples, start.samples):
+            if seeder is not None:
+                seeder.of_stream(row, number, size)
             try:
                 sample = next(self._iterator)
             except StopIteration:
@@ -168,16 +179,16 @@ class DatasetStates:
                 break
             if known and key is not None:
                 digest = chained(digest, [key(sample)])
+        sample_is(asked_for)
         if samples <= 0:
             return
         if known and digest is not None and digest != start.keys:
-            worker = get_worker_info()
             of = "" if worker is None else f" of worker {worker.id}"
+            self._is_another = True
             raise ResumeError(
                 f"the stream{of} is another than it was: its first {samples} samples, which were "
-                "read again, have other keys (by key=) than when the state was saved. Read its "
-                "files in one order, shuffle them by a fixed seed, or give the dataset or its "
-                "iterator state_dict() and load_state_dict()"
+                "read again, have other keys (by key=) than when the state was saved. "
+                f"{_ONE_ORDER[:1].upper()}{_ONE_ORDER[1:]}"
             )
         self._again = samples, perf_counter() - began, known and digest is not None
 
@@ -249,6 +260,10 @@ _HAD_STATE = (
     "the state holds the place of iter(dataset), which had state_dict() and load_state_dict() then "
     "and has not now: it cannot be put there. Give it the two again, or begin anew by "
     "loader.load_state_dict({})"
+)
+_ONE_ORDER = (
+    "read its files in one order, by a seed of the dataset's own and the epoch of then, or give it "
+    "state_dict() and load_state_dict()"
 )
 _NOT_TAKEN = (
     "it does not take the state that was saved of it\nmend it, or begin anew by "

@@ -100,7 +100,7 @@ class WorkerStartup:
                 states.before_iter(dataset)
             stock = create()
             if states is not None:
-                states.after_iter(stock, key_of(context.key))
+                states.after_iter(stock, key_of(context.key), context.seeder)
             fetcher = fetcher_for(stock, context)
             if observer is not None:
                 observer.over(fetcher)

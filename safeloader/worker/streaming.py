@@ -11,7 +11,7 @@ from time import perf_counter_ns as clock
 from typing import Any
 
 from safeloader.delivery.indices import Packed
-from safeloader.introspect.seeds import BatchSeed
+from safeloader.introspect.seeds import BatchSeed, batch_of_stream
 from safeloader.supervision.flight_recorder import FETCH, ORDINAL, PHASE, SINCE
 from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
@@ -65,9 +65,8 @@ class StreamFetcher(RecordingFetcher):
         return self._row, self._first + self._so_far()
 
     def seeded_by(self, seed: BatchSeed) -> bytes:
-        """By its place in this worker's stream: which of the epoch's batches that is depends, near
-        the end of the streams, on who comes first."""
-        return b"%d %d" % (self._row, self._read)
+        """By its place in this worker's stream."""
+        return batch_of_stream(self._row, self._read)
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""

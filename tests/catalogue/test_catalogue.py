@@ -179,7 +179,10 @@ def ended_by_force(after_s: float) -> Iterator[list[int]]:
 def cases() -> Iterator[Any]:
     for fault in FAULTS:
         for mode in fault.modes:
-            marks = [pytest.mark.slow] if mode.startswith(("spawn", "forkserver")) else []
+            anew = mode.startswith(("spawn", "forkserver"))
+            # What fork shows is run by the other start methods in ``.ci/full``.
+            shown = anew and faults.FORK in fault.modes
+            marks = [pytest.mark.slow] * anew + [pytest.mark.thorough] * shown
             yield pytest.param(fault, mode, marks=marks, id=f"{fault.name}, {mode}")
 
 

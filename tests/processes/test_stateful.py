@@ -1001,13 +1001,44 @@ def test_with_keys_a_stream_that_is_read_again_is_proved(
 
     resumed = loader(None)
     resumed.load_state_dict(state)
-    with pytest.raises(ResumeError, match=r"the stream.* is another than it was: its first \d+ sa"):
+    is_another = r"the stream.* is another than it was: its first \d+ sa"
+    with pytest.raises(ResumeError, match=is_another) as caught:
         lists(resumed)
+    assert "and the epoch of then" in str(caught.value)
+    assert "iter(loader.dataset) repeats it" not in str(caught.value)  # it raises nothing
     caplog.clear()
     resumed = loader(None, key=None)  # nothing tells
     resumed.load_state_dict(state)
     lists(resumed)
     assert caplog.text.count("key= would prove that they are those of then") == max(workers, 1)
+
+
+class ShufflesAndDraws(Stream):
+    """A generator: what it draws, it draws as samples are asked for, from torch's and Python's."""
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = list(super().__iter__())
+        random.shuffle(numbers)
+        for each in numbers:
+            drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+            yield torch.tensor([each, *drawn], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per", ["sample", "batch"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_seed_what_is_read_again_is_drawn_as_then(workers: int, per: str) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(
+            ShufflesAndDraws(), 4, num_workers=workers, seed=11, seed_per=per
+        )
+
+    for after in (1, 4, 9):
+        _, state, rest = cut_short(loader(), after)
+        resumed = loader()
+        resumed.load_state_dict(through_json(state))
+        stood = random.getstate(), np.random.get_state()[2]
+        assert lists(resumed) == rest
+        assert (random.getstate(), np.random.get_state()[2]) == stood
 
 
 def test_of_samples_left_out_no_keys_are_kept() -> None:

@@ -25,6 +25,7 @@ from safeloader.transport.channel import ResultQueue
 from safeloader.transport.slot_reader import Unpacker
 
 BOUND_S = 30
+SOON_S = 4.5  # a look a second tells; a busy machine takes longer
 context = multiprocessing.get_context("fork")
 
 
@@ -191,7 +192,7 @@ def test_one_that_takes_long_to_die_is_waited_for(
     sign, seconds = got(pool.inbox(pinned=pinned))
     assert isinstance(sign, WorkersDied)
     assert sign.workers == (1, 2)
-    assert seconds < 2
+    assert seconds < SOON_S
 
 
 @both
@@ -204,7 +205,7 @@ def test_one_that_never_comes_to_its_end_is_not(
     sign, seconds = got(pool.inbox(pinned=pinned))
     assert isinstance(sign, WorkersDied)
     assert sign.workers == (1,)
-    assert seconds < 2
+    assert seconds < SOON_S
 
 
 @both
@@ -216,7 +217,7 @@ def test_what_has_come_is_handed_over_first(pools: Any, pinned: bool) -> None:
     assert got(inbox)[0] == (0, "last word")
     sign, seconds = got(inbox)
     assert isinstance(sign, WorkersDied)
-    assert seconds < 2
+    assert seconds < SOON_S
 
 
 @both
@@ -231,7 +232,7 @@ def test_told_also_where_main_ignores_its_children(pools: Any, pinned: bool) -> 
         signal.signal(signal.SIGCHLD, before)
     assert isinstance(sign, WorkersDied)
     assert sign.workers == (1,)
-    assert seconds < 1.5
+    assert seconds < SOON_S
     pool.workers[1]._popen.returncode = -9  # nobody can wait for it any more
 
 
@@ -248,7 +249,7 @@ def test_told_also_where_children_are_ignored_and_one_of_the_dead_lives_on(
         signal.signal(signal.SIGCHLD, before)
     assert isinstance(sign, WorkersDied)
     assert sign.workers == (1,)
-    assert seconds < 2
+    assert seconds < SOON_S
     pool.workers[1]._popen.returncode = -9
 
 
@@ -259,7 +260,7 @@ def test_told_also_where_a_child_of_the_dead_lives_on(pools: Any, pinned: bool) 
     sign, seconds = got(pool.inbox(pinned=pinned))
     assert isinstance(sign, WorkersDied)
     assert sign.workers == (1,)
-    assert seconds < 2
+    assert seconds < SOON_S
 
 
 @both
