@@ -1194,6 +1194,21 @@ def test_a_worker_that_dies_before_it_told_its_state(on_crash: Any, tmp_path: An
         assert lists(loader) == lists(make("in order", 0))
 
 
+def test_the_state_of_a_dataset_goes_on_in_a_worker_that_is_restarted(tmp_path: Any) -> None:
+    class Dies(Counting):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 21 and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    loader = SafeStatefulDataLoader(Dies(), 4, num_workers=1, on_crash="restart", prefetch_factor=1)
+    _, state, _ = cut_short(loader, 8)
+    told = state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
+    assert (tmp_path / "died").exists()
+    assert told == {"asked": 32}
+
+
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────
 
 KILLED = """
