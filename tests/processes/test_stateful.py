@@ -326,6 +326,12 @@ def test_with_a_seed_per_sample_batches_may_have_another_size() -> None:
     assert "batches of 4" in refused(state, seeded(0, "batch", batch_size=5))
 
 
+def test_without_batches_a_state_of_batches_is_refused() -> None:
+    _, state, _ = cut_short(seeded(0), 1)
+    unbatched = SafeStatefulDataLoader(Noisy(), None, shuffle=True, seed=11)
+    assert refused(state, unbatched).endswith("Resume with batches of 4")  # not: give it seed=
+
+
 def test_another_seed_is_refused() -> None:
     state = seeded(0).state_dict()
     assert "Give it seed=11" in refused(state, seeded(0, seed=12))
