@@ -69,7 +69,8 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
 
         It holds plain values, which JSON and ``torch.save`` take. Nothing is drawn for it, no
         worker is started or waited for. After the last batch was handed over it says that nothing
-        is left; once the loop has asked for another one, it is that of the next epoch.
+        is left; once the loop has asked for another one, or ``set_epoch()`` was called, it is that
+        of the next epoch.
 
         Args:
             after: the record of one of the newest 1024 batches of this epoch: the state as that

@@ -231,6 +231,11 @@ class Continuity:
                 watch.lent = generators.states()
             generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
 
+    def restarting(self, pool: WorkerPool) -> None:
+        """New workers are about to go on with what is open: their datasets where these were."""
+        if self._places is not None:
+            pool.plan = self._places.newest
+
     def ended(self, iterator: Any) -> None:
         """The epoch of ``iterator`` came to its end."""
         if self._running() is iterator:

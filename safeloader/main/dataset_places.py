@@ -61,6 +61,15 @@ class DatasetPlaces:
         self.now = Places(tuple(counts), snapshots, last, keys)
 
     @property
+    def newest(self) -> StatesPlan:
+        """How new workers are to begin in the place of these, where batches were handed over."""
+        starts = {
+            worker: Start(pickle.loads(raw), *self.now.counts[worker])
+            for worker, raw in self.now.snapshots.items()
+        }
+        return self.plan._replace(starts=starts)
+
+    @property
     def requests(self) -> int:
         """How many state requests the workers get before their first task.
 

@@ -321,6 +321,8 @@ class SafeIterator(Iterator[Any]):
         at = [pool.diagnosis.location(worker) for worker in sign.workers]
         if restarts is not None and restarts.should_restart(failure, at, pool.sampler):
             before = pool.stock
+            if self._continuity is not None:
+                self._continuity.restarting(pool)
             self._stock = pool.replace_workers(restarts.blueprint)
             loader = self._loader()
             if loader is not None and _torch.kept_iterator(loader) is before:

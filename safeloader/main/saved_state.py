@@ -166,11 +166,11 @@ class SavedState:
                 f"({self.epoch + 1})"
             )
         if self.batch_size != loader.batch_size and not self._may_change_batches(loader):
+            allows = ", or train with seed= and seed_per='sample', which allows another size"
             raise ResumeError(
                 f"the state was saved with {_batches(self.batch_size)}, and this loader has "
                 f"{_batches(loader.batch_size)}: the batches begin elsewhere. Resume with "
-                f"{_batches(self.batch_size)}, or train with seed= and seed_per='sample', which "
-                "allows another"
+                f"{_batches(self.batch_size)}{'' if self.seed_per == 'sample' else allows}"
             )
         if self.workers != loader.workers and self.stream:
             raise ResumeError(
@@ -263,4 +263,4 @@ def _samples(length: int | None) -> str:
 
 
 def _batches(size: int | None) -> str:
-    return "batches of a sampler's own" if size is None else f"batches of {size}"
+    return "batches of a sampler's own, or none" if size is None else f"batches of {size}"

@@ -326,6 +326,12 @@ def test_with_a_seed_per_sample_batches_may_have_another_size() -> None:
     assert "batches of 4" in refused(state, seeded(0, "batch", batch_size=5))
 
 
+def test_without_batches_a_state_of_batches_is_refused() -> None:
+    _, state, _ = cut_short(seeded(0), 1)
+    unbatched = SafeStatefulDataLoader(Noisy(), None, shuffle=True, seed=11)
+    assert refused(state, unbatched).endswith("Resume with batches of 4")  # not: give it seed=
+
+
 def test_another_seed_is_refused() -> None:
     state = seeded(0).state_dict()
     assert "Give it seed=11" in refused(state, seeded(0, seed=12))
@@ -1232,6 +1238,21 @@ def test_a_worker_that_dies_before_it_told_its_state(on_crash: Any, tmp_path: An
             lists(loader)
     else:
         assert lists(loader) == lists(make("in order", 0))
+
+
+def test_the_state_of_a_dataset_goes_on_in_a_worker_that_is_restarted(tmp_path: Any) -> None:
+    class Dies(Counting):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 21 and not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    loader = SafeStatefulDataLoader(Dies(), 4, num_workers=1, on_crash="restart", prefetch_factor=1)
+    _, state, _ = cut_short(loader, 8)
+    told = state["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
+    assert (tmp_path / "died").exists()
+    assert told == {"asked": 32}
 
 
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────
