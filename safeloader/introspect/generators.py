@@ -68,10 +68,14 @@ def own_generators(dataset: Any) -> dict[str, Any]:
     known = {id(each) for each in process_generators().values()}
     found: dict[str, Any] = {}
     functions: deque[Any] = deque(each for _, each in makers_of(type(dataset)))
+    classes: dict[int, type] = {}
     for each in attributes(dataset):
         found |= _if_own(each.path, each.value, known)
         functions += [each.value] if type(each.value) is types.FunctionType else ()
-        functions += [function for _, function in makers_of(type(each.value))]
+        cls = type(each.value)
+        if id(cls) not in classes:
+            classes[id(cls)] = cls
+            functions += [function for _, function in makers_of(cls)]
     seen: set[int] = set()
     while functions and len(seen) < _FUNCTIONS:
         function = functions.popleft()
