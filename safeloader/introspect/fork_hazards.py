@@ -42,7 +42,14 @@ from safeloader.introspect.byte_code import LEFT_ALONE, asks_where_it_runs, code
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
 from safeloader.introspect.generator_kinds import how_to_seed, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, named_fields
+from safeloader.introspect.parts import (
+    GLOBAL,
+    all_held_by,
+    beyond,
+    makers_of,
+    named_fields,
+    of_class,
+)
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
     array_facts,
@@ -318,8 +325,12 @@ class _Walk:
         for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
             self.add(_Item(child, beyond(path, step), part_of, library, hidden))
-        for step, function in makers_of(cls) if base is None and not role else ():
-            self.add(_Item(function, path + step, part_of, library, private))
+        if base is None and not role:
+            for step, child in of_class(value):
+                if _is_known(child):
+                    self.add(_Item(child, path + step, part_of, library, private))
+            for step, function in makers_of(cls):
+                self.add(_Item(function, path + step, part_of, library, private))
 
     def end(self) -> list[Inherited]:
         """All that was found: of a library's object with several generators, the object."""

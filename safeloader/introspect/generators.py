@@ -17,7 +17,7 @@ import torch
 
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.generator_kinds import is_generator, kind_of, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of
+from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, of_class
 from safeloader.introspect.values import container_base, inherits
 
 _OBJECTS = 2000
@@ -68,6 +68,8 @@ def own_generators(dataset: Any) -> dict[str, Any]:
     known = {id(each) for each in process_generators().values()}
     found: dict[str, Any] = {}
     functions: deque[Any] = deque(each for _, each in makers_of(type(dataset)))
+    for step, each in of_class(dataset):
+        found |= _if_own(f"dataset{step}", each, known)
     classes: dict[int, type] = {}
     for each in attributes(dataset):
         found |= _if_own(each.path, each.value, known)

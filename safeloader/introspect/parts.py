@@ -149,6 +149,36 @@ def _makers(cls: type) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def of_class(value: Any) -> Iterator[tuple[str, Any]]:
+    """What samples are made by of an object's class, and the object has not itself.
+
+    >>> class Noisy:
+    ...     __module__, rng, unused = "scans", [1], [2]
+    ...     def __getitem__(self, i):
+    ...         return self.rng
+    >>> [*of_class(Noisy())]
+    [('.rng', [1])]
+    """
+    cls = type(value)
+    if names := _asked_by_makers(cls):
+        own = named_fields(value)
+        for name in names:
+            if name not in own:
+                yield from ((f".{name}", each) for each in definitions(cls, name)[:1])
+
+
+@once_for_class
+def _asked_by_makers(cls: type) -> tuple[str, ...]:
+    chains = [chain for _, function in makers_of(cls) for chain in uses(function.__code__).chains]
+    asked = dict.fromkeys(_asked_of(cls, chains))
+    return tuple(
+        name
+        for name in asked
+        for each in definitions(cls, name)[:1]
+        if not is_one_of(type(_function_in(each)), types.FunctionType)
+    )
+
+
 def _asked_of(cls: type, chains: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """The attributes that a method asks of its object, or of its class by name."""
     own = {"", *(type_name(each).rpartition(".")[2] for each in mro_of(cls))}

@@ -713,6 +713,23 @@ def test_globals_are_found_through_what_makes_samples(monkeypatch: pytest.Monkey
     assert paths(CallsModule()) == ["global tests.datasets.adds_noise"]
 
 
+class DrawsOfItsClass(Dataset[Any]):
+    rng, unused = random.Random(0), random.Random(0)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rng.random()
+
+
+def test_what_the_class_holds_is_told_where_samples_are_made_by_it() -> None:
+    for start_method in ("fork", "spawn"):
+        [found] = found_in(DrawsOfItsClass(), start_method)
+        assert found.path == "dataset.rng"
+        assert "get_worker_info().dataset.rng.seed(" in found.advice
+    mended = DrawsOfItsClass()
+    vars(mended)["rng"] = None
+    assert found_in(mended) == []
+
+
 def a_module(name: str, code: str, **names: Any) -> Any:
     """A module of the user's, without a file."""
     module = types.ModuleType(name)
