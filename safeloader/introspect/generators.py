@@ -50,6 +50,7 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
             parts = all_held_by(value, container_base(cls), is_generator)
             queue += [(each, beyond(path, step)) for step, each in parts]
             queue += [(each, path + step) for step, each in makers_of(cls)]
+            queue += [(each, path + step) for step, each in of_class(value) if is_generator(each)]
     return found
 
 

@@ -54,6 +54,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from safeloader.introspect import fork_hazards, parts
 from safeloader.introspect.advice import CUDA, LOCK
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
+from safeloader.introspect.generators import generators_of
 from safeloader.introspect.suspects import Inherited
 from tests import datasets
 
@@ -724,6 +725,7 @@ def test_what_the_class_holds_is_told_where_samples_are_made_by_it() -> None:
     for start_method in ("fork", "spawn"):
         [found] = found_in(DrawsOfItsClass(), start_method)
         assert found.path == "dataset.rng"
+        assert list(generators_of(DrawsOfItsClass())) == ["dataset.rng"]
         assert "get_worker_info().dataset.rng.seed(" in found.advice
     mended = DrawsOfItsClass()
     vars(mended)["rng"] = None
