@@ -10,7 +10,7 @@ import dis
 import types
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from safeloader.introspect.values import (
@@ -27,6 +27,7 @@ ENTRIES = ("__getitem__", "__getitems__", "__iter__", "__next__", "__call__")
 LEFT_ALONE = ("torch.", "numpy.", "builtins.", "multiprocessing.", "threading.", "logging.")
 """How the names of classes begin whose code and attributes are not the user's."""
 METHODS_MAX = 200  # of one class
+CODE_MAX = 1 << 15  # bytes of one function that is read, at 2 us an instruction
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -52,6 +53,72 @@ def globals_of(code: types.CodeType) -> tuple[str, ...]:
     """
     steps = (step for each in codes(code) for step in dis.get_instructions(each))
     return tuple(dict.fromkeys(step.argval for step in steps if step.opname == "LOAD_GLOBAL"))
+
+
+class Uses(NamedTuple):
+    """What a function uses and sets, with those defined in it.
+
+    Attributes:
+        chains: a global and the attributes that are asked of it one after another, as
+            ``("helpers", "RNG", "random")``; those of the first argument begin with "".
+        sets: the names of globals and of attributes that are set.
+    """
+
+    chains: tuple[tuple[str, ...], ...]
+    sets: frozenset[str]
+
+
+@lru_cache(4096)
+def uses(code: types.CodeType) -> Uses:
+    """What a function uses and sets, in order, as far as that is read.
+
+    >>> def draw(self):
+    ...     self.last = scans.RNG.random(self.names[0].split("/"))
+    >>> uses(draw.__code__)
+    Uses(chains=(('scans', 'RNG', 'random'), ('', 'names'), ('',)), sets=frozenset({'last'}))
+    """
+    own = code.co_varnames[0] if code.co_argcount else None
+    chains: dict[tuple[str, ...], None] = {}
+    sets: set[str] = set()
+    now: tuple[str, ...] = ()
+    read = [each for each in codes(code) if len(each.co_code) <= CODE_MAX]
+    for step in chain.from_iterable(map(dis.get_instructions, read)):
+        name = step.opname
+        if name in ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP"):
+            continue
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and now:
+            now = *now, str(step.argval)
+            continue
+        after, now = now, ()
+        if after:
+            chains[after] = None
+        if name == "LOAD_GLOBAL":
+            now = (str(step.argval),)
+        elif name == "LOAD_SUPER_ATTR":
+            now = ("", str(step.argval))
+        elif name.startswith("LOAD_FAST") or name == "LOAD_DEREF":
+            last = step.argval[-1] if type(step.argval) is tuple else step.argval
+            now = ("",) if last == own else ()
+        elif name == "CALL" and after in (("super",), ("",)):  # of type(self) and super(), itself
+            now = ("",)
+        elif name in ("STORE_GLOBAL", "STORE_ATTR"):
+            sets.add(str(step.argval))
+    return Uses((*chains,), frozenset(sets))
+
+
+def asks_where_it_runs(code: types.CodeType) -> bool:
+    """Whether a function goes by the process that it runs in, other than for its share.
+
+    >>> def connect():
+    ...     if get_worker_info() is None:
+    ...         return CONNECTION
+    >>> asks_where_it_runs(connect.__code__)
+    True
+    """
+    names = {name for each in codes(code) for name in each.co_names}
+    if not names.isdisjoint({"getpid", "parent_process", "current_process"}):
+        return True
+    return "get_worker_info" in names and "num_workers" not in names
 
 
 def loads(owner: Any, name: str, *, whole: bool = False) -> bool:

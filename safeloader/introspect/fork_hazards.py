@@ -38,11 +38,18 @@ from safeloader.introspect.advice import (
     is_read_from,
     suited,
 )
-from safeloader.introspect.byte_code import LEFT_ALONE, codes
+from safeloader.introspect.byte_code import LEFT_ALONE, asks_where_it_runs, codes, uses
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.frames import is_third_party, is_users_class
 from safeloader.introspect.generator_kinds import how_to_seed, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, named_fields
+from safeloader.introspect.parts import (
+    GLOBAL,
+    all_held_by,
+    beyond,
+    makers_of,
+    named_fields,
+    of_class,
+)
 from safeloader.introspect.suspects import Inherited
 from safeloader.introspect.values import (
     array_facts,
@@ -89,6 +96,8 @@ def survey(
     """
     stream = inherits(type(thing), torch.utils.data.IterableDataset)
     walk = _Walk(start_method == "fork", num_workers, stream)
+    if stream:
+        walk.alike = _orders_shares(type(thing))
     end = monotonic() + bound_s
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
@@ -291,6 +300,7 @@ class _Walk:
         self.found: list[Inherited] = []
         self.queue: deque[_Item] = deque()
         self._forks, self._workers, self._stream = forks, workers, stream
+        self.alike: set[str] = set()  # names of generators that are to be alike in all workers
         self._generators: dict[_Owner, list[str]] = {}
         self._users: dict[int, bool] = {}  # by id: a metaclass may define ``__hash__``
         # The process-wide generators, which torch seeds in each worker, are no finding.
@@ -315,8 +325,12 @@ class _Walk:
         for step, child in _held(value, base, self._forks) if role != "left alone" else ():
             hidden = private or (step.startswith("._") and self._is_private(cls, step[1:]))
             self.add(_Item(child, beyond(path, step), part_of, library, hidden))
-        for step, function in makers_of(cls) if base is None and not role else ():
-            self.add(_Item(function, path + step, part_of, library, private))
+        if base is None and not role:
+            for step, child in of_class(value):
+                if _is_known(child):
+                    self.add(_Item(child, path + step, part_of, library, private))
+            for step, function in makers_of(cls):
+                self.add(_Item(function, path + step, part_of, library, private))
 
     def end(self) -> list[Inherited]:
         """All that was found: of a library's object with several generators, the object."""
@@ -334,6 +348,8 @@ class _Walk:
         whole = item.part_of or _Owner.of(item.value, item.path)
         path, kind, token, _ = whole
         if hazard is GENERATOR:
+            if re.split(r"\W", path)[-1] in self.alike:
+                return
             if item.private:
                 return  # the library's business: what it draws, it draws as it means to
             hazard = _for_generator(path, whole.cls, self._workers)
@@ -380,13 +396,33 @@ def _names(cls: type, name: str) -> bool:
 
 
 def _held(value: Any, base: Any, forks: bool) -> Iterator[tuple[str, Any]]:
-    """What an object holds; of globals those of a known class, as most are not the dataset's."""
-    return all_held_by(value, base, _is_known if forks else None)  # a spawned worker imports anew
+    """What an object holds; of globals those of a known class, as most are not the dataset's.
+
+    A spawned worker imports them anew; a function that asks where it runs knows what it may use.
+    """
+    if type(value) is types.FunctionType and asks_where_it_runs(value.__code__):
+        forks = False
+    return all_held_by(value, base, _is_known if forks else None)
 
 
 def _is_known(value: Any) -> bool:
     _, known, role = _verdict_on(type(value))
     return known is not None or role == "wrapper"
+
+
+_ORDERING = ("shuffle", "permutation", "permuted", "sample")
+
+
+def _orders_shares(cls: type) -> set[str]:
+    """The generators by which a stream does nothing but order what its workers share out."""
+    functions = [function for _, function in makers_of(cls)]
+    within = [code for each in functions for code in codes(each.__code__)]
+    if not any("num_workers" in code.co_names for code in within):
+        return set()
+    chains = [chain for each in functions for chain in uses(each.__code__).chains]
+    ordering = {each[-2] for each in chains if len(each) > 1 and each[-1] in _ORDERING}
+    others = {each[-2] for each in chains if len(each) > 1 and each[-1] not in _ORDERING}
+    return ordering - others - {each[-1] for each in chains}
 
 
 _PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}

@@ -17,7 +17,7 @@ import torch
 
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.generator_kinds import is_generator, kind_of, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of
+from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, of_class
 from safeloader.introspect.values import container_base, inherits
 
 _OBJECTS = 2000
@@ -50,6 +50,7 @@ def generators_of(thing: object, name: str = "dataset") -> dict[str, Any]:
             parts = all_held_by(value, container_base(cls), is_generator)
             queue += [(each, beyond(path, step)) for step, each in parts]
             queue += [(each, path + step) for step, each in makers_of(cls)]
+            queue += [(each, path + step) for step, each in of_class(value) if is_generator(each)]
     return found
 
 
@@ -68,10 +69,16 @@ def own_generators(dataset: Any) -> dict[str, Any]:
     known = {id(each) for each in process_generators().values()}
     found: dict[str, Any] = {}
     functions: deque[Any] = deque(each for _, each in makers_of(type(dataset)))
+    for step, each in of_class(dataset):
+        found |= _if_own(f"dataset{step}", each, known)
+    classes: dict[int, type] = {}
     for each in attributes(dataset):
         found |= _if_own(each.path, each.value, known)
         functions += [each.value] if type(each.value) is types.FunctionType else ()
-        functions += [function for _, function in makers_of(type(each.value))]
+        cls = type(each.value)
+        if id(cls) not in classes:
+            classes[id(cls)] = cls
+            functions += [function for _, function in makers_of(cls)]
     seen: set[int] = set()
     while functions and len(seen) < _FUNCTIONS:
         function = functions.popleft()

@@ -7,12 +7,15 @@ samples. Nothing of the user's is run.
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from safeloader.introspect.byte_code import ENTRIES, METHODS_MAX, codes, globals_of
+from safeloader.introspect.byte_code import CODE_MAX, ENTRIES, METHODS_MAX, uses
 from safeloader.introspect.frames import is_users, is_users_class
 from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
@@ -20,12 +23,16 @@ from safeloader.introspect.values import (
     definitions,
     fields,
     held_by,
+    inherits,
     is_one_of,
+    mro_of,
     once_for_class,
+    type_name,
 )
 
 SAMPLED = 10  # elements looked at of one container
 ATTRIBUTES_MAX = 256
+FUNCTIONS_MAX = 100
 GLOBAL = "global "  # begins the path of a module's global
 
 
@@ -71,14 +78,23 @@ def all_held_by(
 
 def _globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The globals that a function uses, and those of modules of the user's by ``module.name``."""
-    code = function.__code__
-    for name in globals_of(code):
-        child = dict.get(function.__globals__, name)
-        yield _global(function.__globals__, name), child
-        if type(child) is types.ModuleType and is_users(str(vars(child).get("__file__"))):
-            for each in {each: None for inner in codes(code) for each in inner.co_names}:
-                if each in vars(child):
-                    yield _global(vars(child), each), vars(child)[each]
+    for name, *names in uses(function.__code__).chains:
+        space = function.__globals__
+        child = dict.get(space, name)
+        yield _global(space, name), child
+        for each in names:
+            if type(child) is not types.ModuleType or not _is_users_module(child):
+                break
+            space = vars(child)
+            child = dict.get(space, each)
+            yield _global(space, each), child
+
+
+def _is_users_module(module: types.ModuleType) -> bool:
+    name, file = (vars(module).get(each) for each in ("__name__", "__file__"))
+    if type(file) is str:
+        return is_users(file)
+    return str(name) not in sys.builtin_module_names  # one that a program made, or a namespace
 
 
 def _global(module: dict[str, Any], name: str) -> str:
@@ -116,7 +132,8 @@ def _makers(cls: type) -> tuple[tuple[str, int], ...]:
     found: list[tuple[str, int]] = []
     names = dict.fromkeys(ENTRIES) if is_users_class(cls) else {}
     done = {"__init__"}
-    while names and len(found) < METHODS_MAX:
+    left = 2 * CODE_MAX
+    while names and len(found) < METHODS_MAX and left > 0:
         done.add(name := next(iter(names)))
         del names[name]
         for place, each in enumerate(definitions(cls, name)):
@@ -124,11 +141,82 @@ def _makers(cls: type) -> tuple[tuple[str, int], ...]:
             if not _is_users_function(function):
                 break
             found.append((name, place))
-            used = [name for code in codes(function.__code__) for name in code.co_names]
-            names |= dict.fromkeys(each for each in used if each not in done)
-            if "super" not in used:
+            left -= len(function.__code__.co_code)
+            chains = uses(function.__code__).chains
+            names |= dict.fromkeys(each for each in _asked_of(cls, chains) if each not in done)
+            if "super" not in function.__code__.co_names:
                 break
     return tuple(found)
+
+
+def of_class(value: Any) -> Iterator[tuple[str, Any]]:
+    """What samples are made by of an object's class, and the object has not itself.
+
+    >>> class Noisy:
+    ...     __module__, rng, unused = "scans", [1], [2]
+    ...     def __getitem__(self, i):
+    ...         return self.rng
+    >>> [*of_class(Noisy())]
+    [('.rng', [1])]
+    """
+    cls = type(value)
+    if names := _asked_by_makers(cls):
+        own = named_fields(value)
+        for name in names:
+            if name not in own:
+                yield from ((f".{name}", each) for each in definitions(cls, name)[:1])
+
+
+@once_for_class
+def _asked_by_makers(cls: type) -> tuple[str, ...]:
+    chains = [chain for _, function in makers_of(cls) for chain in uses(function.__code__).chains]
+    asked = dict.fromkeys(_asked_of(cls, chains))
+    return tuple(
+        name
+        for name in asked
+        for each in definitions(cls, name)[:1]
+        if not is_one_of(type(_function_in(each)), types.FunctionType)
+    )
+
+
+def _asked_of(cls: type, chains: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """The attributes that a method asks of its object, or of its class by name."""
+    own = {"", *(type_name(each).rpartition(".")[2] for each in mro_of(cls))}
+    for first, *names in chains:
+        if first in own and (asked := [each for each in names if each != "__class__"]):
+            yield asked[0]
+
+
+def functions_of(thing: Any) -> list[types.FunctionType]:
+    """The functions of the user's that a callable runs, as far as they can be seen.
+
+    >>> def seed(): ...
+    >>> functions_of(functools.partial(seed)) == [seed]
+    True
+    """
+    found: list[types.FunctionType] = []
+    seen: dict[int, Any] = {}
+    queue: deque[Any] = deque([thing])
+    while queue and len(seen) < FUNCTIONS_MAX:
+        value = queue.popleft()
+        cls = type(value)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if cls is types.FunctionType:
+            found.append(value)
+            parts = (each for _, each in all_held_by(value, None, _is_users_function))
+            queue += (each for each in parts if is_one_of(type(each), *_CALLABLES))
+        elif cls is types.MethodType:
+            queue.append(value.__func__)
+        elif inherits(cls, functools.partial):
+            queue.append(named_fields(value).get("func"))
+        else:
+            queue += (each for _, each in makers_of(cls))
+    return found
+
+
+_CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
 
 
 def _function_in(method: Any) -> Any:

@@ -31,9 +31,10 @@ from safeloader.delivery.stream_ledger import StreamLedger
 from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
-from safeloader.introspect.byte_code import codes
+from safeloader.introspect.byte_code import codes, uses
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
-from safeloader.introspect.generators import own_generators
+from safeloader.introspect.generators import generators_of, own_generators
+from safeloader.introspect.parts import GLOBAL, functions_of
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.resource_exhaustion import shortage
@@ -320,7 +321,7 @@ class WorkerPool:
                 num_workers=self.workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
-            found = _without_seeded(found, loader)
+            found = _still_to_tell(found, loader)
         warn_once(found, loader.dataset)
         return found
 
@@ -405,21 +406,33 @@ def _beginning_stream(view: Any, seeder: Seeder, seed: EpochSeed) -> Iterator[No
         torch.default_generator.set_state(drawn.get_state())
 
 
-def _without_seeded(found: list[Inherited], loader: DataLoader[Any]) -> list[Inherited]:
-    """Leave out generators that a ``worker_init_fn`` may seed: workers tell if they do repeat."""
-    seeds = loader.worker_init_fn is not None and not isinstance(loader.dataset, IterableDataset)
-    if not found or not seeds:
-        return found
-    watched = tuple(own_generators(loader.dataset))
-    code = getattr(loader.worker_init_fn, "__code__", None)
-    named = {name for each in codes(code) for name in each.co_names} if code else set()
+def _still_to_tell(found: list[Inherited], loader: DataLoader[Any]) -> list[Inherited]:
+    """Leave out what ``worker_init_fn`` makes anew, and generators of which workers tell.
 
-    def may_be_seeded(each: Inherited) -> bool:
+    They do so, if the numbers repeat, of those that ``worker_init_fn`` may seed, and of a module's,
+    which samples need not draw from.
+    """
+    if not found:
+        return found
+    stream = isinstance(loader.dataset, IterableDataset)
+    watched = () if stream else tuple(own_generators(loader.dataset))
+    init = loader.worker_init_fn
+    functions = [] if init is None else functions_of(init)
+    named = {name for f in functions for code in codes(f.__code__) for name in code.co_names}
+    made = {name for f in functions for name in uses(f.__code__).sets}
+    held = {id(each) for each in generators_of(init, "").values()}
+
+    def is_seen_to(each: Inherited) -> bool:
+        name = set(_NAMES.findall(each.path)[-1:])
+        if each.by_fork:
+            return bool(made & name)
         within = (f"{each.path}.", f"{each.path}[")  # of a library's object with several
         seen = each.path in watched or any(path.startswith(within) for path in watched)
-        return not each.by_fork and (seen or bool(named & set(_NAMES.findall(each.path)[-1:])))
+        if seen and (init is not None or each.path.startswith(GLOBAL)):
+            return True
+        return bool(named & name) or each.token in held
 
-    return [each for each in found if not may_be_seeded(each)]
+    return [each for each in found if not is_seen_to(each)]
 
 
 _NAMES = re.compile(r"[A-Za-z_]\w*")

@@ -1175,3 +1175,50 @@ def a_collate_function_that_draws(folder: Path) -> dict[str, Any]:
         "collate_fn": MixCollate(),
         "drop_last": True,
     }
+
+
+# ── what a module holds ─────────────────────────────────────────────────────────────────────────
+
+JITTER = np.random.default_rng(0)
+SHARDS = random.Random(0)
+
+
+def jittered(value: float) -> float:
+    return value + float(JITTER.random())
+
+
+class Validation(Dataset[Any]):
+    """Its transform draws from a module's generator, and is for training."""
+
+    def __init__(self, augment: bool) -> None:
+        self.names, self.augment = [f"scans/{index}" for index in range(SIZE)], augment
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> float:
+        value = float(self.names[index].split("/")[1])
+        return jittered(value) if self.augment else value
+
+    def split(self) -> list[int]:
+        return SHARDS.sample(range(SIZE), 4)
+
+
+@sound(spawn=True)
+def validation_without_augmentation(folder: Path) -> dict[str, Any]:
+    return {"dataset": Validation(False), "batch_size": 4}
+
+
+class ShuffledShards(IterableDataset[Any]):
+    """All workers put the shards in one order, and each takes its share of it."""
+
+    def __iter__(self) -> Iterator[int]:
+        shards = [*range(SIZE)]
+        SHARDS.shuffle(shards)
+        info = get_worker_info()
+        yield from shards if info is None else shards[info.id :: info.num_workers]
+
+
+@sound(modes=("fresh", "persistent"))
+def shards_in_one_order(folder: Path) -> dict[str, Any]:
+    return {"dataset": ShuffledShards(), "batch_size": 4}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, Sampler, Subset, TensorDataset, get_worker_info
 
 from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError, SafeStatefulDataLoader
+from safeloader.introspect import fork_hazards
 from safeloader.main import looks, reporting_workers
 from safeloader.supervision import growth, kept_batches
 
@@ -971,6 +974,98 @@ def test_a_generator_of_a_module_that_repeats(way: str, caplog: Any) -> None:
     init = seeds_that_of_the_module
     loader = loader_of(DrawsFromTheModule(), way, shuffle=True, worker_init_fn=init)
     assert said(caplog, loader) == []
+
+
+class DrawsIfAsked(Indexed):
+    def __init__(self, augment: bool) -> None:
+        self.augment = augment
+
+    def __getitem__(self, index: int) -> float:
+        return from_the_module() if self.augment else float(index)
+
+
+@ways(FRESH | LASTING)
+def test_a_generator_of_a_module_is_told_once_it_repeats(way: str, caplog: Any) -> None:
+    assert said(caplog, loader_of(DrawsIfAsked(False), way)) == []
+    [told] = said(caplog, loader_of(DrawsIfAsked(True), way))
+    assert "draw the same random numbers from global" in told
+
+
+class DrawsByPartial(Indexed):
+    def __init__(self) -> None:
+        self.draw = functools.partial(np.random.RandomState.rand, OF_THE_MODULE)
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.draw())
+
+
+class DrawsStream(IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return (from_the_module() for _ in range(4))
+
+
+class SeedsThatOfTheModule:
+    def __call__(self, worker_id: int) -> None:
+        self.at_last(worker_id)
+
+    def at_last(self, worker_id: int) -> None:
+        seeds_that_of_the_module(worker_id)
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+@pytest.mark.parametrize(
+    "init",
+    [
+        seeds_that_of_the_module,
+        functools.partial(seeds_that_of_the_module),
+        SeedsThatOfTheModule(),
+        lambda worker_id: seeds_that_of_the_module(worker_id),
+    ],
+    ids=["function", "partial", "object", "lambda"],
+)
+def test_whatever_worker_init_fn_reaches_is_seeded(
+    init: Any, way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_hazards, "_said", set())
+    assert said(caplog, loader_of(DrawsByPartial(), way, worker_init_fn=init)) == []
+    assert said(caplog, loader_of(DrawsStream(), way, worker_init_fn=init)) == []
+    for dataset in (DrawsByPartial(), DrawsStream()):
+        with pytest.warns(RuntimeWarning, match="same state: unless something seeds it there"):
+            list(loader_of(dataset, way))
+
+
+CONNECTION = sqlite3.connect(":memory:")
+
+
+class Asks(Indexed):
+    def __init__(self) -> None:
+        self.own = sqlite3.connect(":memory:")
+
+    def __getitem__(self, index: int) -> float:
+        return index + float(asked_of(CONNECTION) + asked_of(self.own))
+
+
+def asked_of(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("select 1").fetchone()[0])
+
+
+def connects_anew(worker_id: int) -> None:
+    global CONNECTION
+    CONNECTION = sqlite3.connect(":memory:")
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.own = sqlite3.connect(":memory:")
+
+
+@ways({"fork": {}, "fork, persistent": {}})
+def test_what_worker_init_fn_opens_anew_is_not_told(
+    way: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_hazards, "_said", set())
+    assert said(caplog, loader_of(Asks(), way, worker_init_fn=connects_anew)) == []
+    with pytest.warns(RuntimeWarning, match="this one connection") as told:
+        list(loader_of(Asks(), way))
+    assert len(told) == 2
 
 
 class SeededByGroup(Indexed):

@@ -26,6 +26,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import warnings
 import weakref
 import zipfile
@@ -42,6 +43,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     Subset,
     default_collate,
@@ -52,6 +54,7 @@ from torch.utils.data.datapipes.iter import IterableWrapper
 from safeloader.introspect import fork_hazards, parts
 from safeloader.introspect.advice import CUDA, LOCK
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
+from safeloader.introspect.generators import generators_of
 from safeloader.introspect.suspects import Inherited
 from tests import datasets
 
@@ -711,6 +714,103 @@ def test_globals_are_found_through_what_makes_samples(monkeypatch: pytest.Monkey
     assert paths(CallsModule()) == ["global tests.datasets.adds_noise"]
 
 
+class DrawsOfItsClass(Dataset[Any]):
+    rng, unused = random.Random(0), random.Random(0)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rng.random()
+
+
+def test_what_the_class_holds_is_told_where_samples_are_made_by_it() -> None:
+    for start_method in ("fork", "spawn"):
+        [found] = found_in(DrawsOfItsClass(), start_method)
+        assert found.path == "dataset.rng"
+        assert list(generators_of(DrawsOfItsClass())) == ["dataset.rng"]
+        assert "get_worker_info().dataset.rng.seed(" in found.advice
+    mended = DrawsOfItsClass()
+    vars(mended)["rng"] = None
+    assert found_in(mended) == []
+
+
+def a_module(name: str, code: str, **names: Any) -> Any:
+    """A module of the user's, without a file."""
+    module = types.ModuleType(name)
+    vars(module).update(names)
+    exec(code, vars(module))
+    return module
+
+
+def test_a_name_that_is_like_a_global_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what code asks of a module itself, or of its own object, leads on."""
+    helpers = a_module("helpers", "def load(i): return i", rng=RNG, split=RNG)
+    script = {"__name__": "script", "RNG": RNG, "helpers": helpers, "sys": sys, "Base": Dataset}
+    exec(
+        "class AsksItsOwn(Base):\n"
+        "    def __getitem__(self, i): return helpers.load(self.rng.random()), i.split()\n"
+        "class Splits(Base):\n"
+        "    def __getitem__(self, i): return self.names[i].split('/')\n"
+        "    def split(self): return RNG.permutation(3)\n"
+        "class AsksTheTerminal(Base):\n"
+        "    def __getitem__(self, i): return sys.stdin.isatty()\n"
+        "class Draws(Base):\n"
+        "    def __getitem__(self, i): return helpers.rng.random()\n"
+        "class Child(Splits):\n"
+        "    def __getitem__(self, i): return [self.split() for _ in super().__getitem__(i)]\n",
+        script,
+    )
+    with open(__file__) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        for name in ("AsksItsOwn", "Splits", "AsksTheTerminal"):
+            assert found_in(script[name]()) == []
+    assert [each.path for each in found_in(script["Draws"]())] == ["global helpers.rng"]
+    assert [each.path for each in found_in(script["Child"]())] == ["global script.RNG"]
+
+
+def test_a_module_in_a_package_is_followed() -> None:
+    inner = a_module("scans.helpers", "def draw(): return RNG.random()", RNG=RNG)
+    script = {"scans": a_module("scans", "", helpers=inner)}
+    exec("def collate_fn(batch): return scans.helpers.draw()", script)
+    [found] = found_in(Holding(), collate_fn=script["collate_fn"])
+    assert found.path == "global scans.helpers.RNG"
+
+
+def test_a_function_that_asks_where_it_runs_knows_what_it_may_use(cleanup: ExitStack) -> None:
+    names = {"CONNECTION": cleanup.enter_context(closing(sqlite3.connect(":memory:")))}
+    exec(
+        "def in_main(batch): return CONNECTION if get_worker_info() is None else batch\n"
+        "def by_process(batch):\n"
+        "    global CONNECTION, PID\n"
+        "    if PID != os.getpid(): CONNECTION, PID = connect(), os.getpid()\n"
+        "    return CONNECTION\n"
+        "def takes_its_share(batch): return CONNECTION, get_worker_info().num_workers\n",
+        names,
+    )
+    told = [
+        len(found_in(Holding(), collate_fn=names[each]))
+        for each in ("in_main", "by_process", "takes_its_share")
+    ]
+    assert told == [0, 0, 1]
+
+
+class SharesOut(IterableDataset[Any]):
+    """All workers have to shuffle alike what they share out."""
+
+    def __init__(self) -> None:
+        self.order, self.noise = random.Random(0), random.Random(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        shards = [*range(8)]
+        self.order.shuffle(shards)
+        info = get_worker_info()
+        assert info is not None
+        for each in shards[info.id :: info.num_workers]:
+            yield each + self.noise.random()
+
+
+def test_a_generator_that_orders_what_is_shared_out_is_not_told() -> None:
+    assert [each.path for each in found_in(SharesOut())] == ["dataset.noise"]
+
+
 def test_a_scripts_global_is_named_without_a_module() -> None:
     script: dict[str, Any] = {"__name__": "__main__", "OLD": random.Random(0), "NEW": RNG}
     exec("def collate_fn(batch): return OLD, NEW", script)
@@ -797,6 +897,14 @@ def test_the_walk_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_hazards, "monotonic", lambda: next(ticks))
     assert wide(Holding(x=chain(10)), bound_s=5) == []
     assert wide(Holding(x=chain(10)), bound_s=500) != []
+
+
+def test_functions_of_any_size_take_no_longer() -> None:
+    names: dict[str, Any] = {"RNG": RNG}
+    exec("def collate_fn(i):\n" + "    i = i + f(i)\n" * 50_000 + "    return RNG", names)
+    began = time.perf_counter()
+    assert found_in(Holding(), collate_fn=names["collate_fn"]) == []
+    assert time.perf_counter() - began < 0.2
 
 
 def test_cycles_end() -> None:
