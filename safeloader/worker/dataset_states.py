@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from safeloader.delivery.key_chain import BEGIN, chained
 from safeloader.errors import ResumeError
 from safeloader.introspect.seeds import Seeder, sample_is, sample_now
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.transport.messages import (
     Again,
     EmptyBatch,
@@ -99,7 +100,7 @@ class DatasetStates:
         self._every = max(every, 1)
         self._start = start
         self._loading = ""  # the call of the user's that is given a state, or raised over it
-        self._is_another = False  # the stream, by its keys
+        self._is_another = False  # the stream, by its keys or its length
         self._dataset: Any = None
         self._iterator: Any = None
         self._batches = 0
@@ -163,11 +164,27 @@ class DatasetStates:
     def _drop(self, start: Start, key: KeyOf | None, seeder: Seeder | None) -> None:
         """Read up to the place, and see that it is what was read then."""
         began, samples = perf_counter(), start.samples - start.snapshot.samples
+        if samples <= 0:
+            return
+        before = sample_now()
+        try:
+            digest = self._read_again(start, key, seeder)
+        finally:
+            sample_is(before)
         # From a state on it is not known which keys came behind it.
-        known = key is not None and start.keys is not None and not start.snapshot.is_kept
-        digest: bytes | None = BEGIN
+        known = digest is not None and start.keys is not None and not start.snapshot.is_kept
+        if known and digest != start.keys:
+            raise self._other_stream(
+                f"its first {samples} samples, which were read again, have other keys (by key=) "
+                "than when the state was saved"
+            )
+        self._again = samples, perf_counter() - began, known
+
+    def _read_again(self, start: Start, key: KeyOf | None, seeder: Seeder | None) -> bytes | None:
+        """The digest of the keys of what was read; None without ``key``, or if a sample failed."""
+        digest = None if key is None else BEGIN
         worker = get_worker_info()
-        row, asked_for = 0 if worker is None else worker.id, sample_now()
+        row = 0 if worker is None else worker.id
         size = -(-start.samples // max(start.batches, 1))  # of its batches, but for the last
         for number in range(start.snapshot.samples, start.samples):
             if seeder is not None:
@@ -175,22 +192,25 @@ class DatasetStates:
             try:
                 sample = next(self._iterator)
             except StopIteration:
-                digest = b""  # fewer than then
-                break
-            if known and key is not None:
+                raise self._other_stream(
+                    f"read again, it ended after {number} samples, and {start.samples} were read "
+                    "when the state was saved"
+                ) from None
+            except Exception as exc:  # as it did then: it was left out, and the stream went on
+                if raised_by_signal(exc):
+                    raise
+                digest = None
+                continue
+            if key is not None:
                 digest = chained(digest, [key(sample)])
-        sample_is(asked_for)
-        if samples <= 0:
-            return
-        if known and digest is not None and digest != start.keys:
-            of = "" if worker is None else f" of worker {worker.id}"
-            self._is_another = True
-            raise ResumeError(
-                f"the stream{of} is another than it was: its first {samples} samples, which were "
-                "read again, have other keys (by key=) than when the state was saved. "
-                f"{_ONE_ORDER[:1].upper()}{_ONE_ORDER[1:]}"
-            )
-        self._again = samples, perf_counter() - began, known and digest is not None
+        return digest
+
+    def _other_stream(self, how: str) -> ResumeError:
+        self._is_another = True
+        worker = get_worker_info()
+        of = "" if worker is None else f" of worker {worker.id}"
+        cure = f"{_ONE_ORDER[:1].upper()}{_ONE_ORDER[1:]}"
+        return ResumeError(f"the stream{of} is another than it was: {how}. {cure}")
 
     def take_again(self) -> Again | None:
         """What was read again, once."""

@@ -1061,13 +1061,47 @@ def test_of_samples_left_out_no_keys_are_kept() -> None:
     assert lists(resumed) == rest
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_failed_as_the_stream_was_read_fails_as_it_is_read_again(workers: int) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(
+            FailsAt(7, "counter alone"), 4, num_workers=workers, on_error="skip"
+        )
+
+    _, state, rest = cut_short(loader(), 6)
+    resumed = loader()
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_ends_before_its_place_is_refused(workers: int) -> None:
+    def loader(n: int) -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Stream(n=n), 4, num_workers=workers)
+
+    _, state, _ = cut_short(loader(N), 6)
+    resumed = loader(10)
+    resumed.load_state_dict(state)
+    with pytest.raises(ResumeError, match="it ended after 10 samples, and 24 were read when"):
+        lists(resumed)
+
+
 class FailsAt(Stream):
-    def __init__(self, at: int) -> None:
-        super().__init__("iterator")
+    def __init__(self, at: int, kept: str = "iterator") -> None:
+        super().__init__(kept)
         self.at = at
 
     def __iter__(self) -> Iterator[int]:
-        return Failing(range(self.n), self.at)
+        counter = Failing(range(self.n), self.at)
+        return counter if self.kept == "iterator" else WithoutState(counter)
+
+
+class WithoutState(Iterator[int]):
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+
+    def __next__(self) -> int:
+        return next(self.counter)
 
 
 class Failing(Counter):
