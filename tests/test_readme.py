@@ -123,7 +123,7 @@ def test_its_figures_are_those_of_the_committed_results() -> None:
     measured = set()
     for path in (ROOT / "benchmarks/results").glob("*.json"):
         for row in json.loads(path.read_text()).get("rows", []):
-            spread = row.get("speed")
+            spread = row.get("speed") if isinstance(row, dict) else None  # of a table, a list
             if spread is not None and spread["interval"] is not None:
                 low, high = spread["interval"]
                 measured.add(f"{spread['median']:.2f} ({low:.2f} to {high:.2f})")
