@@ -44,6 +44,17 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from codes(inner)
 
 
+def function_in(method: Any) -> Any:
+    """What a method, a property, or what a class defines otherwise, is made of: its function.
+
+    >>> function_in(property(len)), function_in(staticmethod(len)), function_in(3)
+    (<built-in function len>, <built-in function len>, 3)
+    """
+    if is_one_of(type(method), classmethod, staticmethod):
+        return method.__func__
+    return method.fget if type(method) is property else method
+
+
 @lru_cache(4096)
 def globals_of(code: types.CodeType) -> tuple[str, ...]:
     """The names of the globals that a function uses, and those defined in it; in order.
@@ -430,9 +441,7 @@ def _reached(cls: type, whole: bool) -> Iterator[types.CodeType]:
             continue
         seen.add(name)
         for found in definitions(cls, name):
-            function = getattr(found, "fget", None) if type(found) is property else found
-            if is_one_of(type(found), classmethod, staticmethod):
-                function = found.__func__
+            function = function_in(found)
             if type(function) is not types.FunctionType:
                 continue
             for code in codes(function.__code__):

@@ -17,11 +17,17 @@ import torch
 
 from safeloader.introspect.copy_state import attributes
 from safeloader.introspect.generator_kinds import is_generator, kind_of, process_generators
-from safeloader.introspect.parts import GLOBAL, all_held_by, beyond, makers_of, of_class
+from safeloader.introspect.parts import (
+    FUNCTIONS_MAX,
+    GLOBAL,
+    all_held_by,
+    beyond,
+    makers_of,
+    of_class,
+)
 from safeloader.introspect.values import container_base, inherits
 
 _OBJECTS = 2000
-_FUNCTIONS = 100
 OWN_MAX = 8  # of a dataset's own
 _LEAVES = (str, bytes, int, float, complex, type(None), np.ndarray, torch.Tensor, type)
 
@@ -80,7 +86,7 @@ def own_generators(dataset: Any) -> dict[str, Any]:
             classes[id(cls)] = cls
             functions += [function for _, function in makers_of(cls)]
     seen: set[int] = set()
-    while functions and len(seen) < _FUNCTIONS:
+    while functions and len(seen) < FUNCTIONS_MAX:
         function = functions.popleft()
         if id(function) in seen:
             continue

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from safeloader.introspect.byte_code import CODE_MAX, ENTRIES, METHODS_MAX, uses
+from safeloader.introspect.byte_code import CODE_MAX, ENTRIES, METHODS_MAX, function_in, uses
 from safeloader.introspect.frames import is_users, is_users_class
 from safeloader.introspect.texts import key_text
 from safeloader.introspect.values import (
@@ -123,7 +123,7 @@ def makers_of(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
     ['.__getitem__', '._noise']
     """
     for name, place in _makers(cls):
-        yield f".{name}", _function_in(definitions(cls, name)[place])
+        yield f".{name}", function_in(definitions(cls, name)[place])
 
 
 @once_for_class
@@ -137,7 +137,7 @@ def _makers(cls: type) -> tuple[tuple[str, int], ...]:
         done.add(name := next(iter(names)))
         del names[name]
         for place, each in enumerate(definitions(cls, name)):
-            function = _function_in(each)
+            function = function_in(each)
             if not _is_users_function(function):
                 break
             found.append((name, place))
@@ -175,7 +175,7 @@ def _asked_by_makers(cls: type) -> tuple[str, ...]:
         name
         for name in asked
         for each in definitions(cls, name)[:1]
-        if not is_one_of(type(_function_in(each)), types.FunctionType)
+        if not is_one_of(type(function_in(each)), types.FunctionType)
     )
 
 
@@ -217,12 +217,6 @@ def functions_of(thing: Any) -> list[types.FunctionType]:
 
 
 _CALLABLES = (types.FunctionType, types.MethodType, functools.partial)
-
-
-def _function_in(method: Any) -> Any:
-    if is_one_of(type(method), classmethod, staticmethod):
-        return method.__func__
-    return method.fget if type(method) is property else method
 
 
 def beyond(path: str, step: str) -> str:
