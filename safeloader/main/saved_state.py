@@ -89,7 +89,7 @@ class SavedState:
         if self.stream:
             state |= {"stream": True, "workers": self.workers}
         state |= self.dataset
-        return state | {_CHECK: _check(state)}
+        return state | {_CHECK: _check(state, _digest_once(self.generators))}
 
     @classmethod
     def of(cls, state: Any) -> SavedState:
@@ -214,17 +214,41 @@ class SavedState:
         return both and self.seed_per == "sample" and not self.place.beyond
 
 
-def _check(state: dict[str, Any]) -> str:
-    """A digest of what is ours in a state, the same before and after JSON."""
+def _check(state: dict[str, Any], generators: str = "") -> str:
+    """A digest of what is ours in a state, the same before and after JSON; each state has one.
+
+    ``generators`` is the digest of that part, where it is known.
+    """
 
     def ours(value: Any) -> Any:
         if not isinstance(value, dict):
             return list(map(ours, value)) if isinstance(value, list | tuple) else value
         return {name: name in _OF_USER or ours(each) for name, each in value.items()}
 
-    parts = {name: each for name, each in state.items() if name != _CHECK}
-    told = json.dumps(ours(parts), sort_keys=True)
-    return blake2b(told.encode(), digest_size=8).hexdigest()
+    # The user's parts lie among those of the dataset alone: the rest is not walked through.
+    parts = state | ours({name: state[name] for name in OF_DATASET if name in state})
+    parts.pop(_CHECK, None)
+    if "generators" in parts:
+        parts["generators"] = generators or _digest(parts["generators"])
+    return _digest(parts)
+
+
+def _digest(value: Any) -> str:
+    return blake2b(_encoded(value).encode(), digest_size=8).hexdigest()
+
+
+_encoded = json.JSONEncoder(sort_keys=True).encode
+_newest: tuple[Any, str] = {}, ""
+
+
+def _digest_once(generators: dict[str, Any]) -> str:
+    """The digest of generators' states, made once: the states of an epoch hold one and the same."""
+    global _newest
+    of, digest = _newest  # read at once: states are taken in other threads too
+    if of is not generators:
+        digest = _digest(generators)
+        _newest = generators, digest
+    return digest
 
 
 def _foreign(state: dict[Any, Any]) -> str:
