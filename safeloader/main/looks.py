@@ -301,7 +301,7 @@ class Looks:
         """What the memory and the start of the workers say, and the batches that are kept."""
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
-            yield from self._workers.slow_start(self._dataset(), self._stream)
+            yield from self._workers.slow_start(self._dataset())
         yield from self._kept.finding((self._dataset(), self._fetcher()))
 
     def _remember(self, reports: Mapping[int, SelfReport]) -> None:

@@ -240,6 +240,7 @@ class WorkerPool:
                 slots=table,
                 no_slots=no_slots,
                 forks=method == "fork",
+                stays=self.persistent,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
@@ -265,6 +266,7 @@ class WorkerPool:
                 stock,
                 stay=self.persistent,
                 start_method=method,
+                sets_up=loader.worker_init_fn is not None,
                 began=began,
                 started=perf_counter(),
             )

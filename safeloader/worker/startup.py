@@ -57,6 +57,7 @@ class WorkerStartup:
     slots: SlotTable | None = None
     no_slots: str = ""
     forks: bool = False
+    stays: bool = False
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -166,6 +167,7 @@ class WorkerStartup:
                 stream=self._is_stream,
                 files=files,
                 came=came,
+                stays=self.stays,
                 private=monitor.private_bytes,
                 publish=into_flight_recorder(
                     functools.partial(self.flight.write_report, worker_id)

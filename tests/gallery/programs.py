@@ -987,8 +987,18 @@ class PastTheEnd(Frames):
 
 @shown("workers share a file's position, and one fails")
 def position() -> None:
-    Path("frames.bin").write_bytes(bytes(16_000))
-    read(PastTheEnd(), num_workers=2)
+    Path("frames.bin").write_bytes(bytes(12_000))
+    frames = PastTheEnd()
+    one = {"batch_size": 1, "prefetch_factor": 1}
+    read(frames, num_workers=2, sampler=in_turn(frames.file), **one)
+
+
+def in_turn(file: Any) -> Any:
+    """Draw each index once the one before it was read, so that always the same sample fails."""
+    for index in range(16):
+        while file.tell() < min(3000 * index, 12_000):
+            time.sleep(0.01)
+        yield index
 
 
 class Caches(Numbers):
@@ -1050,10 +1060,10 @@ def slow_spawn() -> None:
     read(Rows(), num_workers=2, multiprocessing_context="spawn")
 
 
-@shown("the same; fork")
+@shown("the same; fork, worker_init_fn")
 def slow_fork() -> None:
     growth.SLOW_START_S = 0.0
-    read(Rows(), num_workers=2)
+    read(Rows(), num_workers=2, worker_init_fn=lambda _: time.sleep(2))
 
 
 # ─────────────────────────────────────────────────────────────────────────────────────────────────
