@@ -39,8 +39,8 @@ ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fe
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
 SEEDS_MAX = 2  # that a generator was met with: more than one is all that counts
-ALWAYS = 16  # epochs, at the ends of which it reports, and main looks
-SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
+ALWAYS = 16  # epochs whose first samples it sees, at whose ends it reports, and main looks
+SHARE = 0.005  # of the time, at most, that this may take otherwise
 
 
 class Observer:
@@ -121,6 +121,8 @@ class Observer:
         if not self._on:
             return fetcher
         self._epochs += 1
+        if self._epochs > ALWAYS and not self._took_little():
+            return fetcher
         try:
             self._let_go()
             fetcher.by_way_of(FirstSamples(self, fetcher))
@@ -220,8 +222,12 @@ class Observer:
         if self._batches >= self._due:
             self._due = 2 * self._batches
             self._remember_memory()
-            if self._batches <= 2 or self._took_little():
+            if self._batches == 2 or self._took_little():
                 self.report()
+
+    def took(self, seconds: float) -> None:
+        """So long the first samples were held up."""
+        self._spent += seconds
 
     def _took_little(self) -> bool:
         return self._spent < SHARE * (perf_counter() - self._began)
