@@ -251,7 +251,7 @@ class SafeIterator(Iterator[Any]):
         """What became of a draw is no batch, and is told."""
         self.pool.sampler.answered(manifest.seq)
         if self._continuity is not None:
-            self._continuity.passed(manifest, self._epoch.batches)
+            self._continuity.passed(manifest, self._epoch.batches, booked=False)
 
     def _await_states(self, requests: int) -> None:
         """Wait for the states that the workers' datasets begin with; what else comes is kept."""

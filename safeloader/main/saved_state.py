@@ -214,6 +214,25 @@ class SavedState:
         return both and self.seed_per == "sample" and not self.place.beyond
 
 
+class EpochStates:
+    """Makes the states of one epoch; ``saved`` has what is the same in all."""
+
+    def __init__(self, saved: SavedState) -> None:
+        self._saved = saved
+
+    def at(
+        self,
+        place: Place,
+        ladder: list[Rung],
+        left_out: dict[str, Any],
+        dataset: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The state at a place."""
+        return dataclasses.replace(
+            self._saved, place=place, ladder=tuple(ladder), left_out=left_out, dataset=dataset
+        ).to_dict()
+
+
 def _check(state: dict[str, Any], generators: str = "") -> str:
     """A digest of what is ours in a state, the same before and after JSON; each state has one.
 

@@ -553,6 +553,41 @@ def test_a_state_of_an_earlier_batch(workers: int) -> None:
         loader.state_dict(after=records[0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_an_earlier_batch_knows_nothing_of_what_was_left_out_later(workers: int) -> None:
+    loader = SafeStatefulDataLoader(Broken(), 4, num_workers=workers, on_error="skip")
+    came = [(loader.state_dict(), loader.last_batch) for _ in loader]
+    assert came[0][0] != came[-1][0]
+    assert [loader.state_dict(after=record) for _, record in came] == [state for state, _ in came]
+
+
+@pytest.mark.parametrize("dataset", ["rows", "stream"])
+def test_a_state_may_be_asked_for_while_a_batch_is_handed_over(dataset: str) -> None:
+    """By a signal handler, or another thread: at any line it is that of one of the two batches."""
+    loader: Any = (
+        make("shuffled", 0) if dataset == "rows" else SafeStatefulDataLoader(Counted(20), 4)
+    )
+    states: list[Any] = []
+
+    def asks(frame: Any, event: str, _: Any) -> Any:
+        if "safeloader/main/" in frame.f_code.co_filename and frame.f_code.co_name != "state":
+            sys.settrace(None)
+            states.append(loader.state_dict())
+            sys.settrace(asks)
+            return asks
+        return None
+
+    batches = iter(loader)
+    next(batches)
+    before = loader.state_dict()
+    sys.settrace(asks)
+    next(batches)
+    sys.settrace(None)
+    known = [before, loader.state_dict()]
+    assert len(states) > 20
+    assert all(state in known for state in states)
+
+
 def test_out_of_order_what_came_behind_a_gap_does_not_come_again() -> None:
     loader = make("in order", 2, in_order=False)
     batches = iter(loader)
@@ -923,6 +958,16 @@ def test_a_stream_goes_on(workers: int, kept: str, every: int) -> None:
         assert audit.drawn == N
         if after:
             assert audit.delivered_before == sum(map(len, before))
+
+
+class Counted(IterableDataset[int]):
+    """As many as were asked for."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n))
 
 
 class BeginsAgain(Stream):
