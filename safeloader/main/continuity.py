@@ -118,7 +118,8 @@ class Continuity:
         iterator, self._iterator = self._iterator(), lambda: None
         if iterator is not None:
             iterator.superseded(_superseded)
-        self._loaded = saved, copy.deepcopy(state) if state else saved.to_dict()
+        kept = copy.deepcopy(state) if state else saved.to_dict()
+        self._loaded = SavedState.of(kept), kept  # whatever becomes of the caller's
 
     # an epoch ───────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@ knows a later state, which it does not save. Saved, they lie where torchdata has
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ class DatasetPlaces:
     def save(self, places: Places, here: DatasetStates | None) -> dict[str, Any]:
         """The keys of a state that hold this; ``here``: the main process reads."""
         if here is not None:
-            snapshot = here.now()._replace(batches=places.counts[0][0])
+            # A copy, as from a worker: what it is made of goes on to change.
+            snapshot = copy.deepcopy(here.now())._replace(batches=places.counts[0][0])
             return {**_plain(snapshot), "read": list(places.counts[0]), **_keys(places, 0)}
         snapshots = {}
         for worker in range(self._workers):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
@@ -20,6 +21,8 @@ _NAME = "safeloader"  # under which the format stands
 _CHECK = "check"  # under which a digest of all the rest stands
 _OF_USER = ("dataset_state", "dataset_iter_state")  # which may be anything
 OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read", "keys")
+_OF_PLACE = ("batches", "samples", "digest", "ladder", "beyond")
+_BY_JSON = ("left_out", *OF_DATASET)
 _THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
 
 
@@ -68,28 +71,20 @@ class SavedState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what says nothing is left out."""
-        place = self.place
-        state: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
-        if self.begun:
-            state |= {"batches": place.batches, "samples": place.samples}
-            if place.digest:
-                state["digest"] = place.digest.hex()
-        if self.ladder:
-            state["ladder"] = [
-                [each.batches, each.samples, each.digest.hex()] for each in self.ladder
-            ]
-        if place.beyond:
-            state["beyond"] = list(place.beyond)
-        for name in ("generators", "left_out", "order"):
+        return EpochStates(self).at(self.place, self.ladder, self.left_out, self.dataset)
+
+    def _lasting(self) -> dict[str, Any]:
+        """What all states of an epoch have in common, as plain values."""
+        found: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
+        for name in ("generators", "order"):
             if given := getattr(self, name):
-                state[name] = given
+                found[name] = given
         for name in ("length", "batch_size", "seed", "seed_per", "world_size", "rank"):
             if (value := getattr(self, name)) is not None:
-                state[name] = value
+                found[name] = value
         if self.stream:
-            state |= {"stream": True, "workers": self.workers}
-        state |= self.dataset
-        return state | {_CHECK: _check(state, _digest_once(self.generators))}
+            found |= {"stream": True, "workers": self.workers}
+        return found
 
     @classmethod
     def of(cls, state: Any) -> SavedState:
@@ -215,59 +210,82 @@ class SavedState:
 
 
 class EpochStates:
-    """Makes the states of one epoch; ``saved`` has what is the same in all."""
+    """Makes the states of one epoch; hot path: what they have in common is digested once.
+
+    Args:
+        saved: one of them.
+    """
 
     def __init__(self, saved: SavedState) -> None:
-        self._saved = saved
+        self._begun = saved.begun
+        self._lasting = _copied(saved._lasting())
+        self._digest = _digest(self._lasting)
 
     def at(
         self,
         place: Place,
-        ladder: list[Rung],
+        ladder: Iterable[Rung],
         left_out: dict[str, Any],
         dataset: dict[str, Any],
     ) -> dict[str, Any]:
-        """The state at a place."""
-        return dataclasses.replace(
-            self._saved, place=place, ladder=tuple(ladder), left_out=left_out, dataset=dataset
-        ).to_dict()
+        """The state at a place: a dict of its own, whatever is done to it."""
+        state: dict[str, Any] = _copied(self._lasting)
+        if self._begun:
+            state["batches"], state["samples"] = place.batches, place.samples
+            if place.digest:
+                state["digest"] = place.digest.hex()
+        if rungs := [[each.batches, each.samples, each.digest.hex()] for each in ladder]:
+            state["ladder"] = rungs
+        if place.beyond:
+            state["beyond"] = list(place.beyond)
+        if left_out:
+            state["left_out"] = left_out
+        if dataset:
+            state |= dataset
+        state[_CHECK] = _check_of(self._digest, [*map(state.get, _OF_PLACE)], state)
+        return state
 
 
-def _check(state: dict[str, Any], generators: str = "") -> str:
-    """A digest of what is ours in a state, the same before and after JSON; each state has one.
-
-    ``generators`` is the digest of that part, where it is known.
-    """
-
-    def ours(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return list(map(ours, value)) if isinstance(value, list | tuple) else value
-        return {name: name in _OF_USER or ours(each) for name, each in value.items()}
-
-    # The user's parts lie among those of the dataset alone: the rest is not walked through.
-    parts = state | ours({name: state[name] for name in OF_DATASET if name in state})
-    parts.pop(_CHECK, None)
-    if "generators" in parts:
-        parts["generators"] = generators or _digest(parts["generators"])
-    return _digest(parts)
+def _copied(value: Any) -> Any:
+    """Plain values again; three times as fast as ``copy.deepcopy``."""
+    if type(value) is dict:
+        return {name: _copied(each) for name, each in value.items()}
+    return [*map(_copied, value)] if type(value) is list else value
 
 
-def _digest(value: Any) -> str:
-    return blake2b(_encoded(value).encode(), digest_size=8).hexdigest()
+def _check(state: dict[str, Any]) -> str:
+    """A digest of what is ours in a state, the same before and after JSON; each state has one."""
+    apart = {_CHECK, *_OF_PLACE, *_BY_JSON}
+    lasting = {name: each for name, each in state.items() if name not in apart}
+    return _check_of(_digest(lasting), _lists(map(state.get, _OF_PLACE)), state)
+
+
+def _check_of(lasting: str, of_place: list[Any], state: dict[str, Any]) -> str:
+    """The same; of the place by its text, which takes half as long as JSON."""
+    rest = {name: state[name] for name in _BY_JSON if name in state}
+    return _of_text(f"{lasting}{of_place}{_encoded(_ours(rest)) if rest else ''}")
+
+
+def _ours(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return [*map(_ours, value)] if isinstance(value, list | tuple) else value
+    return {name: name in _OF_USER or _ours(each) for name, each in value.items()}
+
+
+def _lists(values: Iterable[Any]) -> list[Any]:
+    """As JSON would give them: some who keep states make tuples of lists."""
+    return [_lists(each) if isinstance(each, list | tuple) else each for each in values]
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return _of_text(_encoded(value))
+
+
+def _of_text(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 _encoded = json.JSONEncoder(sort_keys=True).encode
-_newest: tuple[Any, str] = {}, ""
-
-
-def _digest_once(generators: dict[str, Any]) -> str:
-    """The digest of generators' states, made once: the states of an epoch hold one and the same."""
-    global _newest
-    of, digest = _newest  # read at once: states are taken in other threads too
-    if of is not generators:
-        digest = _digest(generators)
-        _newest = generators, digest
-    return digest
 
 
 def _foreign(state: dict[Any, Any]) -> str:

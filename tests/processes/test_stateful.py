@@ -46,6 +46,7 @@ from safeloader import (
     TransportError,
     WorkerCrashError,
 )
+from safeloader.main.saved_state import SavedState
 
 N = 43
 NUMBERS = torch.arange(N)
@@ -217,6 +218,86 @@ def test_a_state_survives_what_checkpoints_do_to_it(save: Callable[[Any], Any]) 
     resumed = make("with a generator", 0)
     resumed.load_state_dict(save(state))
     assert lists(resumed) == rest
+
+
+def test_the_check_of_a_state_does_not_mind_its_order_or_tuples() -> None:
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(value[name]) for name in sorted(value, reverse=True)}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    for each in (state_with_all_parts(), state_of_stream()):
+        state = tuples(each)
+        assert state != each
+        assert SavedState.of(state).begun
+
+
+def test_a_part_of_a_state_that_is_missing_or_another_is_seen() -> None:
+    for state in (state_with_all_parts(), state_of_stream()):  # dataset_state is the user's
+        for name in state.keys() - {"safeloader", "check", "dataset_state"}:
+            less = {each: value for each, value in state.items() if each != name}
+            for other in (less, state | {name: 7}, state | {name: None}):
+                with pytest.raises(ResumeError, match="damaged"):
+                    SavedState.of(other)
+        for more in ({"new": 1}, {"beyond": [state["batches"] + 1]}):
+            with pytest.raises(ResumeError, match="damaged"):
+                SavedState.of(state | more)
+
+
+def state_with_all_parts() -> Any:
+    """But for those of a stream."""
+    loader = SafeStatefulDataLoader(Broken(), 1, shuffle=True, on_error="skip")
+    _, state, _ = cut_short(loader, 40)
+    assert {"ladder", "generators", "left_out"} <= state.keys()
+    return state
+
+
+def state_of_stream() -> Any:
+    return cut_short(SafeStatefulDataLoader(Stream("iterator"), 4, key=abs), 5)[1]
+
+
+def test_a_state_is_the_callers_own() -> None:
+    """Whatever is done to it, the loader's others are as they were."""
+    batches = iter(loader := make("shuffled", 0))
+    next(batches)
+    state = loader.state_dict()
+    before = copy.deepcopy(state)
+    state["generators"].clear()
+    assert loader.state_dict() == before
+    resumed = make("shuffled", 0)
+    resumed.load_state_dict(state := copy.deepcopy(before))
+    state["generators"].clear()
+    assert lists(resumed) == lists(batches)
+
+
+@pytest.mark.parametrize("kept", ["dataset", "iterator"])
+def test_a_state_does_not_change_as_the_dataset_goes_on(kept: str) -> None:
+    """Where the dataset gives, or is given, the very dict that it counts in."""
+
+    class OneDict(IterableDataset[int]):
+        def __init__(self) -> None:
+            self.state = {"at": 0}
+
+        def __iter__(self) -> Any:
+            return self if kept == "dataset" else OneDict()
+
+        def __next__(self) -> int:
+            if self.state["at"] == N:
+                raise StopIteration
+            self.state["at"] += 1
+            return self.state["at"]
+
+        def state_dict(self) -> dict[str, int]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.state = state
+
+    _, state, rest = cut_short(SafeStatefulDataLoader(OneDict(), 4), 3)
+    for _ in range(2):
+        resumed = SafeStatefulDataLoader(OneDict(), 4)
+        resumed.load_state_dict(state)
+        assert lists(resumed) == rest
 
 
 @pytest.mark.parametrize("workers", [0, 2])
