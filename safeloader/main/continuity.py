@@ -56,6 +56,8 @@ class Continuity:
             return self._loaded[0].epoch
         if self._asked_for is not None:
             return self._asked_for
+        if self._start is not None:  # which failed: no worker could be started, for one
+            return self._start.run.number
         return 0 if self._run is None else self._run.number + 1
 
     @property
@@ -148,6 +150,11 @@ class Continuity:
             self._start.built()
             self._start = None
 
+    def not_begun(self) -> None:
+        """Torch's iterator was not made: the generators stand where they stood."""
+        if self._start is not None:
+            self._start.put_back()
+
     def passed(self, manifest: BatchManifest, number: int, *, booked: bool = True) -> None:
         """As :meth:`RunningEpoch.passed` has it."""
         if self._run is not None:
@@ -172,7 +179,7 @@ class Continuity:
                 self._run.here.end()
 
     def _note_furthest(self) -> None:
-        if self._run is not None and not self._over:
+        if self._run is not None:
             known, number = self._furthest, self._run.number
             known[number] = max(known.get(number, 0), self._run.now.place.batches)
             for old in list(known)[:-_EPOCHS_MAX]:

@@ -94,6 +94,8 @@ class DatasetPlaces:
         worker = manifest.worker_id or 0
         counts, snapshots, _, keys = self.now
         batches, samples = counts[worker]
+        if manifest.ordinal is not None:  # what an interrupt lost before it was read all the same
+            samples = manifest.ordinal
         mine = (batches + 1, samples + (manifest.samples or 0))
         if manifest.snapshot is not None:
             snapshots = snapshots | {worker: manifest.snapshot}
@@ -107,7 +109,10 @@ class DatasetPlaces:
         if here is not None:
             # A copy, as from a worker: what it is made of goes on to change.
             snapshot = copy.deepcopy(here.now())._replace(batches=places.counts[0][0])
-            return {**_plain(snapshot), "read": list(places.counts[0]), **_keys(places, 0)}
+            batches, samples = places.counts[0]
+            if snapshot.is_kept and not snapshot.ended:  # that is where it goes on
+                samples = max(samples, snapshot.samples)
+            return {**_plain(snapshot), "read": [batches, samples], **_keys(places, 0)}
         snapshots = {}
         for worker in range(self._workers):
             raw = places.snapshots.get(worker)

@@ -98,15 +98,18 @@ class EpochStart:
 
     def built(self) -> None:
         """Torch's iterator over it was made; with workers, the first draws were made too."""
-        run, generators = self.run, self._generators
+        run = self.run
         if run.here is not None:
             tell_again(run.accounts.log, "the main process", run.here.take_again())
-        put_back, self._put_back = self._put_back, {}
-        if put_back:
-            watch = run.watch
-            if watch is not None and not watch.done and run.begin is None:
-                watch.lent = generators.states()
-            generators.put({name: put_back[name] for name in GLOBAL if name in put_back})
+        watch = run.watch
+        if self._put_back and watch is not None and not watch.done and run.begin is None:
+            watch.lent = self._generators.states()
+        self.put_back()
+
+    def put_back(self) -> None:
+        """The generators of the process stand where the program had put them."""
+        states, self._put_back = self._put_back, {}
+        self._generators.put({name: states[name] for name in GLOBAL if name in states})
 
     def _resumed(self, batches: int) -> None:
         self.run.earlier = self._saved

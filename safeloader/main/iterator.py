@@ -370,9 +370,26 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
             of persistent workers for the next one in ``_pool``: the loader itself, or what stands
             beside it.
     """
-    settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
+    settings = Settings.of(ours)
     continuity: Continuity | None = vars(ours).get(KEEPS_PLACE)
     seed = ours._seed_of_next(settings)
+    try:
+        return _begun(loader, ours, settings, seed, continuity)
+    except BaseException:  # no worker can be started, for one
+        ours._not_begun(seed)
+        if continuity is not None:
+            continuity.not_begun()
+        raise
+
+
+def _begun(
+    loader: DataLoader[Any],
+    ours: Any,
+    settings: Settings,
+    seed: EpochSeed | None,
+    continuity: Continuity | None,
+) -> SafeIterator:
+    said = vars(ours).pop(SAID, None)
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader, settings, said=said, seed=seed, continuity=continuity)
     held = _torch.kept_iterator(loader)

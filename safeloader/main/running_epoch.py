@@ -138,7 +138,15 @@ class RunningEpoch:
         """The states of the dataset, if it is a stream or has one."""
         if self.places is None or places is None:
             return {}
-        return self.places.save(places, self.here)
+        state = self.places.save(places, self.here)
+        if self.here is not None and (lost := state["read"][1] - places.counts[0][1]):
+            self.accounts.log.warning(
+                "the dataset was asked for its state in the middle of a batch, or after an "
+                "interrupt there: %d samples that it had read were not handed over, and do not "
+                "come again. With num_workers=1 its state is taken between batches",
+                lost,
+            )
+        return state
 
     def _epoch_states(self) -> EpochStates:
         """What makes the states, with where the draws began; kept once that is known."""

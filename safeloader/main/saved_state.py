@@ -160,12 +160,21 @@ class SavedState:
                 "dataset as it was, or begin a new epoch: load_state_dict({}), then set_epoch"
                 f"({self.epoch + 1})"
             )
+        if bool(self.order) != bool(loader.order):
+            one, other = ("a", "none") if self.order else ("no", "one")
+            cure = "Give it that sampler" if self.order else "Leave it out"
+            raise ResumeError(
+                f"the state was saved with {one} GlobalBatchSampler, and this loader has {other}: "
+                f"the order would be another. {cure}, or begin anew: load_state_dict({{}})"
+            )
         if self.batch_size != loader.batch_size and not self._may_change_batches(loader):
             allows = ", or train with seed= and seed_per='sample', which allows another size"
+            if self.seed_per == "sample" or None in (self.batch_size, loader.batch_size):
+                allows = ""
             raise ResumeError(
                 f"the state was saved with {_batches(self.batch_size)}, and this loader has "
                 f"{_batches(loader.batch_size)}: the batches begin elsewhere. Resume with "
-                f"{_batches(self.batch_size)}{'' if self.seed_per == 'sample' else allows}"
+                f"{_batches(self.batch_size)}{allows}"
             )
         if self.workers != loader.workers and self.stream:
             raise ResumeError(
@@ -173,7 +182,7 @@ class SavedState:
                 f"loader has num_workers={loader.workers}: each worker's share is another. Resume "
                 f"with num_workers={self.workers}"
             )
-        if self.order or loader.order:
+        if self.order:
             self._refuse_other_order(loader)
             return
         if (self.world_size or 1) != (loader.world_size or 1):
@@ -192,7 +201,7 @@ class SavedState:
     def _refuse_other_order(self, loader: SavedState) -> None:
         """Any rank's state will do, on any number of ranks, if the order of all is the same."""
         apart = ("epoch", "digest")
-        names = [each for each in {**self.order, **loader.order} if each not in apart]
+        names = [each for each in self.order if each not in apart]
         unlike = [
             f"{name}={then!r}, now {now!r}"
             for name in names

@@ -40,6 +40,7 @@ from torch.utils.data import (
 from safeloader import (
     GlobalBatchSampler,
     ResumeError,
+    SafeDataLoader,
     SafeLoaderError,
     SafeStatefulDataLoader,
     SampleError,
@@ -527,6 +528,19 @@ def test_another_global_order_is_refused() -> None:
     assert "another release" in refused(state, of_rank(0, 2))
 
 
+def test_a_loader_with_and_one_without_a_global_order() -> None:
+    _, with_one, _ = cut_short(of_rank(0, 2), 1)
+    _, without, _ = cut_short(seeded(0), 1)
+    for loader in (seeded(0), SafeStatefulDataLoader(Noisy(), batch_sampler=Batches(), seed=11)):
+        said = refused(with_one, loader)
+        assert "with a GlobalBatchSampler, and this loader has none" in said
+        assert "seed=" not in said  # which it has
+    assert "with no GlobalBatchSampler, and this loader has one" in refused(without, of_rank(0, 2))
+    _, state, _ = cut_short(make("batches", 0), 1)
+    said = refused(state, make("shuffled", 0))
+    assert said.endswith("Resume with batches of a sampler's own, or none")  # no seed= allows that
+
+
 # ── the end of an epoch, and the next ────────────────────────────────────────────────────────────
 
 
@@ -602,15 +616,17 @@ def test_of_two_iterators_the_newer_has_the_place(workers: int) -> None:
     assert lists(resumed) == lists(newer)
 
 
-def test_what_comes_twice_is_told() -> None:
+@pytest.mark.parametrize("more", [4, 11])
+def test_what_comes_twice_is_told(more: int) -> None:
     loader = make("in order", 0)
     batches = iter(loader)
     next(batches)
     state = loader.state_dict()
-    lists(itertools.islice(batches, 4))
+    lists(itertools.islice(batches, more))
     loader.load_state_dict(state)
     lists(loader)
-    assert "batches 1 to 4 of this epoch had been handed over" in str(loader.audit)
+    last = min(more, 10)
+    assert f"batches 1 to {last} of this epoch had been handed over" in str(loader.audit)
     loader.load_state_dict({})
     assert len(lists(loader)) == 11
     assert loader.audit.resumed_at is None
@@ -871,15 +887,53 @@ def test_copies_and_pickles_are_at_their_beginning() -> None:
         assert len(lists(other)) == 11
 
 
+class Once(Rows):
+    """Comes to no worker at first."""
+
+    refuses = True
+
+    def __reduce__(self) -> Any:
+        if self.refuses:
+            raise TypeError("not yet")
+        return Rows, ()
+
+
+@pytest.mark.parametrize("cls", [SafeDataLoader, SafeStatefulDataLoader])
+@pytest.mark.parametrize("seed", [None, 11])
+def test_an_epoch_that_could_not_begin_is_the_next_one_still(cls: Any, seed: int | None) -> None:
+    if seed is None and cls is SafeDataLoader:
+        return  # counts none
+    shuffled = {"batch_size": 4, "shuffle": True, "seed": seed}
+    whole = lists(SafeStatefulDataLoader(Rows(), **shuffled))
+    dataset = Once()
+    loader = cls(dataset, num_workers=1, multiprocessing_context="spawn", **shuffled)
+    with pytest.raises(TransportError):
+        iter(loader)
+    if cls is SafeStatefulDataLoader:
+        assert loader.state_dict()["epoch"] == 0
+    dataset.refuses = False
+    came = lists(loader)
+    if seed is not None:
+        assert came == whole
+    if cls is SafeStatefulDataLoader:
+        assert loader.state_dict()["epoch"] == 1
+
+
+def test_generators_stand_where_they_stood_if_no_worker_can_start() -> None:
+    torch.manual_seed(1)
+    state = make("shuffled", 0).state_dict()
+    torch.manual_seed(2)
+    stood = torch.get_rng_state()
+    loader = SafeStatefulDataLoader(
+        Once(), batch_size=4, shuffle=True, num_workers=1, multiprocessing_context="spawn"
+    )
+    loader.load_state_dict(state)
+    with pytest.raises(TransportError):
+        iter(loader)
+    assert torch.equal(torch.get_rng_state(), stood)
+
+
 def test_what_was_loaded_is_kept_where_no_worker_can_start() -> None:
-    class Once(Rows):
-        refuses = True
-
-        def __reduce__(self) -> Any:
-            if self.refuses:
-                raise TypeError("not yet")
-            return Rows, ()
-
     _, state, rest = cut_short(make("in order", 0), 4)
     loader = SafeStatefulDataLoader(
         dataset := Once(), batch_size=4, num_workers=1, multiprocessing_context="spawn"
@@ -1210,6 +1264,64 @@ def test_a_stream_that_ends_before_its_place_is_refused(workers: int) -> None:
     resumed.load_state_dict(state)
     with pytest.raises(ResumeError, match="it ended after 10 samples, and 24 were read when"):
         lists(resumed)
+
+
+class Interrupted(Iterator[int]):
+    """Ctrl-C strikes as its seventh number is asked for."""
+
+    def __init__(self) -> None:
+        self.at = -1
+
+    def __next__(self) -> int:
+        if self.at == 5 and Interrupted.strikes:
+            Interrupted.strikes = False
+            raise KeyboardInterrupt
+        self.at += 1
+        if self.at == N:
+            raise StopIteration
+        return self.at
+
+    strikes = True
+
+
+class InterruptedCounting(Interrupted):
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_an_interrupt_lost_of_a_stream_was_read_all_the_same(
+    kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dataset(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return InterruptedCounting() if kept else Interrupted()
+
+    Interrupted.strikes = True
+    batches = iter(one := SafeStatefulDataLoader(Dataset(), 4))
+    next(batches)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    before = one.state_dict()
+    told = "2 samples that it had read were not handed over, and do not come again"
+    assert (told in caplog.text) == kept  # nobody can say where the dataset stood before them
+    caplog.clear()
+    next(batches)
+    state = one.state_dict()
+    rest = lists(batches)
+    lists(one)
+    one.state_dict()
+    assert "handed over" not in caplog.text
+    resumed = SafeStatefulDataLoader(Dataset(), 4)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+    assert resumed.audit.ok
+    resumed.load_state_dict(before)  # nothing came since: what was lost comes, if it can
+    assert lists(resumed)[0] == ([6, 7, 8, 9] if kept else [4, 5, 6, 7])
+    assert resumed.audit.ok
 
 
 class FailsAt(Stream):
