@@ -211,7 +211,7 @@ def _places_of(loader: Any, saved: SavedState, log: LoaderLog) -> DatasetPlaces 
                 "when it was saved, and has not now. The indices go on from where they were"
             )
         return None
-    given, now = saved.dataset, loader.num_workers
+    given, now = saved.dataset, int(loader.num_workers)
     if given and (then := workers_of(given)) != now:  # not of streams: those are refused
         log.warning(
             "the state of the dataset is left aside, and it begins anew: it was saved of %s, and "

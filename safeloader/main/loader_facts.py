@@ -26,7 +26,7 @@ def facts_of(loader: Any, length: int | None = None) -> SavedState:
         rank=at.rank,
         order=sampler.made_from() if type(sampler) is GlobalBatchSampler else {},
         stream=isinstance(loader.dataset, IterableDataset),
-        workers=loader.num_workers,
+        workers=int(loader.num_workers),
     )
 
 

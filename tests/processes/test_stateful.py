@@ -1354,6 +1354,13 @@ class Failing(Counter):
         return found
 
 
+def test_the_number_of_workers_may_be_numpys() -> None:
+    _, state, rest = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=np.int64(1)), 4)
+    resumed = SafeStatefulDataLoader(Stream(), 4, num_workers=1)
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+
+
 def test_a_stream_on_other_workers_is_refused() -> None:
     _, state, _ = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=2), 4)
     said = refused(state, SafeStatefulDataLoader(Stream(), 4, num_workers=3))
@@ -1418,6 +1425,44 @@ def test_a_dataset_that_does_not_take_its_state(make_dataset: Any, call: str, wo
     assert isinstance(caught.value, KeyError if workers else ResumeError)
     resumed.load_state_dict({})
     assert len(lists(resumed)) == 11
+
+
+class Stateless(Rows):
+    """Its state can be had so many times."""
+
+    def __init__(self, how: str, times: int) -> None:
+        self.how, self.times = how, times
+
+    def state_dict(self) -> dict[str, Any]:
+        self.times -= 1
+        if self.times >= 0:
+            return {}
+        if self.how == "raises":
+            raise KeyError("count")
+        return {"function": lambda: 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize("times", [2, 0])
+@pytest.mark.parametrize("how", ["raises", "gives a lambda"])
+def test_a_state_that_cannot_be_had_is_told_with_its_cause(
+    how: str, times: int, seed: int | None
+) -> None:
+    """At the first batch, and as the epoch begins."""
+    dataset = Stateless(how, times)
+    batches = iter(loader := SafeStatefulDataLoader(dataset, 4, num_workers=1, seed=seed))
+    if times:
+        assert next(batches).tolist() == [0, 1, 2, 3]
+    for _ in range(2 if times else 3):  # the first of 3 is of no batch
+        with pytest.raises(SampleError) as caught:
+            next(batches)
+        said = str(caught.value)
+        assert "raised as the state of the dataset was asked for, by state_dict()" in said
+        assert said.endswith("next: mend state_dict(), or take it away")
+    assert loader.state_dict()["left_out"]["failed"][0] == 8
 
 
 @pytest.mark.parametrize("workers", [0, 1])
