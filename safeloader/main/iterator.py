@@ -171,7 +171,8 @@ class SafeIterator(Iterator[Any]):
                     if manifest.fingerprints is not None:
                         failure = changed(manifest, payload)
                         if failure is not None:
-                            self._other_than_batch(FailedBatch(manifest, failure))
+                            came = FailedBatch(manifest, failure)
+                            self._other_than_batch(came)
                     if self._restarts is not None:
                         self.pool.sampler.answered(manifest.seq)
                     wait_ns = clock() - began

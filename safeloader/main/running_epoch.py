@@ -123,7 +123,7 @@ class RunningEpoch:
         now = self.now
         if after is not None:
             same = getattr(after, "epoch", None) == self.accounts.number
-            newest = reversed(tuple(self._moments)) if same else ()
+            newest = reversed(self._moments.copy()) if same else ()
             known = next((each for each in newest if each.number == after.batch), None)
             if known is None:
                 raise ResumeError(NOT_KNOWN)

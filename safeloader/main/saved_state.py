@@ -162,10 +162,10 @@ class SavedState:
             )
         if bool(self.order) != bool(loader.order):
             one, other = ("a", "none") if self.order else ("no", "one")
-            cure = "Give it that sampler" if self.order else "Leave it out"
+            cure = "with that sampler" if self.order else "without one"
             raise ResumeError(
                 f"the state was saved with {one} GlobalBatchSampler, and this loader has {other}: "
-                f"the order would be another. {cure}, or begin anew: load_state_dict({{}})"
+                f"the order would be another. Resume {cure}, or begin anew: load_state_dict({{}})"
             )
         if self.batch_size != loader.batch_size and not self._may_change_batches(loader):
             allows = ", or train with seed= and seed_per='sample', which allows another size"

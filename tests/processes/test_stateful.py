@@ -38,6 +38,7 @@ from torch.utils.data import (
 )
 
 from safeloader import (
+    Failure,
     GlobalBatchSampler,
     ResumeError,
     SafeDataLoader,
@@ -440,6 +441,7 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records
     other.set_epoch(1)
     assert "leaves the state that was loaded, of batch 1 of epoch 0" in caplog.text
+    assert caplog.messages[0].startswith("SafeStatefulDataLoader over Noisy: ")
     assert lists(other) == epochs[1]
 
 
@@ -1352,6 +1354,25 @@ class Failing(Counter):
         if found == self.fails_at:
             raise ValueError(found)
         return found
+
+
+def test_a_batch_that_came_damaged_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Stream(), 4, num_workers=1, checksum=True)
+
+    batches = iter(one := loader())
+    next(batches)
+    damaged = Failure(phase="transport", exception_type="TransportError", message="damaged")
+    with monkeypatch.context() as patched:
+        patched.setattr("safeloader.main.iterator.changed", lambda manifest, payload: damaged)
+        with pytest.raises(TransportError):
+            next(batches)
+    state = one.state_dict()
+    assert (state["batches"], state["samples"]) == (2, 8)
+    rest = lists(batches)
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
 
 
 def test_the_number_of_workers_may_be_numpys() -> None:
