@@ -45,6 +45,7 @@ from safeloader import (
     SafeLoaderError,
     SafeStatefulDataLoader,
     SampleError,
+    SamplerError,
     TransportError,
     WorkerCrashError,
 )
@@ -754,6 +755,49 @@ def test_gaps_are_filled_from_a_list_that_is_filled_again() -> None:
     resumed = loader()
     resumed.load_state_dict(state)
     assert [each[0] for each in lists(resumed)] == [4, 8, 16, 24, 28, 32, 36]
+
+
+class GoesOn(Sampler[list[int]], Iterator[list[int]]):
+    """Raises in the place of its third batch, and goes on."""
+
+    def __init__(self) -> None:
+        self.at = -1
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return GoesOn()
+
+    def __next__(self) -> list[int]:
+        self.at += 1
+        if self.at == 2:
+            raise KeyError("a draw")
+        if self.at == 10:
+            raise StopIteration
+        return [4 * self.at, 4 * self.at + 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_draw_that_failed_fails_again_and_is_passed_over(workers: int) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Rows(), batch_sampler=GoesOn(), num_workers=workers)
+
+    batches = iter(one := loader())
+    lists(itertools.islice(batches, 2))
+    early = one.state_dict()
+    with pytest.raises(SamplerError):
+        next(batches)
+    next(batches)
+    state, rest = one.state_dict(), lists(batches)
+    resumed = loader()
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+    resumed.load_state_dict(early)
+    batches = iter(resumed)
+    with pytest.raises(SamplerError):  # not yet told of
+        next(batches)
+    assert lists(batches)[1:] == rest
 
 
 class Name:
