@@ -108,7 +108,7 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
 
     def _count_from(self, epoch: Any) -> None:
         super()._count_from(epoch)
-        self._place().set_epoch(self._next_epoch, LoaderLog(self.dataset))
+        self._place().set_epoch(self._next_epoch, LoaderLog(self.dataset, kind=type(self).__name__))
 
     def _get_iterator(self) -> Any:
         self._place()

@@ -98,7 +98,7 @@ class WorkerPool:
     states: DatasetStates | None = None
 
     def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
-        self.workers = loader.num_workers
+        self.workers = int(loader.num_workers)  # of NumPy too
         self.stream = isinstance(loader.dataset, IterableDataset)
         self.raised: list[BaseException] = []
         self.broken: Failure | None = None
