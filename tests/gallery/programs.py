@@ -42,6 +42,7 @@ from safeloader import GlobalBatchSampler, SafeDataLoader, checks
 from safeloader.examining import looks, speed
 from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
+from safeloader.main import reporting_workers
 from safeloader.supervision import growth, kept_batches
 
 Run = Callable[[], object]
@@ -987,6 +988,7 @@ class PastTheEnd(Frames):
 
 @shown("workers share a file's position, and one fails")
 def position() -> None:
+    reporting_workers.ANSWER_S = 30.0
     Path("frames.bin").write_bytes(bytes(12_000))
     frames = PastTheEnd()
     one = {"batch_size": 1, "prefetch_factor": 1}
