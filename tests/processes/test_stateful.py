@@ -446,6 +446,16 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     assert lists(other) == epochs[1]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_after_another_loaders_batch_is_refused(workers: int) -> None:
+    train, validation = seeded(workers), seeded(workers)
+    of_train, of_validation = iter(train), iter(validation)
+    next(of_train), next(of_validation)
+    with pytest.raises(ResumeError, match=r"another loader's.* give last_batch of the loader"):
+        train.state_dict(after=validation.last_batch)
+    assert train.state_dict(after=train.last_batch) == train.state_dict()
+
+
 def test_once_an_epoch_was_asked_for_states_are_of_its_beginning() -> None:
     """As a loop has it that leaves an epoch early, and saves as the next one begins."""
     whole = seeded(0)
