@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from safeloader.provenance.columns import places_of, times_of
 from safeloader.provenance.recorder import Recorder
-from safeloader.provenance.table import places_of, times_of
 
 _MIB = 1 << 20
 
