@@ -144,7 +144,8 @@ def test_the_public_attributes_of_the_classes() -> None:
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
-    assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
+    read = {"to_numpy", "to_pandas", "lookup", "batch", "slowest", "save"}
+    assert public(safeloader.Provenance) == read
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)
     assert {"to_dict"} <= public(safeloader.Failure)
