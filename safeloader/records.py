@@ -18,6 +18,7 @@ from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.transport.stats import TransportStats
 
@@ -223,6 +224,25 @@ class Records:
             True
         """
         return metrics_of(self._recorder_on_demand(), last)
+
+    def summary(self) -> str:
+        """The run so far in one line: samples, waiting, skips, the slowest samples, memory.
+
+        Of all epochs, as far as the recorder still holds them: counts of epochs, samples, batches
+        and skips are whole, times are of what is held. A program that logs at level INFO has this
+        line of each loader at its end.
+
+        Example:
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> for epoch in range(3):
+            ...     for batch in loader:
+            ...         pass
+            >>> print(loader.summary())  # doctest: +ELLIPSIS
+            3 epochs, 30 samples in 9 batches (... a second); waited for data ...% of the time; ...
+        """
+        recorder = self._recorder_on_demand()
+        return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
 
     @property
     def transport_stats(self) -> TransportStats:

@@ -141,6 +141,7 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
+    added |= {"summary"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}

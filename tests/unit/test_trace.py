@@ -216,12 +216,13 @@ def test_lines_go_to_stderr_where_logging_is_not_configured(value: str) -> None:
     if value == "0":
         assert lines == []
         return
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all(
         re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} safeloader ", line) for line in lines
     )
     assert "drew batch 0: [0, 1]" in lines[0]
-    assert lines[-1].endswith("epoch 0: complete, ok; 2 drawn, 2 delivered")
+    assert lines[-2].endswith("epoch 0: complete, ok; 2 drawn, 2 delivered")
+    assert "SafeDataLoader over list (2): 1 epoch, 2 samples in 1 batch (" in lines[-1]
 
 
 def test_two_loaders_log_each_line_once_and_under_their_names() -> None:
@@ -262,7 +263,7 @@ list(SafeDataLoader([1, 2], batch_size=2))
 
 @pytest.mark.parametrize(
     ("program", "lines"),
-    [(CONFIGURED, 5), (OWN_HANDLER, 5), (STRICT_HANDLER, 0), (DISABLED, 0)],
+    [(CONFIGURED, 6), (OWN_HANDLER, 6), (STRICT_HANDLER, 0), (DISABLED, 0)],
     ids=["root configured", "handler of its own", "handler above INFO", "disabled"],
 )
 def test_the_users_own_logging_is_respected(program: str, lines: int) -> None:
@@ -271,7 +272,7 @@ def test_the_users_own_logging_is_respected(program: str, lines: int) -> None:
     assert len(done.stdout.splitlines()) == lines
     if program is CONFIGURED:
         assert all(
-            line.startswith("mine SafeDataLoader over list (2): epoch 0")
+            line.startswith("mine SafeDataLoader over list (2): ")
             for line in done.stdout.splitlines()
         )
 
