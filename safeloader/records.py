@@ -14,12 +14,14 @@ from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
+from safeloader.introspect.html_text import escaped
 from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
+from safeloader.showing import in_html, in_words
 from safeloader.transport.stats import TransportStats
 
 
@@ -33,6 +35,22 @@ class Records:
 
     recorder: Recorder | None = None
     dataset: Any
+
+    def __repr__(self) -> str:
+        """Dataset, batch size, workers, and which keywords of ours are not as by default."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_words(self._described(), self)
+        return object.__repr__(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same, with how the newest epoch goes."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_html(self._described(), self, self.recorder or Recorder())
+        return escaped(repr(self))
+
+    def _described(self) -> Any:
+        """The loader that is told of."""
+        return self
 
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
