@@ -236,12 +236,18 @@ _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 def _samples_in(record: tuple[Any, ...]) -> int:
     """How many samples a batch holds; on the hot path, once the bound is reached."""
-    manifest = BatchManifest(*record[5:])
+    if type(record[_INDICES]) is bytes and record[_ORDINAL] is record[_INCIDENTS] is None:
+        return count(record[_INDICES])
+    manifest = BatchManifest(*record[_MANIFEST:])
     if manifest.incidents is not None:
         return len(BatchContents.of(manifest).positions)
-    if manifest.ordinal is not None:
-        return manifest.samples or 0
-    return count(manifest.indices)
+    return count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0
+
+
+_MANIFEST = 5  # where its fields begin in a record
+_INDICES, _ORDINAL, _INCIDENTS = (
+    _MANIFEST + BatchManifest._fields.index(name) for name in ("indices", "ordinal", "incidents")
+)
 
 
 def as_delivery(record: tuple[Any, ...]) -> Delivery:

@@ -24,6 +24,7 @@ import safeloader
 from safeloader import Recorder, SafeDataLoader
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest
+from safeloader.failures.failure import Failure
 from safeloader.provenance.trace import FileTrace
 from tests import datasets, faults
 
@@ -568,6 +569,18 @@ def test_samples_left_out_or_replaced_are_marked(way: Any, workers: int, tmp_pat
     samples = [event["args"]["index"] for event in having(events, ph="X", cat="sample")]
     left = [0, 1, 3, 4, 6, 7]
     assert samples == left if way == "skip" else sorted({*samples}) == left
+
+
+def test_new_workers_are_marked(tmp_path: Path) -> None:
+    trace = FileTrace(tmp_path)
+    failure = Failure(
+        phase="crash", exception_type="WorkerCrashError", message="killed", epoch=2, worker_id=1
+    )
+    trace.restarted(failure, ["worker 1 was killed", "new workers go on"])
+    events = events_of(text_in(trace_file(tmp_path)) + "]")  # it is on disk at once
+    (mark,) = having(events, ph="i", cat="failure", name="workers restarted")
+    assert mark["args"] == {"epoch": 2, "said": "worker 1 was killed\nnew workers go on"}
+    trace._finish()
 
 
 def test_the_rank_stands_first_in_the_name_of_the_process(
