@@ -229,7 +229,7 @@ class Records:
 
         Args:
             last: look at this many of the newest batches only; by default at all of the epoch. A
-                batch takes some 20 us to look at.
+                batch takes some 5 us to look at.
 
         Example:
             >>> from safeloader import SafeDataLoader

@@ -76,6 +76,23 @@ def in_chunks(deliveries: Iterable[Delivery], facts: FactsOfEpochs) -> Iterator[
         yield columns_of(held, facts)
 
 
+def fetches_of(deliveries: Iterable[Delivery]) -> Numbers:
+    """The fetch times of all samples of these batches, in ns: the one column, for less work."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for ordinary, run in itertools.groupby(deliveries, _is_ordinary):
+        manifests = [delivery.manifest for delivery in run]
+        if ordinary:
+            stamps = np.frombuffer(b"".join([each.stamps for each in manifests]), dtype=np.int64)
+            ends = np.cumsum([len(each.stamps) // 8 for each in manifests])
+            at = np.ones(stamps.size, dtype=bool)  # whether a fetch ends there
+            at[ends - 1] = at[0] = False
+            at[ends[:-1]] = False
+            parts.append(np.diff(stamps, prepend=0)[at])
+        else:
+            parts += [times_of(each, places_of(each))[1] for each in manifests]
+    return np.concatenate(parts)
+
+
 def as_table(columns: Columns) -> npt.NDArray[Any]:
     """The columns as one structured array."""
     kinds = [(name, column.dtype) for name, column in columns.items()]

@@ -109,6 +109,11 @@ def test_many_batches_at_once_are_what_each_is_by_itself(provenance: Provenance)
     assert rows == wanted
 
 
+def test_fetch_times_alone_are_those_of_the_table(provenance: Provenance) -> None:
+    found = columns.fetches_of(provenance._recorder.deliveries())
+    assert found.tolist() == provenance.to_numpy()["fetch_ns"].tolist()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 10**6])
 def test_parts_are_the_whole(
     provenance: Provenance, rows: int, monkeypatch: pytest.MonkeyPatch
