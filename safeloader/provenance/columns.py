@@ -107,7 +107,7 @@ def has_objects(delivery: Delivery) -> bool:
     return not _is_ordinary(delivery) and bool(_of_one(delivery)["index"].dtype.hasobject)
 
 
-def text_of(index: Any) -> str:
+def text_of_index(index: Any) -> str:
     """An index as it is written: whole where it is built of plain values, else told by its type."""
     if type(index) is str:
         return index

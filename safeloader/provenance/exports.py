@@ -20,7 +20,7 @@ from safeloader.provenance.columns import (
     columns_of,
     has_objects,
     in_chunks,
-    text_of,
+    text_of_index,
 )
 from safeloader.provenance.epoch_facts import FactsOfEpochs
 from safeloader.provenance.recorder import Delivery
@@ -64,7 +64,7 @@ class Exports:
         def batches() -> Iterator[Any]:
             for chunk in self.chunks():
                 if texts:
-                    shown = [text_of(index) for index in chunk["index"].tolist()]
+                    shown = [text_of_index(index) for index in chunk["index"].tolist()]
                     chunk["index"] = np.array(shown, dtype=object)
                 arrays = [pyarrow.array(chunk[name], type=kind) for name, kind in kinds.items()]
                 yield pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
@@ -100,14 +100,16 @@ class Exports:
                 writer.writerow(columns_of((), self._facts))
                 for chunk in self.chunks():
                     if chunk["index"].dtype.hasobject:
-                        chunk["index"] = np.array([*map(text_of, chunk["index"])], dtype=object)
+                        chunk["index"] = np.array(
+                            [*map(text_of_index, chunk["index"])], dtype=object
+                        )
                     writer.writerows(zip(*(each.tolist() for each in chunk.values()), strict=True))
         elif suffix == ".jsonl":
             with target.open("w", encoding="utf-8") as text:
                 for chunk in self.chunks():
                     for row in zip(*(column.tolist() for column in chunk.values()), strict=True):
                         named = dict(zip(chunk, row, strict=True))
-                        text.write(json.dumps(named, default=text_of) + "\n")
+                        text.write(json.dumps(named, default=text_of_index) + "\n")
         else:
             raise ValueError(
                 "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
@@ -132,7 +134,7 @@ def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The table, with indices that are not ints as text."""
     if not table.dtype.hasobject:
         return table
-    texts = np.array([text_of(index) for index in table["index"]])
+    texts = np.array([text_of_index(index) for index in table["index"]])
     table["index"] = texts
     names = table.dtype.names or ()
     return table.astype([(name, texts.dtype if name == "index" else np.int64) for name in names])

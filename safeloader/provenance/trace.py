@@ -3,11 +3,11 @@
 Both are sinks of :mod:`~safeloader.provenance.events` and write at once, so a long run fills no
 memory. Workers write nothing: their times come with the manifest of each batch.
 
-The file follows the Trace Event Format that Perfetto and chrome://tracing open: a JSON array of
-events, ``ts`` and ``dur`` in whole us. Lane (``tid``) 0 is the main process: its waits, and between
-them what the training loop did. Lane ``w + 1`` is worker ``w``; an arrow (flow) leads from a
-batch's collation to its delivery. Two counters: waiting, as a share of each step, and the memory of
-the workers.
+The file follows the Trace Event Format, which Perfetto opens as it is (chrome://tracing once it is
+unpacked): a JSON array of events, ``ts`` and ``dur`` in whole us. Lane (``tid``) 0 is the main
+process: its waits, and between them what the training loop did. Lane ``w + 1`` is worker ``w``; an
+arrow (flow) leads from a batch's collation to its delivery. Two counters: waiting, as a share of
+each step, and the memory of the workers.
 """
 
 from __future__ import annotations
