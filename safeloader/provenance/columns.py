@@ -104,7 +104,12 @@ def as_table(columns: Columns) -> npt.NDArray[Any]:
 
 def has_objects(delivery: Delivery) -> bool:
     """Whether an index of the batch is no int."""
-    return not _is_ordinary(delivery) and bool(_of_one(delivery)["index"].dtype.hasobject)
+    manifest = delivery.manifest
+    if manifest.ordinal is not None:
+        return False
+    if manifest.incidents is None and type(manifest.indices) is bytes:
+        return False
+    return bool(_index_column(manifest, places_of(manifest)).dtype.hasobject)
 
 
 def text_of_index(index: Any) -> str:

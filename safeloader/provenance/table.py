@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from safeloader.delivery.indices import identity, pack, same
@@ -121,7 +122,7 @@ class Provenance:
     def __len__(self) -> int:
         return sum(len(places_of(delivery.manifest)) for delivery in self._recorder.deliveries())
 
-    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+    def __iter__(self) -> Iterator[np.void]:
         """Each sample's row, oldest first."""
         for chunk in in_chunks(self._recorder.deliveries(), self._recorder.facts):
             yield from as_table(chunk)
