@@ -69,6 +69,9 @@ class LoaderHandle(Records, CountedEpochs, Keywords):
             raise LookupError(f"the {self.kind} of {self.line} is gone, and its dataset with it")
         return loader.dataset
 
+    def _described(self) -> Any:
+        return self._loader() or self
+
     def _seeded_loader(self) -> Any:
         return self._loader()
 

@@ -14,11 +14,14 @@ from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
+from safeloader.introspect.html_text import escaped
 from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
+from safeloader.showing import in_html, in_words
 from safeloader.transport.stats import TransportStats
 
 
@@ -32,6 +35,22 @@ class Records:
 
     recorder: Recorder | None = None
     dataset: Any
+
+    def __repr__(self) -> str:
+        """Dataset, batch size, workers, and which keywords of ours are not as by default."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_words(self._described(), self)
+        return object.__repr__(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same, with how the newest epoch goes."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_html(self._described(), self, self.recorder or Recorder())
+        return escaped(repr(self))
+
+    def _described(self) -> Any:
+        """The loader that is told of."""
+        return self
 
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
@@ -210,7 +229,7 @@ class Records:
 
         Args:
             last: look at this many of the newest batches only; by default at all of the epoch. A
-                batch takes some 20 us to look at.
+                batch takes some 5 us to look at.
 
         Example:
             >>> from safeloader import SafeDataLoader
@@ -223,6 +242,25 @@ class Records:
             True
         """
         return metrics_of(self._recorder_on_demand(), last)
+
+    def summary(self) -> str:
+        """The run so far in one line: samples, waiting, skips, the slowest samples, memory.
+
+        Of all epochs, as far as the recorder still holds them: counts of epochs, samples, batches
+        and skips are whole, times are of what is held. A program that logs at level INFO has this
+        line of each loader at its end.
+
+        Example:
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> for epoch in range(3):
+            ...     for batch in loader:
+            ...         pass
+            >>> print(loader.summary())  # doctest: +ELLIPSIS
+            3 epochs, 30 samples in 9 batches (... a second); waited for data ...% of the time; ...
+        """
+        recorder = self._recorder_on_demand()
+        return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
 
     @property
     def transport_stats(self) -> TransportStats:

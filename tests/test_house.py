@@ -34,6 +34,7 @@ FLOORS = (
     "epochs",
     "main",
     "records",
+    "showing",
     "worker",
     "provenance",
     "supervision",

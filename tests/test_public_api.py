@@ -141,10 +141,12 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
+    added |= {"summary"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
-    assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
+    read = {"to_numpy", "to_pandas", "lookup", "batch", "slowest", "save"}
+    assert public(safeloader.Provenance) == read
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)
     assert {"to_dict"} <= public(safeloader.Failure)

@@ -34,6 +34,7 @@ from safeloader.introspect.warned import warn
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.summary import tell_at_end
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.supervision.wrong_data import SAME_STREAM
@@ -153,6 +154,8 @@ class Epoch:
             recorder.history.begins(self.number, self)
             facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
+        with guarded("the summary", lambda: log):
+            tell_at_end(recorder, log.full_name)
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
