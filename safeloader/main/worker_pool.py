@@ -241,6 +241,7 @@ class WorkerPool:
                 no_slots=no_slots,
                 forks=method == "fork",
                 stays=self.persistent,
+                observed=self.persistent or self.looks.worth_it,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
