@@ -72,6 +72,8 @@ class Merging:
 
     Attributes:
         parts: of each rank that is there, in their order.
+        notes: why a rank is not there, or what it says cannot be read.
+        remarks: why indices are not known one by one.
         todo: ranges in which the sums differ, and nobody knows by which indices.
     """
 
@@ -88,6 +90,7 @@ class Merging:
         self._ranks = sorted({*ranks, *(each.rank for each in self.parts)})
         self.absent = tuple(r for r in self._ranks if r not in {each.rank for each in self.parts})
         self.notes = list(notes)
+        self.remarks: list[str] = []
         self.never: list[int] = []
         self.by: dict[int, tuple[int, ...]] = {}  # of each index that came more than once
         self.twice: list[int] = []

@@ -16,15 +16,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed
 
 from safeloader._torch import store_of_group
 from safeloader.delivery.across_ranks import RunAudit, audit_of
 from safeloader.delivery.audit_part import AuditPart, RankAccounts
-from safeloader.delivery.ladder import Delivered, cut
-from safeloader.delivery.merging import IndexRange, Merging
+from safeloader.delivery.bisecting import HEAD_BYTES, resolve
+from safeloader.delivery.ladder import Delivered
+from safeloader.delivery.likely_causes import named
+from safeloader.delivery.merging import Merging
 from safeloader.delivery.rank_stores import (
     VALUE_BYTES,
     collect,
@@ -32,14 +33,11 @@ from safeloader.delivery.rank_stores import (
     said_by,
     see_seconds,
 )
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import bounded_text
 
 _GO_ON, _STOP, _FAULT = range(3)  # the first byte of what a rank sends
-_HEAD = 8  # bytes, of which the first says that
-_PARTS = (VALUE_BYTES - _HEAD) // 16  # ranges of which a round tells count and sum
-_SINGLE = VALUE_BYTES - _HEAD  # indices of which a round tells how often each came
-_ROUNDS_MAX = 400
 _STORE_S = 5.0
 
 _calls: Counter[str] = Counter()
@@ -92,14 +90,17 @@ def audit_across_ranks(loader: Any, group: Any, timeout_s: float = 60.0) -> RunA
     accounts: RankAccounts = ask()
     talk = _Talk(group, timeout_s)
     if not talk.met():
-        return talk.without_the_absent(accounts.part)
+        return talk.by_store(accounts.part, talk.came())
     try:
-        return _together(talk, accounts)
+        parts = talk.parts(accounts.part)
     except Exception as exc:
         if raised_by_signal(exc):
             raise
-        why = f"a rank went away while the audit was made ({said_by(exc)})"
-        return audit_of(talk.merging([accounts.part], [why]))
+        return talk.by_store(accounts.part, talk.ranks)
+    merging = talk.merging(parts)
+    if merging.todo:
+        resolve(_Asks(talk, accounts, merging, lambda: LoaderLog(loader.dataset)), merging)
+    return audit_of(merging)
 
 
 def _see_group(group: Any) -> None:
@@ -125,7 +126,7 @@ class _Talk:
     """What the ranks of a group tell each other, each within a bound."""
 
     def __init__(self, group: Any, timeout_s: float) -> None:
-        self._group, self._timeout_s = group, timeout_s
+        self._group, self.timeout_s = group, timeout_s
         self.ranks: list[int] = distributed.get_process_group_ranks(group)
         self.rank = distributed.get_rank()
         self._store = store_of_group(group)
@@ -133,10 +134,11 @@ class _Talk:
         _calls[name] += 1
         self._call = f"audit/{_calls[name]}"
         self._notes: list[str] = []
+        self._barrier = ""
 
     @property
     def _bound(self) -> datetime.timedelta:
-        return datetime.timedelta(seconds=max(self._timeout_s, 0.01))
+        return datetime.timedelta(seconds=max(self.timeout_s, 0.01))
 
     def met(self) -> bool:
         """Whether all ranks came to the barrier."""
@@ -148,30 +150,54 @@ class _Talk:
         except Exception as exc:
             if raised_by_signal(exc):
                 raise
-            self._notes.append(f"the barrier said: {said_by(exc)}")
+            self._barrier = said_by(exc)
             return False
         if self._store is not None:
             with contextlib.suppress(Exception):  # a store that keeps what it was given
                 self._store.delete_key(f"safeloader/{here}/{self.rank}")
         return True
 
-    def without_the_absent(self, mine: AuditPart) -> RunAudit:
-        """The audit of those that came, by way of the store."""
-        parts = {self.rank: mine}
-        if self._store is not None:
-            came = collect(self._store, f"{self._call}/here", self.ranks, 0).values
-            put_value(self._store, self._call, self.rank, mine.to_bytes())
-            found = collect(self._store, self._call, [r for r in came if r != self.rank], _STORE_S)
-            for rank, value in found.values.items():
-                with contextlib.suppress(ValueError):
-                    parts[rank] = AuditPart.from_bytes(value)
-            if len(came) == len(self.ranks):
-                self._notes.append("all ranks have come by now, some of them too late")
-        return audit_of(self.merging(list(parts.values()), self._notes))
+    def came(self) -> list[int]:
+        """The ranks that came to the barrier."""
+        if self._store is None:
+            self._notes.append(f"not all ranks came to the barrier ({self._barrier})")
+            return [self.rank]
+        came = sorted(collect(self._store, f"{self._call}/here", self.ranks, 0).values)
+        if came == sorted(self.ranks):
+            self._notes.append("not all ranks came in time, and all of them have come by now")
+        return came
 
-    def merging(self, parts: list[AuditPart], notes: list[str]) -> Merging:
+    def by_store(self, mine: AuditPart, ranks: list[int]) -> RunAudit:
+        """The audit of what is left of these ranks, where the group is of no use any more."""
+        parts = [mine]
+        if self._store is not None:
+            put_value(self._store, self._call, self.rank, mine.to_bytes())
+            others = [rank for rank in ranks if rank != self.rank]
+            for value in collect(self._store, self._call, others, _STORE_S).values.values():
+                with contextlib.suppress(ValueError):
+                    parts.append(AuditPart.from_bytes(value))
+        return audit_of(self.merging(parts))
+
+    def parts(self, mine: AuditPart) -> list[AuditPart]:
+        """The part of each rank."""
+        raw = mine.to_bytes()
+        if len(raw) > VALUE_BYTES:
+            why = f"its part has {len(raw)} bytes, and {VALUE_BYTES} are the most"
+            raw = AuditPart.nothing(mine.rank, mine.world_size, why).to_bytes()
+        sizes = [
+            int.from_bytes(each, "little")
+            for each in self.all_gathered(len(raw).to_bytes(8, "little"), 8)
+        ]
+        told = self.all_gathered(raw, max(sizes))
+        parts = [AuditPart.from_bytes(each[:size]) for each, size in zip(told, sizes, strict=True)]
+        return [
+            each if each.rank == rank else dataclasses.replace(each, rank=rank)
+            for each, rank in zip(parts, self.ranks, strict=True)
+        ]
+
+    def merging(self, parts: list[AuditPart]) -> Merging:
         """These parts, put together."""
-        return Merging(parts, self.ranks, notes, can_ask=True)
+        return Merging(parts, self.ranks, self._notes, can_ask=True)
 
     def all_gathered(self, mine: bytes, size: int) -> list[bytes]:
         """What each rank sends, of so many bytes at most; in the order of the group."""
@@ -184,167 +210,50 @@ class _Talk:
         return [each.numpy().tobytes() for each in came]
 
 
-def _together(talk: _Talk, accounts: RankAccounts) -> RunAudit:
-    """All ranks are there: merge their parts, and ask for what is not known."""
-    mine = _part_bytes(accounts.part)
-    sizes = talk.all_gathered(len(mine).to_bytes(8, "little"), 8)
-    size = max(int.from_bytes(each, "little") for each in sizes)
-    told = talk.all_gathered(mine, size)
-    parts = [
-        AuditPart.from_bytes(each[: int.from_bytes(length, "little")])
-        for each, length in zip(told, sizes, strict=True)
-    ]
-    merging = talk.merging(_numbered(parts, talk.ranks), [])
-    if merging.todo:
-        _resolve(talk, merging, accounts.delivered)
-    return audit_of(merging)
+class _Asks:
+    """Rounds in which each rank says of the same ranges what it handed over."""
 
+    def __init__(
+        self,
+        talk: _Talk,
+        accounts: RankAccounts,
+        merging: Merging,
+        log: Callable[[], LoaderLog],
+    ) -> None:
+        self._talk, self._merging, self._log = talk, merging, log
+        self._end = time.monotonic() + talk.timeout_s
+        self._mine: Delivered | None = None
+        with guarded("the indices for other ranks", log):
+            mine = accounts.delivered(merging.beneath)
+            self._mine = mine if mine is not None and mine.can_be_asked else None
 
-def _part_bytes(part: AuditPart) -> bytes:
-    raw = part.to_bytes()
-    if len(raw) > VALUE_BYTES:
-        why = f"its part has {len(raw)} bytes, and {VALUE_BYTES} are the most"
-        raw = AuditPart.nothing(part.rank, part.world_size, why).to_bytes()
-    return raw
-
-
-def _numbered(parts: list[AuditPart], ranks: list[int]) -> list[AuditPart]:
-    """Each under the rank that sent it."""
-    return [
-        each if each.rank == rank else dataclasses.replace(each, rank=rank)
-        for each, rank in zip(parts, ranks, strict=True)
-    ]
-
-
-def _resolve(talk: _Talk, merging: Merging, delivered: Callable[[bool], Delivered | None]) -> None:
-    """Ask each other for the ranges that differ, until the indices are known."""
-    mine: Delivered | None = None
-    fault = ""
-    try:
-        mine = delivered(merging.beneath)
-    except Exception as exc:
-        if raised_by_signal(exc):
-            raise
-        fault = said_by(exc)
-    can = mine is not None and mine.can_be_asked
-    end = time.monotonic() + talk._timeout_s
-    left = sorted(merging.todo)
-    merging.todo = []
-    answers = _Answers(talk, mine if can else None)
-    for _ in range(_ROUNDS_MAX):
-        if not left:
-            break
-        some, left = _next(left)
-        stops = time.monotonic() > end
-        if sum(each.stop - each.start for each in some) <= _SINGLE:
-            said = answers.single(some, stops)
-        else:
-            said = answers.parts(some, stops)
-        if said is None:
-            left = sorted(some + left)
-            break
-        for start, stop, times, sums in said:
-            if times is not None:
-                merging.add_times(start, times)
-            elif sums is not None and merging.differs(start, stop, sums):
-                merging.add_range(start, stop, sums)
-        left = sorted(left + merging.todo)
-        merging.todo = []
-    merging.todo = left
-    merging.notes += answers.notes + ([fault] if fault else [])
-
-
-def _next(left: list[IndexRange]) -> tuple[list[IndexRange], list[IndexRange]]:
-    """The ranges to ask for now: as many as one round names index by index, or a wide one."""
-    wide, number = 0, 0
-    for each in left:
-        wide += each.stop - each.start
-        if wide > _SINGLE:
-            break
-        number += 1
-    number = max(1, number)
-    return left[:number], left[number:]
-
-
-class _Answers:
-    """One round after the other: each rank says of the same ranges what it handed over."""
-
-    def __init__(self, talk: _Talk, mine: Delivered | None) -> None:
-        self._talk, self._mine = talk, mine
-        self.notes: list[str] = []
-
-    def single(self, ranges: list[IndexRange], stops: bool) -> list[Any] | None:
-        """How often each index came, up to 255 times."""
-
-        def tell(mine: Delivered) -> bytes:
-            each = [mine.multiplicities(part.start, part.stop) for part in ranges]
-            return np.concatenate(each).clip(0, 255).astype(np.uint8).tobytes()
-
-        told = self._exchange(tell, sum(each.stop - each.start for each in ranges), stops)
-        if told is None:
-            return None
-        out, at = [], 0
-        for part in ranges:
-            size = part.stop - part.start
-            times = {
-                rank: np.frombuffer(raw, np.uint8, size, at).astype(np.int64)
-                for rank, raw in told.items()
-            }
-            out.append((part.start, part.stop, times, None))
-            at += size
-        return out
-
-    def parts(self, ranges: list[IndexRange], stops: bool) -> list[Any] | None:
-        """Counts and sums of the parts of a wide range."""
-        start, stop = ranges[0].start, ranges[-1].stop
-        number = min(_PARTS, stop - start)
-
-        def tell(mine: Delivered) -> bytes:
-            counts, sums = mine.sums(start, stop, number)
-            return counts.tobytes() + sums.tobytes()
-
-        told = self._exchange(tell, 16 * number, stops)
-        if told is None:
-            return None
-        edges = cut(start, stop, number).tolist()
-        of_rank = {
-            rank: (
-                np.frombuffer(raw, np.int64, number).tolist(),
-                np.frombuffer(raw, np.uint64, number, 8 * number).tolist(),
-            )
-            for rank, raw in told.items()
-        }
-        return [
-            (
-                edges[k],
-                edges[k + 1],
-                None,
-                {rank: (counts[k], sums[k]) for rank, (counts, sums) in of_rank.items()},
-            )
-            for k in range(number)
-        ]
-
-    def _exchange(
-        self, tell: Callable[[Delivered], bytes], size: int, stops: bool
-    ) -> dict[int, bytes] | None:
-        """What each rank says; None where one of them cannot go on."""
-        flag, raw = (_STOP if stops else _GO_ON), b""
-        if self._mine is None:
+    def exchange(self, say: Callable[[Delivered], bytes], size: int) -> dict[int, bytes] | None:
+        """What each rank says; None where one of them cannot go on, or wants no more."""
+        flag, raw = _GO_ON, b""
+        if time.monotonic() > self._end:
+            flag = _STOP
+        elif self._mine is None:
             flag = _FAULT
         else:
-            try:
-                raw = tell(self._mine)
-            except Exception as exc:
-                if raised_by_signal(exc):
-                    raise
-                flag = _FAULT
-        told = self._talk.all_gathered(bytes([flag]) * _HEAD + raw, _HEAD + size)
-        flags = {rank: each[0] for rank, each in zip(self._talk.ranks, told, strict=True)}
-        unable = [rank for rank, each in flags.items() if each == _FAULT]
-        if unable:
-            self.notes.append(f"rank {unable[0]} cannot say which indices it handed over")
-        elif _STOP in flags.values():
-            self.notes.append("the time was over before all indices were named")
-        if any(each != _GO_ON for each in flags.values()):
+            flag = _FAULT
+            with guarded("the indices for other ranks", self._log):
+                raw, flag = say(self._mine), _GO_ON
+        try:
+            told = self._talk.all_gathered(bytes([flag]) * HEAD_BYTES + raw, HEAD_BYTES + size)
+        except Exception as exc:
+            if raised_by_signal(exc):
+                raise
+            self._ends("a rank went away before all indices were named")
             return None
-        return {rank: each[_HEAD:] for rank, each in zip(self._talk.ranks, told, strict=True)}
+        by_rank = dict(zip(self._talk.ranks, told, strict=True))
+        unable = [rank for rank, each in by_rank.items() if each[0] == _FAULT]
+        if unable:
+            self._ends(f"{named(unable)} cannot say which indices these were: too many of them")
+        elif any(each[0] == _STOP for each in told):
+            self._ends("the time was over before all indices were named")
+        else:
+            return {rank: each[HEAD_BYTES:] for rank, each in by_rank.items()}
+        return None
+
+    def _ends(self, why: str) -> None:
+        self._merging.remarks.append(why)

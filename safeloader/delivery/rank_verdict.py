@@ -1,8 +1,8 @@
 """What the sums of all ranks come to, in words. Runs in: main.
 
-Pure. The answer comes first, then the evidence, then the next step. What came twice or never is held
-against what ranks say themselves (padding, what was left out, what the sampler draws on purpose),
-and what nobody can tell is said to be that.
+Pure. The answer comes first, then the evidence, then the next step. What came twice or never is
+held against what ranks say themselves (padding, what was left out, what the sampler draws on
+purpose), and what nobody can tell is said to be that.
 """
 
 from __future__ import annotations
@@ -245,6 +245,7 @@ class Verdict:
         self._tell_never()
         for each in of.todo[:_RANGES_SHOWN]:
             lines.append(f"in {each}; {named(each.ranks) if each.ranks else 'no rank'} had any")
+        lines += of.remarks
         if len(of.todo) > _RANGES_SHOWN:
             lines.append(f"and {len(of.todo) - _RANGES_SHOWN} more in audit.ranges")
 
@@ -319,9 +320,9 @@ class Verdict:
     def _general_steps(self) -> list[str]:
         of = self._of
         if of.absent:
-            return [
-                f"see in the log of {named(of.absent)} where it is; a longer timeout_s waits longer"
-            ]
+            where = "where it is" if len(of.absent) == 1 else "where they are"
+            step = f"see in the log of {named(of.absent)} {where}; a longer timeout_s waits longer"
+            return [step]
         if of.unknown and any(each.digests is None and not each.length for each in of.parts):
             return ["give the loaders key=, a function that names a sample"]
         if any(each.ok is False for each in of.parts):

@@ -173,7 +173,7 @@ def case_of(request: pytest.FixtureRequest, ranks: list[dict[str, Any]]) -> Any:
 def test_the_padding_of_a_distributed_sampler(case_of: Any) -> None:
     facts, text = case_of("padding")
     assert (facts["ok"], facts["twice"], facts["padding"]) == (True, [486, 631], [486, 631])
-    assert facts["by_rank"] == {"486": [0, 2], "631": [0, 1]} or facts["by_rank"]
+    assert facts["by_rank"] == {"486": [1, 2], "631": [0, 1]}
     assert facts["never"] == []
     assert "ok, each of 1003 indices came, and 2 came twice as padding" in text
 
@@ -230,8 +230,8 @@ def test_a_rank_that_never_comes(case_of: Any) -> None:
 def test_a_rank_that_goes_away_after_the_barrier(ranks: list[dict[str, Any]]) -> None:
     for told in (ranks[0]["dies"], ranks[1]["dies"]):
         assert told["seconds"] < LIMIT_S
-        assert told["facts"]["ok"] is None
-        assert "a rank went away while the audit was made" in told["text"]
+        assert (told["facts"]["ok"], told["facts"]["absent"]) == (None, [2])
+        assert told["facts"]["delivered"] == 670
 
 
 SERVER = """\
@@ -248,22 +248,21 @@ def test_a_store_that_hangs_holds_nobody() -> None:
 
     from safeloader import AuditPart, RunAudit
 
-    server = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        port = int(server.stdout.readline())
-        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        part = AuditPart.nothing(0, 2, "nothing was read")
-        assert part.put(store, "epoch/0")
-        run = RunAudit.from_store(store, "epoch/0", world=2, timeout_s=0.2)
-        assert (run.absent, run.ok) == ((1,), None)
-        os.kill(server.pid, signal.SIGSTOP)
-        assert part.put(store, "epoch/1")
-        run = RunAudit.from_store(store, "epoch/1", world=2, timeout_s=0.2)
-        assert run.absent == (0, 1)
-        assert "the store gave no answer" in str(run)
-    finally:
-        server.kill()
-        server.wait()
+    ) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+            part = AuditPart.nothing(0, 2, "nothing was read")
+            assert part.put(store, "epoch/0")
+            run = RunAudit.from_store(store, "epoch/0", world=2, timeout_s=0.2)
+            assert (run.absent, run.ok) == ((1,), None)
+            os.kill(server.pid, signal.SIGSTOP)
+            assert part.put(store, "epoch/1")
+            run = RunAudit.from_store(store, "epoch/1", world=2, timeout_s=0.2)
+            assert run.absent == (0, 1)
+            assert "the store gave no answer" in str(run)
+        finally:
+            server.kill()
