@@ -215,7 +215,9 @@ class Records:
             return RankAccounts(nothing(why), lambda beneath: None)
         with guarded("the part for other ranks", lambda: LoaderLog(self.dataset)):
             loader = self._drawing_loader()
-            sampler = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+            sampler = getattr(loader, "batch_sampler", None)
+            if sampler is None:
+                sampler = getattr(loader, "sampler", None)
             return accounts.to_other_ranks(recorder.epochs - 1, self.dataset, sampler)
         why = "a fault of safeloader's own, which the log tells"
         return RankAccounts(nothing(why), lambda beneath: None)

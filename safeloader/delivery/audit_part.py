@@ -177,6 +177,11 @@ class AuditPart:
         )
 
     @property
+    def left_early(self) -> bool:
+        """Whether an epoch was begun and did not come to its end."""
+        return self.epoch >= 0 and not self.complete
+
+    @property
     def unlisted(self) -> int:
         """How many samples were left out that are not named here."""
         named = sum(map(len, self.left_out.values()))

@@ -1,7 +1,8 @@
 """Which indices came, and how many: bounded sets for the ledger. Runs in: main.
 
 An :class:`IndexSet` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
-which indices were drawn, and which more than once, in at most 64 MiB and a million objects.
+which indices were drawn, and which more than once, in at most 64 MiB and a million objects; in up
+to 160 MiB where a dataset is said to have more samples than that has room for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _SHIFT = 12
 _PAGE_BITS = 1 << _SHIFT
 _PAGE_BYTES = _PAGE_BITS >> 3
 _PAGES_LIMIT = 1 << 16  # of 512 bytes: 268 million indices without a gap; half as many drawn twice
+_PAGES_MOST = 1 << 18  # of a dataset of a thousand million samples
 _NEAR = 1 << 15
 _INT64 = range(-(1 << 63), 1 << 63)
 _NEGATIVE, _POSITIVE = range(-(1 << 51), 0), range(1 << 51)
@@ -64,7 +66,7 @@ class _Further:
     def __init__(self) -> None:
         self.held: list[Numbers] = []
         self._room = TALLY_LIMIT
-        self.beyond = Ladder()
+        self.beyond: Ladder | None = None  # 4 kB, which hardly an epoch needs
         self.unknown = 0
 
     def add(self, numbers: Numbers) -> None:
@@ -76,7 +78,9 @@ class _Further:
             self.held.append(numbers[: self._room])
             rest = numbers[self._room :]
             self._room -= self.held[-1].size
-        self.beyond.add(rest[rest >= 0])
+        if rest.size:
+            self.beyond = self.beyond or Ladder()
+            self.beyond.add(rest[rest >= 0])
         self.unknown += int((rest < 0).sum())
 
 
@@ -84,7 +88,7 @@ class _Pages:
     """A set of int64 as a bitmap, of which only the pages with a bit in them are held."""
 
     def __init__(self, limit: int, further: _Further | None = None) -> None:
-        self._limit = limit
+        self.limit = limit
         self._further = further
         self.left_out = 0  # draws that were not noted, for want of a page
         self.row: dict[int, int] = {}  # of each page that is held
@@ -121,7 +125,7 @@ class _Pages:
 
     def has_room_for(self, number: int) -> bool:
         """Whether so many numbers find a page each, whatever they are."""
-        return len(self.row) + number <= self._limit
+        return len(self.row) + number <= self.limit
 
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Which of ``numbers`` are in the set."""
@@ -151,10 +155,10 @@ class _Pages:
         runs = np.append(np.flatnonzero(pages[1:] != pages[:-1]), pages.size - 1)
         wanted, row = np.unique(pages[runs]), self.row
         if grow:
-            new = [page for page in wanted.tolist() if page not in row][: self._limit - len(row)]
+            new = [page for page in wanted.tolist() if page not in row][: self.limit - len(row)]
             number = len(row) + len(new)
             if number > len(self._bits):
-                size = max(number, min(2 * len(self._bits), self._limit))
+                size = max(number, min(2 * len(self._bits), self.limit))
                 # In place where the allocator can: then no second copy is there while it grows.
                 self._bits.resize((size, _PAGE_BYTES), refcheck=False)
             row.update(zip(new, range(len(row), number), strict=True))
@@ -294,6 +298,10 @@ class Coverage:
                     self._others_left_out += 1
             except Exception:  # an __eq__ of the user's that raises
                 self._others_left_out += 1
+
+    def expect(self, length: int) -> None:
+        """A dataset of this length is drawn from: the map has room for it, within a bound."""
+        self._seen.limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
 
     def names(self) -> Iterable[Any] | None:
         """The indices drawn that are no int64; None where some are not known."""

@@ -114,6 +114,9 @@ class Ledger:
         """How many batches the sampler gave; None for a stream."""
         return None
 
+    def expect(self, length: int | None) -> None:
+        """The dataset has so many samples, as far as known: said before the first draw."""
+
     def handed_over(self, length: int | None) -> Delivered | None:
         """The indices handed over, those before a resume too; None where they are not known."""
         return None
@@ -504,6 +507,10 @@ class MapLedger(Ledger):
             self._expected_batches = lambda: said  # without the sampler, which holds the dataset
         # With the pages that somebody's look at the audit has made it would hold 400 KB and more.
         return self._drawn if self._coverage.compact() else None
+
+    def expect(self, length: int | None) -> None:
+        if length is not None:
+            self._coverage.expect(length)
 
     def handed_over(self, length: int | None) -> Delivered | None:
         with self.lock:

@@ -52,7 +52,7 @@ def causes_of(facts: Facts) -> list[Cause]:
 
 
 def _stopped(facts: Facts) -> Iterator[Cause]:
-    early = [each for each in facts.parts if not each.complete]
+    early = [each for each in facts.parts if each.left_early]
     if not early or len(early) == len(facts.parts):
         return
     for each in early[:_SHOWN]:

@@ -139,9 +139,8 @@ class Merging:
                     "another sample on each"
                 ),
             )
-        if len(under) > 1 or (
-            under and len(under) < len(parts) and len({e.beneath for e in parts}) > 1
-        ):
+        some = [each.rank for each in parts if each.beneath is not None]
+        if len(under) > 1 or 0 < len(some) < len(parts):
             return None, {}, "the ranks' datasets are other Subsets, so one index is another sample"
         if not lengths or any(each.length is None for each in parts):
             return (
@@ -341,7 +340,8 @@ class Merging:
 
     def numbers_twice(self) -> int:
         """How many indices came more than once, at least."""
-        if any(each.counts.get("repeated") for each in self.parts):
+        own = ("repeated", "duplicated", "unexpected")
+        if any(each.counts.get(name) for each in self.parts for name in own):
             return self._twice + sum(each.again > 0 for each in self.todo)
         # No rank has one of its own twice: of an index there are as many as there are ranks.
         most = [max(1, len(each.ranks) - 1) for each in self.todo]

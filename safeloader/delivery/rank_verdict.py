@@ -26,11 +26,14 @@ class Verdict:
 
     def __init__(self, of: Merging) -> None:
         self._of = of
+        of.twice.sort()  # in whatever order the ranks were asked
+        of.never.sort()
+        of.todo.sort()
         self._wrong: list[str] = []
         self._unsure: list[str] = []
         self._evidence: list[str] = []
         self._steps: list[str] = []
-        self._early = [each.rank for each in of.parts if not each.complete]
+        self._early = [each.rank for each in of.parts if each.left_early]
         self._explain()
 
     def _explain(self) -> None:
@@ -73,7 +76,7 @@ class Verdict:
         twice = of.numbers_twice()
         return {
             "ok": ok,
-            "complete": bool(of.parts) and not (of.absent or self._early),
+            "complete": not of.absent and all(each.complete for each in of.parts),
             "world": of.world,
             "absent": of.absent,
             "delivered": sum(each.delivered for each in of.parts),

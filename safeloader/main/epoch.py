@@ -157,6 +157,7 @@ class Epoch:
             self._under = recorder.facts.note(self.number, facts).under
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
+        ledger.expect(log.length)
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
