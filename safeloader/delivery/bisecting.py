@@ -31,10 +31,17 @@ class Asks(Protocol):
 
 
 def resolve(asks: Asks, merging: Merging) -> None:
-    """Ask until each index is known, or for 400 rounds; what is left stays in ``merging.todo``."""
+    """Ask until each index is known, or for 400 rounds; what is left stays in ``merging.todo``.
+
+    Where it would take more rounds, it ends once as many indices are named as an audit lists.
+    """
     left, merging.todo = sorted(merging.todo), []
-    for _ in range(ROUNDS_MAX):
+    for number in range(ROUNDS_MAX):
         if not left:
+            break
+        wide = sum(each.stop - each.start for each in left) > _SINGLE * (ROUNDS_MAX - number)
+        if wide and merging.lists_are_full:
+            merging.remarks.append("these are too many to ask for each; the first are named")
             break
         some, rest = _next(left)
         narrow = sum(each.stop - each.start for each in some) <= _SINGLE

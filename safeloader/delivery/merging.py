@@ -333,6 +333,11 @@ class Merging:
         _, times = np.unique(below, return_counts=True)
         return int((times > 1).sum()), len(times), told[0].kind
 
+    @property
+    def lists_are_full(self) -> bool:
+        """Whether no more indices are listed than are: of those never, or of those twice."""
+        return LISTED_MAX in (len(self.never), len(self.twice))
+
     def totals(self) -> tuple[int, int]:
         """How many indices came on no rank, and how many deliveries were of one that had come."""
         never = self._never + sum(each.never for each in self.todo)

@@ -52,9 +52,10 @@ def audit_across_ranks(loader: Any, group: Any, timeout_s: float = 60.0) -> RunA
     used after that: that is how gloo takes a rank that does not come. Nothing of safeloader's calls
     it by itself.
 
-    Then each rank gives its part (4 kB), and ranges that differ are halved and asked for again, in
-    rounds of at most 64 kB a rank, up to 400: some 25 million indices one by one. What is beyond
-    stays in ``ranges``.
+    Then each rank gives its part (4 kB), and ranges that differ are asked for in parts, in
+    rounds of at most 64 kB a rank, up to 400 and for ``timeout_s`` at most: some 25 million indices
+    one by one. Where more are not as they should be, the first 100,000 are named, and the others
+    stay in ``ranges``.
 
     Args:
         loader: as :class:`~safeloader.SafeDataLoader`, with an epoch behind it.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ if __name__ == "__main__":
             RunAudit.from_store(store, case.__name__, {WORLD}, timeout_s=20), began
         )
     recorded = padding(rank)
-    gone, dies = distributed.new_group(), distributed.new_group()
+    gone, hangs, dies = [distributed.new_group() for _ in range(3)]
     if rank != 2:
         began = time.monotonic()
         out["never comes"] = told(audit_across_ranks(recorded, gone, ABSENT_AFTER_S), began)
@@ -115,6 +116,11 @@ if __name__ == "__main__":
         out["store never comes"] = told(
             RunAudit.from_store(store, "absent", {WORLD}, ABSENT_AFTER_S), began
         )
+    if rank == 2:
+        distributed.monitored_barrier(hangs)
+    else:
+        began = time.monotonic()
+        out["hangs"] = told(audit_across_ranks(recorded, hangs, ABSENT_AFTER_S), began)
     distributed.barrier()
     if rank == 2:
         distributed.monitored_barrier(dies)
@@ -227,8 +233,9 @@ def test_a_rank_that_never_comes(case_of: Any) -> None:
     assert "next: see in the log of rank 2 where it is" in text
 
 
-def test_a_rank_that_goes_away_after_the_barrier(ranks: list[dict[str, Any]]) -> None:
-    for told in (ranks[0]["dies"], ranks[1]["dies"]):
+@pytest.mark.parametrize("name", ["dies", "hangs"])
+def test_a_rank_that_goes_away_after_the_barrier(ranks: list[dict[str, Any]], name: str) -> None:
+    for told in (ranks[0][name], ranks[1][name]):
         assert told["seconds"] < LIMIT_S
         assert (told["facts"]["ok"], told["facts"]["absent"]) == (None, [2])
         assert told["facts"]["delivered"] == 670
@@ -260,9 +267,14 @@ def test_a_store_that_hangs_holds_nobody() -> None:
             run = RunAudit.from_store(store, "epoch/0", world=2, timeout_s=0.2)
             assert (run.absent, run.ok) == ((1,), None)
             os.kill(server.pid, signal.SIGSTOP)
+            os.waitpid(server.pid, os.WUNTRACED)  # it stands still by now
             assert part.put(store, "epoch/1")
             run = RunAudit.from_store(store, "epoch/1", world=2, timeout_s=0.2)
             assert run.absent == (0, 1)
             assert "the store gave no answer" in str(run)
+            os.kill(server.pid, signal.SIGCONT)
+            for thread in threading.enumerate():  # what was left alone has its answer now
+                if thread.name == "safeloader-store":
+                    thread.join(LIMIT_S)
         finally:
             server.kill()

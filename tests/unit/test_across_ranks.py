@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed
 from torch.distributed import HashStore
 
-from safeloader import AuditPart, RunAudit, merge_audits
+import safeloader
+from safeloader import AuditPart, RunAudit, SafeDataLoader, audit_across_ranks, merge_audits
 from safeloader.delivery.across_ranks import audit_of
 from safeloader.delivery.audit_part import Digests
 from safeloader.delivery.bisecting import resolve
@@ -446,3 +450,40 @@ def test_json_takes_it() -> None:
     assert facts["twice"] == [1]
     assert facts["by_rank"] == {"1": [0, 1]}
     assert repr(run) == "RunAudit(ok=False, world=2, delivered=3, twice=1, never=1, again=1)"
+
+
+# ── the collective ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_group_and_no_loader_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    loader = SafeDataLoader([1, 2])
+    with pytest.raises(RuntimeError, match="there is no process group: call torch"):
+        audit_across_ranks(loader, None)
+    with pytest.raises(TypeError, match="loader must be a SafeDataLoader"):
+        audit_across_ranks([1, 2], None)
+    with pytest.raises(ValueError, match="timeout_s must be seconds"):
+        audit_across_ranks(loader, None, timeout_s=-1)
+    distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        with pytest.raises(TypeError, match="group must be a process group"):
+            audit_across_ranks(loader, "gloo")
+        run = audit_across_ranks(loader, distributed.group.WORLD)
+        assert "rank 0: no epoch was begun" in run.answer
+        list(loader)
+        assert audit_across_ranks(loader, distributed.group.WORLD).ok
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_nothing_crosses_between_ranks_unasked() -> None:
+    """No module that runs in an epoch knows the collective."""
+    package = Path(safeloader.__file__).parent
+    calls = re.compile(r"\b(all_gather|all_reduce|broadcast|barrier|gather_object|send|recv)\(")
+    found = {
+        path.name
+        for path in package.rglob("*.py")
+        if "distributed" in (text := path.read_text()) and calls.search(text)
+    }
+    assert found == {"rank_groups.py"}
+    users = {path.name for path in package.rglob("*.py") if "rank_groups" in path.read_text()}
+    assert users <= {"__init__.py", "merging.py"}  # a public name, and a docstring
