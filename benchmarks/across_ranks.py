@@ -47,6 +47,8 @@ def drawn(rank: int, samples: int, ranks: int, at_once: int) -> Coverage:
     share = len(range(rank, samples, ranks))
     for first in range(0, share, _CHUNK):
         indices = order(first, min(first + _CHUNK, share), rank, samples, ranks)
+        if at_once >= _CHUNK:  # in their order they are taken in faster, to the same outcome
+            indices = np.sort(indices)
         for begin in range(0, indices.size, at_once):
             coverage.add(indices[begin : begin + at_once].tobytes())
     coverage.flush()

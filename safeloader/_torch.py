@@ -457,10 +457,9 @@ def store_of_group(group: Any) -> Any:
     """The store that the processes of a group share; None where this torch does not tell."""
     distributed = sys.modules.get("torch.distributed.distributed_c10d")
     of_group = getattr(distributed, "_get_process_group_store", None)
-    try:
+    with contextlib.suppress(Exception):
         return of_group(group) if callable(of_group) else None
-    except Exception:
-        return None
+    return None
 
 
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")

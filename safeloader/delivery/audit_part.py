@@ -20,7 +20,7 @@ import numpy as np
 
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.key_chain import is_plain
-from safeloader.delivery.ladder import RUNGS, Delivered, Ladder, Sums
+from safeloader.delivery.ladder import MASK, RUNGS, Delivered, Ladder, Sums, sum_of
 from safeloader.delivery.rank_stores import put_value
 from safeloader.introspect.sharding import Shard
 from safeloader.introspect.texts import bounded_text
@@ -140,6 +140,7 @@ class AuditPart:
     shard: Shard | None = None
     padded: tuple[int, ...] = ()  # the last draws, where these are padding
     left_out: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    left_out_sum: int | None = 0  # of the numbers of all of these; None where some are not known
     left_out_before: int = 0  # skipped, replaced or failed in an earlier run of the epoch
     purpose: str = ""  # "replacement", "subset", or the class of a sampler that nobody knows
     dataset: str = ""
@@ -153,13 +154,19 @@ class AuditPart:
         return cls(rank, world_size, -1, unknown=why)
 
     @classmethod
-    def of(cls, audit: EpochAudit, rank: int, world_size: int | None, **known: Any) -> AuditPart:
-        """That of an epoch; ``known`` are further attributes."""
+    def of(cls, audit: EpochAudit, rank: int, world_size: int | None, **more: Any) -> AuditPart:
+        """That of an epoch; ``more`` are further attributes."""
         left_out: dict[str, tuple[int, ...]] = {}
+        total: int | None = 0
         room = LISTED
         for name in LEFT_OUT:
             array = getattr(audit, name)
-            if array.dtype == np.int64 and array.ndim == 1 and array.size:
+            known = array.dtype == np.int64 and array.ndim == 1 and array.size
+            if not known or array.min() < 0 or array.size < audit.counts.get(name, 0):
+                total = None if audit.counts.get(name, 0) else total
+            else:
+                total = None if total is None else (total + sum_of(array)) & MASK
+            if known:
                 left_out[name] = tuple(array[:room].tolist())
                 room -= len(left_out[name])
         return cls(
@@ -173,7 +180,8 @@ class AuditPart:
             audit.delivered_before,
             {name: number for name, number in audit.counts.items() if number},
             left_out=left_out,
-            **known,
+            left_out_sum=total,
+            **more,
         )
 
     @property

@@ -22,7 +22,7 @@ import numpy.typing as npt
 RUNGS = 256
 SHIFT = 12
 _PLACES = 1 << SHIFT
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
 _CHUNK = 1 << 16  # numbers, or bytes of a bitmap, that are looked at at once
 _MOST_PAGES = 1 << 20  # of which the sum of a range is taken at once: 8 MB
 
@@ -86,7 +86,7 @@ def sums_of_ranges(starts: Numbers, stops: Numbers) -> Sums:
 def _rows_between(first: int, last: int) -> int:
     parts = range(first, last, _MOST_PAGES)
     rows = (_row(np.arange(at, min(at + _MOST_PAGES, last))) for at in parts)
-    return sum(int(each.sum(dtype=np.uint64)) for each in rows) & _MASK
+    return sum(int(each.sum(dtype=np.uint64)) for each in rows) & MASK
 
 
 def _byte_sums() -> Sums:

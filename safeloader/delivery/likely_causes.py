@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 from safeloader.delivery.audit_part import AuditPart
 
 _SHOWN = 8
+_SHARE = (
+    "give each loader sampler=DistributedSampler(dataset), or "
+    "batch_sampler=safeloader.GlobalBatchSampler(len(dataset), ...)"
+)
+_SHARE_STREAM = "have the stream's __iter__ leave out what is for other ranks, by rank and world"
 
 
 class Cause(NamedTuple):
@@ -79,9 +84,7 @@ def _no_share(facts: Facts) -> Iterator[Cause]:
             yield Cause(
                 f"{named(ranks)} handed over the very same samples: nothing shares them out "
                 "among the ranks",
-                "give each loader sampler=DistributedSampler(dataset), or "
-                "batch_sampler=safeloader.GlobalBatchSampler(len(dataset), ...); in a stream let "
-                "__iter__ leave out what is for other ranks",
+                _SHARE_STREAM if _of(facts, ranks[0]).length is None else _SHARE,
             )
 
 
@@ -140,8 +143,8 @@ def _shared_out_twice(facts: Facts) -> Iterator[Cause]:
     share = -(-facts.length // facts.world)
     yield Cause(
         f"the ranks drew {delivered} of {facts.length} indices between them, about one in "
-        f"{round(facts.length / delivered) if delivered else facts.length}: what is one rank's "
-        f"share already (about {share} of {facts.length}) is shared out once more",
+        f"{round(facts.length / delivered) if delivered else facts.length}, as where one rank's "
+        f"share (about {share} of {facts.length}) is shared out once more",
         "share out once: a dataset or Subset of each rank's own needs no DistributedSampler; a "
         "loader with one is not to be given to what shares out as well (accelerator.prepare, "
         "use_distributed_sampler=True)",

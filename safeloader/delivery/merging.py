@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from safeloader.delivery.audit_part import AuditPart
+from safeloader.delivery.audit_part import LEFT_OUT, AuditPart
 from safeloader.delivery.ladder import (
+    MASK,
     RUNGS,
     Ladder,
     Numbers,
@@ -28,7 +29,7 @@ from safeloader.delivery.likely_causes import named
 
 LISTED_MAX = 100_000  # indices of a class
 SHOWN = 8
-_MASK = (1 << 64) - 1
+_SINGLE_MAX = 1 << 16  # indices of a range that are looked at one by one
 _COMBINED_MAX = 1 << 12  # ways to fill a range that are tried
 _TRIED_MAX = 1 << 26  # indices in all that are tried one by one
 
@@ -44,6 +45,8 @@ class IndexRange(NamedTuple):
         never: how many at least came on no rank.
         again: how many deliveries at least there were of indices that had come already.
         ranks: those that handed over any of them.
+        twice: how many indices at least came more than once, if no rank has one of its own twice.
+        over: how many more came than there are indices; below 0, how many fewer.
     """
 
     start: int
@@ -51,14 +54,15 @@ class IndexRange(NamedTuple):
     never: int
     again: int
     ranks: tuple[int, ...]
+    twice: int
+    over: int
 
     def __str__(self) -> str:
-        said = [
-            f"{n} {what} at least"
-            for n, what in ((self.never, "never"), (self.again, "again"))
-            if n
-        ]
-        return f"{self.start} to {self.stop - 1}: {', '.join(said) or 'others than due'}"
+        known = ((self.never, "never"), (self.again, "once more than due"))
+        said = " and ".join(f"{n} {what}" for n, what in known if n)
+        whose = f", and the others by {named(self.ranks)}" if self.ranks else ""
+        least = f"at least {said}" if said else "some came in the place of others"
+        return f"{self.start} to {self.stop - 1}: {least}{whose}"
 
 
 class Merging:
@@ -143,11 +147,9 @@ class Merging:
         if len(under) > 1 or 0 < len(some) < len(parts):
             return None, {}, "the ranks' datasets are other Subsets, so one index is another sample"
         if not lengths or any(each.length is None for each in parts):
-            return (
-                None,
-                self._local(),
-                "the dataset has no length, so that nobody knows what is due",
-            )
+            known = all(each.digests is not None for each in parts)
+            why = "" if known else "the dataset has no length, so that nobody knows what is due"
+            return None, self._local(), why
         return lengths.pop(), self._local(), ""
 
     def _local(self) -> dict[int, Ladder]:
@@ -208,6 +210,29 @@ class Merging:
                 rank: (int(counts[k, rung]), int(sums[k, rung])) for k, rank in enumerate(ladders)
             }
             self.add_range(start, min(stop, max(length, start + 1)), told)
+        if self.todo and not self._can_ask and self._adds_up(once, ladders):
+            self._take_their_word()
+
+    def _adds_up(self, once: Ladder, ladders: dict[int, Ladder]) -> bool:
+        """Whether all that ranks say they left out, and what is padding, is all that differs."""
+        if self.beneath or any(each.left_out_sum is None for each in self.counted):
+            return False
+        number = sum(each.count for each in ladders.values()) - once.count
+        total = sum(int(each.sums.sum(dtype=np.uint64)) for each in ladders.values())
+        total -= int(once.sums.sum(dtype=np.uint64))
+        for part in self.counted:
+            number += sum(part.counts.get(name, 0) for name in LEFT_OUT) - len(part.padded)
+            total += (part.left_out_sum or 0) - sum_of(np.array(part.padded, np.int64))
+        return number == 0 and total & MASK == 0
+
+    def _take_their_word(self) -> None:
+        """What is left are indices that were left out, which are counted and not all named."""
+        for start, stop, *_, over in self.todo:
+            times = self._told_times(start, stop)
+            over -= sum(number - 1 for number in times.values())
+            self._note_told(times)
+            self._never -= over
+        self.todo = []
 
     def add_range(self, start: int, stop: int, told: dict[int, tuple[int, int]]) -> None:
         """Take in a range by the count and sum of each rank: at once, or to be asked for."""
@@ -229,24 +254,20 @@ class Merging:
 
         They say what is padding, and what they left out. The one index is found by trying each.
         """
-        times = {
-            index: 1 + self.padded[index] - self._missing_times[index]
-            for index in {*self.padded, *self._missing_times}
-            if start <= index < stop
-        }
+        times = self._told_times(start, stop)
         size = stop - start
         due = sum_of_range(start, stop)
         for index, number in times.items():
             due += (number - 1) * sum_of(np.array([index]))
         over = sum(count for count, _ in told.values()) - size
         over -= sum(number - 1 for number in times.values())
-        wanted = sum(total for _, total in told.values()) - due & _MASK
+        wanted = sum(total for _, total in told.values()) - due & MASK
         if abs(over) == 1:
             if self._tried + size > _TRIED_MAX:
                 return False
             self._tried += size
             numbers = numbers_of(np.arange(start, stop, dtype=np.int64))
-            at = np.flatnonzero(numbers == np.uint64(wanted * over & _MASK))
+            at = np.flatnonzero(numbers == np.uint64(wanted * over & MASK))
             if at.size != 1:
                 return False
             index = int(at[0]) + start
@@ -255,16 +276,28 @@ class Merging:
             return False
         if min(times.values(), default=0) < 0:
             return False
-        self._note_never(sorted(index for index, number in times.items() if not number))
+        self._note_told(times)
+        return True
+
+    def _told_times(self, start: int, stop: int) -> dict[int, int]:
+        """How often each index of a range came that ranks name, by what they say of it."""
+        return {
+            index: 1 + self.padded[index] - self._missing_times[index]
+            for index in {*self.padded, *self._missing_times}
+            if start <= index < stop
+        }
+
+    def _note_told(self, times: dict[int, int]) -> None:
+        never = sorted(index for index, number in times.items() if number <= 0)
+        self._note_never(np.array(never, np.int64))
         for index in sorted(index for index, number in times.items() if number > 1):
             self._note_twice(index, times[index], ())
-        return True
 
     @staticmethod
     def differs(start: int, stop: int, told: dict[int, tuple[int, int]]) -> bool:
         """Whether the counts and sums of a range are not those of each index once."""
         count = sum(count for count, _ in told.values())
-        total = sum(total for _, total in told.values()) & _MASK
+        total = sum(total for _, total in told.values()) & MASK
         return count != stop - start or total != sum_of_range(start, stop)
 
     def add_times(self, start: int, times: Times) -> None:
@@ -272,7 +305,7 @@ class Merging:
         assert self.length is not None
         all_of_them = np.stack([*times.values()])
         total = all_of_them.sum(0)[: max(0, self.length - start)]
-        self._note_never((np.flatnonzero(total == 0) + start).tolist())
+        self._note_never(np.flatnonzero(total == 0) + start)
         ranks = [*times]
         for at in np.flatnonzero(total > 1).tolist():
             by: tuple[int, ...] = ()
@@ -281,9 +314,9 @@ class Merging:
                 by = tuple(r for r, n in zip(ranks, each, strict=True) for _ in range(n))
             self._note_twice(start + at, int(total[at]), by)
 
-    def _note_never(self, indices: list[int]) -> None:
-        self._never += len(indices)
-        self.never += indices[: LISTED_MAX - len(self.never)]
+    def _note_never(self, indices: Numbers) -> None:
+        self._never += indices.size
+        self.never += indices[: LISTED_MAX - len(self.never)].tolist()
 
     def _note_twice(self, index: int, times: int, by: tuple[int, ...]) -> None:
         self._twice += 1
@@ -328,7 +361,7 @@ class Merging:
         if not told or len(told) < len(self.parts):
             return None
         ends = [int(each.smallest[-1]) for each in told if not each.whole]
-        end = np.uint64(min(ends, default=_MASK))
+        end = np.uint64(min(ends, default=MASK))
         below = np.concatenate([each.smallest[each.smallest <= end] for each in told])
         _, times = np.unique(below, return_counts=True)
         return int((times > 1).sum()), len(times), told[0].kind
@@ -348,10 +381,7 @@ class Merging:
         own = ("repeated", "duplicated", "unexpected")
         if any(each.counts.get(name) for each in self.parts for name in own):
             return self._twice + sum(each.again > 0 for each in self.todo)
-        # No rank has one of its own twice: of an index there are as many as there are ranks.
-        most = [max(1, len(each.ranks) - 1) for each in self.todo]
-        twice = [-(-each.again // n) for each, n in zip(self.todo, most, strict=True)]
-        return self._twice + sum(twice)
+        return self._twice + sum(each.twice for each in self.todo)
 
 
 def _filled(start: int, stop: int, count: int, total: int) -> Numbers | None:
@@ -362,18 +392,20 @@ def _filled(start: int, stop: int, count: int, total: int) -> Numbers | None:
     size = stop - start
     if count == 0:
         return np.zeros(size, np.int64)
-    numbers = numbers_of(np.arange(start, stop, dtype=np.int64))
-    if size <= 1 << 16 and count == size and int(numbers.sum(dtype=np.uint64)) == total:
-        return np.ones(size, np.int64)
-    most = min(count, 3) if size > 1 else count
-    if (most + 1) ** size > _COMBINED_MAX and size > 1:
-        most = 1
-    if size > 1 and (most + 1) ** size > _COMBINED_MAX:
-        return None
     if size == 1:
         return np.array([count], np.int64)
+    if size > _SINGLE_MAX:
+        return None
+    if count == size and total == sum_of_range(start, stop):
+        return np.ones(size, np.int64)
+    most = min(count, 3)
+    if (most + 1) ** size > _COMBINED_MAX:
+        most = 1
+    if (most + 1) ** size > _COMBINED_MAX:
+        return None
     ways = np.array([*itertools.product(range(most + 1), repeat=size)], np.int64)
     ways = ways[ways.sum(1) == count]
+    numbers = numbers_of(np.arange(start, stop, dtype=np.int64))
     fits = (ways.astype(np.uint64) * numbers).sum(1, dtype=np.uint64) == np.uint64(total)
     found = ways[fits]
     return found[0] if len(found) == 1 else None
@@ -384,4 +416,11 @@ def _bounded(start: int, stop: int, told: dict[int, tuple[int, int]]) -> IndexRa
     size, count = stop - start, sum(count for count, _ in told.values())
     distinct = min(size, sum(count for count, _ in set(told.values())))
     ranks = tuple(rank for rank, (number, _) in told.items() if number)
-    return IndexRange(start, stop, size - distinct, max(0, count - distinct), ranks)
+    if count == size:  # but others: one is missing, and one came in its place
+        distinct = min(distinct, size - 1)
+    again = max(0, count - distinct)
+    # Of an index there are as many as there are ranks, if none has one of its own twice.
+    twice = -(-again // max(1, len(ranks) - 1))
+    of_each = Counter(told.values())
+    alike = max((count for (count, _), number in of_each.items() if number > 1), default=0)
+    return IndexRange(start, stop, size - distinct, again, ranks, max(twice, alike), count - size)

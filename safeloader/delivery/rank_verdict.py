@@ -49,6 +49,8 @@ class Verdict:
         shards = [each.shard for each in of.counted if each.shard is not None]
         self.by_sampler = min(never - told, max((each.left_out for each in shards), default=0))
         unlisted = sum(each.unlisted for each in of.counted)
+        if of.todo:  # in which those that are named may lie too
+            unlisted += sum(map(len, (x for e in of.counted for x in e.left_out.values()))) - told
         self.unlisted = max(0, min(never - told - self.by_sampler, unlisted))
         self.never_left = max(0, never - told - self.by_sampler - self.unlisted)
         padding = [index for index in of.twice if index in of.padded]
@@ -172,7 +174,7 @@ class Verdict:
 
     def _judge_indices(self, on_purpose: bool) -> None:
         of = self._of
-        doubtful = of.differing
+        doubtful = "" if of.unknown else of.differing
         if doubtful:
             self._unsure.append(doubtful)
         if of.once > 1:
@@ -190,6 +192,11 @@ class Verdict:
         if self.again_left:
             twice = max(1, of.numbers_twice() - len(self.padding))
             self._wrong.append(f"{few}{twice} of {of.length} indices came more than once")
+        if of.todo and not (self.again_left or self.never_left):
+            self._unsure.append(
+                f"in {number_of(len(of.todo), 'range')} of indices some came twice or never, and "
+                "which of them is not known"
+            )
         if not self.never_left or of.absent or self._early:
             return
         never = f"{few}{self.never_left} of {of.length} indices came on no rank"
@@ -240,14 +247,15 @@ class Verdict:
             own = ", ".join(sorted(of.purposes))
             if self.never_left or self.again_left:
                 lines.append(
-                    f"the sampler is your own ({own}): what it leaves out on purpose counts"
+                    f"the sampler is your own ({own}): what it leaves out or repeats on purpose "
+                    "is among these"
                 )
         if of.unknown or (of.absent and not self.again_left):
             return
         self._tell_twice()
         self._tell_never()
         for each in of.todo[:_RANGES_SHOWN]:
-            lines.append(f"in {each}; {named(each.ranks) if each.ranks else 'no rank'} had any")
+            lines.append(f"among indices {each}")
         lines += of.remarks
         if len(of.todo) > _RANGES_SHOWN:
             lines.append(f"and {len(of.todo) - _RANGES_SHOWN} more in audit.ranges")
@@ -277,7 +285,8 @@ class Verdict:
         else:
             self._evidence.append(f"twice: {number} at least")
         if self.padded_times:
-            which = "these are" if number == len(padding) else f"{self.padded_times} of these are"
+            some = f"{self.padded_times} of these {'is' if self.padded_times == 1 else 'are'}"
+            which = "these are" if number == len(padding) else some
             self._evidence.append(
                 f"padding: {which}, so that each rank has as many; an evaluation counts them twice"
             )
@@ -307,6 +316,8 @@ class Verdict:
             else str(index)
             for index in indices[:SHOWN]
         ]
+        if not shown:
+            return f"at least {number}"
         more = ", ..." if number > len(shown) else ""
         few = "at least " if of.todo and number > len(indices) else ""
         return (f"{few}{number}: " if head else "") + ", ".join(shown) + more
@@ -326,11 +337,18 @@ class Verdict:
             where = "where it is" if len(of.absent) == 1 else "where they are"
             step = f"see in the log of {named(of.absent)} {where}; a longer timeout_s waits longer"
             return [step]
-        if of.unknown and any(each.digests is None and not each.length for each in of.parts):
+        if any("without key=" in each.unknown for each in of.parts):
             return ["give the loaders key=, a function that names a sample"]
         if any(each.ok is False for each in of.parts):
             bad = [each.rank for each in of.parts if each.ok is False]
             return [f"print(loader.audit) on {named(bad)}"]
+        if of.differing or "datasets" in of.unknown:
+            return [
+                "make the dataset of each rank from one list in one order (sorted(files)), and let "
+                "the sampler share it out; or give safeloader.merge_audits the ranks of one dataset"
+            ]
+        if any(each.purpose == "replacement" for each in of.parts):
+            return ["none, unless each index is to come once: then draw without replacement"]
         if of.todo:
             return ["safeloader.audit_across_ranks(loader, group) names the indices"]
         return []

@@ -22,7 +22,7 @@ from safeloader import AuditPart, RunAudit, SafeDataLoader, audit_across_ranks, 
 from safeloader.delivery.across_ranks import audit_of
 from safeloader.delivery.audit_part import Digests
 from safeloader.delivery.bisecting import resolve
-from safeloader.delivery.ladder import Delivered
+from safeloader.delivery.ladder import Delivered, Ladder, sum_of
 from safeloader.delivery.merging import Merging
 from safeloader.delivery.rank_stores import VALUE_BYTES
 from safeloader.introspect.sharding import Shard
@@ -194,6 +194,39 @@ def test_few_rounds_find_few_indices_among_millions() -> None:
     assert together.rounds < 6
 
 
+def test_one_index_in_the_place_of_another_in_a_wide_range_is_damage() -> None:
+    length = 1_000_000
+    given = {0: list(range(0, length, 2)), 1: list(range(1, length, 2))}
+    given[0][1000] = 2004  # where 2000 is due
+    run = merge_audits(parts_of(given, length))
+    check(run, given, length)
+    assert run.ok is False
+    assert "audit_across_ranks" in run.next_step
+    check(run := asked(given, length), given, length)
+    assert (run.twice.tolist(), run.never.tolist(), run.by_rank) == ([2004], [2000], {2004: (0, 0)})
+
+
+def test_left_out_indices_that_are_too_many_to_be_named_are_proved_by_their_sum() -> None:
+    length = 1_000_000
+    gone = list(range(0, 40_000, 100))
+
+    def parts(total: int, *lost: int) -> list[AuditPart]:
+        named = {"dropped": tuple(gone[:100])}
+        kept = sorted({*range(0, length, 2)} - {*gone, *lost})
+        first = part(
+            0, 2, kept, length, left_out=named, left_out_sum=total, counts={"dropped": len(gone)}
+        )
+        return [first, part(1, 2, list(range(1, length, 2)), length)]
+
+    right = sum_of(np.array(gone))
+    run = merge_audits(parts(right))
+    assert (run.ok, run.counts["never"], run.exact, run.ranges) == (True, 400, True, ())
+    assert run.left_out["dropped"] == dict.fromkeys(gone[:100], 0)
+    assert "never: 300 that ranks left out and do not name" in run.evidence
+    assert merge_audits(parts(right ^ 1)).ok is None  # it may be others that never came
+    assert merge_audits(parts(right, 500_000)).ok is False
+
+
 # ── in whatever order ────────────────────────────────────────────────────────────────────────────
 
 
@@ -235,8 +268,8 @@ def test_a_part_is_small_and_the_same_after_its_way() -> None:
     for back in (AuditPart.from_bytes(raw), pickle.loads(pickle.dumps(given))):
         assert back.to_bytes() == raw
         assert (back.shard, back.padded, back.left_out) == (shard, (5,), given.left_out)
-        assert back.ladder is not None and given.ladder is not None
-        assert back.ladder.same(given.ladder)
+        assert back.ladder is not None
+        assert back.ladder.same(given.ladder or Ladder())
     again = part(0, 1, [], None, ladder=None, digests=Digests.of("key", "abc"))
     back = AuditPart.from_bytes(again.to_bytes())
     assert back.digests is not None
