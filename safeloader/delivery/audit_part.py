@@ -119,7 +119,7 @@ class AuditPart:
         >>> batches = list(loader)
         >>> part = loader.audit_part()
         >>> part
-        AuditPart(rank=0 of 1, epoch=0, complete=True, ok=True, delivered=8 of 10)
+        AuditPart(rank=0, epoch=0, complete=True, ok=True, delivered=8 of 10)
         >>> len(pickle.dumps(part)) < 5000
         True
     """

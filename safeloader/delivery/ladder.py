@@ -72,7 +72,7 @@ def sum_of_range(start: int, stop: int) -> int:
 def sums_of_ranges(starts: Numbers, stops: Numbers) -> Sums:
     """The same of many ranges, none of them negative.
 
-    >>> sums_of_ranges(np.array([0, 7]), np.array([7, 9])).sum() == sum_of_range(0, 9)
+    >>> int(sums_of_ranges(np.array([0, 7]), np.array([7, 9])).sum()) == sum_of_range(0, 9)
     True
     """
     first, last = starts >> SHIFT, stops >> SHIFT
