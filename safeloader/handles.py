@@ -75,6 +75,9 @@ class LoaderHandle(Records, CountedEpochs, Keywords):
     def _seeded_loader(self) -> Any:
         return self._loader()
 
+    def _drawing_loader(self) -> Any:
+        return self._loader()
+
     def __repr__(self) -> str:
         return f"LoaderHandle({self.kind}, first iterated at {self.line})"
 

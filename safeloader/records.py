@@ -9,12 +9,14 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit_part import AuditPart, RankAccounts
 from safeloader.delivery.manifest import BatchContents
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
 from safeloader.introspect.html_text import escaped
+from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.metrics import metrics_of
@@ -202,6 +204,46 @@ class Records:
         with guarded("the earlier audits", lambda: LoaderLog(self.dataset)):
             return self.recorder.audits()
         return []
+
+    def audit_part(self) -> AuditPart:
+        """What this rank handed over in the running or last epoch, to be held against other ranks'.
+
+        About 4 kB, however long the epoch was, which any way to another process takes. Nothing is
+        asked of other ranks here. It is made from the map of the indices that were drawn: a few
+        milliseconds for a million, 0.3 s for 250 million; of a stream with ``key=`` from its keys,
+        a microsecond each.
+
+        A rank that knows nothing (no epoch was begun, nothing is recorded) says so in it.
+
+        Example:
+            >>> from safeloader import SafeDataLoader, merge_audits
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> batches = list(loader)
+            >>> merge_audits([loader.audit_part()])
+            RunAudit(ok=True, world=1, delivered=10)
+        """
+        return self._for_other_ranks().part
+
+    def _for_other_ranks(self) -> RankAccounts:
+        """The part, and the way to the indices behind it; never raises."""
+        recorder, at = self.recorder, place()
+        nothing = partial(AuditPart.nothing, at.rank or 0, at.world_size)
+        accounts = None if recorder is None else recorder.history.newest(recorder.epochs - 1)
+        if recorder is None or accounts is None:
+            why = "no epoch was begun, or nothing is recorded (SAFELOADER=off)"
+            return RankAccounts(nothing(why), lambda beneath: None)
+        with guarded("the part for other ranks", lambda: LoaderLog(self.dataset)):
+            loader = self._drawing_loader()
+            sampler = getattr(loader, "batch_sampler", None)
+            if sampler is None:
+                sampler = getattr(loader, "sampler", None)
+            return accounts.to_other_ranks(recorder.epochs - 1, self.dataset, sampler)
+        why = "a fault of safeloader's own, which the log tells"
+        return RankAccounts(nothing(why), lambda beneath: None)
+
+    def _drawing_loader(self) -> Any:
+        """The loader whose records these are."""
+        return self
 
     def metrics(self, last: int | None = None) -> dict[str, float]:
         """How the loading goes, in numbers for any logger: of the epoch begun last.

@@ -26,6 +26,7 @@ from safeloader.settings import Keywords
 
 NAMES = [
     "SKIP",
+    "AuditPart",
     "BatchRecord",
     "CollateError",
     "DeliveryError",
@@ -35,6 +36,7 @@ NAMES = [
     "Provenance",
     "Recorder",
     "ResumeError",
+    "RunAudit",
     "SafeDataLoader",
     "SafeLoaderError",
     "SafeStatefulDataLoader",
@@ -46,9 +48,11 @@ NAMES = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "audit_across_ranks",
     "doctor",
     "instrument",
     "loaders_of",
+    "merge_audits",
     "replay",
     "sample_rng",
 ]
@@ -141,7 +145,7 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
-    added |= {"summary"}
+    added |= {"summary", "audit_part"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
