@@ -68,6 +68,9 @@ OUR_KEYWORDS = {
     "checksum": False,
     "seed": None,
     "seed_per": "sample",
+    "run_dir": None,
+    "run_max_bytes": None,
+    "run_sources": False,
 }
 
 
@@ -141,6 +144,7 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
+    added |= {"mark"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
@@ -169,6 +173,9 @@ def test_the_keywords_are_instance_attributes() -> None:
         "checksum": True,
         "seed": 3,
         "seed_per": "batch",
+        "run_dir": False,
+        "run_max_bytes": 1 << 20,
+        "run_sources": True,
     }
     loader = SafeDataLoader([1], **given)
     assert {name: vars(loader)[name] for name in OUR_KEYWORDS} == given

@@ -99,6 +99,8 @@ class Recorder:
         # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
         self.orders: dict[int, tuple[int, Packed, bool]] = {}
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
+        self.flight: Callable[[], Any] = lambda: None  # the flight recorder of the workers
+        self.run: Any = None  # the folder in a run's that its epochs are written to
         self._memory_seen: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

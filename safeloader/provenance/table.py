@@ -277,7 +277,7 @@ class Provenance:
                 table = self.to_numpy()
                 for row in table:
                     named = dict(zip(table.dtype.names or (), row.tolist(), strict=True))
-                    text.write(json.dumps(named, default=_text_of) + "\n")
+                    text.write(json.dumps(named, default=text_of_index) + "\n")
         else:
             raise ValueError(
                 "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
@@ -314,14 +314,14 @@ def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The table, with indices that are not ints as text."""
     if not table.dtype.hasobject:
         return table
-    texts = np.array([_text_of(index) for index in table["index"]])
+    texts = np.array([text_of_index(index) for index in table["index"]])
     table["index"] = texts
     names = table.dtype.names or ()
     kinds = [(name, texts.dtype if name == "index" else np.int64) for name in names]
     return table.astype(kinds)
 
 
-def _text_of(index: Any) -> str:
+def text_of_index(index: Any) -> str:
     """An index as it is written: whole where it is built of plain values, else told by its type."""
     if type(index) is str:
         return index

@@ -1,0 +1,428 @@
+"""How the batches of a run lie on disk: the tail, segments, and what is in a row. Runs in: main.
+
+::
+
+    hot path ──► tail (a small shared mapping, a record a batch, as it came from the worker)
+                   │  when it is full, and every few seconds
+                   ▼
+                 batches-NNN.arrows (an Arrow stream, a row a batch)
+                   │  when it has grown, off the training loop
+                   ▼
+                 batches-NNN.parquet (zstd)
+
+A record is in the tail before its batch is handed over, and stays there until the stream has it: so
+``kill -9`` at any moment loses no batch that the training loop had. ``step`` counts a folder's
+batches, and tells those that are in both. What reads it needs no torch, and what only parses the
+tail no pyarrow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+INSTALL = "pip install 'safeloader[run]'"
+MAGIC = 0x31676F6C66617301  # of this machine's byte order; its last byte is the layout's number
+TAIL_BYTES = 1 << 18
+SEGMENT_BYTES = 64 << 20
+
+# The head of the tail, cells of int64.
+MAGIC_AT, OFFSET_AT, BASE_AT, USED_AT = (8 * k for k in range(4))
+FIRST = 64  # where records begin
+
+HEAD = struct.Struct("11q")
+"""A record's bytes, step, epoch, batch, worker, pid, asked, waited, samples, kind, ordinal."""
+CELL = struct.Struct("q")
+_HEAD_CELLS = 11
+_BYTES, _STEP, _EPOCH, _BATCH, _WORKER, _PID, _ASKED, _WAITED, _SAMPLES, _KIND, _ORDINAL = range(11)
+
+# What stands behind the head: indices and stamps as they came from the worker; the stamps alone,
+# of a stream; start, time of collation, indices and times of the fetches (of a batch with samples
+# left out); the same with the indices as JSON, the number of its bytes before it.
+RAW, STREAM, DECODED, TEXT = range(4)
+_LEAST = {RAW: 2, STREAM: 2, DECODED: 2, TEXT: 3}
+
+
+class Batches(NamedTuple):
+    """Decoded batches, a column each; those of ``indices`` and ``fetch_ns`` are flat.
+
+    Attributes:
+        fixed: a row a batch: step, epoch, batch, worker (-1: main), pid, when it was asked for (ns
+            since 1970), how long the loop waited (ns), when the first fetch began (ns since 1970),
+            how long collation took (ns).
+        sizes: samples of each batch.
+        indices: of the samples; in a stream the ordinals within the worker's stream.
+        fetch_ns: how long each took to fetch.
+        texts: for each batch its indices as text, where they are no ints; None where none are.
+    """
+
+    fixed: Ints
+    sizes: Ints
+    indices: Ints
+    fetch_ns: npt.NDArray[np.float32]
+    texts: list[list[str] | None] | None
+
+    @property
+    def end_step(self) -> int:
+        """The step behind the last one."""
+        return int(self.fixed[-1, 0]) + 1 if len(self.fixed) else 0
+
+    def since(self, step: int) -> Batches:
+        """Those from ``step`` on."""
+        first = int(np.searchsorted(self.fixed[:, 0], step))
+        samples = int(self.sizes[:first].sum())
+        texts = None if self.texts is None else self.texts[first:]
+        return Batches(
+            self.fixed[first:],
+            self.sizes[first:],
+            self.indices[samples:],
+            self.fetch_ns[samples:],
+            texts,
+        )
+
+
+FIXED = ("step", "epoch", "batch", "worker", "pid", "asked_ns", "wait_ns", "start_ns", "collate_ns")
+
+
+# ── the tail ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tail(NamedTuple):
+    """What stood in the tail at one moment.
+
+    Attributes:
+        batches: decoded.
+        torn: what is wrong with it, in a sentence; empty if nothing is.
+    """
+
+    batches: Batches
+    torn: str = ""
+
+
+def read_tail(path: Path) -> Tail | None:
+    """What stands in a tail, which may be written to meanwhile; None if there is none.
+
+    To be read before the segments: what the stream takes over in between is then in both.
+    """
+    for _ in range(20):
+        try:
+            with path.open("rb") as file:
+                raw = file.read()
+                file.seek(BASE_AT)
+                base_after = file.read(8)
+        except FileNotFoundError:
+            return None
+        if len(raw) < FIRST or CELL.unpack_from(raw, MAGIC_AT)[0] != MAGIC:
+            return Tail(EMPTY, f"{path} holds no rows: it was not written whole, or elsewhere")
+        if raw[BASE_AT : BASE_AT + 8] == base_after:
+            break
+    return parse_tail(raw, str(path))
+
+
+class Record(NamedTuple):
+    """Where a record begins, and its shape."""
+
+    at: int
+    nbytes: int
+    samples: int
+    kind: int
+
+
+def parse_tail(raw: bytes | memoryview, name: str = "tail") -> Tail:
+    """Decode the records of a tail, as far as they are whole."""
+    _, offset_ns, step, used = struct.unpack_from("4q", raw)
+    at, end, records = FIRST, min(used, len(raw)), list[Record]()
+    torn = "" if used <= len(raw) else f"{name} is cut short"
+    while at + HEAD.size <= end:
+        head = HEAD.unpack_from(raw, at)
+        size, its_step = head[_BYTES], head[_STEP]
+        whole = size > HEAD.size and size % 8 == 0 and at + size <= end
+        if not whole or its_step != step or CELL.unpack_from(raw, at + size - 8)[0] != step:
+            torn = f"{name} is torn at step {step}: what stands behind it is left out"
+            break
+        records.append(Record(at, size, head[_SAMPLES], head[_KIND]))
+        at += size
+        step += 1
+    try:
+        return Tail(decode(raw, records, offset_ns), torn)
+    except (ValueError, IndexError, KeyError):
+        return Tail(EMPTY, f"{name} holds what no safeloader wrote: its rows are left out")
+
+
+def decode(raw: Any, records: Sequence[Record], offset_ns: int) -> Batches:
+    """Decode records; those of one shape that follow each other at once.
+
+    Args:
+        raw: what they lie in.
+        records: which.
+        offset_ns: from the clock that stamped them to the time since 1970.
+    """
+    cells = np.frombuffer(raw, dtype=np.int64, count=len(raw) // 8)
+    parts, at = list[Batches](), 0
+    while at < len(records):
+        begins, *shape = records[at]
+        end = at + 1
+        while end < len(records) and [*records[end][1:]] == shape and shape[-1] in (RAW, STREAM):
+            end += 1
+        rows = cells[begins // 8 : begins // 8 + shape[0] // 8 * (end - at)].reshape(end - at, -1)
+        parts.append(_decoded(rows, offset_ns))
+        at = end
+    return joined(parts)
+
+
+def _decoded(rows: Ints, offset_ns: int) -> Batches:
+    """Records of one shape."""
+    kind, size = int(rows[0, _KIND]), int(rows[0, _SAMPLES])
+    body, texts = rows[:, _HEAD_CELLS:-1], None
+    if size < 0 or body.shape[1] < _LEAST[kind]:
+        raise ValueError("a record that is too short")
+    fixed = np.empty((len(rows), len(FIXED)), dtype=np.int64)
+    fixed[:, :7] = rows[:, [_STEP, _EPOCH, _BATCH, _WORKER, _PID, _ASKED, _WAITED]]
+    fixed[:, 5] += offset_ns
+    if kind in (RAW, STREAM):
+        count = size if kind == RAW else 0
+        stamps = body[:, count:]
+        if kind == RAW:
+            indices = body[:, :count].ravel()
+        else:
+            indices = (rows[:, _ORDINAL, None] + np.arange(size)).ravel()
+        fixed[:, 7] = stamps[:, 0] + offset_ns
+        fixed[:, 8] = stamps[:, -1] - stamps[:, -2]
+        if stamps.shape[1] == size + 2:
+            fetches = np.diff(stamps[:, :-1], axis=1).ravel()
+        else:  # fetched at once: equal shares
+            share = (stamps[:, 1] - stamps[:, 0]) // max(size, 1)
+            fetches = np.repeat(share, size)
+    else:
+        fixed[:, 7], fixed[:, 8] = body[:, 0] + offset_ns, body[:, 1]
+        rest = body[0, 2:]
+        if kind == TEXT:
+            nbytes = int(rest[0])
+            texts = [json.loads(rest[1:].tobytes()[:nbytes])]
+            indices, fetches = np.full(size, -1), rest[1 + (nbytes + 7) // 8 :]
+        else:
+            indices, fetches = rest[:size], rest[size:]
+        if len(indices) != size or len(fetches) != size:
+            raise ValueError("a record that is too short")
+    sizes = np.full(len(rows), size)
+    return Batches(fixed, sizes, indices, rounded(fetches), texts)
+
+
+def rounded(times_ns: Ints) -> npt.NDArray[np.float32]:
+    """Times in 4 bytes, to a part in 500: that compresses to a half, and has no bound."""
+    bits = times_ns.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << 14)) & np.uint32(0xFFFF8000)).view(np.float32)
+
+
+def joined(parts: Sequence[Batches]) -> Batches:
+    """Several as one, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return EMPTY
+    texts: list[list[str] | None] | None = None
+    if any(each.texts is not None for each in parts):
+        texts = []
+        for each in parts:
+            texts += [None] * len(each.sizes) if each.texts is None else each.texts
+    columns = zip(*(each[:4] for each in parts), strict=True)
+    fixed, sizes, indices, fetches = (np.concatenate(column) for column in columns)
+    return Batches(fixed, sizes, indices, fetches, texts)
+
+
+EMPTY = Batches(
+    np.empty((0, len(FIXED)), np.int64),
+    np.empty(0, np.int64),
+    np.empty(0, np.int64),
+    np.empty(0, np.float32),
+    None,
+)
+
+
+# ── Arrow ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def why_no_arrow() -> str:
+    """What to install where pyarrow is missing, in a sentence; empty if it is there."""
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as exc:
+        return f"keeping the batches of a run needs pyarrow ({exc}): {INSTALL}"
+    return ""
+
+
+@functools.cache
+def schema() -> Any:
+    """The columns of a row, which is a batch."""
+    import pyarrow as pa
+
+    kinds = {
+        "step": pa.int32(),
+        "epoch": pa.int32(),
+        "batch": pa.int32(),
+        "worker": pa.int16(),
+        "pid": pa.int32(),
+        "asked_ns": pa.int64(),
+        "wait_ns": pa.int64(),
+        "start_ns": pa.int64(),
+        "collate_ns": pa.int64(),
+    }
+    fields = [pa.field(name, kind, nullable=False) for name, kind in kinds.items()]
+
+    def flat(kind: Any) -> Any:
+        return pa.list_(pa.field("item", kind, nullable=False))
+
+    return pa.schema(
+        [
+            *fields,
+            pa.field("indices", flat(pa.int64()), nullable=False),
+            pa.field("fetch_ns", flat(pa.float32()), nullable=False),
+            pa.field("index_text", flat(pa.string())),  # null where the indices are ints
+        ]
+    )
+
+
+def record_batch(batches: Batches) -> Any:
+    """Batches as a ``pyarrow.RecordBatch``."""
+    import pyarrow as pa
+
+    columns = schema()
+    arrays = [
+        pa.array(batches.fixed[:, k].astype(columns.field(k).type.to_pandas_dtype()))
+        for k in range(len(FIXED))
+    ]
+    offsets = np.zeros(len(batches.sizes) + 1, dtype=np.int32)
+    np.cumsum(batches.sizes, out=offsets[1:])
+    for k, values in ((len(FIXED), batches.indices), (len(FIXED) + 1, batches.fetch_ns)):
+        kind = columns.field(k).type
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind))
+    kind = columns.field("index_text").type
+    if batches.texts is None:
+        arrays.append(pa.nulls(len(batches.sizes), kind))
+    else:
+        arrays.append(pa.array(batches.texts, kind))
+    return pa.RecordBatch.from_arrays(arrays, schema=columns)
+
+
+def segment_name(number: int, suffix: str) -> str:
+    """``batches-007.arrows``."""
+    return f"batches-{number:03}.{suffix}"
+
+
+def segments_in(names: Sequence[str]) -> dict[int, set[str]]:
+    """The segments among the names of files: by number, the suffixes of each."""
+    found: dict[int, set[str]] = {}
+    for name in names:
+        stem, _, suffix = name.partition(".")
+        word, _, number = stem.partition("-")
+        if word == "batches" and number.isdecimal() and suffix in ("arrows", "parquet"):
+            found.setdefault(int(number), set()).add(suffix)
+    return dict(sorted(found.items()))
+
+
+class Stream(NamedTuple):
+    """What could be read of an Arrow stream.
+
+    Attributes:
+        batches: its record batches, of a mapping of the file.
+        torn: what is wrong with its end, in a sentence; empty if nothing is.
+    """
+
+    batches: list[Any]
+    torn: str = ""
+
+
+def read_stream(path: Path) -> Stream:
+    """The whole record batches of a stream; its end may be missing, or half written.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    import pyarrow as pa
+
+    if not path.stat().st_size:
+        return Stream([])
+    found: list[Any] = []
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            while True:
+                found.append(reader.read_next_batch())
+    except StopIteration:
+        return Stream(found)
+    except pa.ArrowInvalid as exc:
+        return Stream(found, f"{path} is torn after {len(found)} pieces: {exc}")
+    except OSError as exc:  # a message that ends before its end
+        if exc.errno is not None:
+            raise
+        return Stream(found, f"{path} is torn after {len(found)} pieces: {exc}")
+
+
+def to_parquet(folder: Path, number: int) -> Path | None:
+    """Turn a closed segment into Parquet; None if somebody else has done so meanwhile.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source, target = (folder / segment_name(number, end) for end in ("arrows", "parquet"))
+    try:
+        stream = read_stream(source)
+    except FileNotFoundError:
+        return None
+    table = pa.Table.from_batches(stream.batches, schema() if not stream.batches else None)
+    part = folder / f"{target.name}.{os.getpid()}.part"
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            pq.write_table(table, file, **_PARQUET)
+        part.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    with contextlib.suppress(FileNotFoundError):
+        source.unlink()
+    return target
+
+
+_ITEM = "list.element"
+_PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "row_group_size": 1 << 13,
+    "use_dictionary": ["worker", "pid", f"fetch_ns.{_ITEM}", f"index_text.{_ITEM}"],
+    "column_encoding": {
+        name: "DELTA_BINARY_PACKED"
+        for name in (*FIXED, f"indices.{_ITEM}")
+        if name not in ("worker", "pid")
+    },
+    "write_statistics": ["step", "epoch", "batch", f"indices.{_ITEM}"],
+}
+
+
+# ── lines ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file with one a line; what is torn is left out. None if it is gone."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found = json.loads(line)
+                    if isinstance(found, dict):
+                        yield found
+    except FileNotFoundError:
+        return

@@ -1,0 +1,281 @@
+"""One loader of a run: what it wrote into its folder. Runs in: main.
+
+Everything is read at the moment it is asked for, and may be written to meanwhile. The tail is read
+before the segments, so that what the writer moves in between is seen twice and not never; a row's
+``step`` tells which it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from safeloader.introspect.identity import has_ended
+from safeloader.provenance import run_format
+from safeloader.provenance.run_format import (
+    Batches,
+    lines_of,
+    read_stream,
+    read_tail,
+    record_batch,
+    segment_name,
+    segments_in,
+)
+
+Ints = npt.NDArray[np.int64]
+
+_ALIVE_S = 60.0  # a process on another machine that wrote within this time
+
+
+class LoaderRecords:
+    """What one loader of one process wrote.
+
+    Attributes:
+        path: its folder.
+        attempt: number of the attempt.
+        rank: of the process.
+        number: of this one among the loaders of the run.
+        info: what ``loader.json`` says: ``loader`` (name and line), ``began``, ``process``, ...
+        notes: what is torn, dropped or lost, in a sentence each, as far as it was met so far.
+    """
+
+    def __init__(self, path: Path, attempt: int, rank: int, number: int) -> None:
+        self.path, self.attempt, self.rank, self.number = path, attempt, rank, number
+        self.notes: list[str] = []
+        self.info: dict[str, Any] = {}
+        try:
+            found = json.loads((path / "loader.json").read_text("utf-8"))
+            self.info = found if isinstance(found, dict) else {}
+        except (OSError, ValueError) as exc:
+            self._note(f"{path / 'loader.json'} cannot be read: {exc}")
+
+    def __repr__(self) -> str:
+        return f"LoaderRecords({self.name!r}, attempt {self.attempt}, rank {self.rank})"
+
+    @property
+    def name(self) -> str:
+        """The loader's name and the line that first iterated it."""
+        return str(self.info.get("loader", self.path.name))
+
+    @property
+    def state(self) -> str:
+        """``"ended"`` (it closed its books), ``"running"``, or ``"killed"`` (or the machine was).
+
+        Of a process on another machine that is silent for a minute: ``"silent"``.
+        """
+        if not (self.path / "tail").exists():
+            return "ended"
+        ended = has_ended(self.info.get("process") or {})
+        if ended is not None:
+            return "killed" if ended else "running"
+        return "running" if time.time() - self.last_sign < _ALIVE_S else "silent"
+
+    @property
+    def last_sign(self) -> float:
+        """When something was last written here, in seconds since 1970."""
+        newest = 0.0
+        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            for each in entries:
+                with contextlib.suppress(OSError):
+                    newest = max(newest, each.stat().st_mtime)
+        return newest
+
+    def _note(self, said: str) -> None:
+        if said and said not in self.notes:
+            self.notes.append(said)
+
+    # rows ───────────────────────────────────────────────────────────────────────────────────────
+
+    def pieces(
+        self, columns: Sequence[str] | None = None, where: Any = None, *, newest: bool = False
+    ) -> Iterator[Any]:
+        """The batches, as ``pyarrow.Table`` of several thousand rows each, in their order.
+
+        Args:
+            columns: which, of :func:`~safeloader.provenance.run_format.schema`; by default all.
+            where: an expression (``pyarrow.compute.field("step") == 5``) that the rows have to
+                meet; what is in Parquet is then not read where its statistics tell.
+            newest: only what the last segment and the tail hold.
+        """
+        import pyarrow as pa
+
+        tail = self._tail()
+        next_step = 0
+        names = segments_in(os.listdir(self.path))
+        for number in list(names)[-1:] if newest else names:
+            for table, end in self._segment(number, columns, where):
+                next_step = max(next_step, end)
+                if table.num_rows:
+                    yield table
+        rest = tail.since(next_step)
+        if len(rest.sizes):
+            table = pa.Table.from_batches([record_batch(rest)])
+            table = table if where is None else table.filter(where)
+            if table.num_rows:
+                yield table if columns is None else table.select(list(columns))
+
+    def _tail(self) -> Batches:
+        tail = read_tail(self.path / "tail")
+        if tail is None:
+            return run_format.EMPTY
+        self._note(tail.torn)
+        return tail.batches
+
+    def _segment(
+        self, number: int, columns: Sequence[str] | None, where: Any
+    ) -> Iterator[tuple[Any, int]]:
+        """The rows of a segment that are asked for, and the step behind those before."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parquet, arrows = (self.path / segment_name(number, end) for end in ("parquet", "arrows"))
+        if not parquet.exists():
+            try:
+                stream = read_stream(arrows)
+            except FileNotFoundError:  # somebody turned it into the other just now, or it went
+                stream = None
+            if stream is not None:
+                self._note(stream.torn)
+                if not stream.batches:
+                    return
+                end = int(stream.batches[-1]["step"][-1].as_py()) + 1
+                table = pa.Table.from_batches(stream.batches)
+                table = table if where is None else table.filter(where)
+                yield (table if columns is None else table.select(list(columns))), end
+                return
+        if not parquet.exists():
+            self._note(f"{arrows} was dropped, for run_max_bytes=")
+            return
+        file = pq.ParquetFile(parquet)
+        end = _end_of(file)
+        wanted = None if columns is None else list(columns)
+        if where is not None:
+            yield pq.read_table(parquet, columns=wanted, filters=where), end
+            return
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=wanted), end
+
+    def positions(self, index: int | str) -> Iterator[tuple[Any, Ints, Ints]]:
+        """Where an index is: tables with all columns, and in each the rows and positions."""
+        import pyarrow as pa
+
+        name = "index_text" if isinstance(index, str) else "indices"
+        for table in self.pieces():
+            for batch in table.to_batches():
+                column = batch.column(name)
+                values = column.flatten().to_numpy(zero_copy_only=False)
+                at = np.flatnonzero(values == index)
+                if at.size:
+                    offsets = column.offsets.to_numpy() - column.offsets[0].as_py()
+                    rows = np.searchsorted(offsets, at, side="right") - 1
+                    yield pa.Table.from_batches([batch]), rows, at - offsets[rows]
+
+    def indices(self, epoch: int) -> Ints:
+        """The indices that an epoch handed over, in their order; of a stream the ordinals."""
+        import pyarrow.compute as pc
+
+        found = [
+            chunk.flatten().to_numpy()
+            for table in self.pieces(["indices", "epoch"], pc.field("epoch") == epoch)
+            for chunk in table["indices"].chunks
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    # lines ──────────────────────────────────────────────────────────────────────────────────────
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The objects of ``epochs.jsonl``, ``incidents.jsonl``, ``dropped.jsonl``, ..."""
+        return list(lines_of(self.path / name))
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What is in ``failures/``, oldest first: ``failure``, ``report``, ``time``, ``path``."""
+        found = []
+        for path in sorted((self.path / "failures").glob("*.json")):
+            try:
+                content = json.loads(path.read_text("utf-8"))
+                if isinstance(content["failure"], dict):
+                    found.append(content | {"path": str(path)})
+            except (OSError, ValueError, KeyError, TypeError) as exc:
+                self._note(f"{path} cannot be read: {exc}")
+        return found
+
+    def workers(self) -> Any:
+        """The rows of ``workers.arrows``, a ``pyarrow.Table``."""
+        import pyarrow as pa
+
+        from safeloader.provenance.worker_log import NAME, worker_schema
+
+        try:
+            stream = read_stream(self.path / NAME)
+        except FileNotFoundError:
+            return worker_schema().empty_table()
+        self._note(stream.torn)
+        return pa.Table.from_batches(stream.batches, worker_schema())
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the program said which batches its steps are made of."""
+        return (self.path / "marks.jsonl").exists()
+
+    def marked(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and batch of each batch that a step was made of."""
+        found = []
+        try:
+            whole = (self.path / "marks.jsonl").read_bytes()
+        except FileNotFoundError:
+            return []
+        at = whole.find(b'{"step":%d,' % step)
+        while at >= 0:
+            with contextlib.suppress(ValueError, KeyError):
+                mark = json.loads(whole[at : whole.find(b"\n", at) + 1])
+                found.append((int(mark["epoch"]), int(mark["batch"])))
+            at = whole.find(b'{"step":%d,' % step, at + 1)
+        return found
+
+    def marks(self) -> Any:
+        """All marks: a ``pyarrow.Table`` of ``step``, ``epoch``, ``batch``."""
+        import pyarrow as pa
+        import pyarrow.json
+
+        schema = pa.schema([(name, pa.int64()) for name in ("step", "epoch", "batch")])
+        whole = b""
+        with contextlib.suppress(FileNotFoundError):
+            whole = (self.path / "marks.jsonl").read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        if not whole:
+            return schema.empty_table()
+        options = pa.json.ParseOptions(explicit_schema=schema)
+        return pa.json.read_json(pa.BufferReader(whole), parse_options=options)
+
+    # upkeep ─────────────────────────────────────────────────────────────────────────────────────
+
+    def convert(self) -> int:
+        """Turn closed segments into Parquet, which is smaller and faster; how many were.
+
+        The newest is left alone while its process may write to it. What cannot be written is left
+        as it is.
+        """
+        names = segments_in(os.listdir(self.path))
+        closed = list(names)[: None if self.state in ("ended", "killed") else -1]
+        done = 0
+        for number in closed:
+            if names[number] == {"arrows"}:
+                with contextlib.suppress(OSError):
+                    done += run_format.to_parquet(self.path, number) is not None
+        return done
+
+
+def _end_of(file: Any) -> int:
+    """The step behind the last one of a Parquet file."""
+    groups, at = file.metadata.num_row_groups, file.schema_arrow.get_field_index("step")
+    if not groups:
+        return 0
+    return int(file.metadata.row_group(groups - 1).column(at).statistics.max) + 1
