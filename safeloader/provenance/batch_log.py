@@ -36,7 +36,7 @@ from safeloader.provenance.run_format import (
     TEXT,
     USED_AT,
     Batches,
-    parse_tail,
+    decode,
     record_batch,
     segment_name,
 )
@@ -101,6 +101,7 @@ class BatchLog:
         self._due_ns = self._flushed_ns = 0
         self._tail: Any = _tail_in(folder, offset_ns)
         self._at = FIRST
+        self._starts: list[int] = []  # of the records in the tail
         self._end = TAIL_BYTES
 
     def delivered(
@@ -136,6 +137,7 @@ class BatchLog:
             tail[middle:last] = stamps
             _put_cell(tail, last, step)
             _put_cell(tail, USED_AT, last + 8)
+            self._starts.append(at)
             self._at = last + 8
             self.step = step + 1
         return None
@@ -156,20 +158,21 @@ class BatchLog:
         try:
             if self._at + size > self._end or now_ns > self._due_ns:
                 self.flush(now_ns)
-            self._take(record, run_format.Record(FIRST, size, samples, kind))
+            self._take(record)
         except OSError as exc:
             self.leave()
             self._broken(exc)
 
-    def _take(self, record: bytes, shape: run_format.Record) -> None:
+    def _take(self, record: bytes) -> None:
         """Into the tail; at once into the stream what is larger than that."""
         self.step += 1
         if self._at + len(record) > self._end:
             whole = bytes(FIRST) + record
-            self._write(run_format.decode(whole, [shape], self._offset_ns))
+            self._write(decode(whole, [FIRST], self._offset_ns))
             _put_cell(self._tail, BASE_AT, self.step)
             return
         self._tail[self._at : self._at + len(record)] = record
+        self._starts.append(self._at)
         self._at += len(record)
         _put_cell(self._tail, USED_AT, self._at)
 
@@ -178,7 +181,7 @@ class BatchLog:
         with self.lock:
             if self._tail is None:
                 return run_format.EMPTY
-            return parse_tail(self._tail[: self._at]).batches
+            return decode(self._tail[: self._at], self._starts, self._offset_ns)
 
     def epoch_ends(self, now_ns: int) -> None:
         """Flush, if that was not done a moment ago: small epochs share a piece of the stream.
@@ -206,6 +209,7 @@ class BatchLog:
                 _put_cell(self._tail, USED_AT, FIRST)
                 _put_cell(self._tail, BASE_AT, self.step)
                 self._at = FIRST
+                self._starts.clear()
             self._flushed(batches, now_ns, epoch_ends)
 
     def _write(self, batches: Batches) -> None:

@@ -46,7 +46,7 @@ from safeloader.provenance.batch_log import BatchLog
 from safeloader.provenance.events import DUMPS_MAX, Incidents
 from safeloader.provenance.open_folder import OpenFolder, new_folder, not_a_standard_one
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
-from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, why_no_arrow
+from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, by_epoch, why_no_arrow
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
@@ -54,6 +54,8 @@ _INCIDENTS_MAX = 100_000  # lines
 _SLOWEST = 100  # of an epoch, whose sources are kept
 _SOURCES_NS = 50_000_000  # at most, for these
 _SOURCES_MAX = 20_000  # of a folder
+
+_NO_TIMES = np.empty(0, np.float32), np.empty(0, np.int64), 0.0
 
 Audit = Callable[[], EpochAudit]
 SourceOf = Callable[[Any], str]
@@ -99,7 +101,7 @@ class LoaderFolder:
         self._base = 0  # of the recorder's numbers of epochs
         self._open: dict[int, Audit] = {}
         self._sources_of: dict[int, SourceOf] = {}
-        self._slowest: dict[int, tuple[Any, Any]] = {}
+        self._slowest: dict[int, tuple[Any, Any, float]] = {}
         self._dumped: dict[int, int] = {}
         self._with_source: set[Any] = set()
         self._incidents = 0
@@ -271,23 +273,22 @@ class LoaderFolder:
         if self.batches is None or epoch not in self._sources_of:
             return
         self._look_for_slowest(self.batches.held())
-        _, indices = self._slowest.pop(epoch, (None, ()))
-        self._note_sources(epoch, [int(index) for index in indices])
+        _, indices, _ = self._slowest.pop(epoch, _NO_TIMES)
+        self._note_sources(epoch, indices[indices >= 0].tolist())  # those that are no ints: -1
 
     def _look_for_slowest(self, batches: Batches) -> None:
-        per_sample = np.repeat(batches.fixed[:, 1], batches.sizes)
-        for epoch in np.unique(batches.fixed[:, 1]).tolist():
-            its = (per_sample == epoch) & (batches.indices >= 0)
-            times, indices = batches.fetch_ns[its], batches.indices[its]
-            if known := self._slowest.get(epoch):
-                times = np.concatenate([known[0], times])
-                indices = np.concatenate([known[1], indices])
+        for epoch, part in by_epoch(batches):
+            times, indices, least = self._slowest.get(epoch, _NO_TIMES)
+            slow = np.flatnonzero(part.fetch_ns > least)
+            if not slow.size or epoch not in self._sources_of:
+                continue
+            times = np.concatenate([times, part.fetch_ns[slow]])
+            indices = np.concatenate([indices, part.indices[slow]])
             if times.size > _SLOWEST:
                 most = np.argpartition(times, -_SLOWEST)[-_SLOWEST:]
                 times, indices = times[most], indices[most]
-            self._slowest[epoch] = times, indices
-        for old in [each for each in self._slowest if each not in self._sources_of]:
-            del self._slowest[old]
+                least = float(times.min())
+            self._slowest[epoch] = times, indices, least
 
     # writing ────────────────────────────────────────────────────────────────────────────────────
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import struct
@@ -130,55 +131,90 @@ def read_tail(path: Path) -> Tail | None:
     return parse_tail(raw, str(path))
 
 
-class Record(NamedTuple):
-    """Where a record begins, and its shape."""
-
-    at: int
-    nbytes: int
-    samples: int
-    kind: int
-
-
-def parse_tail(raw: bytes | memoryview, name: str = "tail") -> Tail:
+def parse_tail(raw: bytes, name: str = "tail") -> Tail:
     """Decode the records of a tail, as far as they are whole."""
     _, offset_ns, step, used = struct.unpack_from("4q", raw)
-    at, end, records = FIRST, min(used, len(raw)), list[Record]()
+    at, end, starts = FIRST, min(used, len(raw)), list[int]()
     torn = "" if used <= len(raw) else f"{name} is cut short"
     while at + HEAD.size <= end:
-        head = HEAD.unpack_from(raw, at)
-        size, its_step = head[_BYTES], head[_STEP]
+        size, its_step = _SIZE_AND_STEP(raw, at)
         whole = size > HEAD.size and size % 8 == 0 and at + size <= end
-        if not whole or its_step != step or CELL.unpack_from(raw, at + size - 8)[0] != step:
+        if not whole or its_step != step or _CELL(raw, at + size - 8)[0] != step:
             torn = f"{name} is torn at step {step}: what stands behind it is left out"
             break
-        records.append(Record(at, size, head[_SAMPLES], head[_KIND]))
+        starts.append(at)
         at += size
         step += 1
     try:
-        return Tail(decode(raw, records, offset_ns), torn)
+        return Tail(decode(raw, starts, offset_ns), torn)
     except (ValueError, IndexError, KeyError):
         return Tail(EMPTY, f"{name} holds what no safeloader wrote: its rows are left out")
 
 
-def decode(raw: Any, records: Sequence[Record], offset_ns: int) -> Batches:
-    """Decode records; those of one shape that follow each other at once.
+_CELL = CELL.unpack_from
+_SIZE_AND_STEP = struct.Struct("2q").unpack_from
+
+
+def decode(raw: bytes, starts: Sequence[int], offset_ns: int) -> Batches:
+    """Decode whole records: those that follow each other at once, where they are plain ones.
 
     Args:
         raw: what they lie in.
-        records: which.
+        starts: where each begins.
         offset_ns: from the clock that stamped them to the time since 1970.
     """
+    if not starts:
+        return EMPTY
     cells = np.frombuffer(raw, dtype=np.int64, count=len(raw) // 8)
-    parts, at = list[Batches](), 0
-    while at < len(records):
-        begins, *shape = records[at]
-        end = at + 1
-        while end < len(records) and [*records[end][1:]] == shape and shape[-1] in (RAW, STREAM):
-            end += 1
-        rows = cells[begins // 8 : begins // 8 + shape[0] // 8 * (end - at)].reshape(end - at, -1)
-        parts.append(_decoded(rows, offset_ns))
-        at = end
+    at = np.array(starts) // 8
+    heads = cells[at[:, None] + np.arange(_HEAD_CELLS)]
+    sizes = heads[:, _SAMPLES]
+    # Of these each sample has a stamp of its own.
+    plain = (heads[:, _KIND] == RAW) & (heads[:, _BYTES] // 8 == _HEAD_CELLS + 2 * sizes + 3)
+    parts, first = list[Batches](), 0
+    while first < len(at):
+        last = first + 1
+        if plain[first]:
+            others = np.flatnonzero(~plain[first:])
+            last = first + int(others[0]) if others.size else len(at)
+            parts.append(_plain(cells, at[first:last], heads[first:last], offset_ns))
+        else:
+            shape = heads[first, [_BYTES, _SAMPLES, _KIND]]
+            while (
+                last < len(at)
+                and shape[2] in (RAW, STREAM)
+                and (heads[last, [_BYTES, _SAMPLES, _KIND]] == shape).all()
+            ):
+                last += 1
+            width = int(shape[0]) // 8
+            rows = cells[at[first] : at[first] + width * (last - first)]
+            parts.append(_decoded(rows.reshape(last - first, width), offset_ns))
+        first = last
     return joined(parts)
+
+
+def _fixed(heads: Ints, offset_ns: int) -> Ints:
+    """The columns of a row that are numbers, those that the head has filled in."""
+    fixed = np.empty((len(heads), len(FIXED)), dtype=np.int64)
+    fixed[:, :7] = heads[:, _STEP : _WAITED + 1]
+    fixed[:, 5] += offset_ns
+    return fixed
+
+
+def _plain(cells: Ints, at: Ints, heads: Ints, offset_ns: int) -> Batches:
+    """Records of any sizes, with a stamp for each sample."""
+    fixed, sizes = _fixed(heads, offset_ns), heads[:, _SAMPLES]
+    if (sizes < 0).any():
+        raise ValueError("a record of no size")
+    ends = np.cumsum(sizes)
+    firsts, numbers = ends - sizes, np.arange(ends[-1])
+    stamps = at + _HEAD_CELLS + sizes
+    where = np.repeat(at + _HEAD_CELLS - firsts, sizes) + numbers
+    stamped = np.repeat(stamps - firsts, sizes) + numbers
+    fixed[:, 7] = cells[stamps] + offset_ns
+    fixed[:, 8] = cells[stamps + sizes + 1] - cells[stamps + sizes]
+    fetches = cells[stamped + 1] - cells[stamped]
+    return Batches(fixed, sizes, cells[where], rounded(fetches), None)
 
 
 def _decoded(rows: Ints, offset_ns: int) -> Batches:
@@ -187,9 +223,7 @@ def _decoded(rows: Ints, offset_ns: int) -> Batches:
     body, texts = rows[:, _HEAD_CELLS:-1], None
     if size < 0 or body.shape[1] < _LEAST[kind]:
         raise ValueError("a record that is too short")
-    fixed = np.empty((len(rows), len(FIXED)), dtype=np.int64)
-    fixed[:, :7] = rows[:, [_STEP, _EPOCH, _BATCH, _WORKER, _PID, _ASKED, _WAITED]]
-    fixed[:, 5] += offset_ns
+    fixed = _fixed(rows, offset_ns)
     if kind in (RAW, STREAM):
         count = size if kind == RAW else 0
         stamps = body[:, count:]
@@ -223,6 +257,24 @@ def rounded(times_ns: Ints) -> npt.NDArray[np.float32]:
     """Times in 4 bytes, to a part in 500: that compresses to a half, and has no bound."""
     bits = times_ns.astype(np.float32).view(np.uint32)
     return ((bits + np.uint32(1 << 14)) & np.uint32(0xFFFF8000)).view(np.float32)
+
+
+def by_epoch(batches: Batches) -> Iterator[tuple[int, Batches]]:
+    """The runs of batches of one epoch, in their order."""
+    epochs = batches.fixed[:, 1]
+    if not len(epochs):
+        return
+    if epochs[0] == epochs[-1] and (epochs == epochs[0]).all():  # as a rule
+        yield int(epochs[0]), batches
+        return
+    cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1).tolist(), len(epochs)]
+    ends = np.concatenate([[0], np.cumsum(batches.sizes)])
+    for first, last in itertools.pairwise(cuts):
+        samples = slice(ends[first], ends[last])
+        texts = None if batches.texts is None else batches.texts[first:last]
+        rows = batches.fixed[first:last], batches.sizes[first:last]
+        its = Batches(*rows, batches.indices[samples], batches.fetch_ns[samples], texts)
+        yield int(epochs[first]), its
 
 
 def joined(parts: Sequence[Batches]) -> Batches:

@@ -86,15 +86,22 @@ class WorkerLog:
 
     def _count(self, batches: Batches) -> None:
         self._waited += int(batches.fixed[:, _WAIT].sum())
-        per_sample = np.repeat(batches.fixed[:, _WORKER], batches.sizes)
-        for worker in np.unique(batches.fixed[:, _WORKER]).tolist():
-            its = batches.fixed[:, _WORKER] == worker
-            fetched = float(batches.fetch_ns[per_sample == worker].sum(dtype=np.float64))
-            done = self._done.setdefault(worker, [0, 0, 0])
-            self._since.setdefault(worker, int(batches.fixed[its, _START].min()))
-            done[0] += int(batches.fixed[its, _COLLATE].sum()) + int(fetched)
-            done[1] += int(its.sum())
-            done[2] += int(batches.sizes[its].sum())
+        some = np.flatnonzero(batches.sizes)
+        busy = batches.fixed[:, _COLLATE].astype(np.float64)
+        if some.size:
+            firsts = np.cumsum(batches.sizes)[some] - batches.sizes[some]
+            busy[some] += np.add.reduceat(batches.fetch_ns, firsts)
+        rows = batches.fixed[:, _WORKER] + 1  # -1: main
+        sums = [
+            np.bincount(rows, weights=each).astype(np.int64)
+            for each in (busy, np.ones(len(rows)), batches.sizes)
+        ]
+        for row in np.flatnonzero(sums[1]).tolist():
+            done = self._done.setdefault(row - 1, [0, 0, 0])
+            if row - 1 not in self._since:
+                self._since[row - 1] = int(batches.fixed[rows == row, _START].min())
+            for k in range(3):
+                done[k] += int(sums[k][row])
 
     def _write(self, now_ns: int) -> None:
         import pyarrow as pa
