@@ -25,12 +25,12 @@ from safeloader.transport.stats import TransportStats
 
 def _natural(name: str, value: Any, wanted: str) -> int:
     """An int, 0 or more; one of numpy's too."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be {wanted}; got {bounded_text(value)}") from None
+    said = f"{name} must be {wanted}; got {bounded_text(value)}"
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(said)
+    number = operator.index(value)
     if number < 0:
-        raise ValueError(f"{name} must be {wanted}; got {bounded_text(value)}")
+        raise ValueError(said)
     return number
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safeloader.delivery.manifest import BatchContents, BatchManifest
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance import run_format
 from safeloader.provenance.open_folder import OpenFolder, write_all
 from safeloader.provenance.run_format import (
@@ -37,6 +38,7 @@ from safeloader.provenance.run_format import (
     USED_AT,
     Batches,
     decode,
+    parse_tail,
     record_batch,
     segment_name,
 )
@@ -70,7 +72,6 @@ class BatchLog:
         segment_bytes: at which a segment is closed.
 
     Attributes:
-        step: of the next batch: how many there were.
         base: what is added to the numbers of epochs.
         segments: those closed, oldest first.
         current_bytes: of the one that is open.
@@ -92,7 +93,10 @@ class BatchLog:
         self._flushed, self._broken = flushed, broken
         self._segment_bytes = segment_bytes
         self.lock = threading.RLock()  # a signal handler may iterate a loader of its own
-        self.step = self.base = 0
+        self.base = 0
+        self._place = FIRST, 0  # where the next record begins, and its step
+        self._starts: list[int] = []  # of the records in the tail
+        self._base = self._streamed = 0  # steps: of its first record, and behind the stream's last
         self.segments: list[Segment] = []
         self.current_bytes = 0
         self._number = 0
@@ -100,8 +104,6 @@ class BatchLog:
         self._last_epoch = 0
         self._due_ns = self._flushed_ns = 0
         self._tail: Any = _tail_in(folder, offset_ns)
-        self._at = FIRST
-        self._starts: list[int] = []  # of the records in the tail
         self._end = TAIL_BYTES
 
     def delivered(
@@ -110,14 +112,14 @@ class BatchLog:
         """Note a batch as it is handed over; hot path (``benchmarks/run_folder.py``)."""
         _, worker, pid, indices, _, ordinal, stamps, _, _, incidents = manifest[:10]
         with self.lock:
-            at = self._at
+            at, step = self._place
             if incidents is not None or ordinal is not None or type(indices) is not bytes:
                 return self._other(epoch, batch, wait_ns, manifest, began_ns)
             middle = at + 88 + len(indices)
             last = middle + len(stamps)
             if last >= self._end or began_ns > self._due_ns or len(stamps) < _STAMPS_LEAST:
                 return self._other(epoch, batch, wait_ns, manifest, began_ns)
-            step, tail = self.step, self._tail
+            tail = self._tail
             _put_head(
                 tail,
                 at,
@@ -137,9 +139,8 @@ class BatchLog:
             tail[middle:last] = stamps
             _put_cell(tail, last, step)
             _put_cell(tail, USED_AT, last + 8)
+            self._place = last + 8, step + 1  # at once: an interrupt may strike anywhere
             self._starts.append(at)
-            self._at = last + 8
-            self.step = step + 1
         return None
 
     def _other(
@@ -152,36 +153,39 @@ class BatchLog:
         samples, kind, body = _body_of(manifest)
         worker = -1 if manifest.worker_id is None else manifest.worker_id
         size = HEAD.size + len(body) + 8
-        at: Any = epoch + self.base, batch, worker, manifest.pid, began_ns, wait_ns, samples
-        record = HEAD.pack(size, self.step, *at, kind, manifest.ordinal or 0)
-        record += body + CELL.pack(self.step)
         try:
-            if self._at + size > self._end or now_ns > self._due_ns:
+            if self._place[0] + size > self._end or now_ns > self._due_ns:
                 self.flush(now_ns)
-            self._take(record)
+            at, step = self._place
+            head: Any = size, step, epoch + self.base, batch, worker, manifest.pid
+            record = HEAD.pack(*head, began_ns, wait_ns, samples, kind, manifest.ordinal or 0)
+            record += body + CELL.pack(step)
+            if at + size > self._end:  # larger than the tail
+                self._write(decode(bytes(FIRST) + record, [FIRST], self._offset_ns))
+                self._base = step + 1
+                self._place = at, step + 1
+                _put_cell(self._tail, BASE_AT, step + 1)
+                return
         except OSError as exc:
+            if raised_by_signal(exc):  # the user's, which only struck here
+                raise
             self.leave()
             self._broken(exc)
-
-    def _take(self, record: bytes) -> None:
-        """Into the tail; at once into the stream what is larger than that."""
-        self.step += 1
-        if self._at + len(record) > self._end:
-            whole = bytes(FIRST) + record
-            self._write(decode(whole, [FIRST], self._offset_ns))
-            _put_cell(self._tail, BASE_AT, self.step)
             return
-        self._tail[self._at : self._at + len(record)] = record
-        self._starts.append(self._at)
-        self._at += len(record)
-        _put_cell(self._tail, USED_AT, self._at)
+        self._tail[at : at + size] = record
+        _put_cell(self._tail, USED_AT, at + size)
+        self._place = at + size, step + 1
+        self._starts.append(at)
 
     def held(self) -> Batches:
         """What the tail holds."""
         with self.lock:
             if self._tail is None:
                 return run_format.EMPTY
-            return decode(self._tail[: self._at], self._starts, self._offset_ns)
+            at, step = self._place
+            if len(self._starts) == step - self._base:
+                return decode(self._tail[:at], self._starts, self._offset_ns)
+            return parse_tail(self._tail[:at]).batches  # an interrupt struck
 
     def epoch_ends(self, now_ns: int) -> None:
         """Flush, if that was not done a moment ago: small epochs share a piece of the stream.
@@ -203,14 +207,18 @@ class BatchLog:
                 return
             self._due_ns = now_ns + (FLUSH_NS if self._flushed_ns else FIRST_NS)
             self._flushed_ns = now_ns
-            batches = self.held()
+            batches = self.held().since(self._streamed)
             if len(batches.sizes):
                 self._write(batches)
-                _put_cell(self._tail, USED_AT, FIRST)
-                _put_cell(self._tail, BASE_AT, self.step)
-                self._at = FIRST
-                self._starts.clear()
+            self._empty_tail()
             self._flushed(batches, now_ns, epoch_ends)
+
+    def _empty_tail(self) -> None:
+        step = self._place[1]
+        _put_cell(self._tail, USED_AT, FIRST)
+        _put_cell(self._tail, BASE_AT, step)
+        self._starts, self._base = [], step
+        self._place = FIRST, step
 
     def _write(self, batches: Batches) -> None:
         first, last = batches.fixed[0], batches.fixed[-1]
@@ -221,6 +229,7 @@ class BatchLog:
         self.current_bytes = self._folder.append(
             name, *(memoryview(each) for each in (*head, piece))
         )
+        self._streamed = int(last[0]) + 1
         self._last_epoch = int(last[1])
         if self.current_bytes >= self._segment_bytes:
             self._close_segment(int(last[0]))
@@ -259,7 +268,7 @@ class BatchLog:
                 return []
             self.flush(now_ns)
             if self.current_bytes:
-                self._close_segment(self.step - 1)
+                self._close_segment(self._place[1] - 1)
             self.leave()
             self._folder.remove("tail")
             return [each.number for each in self.segments]

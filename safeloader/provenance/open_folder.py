@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ON = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -18,16 +20,31 @@ class OpenFolder:
     that was removed raises.
 
     Args:
-        path: the folder, which is there.
+        above: a folder that is there.
+        below: names of folders in it, each in the one before; made where they are missing.
+        stem: what the name of the new one begins with; the first number that is free follows.
+
+    Attributes:
+        path: the folder.
 
     Raises:
-        OSError: if it cannot be opened, or is a link.
+        OSError: if it cannot be made, or there is a link in its way.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = not_a_standard_one(os.open(path, flags))
+    def __init__(self, above: Path, below: Sequence[str], stem: str) -> None:
+        fd = os.open(above, _FOLDER)
+        try:
+            for name in below:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=fd)
+                fd = _close_for(fd, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+            name = _first_free(fd, stem)
+            fd = _close_for(fd, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd = not_a_standard_one(fd)
+        self.path = above.joinpath(*below, name)
         weakref.finalize(self, _close, self._fd).atexit = False
         self._made: set[str] = set()
 
@@ -85,21 +102,22 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def new_folder(parent: Path, stem: str) -> Path:
-    """Make ``stem-n`` with the first number that is free.
-
-    Raises:
-        OSError: if it cannot be made.
-    """
+def _first_free(parent: int, stem: str) -> str:
+    """Make the folder ``stem-n`` with the first number that is free."""
     number = 0
     while True:
-        path = parent / f"{stem}-{number}"
+        name = f"{stem}-{number}"
         try:
-            path.mkdir(mode=0o700)
+            os.mkdir(name, 0o700, dir_fd=parent)
         except FileExistsError:
             number += 1
         else:
-            return path
+            return name
+
+
+def _close_for(old: int, new: int) -> int:
+    os.close(old)
+    return new
 
 
 def not_a_standard_one(fd: int) -> int:

@@ -38,13 +38,12 @@ from safeloader.failures import dump
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.identity import boot_id, host_name, process_identity
-from safeloader.introspect.private_files import make_folder
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.attempts import Attempt
 from safeloader.provenance.batch_log import BatchLog
 from safeloader.provenance.events import DUMPS_MAX, Incidents
-from safeloader.provenance.open_folder import OpenFolder, new_folder, not_a_standard_one
+from safeloader.provenance.open_folder import OpenFolder, not_a_standard_one
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
 from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, by_epoch, why_no_arrow
 from safeloader.provenance.worker_log import WorkerLog
@@ -108,11 +107,9 @@ class LoaderFolder:
         self._marks = -1
         self.is_off = False
         self.loader = f"{log.loader_name} at {line}"
-        parent = attempt.path / f"rank={rank}"
-        make_folder(parent)
         stem = f"{host_name()}-{os.getpid()}-{boot_id()}"
-        self.path = new_folder(parent, stem)
-        self._folder = OpenFolder(self.path)
+        self._folder = OpenFolder(attempt.run, [attempt.path.name, f"rank={rank}"], stem)
+        self.path = self._folder.path
         self._folder.append("loader.json", json.dumps(self._facts(line), indent=1).encode())
         missing = why_no_arrow()
         if missing:
@@ -273,7 +270,8 @@ class LoaderFolder:
         if self.batches is None or epoch not in self._sources_of:
             return
         self._look_for_slowest(self.batches.held())
-        _, indices, _ = self._slowest.pop(epoch, _NO_TIMES)
+        times, indices, _ = self._slowest.pop(epoch, _NO_TIMES)
+        indices = indices[np.argsort(-times)]
         self._note_sources(epoch, indices[indices >= 0].tolist())  # those that are no ints: -1
 
     def _look_for_slowest(self, batches: Batches) -> None:

@@ -27,7 +27,7 @@ import torch.distributed
 from torch.utils.data import get_worker_info
 
 from safeloader import _python
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.callers import calling_line
 from safeloader.introspect.ranks import place
 from safeloader.introspect.signals import raised_by_signal
@@ -158,7 +158,10 @@ class _Process:
         """The process ends: what is open is booked, and the batches become Parquet."""
         give_up = time.monotonic() + _CONVERT_S
         with self.lock:
-            closed = [(each, each.close()) for each in self.folders]
+            closed: list[tuple[LoaderFolder, list[int]]] = []
+            for folder in self.folders:
+                with guarded("the run's folder", lambda log=folder.log: log):  # type: ignore[misc]
+                    closed.append((folder, folder.close()))
             for folder, numbers in closed:
                 with contextlib.suppress(OSError):  # whoever reads does it then
                     convert(folder.path, numbers, lambda: time.monotonic() > give_up)

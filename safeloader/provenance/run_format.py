@@ -35,7 +35,7 @@ Ints = npt.NDArray[np.int64]
 
 INSTALL = "pip install 'safeloader[run]'"
 MAGIC = 0x31676F6C66617301  # of this machine's byte order; its last byte is the layout's number
-TAIL_BYTES = 1 << 18
+TAIL_BYTES = 1 << 19
 SEGMENT_BYTES = 64 << 20
 
 # The head of the tail, cells of int64.
@@ -52,6 +52,7 @@ _BYTES, _STEP, _EPOCH, _BATCH, _WORKER, _PID, _ASKED, _WAITED, _SAMPLES, _KIND, 
 # of a stream; start, time of collation, indices and times of the fetches (of a batch with samples
 # left out); the same with the indices as JSON, the number of its bytes before it.
 RAW, STREAM, DECODED, TEXT = range(4)
+_SAMPLES_MAX = 1 << 24  # of a batch with one stamp for all
 _LEAST = {RAW: 2, STREAM: 2, DECODED: 2, TEXT: 3}
 
 
@@ -221,8 +222,8 @@ def _decoded(rows: Ints, offset_ns: int) -> Batches:
     """Records of one shape."""
     kind, size = int(rows[0, _KIND]), int(rows[0, _SAMPLES])
     body, texts = rows[:, _HEAD_CELLS:-1], None
-    if size < 0 or body.shape[1] < _LEAST[kind]:
-        raise ValueError("a record that is too short")
+    if not 0 <= size <= _SAMPLES_MAX or body.shape[1] < _LEAST[kind]:
+        raise ValueError("a record that is too short, or says that it has too many samples")
     fixed = _fixed(rows, offset_ns)
     if kind in (RAW, STREAM):
         count = size if kind == RAW else 0

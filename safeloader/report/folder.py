@@ -112,7 +112,7 @@ class LoaderRecords:
         names = segments_in(os.listdir(self.path))
         for number in list(names)[-1:] if newest else names:
             for table, end in self._segment(number, columns, where):
-                next_step = max(next_step, end)
+                next_step = end
                 if table.num_rows:
                     yield table
         rest = tail.since(next_step)
