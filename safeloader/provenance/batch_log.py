@@ -26,6 +26,7 @@ from safeloader.provenance.run_format import (
     BASE_AT,
     CELL,
     DECODED,
+    ERRNO_AT,
     FIRST,
     HEAD,
     MAGIC,
@@ -68,7 +69,7 @@ class BatchLog:
         folder: where they lie.
         offset_ns: from the clock of the stamps to the time since 1970.
         flushed: is told of the batches that the stream got, of the time, and if an epoch ends.
-        broken: is told why nothing more can be written.
+        broken: is told why nothing more can be written, and calls :meth:`broke`.
         segment_bytes: at which a segment is closed.
 
     Attributes:
@@ -86,11 +87,11 @@ class BatchLog:
         folder: OpenFolder,
         offset_ns: int,
         flushed: Callable[[Batches, int, bool], object] = lambda *about: None,
-        broken: Callable[[OSError], object] = lambda exc: None,
+        broken: Callable[[OSError], object] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
         self._folder, self._offset_ns = folder, offset_ns
-        self._flushed, self._broken = flushed, broken
+        self._flushed, self._broken = flushed, broken or self.broke
         self._segment_bytes = segment_bytes
         self.lock = threading.RLock()  # a signal handler may iterate a loader of its own
         self.base = 0
@@ -169,7 +170,6 @@ class BatchLog:
         except OSError as exc:
             if raised_by_signal(exc):  # the user's, which only struck here
                 raise
-            self.leave()
             self._broken(exc)
             return
         self._tail[at : at + size] = record
@@ -272,6 +272,12 @@ class BatchLog:
             self.leave()
             self._folder.remove("tail")
             return [each.number for each in self.segments]
+
+    def broke(self, exc: OSError) -> None:
+        """Nothing more can be written: what reads the tail is told why."""
+        if self._tail is not None:
+            _put_cell(self._tail, ERRNO_AT, exc.errno or -1)
+        self.leave()
 
     def leave(self) -> None:
         """Write nothing any more: it cannot be written."""

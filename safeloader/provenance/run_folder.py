@@ -338,6 +338,8 @@ class LoaderFolder:
     def _broken(self, exc: OSError) -> None:
         if self.is_off:
             return
+        if self.batches is not None:
+            self.batches.broke(exc)
         self.leave()
         self.log.warning(
             "nothing more is written for this run into %s: %s. Training goes on", self.path, exc

@@ -39,7 +39,7 @@ TAIL_BYTES = 1 << 19
 SEGMENT_BYTES = 64 << 20
 
 # The head of the tail, cells of int64.
-MAGIC_AT, OFFSET_AT, BASE_AT, USED_AT = (8 * k for k in range(4))
+MAGIC_AT, OFFSET_AT, BASE_AT, USED_AT, ERRNO_AT = (8 * k for k in range(5))
 FIRST = 64  # where records begin
 
 HEAD = struct.Struct("11q")
@@ -106,10 +106,12 @@ class Tail(NamedTuple):
     Attributes:
         batches: decoded.
         torn: what is wrong with it, in a sentence; empty if nothing is.
+        errno: why nothing more could be written; 0 where that did not happen.
     """
 
     batches: Batches
     torn: str = ""
+    errno: int = 0
 
 
 def read_tail(path: Path) -> Tail | None:
@@ -134,7 +136,7 @@ def read_tail(path: Path) -> Tail | None:
 
 def parse_tail(raw: bytes, name: str = "tail") -> Tail:
     """Decode the records of a tail, as far as they are whole."""
-    _, offset_ns, step, used = struct.unpack_from("4q", raw)
+    _, offset_ns, step, used, errno = struct.unpack_from("5q", raw)
     at, end, starts = FIRST, min(used, len(raw)), list[int]()
     torn = "" if used <= len(raw) else f"{name} is cut short"
     while at + HEAD.size <= end:
@@ -147,7 +149,7 @@ def parse_tail(raw: bytes, name: str = "tail") -> Tail:
         at += size
         step += 1
     try:
-        return Tail(decode(raw, starts, offset_ns), torn)
+        return Tail(decode(raw, starts, offset_ns), torn, errno)
     except (ValueError, IndexError, KeyError):
         return Tail(EMPTY, f"{name} holds what no safeloader wrote: its rows are left out")
 
@@ -440,7 +442,7 @@ def to_parquet(folder: Path, number: int) -> Path | None:
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb") as file:
-            pq.write_table(table, file, **_PARQUET)
+            pq.write_table(table, file, row_group_size=_rows_in_group(table), **_PARQUET)
         part.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -451,10 +453,17 @@ def to_parquet(folder: Path, number: int) -> Path | None:
     return target
 
 
+def _rows_in_group(table: Any) -> int:
+    """A group is what is read for one step, and has a kilobyte or two of its own."""
+    samples = sum(len(chunk.flatten()) for chunk in table["indices"].chunks)
+    rows = _GROUP_SAMPLES * table.num_rows // max(samples, 1)
+    return int(min(max(rows, 1 << 10), 1 << 16))
+
+
+_GROUP_SAMPLES = 1 << 17
 _ITEM = "list.element"
 _PARQUET: dict[str, Any] = {
     "compression": "zstd",
-    "row_group_size": 1 << 13,
     "use_dictionary": ["worker", "pid", f"fetch_ns.{_ITEM}", f"index_text.{_ITEM}"],
     "column_encoding": {
         name: "DELTA_BINARY_PACKED"

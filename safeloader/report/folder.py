@@ -67,16 +67,34 @@ class LoaderRecords:
 
     @property
     def state(self) -> str:
-        """``"ended"`` (it closed its books), ``"running"``, or ``"killed"`` (or the machine was).
+        """What became of it.
 
-        Of a process on another machine that is silent for a minute: ``"silent"``.
+        ``"ended"``: it closed its books; ``"running"``; ``"killed"``, or it ended in another way
+        without closing them; ``"cut off"``: it could not be written further, and training went on
+        (:attr:`notes` say why); ``"silent"``: its process is on another machine, and nothing was
+        written for a minute.
         """
-        if not (self.path / "tail").exists():
+        errno = self._cut_off_by()
+        if errno is None:
             return "ended"
+        if errno:
+            why = os.strerror(errno) if errno > 0 else "an error without a number"
+            self._note(f"{self.path} could not be written further: {why}")
+            return "cut off"
         ended = has_ended(self.info.get("process") or {})
         if ended is not None:
             return "killed" if ended else "running"
         return "running" if time.time() - self.last_sign < _ALIVE_S else "silent"
+
+    def _cut_off_by(self) -> int | None:
+        """The error that ended the writing, 0 for none; None where there is no tail any more."""
+        try:
+            with (self.path / "tail").open("rb") as file:
+                file.seek(run_format.ERRNO_AT)
+                cell = file.read(8)
+        except OSError:
+            return None
+        return int(run_format.CELL.unpack(cell)[0]) if len(cell) == 8 else 0
 
     @property
     def last_sign(self) -> float:
@@ -166,17 +184,21 @@ class LoaderRecords:
     def positions(self, index: int | str) -> Iterator[tuple[Any, Ints, Ints]]:
         """Where an index is: tables with all columns, and in each the rows and positions."""
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         name = "index_text" if isinstance(index, str) else "indices"
-        for table in self.pieces():
+        steps: list[int] = []
+        for table in self.pieces(["step", name]):
             for batch in table.to_batches():
-                column = batch.column(name)
-                values = column.flatten().to_numpy(zero_copy_only=False)
-                at = np.flatnonzero(values == index)
-                if at.size:
-                    offsets = column.offsets.to_numpy() - column.offsets[0].as_py()
-                    rows = np.searchsorted(offsets, at, side="right") - 1
-                    yield pa.Table.from_batches([batch]), rows, at - offsets[rows]
+                rows, _ = _found_in(batch.column(name), index)
+                steps += batch.column("step").take(pa.array(rows)).to_pylist()
+        if not steps:
+            return
+        for table in self.pieces(None, pc.field("step").isin(steps)):
+            for batch in table.to_batches():
+                rows, positions = _found_in(batch.column(name), index)
+                if rows.size:
+                    yield pa.Table.from_batches([batch]), rows, positions
 
     def indices(self, epoch: int) -> Ints:
         """The indices that an epoch handed over, in their order; of a stream the ordinals."""
@@ -271,6 +293,17 @@ class LoaderRecords:
                 with contextlib.suppress(OSError):
                     done += run_format.to_parquet(self.path, number) is not None
         return done
+
+
+def _found_in(lists: Any, wanted: int | str) -> tuple[Ints, Ints]:
+    """The rows of a list column that hold a value, and the positions in them."""
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    at = np.flatnonzero(values == wanted)
+    if not at.size:
+        return at, at
+    offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    rows = np.searchsorted(offsets, at, side="right") - 1
+    return rows, at - offsets[rows]
 
 
 def _end_of(file: Any) -> int:

@@ -490,9 +490,11 @@ def test_a_disk_that_is_full_ends_the_folder_and_nothing_else(
     assert loader.audit.ok
     assert caplog.text.count("nothing more is written for this run") == 1
     assert "File too large" in caplog.text
-    steps = RunFolder(tmp_path).batches(["step"])["step"].to_pylist()
-    assert steps == [*range(10)]
-    assert RunFolder(tmp_path).notes == []
+    run = RunFolder(tmp_path)
+    assert run.batches(["step"])["step"].to_pylist() == [*range(10)]
+    assert run.notes == []
+    assert run.loaders[0].state == "cut off"
+    assert run.notes[0].endswith("could not be written further: File too large")
 
 
 def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path, caplog: Any) -> None:
