@@ -142,8 +142,8 @@ class Epoch:
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
         with guarded("the run's folder", lambda: log):
-            bound = settings.run_max_bytes
-            sinks += sinks_for(recorder, settings.run_target, bound, log, self._source)
+            bound, every = settings.run_max_bytes, settings.run_sources
+            sinks += sinks_for(recorder, settings.run_target, bound, log, self._source, every)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:

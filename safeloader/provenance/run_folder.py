@@ -10,6 +10,7 @@
         incidents.jsonl                         samples skipped, replaced or late
         marks.jsonl                             which batch an optimizer's step was made of
         sources.jsonl                           where samples come from that somebody may ask for
+        sources.parquet                         the same of all samples, with run_sources=True
         failures/                               each failure
         workers.arrows                          memory, CPU time and work of main and workers
         dropped.jsonl                           segments that went for run_max_bytes
@@ -46,13 +47,14 @@ from safeloader.provenance.events import DUMPS_MAX, Incidents
 from safeloader.provenance.open_folder import OpenFolder, not_a_standard_one
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
 from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, by_epoch, why_no_arrow
+from safeloader.provenance.source_log import WHOLE, SourceLog
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 _INCIDENTS_MAX = 100_000  # lines
 _SLOWEST = 100  # of an epoch, whose sources are kept
 _SOURCES_NS = 50_000_000  # at most, for these
-_SOURCES_MAX = 20_000  # of a folder
+_SOURCES_MAX = 5_000  # of a folder
 
 _NO_TIMES = np.empty(0, np.float32), np.empty(0, np.int64), 0.0
 
@@ -104,6 +106,7 @@ class LoaderFolder:
         self._dumped: dict[int, int] = {}
         self._with_source: set[Any] = set()
         self._incidents = 0
+        self._all_sources: SourceLog | None = None
         self._marks = -1
         self.is_off = False
         self.loader = f"{log.loader_name} at {line}"
@@ -141,13 +144,17 @@ class LoaderFolder:
 
     # a loader takes it, and lets go ─────────────────────────────────────────────────────────────
 
-    def taken_by(self, recorder: Recorder, log: LoaderLog, source_of: SourceOf) -> list[object]:
+    def taken_by(
+        self, recorder: Recorder, log: LoaderLog, source_of: SourceOf, all_sources: bool = False
+    ) -> list[object]:
         """A loader begins an epoch: its sinks."""
         if self.epochs and recorder.run is not self:
             self._base = self.epochs - recorder.epochs
         recorder.run = self
         self.log = log
         self._source_now = source_of
+        if all_sources and self._all_sources is None and self._is_first_with_sources():
+            self._all_sources = SourceLog(self._folder, log.length or 0)
         if self.batches is not None:
             notebook = weakref.ref(recorder)  # its workers come later, and anew each epoch
             self._workers.flight = lambda: (known := notebook()) and known.flight()
@@ -265,6 +272,22 @@ class LoaderFolder:
         if lines:
             self._folder.append("sources.jsonl", "".join(lines).encode())
 
+    def _is_first_with_sources(self) -> bool:
+        """Whether no attempt before has them: all ranks read the same dataset, and rank 0 tells."""
+        if self.rank or self.batches is None:
+            return False
+        for path in self.attempt.run.glob(f"attempt=*/rank=0/*/{WHOLE}"):
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads((path.parent / "loader.json").read_text("utf-8"))
+                if isinstance(known, dict) and known.get("name") == self.log.loader_name:
+                    return False
+        return True
+
+    def _go_on_with_sources(self) -> None:
+        log = self._all_sources
+        if log is not None and not log.is_whole and self._sources_of:
+            log.go_on(next(reversed(self._sources_of.values())))
+
     def _note_slowest(self, epoch: int) -> None:
         """At the end of an epoch: where its slowest samples come from."""
         if self.batches is None or epoch not in self._sources_of:
@@ -305,6 +328,7 @@ class LoaderFolder:
     def _flushed(self, batches: Batches, now_ns: int, epoch_ends: bool) -> None:
         self._look_for_slowest(batches)
         self._workers.note(batches, now_ns, at_once=epoch_ends)
+        self._go_on_with_sources()
         self._bounded()
 
     def tell_dropped(self) -> int:

@@ -192,6 +192,7 @@ def sinks_for(
     max_bytes: int | None,
     log: LoaderLog,
     source_of: SourceOf,
+    all_sources: bool = False,
 ) -> list[object]:
     """The sinks that write an epoch which begins into the folder of a run; none where none is to.
 
@@ -201,6 +202,7 @@ def sinks_for(
         max_bytes: bound on what this process keeps of its batches.
         log: the loader's.
         source_of: says where the sample of an index comes from.
+        all_sources: whether that is stored of every sample.
     """
     if target is None or get_worker_info() is not None:
         return []
@@ -211,4 +213,4 @@ def sinks_for(
             raise
         log.warning("nothing of this loader is written for this run: %s. Training goes on", exc)
         return []
-    return [] if folder is None else folder.taken_by(recorder, log, source_of)
+    return [] if folder is None else folder.taken_by(recorder, log, source_of, all_sources)

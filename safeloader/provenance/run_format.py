@@ -429,32 +429,43 @@ def to_parquet(folder: Path, number: int) -> Path | None:
     Raises:
         OSError: if it cannot be written.
     """
+    arrows, parquet = (segment_name(number, end) for end in ("arrows", "parquet"))
+    return to_parquet_file(folder, arrows, parquet, **_PARQUET)
+
+
+def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path | None:
+    """Turn an Arrow stream into a Parquet file; None if the stream is gone.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source, target = (folder / segment_name(number, end) for end in ("arrows", "parquet"))
     try:
-        stream = read_stream(source)
+        stream = read_stream(folder / source)
     except FileNotFoundError:
         return None
-    table = pa.Table.from_batches(stream.batches, schema() if not stream.batches else None)
-    part = folder / f"{target.name}.{os.getpid()}.part"
+    table = pa.Table.from_batches(stream.batches, None if stream.batches else schema())
+    part = folder / f"{target}.{os.getpid()}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with open(fd, "wb") as file:
-            pq.write_table(table, file, row_group_size=_rows_in_group(table), **_PARQUET)
-        part.replace(target)
+            pq.write_table(table, file, row_group_size=_rows_in_group(table), **how)
+        path = part.replace(folder / target)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
     with contextlib.suppress(FileNotFoundError):
-        source.unlink()
-    return target
+        (folder / source).unlink()
+    return path
 
 
 def _rows_in_group(table: Any) -> int:
     """A group is what is read for one step, and has a kilobyte or two of its own."""
+    if "indices" not in table.column_names:
+        return 1 << 16
     samples = sum(len(chunk.flatten()) for chunk in table["indices"].chunks)
     rows = _GROUP_SAMPLES * table.num_rows // max(samples, 1)
     return int(min(max(rows, 1 << 10), 1 << 16))

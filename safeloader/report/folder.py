@@ -242,6 +242,46 @@ class LoaderRecords:
         self._note(stream.torn)
         return pa.Table.from_batches(stream.batches, worker_schema())
 
+    def sources(self) -> Iterator[tuple[Any, str]]:
+        """Indices, and where their samples come from; of all with ``run_sources=True``."""
+        import pyarrow.parquet as pq
+
+        from safeloader.provenance.source_log import STREAM, WHOLE
+
+        pieces: list[Any] = []
+        if (self.path / WHOLE).exists():
+            pieces = pq.read_table(self.path / WHOLE).to_batches()
+        elif (self.path / STREAM).exists():
+            with contextlib.suppress(FileNotFoundError):
+                pieces = read_stream(self.path / STREAM).batches
+        for piece in pieces:
+            both = zip(piece["index"].to_pylist(), piece["source"].to_pylist(), strict=True)
+            yield from ((index, source) for index, source in both if source)
+        for found in self.lines("sources.jsonl"):
+            if "index" in found and "source" in found:
+                yield found["index"], str(found["source"])
+
+    def sources_of(self, wanted: set[Any]) -> dict[Any, str]:
+        """The same of some indices alone, without reading all of them into Python."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        from safeloader.provenance.source_log import WHOLE
+
+        found: dict[Any, str] = {}
+        ints = [each for each in wanted if type(each) is int]
+        if ints and (self.path / WHOLE).exists():
+            where = pc.field("index").isin(pa.array(ints, pa.int64()))
+            table = pq.read_table(self.path / WHOLE, filters=where).to_pydict()
+            found |= dict(zip(table["index"], table["source"], strict=True))
+            lines = self.lines("sources.jsonl")
+            its = [(line.get("index"), str(line.get("source", ""))) for line in lines]
+        else:
+            its = list(self.sources())
+        found |= {index: source for index, source in its if index in wanted}
+        return {index: source for index, source in found.items() if source}
+
     @property
     def has_marks(self) -> bool:
         """Whether the program said which batches its steps are made of."""

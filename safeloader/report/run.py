@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +169,21 @@ class RunFolder:
             for found in each.lines("dropped.jsonl")
         ]
 
-    def sources(self) -> dict[Any, str]:
-        """Where samples come from, by index, as far as that was kept."""
-        return {
-            found["index"]: found["source"]
-            for each in self.loaders
-            for found in each.lines("sources.jsonl")
-            if "index" in found and "source" in found
-        }
+    def sources(self, indices: Iterable[Any] | None = None) -> dict[Any, str]:
+        """Where samples come from, by index, as far as that was kept.
+
+        Of samples that failed, were left out or are the slowest; of all with ``run_sources=True``.
+        Where loaders of several datasets have one index, the last one is told; see
+        :meth:`LoaderRecords.sources_of <safeloader.report.folder.LoaderRecords.sources_of>`.
+
+        Args:
+            indices: of which alone; by default of all, which may be millions.
+        """
+        found: dict[Any, str] = {}
+        wanted = None if indices is None else set(indices)
+        for each in self.loaders:
+            found |= dict(each.sources()) if wanted is None else each.sources_of(wanted)
+        return found
 
     # tables ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,10 +279,21 @@ class RunFolder:
                     continue
             for table in each.pieces(None, where):
                 found += batches_of(each, table)
-        sources = self.sources() if found else {}
+        return self._with_sources(found)
+
+    def _with_sources(self, batches: list[RunBatch]) -> list[RunBatch]:
+        """The batches with the sources that their own loaders' datasets have, on any rank."""
+        wanted = {index for each in batches for index in each.indices}
+        known: dict[str, dict[Any, str]] = {}
+        for name in {each.loader for each in batches}:
+            known[name] = {}
+            for loader in self.loaders:
+                if loader.name == name:
+                    known[name] |= loader.sources_of(wanted)
+        told = ({k: known[each.loader].get(k, "") for k in each.indices} for each in batches)
         return [
-            dataclasses.replace(each, sources={k: sources[k] for k in each.indices if k in sources})
-            for each in found
+            dataclasses.replace(each, sources={k: said for k, said in its.items() if said})
+            for each, its in zip(batches, told, strict=True)
         ]
 
     def index(self, index: int | str) -> list[Sighting]:

@@ -352,6 +352,34 @@ def test_the_slowest_samples_have_their_sources(tmp_path: Path) -> None:
     assert len(run.sources()) <= 100
 
 
+def test_with_run_sources_every_sample_has_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeloader.provenance.source_log._SHARE", 1e9)  # as a long epoch has it
+    for _ in range(2):
+        loader = loader_of(Named(3000), tmp_path, 100, run_sources=True)
+        list(loader)
+        assert len(RunFolder(tmp_path).sources()) == 3000
+        assert RunFolder(tmp_path).sources([7]) == {7: "dataset.files[7] = '7.png'"}
+        run_folders._close()
+        monkeypatch.setattr(run_folders, "_process", run_folders._Process())
+    assert len(list(tmp_path.rglob("sources.parquet"))) == 1  # once a run
+    (batch, _) = RunFolder(tmp_path).step(12)
+    assert batch.sources == {k: f"dataset.files[{k}] = '{k}.png'" for k in range(1200, 1300)}
+
+
+def test_sources_are_looked_for_in_small_slices_of_time(tmp_path: Path) -> None:
+    loader = loader_of(Named(100_000), tmp_path, 100, run_sources=True)
+    for _ in loader:
+        pass
+    (folder,) = run_folders._process.folders
+    some = len(RunFolder(tmp_path).sources())
+    assert 0 < some < 100_000
+    assert folder.batches is not None
+    folder.batches.flush(0)
+    assert len(RunFolder(tmp_path).sources()) >= some
+
+
 # ── folders ──────────────────────────────────────────────────────────────────────────────────────
 
 
