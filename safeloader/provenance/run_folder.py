@@ -390,6 +390,8 @@ class LoaderFolder:
         Returns:
             The segments of batches that may be turned into Parquet.
         """
+        if not self.path.is_dir():  # a temporary folder, that was removed before the end
+            self.leave()
         for number, audit in list(self._open.items()):
             self._ends(number, audit())
         segments: list[int] = []

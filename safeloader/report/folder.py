@@ -242,8 +242,8 @@ class LoaderRecords:
         for table in self.pieces(["epoch", "asked_ns", "wait_ns", "indices"]):
             for batch in table.to_batches():
                 offsets = batch.column("indices").offsets.to_numpy()
-                columns = (batch.column(k).to_numpy() for k in range(3))
-                for totals in _totals(*columns, np.diff(offsets)):
+                epochs, asked, waited = (batch.column(k).to_numpy() for k in range(3))
+                for totals in _totals(epochs, asked, waited, np.diff(offsets)):
                     known = found.get(totals.epoch)
                     found[totals.epoch] = totals if known is None else known.and_then(totals)
         return found

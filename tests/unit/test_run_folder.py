@@ -579,6 +579,16 @@ def test_a_folder_that_vanishes(
     assert caplog.text.count("nothing more is written for this run") == 1
 
 
+def test_a_folder_that_was_removed_before_the_end_is_not_told(tmp_path: Path, caplog: Any) -> None:
+    loader = loader_of(Named(), tmp_path / "run")
+    list(loader)
+    iterator = iter(loader)
+    next(iterator)
+    shutil.rmtree(tmp_path / "run")
+    run_folders._close()
+    assert caplog.text == ""
+
+
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAFELOADER_RUN", str(tmp_path / "file" / "run"))
