@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ from typing import Any
 from torch.utils.data import DataLoader, get_worker_info
 
 from safeloader import _python, _torch
-from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.delivery.audit import EpochAudit
 from safeloader.epochs import why_not_seedable
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
@@ -35,28 +34,27 @@ from safeloader.failures.loader_log import LoaderLog, say
 from safeloader.handles import LoaderHandle, handle_of
 from safeloader.instrumenting import why_not_recordable
 from safeloader.introspect import warned
+from safeloader.introspect.callers import calling_line
 from safeloader.introspect.ranks import rank
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.loader import SafeDataLoader, calling_line, why_unrecorded
+from safeloader.loader import SafeDataLoader, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
 from safeloader.provenance.recorder import Recorder
-from safeloader.provenance.run_folder import RunFolder
 from safeloader.settings import is_off
 
 _TOLD_MAX = 50  # lines at the end
 _TOLD_APART = ("missing", "failed", "dropped", "skipped", "replaced")  # drawn, not delivered
-_LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 
 
 class _Listener:
-    """The sink of one epoch: has it summed up, and written into the run folder."""
+    """The sink of one epoch: has it summed up."""
 
-    def __init__(self, line: _Line, log: LoaderLog) -> None:
-        self._line, self._log = line, log
+    def __init__(self, line: _Line) -> None:
+        self._line = line
 
     def begun(self, epoch: int, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
-        self._line.begins(self, epoch, audit)
+        self._line.begins(self, audit)
 
     def audited(self, audit: EpochAudit) -> None:
         """It is closed."""
@@ -65,8 +63,6 @@ class _Listener:
     def failed(self, failure: Failure) -> None:
         """An error is about to be raised."""
         self._line.failures += 1
-        if _state.folder is not None:
-            _state.folder.failed(failure, self._log)
 
 
 class _Line:
@@ -85,10 +81,9 @@ class _Line:
         self.unknown = 0
         self._open: dict[_Listener, Callable[[], EpochAudit]] = {}
 
-    def begins(self, listener: _Listener, epoch: int, audit: Callable[[], EpochAudit]) -> None:
+    def begins(self, listener: _Listener, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
         self._open[listener] = audit
-        self._write(epoch, None)
 
     def ends(self, listener: _Listener, audit: EpochAudit) -> None:
         """Book what an epoch came to."""
@@ -99,7 +94,6 @@ class _Line:
         self.unknown += audit.ok is None
         for name, count in audit.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        self._write(audit.epoch, audit)
 
     def left_out(self, why: str) -> None:
         """A loader, or an iterator, is not recorded."""
@@ -111,16 +105,6 @@ class _Line:
         """The process ends: epochs that run still are booked as they stand."""
         for listener, audit in list(self._open.items()):
             self.ends(listener, audit())
-
-    def _write(self, epoch: int, audit: EpochAudit | None) -> None:
-        if _state.folder is None:
-            return
-        told = None
-        if audit is not None:  # a class may list a million; the counts are whole
-            first = {name: getattr(audit, name)[:_LISTED_MAX] for name, _ in CLASSES}
-            told = dataclasses.replace(audit, **first).to_dict()
-        loader = f"{self.name} at {self.line}"
-        _state.folder.epoch({"loader": loader, "epoch": epoch, "audit": told})
 
     def __str__(self) -> str:
         if self.why_not:
@@ -151,10 +135,7 @@ class _State:
         self.options: dict[str, Any] = told.get("options", {})
         self.lines: dict[tuple[str, str], _Line] = {}
         self.warned: set[str] = set()
-        self.folder: RunFolder | None = None
-        self.where: str | None = told.get("run")
         self.rank: int | None = None
-        self.attempt: int = told.get("attempt", 0)
         self.lock = threading.RLock()  # two threads may iterate their first loaders at once
         self._begun = False
 
@@ -163,8 +144,6 @@ class _State:
         self._begun = True
         self.rank = rank()  # at its end the process group may be gone
         warned.instead = say
-        if self.where:
-            self.folder = RunFolder(self.where, self.attempt)
         if multiprocessing.parent_process() is not None:  # these skip `atexit`
             _python.Finalize(None, _say, exitpriority=-100)
         else:
@@ -235,7 +214,7 @@ def listens(loader: DataLoader[Any], log: LoaderLog) -> _Listener | None:
     """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
     if _out_of_reach():
         return None
-    return _Listener(_state.line(log.loader_name, _handle(loader).line), log)
+    return _Listener(_state.line(log.loader_name, _handle(loader).line))
 
 
 def _recorded(loader: Any) -> LoaderHandle | None:
@@ -312,4 +291,3 @@ def _say() -> None:
     heading = f"safeloader: loaders of process {os.getpid()}{rank}"
     say("\n  ".join([heading, *lines[:_TOLD_MAX], *more]))
     _state.lines.clear()
-    _state.folder = None  # what ends later than this is booked already

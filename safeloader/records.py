@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,13 +19,24 @@ from safeloader.failures.replay import replay, replay_index, seeded_again, seede
 from safeloader.introspect.html_text import escaped
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import SeededAs
-from safeloader.introspect.texts import index_text
+from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
 from safeloader.showing import in_html, in_words
 from safeloader.transport.stats import TransportStats
+
+
+def _natural(name: str, value: Any, wanted: str) -> int:
+    """An int, 0 or more; one of numpy's too."""
+    said = f"{name} must be {wanted}; got {bounded_text(value)}"
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(said)
+    number = operator.index(value)
+    if number < 0:
+        raise ValueError(said)
+    return number
 
 
 class Records:
@@ -303,6 +315,49 @@ class Records:
         """
         recorder = self._recorder_on_demand()
         return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
+
+    def mark(self, step: int, batch: BatchRecord | int | None = None) -> None:
+        """Note in the run's folder which batch an optimizer's step is made of.
+
+        ``python -m safeloader step RUN 41337`` then names the samples of that step. A step may be
+        made of several batches: mark each. Where nothing is marked, a step is a batch handed over.
+        Without ``run_dir=`` or ``SAFELOADER_RUN`` nothing is noted.
+
+        Args:
+            step: the optimizer's count, 0 or more.
+            batch: the record of the batch, or its number in the newest epoch; by default the batch
+                handed over last. A framework that runs a batch ahead gives the one it trains on.
+
+        Raises:
+            TypeError: for a step or batch of another kind.
+            ValueError: for a negative one.
+            LookupError: if no batch was handed over yet.
+
+        Example:
+            >>> import tempfile
+            >>> from safeloader import SafeDataLoader
+            >>> run = tempfile.TemporaryDirectory()
+            >>> loader = SafeDataLoader(list(range(6)), batch_size=2, run_dir=run.name)
+            >>> for step, batch in enumerate(loader, start=100):
+            ...     loader.mark(step)
+            >>> run.cleanup()
+        """
+        if not isinstance(batch, BatchRecord | None):
+            batch = _natural("batch", batch, "a BatchRecord, an int, 0 or more, or None")
+        step = _natural("step", step, "an int, 0 or more: the optimizer's count")
+        recorder = self._recorder_on_demand()
+        epoch = recorder.epochs - 1
+        if batch is None:
+            delivery = recorder.last_delivery()
+            if delivery is None:
+                raise LookupError(f"step {step} is made of no batch: none was handed over yet")
+            epoch, number = delivery.epoch, delivery.batch
+        elif isinstance(batch, BatchRecord):
+            epoch, number = batch.epoch, batch.batch
+        else:
+            number = batch
+        if recorder.run is not None:
+            recorder.run.mark(step, epoch, number)
 
     @property
     def transport_stats(self) -> TransportStats:

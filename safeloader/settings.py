@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,9 @@ OnCrash = Literal["raise", "restart"]
 Transport = Literal["auto", "torch"]
 Check = Callable[[Any, Any], object]
 
+
+RUN_BYTES_LEAST = 1 << 20
+"""The smallest bound on a run's batches."""
 
 SAID = "_said"
 """The attribute of a loader that holds how many batches it said it has, since its last epoch."""
@@ -73,6 +77,9 @@ class Keywords:
     checksum: bool = False
     seed: int | None = None
     seed_per: SeedPer = "sample"
+    run_dir: bool | str | os.PathLike[str] | None = None
+    run_max_bytes: int | None = None
+    run_sources: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,14 @@ class Settings(Keywords):
         return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
 
     @property
+    def run_target(self) -> Path | None:
+        """The folder of the run; None where nothing is to be written."""
+        if self.run_dir is not None:
+            return None if self.run_dir is False else folder_of(self.run_dir)
+        value = os.environ.get("SAFELOADER_RUN", "")
+        return folder_of(value) if value else None
+
+    @property
     def checks(self) -> tuple[Check, ...]:
         """What each sample is to pass."""
         given = self.validate
@@ -120,6 +135,7 @@ class Settings(Keywords):
         Raises:
             TypeError: for a value of another kind than is taken.
             ValueError: for a value out of range, or a folder that cannot be written to.
+            ImportError: for ``run_dir`` without pyarrow.
         """
         if is_off():
             return
@@ -136,6 +152,10 @@ class Settings(Keywords):
             )
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
+        if self.run_dir is not None and self.run_target is not None:
+            _see_writable("the run", self.run_target, _RUN_ADVICE)
+            if importlib.util.find_spec("pyarrow") is None:
+                raise ImportError(f"run_dir= needs pyarrow: {_INSTALL}")
         if self.on_crash == "restart" and isinstance(dataset, IterableDataset):
             raise ValueError(
                 "on_crash='restart' needs a map-style dataset: a stream cannot be asked again for "
@@ -171,6 +191,8 @@ _TRACE_ADVICE = (
     "nothing"
 )
 _DUMP_ADVICE = "on_failure_dump= a folder that can be written to, or None"
+_RUN_ADVICE = "run_dir= a folder that can be written to, or None"
+_INSTALL = "pip install 'safeloader[run]'"
 # Told when something is to be written, if it still holds.
 _PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
@@ -199,7 +221,13 @@ def _one_of(*words: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in words
 
 
-_KINDS = ("trace", "key", "validate", "on_failure_dump")  # of which another kind is a TypeError
+_KINDS = (
+    "trace",
+    "key",
+    "validate",
+    "on_failure_dump",
+    "run_dir",
+)  # of which another kind is a TypeError
 _is_path = _is_a(str, os.PathLike)
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -270,5 +298,19 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _one_of("sample", "batch"),
         "'sample' (the generators are seeded for each sample, and for collation) or 'batch' (once "
         "for each batch)",
+    ),
+    "run_dir": (
+        lambda value: value is None or value is False or _is_path(value),
+        "a folder that the run is written into, None (ask SAFELOADER_RUN) or False (none)",
+    ),
+    "run_max_bytes": (
+        lambda value: value is None or (_is_a(int)(value) and value >= RUN_BYTES_LEAST),
+        f"the bytes that this process may keep of a run's batches, an int from {RUN_BYTES_LEAST} "
+        "(1 MiB) on, or None for no bound",
+    ),
+    "run_sources": (
+        lambda value: isinstance(value, bool),
+        "True (the source of every sample is stored with the run, once) or False (of those that "
+        "failed, were left out or are the slowest)",
     ),
 }

@@ -23,6 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     "__main__",
     "commands",
+    "report",
     "examining",
     "hook",
     "integrations",

@@ -72,6 +72,9 @@ OUR_KEYWORDS = {
     "checksum": False,
     "seed": None,
     "seed_per": "sample",
+    "run_dir": None,
+    "run_max_bytes": None,
+    "run_sources": False,
 }
 
 
@@ -145,7 +148,7 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
-    added |= {"summary", "audit_part"}
+    added |= {"summary", "audit_part", "mark"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
@@ -175,6 +178,9 @@ def test_the_keywords_are_instance_attributes() -> None:
         "checksum": True,
         "seed": 3,
         "seed_per": "batch",
+        "run_dir": False,
+        "run_max_bytes": 1 << 20,
+        "run_sources": True,
     }
     loader = SafeDataLoader([1], **given)
     assert {name: vars(loader)[name] for name in OUR_KEYWORDS} == given

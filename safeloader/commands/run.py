@@ -18,18 +18,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
 from pathlib import Path
 from typing import Any, NoReturn
 
-from safeloader._version import __version__
+from safeloader.provenance.attempts import AnotherRun, NotARun, attempts_in, open_run
 
 _HOOK = Path(__file__).parent.parent / "hook"
 _CANNOT_WORK = "ISE"  # of python: no environment, or no module `site` to run the hook
 _INSTEAD = ("-m", "-c", "-")  # of a script, for python
-_ALIVE_S = 60.0  # a run that wrote within this time is taken to go on
+_ALONE = ("--checksum", "--run-sources", "-h", "--help")  # options without a value
 _NOT_RECORDED = 3
+_BYTES_LEAST = 1 << 20
 _EXAMPLES = """\
 CMD is what stands behind `python` or at the prompt:
 
@@ -67,7 +66,24 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add: Any = parser.add_argument
-    add("--run", metavar="DIR", help="write an audit an epoch, and each failure, into this folder")
+    add(
+        "--run",
+        metavar="DIR",
+        help="write into this folder which samples each batch had, audits, failures and what the "
+        "workers used; `pip install 'safeloader[run]'` for the batches",
+    )
+    add(
+        "--run-max-bytes",
+        type=_bytes,
+        metavar="N",
+        help="bound on the batches that each process keeps there, 1048576 or more (default: none)",
+    )
+    add(
+        "--run-sources",
+        action="store_true",
+        default=None,
+        help="store there where every sample comes from",
+    )
     add(
         "--expect-ranks",
         type=_count,
@@ -136,7 +152,7 @@ def _parsed(words: list[str]) -> dict[str, Any]:
     """Our options, and under ``command`` all from the first word on that is none of them."""
     at = 0
     while at < len(words) and words[at].startswith("-") and words[at] not in ("--", *_INSTEAD):
-        alone = "=" in words[at] or words[at] in ("--checksum", "-h", "--help")
+        alone = "=" in words[at] or words[at] in _ALONE
         at += 1 if alone else 2
     return vars(_parser().parse_args(words[:at])) | {"command": words[at:]}
 
@@ -144,6 +160,12 @@ def _parsed(words: list[str]) -> dict[str, Any]:
 def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 on")
+    return int(word)
+
+
+def _bytes(word: str) -> int:
+    if not word.isdecimal() or int(word) < _BYTES_LEAST:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from {_BYTES_LEAST} (1 MiB) on")
     return int(word)
 
 
@@ -245,57 +267,18 @@ def _environment(options: dict[str, Any], folder: str | None, program: list[str]
     launched: dict[str, Any] = {"options": options}
     added: dict[str, str] = {}
     if folder is not None:
-        run = Path(os.path.abspath(folder))
         try:
-            identity, launched["attempt"] = _begin_run(run, program)
+            attempt = open_run(Path(folder), program)
         except OSError as exc:
             raise _Refused(f"the folder of the run cannot be written to: {exc}") from None
-        launched["run"] = str(run)
-        added["SAFELOADER_RUN_ID"] = identity
+        except (NotARun, AnotherRun) as exc:
+            raise _Refused(str(exc)) from None
+        launched |= {"run": str(attempt.run), "attempt": attempt.number}
+        added["SAFELOADER_RUN"] = str(attempt.run)
+        added["SAFELOADER_RUN_ID"] = attempt.id
     path = [str(_HOOK), *filter(None, [os.environ.get("PYTHONPATH")])]
     added["PYTHONPATH"] = os.pathsep.join(path)
     return os.environ | added | {"SAFELOADER_LAUNCHED": json.dumps(launched)}
-
-
-def _begin_run(run: Path, program: list[str]) -> tuple[str, int]:
-    """Write ``run.json``, or find the run that is there; its id, and the number of this attempt."""
-    run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    identity = os.environ.get("SAFELOADER_RUN_ID") or uuid.uuid4().hex
-    content = {
-        "id": identity,
-        "command": program,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"safeloader": __version__, "python": sys.version.split()[0]},
-    }
-    path = run / "run.json"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        with open(fd, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        (run / "attempt=0").mkdir(mode=0o700)
-        return identity, 0
-    try:
-        known = str(json.loads(path.read_text("utf-8"))["id"])
-    except (ValueError, KeyError, TypeError):
-        raise _Refused(f"{path} was not written by safeloader; give another folder") from None
-    newest = max((each.stat().st_mtime for each in run.rglob("*")), default=0.0)
-    if known != os.environ.get("SAFELOADER_RUN_ID") and time.time() - newest < _ALIVE_S:
-        raise _Refused(
-            f"another run may still write into {run}: it did {time.time() - newest:.0f} s ago. "
-            "Give another folder; or, if that run has ended, wait until a minute has passed, or "
-            f"set SAFELOADER_RUN_ID={known} to begin its next attempt now"
-        )
-    while True:
-        numbers = (each.name.partition("=")[2] for each in run.glob("attempt=*"))
-        attempt = 1 + max((int(each) for each in numbers if each.isdecimal()), default=-1)
-        try:
-            (run / f"attempt={attempt}").mkdir(mode=0o700)
-        except FileExistsError:
-            continue
-        return known, attempt
 
 
 def _become(program: list[str], environment: dict[str, str]) -> NoReturn:
@@ -325,10 +308,12 @@ def _beside(program: list[str], environment: dict[str, str], ranks: int) -> int:
     if status:
         return status
     launched = json.loads(environment["SAFELOADER_LAUNCHED"])
-    attempt = Path(launched["run"]) / f"attempt={launched['attempt']}"
+    run = Path(launched["run"])
     seen = {
         each.parent.parent.name
-        for each in attempt.glob("rank=*/*/epochs.jsonl")
+        for number in attempts_in(run)
+        if number >= launched["attempt"]  # elastic ranks that were restarted are the next one
+        for each in run.glob(f"attempt={number}/rank=*/*/epochs.jsonl")
         if _has_audit(each)
     }
     if len(seen) >= ranks:

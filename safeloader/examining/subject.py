@@ -97,7 +97,7 @@ class Subject:
             options |= {"sampler": draws, "batch_size": None}
         if self._ours is None:
             return DataLoader(self.dataset, **options)
-        return SafeDataLoader(self.dataset, **options, **self._ours)
+        return SafeDataLoader(self.dataset, run_dir=False, **options, **self._ours)
 
     # ── what to fetch
 

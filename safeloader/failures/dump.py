@@ -22,8 +22,12 @@ _LOG = logging.getLogger("safeloader")
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
 
-def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> Path | None:
+def write(
+    failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG, *, tell: bool = True
+) -> Path | None:
     """Write ``failure`` as a file of its own, which a line in the log names; None if that fails.
+
+    ``tell``: whether the line is written.
 
     That nothing can be written is said once for a folder.
     """
@@ -55,7 +59,8 @@ def write(failure: Failure, folder: str | os.PathLike[str], log: Log = _LOG) -> 
                 part.unlink(missing_ok=True)
         return None
     _told.discard(target)
-    log.warning("the failure is written to %s", path)
+    if tell:
+        log.warning("the failure is written to %s", path)
     return path
 
 

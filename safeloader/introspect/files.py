@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import platform
-import re
 import tempfile
 from pathlib import Path
 
+from safeloader.introspect.identity import host_name
+from safeloader.introspect.private_files import make_folder
 from safeloader.introspect.ranks import rank
 
 _numbers = itertools.count()
@@ -57,22 +57,6 @@ def create(folder: Path, stem: str, suffix: str, also: str = "") -> tuple[int, P
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), path
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing, for their owner alone.
-
-    Raises:
-        OSError: if one cannot be made.
-    """
-    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        with contextlib.suppress(FileExistsError):  # another rank made it just now
-            missing.mkdir(mode=0o700)
-
-
 def process_name() -> str:
     """``host-rank0-4711``, which tells processes apart in a folder that machines share."""
     return f"{host_name()}-rank{rank() or 0}-{os.getpid()}"
-
-
-def host_name() -> str:
-    """The name of this machine, as a part of a file's name."""
-    return re.sub(r"[^\w.-]", "_", platform.node())[:64] or "host"

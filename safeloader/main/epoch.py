@@ -36,6 +36,7 @@ from safeloader.main.rank_accounts import rank_accounts
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.run_folders import sinks_for
 from safeloader.provenance.summary import tell_at_end
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
@@ -143,6 +144,9 @@ class Epoch:
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
         with guarded("the trace", lambda: log):
             sinks.append(trace_for(recorder, settings.trace_target, log))
+        with guarded("the run's folder", lambda: log):
+            bound, every = settings.run_max_bytes, settings.run_sources
+            sinks += sinks_for(recorder, settings.run_target, bound, log, self._source, every)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
@@ -430,6 +434,11 @@ class Epoch:
         if at is not None:
             self.close()
         return error
+
+    def _source(self, index: Any) -> str:
+        """Where a sample comes from, as the copy of the dataset here tells."""
+        dataset = self._dataset
+        return "" if dataset is None else source_of(dataset, index, None, self.log.length)
 
     def _with_source(self, failure: Failure) -> Failure:
         """A worker that died or hangs cannot say which file it was at: the copy here can."""

@@ -199,7 +199,7 @@ class WorkerPool:
 
     def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
         settings = self._settings
-        dumps = settings.on_failure_dump is not None
+        dumps = settings.on_failure_dump is not None or settings.run_target is not None
         return FetchContext(
             progress=self._progress,
             key=settings.identity,
@@ -272,6 +272,7 @@ class WorkerPool:
                 started=perf_counter(),
             )
             settings.recorder.memory_of_workers = weakref.WeakMethod(flight.memory)
+            settings.recorder.flight = weakref.ref(flight)
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)

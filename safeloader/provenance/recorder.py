@@ -121,6 +121,8 @@ class Recorder:
         self.orders: dict[int, tuple[int, Packed, bool]] = {}
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
         self.totals = Totals()
+        self.flight: Callable[[], Any] = lambda: None  # the flight recorder of the workers
+        self.run: Any = None  # the folder in a run's that its epochs are written to
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.max_bytes,)

@@ -1,93 +1,410 @@
-"""One process's folder in the folder of a run. Runs in: main.
+"""A loader's folder in the folder of a run: the sink of its epochs. Runs in: main.
 
 ::
 
-    DIR/run.json                                       the launcher's
-    DIR/attempt=0/rank=0/host-pid-boot-n/epochs.jsonl  an audit an epoch
-                                         failures/     each failure
+    DIR/run.json, attempt=K/attempt.json        safeloader/provenance/attempts.py
+    DIR/attempt=K/rank=R/host-pid-boot-n/       a folder for each process and loader
+        loader.json                             which loader, and which process
+        tail, batches-NNN.arrows, .parquet      safeloader/provenance/run_format.py
+        epochs.jsonl                            a line as an epoch begins, and one with its audit
+        incidents.jsonl                         samples skipped, replaced or late
+        marks.jsonl                             which batch an optimizer's step was made of
+        sources.jsonl                           where samples come from that somebody may ask for
+        sources.parquet                         the same of all samples, with run_sources=True
+        failures/                               each failure
+        workers.arrows                          memory, CPU time and work of main and workers
+        dropped.jsonl                           segments that went for run_max_bytes
 
-Nothing here ends a training: what cannot be written is said once.
+Nothing here ends a training: what cannot be written is said once, and then no more is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
+import sys
+import time
 import weakref
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
+from safeloader._version import __version__
+from safeloader.delivery.audit import CLASSES, EpochAudit
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog, say
-from safeloader.introspect.files import host_name, make_folder
-from safeloader.introspect.ranks import rank
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.identity import boot_id, host_name, process_identity
+from safeloader.introspect.signals import raised_by_signal
+from safeloader.introspect.texts import index_text
+from safeloader.provenance.attempts import Attempt
+from safeloader.provenance.batch_log import BatchLog
+from safeloader.provenance.events import DUMPS_MAX, Incidents
+from safeloader.provenance.open_folder import OpenFolder, not_a_standard_one
+from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
+from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, by_epoch, why_no_arrow
+from safeloader.provenance.source_log import WHOLE, SourceLog
+from safeloader.provenance.worker_log import WorkerLog
 
-_BOOT = "/proc/sys/kernel/random/boot_id"
+LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
+_INCIDENTS_MAX = 100_000  # lines
+_SLOWEST = 100  # of an epoch, whose sources are kept
+_SOURCES_NS = 50_000_000  # at most, for these
+_SOURCES_MAX = 5_000  # of a folder
+
+_NO_TIMES = np.empty(0, np.float32), np.empty(0, np.int64), 0.0
+
+Audit = Callable[[], EpochAudit]
+SourceOf = Callable[[Any], str]
 
 
-class RunFolder:
-    """Where this process writes.
+class LoaderFolder:
+    """Where the epochs of one loader in this process are written.
+
+    A loader of the same name and line that comes after it, when it is gone, goes on in the same
+    folder: the numbers of its epochs go on too.
 
     Args:
-        run: the folder of the run.
-        attempt: its number: a run that is started again goes on in the same folder.
+        attempt: of which run.
+        rank: of this process.
+        line: the line that first iterated the loader.
+        log: the loader's.
+        segment_bytes: at which a segment of batches is closed.
+        bounded: is told that a segment was closed: it may be too much for the process.
+
+    Attributes:
+        path: the folder.
+        batches: the log of its batches; None where pyarrow is missing.
+        epochs: how many were begun.
+
+    Raises:
+        OSError: if the folder cannot be written to.
     """
 
-    def __init__(self, run: str, attempt: int) -> None:
-        self._fd = -1
-        parent = Path(run) / f"attempt={attempt}" / f"rank={rank() or 0}"
-        try:
-            boot = Path(_BOOT).read_text()[:8]
-        except OSError:
-            boot = "boot"
-        try:
-            make_folder(parent)
-            self.path = _new_folder(parent, f"{host_name()}-{os.getpid()}-{boot}")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-            self._fd = _not_stderr(os.open(self.path / "epochs.jsonl", flags, 0o600))
-            weakref.finalize(self, os.close, self._fd).atexit = False
-        except OSError as exc:
-            self._broken(exc)
+    batches: BatchLog | None = None
 
-    def epoch(self, what: dict[str, Any]) -> None:
-        """Append a line: an epoch begins (its audit is null), or its audit."""
-        if self._fd < 0:
-            return
-        try:
-            os.write(self._fd, (json.dumps(what) + "\n").encode())
-        except (OSError, ValueError) as exc:
-            self._broken(exc)
-
-    def failed(self, failure: Failure, log: LoaderLog) -> None:
-        """Write a failure as a file of its own, which a line in the loader's log names."""
-        if self._fd >= 0:
-            dump.write(failure, self.path / "failures", log)
-
-    def _broken(self, exc: BaseException) -> None:
-        self._fd = -1
-        say(f"safeloader: nothing more is written for this run: {exc}")
-
-
-def _not_stderr(fd: int) -> int:
-    """The file under a number above 2: in a program that has closed these, lines for stderr would
-    go into it."""
-    low = []
-    while fd <= 2:
-        low.append(fd)
-        fd = os.dup(fd)
-    for each in low:
-        os.close(each)
-    return fd
-
-
-def _new_folder(parent: Path, stem: str) -> Path:
-    number = 0
-    while True:
-        path = parent / f"{stem}-{number}"
-        try:
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            number += 1
+    def __init__(
+        self,
+        attempt: Attempt,
+        rank: int,
+        line: str,
+        log: LoaderLog,
+        segment_bytes: int = SEGMENT_BYTES,
+        bounded: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.attempt, self.rank = attempt, rank
+        self.log, self._bounded = log, bounded
+        self.epochs = 0
+        self._base = 0  # of the recorder's numbers of epochs
+        self._open: dict[int, Audit] = {}
+        self._sources_of: dict[int, SourceOf] = {}
+        self._slowest: dict[int, tuple[Any, Any, float]] = {}
+        self._dumped: dict[int, int] = {}
+        self._with_source: set[Any] = set()
+        self._incidents = 0
+        self._source_now: SourceOf | None = None  # of the epoch that is about to begin
+        self._all_sources: SourceLog | None = None
+        self._marks = -1
+        self.is_off = False
+        self.loader = f"{log.loader_name} at {line}"
+        stem = f"{host_name()}-{os.getpid()}-{boot_id()}"
+        self._folder = OpenFolder(attempt.run, [attempt.path.name, f"rank={rank}"], stem)
+        self.path = self._folder.path
+        missing = why_no_arrow()
+        facts = self._facts(line) | {"batches": not missing}
+        self._folder.append("loader.json", json.dumps(facts, indent=1).encode())
+        if missing:
+            log.warning("%s. Epochs and failures are written without them", missing)
         else:
-            return path
+            self.batches = BatchLog(
+                self._folder, UNIX_OFFSET_NS, self._flushed, self._broken, segment_bytes
+            )
+            self._workers = WorkerLog(self._folder)
+
+    def _facts(self, line: str) -> dict[str, Any]:
+        return {
+            "loader": self.loader,
+            "name": self.log.loader_name,
+            "line": line,
+            "length": self.log.length,
+            "rank": self.rank,
+            "world_size": self.log.at.world_size,
+            "began": time.time(),
+            "process": process_identity(),
+            "command": sys.orig_argv,
+            "versions": {
+                "safeloader": __version__,
+                "python": sys.version.split()[0],
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+            },
+        }
+
+    # a loader takes it, and lets go ─────────────────────────────────────────────────────────────
+
+    def taken_by(
+        self, recorder: Recorder, log: LoaderLog, source_of: SourceOf, all_sources: bool = False
+    ) -> list[object]:
+        """A loader begins an epoch: its sinks."""
+        if self.epochs and recorder.run is not self:
+            self._base = self.epochs - recorder.epochs
+        recorder.run = self
+        self.log = log
+        self._source_now = source_of
+        if all_sources and self._all_sources is None and self._is_first_with_sources():
+            self._all_sources = SourceLog(self._folder, log.length or 0)
+        if self.batches is not None:
+            notebook = weakref.ref(recorder)  # its workers come later, and anew each epoch
+            self._workers.flight = lambda: (known := notebook()) and known.flight()
+            self.batches.base = self._base
+        return [self, self.batches] if self.batches is not None else [self]
+
+    # events ─────────────────────────────────────────────────────────────────────────────────────
+
+    def begun(self, epoch: int, audit: Audit) -> None:
+        """An epoch begins."""
+        number = epoch + self._base
+        self.epochs = max(self.epochs, number + 1)
+        self._open[number] = audit
+        if self._source_now is not None:  # which leads to the accounts of the epoch
+            self._sources_of[number], self._source_now = self._source_now, None
+        self._epoch_line(number, None)
+
+    def audited(self, audit: EpochAudit) -> None:
+        """An epoch is closed."""
+        self._ends(audit.epoch + self._base, audit)
+
+    def _ends(self, number: int, audit: EpochAudit) -> None:
+        self._open.pop(number, None)
+        if self.is_off:
+            return
+        with self._guarded():
+            if self.batches is not None:
+                self.batches.epoch_ends(time.perf_counter_ns())
+            self._note_slowest(number)
+        self._sources_of.pop(number, None)
+        self._dumped.pop(number, None)
+        self._epoch_line(number, audit)
+
+    def failed(self, failure: Failure) -> None:
+        """An error is about to be raised."""
+        if self.is_off:
+            return
+        number = (failure.epoch or 0) + self._base
+        self._dump(dataclasses.replace(failure, epoch=number), self.log)
+        with self._guarded():
+            self._note_sources(number, [failure.index])
+
+    def skipped(
+        self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
+    ) -> None:
+        """Samples were left out, replaced, or late."""
+        if self.is_off:
+            return
+        number = epoch + self._base
+        with self._guarded():
+            lines = []
+            for index, incident in incidents:
+                self._incidents += 1
+                if self._incidents > _INCIDENTS_MAX:
+                    break
+                what = {
+                    "epoch": number,
+                    "batch": batch,
+                    "position": incident.position,
+                    "index": _plain(index),
+                    "what": incident.what,
+                    "reason": incident.reason,
+                }
+                lines.append(json.dumps(what) + "\n")
+            if lines:
+                self._folder.append("incidents.jsonl", "".join(lines).encode())
+            gone = [index for index, incident in incidents if incident.what != "late"]
+            self._note_sources(number, gone)
+        for failure in failures:
+            self._survived(dataclasses.replace(failure, epoch=number))
+
+    def restarted(self, failure: Failure, said: Sequence[str]) -> None:
+        """New workers take over from dead ones."""
+        number = (failure.epoch or 0) + self._base
+        self._survived(dataclasses.replace(failure, epoch=number))
+
+    def _survived(self, failure: Failure) -> None:
+        """A failure that ends no batch: of these a bounded number in an epoch."""
+        number = failure.epoch or 0
+        self._dumped[number] = self._dumped.get(number, 0) + 1
+        if self._dumped[number] <= DUMPS_MAX and not self.is_off:
+            self._dump(failure, None)
+
+    def _dump(self, failure: Failure, log: LoaderLog | None) -> None:
+        dump.write(failure, self.path / "failures", log or self.log, tell=log is not None)
+
+    def mark(self, step: int, epoch: int, batch: int) -> None:
+        """An optimizer's step was made of a batch."""
+        if self.is_off:
+            return
+        line = b'{"step":%d,"epoch":%d,"batch":%d}\n' % (step, epoch + self._base, batch)
+        with self._guarded():
+            if self._marks < 0:
+                fd = self._folder.new("marks.jsonl", os.O_WRONLY | os.O_APPEND)
+                self._marks = not_a_standard_one(fd)
+            os.write(self._marks, line)
+
+    # sources ────────────────────────────────────────────────────────────────────────────────────
+
+    def _note_sources(self, epoch: int, indices: Sequence[Any]) -> None:
+        """Write where samples come from, as far as their dataset tells."""
+        source_of = self._sources_of.get(epoch)
+        if source_of is None or len(self._with_source) > _SOURCES_MAX:
+            return
+        give_up = time.perf_counter_ns() + _SOURCES_NS
+        lines = []
+        for index in indices:
+            if index is None or _plain(index) in self._with_source:
+                continue
+            self._with_source.add(_plain(index))
+            source = source_of(index)
+            if source:
+                lines.append(json.dumps({"index": _plain(index), "source": source}) + "\n")
+            if time.perf_counter_ns() > give_up:
+                break
+        if lines:
+            self._folder.append("sources.jsonl", "".join(lines).encode())
+
+    def _is_first_with_sources(self) -> bool:
+        """Whether no attempt before has them: all ranks read the same dataset, and rank 0 tells."""
+        if self.rank or self.batches is None:
+            return False
+        for path in self.attempt.run.glob(f"attempt=*/rank=0/*/{WHOLE}"):
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads((path.parent / "loader.json").read_text("utf-8"))
+                if isinstance(known, dict) and known.get("name") == self.log.loader_name:
+                    return False
+        return True
+
+    def _go_on_with_sources(self) -> None:
+        log = self._all_sources
+        if log is not None and not log.is_whole and self._sources_of:
+            log.go_on(next(reversed(self._sources_of.values())))
+
+    def _note_slowest(self, epoch: int) -> None:
+        """At the end of an epoch: where its slowest samples come from."""
+        if self.batches is None or epoch not in self._sources_of:
+            return
+        self._look_for_slowest(self.batches.held())
+        times, indices, _ = self._slowest.pop(epoch, _NO_TIMES)
+        indices = indices[np.argsort(-times)]
+        self._note_sources(epoch, indices[indices >= 0].tolist())  # those that are no ints: -1
+
+    def _look_for_slowest(self, batches: Batches) -> None:
+        for epoch, part in by_epoch(batches):
+            times, indices, least = self._slowest.get(epoch, _NO_TIMES)
+            slow = np.flatnonzero(part.fetch_ns > least)
+            if not slow.size or epoch not in self._sources_of:
+                continue
+            times = np.concatenate([times, part.fetch_ns[slow]])
+            indices = np.concatenate([indices, part.indices[slow]])
+            if times.size > _SLOWEST:
+                most = np.argpartition(times, -_SLOWEST)[-_SLOWEST:]
+                times, indices = times[most], indices[most]
+                least = float(times.min())
+            self._slowest[epoch] = times, indices, least
+
+    # writing ────────────────────────────────────────────────────────────────────────────────────
+
+    def _epoch_line(self, number: int, audit: EpochAudit | None) -> None:
+        if self.is_off:
+            return
+        told = None
+        if audit is not None:  # a class may list a million; the counts are whole
+            first = {name: getattr(audit, name)[:LISTED_MAX] for name, _ in CLASSES}
+            told = dataclasses.replace(audit, epoch=number, **first).to_dict()
+        loader = self.log.loader_name + self.loader[self.loader.rindex(" at ") :]
+        what = {"loader": loader, "epoch": number, "time": time.time(), "audit": told}
+        with self._guarded():
+            self._folder.append("epochs.jsonl", (json.dumps(what) + "\n").encode())
+
+    def _flushed(self, batches: Batches, now_ns: int, epoch_ends: bool) -> None:
+        self._look_for_slowest(batches)
+        self._workers.note(batches, now_ns, at_once=epoch_ends)
+        self._go_on_with_sources()
+        self._bounded()
+
+    def tell_dropped(self) -> int:
+        """Remove the oldest closed segment, and say so; how many bytes it had.
+
+        Raises:
+            OSError: if it cannot be removed.
+        """
+        assert self.batches is not None
+        gone = self.batches.drop_oldest()
+        what = {
+            "segment": gone.number,
+            "steps": gone.steps,
+            "epochs": gone.epochs,
+            "bytes": gone.nbytes,
+            "time": time.time(),
+        }
+        self._folder.append("dropped.jsonl", (json.dumps(what) + "\n").encode())
+        return gone.nbytes
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What is done within needs the disk, or is ours: its faults end the folder alone."""
+        try:
+            yield
+        except OSError as exc:
+            if raised_by_signal(exc):
+                raise
+            self._broken(exc)
+
+    def _broken(self, exc: OSError) -> None:
+        if self.is_off:
+            return
+        if self.batches is not None:
+            self.batches.broke(exc)
+        self.leave()
+        self.log.warning(
+            "nothing more is written for this run into %s: %s. Training goes on", self.path, exc
+        )
+
+    def leave(self) -> None:
+        """Write nothing any more."""
+        self.is_off = True
+        if self.batches is not None:
+            self.batches.leave()
+
+    def leave_to_parent(self) -> None:
+        """This is a forked child: the folder is the parent's."""
+        if self.batches is not None:
+            self.batches.leave_to_parent()
+        self.leave()
+
+    def close(self) -> list[int]:
+        """The process ends: epochs that run still are booked as they stand.
+
+        Returns:
+            The segments of batches that may be turned into Parquet.
+        """
+        if not self.path.is_dir():  # a temporary folder, that was removed before the end
+            self.leave()
+        for number, audit in list(self._open.items()):
+            self._ends(number, audit())
+        segments: list[int] = []
+        if self.batches is not None and not self.is_off:
+            with self._guarded():
+                segments = self.batches.close(time.perf_counter_ns())
+        self.leave()
+        if self._marks >= 0:
+            os.close(self._marks)
+            self._marks = -1
+        return segments
+
+
+def _plain(index: Any) -> Any:
+    """An index as JSON has it: an int, or a text."""
+    return index if type(index) is int else index_text(index)

@@ -87,6 +87,11 @@ class FlightRecorder(SharedCells):
         super().__init__(_SHARED + workers * ROW, workers * (STACK_BYTES + REPORT_BYTES))
         self._workers = workers
 
+    @property
+    def workers(self) -> int:
+        """How many rows there are."""
+        return self._workers
+
     # in a worker ────────────────────────────────────────────────────────────────────────────────
 
     def row(self, worker: int) -> memoryview:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader, SampleError, instrument, loaders_of
-from safeloader.loader import calling_line
+from safeloader.introspect.callers import calling_line
 from tests.frameworks.library_loaders import (
     CopiesAttributes,
     Endless,

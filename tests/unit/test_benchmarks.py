@@ -31,6 +31,7 @@ from benchmarks import (
     memory,
     report,
     run,
+    run_folder,
     seeding,
     stateful,
     timing,
@@ -595,3 +596,24 @@ def test_audits_over_ranks_are_right_before_they_are_timed(
     assert "ABOVE" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         across_ranks.main(["--ranks=3"])
+
+
+# ----------------------------------------------------------------------------- the folder of a run
+
+
+def test_a_runs_folder_is_timed_weighed_and_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run_folder, "QUICK_SAMPLES", 1 << 10)
+    monkeypatch.setattr(run_folder, "QUICK_RANK_SAMPLES", 640)
+    monkeypatch.delenv("SAFELOADER_ATTEMPT", raising=False)
+    bars = ("BAR_US", "BAR_STREAM", "BAR_CLOSED", "BAR_STEP_S", "BAR_INDEX_S")
+    for name in bars:
+        monkeypatch.setattr(run_folder, name, 1e9)
+    assert run_folder.main(["--quick", "--check", f"--out={tmp_path}"]) == 0
+    assert "bytes/sample written" in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-run-folder.json"))
+    assert set(result["sizes"]) == {"64", "8", "1"}
+    assert result["sizes"]["64"]["stream_bytes"] > result["sizes"]["64"]["closed_bytes"] > 1
+    monkeypatch.setattr(run_folder, "BAR_CLOSED", 0)
+    assert run_folder.main(["--quick", "--check"]) == 1

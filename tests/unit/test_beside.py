@@ -16,15 +16,16 @@ from torch.utils.data import DataLoader
 from safeloader import SKIP, Recorder, SafeDataLoader, beside
 from safeloader.handles import handle_of
 from safeloader.introspect import warned
-from safeloader.provenance import events
-from safeloader.provenance.run_folder import RunFolder
+from safeloader.provenance import events, run_folders
 
 
 @pytest.fixture(autouse=True)
 def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """What a launched process begins with; nothing is said at this process's end."""
-    told = {"run": str(tmp_path / "runs"), "options": {"verify": "warn"}}
-    monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps(told))
+    monkeypatch.setenv("SAFELOADER_LAUNCHED", json.dumps({"options": {"verify": "warn"}}))
+    monkeypatch.setenv("SAFELOADER_RUN", str(tmp_path / "runs"))
+    monkeypatch.setattr(run_folders, "_process", run_folders._Process())
+    monkeypatch.setattr(run_folders.atexit, "register", lambda function: None)
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
     monkeypatch.setattr(warned, "instead", None)
@@ -42,8 +43,9 @@ def recorded(loader: Any) -> Any:
 
 
 def audits(folder: Path) -> list[Any]:
-    (path,) = folder.glob("runs/attempt=0/rank=0/*/epochs.jsonl")
-    return [json.loads(line)["audit"] for line in path.read_text().splitlines()]
+    paths = sorted(folder.glob("runs/attempt=0/rank=0/*/epochs.jsonl"))
+    lines = [line for path in paths for line in path.read_text().splitlines()]
+    return [json.loads(line)["audit"] for line in lines]
 
 
 def test_a_fault_of_ours_is_said_once_and_torchs_own_iterator_serves(
@@ -104,12 +106,14 @@ def test_a_second_thread_waits_until_it_is_known_where_to_write(
 ) -> None:
     second = threading.Thread(target=lambda: list(recorded(plain())))
 
-    def made_slowly(*args: Any) -> RunFolder:
+    open_run = run_folders.open_run
+
+    def made_slowly(*args: Any, **more: Any) -> Any:
         second.start()
         second.join(0.2)  # it ends only where it does not wait
-        return RunFolder(*args)
+        return open_run(*args, **more)
 
-    monkeypatch.setattr(beside, "RunFolder", made_slowly)
+    monkeypatch.setattr(run_folders, "open_run", made_slowly)
     list(recorded(plain()))
     second.join()
     assert [told["delivered"] for told in audits(tmp_path) if told] == [6, 6]
@@ -161,10 +165,11 @@ def test_loaders_that_one_line_iterates_are_told_apart_by_what_they_read(
         f"  DataLoader over Tensor (6) at {at}: 2 epochs, 12 of 12 delivered",
         f"  DataLoader over Tensor (2) at {at}: 1 epoch, 2 of 2 delivered",
     ]
-    (path,) = tmp_path.glob("runs/attempt=0/rank=0/*/epochs.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    named = {line["loader"] for line in lines}
-    assert named == {f"DataLoader over Tensor ({length}) at {at}" for length in (6, 2)}
+    folders = sorted(tmp_path.glob("runs/attempt=0/rank=0/*"))
+    lines = [(path / "epochs.jsonl").read_text().splitlines() for path in folders]
+    named = [[json.loads(line)["loader"] for line in each] for each in lines]
+    six, two = (f"DataLoader over Tensor ({length}) at {at}" for length in (6, 2))
+    assert named == [[six] * 4, [two] * 2]
 
 
 def test_a_process_that_has_a_rank_says_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -223,9 +228,9 @@ def test_of_many_indices_the_first_are_written(tmp_path: Path, state: Any) -> No
 
 
 def test_without_a_folder_no_list_is_made_of_what_may_be_a_million(
-    state: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    state.where = None
+    monkeypatch.delenv("SAFELOADER_RUN")
     monkeypatch.setattr(beside.EpochAudit, "to_dict", lambda self: pytest.fail("nobody reads it"))
     list(recorded(plain()))
     beside._say()
@@ -244,29 +249,6 @@ def test_a_handle_goes_with_its_loader() -> None:
     del loader
     with pytest.raises(LookupError, match="is gone"):
         handle.dataset
-
-
-def test_a_folder_that_cannot_be_written_to_is_told_once(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "file").write_text("")
-    folder = RunFolder(str(tmp_path / "file"), 0)
-    folder.epoch({})
-    assert capsys.readouterr().err.count("nothing more is written for this run") == 1
-
-
-def test_a_disk_that_is_full_ends_the_folder_and_nothing_else(tmp_path: Path, capsys: Any) -> None:
-    folder = RunFolder(str(tmp_path / "runs"), 0)
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, folder._fd)
-    os.close(full)
-    for _ in range(3):
-        folder.epoch({"epoch": 0})
-    assert capsys.readouterr().err.count("No space left on device") == 1
-
-
-def test_two_of_one_process_have_folders_of_their_own(tmp_path: Path) -> None:
-    first, second = (RunFolder(str(tmp_path / "runs"), 2) for _ in range(2))
-    assert first.path.parent == second.path.parent == tmp_path / "runs" / "attempt=2" / "rank=0"
-    assert (first.path.name[-2:], second.path.name[-2:]) == ("-0", "-1")
 
 
 def test_loaders_of_ours_are_told_of_too_and_their_records_stay_their_own(capsys: Any) -> None:

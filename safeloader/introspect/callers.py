@@ -1,0 +1,32 @@
+"""Which line of the user's code asks. Runs in: main."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from types import FrameType
+
+_NOT_THE_CALLER = frozenset(
+    {"safeloader", "sitecustomize", "lightning", "lightning_fabric", "pytorch_lightning"}
+)
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+
+def calling_line() -> str:
+    """File and line of the user's code that made a loader, or iterates it.
+
+    Where there is none among the callers, as in a process that a framework started, the program's
+    file; of a program that is a library's, the library's line.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    first = "?"
+    while frame:
+        file, name = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
+        if name.split(".")[0] not in _NOT_THE_CALLER:
+            here = f"{file}:{frame.f_lineno}"
+            if not file.startswith(("<", *_LIBRARIES)):
+                return here
+            first = here if first == "?" else first
+        frame = frame.f_back
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    return first if program is None or program.startswith(_LIBRARIES) else program

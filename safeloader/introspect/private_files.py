@@ -1,0 +1,42 @@
+"""Files and folders that are their owner's alone. Runs in: main.
+
+No library is imported here: the launcher does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing, for their owner alone.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        with contextlib.suppress(FileExistsError):  # another rank made it just now
+            missing.mkdir(mode=0o700)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder")
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that was not there, for its owner alone.
+
+    Raises:
+        FileExistsError: if there is one, or a link.
+        OSError: if it cannot be written.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb", buffering=0) as file:
+            whole = text.encode()
+            if file.write(whole) != len(whole):
+                raise OSError(f"{path} was written in part only")
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise

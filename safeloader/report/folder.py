@@ -1,0 +1,421 @@
+"""One loader of a run: what it wrote into its folder. Runs in: main.
+
+Everything is read at the moment it is asked for, and may be written to meanwhile. The tail is read
+before the segments, so that what the writer moves in between is seen twice and not never; a row's
+``step`` tells which it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from safeloader.introspect.identity import has_ended
+from safeloader.provenance import run_format
+from safeloader.provenance.run_format import (
+    Batches,
+    lines_of,
+    read_stream,
+    read_tail,
+    record_batch,
+    segment_name,
+    segments_in,
+)
+
+Ints = npt.NDArray[np.int64]
+
+_ALIVE_S = 60.0  # a process on another machine that wrote within this time
+
+
+class EpochTotals(NamedTuple):
+    """What an epoch handed over.
+
+    Attributes:
+        epoch: its number.
+        batches, samples: how many.
+        wait_ns: how long the loop waited for them.
+        began_ns: when the first was asked for, in ns since 1970.
+        ended_ns: when the last was handed over.
+    """
+
+    epoch: int
+    batches: int
+    samples: int
+    wait_ns: int
+    began_ns: int
+    ended_ns: int
+
+    def and_then(self, more: EpochTotals) -> EpochTotals:
+        """With a later part of the same epoch."""
+        return EpochTotals(
+            self.epoch,
+            self.batches + more.batches,
+            self.samples + more.samples,
+            self.wait_ns + more.wait_ns,
+            min(self.began_ns, more.began_ns),
+            max(self.ended_ns, more.ended_ns),
+        )
+
+
+def _totals(epochs: Ints, asked_ns: Ints, wait_ns: Ints, sizes: Ints) -> Iterator[EpochTotals]:
+    for epoch in np.unique(epochs).tolist():
+        its = epochs == epoch
+        ended_ns = asked_ns[its] + wait_ns[its]
+        yield EpochTotals(
+            epoch,
+            int(its.sum()),
+            int(sizes[its].sum()),
+            int(wait_ns[its].sum()),
+            int(asked_ns[its].min()),
+            int(ended_ns.max()),
+        )
+
+
+class LoaderRecords:
+    """What one loader of one process wrote.
+
+    Attributes:
+        path: its folder.
+        attempt: number of the attempt.
+        rank: of the process.
+        number: of this one among the loaders of the run.
+        info: what ``loader.json`` says: ``loader`` (name and line), ``began``, ``process``, ...
+        notes: what is torn, dropped or lost, in a sentence each, as far as it was met so far.
+    """
+
+    def __init__(self, path: Path, attempt: int, rank: int, number: int) -> None:
+        self.path, self.attempt, self.rank, self.number = path, attempt, rank, number
+        self.notes: list[str] = []
+        self.info: dict[str, Any] = {}
+        try:
+            found = json.loads((path / "loader.json").read_text("utf-8"))
+            self.info = found if isinstance(found, dict) else {}
+        except (OSError, ValueError) as exc:
+            self._note(f"{path / 'loader.json'} cannot be read: {exc}")
+
+    def __repr__(self) -> str:
+        return f"LoaderRecords({self.name!r}, attempt {self.attempt}, rank {self.rank})"
+
+    @property
+    def name(self) -> str:
+        """The loader's name and the line that first iterated it."""
+        return str(self.info.get("loader", self.path.name))
+
+    @property
+    def state(self) -> str:
+        """What became of it.
+
+        ``"ended"``: it closed its books; ``"running"``; ``"killed"``, or it ended in another way
+        without closing them; ``"cut off"``: it could not be written further, and training went on
+        (:attr:`notes` say why); ``"silent"``: its process is on another machine, and nothing was
+        written for a minute.
+        """
+        errno = self._cut_off_by()
+        if errno is None and self.info.get("batches", True):
+            return "ended"
+        if errno:
+            why = os.strerror(errno) if errno > 0 else "an error without a number"
+            self._note(f"{self.path} could not be written further: {why}")
+            return "cut off"
+        ended = has_ended(self.info.get("process") or {})
+        if ended is not None and errno is None:  # no batches are written: it cannot be told
+            return "ended" if ended else "running"
+        if ended is not None:
+            return "killed" if ended else "running"
+        return "running" if time.time() - self.last_sign < _ALIVE_S else "silent"
+
+    def _cut_off_by(self) -> int | None:
+        """The error that ended the writing, 0 for none; None where there is no tail any more."""
+        try:
+            with (self.path / "tail").open("rb") as file:
+                file.seek(run_format.ERRNO_AT)
+                cell = file.read(8)
+        except OSError:
+            return None
+        return int(run_format.CELL.unpack(cell)[0]) if len(cell) == 8 else 0
+
+    @property
+    def last_sign(self) -> float:
+        """When something was last written here, in seconds since 1970."""
+        newest = 0.0
+        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            for each in entries:
+                with contextlib.suppress(OSError):
+                    newest = max(newest, each.stat().st_mtime)
+        return newest
+
+    def _note(self, said: str) -> None:
+        if said and said not in self.notes:
+            self.notes.append(said)
+
+    # rows ───────────────────────────────────────────────────────────────────────────────────────
+
+    def pieces(
+        self, columns: Sequence[str] | None = None, where: Any = None, *, newest: bool = False
+    ) -> Iterator[Any]:
+        """The batches, as ``pyarrow.Table`` of several thousand rows each, in their order.
+
+        Args:
+            columns: which, of :func:`~safeloader.provenance.run_format.schema`; by default all.
+            where: an expression (``pyarrow.compute.field("step") == 5``) that the rows have to
+                meet; what is in Parquet is then not read where its statistics tell.
+            newest: only what the last segment and the tail hold.
+        """
+        import pyarrow as pa
+
+        tail = self._tail()
+        next_step = 0
+        names = segments_in(os.listdir(self.path))
+        for number in list(names)[-1:] if newest else names:
+            for table, end in self._segment(number, columns, where):
+                next_step = end
+                if table.num_rows:
+                    yield table
+        rest = tail.since(next_step)
+        if len(rest.sizes):
+            table = pa.Table.from_batches([record_batch(rest)])
+            table = table if where is None else table.filter(where)
+            if table.num_rows:
+                yield table if columns is None else table.select(list(columns))
+
+    def _tail(self) -> Batches:
+        tail = read_tail(self.path / "tail")
+        if tail is None:
+            return run_format.EMPTY
+        self._note(tail.torn)
+        return tail.batches
+
+    def _segment(
+        self, number: int, columns: Sequence[str] | None, where: Any
+    ) -> Iterator[tuple[Any, int]]:
+        """The rows of a segment that are asked for, and the step behind those before."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parquet, arrows = (self.path / segment_name(number, end) for end in ("parquet", "arrows"))
+        if not parquet.exists():
+            try:
+                stream = read_stream(arrows)
+            except FileNotFoundError:  # somebody turned it into the other just now, or it went
+                stream = None
+            if stream is not None:
+                self._note(stream.torn)
+                if not stream.batches:
+                    return
+                end = int(stream.batches[-1]["step"][-1].as_py()) + 1
+                table = pa.Table.from_batches(stream.batches)
+                table = table if where is None else table.filter(where)
+                yield (table if columns is None else table.select(list(columns))), end
+                return
+        if not parquet.exists():
+            self._note(f"{arrows} was dropped, for run_max_bytes=")
+            return
+        file = pq.ParquetFile(parquet)
+        end = _end_of(file)
+        wanted = None if columns is None else list(columns)
+        if where is not None:
+            yield pq.read_table(parquet, columns=wanted, filters=where), end
+            return
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=wanted), end
+
+    def recent(self, rows: int = 1000, columns: Sequence[str] | None = None) -> Any:
+        """The newest batches, oldest first: a ``pyarrow.Table`` of at most so many rows."""
+        import pyarrow as pa
+
+        tables = list(self.pieces(columns, newest=True))
+        if not tables:
+            return run_format.schema().empty_table().select(columns or run_format.schema().names)
+        return pa.concat_tables(tables)[-rows:]
+
+    def totals(self) -> dict[int, EpochTotals]:
+        """What was handed over in each epoch, by its number; of one that was cut off too."""
+        found: dict[int, EpochTotals] = {}
+        for table in self.pieces(["epoch", "asked_ns", "wait_ns", "indices"]):
+            for batch in table.to_batches():
+                offsets = batch.column("indices").offsets.to_numpy()
+                epochs, asked, waited = (batch.column(k).to_numpy() for k in range(3))
+                for totals in _totals(epochs, asked, waited, np.diff(offsets)):
+                    known = found.get(totals.epoch)
+                    found[totals.epoch] = totals if known is None else known.and_then(totals)
+        return found
+
+    def positions(self, index: int | str) -> Iterator[tuple[Any, Ints, Ints]]:
+        """Where an index is: tables with all columns, and in each the rows and positions."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        name = "index_text" if isinstance(index, str) else "indices"
+        steps: list[int] = []
+        for table in self.pieces(["step", name]):
+            for batch in table.to_batches():
+                rows, _ = _found_in(batch.column(name), index)
+                steps += batch.column("step").take(pa.array(rows)).to_pylist()
+        if not steps:
+            return
+        for table in self.pieces(None, pc.field("step").isin(steps)):
+            for batch in table.to_batches():
+                rows, positions = _found_in(batch.column(name), index)
+                if rows.size:
+                    yield pa.Table.from_batches([batch]), rows, positions
+
+    def indices(self, epoch: int) -> Ints:
+        """The indices that an epoch handed over, in their order; of a stream the ordinals."""
+        import pyarrow.compute as pc
+
+        found = [
+            chunk.flatten().to_numpy()
+            for table in self.pieces(["indices", "epoch"], pc.field("epoch") == epoch)
+            for chunk in table["indices"].chunks
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+    # lines ──────────────────────────────────────────────────────────────────────────────────────
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The objects of ``epochs.jsonl``, ``incidents.jsonl``, ``dropped.jsonl``, ..."""
+        return list(lines_of(self.path / name))
+
+    def failures(self) -> list[dict[str, Any]]:
+        """What is in ``failures/``, oldest first: ``failure``, ``report``, ``time``, ``path``."""
+        found = []
+        for path in sorted((self.path / "failures").glob("*.json")):
+            try:
+                content = json.loads(path.read_text("utf-8"))
+                if isinstance(content["failure"], dict):
+                    found.append(content | {"path": str(path)})
+            except (OSError, ValueError, KeyError, TypeError) as exc:
+                self._note(f"{path} cannot be read: {exc}")
+        return found
+
+    def workers(self) -> Any:
+        """The rows of ``workers.arrows``, a ``pyarrow.Table``."""
+        import pyarrow as pa
+
+        from safeloader.provenance.worker_log import NAME, worker_schema
+
+        try:
+            stream = read_stream(self.path / NAME)
+        except FileNotFoundError:
+            return worker_schema().empty_table()
+        self._note(stream.torn)
+        return pa.Table.from_batches(stream.batches, worker_schema())
+
+    def sources(self) -> Iterator[tuple[Any, str]]:
+        """Indices, and where their samples come from; of all with ``run_sources=True``."""
+        import pyarrow.parquet as pq
+
+        from safeloader.provenance.source_log import STREAM, WHOLE
+
+        pieces: list[Any] = []
+        if (self.path / WHOLE).exists():
+            pieces = pq.read_table(self.path / WHOLE).to_batches()
+        elif (self.path / STREAM).exists():
+            with contextlib.suppress(FileNotFoundError):
+                pieces = read_stream(self.path / STREAM).batches
+        for piece in pieces:
+            both = zip(piece["index"].to_pylist(), piece["source"].to_pylist(), strict=True)
+            yield from ((index, source) for index, source in both if source)
+        for found in self.lines("sources.jsonl"):
+            if "index" in found and "source" in found:
+                yield found["index"], str(found["source"])
+
+    def sources_of(self, wanted: set[Any]) -> dict[Any, str]:
+        """The same of some indices alone, without reading all of them into Python."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        from safeloader.provenance.source_log import WHOLE
+
+        found: dict[Any, str] = {}
+        ints = [each for each in wanted if type(each) is int]
+        if ints and (self.path / WHOLE).exists():
+            where = pc.field("index").isin(pa.array(ints, pa.int64()))
+            table = pq.read_table(self.path / WHOLE, filters=where).to_pydict()
+            found |= dict(zip(table["index"], table["source"], strict=True))
+            lines = self.lines("sources.jsonl")
+            its = [(line.get("index"), str(line.get("source", ""))) for line in lines]
+        else:
+            its = list(self.sources())
+        found |= {index: source for index, source in its if index in wanted}
+        return {index: source for index, source in found.items() if source}
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the program said which batches its steps are made of."""
+        return (self.path / "marks.jsonl").exists()
+
+    def marked(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and batch of each batch that a step was made of."""
+        found = []
+        try:
+            whole = (self.path / "marks.jsonl").read_bytes()
+        except FileNotFoundError:
+            return []
+        at = whole.find(b'{"step":%d,' % step)
+        while at >= 0:
+            with contextlib.suppress(ValueError, KeyError):
+                mark = json.loads(whole[at : whole.find(b"\n", at) + 1])
+                found.append((int(mark["epoch"]), int(mark["batch"])))
+            at = whole.find(b'{"step":%d,' % step, at + 1)
+        return found
+
+    def marks(self) -> Any:
+        """All marks: a ``pyarrow.Table`` of ``step``, ``epoch``, ``batch``."""
+        import pyarrow as pa
+        import pyarrow.json
+
+        schema = pa.schema([(name, pa.int64()) for name in ("step", "epoch", "batch")])
+        whole = b""
+        with contextlib.suppress(FileNotFoundError):
+            whole = (self.path / "marks.jsonl").read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        if not whole:
+            return schema.empty_table()
+        options = pa.json.ParseOptions(explicit_schema=schema)
+        return pa.json.read_json(pa.BufferReader(whole), parse_options=options)
+
+    # upkeep ─────────────────────────────────────────────────────────────────────────────────────
+
+    def convert(self) -> int:
+        """Turn closed segments into Parquet, which is smaller and faster; how many were.
+
+        The newest is left alone while its process may write to it. What cannot be written is left
+        as it is.
+        """
+        names = segments_in(os.listdir(self.path))
+        closed = list(names)[: None if self.state in ("ended", "killed") else -1]
+        done = 0
+        for number in closed:
+            if names[number] == {"arrows"}:
+                with contextlib.suppress(OSError):
+                    done += run_format.to_parquet(self.path, number) is not None
+        return done
+
+
+def _found_in(lists: Any, wanted: int | str) -> tuple[Ints, Ints]:
+    """The rows of a list column that hold a value, and the positions in them."""
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    at = np.flatnonzero(values == wanted)
+    if not at.size:
+        return at, at
+    offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    rows = np.searchsorted(offsets, at, side="right") - 1
+    return rows, at - offsets[rows]
+
+
+def _end_of(file: Any) -> int:
+    """The step behind the last one of a Parquet file."""
+    groups, at = file.metadata.num_row_groups, file.schema_arrow.get_field_index("step")
+    if not groups:
+        return 0
+    return int(file.metadata.row_group(groups - 1).column(at).statistics.max) + 1
