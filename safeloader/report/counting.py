@@ -13,6 +13,7 @@ from safeloader.report.chains import Cohort, Piece
 
 Ints = npt.NDArray[np.int64]
 _RANKS_OF = 1000  # indices whose ranks are looked for
+_COUNTED = 1 << 28  # indices above, and the length of the dataset, are counted one by one
 
 
 class Counted:
@@ -29,7 +30,8 @@ class Counted:
     """
 
     def __init__(self, length: int | None) -> None:
-        self._seen = None if length is None else np.zeros(length, np.uint8)
+        self._length = length or 0
+        self._seen = np.zeros(self._length, np.uint8)
         self._more: Counter[Any] = Counter()
         self.total = self.within = self.across = 0
         self.twice: list[Any] = []
@@ -44,65 +46,72 @@ class Counted:
     @property
     def distinct(self) -> int:
         """How many different indices came."""
-        of_length = 0 if self._seen is None else int(np.count_nonzero(self._seen))
-        return of_length + len(self._more)
+        return int(np.count_nonzero(self._seen)) + len(self._more)
 
     @property
     def never_count(self) -> int:
         """How many indices of the dataset never came; 0 where its indices are no ints."""
-        if self._seen is None or self._more:
+        if self._more or self._seen[self._length :].any():
             return 0
-        return int(self._seen.size) - int(np.count_nonzero(self._seen))
+        return self._length - int(np.count_nonzero(self._of_dataset))
+
+    @property
+    def _of_dataset(self) -> npt.NDArray[np.uint8]:
+        return self._seen[: self._length]
 
     def is_never(self, index: Any) -> bool:
         """Whether an index of the dataset never came."""
-        seen = self._seen
-        return (
-            seen is not None and type(index) is int and 0 <= index < len(seen) and not seen[index]
-        )
+        return type(index) is int and 0 <= index < self._length and not self._seen[index]
 
     def never(self, most: int) -> list[int]:
         """The first indices that never came."""
-        if self._seen is None or self._more:
-            return []
         found: list[int] = []
-        for at in range(0, len(self._seen), 1 << 22):
-            found += (np.flatnonzero(self._seen[at : at + (1 << 22)] == 0) + at).tolist()
+        for at in range(0, 0 if self._more else self._length, 1 << 22):
+            found += (np.flatnonzero(self._of_dataset[at : at + (1 << 22)] == 0) + at).tolist()
             if len(found) >= most:
                 break
         return found[:most]
 
     def add_rank(self, arrays: Iterator[Ints | list[str]]) -> None:
         """Count what a rank handed over."""
-        own = None if self._seen is None else np.zeros(len(self._seen), np.uint8)
+        own = np.zeros(len(self._seen), np.uint8)
         its, count = Counter[Any](), 0
         for array in arrays:
             count += len(array)
-            if own is None or isinstance(array, list):
-                its.update(array if isinstance(array, list) else array.tolist())
+            if isinstance(array, list):
+                its.update(array)
                 continue
-            inside = (array >= 0) & (array < len(own))
+            inside = (array >= 0) & (array < max(_COUNTED, self._length))
             if not inside.all():
                 its.update(array[~inside].tolist())
                 array = array[inside]
-            values, times = np.unique(array, return_counts=True)
-            own[values] = np.minimum(own[values] + times, 255).astype(np.uint8)
+            if array.size:
+                own = _with_room(own, int(array.max()) + 1)
+                values, times = np.unique(array, return_counts=True)
+                own[values] = np.minimum(own[values] + times, 255).astype(np.uint8)
         self.total += count
-        here = len(its)
-        if own is not None and self._seen is not None:
-            came = own > 0
-            here += int(np.count_nonzero(came))
-            self.across += int(np.count_nonzero(came & (self._seen > 0)))
-            self._seen = np.minimum(self._seen.astype(np.uint16) + own, 255).astype(np.uint8)
+        self._seen = _with_room(self._seen, len(own))
+        came = own > 0
+        here = len(its) + int(np.count_nonzero(came))
+        self.across += int(np.count_nonzero(came & (self._seen > 0)))
+        self._seen = np.where(own > 255 - self._seen, np.uint8(255), self._seen + own)
         self.across += sum(1 for index in its if index in self._more)
         self._more.update(its)
         self.within += count - here
 
     def close(self) -> None:
         """All ranks are counted."""
-        if self._seen is not None:
-            self.twice = np.flatnonzero(self._seen > 1).tolist()
+        self.twice = np.flatnonzero(self._seen > 1).tolist()
         self.twice += sorted((index for index, n in self._more.items() if n > 1), key=str)
+
+
+def _with_room(counts: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
+    """The same with room for more indices, twice as many as before at least."""
+    if length <= len(counts):
+        return counts
+    more = np.zeros(max(length, 2 * len(counts)), np.uint8)
+    more[: len(counts)] = counts
+    return more
 
 
 def counted(cohort: Cohort) -> Counted:

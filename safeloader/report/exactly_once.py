@@ -304,7 +304,8 @@ class _Judge:
                 self._steps.append(f"`index RUN {self.twice[0]}` tells where and when it came")
 
     def _judge_across(self, drawn_twice: bool) -> None:
-        across, padding = self._found.across, self._padding()
+        found, padding = self._found, self._padding()
+        across = found.across
         if not across:
             return
         if across <= padding:
@@ -314,7 +315,8 @@ class _Judge:
         if drawn_twice and any(shard is None for shard in shards):
             self._unsure.append(f"{across:,} came on several ranks, by a sampler with replacement")
             return
-        self._wrong.append(f"{across - padding:,} indices came on more than one rank")
+        few = min(found.repeats, across - padding)
+        self._wrong.append(f"{few:,} indices came on more than one rank")
         if all(shard is None for shard in shards):
             self._steps.append(
                 "no sampler shares the indices out among the ranks: give each a DistributedSampler"

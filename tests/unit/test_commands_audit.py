@@ -155,7 +155,7 @@ RANKS: dict[str, tuple[Callable[[Any, int], Any], int, str, str]] = {
     ),
     "no sampler": (
         lambda d, r: None,
-        *(1, "20 indices came on more than one rank", "give each a DistributedSampler"),
+        *(1, "10 indices came on more than one rank", "give each a DistributedSampler"),
     ),
     "set_epoch differs": (other_epoch, 1, "came on more than one rank", "set_epoch(n) alike"),
     "double sharding": (double, 1, "came on no rank", ""),
@@ -280,3 +280,23 @@ def test_an_empty_run_is_no_yes(tmp_path: Path, audit: Said) -> None:
     status, said = audit()
     assert said.startswith("exactly once: nothing was handed over yet")
     assert status == 1
+
+
+class OfAnyInt(Anything):
+    """Its indices are ints that its length does not bound."""
+
+
+def test_indices_beyond_the_length_of_the_dataset_are_counted_too(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [[5, 1 << 20, 1 << 40], [6, 1 << 20, 1 << 41, 1 << 40]]
+
+    def train(rank: int) -> None:
+        list(loader_of(OfAnyInt(3), tmp_path, 2, sampler=drawn[rank]))
+
+    by_ranks(monkeypatch, 2, train)
+    status, printed = audit("--json")
+    (epoch,) = json.loads(printed)["epochs"]
+    assert (status, epoch["twice"]) == (1, [1 << 20, 1 << 40])
+    assert epoch["counts"]["never"] == 0
+    assert "came more than once: index 1048576 (ranks 0, 1)" in epoch["evidence"]
