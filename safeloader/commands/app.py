@@ -77,7 +77,7 @@ def main(words: list[str], name: str) -> int:
         return told if isinstance(told, int) else FINE
     except BadInput as exc:
         return _refused(f"{whole}: {exc}")
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has seen enough, of what was flushed last
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FINE
     except OSError as exc:

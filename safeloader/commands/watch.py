@@ -122,12 +122,17 @@ def _shown(run: RunFolder, look: list[dict[str, Any]]) -> Group:
         states = Counter(each["state"] for each in look)
         told = ", ".join(f"{count} {state}" for state, count in states.items())
         said += f"nothing runs, {told}" if look else "nothing was written yet"
+    names = {each["loader"] for each in look}
+    left_out = {1} if len(names) == 1 else set()  # the loader, which then stands above
+    said += f": {terminal.short(*names)}" if left_out else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for head in (*_HEADS, *_COUNTS):
-        words = head in ("loader", "state")
-        table.add_column(head, justify="left" if words else "right", no_wrap=head != "loader")
+    for at, head in enumerate((*_HEADS, *_COUNTS)):
+        if at not in left_out:
+            justify: Any = "left" if head in ("loader", "state") else "right"
+            table.add_column(head, justify=justify, no_wrap=True, overflow="ellipsis")
     for each in sorted(look, key=lambda each: (each["rank"], each["loader"])):
-        table.add_row(*map(str, _row(each)), style="red" if each["state"] == "killed" else "")
+        cells = [str(cell) for at, cell in enumerate(_row(each)) if at not in left_out]
+        table.add_row(*map(Text, cells), style="red" if each["state"] == "killed" else "")
     style = "green" if alive else "yellow"
     last = Text(f"next: python -m safeloader show {run.path}", style="bold")
     parts: list[Any] = [Text(said, style=f"bold {style}"), table]

@@ -265,7 +265,10 @@ def test_watch_ends_with_the_run(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("watch", of_two_ranks, "--json")
     assert [each["state"] for each in json.loads(out)["loaders"]] == ["ended", "ended"]
     assert status == 0
-    assert "next: python -m safeloader show" in said("watch", of_two_ranks)[1]
+    out = said("watch", of_two_ranks)[1]
+    assert "nothing runs, 2 ended: SafeDataLoader over Numbers (24)" in out
+    assert [line.split()[0] for line in out.splitlines() if " ended " in line] == ["0", "1"]
+    assert "next: python -m safeloader show" in out
 
 
 # ── trace ────────────────────────────────────────────────────────────────────────────────────────
