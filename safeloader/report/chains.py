@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,7 +91,7 @@ class Cohort:
         before = self.before.attempts if self.before else ()
         return tuple(dict.fromkeys((*before, self.attempt)))
 
-    @property
+    @functools.cached_property
     def world(self) -> int:
         """How many ranks there should be."""
         known = [part.loader.info.get("world_size") or 1 for part in self.parts.values()]
@@ -114,7 +115,7 @@ class Cohort:
         """How many each rank handed over, at least, with those before."""
         return max((part.end for part in self.parts.values()), default=0)
 
-    @property
+    @functools.cached_property
     def state(self) -> str:
         """``"whole"``, ``"left early"``, ``"running"`` or ``"cut off"``."""
         open_ = [part for part in self.parts.values() if part.audit is None]
@@ -132,7 +133,7 @@ class Cohort:
             end = None if ends is None else ends.get(rank, max(ends.values()))
             yield rank, Piece(part.loader, part.epoch.epoch, part.first, end)
 
-    @property
+    @functools.cached_property
     def left_out(self) -> dict[Any, tuple[str, int]]:
         """Indices that a rank skipped, replaced or dropped: what it did, and the rank."""
         found: dict[Any, tuple[str, int]] = {}

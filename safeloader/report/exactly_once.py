@@ -240,9 +240,13 @@ class _Judge:
                 self._fine.append(f"left early by the program after {_some(of.batches, 'batch')}")
 
     def _judge_audits(self) -> None:
+        bad_ranks = 0
         for rank, part in sorted(self._of.parts.items()):
             audit = part.audit or {}
             if audit.get("ok") is False:
+                bad_ranks += 1
+                if bad_ranks > _SHOWN:
+                    continue
                 counts = audit.get("counts", {})
                 bad = [f"{counts[name]} {name}" for name in _TROUBLES if counts.get(name)]
                 whose = f"rank {rank}: " if len(self._of.parts) > 1 else ""
@@ -255,6 +259,8 @@ class _Judge:
                 self._unsure.append(
                     f"rank {rank} did not check from batch {audit.get('unchecked_since')} on"
                 )
+        if bad_ranks > _SHOWN:
+            self._wrong.append(f"and {_some(bad_ranks - _SHOWN, 'rank')} more")
 
     # index by index ─────────────────────────────────────────────────────────────────────────────
 
