@@ -20,7 +20,7 @@ $(VENV)/base: setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(BIN)/python -m pip install --quiet -e '.[test,notebook,lint,bench,examples,lightning,parquet]'
+	$(BIN)/python -m pip install --quiet -e '.[test,notebook,lint,bench,examples,lightning,parquet,cli]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base

@@ -26,6 +26,14 @@ MODULES = [
     or name.endswith("logged")
     or importlib.util.find_spec(name.rpartition(".")[2])
 ]
+# These are built on the extra `cli`.
+if not (importlib.util.find_spec("typer") and importlib.util.find_spec("rich")):
+    PLAIN = ("run", "doctor", "target")
+    MODULES = [
+        name
+        for name in MODULES
+        if not name.startswith("safeloader.commands.") or name.rpartition(".")[2] in PLAIN
+    ]
 
 # An error below the base class is shown by the base class's example.
 SHOWN_ELSEWHERE = {

@@ -7,14 +7,12 @@ prints or ends itself does it there.
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import json
-import os
-import runpy
 import sys
 import types
 from typing import Any
+
+from safeloader.commands.target import Place, needed
 
 _EXAMPLES = """\
 TARGET is a script or a module, a colon, and what gives the loader: a function without arguments, or
@@ -30,7 +28,7 @@ where TARGET gives no loader.
 _OFFERED = 8  # names that are told
 
 
-class Target:
+class Target(Place):
     """What was asked for: called in the child, it gives the subject.
 
     Args:
@@ -41,17 +39,7 @@ class Target:
     """
 
     def __init__(self, text: str) -> None:
-        self.where, _, self.name = text.rpartition(":")
-        if not self.where or not all(part.isidentifier() for part in self.name.split(".")):
-            raise ValueError(
-                f"{text!r} does not say what gives the loader: write train.py:make_loader or "
-                "package.module:make_loader"
-            )
-        self.is_script = self.where.endswith(".py") or os.sep in self.where
-        if self.is_script and not os.path.isfile(self.where):
-            raise ValueError(f"there is no file {self.where!r}")
-        if not self.is_script and not all(part.isidentifier() for part in self.where.split(".")):
-            raise ValueError(f"{self.where!r} is neither a script (train.py) nor a module's name")
+        super().__init__(text, "the loader", "make_loader")
 
     def __call__(self) -> Any:
         """Import the program, make the loader.
@@ -65,7 +53,7 @@ class Target:
 
         whole = f"{self.where}:{self.name}"
         try:
-            module = found = self._import()
+            module = found = self.imported()
         except BaseException as exc:  # SystemExit too: a program that reads its command line
             raise Unusable(f"{whole} gives no loader", exc) from exc
         for part in self.name.split("."):
@@ -77,9 +65,9 @@ class Target:
                     raise Unusable(f"{whole} gives no loader", exc) from exc
                 raise Unusable(f"{told} (AttributeError); {_offered(module)}", None) from exc
         if loader_in(found) is None and callable(found):
-            if needed := _needed(found):
+            if missing := needed(found):
                 raise Unusable(
-                    f"{whole} needs arguments ({', '.join(needed)}), and gets none; "
+                    f"{whole} needs arguments ({', '.join(missing)}), and gets none; "
                     f"{_offered(module)}",
                     None,
                 )
@@ -93,20 +81,6 @@ class Target:
             raise Unusable(f"{whole} gives a {kind}, and no DataLoader; {_offered(module)}", None)
         return Subject(loader)
 
-    def _import(self) -> Any:
-        if not self.is_script:
-            sys.path.insert(0, os.getcwd())
-            return importlib.import_module(self.where)
-        # As multiprocessing does it in a process that it spawns: so the workers find its classes.
-        path = os.path.abspath(self.where)
-        sys.path.insert(0, os.path.dirname(path))
-        sys.argv = [path]
-        module: Any = types.ModuleType("__mp_main__")
-        module.__file__ = path
-        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-        vars(module).update(runpy.run_path(path, run_name="__mp_main__"))
-        return module
-
 
 def _offered(module: Any) -> str:
     """What of a program may give a loader: its loaders, and its functions without arguments."""
@@ -117,7 +91,7 @@ def _offered(module: Any) -> str:
         if name.startswith("_"):
             continue
         if isinstance(value, types.FunctionType):
-            if value.__module__ == module.__name__ and not _needed(value):
+            if value.__module__ == module.__name__ and not needed(value):
                 functions.append(f"{name}()")
         elif not isinstance(value, type | types.ModuleType) and loader_in(value) is not None:
             loaders.append(name)
@@ -126,20 +100,6 @@ def _offered(module: Any) -> str:
         return "it has no loader, and no function without arguments"
     more = f" and {len(offered) - _OFFERED} more" if len(offered) > _OFFERED else ""
     return f"it offers {', '.join(offered[:_OFFERED])}{more}"
-
-
-def _needed(function: Any) -> list[str]:
-    """The arguments that a function has to be given."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    plain = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [
-        each.name
-        for each in parameters
-        if each.default is inspect.Parameter.empty and each.kind not in plain
-    ]
 
 
 def main(words: list[str]) -> int:

@@ -1,0 +1,242 @@
+"""``python -m safeloader show RUN``: what a run tells, in the terminal. Runs in: main."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from safeloader.commands import FINE, terminal
+from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
+from safeloader.report.exactly_once import RunVerdict, exactly_once
+from safeloader.report.figures import LoaderFigures, SlowSample, figures_of, slowest
+from safeloader.report.run import RunFolder
+
+EXAMPLE = "python -m safeloader show runs/exp1"
+_EPOCHS, _INCIDENTS, _FAILURES, _LOADERS = 12, 10, 5, 32  # shown
+_MUCH = 0.1  # of the time spent waiting is worth a word
+
+
+def show(
+    run: RunArgument,
+    attempt: AttemptOption = None,
+    slow: Annotated[
+        int, typer.Option("--slowest", metavar="N", min=0, help="How many of the slowest samples.")
+    ] = 5,
+    as_json: JsonOption = False,
+) -> int:
+    """Epochs, audits over ranks, skips, failures, waiting and the slowest samples of a run."""
+    folder = terminal.opened(run, convert=True)
+    terminal.check_attempt(folder, attempt)
+    seen = _Seen(folder, attempt, slow)
+    if as_json:
+        terminal.print_json(seen.to_dict())
+    else:
+        _Told(seen).tell()
+    return FINE
+
+
+class _Seen:
+    """What was read."""
+
+    def __init__(self, run: RunFolder, attempt: int | None, slow: int) -> None:
+        its = [each for each in run.loaders if attempt in (None, each.attempt)]
+        self.run = run
+        self.figures = [figures_of(each) for each in its]
+        self.slowest = slowest(its, slow) if slow else []
+        self.incidents = _of(run.incidents(), attempt)
+        failures = _of(run.failures(), attempt)
+        left_out = {_place(each, each) for each in self.incidents}
+        self.failures = [each for each in failures if _place(each, each["failure"]) not in left_out]
+        self.survived = [each for each in failures if _place(each, each["failure"]) in left_out]
+        self.dropped = _of(run.dropped(), attempt)
+        self.noticed = list(
+            dict.fromkeys(
+                str(said)
+                for epoch in run.epochs(attempt)
+                for name in ("noticed", "notes")
+                for said in (epoch.audit or {}).get(name, ())
+            )
+        )
+        self.verdict: RunVerdict = exactly_once(run, attempt)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "run": {"path": str(self.run.path)} | self.run.info,
+            "attempts": self.run.attempts,
+            "ranks": self.run.ranks,
+            "loaders": [each.to_dict() for each in self.figures],
+            "audit": self.verdict.to_dict(),
+            "incidents": self.incidents,
+            "failures": self.failures,
+            "survived": self.survived,
+            "slowest": [each.to_dict() for each in self.slowest],
+            "noticed": self.noticed,
+            "dropped": self.dropped,
+        }
+
+
+def _place(where: dict[str, Any], what: dict[str, Any]) -> tuple[Any, ...]:
+    """Which sample of which epoch."""
+    index = what.get("index")
+    index = tuple(index) if isinstance(index, list) else index
+    return where["attempt"], where["rank"], where["loader"], what.get("epoch"), index
+
+
+def _of(found: list[dict[str, Any]], attempt: int | None) -> list[dict[str, Any]]:
+    return [each for each in found if attempt in (None, each["attempt"])]
+
+
+class _Told:
+    """The same, in words: is the data right, is it the bottleneck, which samples."""
+
+    def __init__(self, seen: _Seen) -> None:
+        self._seen = seen
+        self._out = terminal.console()
+
+    def tell(self) -> None:
+        seen, out = self._seen, self._out
+        terminal.answer(out, seen.verdict.ok if not seen.failures else False, self._headline())
+        self._head()
+        self._right()
+        self._bottleneck()
+        self._samples()
+        terminal.lines(out, [f"note: {note}" for note in dict.fromkeys(seen.run.notes)], "")
+        terminal.next_step(out, self._next())
+
+    def _headline(self) -> str:
+        seen = self._seen
+        left_out = Counter(each.get("what") for each in seen.incidents)
+        said = [seen.verdict.answer]
+        said += [f"{count:,} {what}" for what, count in left_out.items()]
+        said += [terminal.some(len(seen.failures), "failure")] if seen.failures else []
+        share = _wait_share(seen.figures)
+        said += [f"{terminal.share(share)} of the time waiting for data"] if share else []
+        return "; ".join(said)
+
+    def _head(self) -> None:
+        run = self._seen.run
+        states = Counter(each.state for each in self._seen.figures)
+        told = ", ".join(f"{count} {state}" for state, count in states.items())
+        command = " ".join(map(str, run.info.get("command", ())))
+        terminal.lines(
+            self._out,
+            [
+                f"{run.path}: run {run.id}, begun {run.info.get('started', '')}",
+                f"{terminal.some(len(run.attempts), 'attempt')}, "
+                f"{terminal.some(len(run.ranks), 'rank')}; loaders: {told or 'none'}",
+                *([f"command: {command[:200]}"] if command else []),
+            ],
+        )
+
+    def _right(self) -> None:
+        seen, out = self._seen, self._out
+        self._title("Is the data right?")
+        epochs = seen.verdict.epochs
+        wrong = [each for each in epochs if each.ok is not True]
+        newest = [each for each in epochs if each.ok is True][-_EPOCHS:]
+        left = len(epochs) - len(wrong) - len(newest)
+        if left:
+            terminal.lines(out, [f"{terminal.some(left, 'earlier epoch')}: exactly once"])
+        names = {each.loader for each in epochs}
+        for each in epochs:
+            if each in wrong or each in newest:
+                which = f"{terminal.short(each.loader)}, " if len(names) > 1 else ""
+                terminal.lines(out, [f"{which}{each.answer}"])
+        for each in wrong[:_EPOCHS]:
+            terminal.lines(out, each.evidence, "      ")
+        self._left_out()
+        for failure in seen.failures[-_FAILURES:]:
+            its = failure["failure"]
+            terminal.lines(
+                out,
+                [
+                    f"failed: {its.get('exception_type')}: {_line(its.get('message'))} (index "
+                    f"{its.get('index')}, rank {failure['rank']}, epoch {its.get('epoch')}, batch "
+                    f"{its.get('batch')})",
+                    f"  {failure['path']}",
+                ],
+            )
+        terminal.lines(out, [f"noticed: {_line(said, 400)}" for said in seen.noticed])
+
+    def _left_out(self) -> None:
+        incidents = self._seen.incidents
+        if not incidents:
+            return
+        sources = self._seen.run.sources({each.get("index") for each in incidents})
+        rows = []
+        for each in incidents[:_INCIDENTS]:
+            source = sources.get(each.get("index"), "-")
+            place = (each["attempt"], each["rank"], each.get("epoch"), each.get("batch"))
+            rows.append(
+                (each.get("what"), each.get("index"), *place, source, _line(each.get("reason")))
+            )
+        heads = ("what", ">index", ">attempt", ">rank", ">epoch", ">batch", "source", "why")
+        terminal.table(self._out, heads, rows)
+        if len(incidents) > len(rows):
+            more = len(incidents) - len(rows)
+            terminal.lines(self._out, [f"and {more:,} more: --json has them"])
+
+    def _bottleneck(self) -> None:
+        self._title("Is data the bottleneck?")
+        figures = [each for each in self._seen.figures if each.batches]
+        if not figures:
+            terminal.lines(self._out, ["no batch was written"])
+            return
+        rows = [
+            (
+                *(each.attempt, each.rank, terminal.short(each.loader), each.state),
+                *(f"{each.batches:,}", f"{each.samples:,}", terminal.rate(each.samples_per_s)),
+                *(terminal.share(each.wait_share),),
+            )
+            for each in figures[:_LOADERS]
+        ]
+        heads = (">attempt", ">rank", "loader", "state", ">batches", ">samples", ">samples/s")
+        terminal.table(self._out, (*heads, ">waiting"), rows)
+        if len(figures) > len(rows):
+            terminal.lines(self._out, [f"and {len(figures) - len(rows)} more: --json has them"])
+
+    def _samples(self) -> None:
+        slow: list[SlowSample] = self._seen.slowest
+        if not slow:
+            return
+        self._title("Slowest samples, by the median of their fetches")
+        rows = [
+            (each.index, terminal.took(each.median_ns), each.fetches, each.source or "-")
+            for each in slow
+        ]
+        terminal.table(self._out, (">index", ">median", ">fetches", "source"), rows)
+
+    def _title(self, said: str) -> None:
+        self._out.print()
+        terminal.lines(self._out, [said], "")
+
+    def _next(self) -> str:
+        seen, path = self._seen, self._seen.run.path
+        if seen.failures:
+            newest = seen.failures[-1]["path"]
+            return f"python -m safeloader replay {newest} module:make_dataset"
+        if seen.verdict.next_step:
+            return seen.verdict.next_step
+        if seen.survived:
+            newest = seen.survived[-1]["path"]
+            return f"python -m safeloader replay {newest} module:make_dataset"
+        share = _wait_share(seen.figures)
+        if share is not None and share > _MUCH:
+            return "python -m safeloader doctor train.py:make_loader tries other numbers of workers"
+        if any(each.state == "running" for each in seen.figures):
+            return f"python -m safeloader watch {path}"
+        return ""
+
+
+def _wait_share(figures: list[LoaderFigures]) -> float | None:
+    """Of all loaders together."""
+    span = sum(each.span_s for each in figures)
+    return min(1.0, sum(each.wait_s for each in figures) / span) if span else None
+
+
+def _line(text: Any, most: int = 160) -> str:
+    """A text on one line."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= most else words[: most - 3] + "..."

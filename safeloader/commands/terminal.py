@@ -1,0 +1,180 @@
+"""What commands over a run have in common: opening it, printing words and tables. Runs in: main.
+
+Answers go to stdout, complaints to stderr. In a pipe tables are not cut to the width of a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safeloader.commands import BadInput
+from safeloader.report.run import NotARunFolder, RunFolder
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        show_default=False,
+        help="The folder of a run: what run_dir=, SAFELOADER_RUN or --run were given.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a program.")]
+AttemptOption = Annotated[
+    int | None, typer.Option("--attempt", metavar="N", min=0, help="Of this attempt alone.")
+]
+
+_WIDE = 10_000
+
+
+def opened(path: Path, *, convert: bool = False) -> RunFolder:
+    """The run in a folder.
+
+    Args:
+        path: its folder.
+        convert: turn closed segments into Parquet first, for what reads the whole run.
+
+    Raises:
+        BadInput: if there is none, or pyarrow is missing.
+    """
+    try:
+        run = RunFolder(path)
+    except NotARunFolder as exc:
+        known = _runs_in(path)
+        more = f"; there are runs in it: {', '.join(known)}" if known else ""
+        raise BadInput(f"{exc}{more}") from None
+    except ImportError as exc:
+        raise BadInput(str(exc)) from None
+    for loader in run.loaders if convert else ():
+        loader.convert()
+    return run
+
+
+def _runs_in(path: Path) -> list[str]:
+    try:
+        return sorted(str(each.parent) for each in path.glob("*/run.json"))[:5]
+    except OSError:
+        return []
+
+
+def check_attempt(run: RunFolder, attempt: int | None) -> None:
+    """See that there is such an attempt.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    if attempt is not None and attempt not in run.attempts:
+        known = ", ".join(map(str, run.attempts)) or "none"
+        raise BadInput(f"there is no attempt {attempt} in {run.path}: it has {known}")
+
+
+def console() -> Console:
+    """Where answers are printed."""
+    if sys.stdout.isatty():
+        return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, width=_WIDE, no_color=True)
+
+
+def print_json(value: Any) -> None:
+    """Print what a program reads."""
+    print(json.dumps(value, indent=1, default=str))
+
+
+def answer(out: Console, ok: bool | None, said: str) -> None:
+    """The answer, first of all: green, red, or yellow where it cannot be told."""
+    out.print(Text(said, style="bold " + {True: "green", False: "red", None: "yellow"}[ok]))
+
+
+def lines(out: Console, said: Iterable[str], indent: str = "  ") -> None:
+    """Evidence, a line each."""
+    for each in said:
+        out.print(Text(f"{indent}{each}"))
+
+
+def next_step(out: Console, said: str) -> None:
+    """What to do now, if there is anything."""
+    if said:
+        out.print(Text(f"next: {said}", style="bold"))
+
+
+def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; heads that begin with ``>`` stand over numbers, at the right."""
+    its = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in heads:
+        right = head.startswith(">")
+        its.add_column(
+            head.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    for row in rows:
+        its.add_row(*(Text(str(each)) for each in row))
+    if out.width >= _WIDE:
+        its.expand = False
+    out.print(its)
+
+
+# ── words ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def share(value: float | None) -> str:
+    """A share as a percentage."""
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def rate(value: float | None) -> str:
+    """Samples a second."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def took(ns: float | None) -> str:
+    """A time that was needed.
+
+    Example:
+        >>> took(1.2e9), took(3.4e6), took(900)
+        ('1.20 s', '3.40 ms', '0.9 us')
+    """
+    if ns is None:
+        return "-"
+    for unit, size in (("s", 1e9), ("ms", 1e6)):
+        if ns >= size:
+            return f"{ns / size:.2f} {unit}"
+    return f"{ns / 1e3:.1f} us"
+
+
+def size(value: int | None) -> str:
+    """Bytes, as MB or GB."""
+    if value is None:
+        return "-"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def moment(ns: int | None) -> str:
+    """A time of day, with its date."""
+    return "-" if ns is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9))
+
+
+def some(count: int, noun: str) -> str:
+    """A number and what it counts.
+
+    Example:
+        >>> some(2, "epoch"), some(2000, "batch")
+        ('2 epochs', '2,000 batches')
+    """
+    many = {"batch": "batches"}.get(noun, f"{noun}s")
+    return f"{count:,} {noun if count == 1 else many}"
+
+
+def short(loader: str) -> str:
+    """A loader's name, with the file of its line without the folders."""
+    name, at, line = loader.rpartition(" at ")
+    return f"{name} at {os.path.basename(line)}" if at else loader

@@ -1,0 +1,87 @@
+"""``python -m safeloader trace RUN -o FILE``: a trace for Perfetto. Runs in: main."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safeloader.commands import FINE, NO, BadInput, terminal
+from safeloader.commands.terminal import AttemptOption, RunArgument
+from safeloader.report.chrome_trace import Choice, trace_events, written
+
+EXAMPLE = "python -m safeloader trace runs/exp1 --last 1000 -o trace.json.gz"
+
+
+def trace(
+    run: RunArgument,
+    target: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Where to; .gz is compressed, Perfetto reads it."
+        ),
+    ] = Path("trace.json.gz"),
+    attempt: AttemptOption = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", min=0, help="Of this rank alone.")
+    ] = None,
+    epoch: Annotated[
+        int | None, typer.Option("--epoch", metavar="N", min=0, help="Of this epoch alone.")
+    ] = None,
+    last: Annotated[
+        int, typer.Option("--last", metavar="N", min=1, help="Newest batches of each loader.")
+    ] = 10_000,
+    samples: Annotated[
+        bool, typer.Option("--samples/--no-samples", help="A slice for each sample.")
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
+) -> int:
+    """Write a Chrome trace of the run: open it in https://ui.perfetto.dev."""
+    folder = terminal.opened(run)
+    terminal.check_attempt(folder, attempt)
+    choice = Choice(attempt, rank, epoch, samples, last)
+    count = _write(target, trace_events(folder, choice), force)
+    out = terminal.console()
+    if not count:
+        terminal.answer(out, False, f"no batch of that is in {folder.path}: nothing was written")
+        return NO
+    told = f"{count:,} events in {target} ({terminal.size(target.stat().st_size)})"
+    terminal.answer(out, True, told)
+    terminal.lines(out, [f"note: {note}" for note in folder.notes])
+    terminal.next_step(out, f"open it in https://ui.perfetto.dev; --last {10 * last} shows more")
+    return FINE
+
+
+def _write(target: Path, events: Any, force: bool) -> int:
+    """Write it beside, and move it there whole; how many events there were."""
+    if target.exists() and not force:
+        raise BadInput(f"{target} is there already: give another -o, or --force")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as raw:
+                packed = target.suffix == ".gz"
+                with _packed(raw) if packed else contextlib.nullcontext(raw) as its:
+                    text = io.TextIOWrapper(its, "utf-8", write_through=True)
+                    count = written(events, text)
+                    text.detach()
+            if count:
+                part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as exc:
+        raise BadInput(f"{target} cannot be written: {exc.strerror or exc}") from None
+    return count
+
+
+def _packed(raw: Any) -> gzip.GzipFile:
+    """What compresses into a file; no name and no time stand in it."""
+    return gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=6, filename="", mtime=0)

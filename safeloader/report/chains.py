@@ -1,0 +1,257 @@
+"""Which epochs of a run belong together, over ranks and attempts. Runs in: main."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from safeloader.report.folder import LoaderRecords
+from safeloader.report.records import RunEpoch, epochs_of
+from safeloader.report.run import RunFolder
+
+_LEFT_OUT = ("skipped", "replaced")
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Batches of one rank: from ``first`` on, and before ``end`` where that is not None."""
+
+    loader: LoaderRecords
+    epoch: int
+    first: int
+    end: int | None = None
+
+
+@dataclasses.dataclass
+class Part:
+    """One rank of an epoch.
+
+    Attributes:
+        loader, epoch: which, with its audit.
+        batches: how many it handed over.
+        first: the number of the first one; above 0 where it went on with another epoch.
+    """
+
+    loader: LoaderRecords
+    epoch: RunEpoch
+    batches: int = 0
+    first: int = 0
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """What it says itself; None while it runs, or where it was cut off."""
+        return self.epoch.audit
+
+    @property
+    def left_early(self) -> bool:
+        """Whether the program left it before its end."""
+        return self.audit is not None and not self.audit.get("complete")
+
+    @property
+    def end(self) -> int:
+        """The number of the batch behind its last one."""
+        return self.first + self.batches
+
+
+class Cohort:
+    """One epoch of one loader on all ranks of an attempt.
+
+    Attributes:
+        name: of the loader, with its line.
+        attempt: the one that had it last.
+        epoch: its number there.
+        parts: by rank.
+        before: the epoch that it went on with.
+        again: how many batches of that one were handed over again.
+        lost: why what came before it is not known; empty as a rule.
+    """
+
+    def __init__(self, name: str, attempt: int, epoch: int) -> None:
+        self.name, self.attempt, self.epoch = name, attempt, epoch
+        self.parts: dict[int, Part] = {}
+        self.before: Cohort | None = None
+        self.again = 0
+        self.lost = ""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it went on with another epoch."""
+        return any(part.first for part in self.parts.values())
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """Those of the ranks that have one."""
+        return [part.audit for part in self.parts.values() if part.audit is not None]
+
+    @property
+    def attempts(self) -> tuple[int, ...]:
+        """Those that handed over its batches."""
+        before = self.before.attempts if self.before else ()
+        return tuple(dict.fromkeys((*before, self.attempt)))
+
+    @functools.cached_property
+    def world(self) -> int:
+        """How many ranks there should be."""
+        known = [part.loader.info.get("world_size") or 1 for part in self.parts.values()]
+        return max(*known, len(self.parts), 1)
+
+    @property
+    def length(self) -> int | None:
+        """Of the dataset."""
+        known = [part.loader.info.get("length") for part in self.parts.values()]
+        return known[0] if known and isinstance(known[0], int) else None
+
+    @property
+    def stream(self) -> bool:
+        """Whether its samples have no index."""
+        if self.audits:
+            return any(audit.get("stream") for audit in self.audits)
+        return self.length is None
+
+    @property
+    def batches(self) -> int:
+        """How many each rank handed over, at least, with those before."""
+        return max((part.end for part in self.parts.values()), default=0)
+
+    @functools.cached_property
+    def state(self) -> str:
+        """``"whole"``, ``"left early"``, ``"running"`` or ``"cut off"``."""
+        open_ = [part for part in self.parts.values() if part.audit is None]
+        if any(part.loader.state in ("running", "silent") for part in open_):
+            return "running"
+        if open_:
+            return "cut off"
+        return "left early" if any(p.left_early for p in self.parts.values()) else "whole"
+
+    def pieces(self, ends: dict[int, int] | None = None) -> Iterator[tuple[int, Piece]]:
+        """All batches that count, by rank; before ``ends`` where a later epoch went on there."""
+        if self.before is not None:
+            yield from self.before.pieces({rank: p.first for rank, p in self.parts.items()})
+        for rank, part in self.parts.items():
+            end = None if ends is None else ends.get(rank, max(ends.values()))
+            yield rank, Piece(part.loader, part.epoch.epoch, part.first, end)
+
+    @functools.cached_property
+    def left_out(self) -> dict[Any, tuple[str, int]]:
+        """Indices that a rank skipped, replaced or dropped: what it did, and the rank."""
+        found: dict[Any, tuple[str, int]] = {}
+        for rank, piece in self.pieces():
+            for line in piece.loader.lines("incidents.jsonl"):
+                if line.get("epoch") == piece.epoch and line.get("what") in _LEFT_OUT:
+                    batch = line.get("batch")
+                    inside = isinstance(batch, int) and (piece.end is None or batch < piece.end)
+                    if inside and isinstance(line.get("index"), int | str):
+                        found[line["index"]] = str(line["what"]), rank
+        for rank, part in self.parts.items():
+            for what in (*_LEFT_OUT, "dropped"):
+                for index in (part.audit or {}).get(what, ()):
+                    if isinstance(index, int | str):
+                        found.setdefault(index, (what, rank))
+        return found
+
+    @property
+    def unlisted(self) -> dict[str, int]:
+        """How many more of a class there are than an audit lists."""
+        found: dict[str, int] = {}
+        for audit in self.audits:
+            for what in (*_LEFT_OUT, "dropped"):
+                more = audit.get("counts", {}).get(what, 0) - len(audit.get(what, ()))
+                if more > 0:
+                    found[what] = found.get(what, 0) + more
+        return found
+
+
+def cohorts_of(run: RunFolder, attempt: int | None = None) -> list[Cohort]:
+    """The epochs of a run in the order in which they began; those gone on with are in the later."""
+    found: dict[tuple[int, str, int, int], Cohort] = {}
+    for loader, number in _numbered_alike(run):
+        if attempt not in (None, loader.attempt):
+            continue
+        spans = _spans(loader)
+        for epoch in epochs_of(loader):
+            key = loader.attempt, loader.name, number, epoch.epoch
+            cohort = found.setdefault(key, Cohort(loader.name, loader.attempt, epoch.epoch))
+            low, count = spans.get(epoch.epoch, (0, 0))
+            told = (epoch.audit or {}).get("resumed_at")
+            cohort.parts[loader.rank] = Part(loader, epoch, count, told or low)
+    ordered = sorted(found.values(), key=_began)
+    return _linked([each for each in ordered if each.batches or _drew(each)])
+
+
+def _drew(cohort: Cohort) -> bool:
+    """Whether anything was asked for: not of an iterator that nobody took a batch from."""
+    return any(audit.get("drawn") for audit in cohort.audits)
+
+
+def _began(cohort: Cohort) -> tuple[int, float]:
+    return cohort.attempt, min(part.epoch.began for part in cohort.parts.values())
+
+
+def _numbered_alike(run: RunFolder) -> Iterator[tuple[LoaderRecords, int]]:
+    """The loaders, each with its number among those of the same name of its process's rank."""
+    seen: dict[tuple[int, int, str], int] = {}
+    for loader in run.loaders:
+        key = loader.attempt, loader.rank, loader.name
+        seen[key] = seen.get(key, -1) + 1
+        yield loader, seen[key]
+
+
+def _spans(loader: LoaderRecords) -> dict[int, tuple[int, int]]:
+    """Of each epoch the number of its first batch, and how many there are."""
+    import numpy as np
+
+    found: dict[int, tuple[int, int]] = {}
+    dropped = {epoch for line in loader.lines("dropped.jsonl") for epoch in _range(line)}
+    for table in loader.pieces(["epoch", "batch"]):
+        epochs = table["epoch"].to_numpy()
+        batches = table["batch"].to_numpy()
+        for epoch in np.unique(epochs).tolist():
+            its = batches[epochs == epoch]
+            low, count = found.get(epoch, (int(its.min()), 0))
+            found[epoch] = min(low, int(its.min())), count + len(its)
+    return {epoch: (0 if epoch in dropped else low, count) for epoch, (low, count) in found.items()}
+
+
+def _range(line: dict[str, Any]) -> Iterator[int]:
+    epochs = line.get("epochs")
+    if isinstance(epochs, list) and len(epochs) == 2:
+        yield from range(int(epochs[0]), int(epochs[1]) + 1)
+
+
+def _linked(cohorts: list[Cohort]) -> list[Cohort]:
+    """Each epoch that went on with another has that one before it, which is then no more told."""
+    gone: set[int] = set()
+    for at, cohort in enumerate(cohorts):
+        if not cohort.resumed:
+            continue
+        firsts = {rank: part.first for rank, part in cohort.parts.items()}
+        for earlier in reversed(cohorts[:at]):
+            if id(earlier) not in gone and _is_before(earlier, cohort, max(firsts.values())):
+                cohort.before = earlier
+                gone.add(id(earlier))
+                ends = (
+                    max(0, part.end - firsts.get(rank, max(firsts.values())))
+                    for rank, part in earlier.parts.items()
+                )
+                cohort.again = earlier.again + sum(ends)
+                break
+        else:
+            cohort.lost = (
+                f"it went on at batch {max(firsts.values())} with an epoch that is not in this run"
+            )
+    return [each for each in cohorts if id(each) not in gone]
+
+
+def _is_before(earlier: Cohort, later: Cohort, first: int) -> bool:
+    """Whether an epoch may be the one that another went on with."""
+    if _plain_name(earlier) != _plain_name(later) or earlier.state == "whole":
+        return False
+    return earlier.batches >= first
+
+
+def _plain_name(cohort: Cohort) -> str:
+    """Without the line, which is another where the program goes on elsewhere."""
+    part = next(iter(cohort.parts.values()))
+    return str(part.loader.info.get("name", cohort.name))

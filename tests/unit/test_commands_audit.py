@@ -1,0 +1,302 @@
+"""``python -m safeloader audit``: what is exactly once, what is not, and what cannot be told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from safeloader import __main__
+from tests.run_folders import Numbers, by_ranks, loader_of, new_process, of_job, share, stateful
+
+Said = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    new_process(monkeypatch)
+    yield
+    new_process(monkeypatch)
+
+
+@pytest.fixture
+def audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Said:
+    def said(*more: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = __main__.main(["audit", str(tmp_path), *more])
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return status, printed.out
+
+    return said
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+class Anything(Numbers):
+    def __getitem__(self, index: Any) -> int:
+        return 1
+
+
+FINE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "shuffled": (lambda run: loader_of(Numbers(), run, shuffle=True), "exactly once ("),
+    "drop_last": (
+        lambda run: loader_of(Numbers(18), run, drop_last=True),
+        "2 left out: by drop_last",
+    ),
+    "skips": (
+        lambda run: loader_of(Numbers(bad=(3, 8)), run, on_error="skip"),
+        "2 left out: skipped",
+    ),
+    "replaced": (
+        lambda run: loader_of(Numbers(bad=(3, 8)), run, on_error="replace"),
+        "2 left out: replaced",
+    ),
+    "some drawn": (
+        lambda run: loader_of(Numbers(), run, sampler=SubsetRandomSampler(range(5))),
+        "15 left out: the sampler did not draw them",
+    ),
+    "drawn again": (
+        lambda run: loader_of(
+            Numbers(), run, sampler=WeightedRandomSampler(torch.tensor([1.0, 0.0] * 10), 20)
+        ),
+        "the sampler draws some indices more than once",
+    ),
+    "texts": (lambda run: loader_of(Anything(3), run, sampler=["a", "b", "c"]), "exactly once ("),
+    "a stream": (lambda run: loader_of(Stream(), run), "exactly once ("),
+}
+
+
+@pytest.mark.parametrize("kind", FINE)
+def test_what_is_exactly_once(kind: str, tmp_path: Path, audit: Said) -> None:
+    make, words = FINE[kind]
+    list(make(tmp_path))
+    status, said = audit()
+    assert said.startswith("exactly once: yes, so far") or "yes, in the 1 epoch" in said
+    assert words in said
+    assert status == 0
+
+
+def test_the_epoch_that_still_runs_is_told_so_far(tmp_path: Path, audit: Said) -> None:
+    loader = loader_of(Numbers(), tmp_path)
+    list(loader)
+    iterator = iter(loader)
+    next(iterator)
+    status, said = audit()
+    assert said.startswith("exactly once: yes, in the 1 epoch that is over; 1 epoch still running")
+    assert "epoch 1: exactly once; so far (4 samples)" in said
+    assert status == 0
+
+
+def test_an_epoch_that_the_program_left_is_told_as_that(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, _ in enumerate(loader_of(Numbers(), tmp_path)):
+        if number == 2:
+            break
+    new_process(monkeypatch)
+    status, said = audit()
+    assert "left early by the program after 3 batches (12 samples)" in said
+    assert status == 0
+
+
+def test_a_batch_lost_with_its_error_is_not_exactly_once(tmp_path: Path, audit: Said) -> None:
+    with pytest.raises(ValueError, match="bad file"):
+        list(loader_of(Numbers(bad=(9,)), tmp_path))
+    status, said = audit()
+    assert said.startswith("exactly once: NO")
+    assert "4 failed" in said
+    assert said.rstrip().endswith("`index RUN N` tells of one index")
+    assert status == 1
+
+
+# ── ranks ────────────────────────────────────────────────────────────────────────────────────────
+
+WORLD = 3
+
+
+def on_ranks(
+    monkeypatch: pytest.MonkeyPatch, run: Path, sampler: Callable[[Any, int], Any], size: int = 10
+) -> None:
+    def train(rank: int) -> None:
+        data = Numbers(size)
+        list(loader_of(data, run, 2, sampler=sampler(data, rank)))
+
+    by_ranks(monkeypatch, WORLD, train)
+
+
+def double(data: Any, rank: int) -> Any:
+    once = list(share(data, rank, WORLD, shuffle=False))
+    return [once[k] for k in share(once, rank, WORLD, shuffle=False)]
+
+
+def other_epoch(data: Any, rank: int) -> Any:
+    sampler = share(data, rank, WORLD)
+    sampler.set_epoch(rank)
+    return sampler
+
+
+RANKS: dict[str, tuple[Callable[[Any, int], Any], int, str, str]] = {
+    "padding": (lambda d, r: share(d, r, WORLD), 0, "2 came twice as padding", ""),
+    "drop_last": (
+        lambda d, r: share(d, r, WORLD, drop_last=True),
+        *(0, "1 left out: so that ranks have equal shares", ""),
+    ),
+    "no sampler": (
+        lambda d, r: None,
+        *(1, "10 indices came on more than one rank", "give each a DistributedSampler"),
+    ),
+    "set_epoch differs": (other_epoch, 1, "came on more than one rank", "set_epoch(n) alike"),
+    "double sharding": (double, 1, "came on no rank", ""),
+}
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_ranks(kind: str, tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, expected, words, step = RANKS[kind]
+    on_ranks(monkeypatch, tmp_path, sampler)
+    status, said = audit()
+    assert words in said
+    assert step in said.splitlines()[-1]
+    assert "3 ranks" in said
+    assert status == expected
+
+
+def test_which_ranks_gave_an_index_twice(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ranks(monkeypatch, tmp_path, lambda data, rank: None, size=4)
+    _, said = audit()
+    assert "came more than once: index 0 (ranks 0, 1, 2)" in said
+    status, printed = audit("--json")
+    (epoch,) = json.loads(printed)["epochs"]
+    assert (status, epoch["ok"], epoch["twice"], epoch["ranks"]) == (
+        1,
+        False,
+        [*range(4)],
+        [0, 1, 2],
+    )
+
+
+def test_a_rank_that_did_not_come(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(rank: int) -> None:
+        data = Numbers(12)
+        if rank != 1:
+            list(loader_of(data, tmp_path, 2, sampler=share(data, rank, WORLD)))
+
+    by_ranks(monkeypatch, WORLD, train)
+    status, said = audit()
+    assert said.startswith("exactly once: cannot be told of 1 of 1 epoch")
+    assert "rank 1 did not iterate it" in said
+    assert status == 1
+
+
+def test_rank_0_alone_may_validate(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_process(monkeypatch, **of_job(0, 0, WORLD))
+    list(loader_of(Numbers(12), tmp_path))
+    new_process(monkeypatch)
+    status, said = audit()
+    assert "rank 0 alone iterated it" in said
+    assert status == 0
+
+
+def test_a_rank_that_stops_early(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(rank: int) -> None:
+        data = Numbers(12)
+        for _ in loader_of(data, tmp_path, 2, sampler=share(data, rank, WORLD)):
+            if rank == 2:
+                break
+
+    by_ranks(monkeypatch, WORLD, train)
+    status, said = audit()
+    assert "rank 2 stopped before the end" in said
+    assert status == 1
+
+
+# ── resumes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_epoch_that_a_later_attempt_went_on_with(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = tmp_path, Numbers(40)
+    new_process(monkeypatch, **of_job(0))
+    loader = stateful(data, run)
+    for number, _ in enumerate(loader):
+        if number == 3:
+            state = loader.state_dict()
+        if number == 5:
+            break
+    del loader
+    new_process(monkeypatch, **of_job(1))
+    loader = stateful(data, run)
+    loader.load_state_dict(state)
+    list(loader)
+    new_process(monkeypatch)
+    status, said = audit()
+    assert "(attempts 0, 1): exactly once (40 samples)" in said
+    assert "2 batches handed over after the state was saved came again" in said
+    assert status == 0
+    status, said = audit("--attempt", "1")
+    assert "it went on at batch 4 with an epoch that is not in this run" in said
+    assert status == 1
+
+
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_the_indices_the_audit_of_one_rank_stands(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(loader_of(Numbers(), tmp_path))
+    new_process(monkeypatch)
+    (path,) = tmp_path.rglob("batches-*.parquet")
+    path.unlink()
+    status, printed = audit("--json")
+    (epoch,) = json.loads(printed)["epochs"]
+    assert status == 0
+    assert epoch["evidence"] == ["rank 0: of 5 batches 0 are in the folder"]
+
+
+def test_an_empty_run_is_no_yes(tmp_path: Path, audit: Said) -> None:
+    iter(loader_of(Numbers(), tmp_path))
+    status, said = audit()
+    assert said.startswith("exactly once: nothing was handed over yet")
+    assert status == 1
+
+
+class OfAnyInt(Anything):
+    """Its indices are ints that its length does not bound."""
+
+
+def test_indices_beyond_the_length_of_the_dataset_are_counted_too(
+    tmp_path: Path, audit: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [[5, 1 << 20, 1 << 40], [6, 1 << 20, 1 << 41, 1 << 40]]
+
+    def train(rank: int) -> None:
+        list(loader_of(OfAnyInt(3), tmp_path, 2, sampler=drawn[rank]))
+
+    by_ranks(monkeypatch, 2, train)
+    status, printed = audit("--json")
+    (epoch,) = json.loads(printed)["epochs"]
+    assert (status, epoch["twice"]) == (1, [1 << 20, 1 << 40])
+    assert epoch["counts"]["never"] == 0
+    assert "came more than once: index 1048576 (ranks 0, 1)" in epoch["evidence"]

@@ -1,0 +1,400 @@
+"""The commands over a run: their words, their JSON, their exit status, and what they refuse."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from safeloader import __main__
+from safeloader.report.figures import figures_of, slowest
+from safeloader.report.run import RunFolder
+from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
+
+Said = Callable[..., tuple[int, str, str]]
+OVER_A_RUN = ("show", "watch", "step", "index", "audit", "trace")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    new_process(monkeypatch)
+    yield
+    new_process(monkeypatch)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    def run(*words: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = __main__.main([*map(str, words)])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two ranks, two epochs; steps are marked from 100 on, and index 7 is skipped."""
+    run = tmp_path / "run"
+
+    def train(rank: int) -> None:
+        data = Numbers(24, bad=(7,))
+        sampler = share(data, rank, 2, shuffle=False)
+        loader = loader_of(data, run, 4, sampler=sampler, on_error="skip")
+        step = 100
+        for _ in range(2):
+            for _ in loader:
+                loader.mark(step)
+                step += 1
+
+    by_ranks(monkeypatch, 2, train)
+    return run
+
+
+# ── help, bad input ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("command", [*OVER_A_RUN, "replay"])
+def test_help_has_an_example(command: str, said: Said) -> None:
+    status, out, _ = said(command, "--help")
+    assert f"python -m safeloader {command}" in " ".join(out.split())
+    assert "Example:" in out
+    assert status == 0
+
+
+@pytest.mark.parametrize("command", OVER_A_RUN)
+def test_what_is_no_run_is_refused_in_a_sentence(command: str, tmp_path: Path, said: Said) -> None:
+    more = {"step": ["1"], "index": ["1"]}.get(command, [])
+    status, out, err = said(command, tmp_path / "none", *more)
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        f"python -m safeloader {command}: {tmp_path / 'none'} is no folder of a run"
+    )
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["show"], "Missing argument 'RUN'"),
+        (["step", "RUN", "x"], "Invalid value for 'N'"),
+        (["audit", "RUN", "--no-such"], "--no-such"),
+        (["audit", "RUN", "--attempt", "7"], "there is no attempt 7 in"),
+        (["shwo", "RUN"], "there is no command 'shwo' (did you mean show?)"),
+    ],
+)
+def test_words_that_are_wrong(words: list[str], told: str, of_two_ranks: Path, said: Said) -> None:
+    status, out, err = said(*(str(of_two_ranks) if each == "RUN" else each for each in words))
+    assert (status, out) == (2, "")
+    assert told in err.splitlines()[0]
+    assert "Traceback" not in err
+
+
+def test_a_folder_of_runs_names_them(of_two_ranks: Path, said: Said) -> None:
+    status, _, err = said("show", of_two_ranks.parent)
+    assert status == 2
+    assert f"there are runs in it: {of_two_ranks}" in err
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "pyarrow"])
+def test_what_is_missing_is_named(
+    missing: str, of_two_ranks: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    status, out, err = said("audit", of_two_ranks)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert missing in err
+    assert "pip install 'safeloader[" in err
+
+
+def test_the_words_of_a_shell_are_completed(
+    said: Said, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_SAFELOADER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "safeloader st")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        sys.exit(__main__.main([], "safeloader"))
+    assert capsys.readouterr().out.split() == ["step"]
+
+
+# ── show ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_show_answers_first(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("show", of_two_ranks)
+    first = out.splitlines()[0]
+    assert first.startswith(
+        "exactly once: yes, in all 2 epochs that are over; 2 left out as was asked for; 2 skipped"
+    )
+    assert "dataset.files[7] = '7.png'" in out
+    assert "bad file 7.png" in out
+    assert "Slowest samples" in out
+    assert out.rstrip().splitlines()[-1].startswith("next: python -m safeloader replay ")
+    assert status == 0
+
+
+def test_show_as_json(of_two_ranks: Path, said: Said) -> None:
+    _, out, _ = said("show", of_two_ranks, "--json", "--slowest", 3)
+    told = json.loads(out)
+    assert [each["samples"] for each in told["loaders"]] == [24, 22]
+    assert [each["index"] for each in told["incidents"]] == [7, 7]
+    assert (len(told["failures"]), len(told["survived"])) == (0, 2)
+    assert told["audit"]["ok"] is True
+    assert len(told["slowest"]) == 3
+    assert told["ranks"] == [0, 1]
+
+
+def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
+    loader = loader_of(Numbers(100), tmp_path, 10)
+    list(loader)
+    found = figures_of(RunFolder(tmp_path).loaders[0])
+    records = [loader.provenance.batch(k) for k in range(10)]
+    assert (found.batches, found.samples, found.epoch, found.state) == (10, 100, 0, "running")
+    assert found.wait_s == pytest.approx(sum(each.wait_ns for each in records) / 1e9)
+    assert found.span_s >= found.wait_s
+    assert found.wait_share == pytest.approx(found.wait_s / found.span_s)
+
+
+def test_the_slowest_are_by_the_median_of_all_fetches(tmp_path: Path) -> None:
+    loader = loader_of(Numbers(200), tmp_path, 10, shuffle=True)
+    for _ in range(3):
+        list(loader)
+    table = loader.provenance.to_numpy()
+    times: dict[int, list[int]] = {}
+    for index, fetch_ns in zip(table["index"].tolist(), table["fetch_ns"].tolist(), strict=True):
+        times.setdefault(index, []).append(fetch_ns)
+    expected = max(float(np.median(its)) for its in times.values())
+    found = slowest(RunFolder(tmp_path).loaders, 5)
+    assert found[0].median_ns == pytest.approx(expected, rel=0.01)
+    assert [each.fetches for each in found] == [3] * 5
+    assert found[0].source == f"dataset.files[{found[0].index}] = '{found[0].index}.png'"
+
+
+# ── step, index ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_step_on_all_ranks(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("step", of_two_ranks, 100)
+    assert out.startswith("step 100: 7 samples in 2 batches on 2 ranks")
+    assert "attempt 0, rank 1, epoch 0, batch 0, by main" in out
+    assert status == 0
+    _, out, _ = said("step", of_two_ranks, 104, "--json")
+    assert [(each["rank"], each["epoch"], each["indices"]) for each in json.loads(out)] == [
+        (0, 1, [8, 10, 12, 14]),
+        (1, 1, [9, 11, 13, 15]),
+    ]
+
+
+def test_a_step_that_is_not_there(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("step", of_two_ranks, 5)
+    assert out.startswith("step 5: no batch of it is in")
+    assert out.count("marked steps 100 to 105") == 2
+    assert status == 1
+
+
+def test_without_marks_a_step_is_a_batch(tmp_path: Path, said: Said) -> None:
+    list(loader_of(Numbers(), tmp_path))
+    _, out, _ = said("step", tmp_path, 2)
+    assert "8" in out
+    assert "no steps were marked" in out
+    assert said("step", tmp_path, 5)[1].splitlines()[1].endswith("batches 0 to 4")
+
+
+def test_an_index(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("index", of_two_ranks, 7)
+    assert out.startswith("index 7: skipped 2 times\n  source: dataset.files[7] = '7.png'")
+    assert "next: python -m safeloader replay" in out
+    assert status == 0
+    _, out, _ = said("index", of_two_ranks, 9, "--json")
+    seen = json.loads(out)["seen"]
+    assert [(each["what"], each["rank"], each["epoch"], each["batch"]) for each in seen] == [
+        ("delivered", 1, 0, 1),
+        ("delivered", 1, 1, 1),
+    ]
+
+
+def test_an_index_that_never_came(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("index", of_two_ranks, "abc")
+    assert out.startswith("index abc: nowhere in")
+    assert status == 1
+
+
+def test_an_index_whose_error_was_raised_names_its_file(tmp_path: Path, said: Said) -> None:
+    with pytest.raises(ValueError, match="bad file"):
+        list(loader_of(Numbers(bad=(9,)), tmp_path))
+    _, out, _ = said("index", tmp_path, 9)
+    (path,) = tmp_path.rglob("failures/*.json")
+    assert out.startswith("index 9: failed once")
+    assert out.splitlines()[-1].startswith(f"next: python -m safeloader replay {path}")
+
+
+# ── watch ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_watch_of_a_run_that_goes_on(tmp_path: Path, said: Said) -> None:
+    loader = loader_of(Numbers(bad=(3,)), tmp_path, on_error="skip")
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    status, out, _ = said("watch", tmp_path, "--once", "--json")
+    (its,) = json.loads(out)["loaders"]
+    assert (its["state"], its["samples"], its["skipped"], its["epoch"]) == ("running", 7, 1, 0)
+    assert its["samples_per_s"] > 0
+    assert status == 0
+    status, out, _ = said("watch", tmp_path)  # no terminal: one look
+    assert "1 loader running" in out.splitlines()[0]
+    assert status == 0
+
+
+def test_watch_ends_with_the_run(of_two_ranks: Path, said: Said) -> None:
+    status, out, _ = said("watch", of_two_ranks, "--json")
+    assert [each["state"] for each in json.loads(out)["loaders"]] == ["ended", "ended"]
+    assert status == 0
+    out = said("watch", of_two_ranks)[1]
+    assert "nothing runs, 2 ended: SafeDataLoader over Numbers (24)" in out
+    assert [line.split()[0] for line in out.splitlines() if " ended " in line] == ["0", "1"]
+    assert "next: python -m safeloader show" in out
+
+
+# ── trace ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_trace(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
+    target = tmp_path / "t.json.gz"
+    status, out, _ = said("trace", of_two_ranks, "-o", target)
+    events = json.loads(gzip.decompress(target.read_bytes()))
+    assert status == 0
+    assert out.startswith(f"{len(events)} events in {target}")
+    kinds = Counter(each.get("cat", each["ph"]) for each in events)
+    assert (kinds["sample"], kinds["wait"], kinds["collate"], kinds["batch"]) == (46, 12, 12, 24)
+    assert kinds["step"] == 10
+    assert kinds["incident"] == 2
+    names = {each["args"]["name"] for each in events if each["name"] == "process_name"}
+    assert {name.split(":")[0] for name in names} == {"attempt 0, rank 0", "attempt 0, rank 1"}
+    (skipped,) = {each["name"] for each in events if each.get("cat") == "incident"}
+    assert skipped == "skipped 7"
+    sample = next(each for each in events if each.get("cat") == "sample")
+    assert set(sample["args"]) == {"epoch", "batch", "position", "index"}
+    assert target.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_trace_of_a_part(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
+    target = tmp_path / "t.json"
+    words = ("trace", of_two_ranks, "-o", target, "--rank", 1, "--last", 2, "--no-samples")
+    assert said(*words)[0] == 0
+    waits = [each for each in json.loads(target.read_text()) if each.get("cat") == "wait"]
+    assert [each["args"]["batch"] for each in waits] == [1, 2]
+    status, _, err = said(*words)
+    assert (status, "is there already" in err) == (2, True)
+    assert said(*words, "--force")[0] == 0
+    assert said("trace", of_two_ranks, "-o", tmp_path / "n", "--epoch", 9)[0] == 1
+    assert not (tmp_path / "n").exists()
+    status, _, err = said("trace", of_two_ranks, "-o", tmp_path / "no" / "t.json")
+    assert (status, "cannot be written: No such file" in err) == (2, True)
+    assert [*tmp_path.glob(".*.part")] == []
+
+
+# ── replay ───────────────────────────────────────────────────────────────────────────────────────
+
+PROGRAM = """
+import sys
+class Numbers:
+    bad = {bad}
+    def __len__(self): return 20
+    def __getitem__(self, index):
+        if index == self.bad: raise {error}(f"bad file {{index}}.png")
+        return index
+def make_dataset(): return Numbers()
+def wants(path): return path
+number = 7
+"""
+
+
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A failure at index 9; programs are imported from the folder it is in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    for name in ("__main__", "__mp_main__"):
+        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
+    with pytest.raises(ValueError, match="bad file"):
+        list(loader_of(Numbers(bad=(9,)), tmp_path / "run"))
+    (path,) = tmp_path.rglob("failures/*.json")
+    return path
+
+
+def test_the_failing_sample_once_more(failed: Path, said: Said) -> None:
+    Path("again.py").write_text(PROGRAM.format(bad=9, error="ValueError"))
+    status, out, err = said("replay", failed, "again.py:make_dataset")
+    assert out.startswith("index 9 fails again: ValueError: bad file 9.png\n")
+    assert 'again.py", line 7, in __getitem__' in out
+    assert "safeloader" not in out.split("Traceback")[1].split("next:")[0].split("index 9:")[0]
+    assert (status, err) == (1, "")
+
+
+def test_a_sample_that_comes_now(failed: Path, said: Said) -> None:
+    Path("sound.py").write_text(PROGRAM.format(bad=None, error="ValueError"))
+    status, out, _ = said("replay", failed, "sound.py:make_dataset")
+    assert out.startswith("index 9 comes here: 9\n  there (sample): ValueError: bad file 9.png")
+    assert status == 0
+    told = json.loads(said("replay", failed, "sound.py:Numbers", "--json")[1])
+    assert (told["came"], told["now"], told["index"]) == (True, None, "9")
+    assert logging.getLogger("safeloader").propagate
+
+
+def test_a_sample_that_fails_in_another_way(failed: Path, said: Said) -> None:
+    Path("other.py").write_text(PROGRAM.format(bad=9, error="OSError"))
+    status, out, _ = said("replay", failed, "other.py:make_dataset")
+    assert out.startswith("index 9 fails here in another way: OSError: bad file 9.png\n")
+    assert "there (sample): ValueError" in out
+    assert status == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("nothing", "does not say what gives the dataset"),
+        ("gone.py:make_dataset", "there is no file 'gone.py'"),
+        ("bad.py:make_data", "bad.py has no 'make_data'"),
+        ("bad.py:wants", "needs arguments (path)"),
+        ("bad.py:number", "gives a value of type int, which has no index"),
+        ("raises.py:make_dataset", "raises.py cannot be imported: RuntimeError: no data here"),
+    ],
+)
+def test_what_gives_no_dataset(place: str, told: str, failed: Path, said: Said) -> None:
+    Path("bad.py").write_text(PROGRAM.format(bad=9, error="ValueError"))
+    Path("raises.py").write_text("raise RuntimeError('no data here')")
+    status, out, err = said("replay", failed, place)
+    assert (status, out) == (2, "")
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+def test_what_holds_no_failure(failed: Path, said: Said) -> None:
+    Path("some.json").write_text("[1]")
+    status, _, err = said("replay", "some.json", "x.py:make_dataset")
+    assert (status, "holds no failure" in err) == (2, True)
+    status, _, err = said("replay", "none.json", "x.py:make_dataset")
+    assert (status, "cannot be read: No such file" in err) == (2, True)
+    content = json.loads(failed.read_text())
+    content["failure"] |= {"index": None, "phase": "collate"}
+    Path("batch.json").write_text(json.dumps(content))
+    status, _, err = said("replay", "batch.json", "x.py:make_dataset")
+    assert "(collate) names no single sample; the indices of its batch: 8, 9, 10, 11" in err
+    assert os.path.isfile("batch.json")
