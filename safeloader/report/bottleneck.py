@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from safeloader.report.fetch_times import FetchTimes
+from safeloader.report.fetch_times import SLOW, FetchTimes
 from safeloader.report.waiting import LoaderWaiting, Work
 
 LITTLE, MUCH = 0.05, 0.20  # of the time of the steps
@@ -132,14 +132,22 @@ def _more_workers(
 
 
 def _few_samples(times: FetchTimes) -> list[str]:
-    bound = 10 * times.quantile_ns(0.5)
-    samples, time = times.share_above(bound)
+    samples = times.slow / max(1, times.distinct)
+    time = times.slow_ns / max(1.0, times.total_ns)
     if not 0 < samples <= _FEW or time < _THEIR_TIME:
         return []
+    part = (
+        f"{time:.0%} of the time to fetch goes into {times.slow:,} of {times.distinct:,} samples, "
+        f"each over {SLOW} times as slow as the middle one"
+    )
+    if not times.again:
+        return [
+            f"{part}. Each was fetched once: a second epoch tells whether that is the samples' "
+            "doing or the machine's."
+        ]
     return [
-        f"{time:.0%} of the time to fetch goes into {samples:.2%} of the samples, each over 10 "
-        f"times as slow as the middle one: they are listed under Which samples. Without them "
-        f"fetching takes {time:.0%} less."
+        f"{part}, each time: they are listed under Which samples. Without them fetching takes "
+        f"{time:.0%} less."
     ]
 
 

@@ -17,7 +17,12 @@ _LINES_MAX = 8  # above, the middle rank and the worst are shown
 _BARS_MAX = 32
 _MEMORY_LINES_MAX = 12
 _POINTS_MAX = 400  # of a line
+_GAP = 8  # spans without a step
 _MIB = 1 << 20
+_COLOURS = (
+    *("#3b82d6", "#e08a2c", "#3fa66a", "#b65fc2"),
+    *("#d4504e", "#3aa9b5", "#8d7b4b", "#9aa3ad"),
+)
 
 Chart = dict[str, Any]
 
@@ -56,6 +61,7 @@ def _moment(ns: float) -> str:
 def _waiting(waiting: Waiting, datasets: list[Dataset]) -> Chart:
     """The share of the steps' time that was spent waiting, over time."""
     traces: list[Any] = []
+    colours: dict[str, int] = {}
     for number, dataset in enumerate(datasets):
         for attempt, span in waiting.spans.items():
             its = [each for each in dataset.loaders if each.records.attempt == attempt]
@@ -78,11 +84,17 @@ def _waiting(waiting: Waiting, datasets: list[Dataset]) -> Chart:
                 named = {f"rank {rank}" if several else "": each for rank, each in lines.items()}
             moments = _moments(*span)
             for name, shares in named.items():
-                traces.append(_line(dataset.name, name, attempt, moments, shares, number))
+                loader = short(dataset.name) if len(datasets) > 1 or not name else ""
+                line = _line(loader, name, moments, shares, number)
+                line["line"]["color"] = _COLOURS[
+                    colours.setdefault(line["name"], len(colours)) % len(_COLOURS)
+                ]
+                line["showlegend"] = all(line["name"] != each["name"] for each in traces)
+                traces.append(line)
     layout = {
         "yaxis": {"title": {"text": "waiting for data, %"}, "range": [0, 101], "ticksuffix": "%"},
         "xaxis": {"type": "date"},
-        "showlegend": len(traces) > 1,
+        "showlegend": sum(each["showlegend"] for each in traces) > 1,
     }
     return {"id": "waiting", "traces": traces, "layout": layout}
 
@@ -92,18 +104,26 @@ def _shares(waited: Any, computed: Any) -> Any:
     return np.where(whole > 0, 100 * waited / np.maximum(whole, 1), np.nan)
 
 
-def _line(
-    loader: str, name: str, attempt: int, moments: list[str], shares: Any, number: int
-) -> Chart:
-    words = [short(loader), name, f"attempt {attempt}" if attempt else ""]
-    rows = [(x, round(float(y), 1)) for x, y in zip(moments, shares, strict=True) if y == y]
+def _line(loader: str, name: str, moments: list[str], shares: Any, number: int) -> Chart:
+    seen = np.flatnonzero(~np.isnan(shares)).tolist()
+    x: list[str] = []
+    y: list[float | None] = []
+    for before, k in zip([None, *seen], seen, strict=False):
+        if before is not None and k - before > _GAP:  # nothing ran: no line over it
+            x.append(moments[before + 1])
+            y.append(None)
+        x.append(moments[k])
+        y.append(round(float(shares[k]), 1))
+    said = _text(", ".join(filter(None, [loader, name])))
     return {
         "type": "scatter",
-        "mode": "lines+markers" if len(rows) < 40 else "lines",
-        "name": _text(", ".join(filter(None, words))),
-        "x": [x for x, _ in rows],
-        "y": [y for _, y in rows],
-        "line": {"width": 2},
+        "mode": "lines+markers",
+        "marker": {"size": 4},
+        "name": said,
+        "legendgroup": said,
+        "x": x,
+        "y": y,
+        "line": {"width": 1.5},
         "visible": True if number == 0 else "legendonly",
     }
 
@@ -171,7 +191,7 @@ def _fetches(datasets: list[Dataset]) -> Chart:
             }
         )
     layout = {
-        "xaxis": {"type": "log", "title": {"text": "time to fetch a sample, ms"}},
+        "xaxis": {"type": "log", "dtick": 1, "title": {"text": "time to fetch a sample, ms"}},
         "yaxis": {"type": "log", "title": {"text": "samples"}, "dtick": 1},
         "barmode": "overlay",
         "bargap": 0,
@@ -194,6 +214,7 @@ def _memory(workers: Any, run: RunFolder) -> Chart:
                 lines.setdefault(key, []).append((table["time_ns"][k], known[0]))
         most = sorted(lines, key=lambda key: -max(value for _, value in lines[key]))
         several = len(run.ranks) > 1
+        loaders = len({each.name for each in run.loaders})
         for key in sorted(most[:_MEMORY_LINES_MAX]):
             attempt, loader, worker = key
             rows = sorted(lines[key])
@@ -203,7 +224,7 @@ def _memory(workers: Any, run: RunFolder) -> Chart:
                 "main (RSS)" if worker < 0 else f"worker {worker}",
                 f"rank {its.rank}" if several else "",
                 f"attempt {attempt}" if attempt else "",
-                short(its.name).rpartition(" at ")[2],
+                short(its.name).rpartition(" at ")[2] if loaders > 1 else "",
             ]
             traces.append(
                 {

@@ -69,3 +69,8 @@ def sample_name(found: SlowSample) -> str:
         return str(found.index)
     where = "main" if found.worker < 0 else f"worker {found.worker}"
     return f"{found.index} of {where}, rank {found.rank}"
+
+
+def bare(source: str) -> str:
+    """A source without the words that stand before it in a message."""
+    return source.removeprefix("source of the sample: ")

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from safeloader.report.folder import LoaderRecords
 
+SLOW = 10  # times as slow as the middle one: worth a look
 PER_DECADE = 40  # classes of the distribution, whose bounds are 10 ** (k / PER_DECADE) ns
 _CLASSES = 14 * PER_DECADE  # up to 28 hours
 _HELD_MAX = 40_000_000  # samples at once: 12 bytes each, and as much to sort them
@@ -32,7 +33,7 @@ class SlowSample:
 
     Attributes:
         index: an int; a text where the dataset's indices are no ints; of a stream the ordinal.
-        median_ns, longest_ns: of all its deliveries.
+        median_ns, longest_ns, shortest_ns: of all its deliveries.
         times: how often it was delivered.
         worker, rank: of a stream, whose ordinal it is; else None.
     """
@@ -40,6 +41,7 @@ class SlowSample:
     index: int | str
     median_ns: float
     longest_ns: float
+    shortest_ns: float
     times: int
     worker: int | None = None
     rank: int | None = None
@@ -55,6 +57,10 @@ class FetchTimes:
         total_ns: of all together.
         slowest: by median, slowest first.
         distinct: how many indices there were.
+        again: how many of them were fetched more than once.
+        slow: samples that were over :data:`SLOW` times as slow as the middle one each time, of
+            those fetched more than once; where none was, of all.
+        slow_ns: what fetching these took.
     """
 
     counts: Ints
@@ -62,6 +68,9 @@ class FetchTimes:
     total_ns: float = 0.0
     slowest: list[SlowSample] = dataclasses.field(default_factory=list)
     distinct: int = 0
+    again: int = 0
+    slow: int = 0
+    slow_ns: float = 0.0
 
     @property
     def samples(self) -> int:
@@ -74,15 +83,15 @@ class FetchTimes:
         place = int(np.searchsorted(ends, share * ends[-1])) if self.samples else 0
         return min(float(10 ** ((place + 0.5) / PER_DECADE)), self.longest_ns)
 
-    def share_above(self, bound_ns: float) -> tuple[float, float]:
-        """Which share of the samples took longer, and of the time of all what they took."""
-        middles = 10 ** ((np.arange(len(self.counts)) + 0.5) / PER_DECADE)
-        above = middles > bound_ns
-        times = self.counts * middles
-        whole, time = self.samples, float(times.sum())
-        if not whole or not time:
-            return 0.0, 0.0
-        return float(self.counts[above].sum()) / whole, float(times[above].sum()) / time
+    @property
+    def culprit(self) -> SlowSample | None:
+        """The slowest of those that were slow each time; None where there is none.
+
+        One that was fetched once, and slow, may be slow or have met a busy machine.
+        """
+        bound = SLOW * self.quantile_ns(0.5)
+        found = [each for each in self.slowest if each.times > 1 and each.shortest_ns > bound]
+        return max(found, key=lambda each: each.shortest_ns, default=None)
 
 
 def fetch_times(
@@ -167,13 +176,26 @@ def _slowest(told: FetchTimes, keys: Ints, times: Times, most: int) -> None:
     sizes = np.diff(np.concatenate([firsts, [len(keys)]]))
     medians = (times[firsts + (sizes - 1) // 2] + times[firsts + sizes // 2]) / 2
     told.distinct += len(firsts)
+    told.again += int((sizes > 1).sum())
+    _count_slow(told, times, firsts, sizes)
     rows = np.argsort(-medians, kind="stable")[:most]
     for row in rows.tolist():
         first, size = int(firsts[row]), int(sizes[row])
         longest = float(times[first + size - 1])
-        told.slowest.append(SlowSample(int(keys[first]), float(medians[row]), longest, size))
+        told.slowest.append(
+            SlowSample(int(keys[first]), float(medians[row]), longest, float(times[first]), size)
+        )
     told.slowest.sort(key=lambda each: -each.median_ns)
     del told.slowest[most:]
+
+
+def _count_slow(told: FetchTimes, times: Times, firsts: Ints, sizes: Ints) -> None:
+    """Add what is slow each time."""
+    slow = times[firsts] > SLOW * told.quantile_ns(0.5)
+    if told.again:
+        slow &= sizes > 1
+    told.slow += int(slow.sum())
+    told.slow_ns += float(np.add.reduceat(times, firsts, dtype=np.float64)[slow].sum())
 
 
 def _named(each: SlowSample, names: list[str], stream: bool) -> SlowSample:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from safeloader.report import charts
-from safeloader.report.datasets import Dataset, datasets_of, sample_name, weight
+from safeloader.report.datasets import Dataset, bare, datasets_of, sample_name, weight
+from safeloader.report.fetch_times import SLOW
 from safeloader.report.records import RunEpoch
 from safeloader.report.run import RunFolder
 from safeloader.report.searched import searched
@@ -29,7 +30,6 @@ _HERE = Path(__file__).parent / "page"
 _SLOW_SHOWN, _FAILURES_SHOWN, _EPOCHS_SHOWN, _LEFT_OUT_SHOWN = 15, 60, 120, 12
 _TEXT_MAX = 12_000
 _TROUBLES = ("missing", "duplicated", "unexpected", "failed")
-_SLOW_TIMES = 10  # as slow as the middle one: worth a look
 
 
 def why_no_page() -> str:
@@ -92,9 +92,12 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     waiting = waiting_of(run)
     datasets = datasets_of(run, waiting, epochs)
     failures, incidents = run.failures(), run.incidents()
-    right = _right(run, epochs, failures, incidents)
+    right = _right(run, epochs, waiting, failures, incidents)
     workers = run.workers()
     states = Counter(each.state for each in run.loaders)
+    newest = Counter(
+        each.state for each in run.loaders if each.attempt == max(run.attempts, default=0)
+    )
     data = {
         "charts": charts.all_of(waiting, datasets, workers, run),
         "search": searched(run, waiting, datasets, failures, incidents),
@@ -109,7 +112,8 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         "made": moment(time.time()),
         "zone": time.strftime("%Z"),
         "states": states,
-        "state": _state(states),
+        "state": _state(newest),
+        "interrupted": sorted({each.attempt for each in run.loaders if each.state == "killed"}),
         "samples": sum(each.samples for each in waiting.loaders),
         "batches": sum(each.batches for each in waiting.loaders),
         "seconds": sum(last - first for first, last in waiting.spans.values()) / 1e9,
@@ -134,6 +138,7 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 def _right(
     run: RunFolder,
     epochs: list[RunEpoch],
+    waiting: Waiting,
     failures: list[dict[str, Any]],
     incidents: list[dict[str, Any]],
 ) -> dict[str, Any]:
@@ -141,7 +146,8 @@ def _right(
     rows: dict[tuple[int, str, int], list[RunEpoch]] = {}
     for each in epochs:
         rows.setdefault((each.loader.attempt, each.name, each.epoch), []).append(each)
-    table = [_epoch_row(*key, its) for key, its in rows.items()]
+    handed = {each.records.number: each.by_epoch for each in waiting.loaders}
+    table = [_epoch_row(*key, its, handed) for key, its in rows.items()]
     wrong = [row for row in table if row["state"] == "wrong"]
     unknown = [row for row in table if row["state"] in ("cut off", "not checked")]
     what = Counter(str(each.get("what")) for each in incidents)
@@ -172,10 +178,27 @@ def _right(
         "noticed": noticed.most_common(20),
         "unchecked": unchecked.most_common(20),
         "nothing": not epochs,
+        "culprit": _most_often(failures, incidents),
     }
 
 
-def _epoch_row(attempt: int, name: str, epoch: int, its: list[RunEpoch]) -> dict[str, Any]:
+def _most_often(
+    failures: list[dict[str, Any]], incidents: list[dict[str, Any]]
+) -> tuple[Any, int] | None:
+    """The index that failed or was left out most often, and how often; None if none ever was."""
+    places = {
+        (each["attempt"], each["rank"], each["loader"], its.get("epoch"), its.get("index"))
+        for each in [*failures, *incidents]
+        for its in [each.get("failure", each)]
+        if its.get("index") is not None and its.get("what") != "late"
+    }
+    counted = Counter(str(index) for *_, index in places).most_common(1)
+    return counted[0] if counted else None
+
+
+def _epoch_row(
+    attempt: int, name: str, epoch: int, its: list[RunEpoch], handed: dict[int, dict[int, int]]
+) -> dict[str, Any]:
     """An epoch of one loader over its ranks."""
     audits = [each.audit for each in its if each.audit is not None]
     counts: Counter[str] = Counter()
@@ -206,7 +229,12 @@ def _epoch_row(attempt: int, name: str, epoch: int, its: list[RunEpoch]) -> dict
         "ranks": len({each.loader.rank for each in its}),
         "bad_ranks": bad if len({each.loader.rank for each in its}) > 1 else [],
         "drawn": sum(int(audit.get("drawn", 0)) for audit in audits),
-        "delivered": sum(int(audit.get("delivered", 0)) for audit in audits),
+        "delivered": sum(
+            handed.get(each.loader.number, {}).get(epoch, 0)
+            if each.audit is None
+            else int(each.audit.get("delivered", 0))
+            for each in its
+        ),
         "counts": [(each, counts[each]) for each in others if counts[each]],
         "troubles": troubles,
         "first": first,
@@ -230,7 +258,8 @@ def _left_out(run: RunFolder, incidents: list[dict[str, Any]]) -> list[dict[str,
             "times": sum(indices.values()),
             "distinct": len(indices),
             "samples": [
-                (index, times, sources.get(index, "")) for index, times in indices.most_common(5)
+                (index, times, bare(sources.get(index, "")))
+                for index, times in indices.most_common(5)
             ],
         }
         for (what, reason), indices in most[:_LEFT_OUT_SHOWN]
@@ -270,7 +299,7 @@ def place(attempt: int, rank: int, epoch: Any, batch: Any) -> str:
 
 
 def _slow(datasets: list[Dataset]) -> dict[str, Any]:
-    """The slowest samples of each dataset, and the one to blame, if any is."""
+    """The slowest samples of each dataset, and the one to blame, if there is one."""
     tables = []
     for each in datasets:
         middle = each.times.quantile_ns(0.5)
@@ -281,20 +310,35 @@ def _slow(datasets: list[Dataset]) -> dict[str, Any]:
                 "times": found.times,
                 "longest_ns": found.longest_ns,
                 "factor": found.median_ns / middle if middle else 0.0,
-                "source": each.sources.get(found.index, ""),
+                "source": bare(each.sources.get(found.index, "")),
             }
             for found in each.times.slowest[:_SLOW_SHOWN]
         ]
         tables.append({"dataset": each, "rows": rows, "middle_ns": middle})
-    first = [
-        (row, table["dataset"])
-        for table in tables[:1]
-        for row in table["rows"][:1]
-        if row["factor"] >= _SLOW_TIMES
-    ]
-    # That it was slow once is no proof; that it was each time is.
-    blamed, its = first[0] if first else (None, None)
-    return {"tables": tables, "blamed": blamed, "dataset": its, "slow_times": _SLOW_TIMES}
+    main = datasets[0] if datasets else None
+    return {
+        "tables": tables,
+        "slow_times": SLOW,
+        "blamed": None if main is None else _blamed(main),
+    }
+
+
+def _blamed(dataset: Dataset) -> dict[str, Any] | None:
+    """The sample to look at first: one that was slow each time; else the slowest, if it stands out
+    though it was fetched once."""
+    middle, times = dataset.times.quantile_ns(0.5), dataset.times
+    found = times.culprit
+    if found is None and not times.again:
+        found = next(iter(times.slowest), None)
+    if found is None or not middle or found.median_ns < SLOW * middle:
+        return None
+    return {
+        "index": sample_name(found),
+        "median_ns": found.median_ns,
+        "factor": found.median_ns / middle,
+        "times": found.times,
+        "source": bare(dataset.sources.get(found.index, "")),
+    }
 
 
 def _longest(waiting: Waiting) -> list[dict[str, Any]]:

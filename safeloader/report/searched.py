@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from safeloader.report.datasets import SLOWEST, Dataset, sample_name
+from safeloader.report.datasets import SLOWEST, Dataset, bare, sample_name
 from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 from safeloader.report.waiting import LoaderWaiting, Waiting
@@ -62,7 +62,7 @@ class _Texts:
 
 
 def _of(sources: dict[Any, str], index: Any) -> str:
-    return sources.get(index, "") if isinstance(index, int | str) else ""
+    return bare(sources.get(index, "")) if isinstance(index, int | str) else ""
 
 
 def _plain(index: Any) -> Any:
@@ -94,7 +94,7 @@ def _slow(datasets: list[Dataset], texts: _Texts) -> list[list[Any]]:
             round(found.median_ns / 1e3, 1),
             round(found.longest_ns / 1e3, 1),
             found.times,
-            texts(its.sources.get(found.index, "")),
+            texts(bare(its.sources.get(found.index, ""))),
             texts(its.name),
         ]
         for _, found, its in whole[:SLOWEST]

@@ -54,6 +54,7 @@ class LoaderWaiting:
         waited_ns, computed_ns: of all steps.
         first_waits_ns: the part of ``waited_ns`` that was for the first batch of an epoch.
         waited, computed: the same by spans of time of the attempt.
+        by_epoch: samples handed over, by epoch.
         work: by worker (-1: main) and epoch.
         steps: a row for every so-many-th batch: step, epoch, batch, asked (ns), waited (ns).
         longest: the same of those that were waited for longest.
@@ -70,6 +71,7 @@ class LoaderWaiting:
     first_waits: int = 0
     waited: Floats = dataclasses.field(default_factory=lambda: np.zeros(SPANS))
     computed: Floats = dataclasses.field(default_factory=lambda: np.zeros(SPANS))
+    by_epoch: dict[int, int] = dataclasses.field(default_factory=dict)
     work: dict[tuple[int, int], Work] = dataclasses.field(default_factory=dict)
     steps: Ints = dataclasses.field(default_factory=lambda: np.empty((0, 5), np.int64))
     longest: Ints = dataclasses.field(default_factory=lambda: np.empty((0, 5), np.int64))
@@ -186,6 +188,7 @@ def _work(told: LoaderWaiting, columns: dict[str, Ints], fetching: Floats, sizes
     for k, (worker, epoch) in enumerate(kinds.tolist()):
         rows = of_row == k
         its = told.work.setdefault((worker, epoch), Work())
+        told.by_epoch[epoch] = told.by_epoch.get(epoch, 0) + int(sizes[rows].sum())
         its.first = min(its.first, int(start[rows].min()))
         its.last = max(its.last, int(end[rows].max()))
         its.fetching += float(fetching[rows].sum())

@@ -15,8 +15,10 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--text"), size: narrow ? 11 : 13, family: getComputedStyle(document.body).fontFamily },
       margin: { l: narrow ? 48 : 64, r: 12, t: 8, b: 44 },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: narrow ? 10 : 12 } },
-      height: narrow ? 300 : 340, hovermode: "closest",
+      legend: narrow
+        ? { orientation: "h", y: -0.25, yanchor: "top", x: 0, font: { size: 11 } }
+        : { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      height: narrow ? 280 + 14 * chart.traces.length : 340, hovermode: "closest",
       hoverlabel: { namelength: -1 },
       colorway: ["#3b82d6", "#e08a2c", "#9aa3ad", "#3fa66a", "#b65fc2", "#d4504e", "#3aa9b5", "#8d7b4b"],
       ...rest,
@@ -53,6 +55,13 @@
     root.dataset.theme = now === "dark" ? "light" : "dark";
     redraw();
   });
+
+  // ── tables, which are stacked on a narrow screen ────────────────────────────────────────────
+  for (const table of document.querySelectorAll("table")) {
+    const names = [...table.querySelectorAll("th")].map((each) => each.textContent);
+    for (const row of table.tBodies[0].rows)
+      [...row.cells].forEach((cell, k) => { cell.dataset.name = names[k]; });
+  }
 
   // ── to copy ─────────────────────────────────────────────────────────────────────────────────
   document.addEventListener("click", async (event) => {
