@@ -50,9 +50,9 @@ def datasets_of(run: RunFolder, waiting: Waiting, epochs: list[RunEpoch]) -> lis
         times = fetch_times(records, samples, SLOWEST, stream=stream)
         wanted = {each.index for each in times.slowest}
         sources: dict[Any, str] = {}
-        for each in run.loaders:
-            if each.name == name and not stream:
-                sources |= each.sources_of(wanted)
+        for known in run.loaders:
+            if known.name == name and not stream:
+                sources |= known.sources_of(wanted)
         judged = bottleneck_of(name, loaders, times)
         found.append(Dataset(name, loaders, times, judged, sources, stream))
     return sorted(found, key=weight, reverse=True)
