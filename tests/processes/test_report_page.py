@@ -171,7 +171,8 @@ def test_a_torn_tail_is_told(window: Browser, pages: dict[str, Path], tmp_path: 
     page = tmp_path / "torn.html"
     assert report.main([str(run), "-o", str(page)]) == 0
     window.open(page)
-    assert "tail is torn at step" in window.script("return document.querySelector('.notes').innerText")
+    notes = window.script("return document.querySelector('.notes').innerText")
+    assert "tail is torn at step" in notes
     assert window.console() == []
 
 

@@ -35,8 +35,13 @@
     });
   }
 
-  // One after the other, so that the page answers meanwhile.
+  // When the page is there to be read: Plotly's script is large. One picture after the other, so
+  // that the page answers meanwhile.
   async function drawAll() {
+    await new Promise((next) => requestAnimationFrame(() => setTimeout(next)));
+    const plotly = document.createElement("script");
+    plotly.textContent = document.getElementById("plotly").textContent;
+    document.head.append(plotly);
     for (const chart of data.charts) {
       await draw(chart);
       await new Promise((next) => setTimeout(next));
