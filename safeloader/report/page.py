@@ -118,6 +118,7 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         "batches": sum(each.batches for each in waiting.loaders),
         "seconds": sum(last - first for first, last in waiting.spans.values()) / 1e9,
         "right": right,
+        "audit_command": f"python -m safeloader audit {shlex.quote(str(run.path))}",
         "datasets": datasets,
         "worst": max(datasets, key=weight, default=None),
         "slow": _slow(datasets),
@@ -149,7 +150,8 @@ def _right(
     handed = {each.records.number: each.by_epoch for each in waiting.loaders}
     table = [_epoch_row(*key, its, handed) for key, its in rows.items()]
     wrong = [row for row in table if row["state"] == "wrong"]
-    unknown = [row for row in table if row["state"] in ("cut off", "not checked")]
+    states = Counter(row["state"] for row in table)
+    unknown = states["cut off"] + states["not checked"]
     what = Counter(str(each.get("what")) for each in incidents)
     noticed = Counter(
         str(said)
@@ -168,9 +170,9 @@ def _right(
         "rows": table[:_EPOCHS_SHOWN],
         "more": max(0, len(table) - _EPOCHS_SHOWN),
         "epochs": len(table),
-        "good": sum(row["state"] in ("ok", "left early") for row in table),
+        "states": states,
         "wrong": wrong,
-        "unknown": len(unknown),
+        "unknown": unknown,
         "delivered": sum(row["delivered"] for row in table),
         "what": what,
         "left_out": left_out,
