@@ -28,6 +28,7 @@ _CANNOT_WORK = "ISE"  # of python: no environment, or no module `site` to run th
 _INSTEAD = ("-m", "-c", "-")  # of a script, for python
 _ALONE = ("--checksum", "--run-sources", "-h", "--help")  # options without a value
 _NOT_RECORDED = 3
+_BYTES_LEAST = 1 << 20
 _EXAMPLES = """\
 CMD is what stands behind `python` or at the prompt:
 
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--run-max-bytes",
-        type=_count,
+        type=_bytes,
         metavar="N",
         help="bound on the batches that each process keeps there, 1048576 or more (default: none)",
     )
@@ -159,6 +160,12 @@ def _parsed(words: list[str]) -> dict[str, Any]:
 def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a number from 1 on")
+    return int(word)
+
+
+def _bytes(word: str) -> int:
+    if not word.isdecimal() or int(word) < _BYTES_LEAST:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number from {_BYTES_LEAST} (1 MiB) on")
     return int(word)
 
 

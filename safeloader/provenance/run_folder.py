@@ -106,6 +106,7 @@ class LoaderFolder:
         self._dumped: dict[int, int] = {}
         self._with_source: set[Any] = set()
         self._incidents = 0
+        self._source_now: SourceOf | None = None  # of the epoch that is about to begin
         self._all_sources: SourceLog | None = None
         self._marks = -1
         self.is_off = False
@@ -113,8 +114,9 @@ class LoaderFolder:
         stem = f"{host_name()}-{os.getpid()}-{boot_id()}"
         self._folder = OpenFolder(attempt.run, [attempt.path.name, f"rank={rank}"], stem)
         self.path = self._folder.path
-        self._folder.append("loader.json", json.dumps(self._facts(line), indent=1).encode())
         missing = why_no_arrow()
+        facts = self._facts(line) | {"batches": not missing}
+        self._folder.append("loader.json", json.dumps(facts, indent=1).encode())
         if missing:
             log.warning("%s. Epochs and failures are written without them", missing)
         else:
@@ -168,7 +170,8 @@ class LoaderFolder:
         number = epoch + self._base
         self.epochs = max(self.epochs, number + 1)
         self._open[number] = audit
-        self._sources_of[number] = self._source_now
+        if self._source_now is not None:  # which leads to the accounts of the epoch
+            self._sources_of[number], self._source_now = self._source_now, None
         self._epoch_line(number, None)
 
     def audited(self, audit: EpochAudit) -> None:
@@ -387,6 +390,8 @@ class LoaderFolder:
         Returns:
             The segments of batches that may be turned into Parquet.
         """
+        if not self.path.is_dir():  # a temporary folder, that was removed before the end
+            self.leave()
         for number, audit in list(self._open.items()):
             self._ends(number, audit())
         segments: list[int] = []

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,50 @@ from safeloader.provenance.run_format import (
 Ints = npt.NDArray[np.int64]
 
 _ALIVE_S = 60.0  # a process on another machine that wrote within this time
+
+
+class EpochTotals(NamedTuple):
+    """What an epoch handed over.
+
+    Attributes:
+        epoch: its number.
+        batches, samples: how many.
+        wait_ns: how long the loop waited for them.
+        began_ns: when the first was asked for, in ns since 1970.
+        ended_ns: when the last was handed over.
+    """
+
+    epoch: int
+    batches: int
+    samples: int
+    wait_ns: int
+    began_ns: int
+    ended_ns: int
+
+    def and_then(self, more: EpochTotals) -> EpochTotals:
+        """With a later part of the same epoch."""
+        return EpochTotals(
+            self.epoch,
+            self.batches + more.batches,
+            self.samples + more.samples,
+            self.wait_ns + more.wait_ns,
+            min(self.began_ns, more.began_ns),
+            max(self.ended_ns, more.ended_ns),
+        )
+
+
+def _totals(epochs: Ints, asked_ns: Ints, wait_ns: Ints, sizes: Ints) -> Iterator[EpochTotals]:
+    for epoch in np.unique(epochs).tolist():
+        its = epochs == epoch
+        ended_ns = asked_ns[its] + wait_ns[its]
+        yield EpochTotals(
+            epoch,
+            int(its.sum()),
+            int(sizes[its].sum()),
+            int(wait_ns[its].sum()),
+            int(asked_ns[its].min()),
+            int(ended_ns.max()),
+        )
 
 
 class LoaderRecords:
@@ -75,13 +119,15 @@ class LoaderRecords:
         written for a minute.
         """
         errno = self._cut_off_by()
-        if errno is None:
+        if errno is None and self.info.get("batches", True):
             return "ended"
         if errno:
             why = os.strerror(errno) if errno > 0 else "an error without a number"
             self._note(f"{self.path} could not be written further: {why}")
             return "cut off"
         ended = has_ended(self.info.get("process") or {})
+        if ended is not None and errno is None:  # no batches are written: it cannot be told
+            return "ended" if ended else "running"
         if ended is not None:
             return "killed" if ended else "running"
         return "running" if time.time() - self.last_sign < _ALIVE_S else "silent"
@@ -180,6 +226,27 @@ class LoaderRecords:
             return
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=wanted), end
+
+    def recent(self, rows: int = 1000, columns: Sequence[str] | None = None) -> Any:
+        """The newest batches, oldest first: a ``pyarrow.Table`` of at most so many rows."""
+        import pyarrow as pa
+
+        tables = list(self.pieces(columns, newest=True))
+        if not tables:
+            return run_format.schema().empty_table().select(columns or run_format.schema().names)
+        return pa.concat_tables(tables)[-rows:]
+
+    def totals(self) -> dict[int, EpochTotals]:
+        """What was handed over in each epoch, by its number; of one that was cut off too."""
+        found: dict[int, EpochTotals] = {}
+        for table in self.pieces(["epoch", "asked_ns", "wait_ns", "indices"]):
+            for batch in table.to_batches():
+                offsets = batch.column("indices").offsets.to_numpy()
+                epochs, asked, waited = (batch.column(k).to_numpy() for k in range(3))
+                for totals in _totals(epochs, asked, waited, np.diff(offsets)):
+                    known = found.get(totals.epoch)
+                    found[totals.epoch] = totals if known is None else known.and_then(totals)
+        return found
 
     def positions(self, index: int | str) -> Iterator[tuple[Any, Ints, Ints]]:
         """Where an index is: tables with all columns, and in each the rows and positions."""

@@ -15,6 +15,8 @@ killed, or come from another machine; what is torn, dropped or missing stands in
     run.index(123)                   # where and when an index was delivered, skipped, failed
     run.failures(), run.incidents()
     run.workers()                    # memory, CPU and work of main and workers, a pyarrow.Table
+    run.loaders[0].totals()          # batches, samples and waiting of each epoch
+    run.loaders[0].recent(100)       # the newest batches, as a pyarrow.Table
     for loader, table in run.tables(["epoch", "indices"]):
         ...                          # all batches, piece by piece, as pyarrow.Table
 

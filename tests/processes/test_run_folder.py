@@ -75,14 +75,14 @@ while True:
 def test_what_was_handed_over_before_everything_was_killed_is_read(
     workers: str, tmp_path: Path
 ) -> None:
-    process = started(HANDS_OVER, str(tmp_path), workers)
-    assert process.stdout is not None
-    try:
-        lines = [process.stdout.readline() for _ in range(random.randint(50, 500))]
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-    rest, _ = process.communicate(timeout=PATIENCE_S)
-    lines += [line for line in rest.splitlines(keepends=True) if line.endswith("\n")]
+    with started(HANDS_OVER, str(tmp_path), workers) as process:
+        assert process.stdout is not None
+        try:
+            lines = [process.stdout.readline() for _ in range(random.randint(50, 500))]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+        rest = process.stdout.read().splitlines(keepends=True)
+    lines += [line for line in rest if line.endswith("\n")]
     handed_over = [[*map(int, line.split())] for line in lines]
     run = RunFolder(tmp_path)
     (its,) = run.loaders

@@ -90,6 +90,17 @@ def test_a_bound_is_a_count_or_a_fraction(value: str, number: float) -> None:
     assert (told, type(told)) == (number, type(number))
 
 
+def test_a_run_has_its_bound_and_its_sources() -> None:
+    told = became("--run-sources", "--run-max-bytes", "2000000", "train.py")[1]["options"]
+    assert told == {"verify": "warn", "run_sources": True, "run_max_bytes": 2_000_000}
+
+
+def test_a_bound_that_is_too_small_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        became("--run-max-bytes", "1000", "train.py")
+    assert "'1000' is not a number from 1048576 (1 MiB) on" in capsys.readouterr().err
+
+
 def test_a_second_attempt_and_a_third(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFELOADER_RUN_ID", "mine")
     assert [became("--run", "runs", "x.py")[1]["attempt"] for _ in range(3)] == [0, 1, 2]

@@ -258,6 +258,32 @@ def test_an_epoch_that_runs_still_has_no_audit(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).epochs()[1].audit == second.audit  # nothing is written after that
 
 
+def test_what_an_epoch_handed_over_so_far_is_summed_up(tmp_path: Path) -> None:
+    loader = loader_of(Named(), tmp_path)
+    list(loader)
+    (folder,) = run_folders._process.folders
+    assert folder.batches is not None
+    folder.batches.flush(0)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    (its,) = RunFolder(tmp_path).loaders
+    first, second = its.totals().values()
+    assert (first.epoch, first.batches, first.samples) == (0, 5, 20)
+    assert (second.epoch, second.batches, second.samples) == (1, 2, 8)
+    assert first.began_ns < first.began_ns + first.wait_ns <= first.ended_ns < second.began_ns
+    assert its.recent(3)["batch"].to_pylist() == [4, 0, 1]
+    assert its.recent(1, ["epoch"]).to_pylist() == [{"epoch": 1}]
+
+
+def test_before_the_first_batch_there_is_nothing_to_sum_up(tmp_path: Path) -> None:
+    iterator = iter(loader_of(Named(), tmp_path))
+    run = RunFolder(tmp_path)
+    (its,) = run.loaders
+    assert (its.totals(), its.recent().num_rows, run.batches().num_rows) == ({}, 0, 0)
+    assert (run.step(0), run.index(0), run.workers().num_rows, run.notes) == ([], [], 0, [])
+    del iterator
+
+
 def test_steps_are_what_was_marked(tmp_path: Path) -> None:
     loader = loader_of(Named(), tmp_path)
     for number, _ in enumerate(loader):
@@ -355,7 +381,8 @@ def test_the_slowest_samples_have_their_sources(tmp_path: Path) -> None:
 def test_with_run_sources_every_sample_has_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safeloader.provenance.source_log._SHARE", 1e9)  # as a long epoch has it
+    for bound in ("_SHARE", "_SLICE_NS"):  # as a long epoch has them
+        monkeypatch.setattr(f"safeloader.provenance.source_log.{bound}", 10**12)
     for _ in range(2):
         loader = loader_of(Named(3000), tmp_path, 100, run_sources=True)
         list(loader)
@@ -550,6 +577,16 @@ def test_a_folder_that_vanishes(
     assert came == 5
     list(loader)
     assert caplog.text.count("nothing more is written for this run") == 1
+
+
+def test_a_folder_that_was_removed_before_the_end_is_not_told(tmp_path: Path, caplog: Any) -> None:
+    loader = loader_of(Named(), tmp_path / "run")
+    list(loader)
+    iterator = iter(loader)
+    next(iterator)
+    shutil.rmtree(tmp_path / "run")
+    run_folders._close()
+    assert caplog.text == ""
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
