@@ -200,24 +200,36 @@ def _fetches(datasets: list[Dataset]) -> Chart:
     return {"id": "fetches", "traces": traces, "layout": layout}
 
 
+def _memory_lines(workers: Any) -> dict[tuple[int, int, int], list[tuple[int, int]]]:
+    """By attempt, loader and worker when it used how much: of the processes that used most."""
+    names = ("attempt", "loader", "worker")
+    keys = np.stack([workers[name].to_numpy().astype(np.int64) for name in names], 1)
+    rss, pss, uss = (workers[f"{name}_bytes"].to_numpy() for name in ("rss", "pss", "uss"))
+    used = np.where((keys[:, 2] >= 0) & (pss >= 0), pss, np.where(rss >= 0, rss, uss))
+    known, times = used >= 0, workers["time_ns"].to_numpy()
+    found, of_row = np.unique(keys[known], axis=0, return_inverse=True)
+    of_row, used, times = of_row.ravel(), used[known], times[known]
+    peaks = np.zeros(len(found), np.int64)
+    np.maximum.at(peaks, of_row, used)
+    lines = {}
+    for k in np.argsort(-peaks, kind="stable")[:_MEMORY_LINES_MAX].tolist():
+        rows = of_row == k
+        attempt, loader, worker = found[k].tolist()
+        pairs = zip(times[rows].tolist(), used[rows].tolist(), strict=True)
+        lines[attempt, loader, worker] = sorted(pairs)
+    return lines
+
+
 def _memory(workers: Any, run: RunFolder) -> Chart:
     """Memory of main and workers over time."""
     traces: list[Any] = []
     if workers.num_rows:
-        table = workers.to_pydict()
-        lines: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
-        for k in range(workers.num_rows):
-            key = table["attempt"][k], table["loader"][k], table["worker"][k]
-            names = ("rss_bytes",) if key[2] < 0 else ("pss_bytes", "uss_bytes", "rss_bytes")
-            known = [table[name][k] for name in names if table[name][k] >= 0]
-            if known:
-                lines.setdefault(key, []).append((table["time_ns"][k], known[0]))
-        most = sorted(lines, key=lambda key: -max(value for _, value in lines[key]))
+        lines = _memory_lines(workers)
         several = len(run.ranks) > 1
         loaders = len({each.name for each in run.loaders})
-        for key in sorted(most[:_MEMORY_LINES_MAX]):
+        for key in sorted(lines):
             attempt, loader, worker = key
-            rows = sorted(lines[key])
+            rows = lines[key]
             rows = rows[:: -(-len(rows) // _POINTS_MAX)] + rows[-1:]
             its = run.loaders[loader]
             words = [

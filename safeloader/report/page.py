@@ -16,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from safeloader.report import charts
 from safeloader.report.datasets import Dataset, bare, datasets_of, sample_name, weight
 from safeloader.report.fetch_times import SLOW
@@ -98,7 +100,7 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     newest = Counter(
         each.state for each in run.loaders if each.attempt == max(run.attempts, default=0)
     )
-    data = {
+    data: dict[str, Any] = {
         "charts": charts.all_of(waiting, datasets, workers, run),
         "search": searched(run, waiting, datasets, failures, incidents),
         "command": f"python -m safeloader index {shlex.quote(str(run.path))} ",
@@ -125,7 +127,7 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         "longest": _longest(waiting),
         "failures": [_failure(each) for each in failures[-_FAILURES_SHOWN:]][::-1],
         "failure_count": len(failures),
-        "cost": _cost(workers, len(run.ranks)),
+        "cost": _cost(workers),
         "notes": list(dict.fromkeys(run.notes)),  # complete now: all was read
         "dropped": run.dropped(),
         "chart_names": {each["id"] for each in data["charts"]},
@@ -364,31 +366,28 @@ def _longest(waiting: Waiting) -> list[dict[str, Any]]:
     ]
 
 
-def _cost(workers: Any, ranks: int) -> dict[str, Any]:
-    """Memory at its most, and what of it grew."""
+def _cost(workers: Any) -> dict[str, Any]:
+    """Memory, at its most."""
     if not workers.num_rows:
-        return {"rows": []}
-    table = workers.to_pydict()
-    most: dict[tuple[int, int, int], dict[str, int]] = {}
-    for k in range(workers.num_rows):
-        key = table["attempt"][k], table["loader"][k], table["worker"][k]
-        its = most.setdefault(key, {"rss": -1, "pss": -1, "uss": -1, "shared": -1})
-        rss, pss, uss = (table[f"{name}_bytes"][k] for name in ("rss", "pss", "uss"))
-        its["rss"], its["pss"] = max(its["rss"], rss), max(its["pss"], pss)
-        its["uss"] = max(its["uss"], uss)
-        its["shared"] = max(its["shared"], rss - uss if min(rss, uss) >= 0 else -1)
-    of_workers = [its for (_, _, worker), its in most.items() if worker >= 0]
-    of_main = [its for (_, _, worker), its in most.items() if worker < 0]
+        return {"workers": 0}
+    rss, pss, uss = (workers[f"{name}_bytes"].to_numpy() for name in ("rss", "pss", "uss"))
+    shared = np.where((rss >= 0) & (uss >= 0), rss - uss, -1)
+    of_worker = workers["worker"].to_numpy() >= 0
+    names = ("attempt", "loader", "worker")
+    places = np.stack([workers[name].to_numpy()[of_worker].astype(np.int64) for name in names], 1)
     return {
-        "rows": of_workers,
-        "workers": len(of_workers),
-        "worker_uss": max((its["uss"] for its in of_workers), default=-1),
-        "worker_pss": max((its["pss"] for its in of_workers), default=-1),
-        "worker_rss": max((its["rss"] for its in of_workers), default=-1),
-        "shared": max((its["shared"] for its in of_workers), default=-1),
-        "main_rss": max((its["rss"] for its in of_main), default=-1),
-        "ranks": ranks,
+        "workers": len(np.unique(places, axis=0)),
+        "worker_uss": _most(uss[of_worker]),
+        "worker_pss": _most(pss[of_worker]),
+        "worker_rss": _most(rss[of_worker]),
+        "shared": _most(shared[of_worker]),
+        "main_rss": _most(rss[~of_worker]),
     }
+
+
+def _most(sizes: Any) -> int:
+    """The largest; -1 where none is known."""
+    return int(sizes.max()) if sizes.size else -1
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────
