@@ -74,3 +74,8 @@ def sample_name(found: SlowSample) -> str:
 def bare(source: str) -> str:
     """A source without the words that stand before it in a message."""
     return source.removeprefix("source of the sample: ")
+
+
+def plain_index(index: Any) -> int | str | None:
+    """An index as it can be counted and looked up: of a stream it is a pair, a list in JSON."""
+    return index if index is None or isinstance(index, int | str) else str(index)

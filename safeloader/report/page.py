@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from safeloader.report import charts
-from safeloader.report.datasets import Dataset, bare, datasets_of, sample_name, weight
+from safeloader.report.datasets import Dataset, bare, datasets_of, plain_index, sample_name, weight
 from safeloader.report.fetch_times import SLOW
 from safeloader.report.records import RunEpoch
 from safeloader.report.run import RunFolder
@@ -191,7 +191,13 @@ def _most_often(
 ) -> tuple[Any, int] | None:
     """The index that failed or was left out most often, and how often; None if none ever was."""
     places = {
-        (each["attempt"], each["rank"], each["loader"], its.get("epoch"), its.get("index"))
+        (
+            each["attempt"],
+            each["rank"],
+            each["loader"],
+            its.get("epoch"),
+            plain_index(its.get("index")),
+        )
         for each in [*failures, *incidents]
         for its in [each.get("failure", each)]
         if its.get("index") is not None and its.get("what") != "late"
@@ -251,7 +257,7 @@ def _left_out(run: RunFolder, incidents: list[dict[str, Any]]) -> list[dict[str,
     groups: dict[tuple[str, str], Counter[Any]] = {}
     for each in incidents:
         key = str(each.get("what")), str(each.get("reason"))
-        groups.setdefault(key, Counter())[each.get("index")] += 1
+        groups.setdefault(key, Counter())[plain_index(each.get("index"))] += 1
     most = sorted(groups.items(), key=lambda pair: -sum(pair[1].values()))
     shown = {index for _, indices in most[:_LEFT_OUT_SHOWN] for index, _ in indices.most_common(5)}
     sources = run.sources(shown) if shown else {}

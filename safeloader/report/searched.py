@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from safeloader.report.datasets import SLOWEST, Dataset, bare, sample_name
+from safeloader.report.datasets import SLOWEST, Dataset, bare, plain_index, sample_name
 from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 from safeloader.report.waiting import LoaderWaiting, Waiting
@@ -29,9 +29,9 @@ def searched(
     """
     texts = _Texts()
     kept, broken = incidents[-_INCIDENTS_MAX:], failures[-_FAILURES_MAX:]
-    gone = {each.get("index") for each in kept}
-    gone |= {each["failure"].get("index") for each in broken}
-    sources = run.sources({each for each in gone if isinstance(each, int | str)})
+    gone = {plain_index(each.get("index")) for each in kept}
+    gone |= {plain_index(each["failure"].get("index")) for each in broken}
+    sources = run.sources(gone - {None})
     return {
         "failed": [_failed(each, sources, texts) for each in broken],
         "left_out": [_left_out(each, sources, texts) for each in kept],
@@ -65,15 +65,11 @@ def _of(sources: dict[Any, str], index: Any) -> str:
     return bare(sources.get(index, "")) if isinstance(index, int | str) else ""
 
 
-def _plain(index: Any) -> Any:
-    return index if isinstance(index, int | str) or index is None else str(index)
-
-
 def _failed(found: dict[str, Any], sources: dict[Any, str], texts: _Texts) -> list[Any]:
     failure = found["failure"]
     said = f"{failure.get('exception_type')}: {failure.get('message')}"
     where = [failure.get(name) for name in ("epoch", "batch", "position")]
-    index = _plain(failure.get("index"))
+    index = plain_index(failure.get("index"))
     numbers = texts(said), texts(_of(sources, failure.get("index"))), texts(found["loader"])
     return [index, found["attempt"], found["rank"], *where, *numbers]
 
@@ -82,7 +78,14 @@ def _left_out(found: dict[str, Any], sources: dict[Any, str], texts: _Texts) -> 
     where = [found.get(name) for name in ("epoch", "batch", "position")]
     index = found.get("index")
     numbers = texts(found.get("reason")), texts(_of(sources, index)), texts(found["loader"])
-    return [_plain(index), found["attempt"], found["rank"], *where, *numbers, found.get("what")]
+    return [
+        plain_index(index),
+        found["attempt"],
+        found["rank"],
+        *where,
+        *numbers,
+        found.get("what"),
+    ]
 
 
 def _slow(datasets: list[Dataset], texts: _Texts) -> list[list[Any]]:

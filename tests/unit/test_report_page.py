@@ -237,6 +237,30 @@ def test_what_comes_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 
 @needs_page
+def test_indices_of_any_kind_and_lines_that_lack_something_are_shown(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", steady(4, 1))
+    folder = run.loaders[0].path
+    odd: list[Any] = [[3, 17], "name", None, 1.5, {"a": 1}]
+    lines = [
+        {"what": "skipped", "reason": f"reason {k}", "index": each} for k, each in enumerate(odd)
+    ]
+    torn = '{"what": "skip'
+    (folder / "incidents.jsonl").write_text("".join(json.dumps(k) + "\n" for k in lines) + torn)
+    (folder / "failures").mkdir()
+    for k, each in enumerate(odd):
+        failure = {"exception_type": "KeyError", "message": f"failed {k}", "index": each}
+        whole = json.dumps({"failure": failure, "time": None})
+        (folder / "failures" / f"failure-{k}.json").write_text(whole)
+    (folder / "failures" / "torn.json").write_text('{"failure": {"index"')
+    page = tmp_path / "page.html"
+    assert report.main([str(tmp_path / "run"), "-o", str(page)]) == 0
+    whole = page.read_text("utf-8")
+    assert all(f"reason {k}" in whole and f"failed {k}" in whole for k in range(len(odd)))
+    assert "[3, 17]" in whole
+    assert "torn.json cannot be read" in whole
+
+
+@needs_page
 def test_an_empty_run_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_run(tmp_path / "run", ["made"], 0)
     assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "a.html")]) == 0
