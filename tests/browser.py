@@ -45,11 +45,14 @@ class Browser:
 
     def open(self, page: Path) -> None:
         """Open a page, and wait until its pictures are drawn."""
+        self.driver.get(page.as_uri())
+        self.waits_for("return document.documentElement.dataset.ready === 'yes'")
+
+    def waits_for(self, source: str) -> None:
+        """Wait until a function with this body says yes."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        self.driver.get(page.as_uri())
-        ready = "return document.documentElement.dataset.ready === 'yes'"
-        WebDriverWait(self.driver, PATIENCE_S).until(lambda driver: driver.execute_script(ready))
+        WebDriverWait(self.driver, PATIENCE_S).until(lambda driver: driver.execute_script(source))
 
     def console(self) -> list[str]:
         """What stands in its console since it was asked last."""

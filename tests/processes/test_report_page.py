@@ -68,6 +68,16 @@ def test_each_chart_has_its_data_and_nothing_is_wrong(
     assert window.script("return performance.getEntriesByType('resource').length") == 0
 
 
+def test_the_charts_follow_the_width_of_the_window(window: Browser, pages: dict[str, Path]) -> None:
+    window.shows(1600, dark=False)
+    window.open(pages["digits"])
+    window.shows(400, dark=True)
+    fits = "return [...document.querySelectorAll('.main-svg')].every((e) => e.clientWidth <= 400)"
+    window.waits_for(fits)
+    assert window.script("return document.documentElement.scrollWidth <= innerWidth")
+    assert window.console() == []
+
+
 def test_the_button_changes_from_light_to_dark(window: Browser, pages: dict[str, Path]) -> None:
     window.shows(1600, dark=False)
     window.open(pages["digits"])

@@ -18,7 +18,7 @@
       legend: narrow
         ? { orientation: "h", y: -0.25, yanchor: "top", x: 0, font: { size: 11 } }
         : { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
-      height: narrow ? 280 + 14 * chart.traces.length : 340, hovermode: "closest",
+      width, height: narrow ? 280 + 14 * chart.traces.length : 340, hovermode: "closest",
       hoverlabel: { namelength: -1 },
       colorway: ["#3b82d6", "#e08a2c", "#9aa3ad", "#3fa66a", "#b65fc2", "#d4504e", "#3aa9b5", "#8d7b4b"],
       ...rest,
@@ -31,7 +31,7 @@
     const place = document.getElementById(`chart-${chart.id}`);
     drawn.set(chart, place);
     return Plotly.newPlot(place, chart.traces, layoutOf(chart, place.clientWidth), {
-      responsive: true, displaylogo: false, displayModeBar: false,
+      displaylogo: false, displayModeBar: false,
     });
   }
 
@@ -52,6 +52,12 @@
   function redraw() {
     for (const [chart, place] of drawn) Plotly.relayout(place, layoutOf(chart, place.clientWidth));
   }
+
+  let resized = 0;
+  addEventListener("resize", () => {
+    clearTimeout(resized);
+    resized = setTimeout(redraw, 150);
+  });
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
   dark.addEventListener("change", redraw);
@@ -113,11 +119,12 @@
   }
 
   const quiet = (text) => element("span", "quiet", text);
+  const source = (row) => texts[row[6]].includes(texts[row[7]]) ? "" : code(texts[row[7]]);
   const code = (text) => text ? element("code", "", text) : "";
 
   const KINDS = [
-    [failed, 6, 7, 8, (row) => hit("failed", "bad", row[0], texts[row[6]], code(texts[row[7]]), quiet(`${place(...row.slice(1, 6))}, ${texts[row[8]]}`))],
-    [left_out, 6, 7, 8, (row) => hit(row[9] || "left out", "warn", row[0], texts[row[6]], code(texts[row[7]]), quiet(`${place(...row.slice(1, 6))}, ${texts[row[8]]}`))],
+    [failed, 6, 7, 8, (row) => hit("failed", "bad", row[0], texts[row[6]], source(row), quiet(`${place(...row.slice(1, 6))}, ${texts[row[8]]}`))],
+    [left_out, 6, 7, 8, (row) => hit(row[9] || "left out", "warn", row[0], texts[row[6]], source(row), quiet(`${place(...row.slice(1, 6))}, ${texts[row[8]]}`))],
     [slow, 4, 4, 5, (row) => hit("slow", "info", row[0], `median ${ms(row[1])} of ${row[3]}, longest ${ms(row[2])}`, code(texts[row[4]]), quiet(texts[row[5]]))],
   ];
 
