@@ -12,14 +12,15 @@ TORCH ?= torch==2.13.0
 
 # torch comes first and alone, so that no other package chooses its build.
 $(VENV)/base: setup.cfg pyproject.toml
+	@echo "Setting up $(VENV), once: PyTorch takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[examples]'
+	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --quiet -e '.[examples]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(BIN)/python -m pip install --quiet -e '.[test,lint,bench,examples,lightning,parquet]'
+	$(BIN)/python -m pip install --quiet -e '.[test,notebook,lint,bench,examples,lightning,parquet]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base
@@ -45,8 +46,9 @@ $(FRAMEWORKS)/ready: setup.cfg pyproject.toml
 	    $(FRAMEWORKS)/bin/python -m pip install --quiet --no-deps --target "$$aside" timm torchvision
 	touch $@
 
+# Real digits with two faults in them: what torch's loader makes of it, and what ours does.
 demo: $(VENV)/base
-	$(BIN)/python examples/train_digits.py
+	@$(BIN)/python examples/demo.py
 
 # A training that is killed and goes on: bit for bit the same.
 demo-resume: $(VENV)/base

@@ -3,7 +3,7 @@
     python examples/six_faults.py              # all six, side by side
     python examples/six_faults.py killed       # one of them
 
-Each runs in a process of its own, for ten seconds at most; the README shows what came out.
+Each runs in a process of its own, for ten seconds at most; the documentation shows what came out.
 """
 
 from __future__ import annotations

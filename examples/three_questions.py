@@ -1,4 +1,4 @@
-"""Three things you can ask a SafeDataLoader. The README shows what this prints."""
+"""Three things you can ask a SafeDataLoader. The documentation shows what this prints."""
 
 import torch
 

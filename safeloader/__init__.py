@@ -14,7 +14,10 @@ import typing
 from safeloader._version import __version__
 
 if typing.TYPE_CHECKING:
+    from safeloader.delivery.across_ranks import RunAudit, merge_audits
     from safeloader.delivery.audit import EpochAudit
+    from safeloader.delivery.audit_part import AuditPart
+    from safeloader.delivery.rank_groups import audit_across_ranks
     from safeloader.errors import (
         CollateError,
         DeliveryError,
@@ -42,6 +45,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "SKIP",
+    "AuditPart",
     "BatchRecord",
     "CollateError",
     "DeliveryError",
@@ -51,6 +55,7 @@ __all__ = [
     "Provenance",
     "Recorder",
     "ResumeError",
+    "RunAudit",
     "SafeDataLoader",
     "SafeLoaderError",
     "SafeStatefulDataLoader",
@@ -62,26 +67,32 @@ __all__ = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "audit_across_ranks",
     "doctor",
     "instrument",
     "loaders_of",
+    "merge_audits",
     "replay",
     "sample_rng",
 ]
 
 _HOMES = {
     "SKIP": "worker.policy",
+    "AuditPart": "delivery.audit_part",
     "BatchRecord": "provenance.table",
     "EpochAudit": "delivery.audit",
     "Failure": "failures.failure",
     "GlobalBatchSampler": "global_batches",
     "Provenance": "provenance.table",
     "Recorder": "provenance.recorder",
+    "RunAudit": "delivery.across_ranks",
     "SafeDataLoader": "loader",
     "SafeStatefulDataLoader": "stateful",
+    "audit_across_ranks": "delivery.rank_groups",
     "doctor": "examining.doctor",
     "instrument": "instrumenting",
     "loaders_of": "instrumenting",
+    "merge_audits": "delivery.across_ranks",
     "replay": "failures.replay",
     "sample_rng": "introspect.seeds",
 }

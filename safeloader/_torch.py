@@ -453,6 +453,15 @@ def parts_of_sparse(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [getattr(tensor, name)() for name in _SPARSE_PARTS.get(tensor.layout, "").split()]
 
 
+def store_of_group(group: Any) -> Any:
+    """The store that the processes of a group share; None where this torch does not tell."""
+    distributed = sys.modules.get("torch.distributed.distributed_c10d")
+    of_group = getattr(distributed, "_get_process_group_store", None)
+    with contextlib.suppress(Exception):
+        return of_group(group) if callable(of_group) else None
+    return None
+
+
 identity_of: Callable[[torch.UntypedStorage], int] = operator.attrgetter("_cdata")
 """The same number for the storages of two tensors that share memory; while one is referred to."""
 

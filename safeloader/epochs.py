@@ -68,6 +68,11 @@ class CountedEpochs:
         self._next_epoch = epoch + 1
         return EpochSeed(settings.seed, epoch, settings.seed_per)
 
+    def _not_begun(self, seed: EpochSeed | None) -> None:
+        """The epoch of this seed could not begin: the next ``iter()`` tries again."""
+        if seed is not None:
+            self._next_epoch = seed.epoch
+
 
 def _counted(epoch: Any) -> int:
     try:

@@ -264,7 +264,17 @@ class GlobalBatchSampler(Sampler[list[int]], SaysItsShare):
             epoch=self.epoch if self.shuffle else None,
             kind=type(self).__name__,
             drops_by="tail='drop'",
+            seed=self.seed if self.shuffle else None,
+            pads_last=self._pads_last(rank, world),
         )
+
+    def _pads_last(self, rank: int, world: int) -> int:
+        """How many of this rank's last indices are those that fill up the last batch."""
+        if self.tail != "pad" or not self.global_batches:
+            return 0
+        first, end = _part(self.global_batch, rank, world)
+        begin = (self.global_batches - 1) * self.global_batch
+        return max(0, begin + end - max(begin + first, self.length))
 
     # where this process stands ──────────────────────────────────────────────────────────────────
 

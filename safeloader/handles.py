@@ -69,7 +69,13 @@ class LoaderHandle(Records, CountedEpochs, Keywords):
             raise LookupError(f"the {self.kind} of {self.line} is gone, and its dataset with it")
         return loader.dataset
 
+    def _described(self) -> Any:
+        return self._loader() or self
+
     def _seeded_loader(self) -> Any:
+        return self._loader()
+
+    def _drawing_loader(self) -> Any:
         return self._loader()
 
     def __repr__(self) -> str:

@@ -10,16 +10,21 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit_part import AuditPart, RankAccounts
 from safeloader.delivery.manifest import BatchContents
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
+from safeloader.introspect.html_text import escaped
+from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import SeededAs
 from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
+from safeloader.showing import in_html, in_words
 from safeloader.transport.stats import TransportStats
 
 
@@ -44,6 +49,22 @@ class Records:
 
     recorder: Recorder | None = None
     dataset: Any
+
+    def __repr__(self) -> str:
+        """Dataset, batch size, workers, and which keywords of ours are not as by default."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_words(self._described(), self)
+        return object.__repr__(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same, with how the newest epoch goes."""
+        with guarded("the description of a loader", lambda: LoaderLog(None)):
+            return in_html(self._described(), self, self.recorder or Recorder())
+        return escaped(repr(self))
+
+    def _described(self) -> Any:
+        """The loader that is told of."""
+        return self
 
     def _recorder_on_demand(self) -> Recorder:
         if self.recorder is None:
@@ -196,6 +217,46 @@ class Records:
             return self.recorder.audits()
         return []
 
+    def audit_part(self) -> AuditPart:
+        """What this rank handed over in the running or last epoch, to be held against other ranks'.
+
+        About 4 kB, however long the epoch was, which any way to another process takes. Nothing is
+        asked of other ranks here. It is made from the map of the indices that were drawn: a few
+        milliseconds for a million, 0.3 s for 250 million; of a stream with ``key=`` from its keys,
+        a microsecond each.
+
+        A rank that knows nothing (no epoch was begun, nothing is recorded) says so in it.
+
+        Example:
+            >>> from safeloader import SafeDataLoader, merge_audits
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> batches = list(loader)
+            >>> merge_audits([loader.audit_part()])
+            RunAudit(ok=True, world=1, delivered=10)
+        """
+        return self._for_other_ranks().part
+
+    def _for_other_ranks(self) -> RankAccounts:
+        """The part, and the way to the indices behind it; never raises."""
+        recorder, at = self.recorder, place()
+        nothing = partial(AuditPart.nothing, at.rank or 0, at.world_size)
+        accounts = None if recorder is None else recorder.history.newest(recorder.epochs - 1)
+        if recorder is None or accounts is None:
+            why = "no epoch was begun, or nothing is recorded (SAFELOADER=off)"
+            return RankAccounts(nothing(why), lambda beneath: None)
+        with guarded("the part for other ranks", lambda: LoaderLog(self.dataset)):
+            loader = self._drawing_loader()
+            sampler = getattr(loader, "batch_sampler", None)
+            if sampler is None:
+                sampler = getattr(loader, "sampler", None)
+            return accounts.to_other_ranks(recorder.epochs - 1, self.dataset, sampler)
+        why = "a fault of safeloader's own, which the log tells"
+        return RankAccounts(nothing(why), lambda beneath: None)
+
+    def _drawing_loader(self) -> Any:
+        """The loader whose records these are."""
+        return self
+
     def metrics(self, last: int | None = None) -> dict[str, float]:
         """How the loading goes, in numbers for any logger: of the epoch begun last.
 
@@ -222,7 +283,7 @@ class Records:
 
         Args:
             last: look at this many of the newest batches only; by default at all of the epoch. A
-                batch takes some 20 us to look at.
+                batch takes some 5 us to look at.
 
         Example:
             >>> from safeloader import SafeDataLoader
@@ -235,6 +296,25 @@ class Records:
             True
         """
         return metrics_of(self._recorder_on_demand(), last)
+
+    def summary(self) -> str:
+        """The run so far in one line: samples, waiting, skips, the slowest samples, memory.
+
+        Of all epochs, as far as the recorder still holds them: counts of epochs, samples, batches
+        and skips are whole, times are of what is held. A program that logs at level INFO has this
+        line of each loader at its end.
+
+        Example:
+            >>> from safeloader import SafeDataLoader
+            >>> loader = SafeDataLoader(list(range(10)), batch_size=4)
+            >>> for epoch in range(3):
+            ...     for batch in loader:
+            ...         pass
+            >>> print(loader.summary())  # doctest: +ELLIPSIS
+            3 epochs, 30 samples in 9 batches (... a second); waited for data ...% of the time; ...
+        """
+        recorder = self._recorder_on_demand()
+        return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
 
     def mark(self, step: int, batch: BatchRecord | int | None = None) -> None:
         """Note in the run's folder which batch an optimizer's step is made of.

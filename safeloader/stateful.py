@@ -77,9 +77,12 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
                 was handed over. Frameworks take a batch ahead of the one they train on.
 
         Raises:
-            ResumeError: if the state after that batch is not known, or nothing is recorded.
+            ResumeError: if the state after that batch is not known, if its record is another
+                loader's, or if nothing is recorded.
         """
         self._see_recorded()
+        if after is not None:
+            self._see_own(after)
         return self._place().state(self, after)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,9 +109,21 @@ class SafeStatefulDataLoader(SafeDataLoader[T_co]):
                 f"the place of this loader is not known, as torch's own iterator serves it: {why}"
             )
 
+    def _see_own(self, after: BatchRecord) -> None:
+        """See that a record is of this loader, as far as its own is not forgotten."""
+        try:
+            own = self.provenance.batch(after.batch, after.epoch)
+        except (AttributeError, LookupError):
+            return
+        if (own.pid, own.start_ns, own.fetch_ns) != (after.pid, after.start_ns, after.fetch_ns):
+            raise ResumeError(
+                f"the record of batch {after.batch} that was given is another loader's, or of "
+                "another run: give last_batch of the loader whose state it is"
+            )
+
     def _count_from(self, epoch: Any) -> None:
         super()._count_from(epoch)
-        self._place().set_epoch(self._next_epoch, LoaderLog(self.dataset))
+        self._place().set_epoch(self._next_epoch, LoaderLog(self.dataset, kind=type(self).__name__))
 
     def _get_iterator(self) -> Any:
         self._place()

@@ -45,6 +45,22 @@ def percent(text: str, output: str) -> float:
 
 
 @pytest.mark.slow
+def test_the_demonstration_survives_its_faults() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "demo.py")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=220,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Training has ended: at which image?" in done.stdout
+    assert done.stdout.count("index 404 skipped: its worker died at it twice") == 1
+    assert "1437 drawn, 1435 delivered" in done.stdout
+    assert re.search(r"9\d\.\d% of the test digits are read right", done.stdout)
+
+
+@pytest.mark.slow
 def test_it_learns_and_everything_drawn_was_delivered() -> None:
     done = run()
     assert (done.returncode, done.stderr) == (0, "")

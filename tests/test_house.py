@@ -35,6 +35,7 @@ FLOORS = (
     "epochs",
     "main",
     "records",
+    "showing",
     "worker",
     "provenance",
     "supervision",

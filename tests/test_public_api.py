@@ -26,6 +26,7 @@ from safeloader.settings import Keywords
 
 NAMES = [
     "SKIP",
+    "AuditPart",
     "BatchRecord",
     "CollateError",
     "DeliveryError",
@@ -35,6 +36,7 @@ NAMES = [
     "Provenance",
     "Recorder",
     "ResumeError",
+    "RunAudit",
     "SafeDataLoader",
     "SafeLoaderError",
     "SafeStatefulDataLoader",
@@ -46,9 +48,11 @@ NAMES = [
     "WorkerInitError",
     "WorkerTimeoutError",
     "__version__",
+    "audit_across_ranks",
     "doctor",
     "instrument",
     "loaders_of",
+    "merge_audits",
     "replay",
     "sample_rng",
 ]
@@ -144,11 +148,12 @@ def test_the_public_attributes_of_the_classes() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     added = {"last_batch", "provenance", "audit", "audits", "replay", "transport_stats", "metrics"}
-    added |= {"mark"}
+    added |= {"summary", "audit_part", "mark"}
     ours = public(SafeDataLoader) | public(Keywords) | public(Records)
     assert ours == added | set(OUR_KEYWORDS)
     assert public(LoaderHandle) == {"dataset"}
-    assert public(safeloader.Provenance) == {"to_numpy", "lookup", "batch", "save"}
+    read = {"to_numpy", "to_pandas", "lookup", "batch", "slowest", "save"}
+    assert public(safeloader.Provenance) == read
     assert {"epochs", "forgotten"} <= public(Recorder)
     assert {"index", "failure"} <= public(safeloader.SafeLoaderError)
     assert {"to_dict"} <= public(safeloader.Failure)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from safeloader.introspect.html_text import Tone, rows_of, table
 from safeloader.introspect.ranks import Place
 from safeloader.introspect.sharding import Shard
 from safeloader.introspect.texts import index_text
@@ -272,6 +273,11 @@ class EpochAudit:
             f"drawn={self.drawn}, delivered={self.delivered}{classes})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the lines of ``str(audit)`` as a table."""
+        title, *lines = str(self).split("\n")
+        return table(title, rows_of(lines), tone_of(self))
+
     def __str__(self) -> str:
         state = "complete" if self.complete else "not complete"
         verdict = "ok" if self.ok else "NOT OK"
@@ -366,6 +372,13 @@ class EpochAudit:
         """A replaced index, with what stands in for it."""
         by = f" (by {index_text(self.donors[index])})" if index in self.donors else ""
         return index_text(index) + by
+
+
+def tone_of(audit: EpochAudit) -> Tone:
+    """How good it is; where something was noticed, indices that are right do not tell."""
+    if audit.ok is None or (audit.ok and audit.noticed):
+        return "unknown"
+    return "good" if audit.ok else "bad"
 
 
 def of_batches(said: int | None, gave: int | None, handed_over: int | None) -> str:

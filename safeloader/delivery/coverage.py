@@ -1,7 +1,8 @@
 """Which indices came, and how many: bounded sets for the ledger. Runs in: main.
 
 An :class:`IndexSet` lists the few indices of a kind that should be empty. A :class:`Coverage` knows
-which indices were drawn, and which more than once, in at most 64 MiB and a million objects.
+which indices were drawn, and which more than once, in at most 64 MiB and a million objects; in up
+to 160 MiB where a dataset is said to have more samples than that has room for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from safeloader.delivery.indices import Packed, as_array, count
+from safeloader.delivery.ladder import Delivered, Ladder
 from safeloader.introspect.values import Opaque
 
 TALLY_LIMIT = 1_000_000
@@ -22,6 +24,7 @@ _SHIFT = 12
 _PAGE_BITS = 1 << _SHIFT
 _PAGE_BYTES = _PAGE_BITS >> 3
 _PAGES_LIMIT = 1 << 16  # of 512 bytes: 268 million indices without a gap; half as many drawn twice
+_PAGES_MOST = 1 << 18  # of a dataset of a thousand million samples
 _NEAR = 1 << 15
 _INT64 = range(-(1 << 63), 1 << 63)
 _NEGATIVE, _POSITIVE = range(-(1 << 51), 0), range(1 << 51)
@@ -54,11 +57,39 @@ class IndexSet:
         return as_array(self._first)
 
 
+class _Further:
+    """What two bitmaps do not tell: visits from the third on, and those that found no page.
+
+    The first million are held. Of the others the sums are, if they are not negative.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[Numbers] = []
+        self._room = TALLY_LIMIT
+        self.beyond: Ladder | None = None  # 4 kB, which hardly an epoch needs
+        self.unknown = 0
+
+    def add(self, numbers: Numbers) -> None:
+        """Take in these."""
+        if not numbers.size:
+            return
+        rest = numbers
+        if self._room:
+            self.held.append(numbers[: self._room])
+            rest = numbers[self._room :]
+            self._room -= self.held[-1].size
+        if rest.size:
+            self.beyond = self.beyond or Ladder()
+            self.beyond.add(rest[rest >= 0])
+        self.unknown += int((rest < 0).sum())
+
+
 class _Pages:
     """A set of int64 as a bitmap, of which only the pages with a bit in them are held."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, further: _Further | None = None) -> None:
+        self.limit = limit
+        self._further = further
         self.left_out = 0  # draws that were not noted, for want of a page
         self.row: dict[int, int] = {}  # of each page that is held
         self._bits = np.zeros((0, _PAGE_BYTES), dtype=np.uint8)
@@ -68,26 +99,33 @@ class _Pages:
         self._near_row: npt.NDArray[np.int32]
 
     def add(self, numbers: Numbers) -> Numbers:
-        """Take in ``numbers``; gives those that were there before, or come twice."""
+        """Take in ``numbers``; gives those that were there before, or come again among them.
+
+        One for each visit after the first.
+        """
         if not numbers.size:  # as of what was drawn twice, as a rule
             return numbers
         at, bit = self._bytes_of(numbers, grow=True), _BIT[numbers & 7]
         there = at >= 0
         if not there.all():
             self.left_out += int(numbers.size - there.sum())
+            if self._further is not None:
+                self._further.add(numbers[~there])
             numbers, at, bit = numbers[there], at[there], bit[there]
         flat = self._bits.reshape(-1)
-        before = numbers[(flat[at] & bit) != 0]
+        again = (flat[at] & bit) != 0
         # Of numbers in one byte the last one wins here; neighbours in their order are kept apart.
         for k in range(8):
             flat[at[k::8]] |= bit[k::8]
         lost = np.flatnonzero((flat[at] & bit) == 0)
         np.bitwise_or.at(flat, at[lost], bit[lost])
-        return np.concatenate([before, *_twice(numbers)])
+        if not again.any():
+            return np.concatenate([numbers[:0], *_twice(numbers)])
+        return np.concatenate([numbers[again], *_twice(numbers[~again])])
 
     def has_room_for(self, number: int) -> bool:
         """Whether so many numbers find a page each, whatever they are."""
-        return len(self.row) + number <= self._limit
+        return len(self.row) + number <= self.limit
 
     def has(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Which of ``numbers`` are in the set."""
@@ -117,10 +155,10 @@ class _Pages:
         runs = np.append(np.flatnonzero(pages[1:] != pages[:-1]), pages.size - 1)
         wanted, row = np.unique(pages[runs]), self.row
         if grow:
-            new = [page for page in wanted.tolist() if page not in row][: self._limit - len(row)]
+            new = [page for page in wanted.tolist() if page not in row][: self.limit - len(row)]
             number = len(row) + len(new)
             if number > len(self._bits):
-                size = max(number, min(2 * len(self._bits), self._limit))
+                size = max(number, min(2 * len(self._bits), self.limit))
                 # In place where the allocator can: then no second copy is there while it grows.
                 self._bits.resize((size, _PAGE_BYTES), refcheck=False)
             row.update(zip(new, range(len(row), number), strict=True))
@@ -140,6 +178,14 @@ class _Pages:
         """The pages held, and how many numbers each has."""
         pages = np.fromiter(self.row, dtype=np.int64, count=len(self.row))
         return pages, _ones(self._bits[: pages.size])  # rows are given out in their order
+
+    def whole(self) -> Iterator[tuple[Numbers, npt.NDArray[np.uint8], Numbers]]:
+        """The pages that are not negative, the bytes of each and how many of their bits are set."""
+        pages, ones = self.counted()
+        wanted = np.flatnonzero(pages >= 0)
+        for first in range(0, wanted.size, 1024):
+            rows = wanted[first : first + 1024]
+            yield pages[rows], self._bits[rows], ones[rows]
 
     def held(self, numbers: range) -> list[int]:
         """The pages held, of ``numbers``, in their order."""
@@ -207,8 +253,9 @@ class Coverage:
         self.waiting: list[Packed] = []
         self.room = _FLUSH
         self.interrupted = False
-        self._seen = _Pages(_PAGES_LIMIT)
-        self._twice = _Pages(_PAGES_LIMIT >> 1)
+        self._further = _Further()
+        self._seen = _Pages(_PAGES_LIMIT, self._further)
+        self._twice = _Pages(_PAGES_LIMIT >> 1, self._further)
         self._other_seen: set[Any] = set()
         self._other_twice: dict[Any, None] = {}
         self._others_left_out = 0
@@ -231,7 +278,8 @@ class Coverage:
             numbers += np.array([*compress(mixed, fits)], dtype=np.int64).tobytes()
             self._note_others(each for each, fit in zip(mixed, fits, strict=True) if not fit)
             if numbers:
-                self._twice.add(self._seen.add(np.frombuffer(numbers, dtype=np.int64)))
+                again = self._seen.add(np.frombuffer(numbers, dtype=np.int64))
+                self._further.add(self._twice.add(again))
         except BaseException:  # an interrupt: how far it came is not known
             self.interrupted = True
             self._seen.left_out += sum(map(count, waiting))
@@ -250,6 +298,32 @@ class Coverage:
                     self._others_left_out += 1
             except Exception:  # an __eq__ of the user's that raises
                 self._others_left_out += 1
+
+    def expect(self, length: int) -> None:
+        """A dataset of this length is drawn from: the map has room for it, within a bound."""
+        self._seen.limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
+
+    def names(self) -> Iterable[Any] | None:
+        """The indices drawn that are no int64; None where some are not known."""
+        self.flush()
+        return None if self._others_left_out else self._other_seen
+
+    def multiset(self, length: int | None, less: Numbers, more: Numbers) -> Delivered | None:
+        """What was drawn, without ``less`` and with ``more``; None where that is not known.
+
+        An index that is no int64 is left out. A negative one is the one that it stands for.
+        """
+        self.flush()
+        negative = [*self._seen.pieces(_NEGATIVE), *self._twice.pieces(_NEGATIVE)]
+        held = [*self._further.held, more]
+        numbers = np.concatenate([*negative, *held])
+        if length is not None:
+            numbers = np.where(numbers < 0, numbers + length, numbers)
+            less = np.where(less < 0, less + length, less)
+        below = bool(numbers.size and numbers.min() < 0) or bool(less.size and less.min() < 0)
+        if below or self.interrupted or self._further.unknown:
+            return None
+        return Delivered([self._seen, self._twice], numbers, less, self._further.beyond)
 
     def compact(self) -> bool:
         """Hold what waits as one piece; False where there is more than that."""

@@ -24,12 +24,13 @@ def chained(digest: bytes | None, keys: Iterable[Any]) -> bytes | None:
     True
     """
     for key in keys:
-        if digest is None or not _is_plain(key):
+        if digest is None or not is_plain(key):
             return None
         text = repr(key).encode("utf-8", "surrogatepass")
         digest = blake2b(digest + text, digest_size=_BYTES).digest()
     return digest
 
 
-def _is_plain(key: Any) -> bool:
-    return type(key) in _PLAIN or (type(key) is tuple and all(map(_is_plain, key)))
+def is_plain(key: Any) -> bool:
+    """Whether an identity has a text that is the same in every process."""
+    return type(key) in _PLAIN or (type(key) is tuple and all(map(is_plain, key)))

@@ -14,9 +14,13 @@ from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from safeloader.delivery.audit import CLASSES, EpochAudit, SameKey
+from safeloader.delivery.audit_part import LEFT_OUT, Digests
 from safeloader.delivery.coverage import Coverage, IndexSet, Listed
 from safeloader.delivery.indices import Packed, count, same, unpack
+from safeloader.delivery.ladder import Delivered
 from safeloader.delivery.manifest import BatchContents, BatchManifest, expected_indices
 from safeloader.introspect.texts import index_text, indices_text
 from safeloader.introspect.values import weight
@@ -43,6 +47,7 @@ class Discrepancy(NamedTuple):
     unexpected: tuple[Any, ...] = ()
     sound: tuple[Any, ...] = ()
     hint: str = ""
+    of_keys: bool = False  # what is duplicated was drawn, under another index of the same key
 
     @property
     def culprits(self) -> tuple[Any, ...]:
@@ -101,10 +106,27 @@ class Ledger:
         self._keys_bytes = 0
         self._keys_kept = self._keys_past_limit = 0
         self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
+        # Beyond the classes: drawn and lost, and handed over beside what was drawn.
+        self._not_given, self._given_beside = IndexSet(), IndexSet()
 
     @property
     def batches_drawn(self) -> int | None:
         """How many batches the sampler gave; None for a stream."""
+        return None
+
+    def expect(self, length: int | None) -> None:
+        """The dataset has so many samples, as far as known: said before the first draw."""
+
+    def handed_over(self, length: int | None) -> Delivered | None:
+        """The indices handed over, those before a resume too; None where they are not known."""
+        return None
+
+    def last_drawn(self, most: int) -> list[Any]:
+        """The last indices drawn, in their order: of the last batch, and what was left out then."""
+        return []
+
+    def digests(self) -> Digests | None:
+        """Of the identities of samples that are no numbers; None where they have none."""
         return None
 
     def drawn(self, seq: int, indices: Packed) -> None:
@@ -137,10 +159,16 @@ class Ledger:
             self.by_class[name].add(getattr(discrepancy, name))
         if handed_over:
             came = len(discrepancy.sound + discrepancy.unexpected + discrepancy.duplicated)
+            # What belongs to no index has -1.
+            self._given_beside.add(index for index in discrepancy.unexpected if index != -1)
+            if not discrepancy.of_keys:
+                self._given_beside.add(discrepancy.duplicated)
             self.delivered_count += came
             self.delivered_by[self._row_of(worker)] += came
         else:
             self.by_class["failed"].add(discrepancy.sound)
+            if discrepancy.of_keys:
+                self._not_given.add(discrepancy.duplicated)
 
     def _row_of(self, worker: int | None) -> int:
         row = 0 if worker is None else worker + 1
@@ -249,7 +277,7 @@ class Ledger:
         found, hint = self.why_again(pairs)
         again = tuple(pair.again for pair in pairs)
         reason = "; ".join(said) + found
-        return Discrepancy(reason, duplicated=again, sound=tuple(sound), hint=hint)
+        return Discrepancy(reason, duplicated=again, sound=tuple(sound), hint=hint, of_keys=True)
 
     def why_again(self, pairs: list[SameKey]) -> tuple[str, str]:
         """Why one key came under two indices, as far as the indices tell, and what to do."""
@@ -323,6 +351,8 @@ class MapLedger(Ledger):
         self._first_seq: int | None = None
         self._last_seq = -1
         self._drawn = 0
+        self._newest: Packed = b""  # the batch drawn last
+        self._dropped: Packed = b""  # what was drawn after it
         self._coverage = Coverage()
 
     @property
@@ -339,7 +369,7 @@ class MapLedger(Ledger):
                 self._first_seq = seq
                 self.first_drawn = indices
             # Interrupts come with calls: none between these, or the accounts would not add up.
-            self._pending[seq] = indices
+            self._pending[seq] = self._newest = indices
             self._last_seq = seq
             self._drawn += number
             coverage.room -= number
@@ -351,6 +381,7 @@ class MapLedger(Ledger):
         number = count(packed)
         self._drawn += number
         self.samples_before += number
+        self._newest = packed
         self._coverage.add(packed)
 
     def draw_failed(self, lost: Packed = b"") -> None:
@@ -363,6 +394,7 @@ class MapLedger(Ledger):
             if self._expected_batches is not None:  # of no interest now, and it holds the dataset
                 self._expected_batches = lambda: None
             self._out_of_batches(dropped, "dropped")
+            self._dropped = dropped
             self.settled = not self._pending
 
     def _out_of_batches(self, indices: Packed, name: str) -> None:
@@ -476,6 +508,30 @@ class MapLedger(Ledger):
         # With the pages that somebody's look at the audit has made it would hold 400 KB and more.
         return self._drawn if self._coverage.compact() else None
 
+    def expect(self, length: int | None) -> None:
+        if length is not None:
+            self._coverage.expect(length)
+
+    def handed_over(self, length: int | None) -> Delivered | None:
+        with self.lock:
+            absent = [self.by_class[name] for name in LEFT_OUT] + [self._not_given]
+            less = [index for packed in self._pending.values() for index in unpack(packed)]
+            if any(each.count > len(each.first(each.count)) for each in absent):
+                return None  # they were too many to be listed
+            less += [index for each in absent for index in each.first(each.count)]
+            beside = self._given_beside
+            more = beside.first(beside.count)
+            return self._coverage.multiset(length, _numbers(less), _numbers(more))
+
+    def last_drawn(self, most: int) -> list[Any]:
+        last = [*unpack(self._newest), *unpack(self._dropped)]
+        return last[-most:] if most else []
+
+    def digests(self) -> Digests | None:
+        with self.lock:
+            names = self._coverage.names()
+            return Digests.of("index", names) if names else None
+
     def notes(self, length: int | None) -> list[str]:
         notes = super().notes(length)
         if unmapped := self._coverage.unmapped:
@@ -508,6 +564,12 @@ class MapLedger(Ledger):
                 unvisited=self._coverage.unvisited(length),
             )
             return dataclasses.replace(audit, batches_drawn=batches)
+
+
+def _numbers(identities: list[Any]) -> Any:
+    """Those of the identities that are int64."""
+    fits = [each for each in identities if type(each) is int and -(1 << 63) <= each < 1 << 63]
+    return np.array(fits, np.int64)
 
 
 def _first_difference(mine: str, theirs: str) -> str:

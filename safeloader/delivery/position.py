@@ -14,14 +14,12 @@ the workers never enters.
 
 from __future__ import annotations
 
-from collections import deque
 from hashlib import blake2b
 from typing import NamedTuple
 
 from safeloader.delivery.indices import Packed, count
 from safeloader.introspect.seeds import bytes_of
 
-KEPT = 1024  # batches, of which the position after each is known
 _STEP = 16  # batches between two rungs
 _DIGEST_BYTES = 16
 _RUNG_BYTES = 6  # two other orders agree in one by chance once in 2.8e14
@@ -83,7 +81,7 @@ class Chain:
 
 
 class Position:
-    """The place in the running epoch, and the places before it.
+    """The place in the running epoch.
 
     Attributes:
         at: the place now; replaced as a whole, so another thread may read it.
@@ -92,7 +90,7 @@ class Position:
         >>> position = Position()
         >>> for seq, indices in enumerate([(1, 2), (3, 4), (5,)]):
         ...     position.drawn(seq, indices)
-        >>> position.passed(0, 0, 2), position.at.batches, position.at.samples
+        >>> position.passed(0, 2), position.at.batches, position.at.samples
         (None, 1, 2)
     """
 
@@ -103,7 +101,6 @@ class Position:
         self._open: dict[int, Packed] = {}  # by batch: not handed over, or behind a gap
         self._beyond: set[int] = set()
         self._ladder: list[Rung] = []
-        self._after: deque[tuple[int, Place]] = deque(maxlen=KEPT)
         self.at = Place(0, 0, self._chain.digest())
 
     @property
@@ -133,8 +130,8 @@ class Position:
         """The number in the epoch of a draw that was not handed over; None where it goes by seq."""
         return self._batch_of.get(seq)
 
-    def passed(self, seq: int, number: int, samples: int | None) -> None:
-        """What became of draw ``seq`` is handed over, or raised, as batch ``number``; 2 us."""
+    def passed(self, seq: int, samples: int | None) -> None:
+        """What became of draw ``seq`` is handed over, or raised; 2 us."""
         batch = self._batch_of.pop(seq, None)
         if batch is None:
             return
@@ -147,14 +144,6 @@ class Position:
                 self._advance(self._open.pop(batch))
         if self._beyond or self.at.beyond:
             self._see_beyond()
-        self._after.append((number, self.at))
-
-    def after(self, number: int) -> Place | None:
-        """The place when batch ``number`` was handed over; None where that is too long ago."""
-        for known, place in reversed(self._after):
-            if known == number:
-                return place
-        return None
 
     def _see_beyond(self) -> None:
         self.at = self.at._replace(beyond=tuple(sorted(self._beyond)))
@@ -182,11 +171,10 @@ class StreamPosition(Position):
     def drawn(self, seq: int, packed: Packed) -> None:
         """A draw only says how many samples are wanted."""
 
-    def passed(self, seq: int, number: int, samples: int | None) -> None:
+    def passed(self, seq: int, samples: int | None) -> None:
         """A batch of so many samples is handed over, or its error raised."""
         at = self.at
         self.at = Place(at.batches + 1, at.samples + (samples or 0), b"")
-        self._after.append((number, self.at))
 
 
 def _leads_to(rung: int, batches: int) -> bool:

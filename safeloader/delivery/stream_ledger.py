@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Protocol
 
 from safeloader.delivery.audit import ONE_WORKER_GAVE_BOTH, EpochAudit, SameKey
+from safeloader.delivery.audit_part import Digests
 from safeloader.delivery.ledger import Discrepancy, Ledger
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 
@@ -43,6 +44,10 @@ class StreamLedger(Ledger):
         self.delivered_by.extend([0] * workers)
         self._finished = False
         self._read = 0  # by all workers, once they are at their ends
+
+    def digests(self) -> Digests | None:
+        with self.lock:
+            return Digests.of("key", self._place_of_key) if self.compares_keys else None
 
     def read_before(self, samples: list[int]) -> None:
         self._next = list(samples)

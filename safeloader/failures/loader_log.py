@@ -74,8 +74,13 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter` has it."""
+        return f"{self.full_name.replace('%', '%%')}: {msg}", kwargs
+
+    @property
+    def full_name(self) -> str:
+        """The words before the colon."""
         rank = f", rank {self.at.rank}" if str(self.at) else ""
-        return f"{self.loader_name.replace('%', '%%')}{rank}: {msg}", kwargs
+        return f"{self.loader_name}{rank}"
 
     def own_fault(
         self, part: str, exc: BaseException, off: str = "off for the rest of this epoch"

@@ -102,7 +102,7 @@ def prepared(
     made._accelerator = accelerator
     made._drop_last = _leaves_out(made)
     if accelerator.num_processes > 1 and has_state(loader.dataset):
-        LoaderLog(loader.dataset).warning(
+        LoaderLog(loader.dataset, kind=type(made).__name__).warning(
             "the dataset has a state of its own, and Accelerate saves that of the main process "
             "alone: after load_state() each process has it. Where they differ, save "
             "loader.state_dict() in each"

@@ -77,6 +77,10 @@ class EpochSeed(NamedTuple):
         """What a worker has to know for batch ``number``."""
         return BatchSeed(self.seed, self.epoch, number, self.rank)
 
+    def fields_of_batch(self, number: int) -> tuple[int, int, int, int]:
+        """The same as a plain tuple, whose class need not cross; hot path."""
+        return self.seed, self.epoch, number, self.rank
+
 
 class BatchSeed(NamedTuple):
     """What the random numbers of a batch are made from; it goes with each task."""
@@ -85,11 +89,6 @@ class BatchSeed(NamedTuple):
     epoch: int
     batch: int
     rank: int = 0
-
-    @property
-    def fields(self) -> tuple[int, int, int, int]:
-        """As a plain tuple, whose class need not cross."""
-        return self.seed, self.epoch, self.batch, self.rank
 
     @property
     def bytes(self) -> bytes:
@@ -171,14 +170,17 @@ class Seeder:
 
     Args:
         per: whether for each sample and each collation, or for each batch.
+
+    Attributes:
+        key: the epoch's.
     """
 
     def __init__(self, per: SeedPer) -> None:
         self.per = per
         self._each = per == "sample"
         self._of: tuple[int, int] | None = None  # seed and epoch
-        self._key = self._batch = b""
-        self._hash_of_sample: Any = None
+        self.key = self._batch = b""
+        self._keyed: dict[bytes, Any] = {}  # by purpose, a digest that has its key
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.per,)
@@ -186,35 +188,41 @@ class Seeder:
     def begin(self, seed: int, epoch: int) -> None:
         """What follows is of this epoch."""
         if self._of != (seed, epoch):
-            self._key = key = EpochSeed(seed, epoch).key
-            self._hash_of_sample = blake2b(digest_size=_SEEDS.size, key=key, person=_SAMPLE)
+            self.key = key = EpochSeed(seed, epoch).key
+            self._keyed = {
+                purpose: blake2b(digest_size=_SEEDS.size, key=key, person=purpose)
+                for purpose in (_SAMPLE, _COLLATION, _BATCH, _STREAM)
+            }
             self._of = seed, epoch
 
     def batch(self, what: bytes) -> None:
         """A batch begins, of which there is no other ``what`` in the epoch."""
         self._batch = what
-        _now[0] = None
+        NOW[0] = None
         if not self._each:
-            _seed(_digest(self._key, _BATCH, what, _SEEDS.size))
+            self._seed(_BATCH, what)
 
     def sample(self, index: Any) -> None:
         """A sample is about to be fetched; hot path."""
-        _now[0] = self._key, index
+        NOW[0] = self.key, index
         if self._each:
-            hashed = self._hash_of_sample.copy()  # has its key: that takes half as long as anew
-            hashed.update(b"%d" % index if type(index) is int else bytes_of(index))
-            _seed(hashed.digest())
+            self._seed(_SAMPLE, b"%d" % index if type(index) is int else bytes_of(index))
 
     def collation(self) -> None:
         """The samples of the batch are there, and are about to be collated."""
-        _now[0] = None
+        NOW[0] = None
         if self._each:
-            _seed(_digest(self._key, _COLLATION, self._batch, _SEEDS.size))
+            self._seed(_COLLATION, self._batch)
 
     def stream(self, worker: int) -> None:
         """The dataset is about to be asked for its iterator."""
-        _now[0] = None
-        _seed(_digest(self._key, _STREAM, b"%d" % worker, _SEEDS.size))
+        NOW[0] = None
+        self._seed(_STREAM, b"%d" % worker)
+
+    def _seed(self, purpose: bytes, what: bytes) -> None:
+        keyed = self._keyed[purpose].copy()  # that takes half as long as anew
+        keyed.update(what)
+        _seed(keyed.digest())
 
     def of_stream(self, row: int, number: int, size: int) -> None:
         """A sample that a worker's stream gave in an earlier run is about to be read again.
@@ -259,17 +267,17 @@ def _seed(digest: bytes) -> None:
 
 
 # The epoch's key and the index of the sample that is being fetched; a list, to be written into.
-_now: list[tuple[bytes, Any] | None] = [None]
+NOW: list[tuple[bytes, Any] | None] = [None]
 
 
 def sample_now() -> tuple[bytes, Any] | None:
     """What :func:`sample_rng` goes by; None where no sample is being fetched."""
-    return _now[0]
+    return NOW[0]
 
 
 def sample_is(now: tuple[bytes, Any] | None) -> None:
     """Put it back: a dataset may hold a loader of its own, which fetches in between."""
-    _now[0] = now
+    NOW[0] = now
 
 
 def called_in(seed: int, dataset: Any, index: Any) -> Any:
@@ -327,7 +335,7 @@ def sample_rng() -> np.random.Generator:
         >>> one[0] == two[0] + two[1]
         True
     """
-    now = _now[0]
+    now = NOW[0]
     if now is None:
         raise RuntimeError(
             "sample_rng() belongs to a sample that a loader with seed= is fetching, and there is "

@@ -16,6 +16,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from safeloader.introspect.values import definitions, fields, inherits, plain_length
@@ -43,6 +44,10 @@ class Shard:
             None where there is no such number, or the order is always the same.
         kind: the name of the sampler's class.
         drops_by: the argument that has the last indices left out.
+        seed: that the order is drawn from; None where there is none, or the order is always the
+            same.
+        pads_last: how many of the last indices that this rank draws are padding; None where that is
+            not known.
 
     Example:
         >>> from torch.utils.data import DistributedSampler
@@ -58,6 +63,8 @@ class Shard:
     epoch: int | None = None
     kind: str = ""
     drops_by: str = "drop_last"
+    seed: int | None = dataclasses.field(default=None, compare=False)
+    pads_last: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def padding(self) -> int:
@@ -88,13 +95,17 @@ def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Sh
         dataset: what the loader reads.
         length: its length, where that is known.
     """
+    in_order = True  # what is drawn is drawn in the order of the share
     for inner, held in _levels(sampler):
         if inherits(type(inner), SaysItsShare):
-            return inner.shard()  # type: ignore[no-any-return]
+            shard: Shard | None = inner.shard()
+            return shard
         for of, which in _NAMES:
             replicas, rank = held.get(of), held.get(which)
             if type(replicas) is int and type(rank) is int and 0 <= rank < replicas:
-                return _shard(inner, held, rank, replicas, dataset, length)
+                shard = _shard(inner, held, rank, replicas, dataset, length)
+                return shard if in_order else dataclasses.replace(shard, pads_last=None)
+        in_order &= type(inner) is BatchSampler
     return None
 
 
@@ -148,6 +159,7 @@ def _shard(
     orders = held.get("shuffle") is True and definitions(type(sampler), "set_epoch")
     if _is_accelerates(held):
         length, total = _of_batches(held, replicas, known)
+    seed = held.get("seed")
     return Shard(
         rank,
         replicas,
@@ -155,7 +167,49 @@ def _shard(
         total=total if type(total) is int else None,
         epoch=epoch if type(epoch) is int and orders else None,
         kind=type(sampler).__name__,
+        seed=seed if type(seed) is int and orders else None,
+        pads_last=_pads_last(type(sampler), rank, replicas, length, total),
     )
+
+
+def _pads_last(cls: type, rank: int, replicas: int, length: int | None, total: Any) -> int | None:
+    """How many of the last draws of a rank are padding, where torch's own code deals them out."""
+    if length is None or type(total) is not int or total <= length:
+        return None if length is None else 0
+    if definitions(cls, "__iter__")[:1] != definitions(DistributedSampler, "__iter__")[:1]:
+        return None
+    return int(rank + total - replicas >= length)  # the place of its last draw among all
+
+
+def purpose_of(sampler: Any) -> str:
+    """What a sampler draws on purpose, other than each index once.
+
+    Returns:
+        ``"replacement"``, where indices may come again; ``"subset"``, where others may never come;
+        the name of the class of a sampler that is not known; empty where each comes once.
+
+    Example:
+        >>> purpose_of(RandomSampler(range(9), replacement=True)), purpose_of(DistributedSampler)
+        ('replacement', 'type')
+        >>> purpose_of(BatchSampler(SequentialSampler(range(9)), 2, False))
+        ''
+    """
+    for inner, held in _levels(sampler):
+        cls = type(inner)
+        if cls is RandomSampler:
+            more = held.get("_num_samples")
+            whole = plain_length(held.get("data_source"))
+            again = held.get("replacement") is True or (more is not None and more != whole)
+            return "replacement" if again else ""
+        if cls is WeightedRandomSampler:
+            return "replacement" if held.get("replacement") is True else "subset"
+        if cls is SubsetRandomSampler:
+            return "subset"
+        if cls is SequentialSampler or inherits(cls, DistributedSampler, SaysItsShare):
+            return ""
+        if not any(held.get(name) is not None for name in WITHIN):
+            return cls.__name__
+    return type(sampler).__name__
 
 
 def _of_batches(

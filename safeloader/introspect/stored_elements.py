@@ -404,11 +404,13 @@ def _chosen(subset: Callable[[], Any]) -> Place:
 
 def looked_at(element: Any) -> dict[str, tuple[int, str]] | None:
     """Of each known leaf of an element its digest and a word; None of an element that is empty."""
-    return None if element is None or _is_blank(element) else known_leaves(element)
+    return None if is_empty(element) else known_leaves(element)
 
 
-def _is_blank(element: Any) -> bool:
-    """Whether it is what a table is made of before anything is put there: zeros, or NaN."""
+def is_empty(element: Any) -> bool:
+    """Whether it is what a table is made of before anything is put there: None, zeros, or NaN."""
+    if element is None:
+        return True
     if type(element) is torch.Tensor:
         with without_overrides():
             dense = element.layout is torch.strided and element.is_cpu and not element.is_nested

@@ -6,6 +6,7 @@ knows a later state, which it does not save. Saved, they lie where torchdata has
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ class DatasetPlaces:
         worker = manifest.worker_id or 0
         counts, snapshots, _, keys = self.now
         batches, samples = counts[worker]
+        if manifest.ordinal is not None:  # what an interrupt lost before it was read all the same
+            samples = manifest.ordinal
         mine = (batches + 1, samples + (manifest.samples or 0))
         if manifest.snapshot is not None:
             snapshots = snapshots | {worker: manifest.snapshot}
@@ -104,8 +107,12 @@ class DatasetPlaces:
     def save(self, places: Places, here: DatasetStates | None) -> dict[str, Any]:
         """The keys of a state that hold this; ``here``: the main process reads."""
         if here is not None:
-            snapshot = here.now()._replace(batches=places.counts[0][0])
-            return {**_plain(snapshot), "read": list(places.counts[0]), **_keys(places, 0)}
+            # A copy, as from a worker: what it is made of goes on to change.
+            snapshot = copy.deepcopy(here.now())._replace(batches=places.counts[0][0])
+            batches, samples = places.counts[0]
+            if snapshot.is_kept and not snapshot.ended:  # that is where it goes on
+                samples = max(samples, snapshot.samples)
+            return {**_plain(snapshot), "read": [batches, samples], **_keys(places, 0)}
         snapshots = {}
         for worker in range(self._workers):
             raw = places.snapshots.get(worker)

@@ -110,7 +110,8 @@ class RecordingSampler:
         return seq - self._seq_of_first if number is None else number
 
     def _with_seed(self, seed: EpochSeed, task: Task) -> Task:
-        return task._replace(seed=seed.of_batch(self.batch_number(task.seq)).fields)
+        # Not by _replace(), which takes three times as long.
+        return Task(*task[:-1], seed.fields_of_batch(self.batch_number(task.seq)))
 
     def __iter__(self) -> Iterator[Task]:
         # No generators here or in what follows: one that an interrupt goes through is at its end.
@@ -130,7 +131,7 @@ class RecordingSampler:
 
     def _request(self, number: int) -> Task:
         """A task that asks a worker for the state of its dataset; it takes no number of a draw."""
-        seed = None if self._seed is None else self._seed.of_batch(0).fields
+        seed = None if self._seed is None else self._seed.fields_of_batch(0)
         return Task(-1 - number, StateRequest(), seed=seed)
 
     def _keep(self, task: Task) -> Task:

@@ -26,9 +26,11 @@ from safeloader.delivery.indices import (
 from safeloader.delivery.position import Chain, Rung
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.errors import ResumeError
+from safeloader.introspect.signals import raised_by_signal
 from safeloader.main.beginning import Generators, States, moved
 from safeloader.main.saved_state import SavedState
 
+_FAILED_MAX = 1000  # draws in a row
 _PIECE = 8192  # indices that are drawn at once where batches do not matter
 
 
@@ -155,10 +157,19 @@ class DrawsAgain:
         return iter(rest)
 
     def _next(self, inner: Iterator[Any], number: int) -> Any:
-        try:
-            return next(inner)
-        except StopIteration:
-            raise self._too_few(f"{number} batches", self._saved.place.batches) from None
+        """The next draw; one that fails now failed then too, and is passed over as it was."""
+        failed: Exception | None = None
+        for _ in range(_FAILED_MAX):
+            try:
+                return next(inner)
+            except StopIteration:
+                raise self._too_few(f"{number} batches", self._saved.place.batches) from failed
+            except Exception as exc:
+                if raised_by_signal(exc):
+                    raise
+                failed = exc
+        assert failed is not None
+        raise failed
 
     def _too_few(self, gave: str, wanted: int) -> ResumeError:
         return ResumeError(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from safeloader.delivery.audit import EpochAudit, first_reasons, of_batches
+from safeloader.delivery.audit_part import RankAccounts
 from safeloader.delivery.indices import Packed, pack, unpack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
@@ -31,10 +32,12 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
+from safeloader.main.rank_accounts import rank_accounts
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.run_folders import sinks_for
+from safeloader.provenance.summary import tell_at_end
 from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.supervision.wrong_data import SAME_STREAM
@@ -110,7 +113,7 @@ class Epoch:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self.number = self.batches = self._lost = 0
+        self.number = self.batches = self._lost = self._left_out_before = 0
         self.unchecked_since: int | None = None
         self._off: list[str] = []  # parts that failed
         self._uncounted = 0  # samples that came since the ledger failed
@@ -157,8 +160,11 @@ class Epoch:
             recorder.history.begins(self.number, self)
             facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
+        with guarded("the summary", lambda: log):
+            tell_at_end(recorder, log.full_name)
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
+        ledger.expect(log.length)
         self.check = ledger.check  # type: ignore[method-assign]  # hot path
         if not self.events.drawn:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
@@ -171,7 +177,7 @@ class Epoch:
         So many samples were skipped or replaced in them: the bound is one of the epoch.
         """
         self.batches = self.ledger.batches_before = batches
-        self._skip_budget.skipped = left_out
+        self._skip_budget.skipped = self._left_out_before = left_out
         if note:
             self._notes.append(note)
 
@@ -554,6 +560,19 @@ class Epoch:
         self.close()
         self._dataset = self._sampler = None
         self.events = Events(self.log, ())
+
+    def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
+        """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""
+        accounts = rank_accounts(
+            self.audit(number),
+            self.ledger,
+            self.log.at,
+            self._shard,
+            (dataset, self.log.length),
+            sampler,
+        )
+        part = dataclasses.replace(accounts.part, left_out_before=self._left_out_before)
+        return accounts._replace(part=part)
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand; may be asked for from another thread."""

@@ -171,7 +171,8 @@ class SafeIterator(Iterator[Any]):
                     if manifest.fingerprints is not None:
                         failure = changed(manifest, payload)
                         if failure is not None:
-                            self._other_than_batch(FailedBatch(manifest, failure))
+                            came = FailedBatch(manifest, failure)
+                            self._other_than_batch(came)
                     if self._restarts is not None:
                         self.pool.sampler.answered(manifest.seq)
                     wait_ns = clock() - began
@@ -251,7 +252,7 @@ class SafeIterator(Iterator[Any]):
         """What became of a draw is no batch, and is told."""
         self.pool.sampler.answered(manifest.seq)
         if self._continuity is not None:
-            self._continuity.passed(manifest, self._epoch.batches)
+            self._continuity.passed(manifest, self._epoch.batches, booked=False)
 
     def _await_states(self, requests: int) -> None:
         """Wait for the states that the workers' datasets begin with; what else comes is kept."""
@@ -370,9 +371,26 @@ def iterate(loader: DataLoader[Any], ours: Any) -> SafeIterator:
             of persistent workers for the next one in ``_pool``: the loader itself, or what stands
             beside it.
     """
-    settings, said = Settings.of(ours), vars(ours).pop(SAID, None)
+    settings = Settings.of(ours)
     continuity: Continuity | None = vars(ours).get(KEEPS_PLACE)
     seed = ours._seed_of_next(settings)
+    try:
+        return _begun(loader, ours, settings, seed, continuity)
+    except BaseException:  # no worker can be started, for one
+        ours._not_begun(seed)
+        if continuity is not None:
+            continuity.not_begun()
+        raise
+
+
+def _begun(
+    loader: DataLoader[Any],
+    ours: Any,
+    settings: Settings,
+    seed: EpochSeed | None,
+    continuity: Continuity | None,
+) -> SafeIterator:
+    said = vars(ours).pop(SAID, None)
     if not (loader.persistent_workers and loader.num_workers > 0):
         return SafeIterator(loader, settings, said=said, seed=seed, continuity=continuity)
     held = _torch.kept_iterator(loader)

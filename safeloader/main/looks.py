@@ -38,6 +38,7 @@ from safeloader.supervision.wrong_data import Finding, Seen, findings
 from safeloader.worker.observing import ALWAYS, Observer
 
 SHARE = 0.002  # of the time, at most, that looking may take, but for the ends of those
+LONG_S = 1.0  # an epoch of which each worker's look at itself takes less than a hundredth
 FAILURES_MAX = 3  # of a loader, before which it looks
 LOADERS_MAX = 8  # of one recorder
 CAUSES = ("diverged", "same stream", "shared file", "stale")  # of a failure, perhaps
@@ -63,7 +64,8 @@ class Looks:
         self._earlier: dict[int, tuple[Opening, ...]] = {}
         self._kept = KeptBatches()
         self._epochs = 0
-        self._began = monotonic()
+        self._began = self._epoch_began = monotonic()
+        self._lasted = 0.0  # the epoch before this one, in seconds
         self._spent = 0.0
         self._on = True
         self.due = sys.maxsize
@@ -124,6 +126,8 @@ class Looks:
             with self._guarded():
                 self._tell_of_own_generators()
         self._epochs += 1
+        now = monotonic()
+        self._lasted, self._epoch_began = now - self._epoch_began, now
         if not num_workers:
             self._workers = None  # those of an earlier epoch, or of another loader
         elif self._on:
@@ -218,10 +222,21 @@ class Looks:
                 said += self._workers.moved_positions(said, reports, self._stream)
         return said
 
-    def _has_time(self) -> bool:
+    @property
+    def worth_it(self) -> bool:
+        """Whether workers of one epoch, which begin now, are to look at themselves.
+
+        It takes each some milliseconds, whatever the epoch takes.
+        """
+        return self._on and (self._always or self._lasted >= LONG_S)
+
+    @property
+    def _always(self) -> bool:
         # Where data was wrong each epoch is looked at: its audit says so, or that it ended.
-        wrong = any(about[0] in OF_DATA for about in self._told)
-        return self._on and (self._epochs <= ALWAYS or wrong or self._took_little())
+        return self._epochs <= ALWAYS or any(about[0] in OF_DATA for about in self._told)
+
+    def _has_time(self) -> bool:
+        return self._on and (self._always or self._took_little())
 
     def _took_little(self) -> bool:
         return self._spent <= SHARE * (monotonic() - self._began)
@@ -301,7 +316,7 @@ class Looks:
         """What the memory and the start of the workers say, and the batches that are kept."""
         if self._workers is not None:
             yield from growth(reports, self._workers.forked)
-            yield from self._workers.slow_start(self._dataset(), self._stream)
+            yield from self._workers.slow_start(self._dataset())
         yield from self._kept.finding((self._dataset(), self._fetcher()))
 
     def _remember(self, reports: Mapping[int, SelfReport]) -> None:

@@ -42,6 +42,7 @@ class ReportingWorkers:
         *,
         stay: bool,
         start_method: str,
+        sets_up: bool,
         began: float,
         started: float,
         began_with: CopyState,
@@ -54,7 +55,7 @@ class ReportingWorkers:
         self.number = len(_torch.workers_of(stock))
         self.stay = stay
         self.forked = start_method == "fork"
-        self._start_method = start_method
+        self._start_method, self._sets_up = start_method, sets_up
         self._began, self._started = began, started
         self._start_told = False
         several = self.forked and self.number > 1
@@ -110,7 +111,7 @@ class ReportingWorkers:
             and not any(before.path in each for each in said)
         ]
 
-    def slow_start(self, dataset: Any, stream: bool) -> Iterator[Finding]:
+    def slow_start(self, dataset: Any) -> Iterator[Finding]:
         """What took long as the workers began, once they have."""
         flight = self._flight()
         if flight is None or self._start_told:
@@ -122,4 +123,4 @@ class ReportingWorkers:
         seconds = max(ready) - self._began
         heavy = list if self.forked else partial(heaviest, dataset)
         took = self._started - self._began
-        yield from slow_start(seconds, took, self._start_method, stream, heavy)
+        yield from slow_start(seconds, took, self._start_method, self._sets_up, heavy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
@@ -20,6 +21,8 @@ _NAME = "safeloader"  # under which the format stands
 _CHECK = "check"  # under which a digest of all the rest stands
 _OF_USER = ("dataset_state", "dataset_iter_state")  # which may be anything
 OF_DATASET = ("_snapshot", "dataset_state", "fetcher_state", "read", "keys")
+_OF_PLACE = ("batches", "samples", "digest", "ladder", "beyond")
+_BY_JSON = ("left_out", *OF_DATASET)
 _THEIRS = ("_snapshot", "fetcher_state", "_sampler_iter_state", "_index_sampler_state")
 
 
@@ -68,28 +71,20 @@ class SavedState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what says nothing is left out."""
-        place = self.place
-        state: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
-        if self.begun:
-            state |= {"batches": place.batches, "samples": place.samples}
-            if place.digest:
-                state["digest"] = place.digest.hex()
-        if self.ladder:
-            state["ladder"] = [
-                [each.batches, each.samples, each.digest.hex()] for each in self.ladder
-            ]
-        if place.beyond:
-            state["beyond"] = list(place.beyond)
-        for name in ("generators", "left_out", "order"):
+        return EpochStates(self).at(self.place, self.ladder, self.left_out, self.dataset)
+
+    def _lasting(self) -> dict[str, Any]:
+        """What all states of an epoch have in common, as plain values."""
+        found: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
+        for name in ("generators", "order"):
             if given := getattr(self, name):
-                state[name] = given
+                found[name] = given
         for name in ("length", "batch_size", "seed", "seed_per", "world_size", "rank"):
             if (value := getattr(self, name)) is not None:
-                state[name] = value
+                found[name] = value
         if self.stream:
-            state |= {"stream": True, "workers": self.workers}
-        state |= self.dataset
-        return state | {_CHECK: _check(state, _digest_once(self.generators))}
+            found |= {"stream": True, "workers": self.workers}
+        return found
 
     @classmethod
     def of(cls, state: Any) -> SavedState:
@@ -165,12 +160,21 @@ class SavedState:
                 "dataset as it was, or begin a new epoch: load_state_dict({}), then set_epoch"
                 f"({self.epoch + 1})"
             )
+        if bool(self.order) != bool(loader.order):
+            one, other = ("a", "none") if self.order else ("no", "one")
+            cure = "with that sampler" if self.order else "without one"
+            raise ResumeError(
+                f"the state was saved with {one} GlobalBatchSampler, and this loader has {other}: "
+                f"the order would be another. Resume {cure}, or begin anew: load_state_dict({{}})"
+            )
         if self.batch_size != loader.batch_size and not self._may_change_batches(loader):
             allows = ", or train with seed= and seed_per='sample', which allows another size"
+            if self.seed_per == "sample" or None in (self.batch_size, loader.batch_size):
+                allows = ""
             raise ResumeError(
                 f"the state was saved with {_batches(self.batch_size)}, and this loader has "
                 f"{_batches(loader.batch_size)}: the batches begin elsewhere. Resume with "
-                f"{_batches(self.batch_size)}{'' if self.seed_per == 'sample' else allows}"
+                f"{_batches(self.batch_size)}{allows}"
             )
         if self.workers != loader.workers and self.stream:
             raise ResumeError(
@@ -178,7 +182,7 @@ class SavedState:
                 f"loader has num_workers={loader.workers}: each worker's share is another. Resume "
                 f"with num_workers={self.workers}"
             )
-        if self.order or loader.order:
+        if self.order:
             self._refuse_other_order(loader)
             return
         if (self.world_size or 1) != (loader.world_size or 1):
@@ -197,7 +201,7 @@ class SavedState:
     def _refuse_other_order(self, loader: SavedState) -> None:
         """Any rank's state will do, on any number of ranks, if the order of all is the same."""
         apart = ("epoch", "digest")
-        names = [each for each in {**self.order, **loader.order} if each not in apart]
+        names = [each for each in self.order if each not in apart]
         unlike = [
             f"{name}={then!r}, now {now!r}"
             for name in names
@@ -214,41 +218,83 @@ class SavedState:
         return both and self.seed_per == "sample" and not self.place.beyond
 
 
-def _check(state: dict[str, Any], generators: str = "") -> str:
-    """A digest of what is ours in a state, the same before and after JSON; each state has one.
+class EpochStates:
+    """Makes the states of one epoch; hot path: what they have in common is digested once.
 
-    ``generators`` is the digest of that part, where it is known.
+    Args:
+        saved: one of them.
     """
 
-    def ours(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return list(map(ours, value)) if isinstance(value, list | tuple) else value
-        return {name: name in _OF_USER or ours(each) for name, each in value.items()}
+    def __init__(self, saved: SavedState) -> None:
+        self._begun = saved.begun
+        self._lasting = _copied(saved._lasting())
+        self._digest = _digest(self._lasting)
 
-    # The user's parts lie among those of the dataset alone: the rest is not walked through.
-    parts = state | ours({name: state[name] for name in OF_DATASET if name in state})
-    parts.pop(_CHECK, None)
-    if "generators" in parts:
-        parts["generators"] = generators or _digest(parts["generators"])
-    return _digest(parts)
+    def at(
+        self,
+        place: Place,
+        ladder: Iterable[Rung],
+        left_out: dict[str, Any],
+        dataset: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The state at a place: a dict of its own, whatever is done to it."""
+        state: dict[str, Any] = _copied(self._lasting)
+        if self._begun:
+            state["batches"], state["samples"] = place.batches, place.samples
+            if place.digest:
+                state["digest"] = place.digest.hex()
+        if rungs := [[each.batches, each.samples, each.digest.hex()] for each in ladder]:
+            state["ladder"] = rungs
+        if place.beyond:
+            state["beyond"] = list(place.beyond)
+        if left_out:
+            state["left_out"] = left_out
+        if dataset:
+            state |= dataset
+        state[_CHECK] = _check_of(self._digest, [*map(state.get, _OF_PLACE)], state)
+        return state
 
 
-def _digest(value: Any) -> str:
-    return blake2b(_encoded(value).encode(), digest_size=8).hexdigest()
+def _copied(value: Any) -> Any:
+    """Plain values again; three times as fast as ``copy.deepcopy``."""
+    if type(value) is dict:
+        return {name: _copied(each) for name, each in value.items()}
+    return [*map(_copied, value)] if type(value) is list else value
+
+
+def _check(state: dict[str, Any]) -> str:
+    """A digest of what is ours in a state, the same before and after JSON; each state has one."""
+    apart = {_CHECK, *_OF_PLACE, *_BY_JSON}
+    lasting = {name: each for name, each in state.items() if name not in apart}
+    return _check_of(_digest(lasting), _lists(map(state.get, _OF_PLACE)), state)
+
+
+def _check_of(lasting: str, of_place: list[Any], state: dict[str, Any]) -> str:
+    """The same; of the place by its text, which takes half as long as JSON."""
+    rest = {name: state[name] for name in _BY_JSON if name in state}
+    return _of_text(f"{lasting}{of_place}{_encoded(_ours(rest)) if rest else ''}")
+
+
+def _ours(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return [*map(_ours, value)] if isinstance(value, list | tuple) else value
+    return {name: name in _OF_USER or _ours(each) for name, each in value.items()}
+
+
+def _lists(values: Iterable[Any]) -> list[Any]:
+    """As JSON would give them: some who keep states make tuples of lists."""
+    return [_lists(each) if isinstance(each, list | tuple) else each for each in values]
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return _of_text(_encoded(value))
+
+
+def _of_text(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 _encoded = json.JSONEncoder(sort_keys=True).encode
-_newest: tuple[Any, str] = {}, ""
-
-
-def _digest_once(generators: dict[str, Any]) -> str:
-    """The digest of generators' states, made once: the states of an epoch hold one and the same."""
-    global _newest
-    of, digest = _newest  # read at once: states are taken in other threads too
-    if of is not generators:
-        digest = _digest(generators)
-        _newest = generators, digest
-    return digest
 
 
 def _foreign(state: dict[Any, Any]) -> str:

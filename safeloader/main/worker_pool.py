@@ -98,7 +98,7 @@ class WorkerPool:
     states: DatasetStates | None = None
 
     def __init__(self, loader: DataLoader[Any], settings: Settings, log: LoaderLog) -> None:
-        self.workers = loader.num_workers
+        self.workers = int(loader.num_workers)  # of NumPy too
         self.stream = isinstance(loader.dataset, IterableDataset)
         self.raised: list[BaseException] = []
         self.broken: Failure | None = None
@@ -240,6 +240,8 @@ class WorkerPool:
                 slots=table,
                 no_slots=no_slots,
                 forks=method == "fork",
+                stays=self.persistent,
+                observed=self.persistent or self.looks.worth_it,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
@@ -265,6 +267,7 @@ class WorkerPool:
                 stock,
                 stay=self.persistent,
                 start_method=method,
+                sets_up=loader.worker_init_fn is not None,
                 began=began,
                 started=perf_counter(),
             )

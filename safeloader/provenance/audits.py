@@ -8,9 +8,10 @@ thousand indices of a class; its counts are exact.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit_part import RankAccounts
 
 AUDITS_MAX = 256  # epochs
 _SMALL = 1 << 15  # samples drawn, of which the ledger holds the indices: 8 bytes each
@@ -31,6 +32,9 @@ class Accounts(Protocol):
 
     def audit(self, number: int) -> EpochAudit:
         """What they come to."""
+
+    def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
+        """What other ranks are told of them."""
 
 
 class AuditHistory:
@@ -68,6 +72,10 @@ class AuditHistory:
         if kept is not None:  # another thread may have asked as well
             self._held -= kept[1]
             self._made[epoch] = kept[0].audit(epoch).cut(_LISTED)
+
+    def newest(self, epoch: int) -> Accounts | None:
+        """The accounts of the epoch begun last, which is number ``epoch``."""
+        return self._open.get(epoch)
 
     def audits(self) -> list[EpochAudit]:
         """The audits, oldest first; of the epoch that runs as it stands."""

@@ -21,6 +21,7 @@ import numpy as np
 from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance import run_format
+from safeloader.provenance.columns import places_of, text_of_index, times_of
 from safeloader.provenance.open_folder import OpenFolder, write_all
 from safeloader.provenance.run_format import (
     BASE_AT,
@@ -43,7 +44,6 @@ from safeloader.provenance.run_format import (
     record_batch,
     segment_name,
 )
-from safeloader.provenance.table import places_of, text_of_index, times_of
 from safeloader.provenance.worker_log import FIRST_NS
 
 FLUSH_NS = 10_000_000_000  # what other machines see, and a power cut loses, is so much behind

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from safeloader.provenance.columns import fetches_of
 from safeloader.provenance.recorder import Recorder
-from safeloader.provenance.table import places_of, times_of
 
 _MIB = 1 << 20
 
@@ -22,8 +22,8 @@ def metrics_of(recorder: Recorder, last: int | None = None) -> dict[str, float]:
         return {}
     batches = recorder.newest(None if last is None else last + 1)
     before = batches.pop(0) if last is not None and len(batches) > last else None
-    fetches = [times_of(each.manifest, places_of(each.manifest))[1] for each in batches]
-    samples = sum(each.size for each in fetches)
+    fetches = fetches_of(batches)
+    samples = fetches.size
     found: dict[str, float] = {
         "epoch": recorder.epochs - 1,
         "batches": len(batches),
@@ -38,7 +38,7 @@ def metrics_of(recorder: Recorder, last: int | None = None) -> dict[str, float]:
         found["wait_share"] = min(1.0, sum(each.wait_ns for each in batches) / span_ns)
         found["samples_per_s"] = samples / span_ns * 1e9
     if samples:
-        half, most = np.percentile(np.concatenate(fetches), [50, 95])
+        half, most = np.percentile(fetches, [50, 95])
         found |= {"fetch_p50_ms": half / 1e6, "fetch_p95_ms": most / 1e6}
     memory = recorder.worker_memory()
     if memory is not None:

@@ -7,6 +7,7 @@ the loader, the notebook goes along and the user's own loader still answers.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import itertools
 import logging
 import os
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from safeloader.delivery.audit import EpochAudit
-from safeloader.delivery.indices import Packed
-from safeloader.delivery.manifest import BatchManifest, SampleIncident
+from safeloader.delivery.indices import Packed, count
+from safeloader.delivery.manifest import BatchContents, BatchManifest, SampleIncident
 from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
 from safeloader.provenance.audits import AuditHistory
@@ -42,6 +43,25 @@ class Delivery(NamedTuple):
     wait_ns: int
     began_ns: int
     manifest: BatchManifest
+
+
+@dataclasses.dataclass
+class Totals:
+    """What is counted of a recorder's whole life, forgotten batches included.
+
+    Attributes:
+        epochs: begun.
+        forgotten: batches that are forgotten.
+        samples: in these.
+        incidents: samples skipped, replaced and late.
+        memory_bytes: what the workers held when they last said so; None before that.
+    """
+
+    epochs: int = 0
+    forgotten: int = 0
+    samples: int = 0
+    incidents: Counter[str] = dataclasses.field(default_factory=Counter)
+    memory_bytes: int | None = None
 
 
 class Recorder:
@@ -75,6 +95,7 @@ class Recorder:
 
     epochs: int = 0
     forgotten: int = 0
+    loader_name: str = ""  # of the first loader that wrote into it
     _mark: object = None  # under which it is watched for use
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -87,7 +108,7 @@ class Recorder:
         # A plain tuple a batch: its bytes and the fields of Delivery and BatchManifest. The garbage
         # collector leaves tuples of numbers and bytes alone, and would walk a million named ones
         # again and again.
-        self._deliveries: dict[int, tuple[Any, ...]] = {}
+        self.held: dict[int, tuple[Any, ...]] = {}
         self._held_bytes = 0
         self.newest_audit: Callable[[], EpochAudit] | None = None
         self.history = AuditHistory()
@@ -99,16 +120,16 @@ class Recorder:
         # Of a dataset, by id: number and first indices of its sampler's last epoch, and if told.
         self.orders: dict[int, tuple[int, Packed, bool]] = {}
         self.memory_of_workers: Callable[[], Callable[[], int | None] | None] = lambda: None
+        self.totals = Totals()
         self.flight: Callable[[], Any] = lambda: None  # the flight recorder of the workers
         self.run: Any = None  # the folder in a run's that its epochs are written to
-        self._memory_seen: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.max_bytes,)
 
     def __repr__(self) -> str:
         return (
-            f"Recorder({len(self._deliveries)} batches of {self.epochs} epochs, "
+            f"Recorder({len(self.held)} batches of {self.epochs} epochs, "
             f"{self._held_bytes} of {self.max_bytes} bytes)"
         )
 
@@ -116,6 +137,7 @@ class Recorder:
         """Number the next epoch and take the way to its audit."""
         epoch = self.epochs
         self.epochs += 1
+        self.totals.epochs = self.epochs
         _blank.pop(self._mark, None)
         self.newest_audit = lambda: audit(epoch)
         self.incidents = Counter()
@@ -134,7 +156,7 @@ class Recorder:
         if incidents is not None:
             nbytes += weight(incidents)
         record = (nbytes, epoch, batch, wait_ns, began_ns, *manifest)
-        self._deliveries[epoch << _BATCH_BITS | batch] = record
+        self.held[epoch << _BATCH_BITS | batch] = record
         self._held_bytes += nbytes
         if self._held_bytes > self.max_bytes:
             self._forget()
@@ -142,7 +164,8 @@ class Recorder:
     def skipped(
         self, epoch: int, batch: int, incidents: Sequence[tuple[Any, SampleIncident]], _: Any
     ) -> None:
-        """Count the samples left out, replaced or late, in the epoch begun last."""
+        """Count the samples left out, replaced or late: in all, and in the epoch begun last."""
+        self.totals.incidents.update(incident.what for _, incident in incidents)
         if epoch == self.epochs - 1:
             self.incidents.update(incident.what for _, incident in incidents)
 
@@ -155,8 +178,8 @@ class Recorder:
         read = self.memory_of_workers()
         now = None if read is None else read()
         if now is not None:
-            self._memory_seen = now
-        return self._memory_seen
+            self.totals.memory_bytes = now
+        return self.totals.memory_bytes
 
     def _forget(self) -> None:
         """Drop the oldest batches until a sixteenth of the bound is free.
@@ -165,38 +188,41 @@ class Recorder:
         """
         target = self.max_bytes - self.max_bytes // 16
         epochs = set()
-        for key in list(itertools.islice(self._deliveries, len(self._deliveries) - 1)):
-            self._held_bytes -= self._deliveries.pop(key)[0]
+        for key in list(itertools.islice(self.held, len(self.held) - 1)):
+            record = self.held.pop(key)
+            self._held_bytes -= record[0]
+            self.totals.samples += _samples_in(record)
             self.forgotten += 1
             epochs.add(key >> _BATCH_BITS)
             if self._held_bytes <= target:
                 break
-        oldest = next(iter(self._deliveries)) >> _BATCH_BITS
+        self.totals.forgotten = self.forgotten
+        oldest = next(iter(self.held)) >> _BATCH_BITS
         self.facts.forget(epoch for epoch in epochs if epoch < oldest)
 
     def deliveries(self) -> Iterator[Delivery]:
         """The batches still held, oldest first."""
-        return map(_as_delivery, list(self._deliveries.values()))
+        return map(as_delivery, list(self.held.values()))
 
     def last_delivery(self) -> Delivery | None:
         """The batch handed over last."""
-        last = next(reversed(self._deliveries.values()), None)
-        return None if last is None else _as_delivery(last)
+        last = next(reversed(self.held.values()), None)
+        return None if last is None else as_delivery(last)
 
     def newest(self, most: int | None = None) -> list[Delivery]:
         """The newest batches of the epoch begun last, oldest first; those still held."""
         found = []
-        for record in list(itertools.islice(reversed(self._deliveries.values()), most)):
+        for record in list(itertools.islice(reversed(self.held.values()), most)):
             if record[1] != self.epochs - 1:
                 break
-            found.append(_as_delivery(record))
+            found.append(as_delivery(record))
         return found[::-1]
 
     def find(self, batch: int, epoch: int | None) -> Delivery | None:
         """Batch number ``batch`` of ``epoch``, by default of the newest epoch."""
         at = self.epochs - 1 if epoch is None else epoch
-        found = self._deliveries.get(at << _BATCH_BITS | batch) if min(at, batch) >= 0 else None
-        return None if found is None else _as_delivery(found)
+        found = self.held.get(at << _BATCH_BITS | batch) if min(at, batch) >= 0 else None
+        return None if found is None else as_delivery(found)
 
     def audit(self) -> EpochAudit | None:
         """The audit of the epoch begun last, as it stands; None before the first."""
@@ -210,7 +236,24 @@ class Recorder:
 _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
-def _as_delivery(record: tuple[Any, ...]) -> Delivery:
+def _samples_in(record: tuple[Any, ...]) -> int:
+    """How many samples a batch holds; on the hot path, once the bound is reached."""
+    if type(record[_INDICES]) is bytes and record[_ORDINAL] is record[_INCIDENTS] is None:
+        return count(record[_INDICES])
+    manifest = BatchManifest(*record[_MANIFEST:])
+    if manifest.incidents is not None:
+        return len(BatchContents.of(manifest).positions)
+    return count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0
+
+
+_MANIFEST = 5  # where its fields begin in a record
+_INDICES, _ORDINAL, _INCIDENTS = (
+    _MANIFEST + BatchManifest._fields.index(name) for name in ("indices", "ordinal", "incidents")
+)
+
+
+def as_delivery(record: tuple[Any, ...]) -> Delivery:
+    """A batch, as the recorder keeps it."""
     _, epoch, batch, wait_ns, began_ns, *manifest = record
     return Delivery(epoch, batch, wait_ns, began_ns, BatchManifest(*manifest))
 

@@ -5,30 +5,34 @@ Everything is decoded from the manifest that the workers wrote; nothing is fille
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from safeloader.delivery.indices import as_array, count, identity, same
-from safeloader.delivery.manifest import BatchContents, BatchManifest
-from safeloader.introspect.texts import index_text
-from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery, Recorder
+from safeloader.delivery.indices import identity, pack, same
+from safeloader.delivery.manifest import BatchContents
+from safeloader.introspect.texts import index_text, indices_text
+from safeloader.introspect.values import cut
+from safeloader.provenance.columns import (
+    UNDER_INDEX,
+    UNDER_PART,
+    as_table,
+    columns_of,
+    in_chunks,
+    places_of,
+    times_of,
+)
+from safeloader.provenance.exports import Exports
+from safeloader.provenance.recorder import Delivery, Recorder
+from safeloader.provenance.slowest import SlowSample, slowest_of
 
-Numbers: TypeAlias = npt.NDArray[np.int64]
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))
-_COLUMNS = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
-_RANK, _UNDER_INDEX, _UNDER_PART = "rank", "under_index", "under_part"
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BatchRecord:
     """One batch as it was handed over.
 
@@ -63,6 +67,19 @@ class BatchRecord:
     wait_ns: int
     start_ns: int
 
+    def __repr__(self) -> str:
+        """On one line: a loop prints this, and a batch may hold a thousand indices."""
+        fetched = f"fetched in {sum(self.fetch_ns) / 1e6:.3f} ms"
+        longest = max(self.fetch_ns, default=0)
+        if longest > min(self.fetch_ns, default=0):  # each was timed by itself
+            at = index_text(self.indices[self.fetch_ns.index(longest)], 40)
+            fetched += f" (index {at}: {longest / 1e6:.3f} ms)"
+        return (
+            f"BatchRecord(epoch={self.epoch}, batch={self.batch}, worker_id={self.worker_id}, "
+            f"pid={self.pid}, indices={cut(indices_text(self.indices, counted=True))}; {fetched}, "
+            f"collated in {self.collate_ns / 1e6:.3f} ms, waited {self.wait_ns / 1e6:.3f} ms)"
+        )
+
 
 def record_of(delivery: Delivery) -> BatchRecord:
     """The delivery, decoded."""
@@ -79,24 +96,6 @@ def record_of(delivery: Delivery) -> BatchRecord:
         wait_ns=delivery.wait_ns,
         start_ns=int(starts[0]) if starts.size else 0,
     )
-
-
-def places_of(manifest: BatchManifest) -> Sequence[int]:
-    """For each sample in the batch the position it came from."""
-    if manifest.incidents is not None:
-        return BatchContents.of(manifest).positions
-    return range(count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0)
-
-
-def times_of(manifest: BatchManifest, places: Sequence[int]) -> tuple[Numbers, Numbers, int]:
-    """Start (ns since 1970) and duration (ns) of each fetch, and of the collation."""
-    stamps = np.frombuffer(manifest.stamps, dtype=np.int64)
-    size, collate_ns = len(places), int(stamps[-1] - stamps[-2])
-    if manifest.fetched_at_once or (manifest.incidents is None and stamps.size != size + 2):
-        share = (stamps[1] - stamps[0]) // max(size, 1)
-        return np.full(size, stamps[0] + UNIX_OFFSET_NS), np.full(size, share), collate_ns
-    at = np.array(places, dtype=np.int64)
-    return stamps[at] + UNIX_OFFSET_NS, np.diff(stamps)[at], collate_ns
 
 
 class Provenance:
@@ -123,8 +122,74 @@ class Provenance:
     def __len__(self) -> int:
         return sum(len(places_of(delivery.manifest)) for delivery in self._recorder.deliveries())
 
+    def __iter__(self) -> Iterator[np.void]:
+        """Each sample's row, oldest first."""
+        for chunk in in_chunks(self._recorder.deliveries(), self._recorder.facts):
+            yield from as_table(chunk)
+
     def __repr__(self) -> str:
         return f"Provenance({len(self)} samples, {self._recorder!r})"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """What NumPy makes of it: :meth:`to_numpy`, which is made anew each time."""
+        if copy is False:
+            raise ValueError("the table is made when it is asked for: it cannot be had uncopied")
+        table = self.to_numpy()
+        return table if dtype is None else table.astype(dtype)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """The table for whoever reads Arrow: polars, DuckDB, pandas and pyarrow take it as it is.
+
+        Parts are made as they are read. Indices that are not ints are text. Needs pyarrow.
+
+        Raises:
+            ImportError: without pyarrow.
+        """
+        return self._exports().arrow().__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self) -> Any:
+        """The table as a ``pandas.DataFrame``, with the columns of :meth:`to_numpy`.
+
+        Raises:
+            ImportError: without pandas.
+        """
+        return self._exports().pandas()
+
+    def _exports(self) -> Exports:
+        return Exports(list(self._recorder.deliveries()), self._recorder.facts)
+
+    def slowest(self, n: int = 10) -> list[SlowSample]:
+        """The samples that take longest to fetch, by the median over the epochs; longest first.
+
+        Samples fetched in one call (``__getitems__``) have equal shares of its time, so of these it
+        tells slow batches. Of ten million samples it takes some seconds.
+
+        Args:
+            n: how many at most.
+
+        Returns:
+            For each its ``index``, ``median_ns``, ``longest_ns`` and ``times``: how often it was
+            fetched, as far as known. Under a ``Subset`` or ``ConcatDataset`` also ``under_index``,
+            and ``under_part``.
+
+        Raises:
+            ValueError: if ``n`` is not a positive int.
+
+        Example:
+            >>> import time
+            >>> from safeloader import SafeDataLoader
+            >>> class Digits(list):
+            ...     def __getitem__(self, index):
+            ...         time.sleep(0.02 * (index == 3))
+            ...         return super().__getitem__(index)
+            >>> loader = SafeDataLoader(Digits(range(10)), batch_size=4)
+            >>> for epoch in range(3):
+            ...     for batch in loader:
+            ...         pass
+            >>> [(sample.index, sample.times) for sample in loader.provenance.slowest(1)]
+            [(3, 3)]
+        """
+        return slowest_of(list(self._recorder.deliveries()), self._recorder.facts, n)
 
     def to_numpy(self) -> npt.NDArray[Any]:
         """The table as a structured array, one row a sample, oldest first.
@@ -153,37 +218,7 @@ class Provenance:
             >>> loader.provenance.to_numpy()[["index", "under_index"]].tolist()
             [(0, 5), (1, 4), (2, 3)]
         """
-        return self._with_facts(_table(map(_rows, self._recorder.deliveries())))
-
-    def _with_facts(self, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The table with the columns of what holds for whole epochs, if there is any such."""
-        facts = self._recorder.facts
-        columns = {_RANK: facts.ranked, _UNDER_INDEX: facts.parts, _UNDER_PART: facts.parts > 1}
-        added = [name for name, there in columns.items() if there]
-        if not added:
-            return table
-        kinds: list[Any] = [(name, table.dtype[name]) for name in _COLUMNS]
-        wider = np.full(table.size, -1, dtype=[*kinds, *((name, np.int64) for name in added)])
-        for name in _COLUMNS:
-            wider[name] = table[name]
-        for epoch in np.unique(table["epoch"]).tolist():
-            known = facts.of(epoch)
-            if known is None:  # so many epochs ago
-                continue
-            rank, under = known.rank, known.under
-            rows = table["epoch"] == epoch
-            if _RANK in added and rank is not None:
-                wider[_RANK][rows] = rank
-            if under is not None:
-                index, part = under.of_all(table["index"][rows])
-                wider[_UNDER_INDEX][rows] = index
-                if _UNDER_PART in added:
-                    wider[_UNDER_PART][rows] = part
-            elif _UNDER_INDEX in added and table.dtype["index"] == np.int64:  # it is at the bottom
-                wider[_UNDER_INDEX][rows] = table["index"][rows]
-                if _UNDER_PART in added:
-                    wider[_UNDER_PART][rows] = 0
-        return wider
+        return as_table(columns_of(self._recorder.deliveries(), self._recorder.facts))
 
     def lookup(
         self, index: Any, *, under: bool = False, part: int | None = None
@@ -207,19 +242,33 @@ class Provenance:
         if under:
             table = self.to_numpy()
             names = table.dtype.names or ()
-            rows = table[_UNDER_INDEX if _UNDER_INDEX in names else "index"] == index
+            rows = table[UNDER_INDEX if UNDER_INDEX in names else "index"] == index
             if part is not None:
-                rows &= (table[_UNDER_PART] if _UNDER_PART in names else 0) == part
+                rows &= (table[UNDER_PART] if UNDER_PART in names else 0) == part
             found_rows: npt.NDArray[Any] = table[rows]
             return found_rows
         wanted = identity(index)
-        found = []
+        packed = pack((wanted,))
+        found: list[Delivery] = []
+        at: list[int] = []
+        before = 0  # rows of the batches found
         for delivery in self._recorder.deliveries():
-            indices = BatchContents.of(delivery.manifest).indices
-            rows = [k for k, item in enumerate(indices) if same(item, wanted)]
-            if rows:
-                found.append(_rows(delivery)[rows])
-        return self._with_facts(_table(found))
+            manifest = delivery.manifest
+            if (
+                type(packed) is bytes is type(manifest.indices)
+                and manifest.incidents is None
+                and manifest.ordinal is None
+                and packed not in manifest.indices
+            ):
+                continue  # as a rule, and told by C
+            indices = BatchContents.of(manifest).indices
+            here = [before + k for k, item in enumerate(indices) if same(item, wanted)]
+            if here:
+                found.append(delivery)
+                at += here
+                before += len(indices)
+        rows_found: npt.NDArray[Any] = as_table(columns_of(found, self._recorder.facts))[at]
+        return rows_found
 
     def batch(self, n: int, epoch: int | None = None) -> BatchRecord:
         """The ``n``-th batch of an epoch (from 0), by default of the newest epoch.
@@ -251,95 +300,4 @@ class Provenance:
             ImportError: for ``.parquet`` without pyarrow.
             OSError: if the file cannot be written.
         """
-        target = Path(path)
-        suffix = target.suffix.lower()
-        if suffix == ".npy":
-            with target.open("wb") as file:  # given a path, numpy would add a suffix of its own
-                np.save(file, _without_objects(self.to_numpy()), allow_pickle=False)
-        elif suffix == ".parquet":
-            try:
-                import pyarrow
-                import pyarrow.parquet
-            except ImportError as exc:
-                raise ImportError(
-                    "saving provenance as .parquet needs pyarrow: pip install "
-                    "'safeloader[parquet]', or save as .npy, .csv or .jsonl"
-                ) from exc
-            table = _without_objects(self.to_numpy())
-            columns = {name: pyarrow.array(table[name]) for name in table.dtype.names or ()}
-            pyarrow.parquet.write_table(pyarrow.table(columns), target)
-        elif suffix == ".csv":
-            with target.open("w", newline="", encoding="utf-8") as text:
-                table = _without_objects(self.to_numpy())
-                csv.writer(text).writerows([table.dtype.names or (), *table.tolist()])
-        elif suffix == ".jsonl":
-            with target.open("w", encoding="utf-8") as text:
-                table = self.to_numpy()
-                for row in table:
-                    named = dict(zip(table.dtype.names or (), row.tolist(), strict=True))
-                    text.write(json.dumps(named, default=text_of_index) + "\n")
-        else:
-            raise ValueError(
-                "provenance is saved as .npy, .csv, .jsonl or .parquet, by the suffix of the "
-                f"path; got {str(path)!r}"
-            )
-
-
-def _rows(delivery: Delivery) -> npt.NDArray[Any]:
-    """The part of the table that one batch is."""
-    manifest = delivery.manifest
-    places = places_of(manifest)
-    indices = _index_column(manifest, places)
-    rows = np.empty(indices.size, dtype=_INTS if indices.dtype == np.int64 else _OBJECTS)
-    rows["epoch"], rows["batch"] = delivery.epoch, delivery.batch
-    rows["position"], rows["index"] = np.arange(indices.size), indices
-    rows["worker_id"] = -1 if manifest.worker_id is None else manifest.worker_id
-    rows["pid"] = manifest.pid
-    rows["start_ns"], rows["fetch_ns"], _ = times_of(manifest, places)
-    return rows
-
-
-def _table(parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype=_INTS), *parts])  # objects, if any part has them
-
-
-def _with_index(kind: Any) -> np.dtype[Any]:
-    return np.dtype([(name, kind if name == "index" else np.int64) for name in _COLUMNS])
-
-
-_INTS, _OBJECTS = _with_index(np.int64), _with_index(object)
-
-
-def _without_objects(table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The table, with indices that are not ints as text."""
-    if not table.dtype.hasobject:
-        return table
-    texts = np.array([text_of_index(index) for index in table["index"]])
-    table["index"] = texts
-    names = table.dtype.names or ()
-    kinds = [(name, texts.dtype if name == "index" else np.int64) for name in names]
-    return table.astype(kinds)
-
-
-def text_of_index(index: Any) -> str:
-    """An index as it is written: whole where it is built of plain values, else told by its type."""
-    if type(index) is str:
-        return index
-    return repr(index) if _is_plain(index) else index_text(index)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether no foreign code has to say what this is."""
-    return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
-
-
-def _index_column(manifest: BatchManifest, places: Sequence[int]) -> npt.NDArray[Any]:
-    if manifest.ordinal is not None:
-        return manifest.ordinal + np.array(places, dtype=np.int64)
-    if manifest.incidents is None and type(manifest.indices) is bytes:  # as a rule, and faster
-        return np.frombuffer(manifest.indices, dtype=np.int64)
-    identities = BatchContents.of(manifest).indices
-    column = as_array(identities)
-    if column.ndim > 1:  # indices that are pairs stay pairs
-        return np.fromiter(identities, dtype=object)
-    return column
+        self._exports().save(Path(path))

@@ -94,7 +94,7 @@ def slow_start(
     seconds: float,
     in_main_s: float,
     start_method: str,
-    stream: bool,
+    sets_up: bool,
     heavy: Callable[[], Sequence[str]],
 ) -> Iterator[Finding]:
     """Workers that took long until they could begin.
@@ -103,7 +103,7 @@ def slow_start(
         seconds: until the last of them was ready.
         in_main_s: seconds of these in which main pickled and started them.
         start_method: of the workers.
-        stream: whether the dataset is iterable-style.
+        sets_up: whether there is a ``worker_init_fn``.
         heavy: gives the heaviest attributes of the dataset, in words.
     """
     if seconds <= SLOW_START_S:
@@ -111,15 +111,18 @@ def slow_start(
     spent = f"{in_main_s:.1f} s of it to start them"
     if start_method == "fork" and in_main_s > seconds / 2:
         cure = "a fork copies the tables of main's memory, so start workers before main holds much"
+    elif start_method == "fork" and sets_up:
+        cure = "worker_init_fn takes the time"
     elif start_method == "fork":
-        cure = f"worker_init_fn{' or iter(dataset)' if stream else ''} takes the time"
+        cure = "no code of the program runs there yet, so the machine was busy, or short of memory"
     else:
         spent = f"{in_main_s:.1f} s of it to pickle the dataset for each and start them"
         most = ", ".join(heavy())
         cure = f"under {start_method} each worker imports the program and its libraries anew"
+        cure += ", runs worker_init_fn" if sets_up else ""
         if most:
             cure += (
-                f" and gets its own copy of the dataset. Most is {most}. One array (NumPy, Arrow, "
+                f", and gets its own copy of the dataset. Most is {most}. One array (NumPy, Arrow, "
                 "torch) or a file that is opened in the worker takes the place of many objects"
             )
     yield Finding(

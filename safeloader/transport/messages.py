@@ -71,7 +71,8 @@ class Task(NamedTuple):
     ``donors`` are what was drawn before it in this epoch, the newest first: one of them stands in
     where the whole batch fails (``on_error="replace"``). They are snapshots
     (:func:`~safeloader.delivery.indices.snapshots`); their positions follow the batch's own.
-    ``seed`` are the fields of its :class:`~safeloader.introspect.seeds.BatchSeed`, with ``seed=``.
+    ``seed``, the last one, are with ``seed=`` the fields of its
+    :class:`~safeloader.introspect.seeds.BatchSeed`.
     """
 
     seq: int

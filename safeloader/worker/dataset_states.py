@@ -7,15 +7,18 @@ read, and what comes is dropped.
 
 from __future__ import annotations
 
+import os
 import pickle
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
 from safeloader.delivery.key_chain import BEGIN, chained
+from safeloader.delivery.manifest import BatchManifest
 from safeloader.errors import ResumeError
 from safeloader.introspect.seeds import Seeder, sample_is, sample_now
 from safeloader.introspect.signals import raised_by_signal
@@ -27,6 +30,7 @@ from safeloader.transport.messages import (
     StateRequest,
     Task,
 )
+from safeloader.worker.repair import Unrepairable
 
 KeyOf = Callable[[Any], Any]
 
@@ -229,18 +233,27 @@ class DatasetStates:
         self._is_kept = has_state(self._iterator) or has_state(self._dataset)
 
         def answering(task: Task) -> Any:
-            if type(task.index) is StateRequest:
-                return StateMessage(worker_id, self._pickled(), again=self.take_again())
+            blank = BatchManifest(task.seq, worker_id, os.getpid(), b"", None)
             try:
-                made = fetch(task)
-            except StopIteration:
-                if self._ended:
-                    raise
-                self._ended = True
-                return StateMessage(worker_id, self._pickled(), at_end=True)
-            if type(made) in (EmptyBatch, FailedBatch):
-                manifest = made.manifest._replace(snapshot=self._with_batch())
-                return made._replace(manifest=manifest)
+                if type(task.index) is StateRequest:
+                    return StateMessage(worker_id, self._pickled(), again=self.take_again())
+                try:
+                    made = fetch(task)
+                except StopIteration:
+                    if self._ended:
+                        raise
+                    self._ended = True
+                    return StateMessage(worker_id, self._pickled(), at_end=True)
+                if type(made) is EmptyBatch:
+                    blank = made.manifest
+                    return EmptyBatch(blank._replace(snapshot=self._with_batch()))
+            except NoState as fault:
+                return fetcher.failed_by(fault, blank)
+            if type(made) is FailedBatch:
+                with suppress(NoState):  # perhaps what it failed by
+                    return made._replace(
+                        manifest=made.manifest._replace(snapshot=self._with_batch())
+                    )
             return made
 
         fetcher.fetch = answering
@@ -260,8 +273,15 @@ class DatasetStates:
             self._iterator = None
 
     def _pickled(self) -> bytes:
-        """The state now: a copy, as what it is made of goes on to change."""
-        return pickle.dumps(self.now())
+        """The state now: a copy, as what it is made of goes on to change.
+
+        Raises:
+            NoState: if it cannot be had, or not be pickled.
+        """
+        try:
+            return pickle.dumps(self.now())
+        except Exception as exc:
+            raise NoState(None, exc, _NO_STATE) from None
 
     def now(self) -> Snapshot:
         """The state now."""
@@ -276,6 +296,14 @@ class DatasetStates:
         return Snapshot(of_dataset, of_iterator, ended, self._batches, read)
 
 
+class NoState(Unrepairable):
+    """The dataset's ``state_dict()`` raised, or gave what cannot be pickled."""
+
+
+_NO_STATE = (
+    "raised as the state of the dataset was asked for, by state_dict() or by pickling what that "
+    "gave\nmend state_dict(), or take it away"
+)
 _HAD_STATE = (
     "the state holds the place of iter(dataset), which had state_dict() and load_state_dict() then "
     "and has not now: it cannot be put there. Give it the two again, or begin anew by "

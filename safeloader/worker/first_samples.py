@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safeloader.introspect.digests import digest
@@ -50,6 +51,9 @@ class Notes(Protocol):
 
     def opened(self, indices: Sequence[str], draws: dict[str, FirstDraws]) -> None:
         """The first samples of an epoch were made."""
+
+    def took(self, seconds: float) -> None:
+        """So long the first samples were held up."""
 
 
 class FirstSamples:
@@ -110,6 +114,7 @@ class FirstSamples:
         return sample
 
     def _before(self, indices: Sequence[Any]) -> dict[str, Standing] | None:
+        began = perf_counter()
         try:
             for store in self._observer.stores():
                 for index in indices:
@@ -124,6 +129,8 @@ class FirstSamples:
                 return _standings(self._generators)
         except Exception as exc:
             self._fails(exc)
+        finally:
+            self._observer.took(perf_counter() - began)
         return None
 
     def _digest(self, sample: Any) -> None:
@@ -136,6 +143,7 @@ class FirstSamples:
     def _after(self, indices: Sequence[Any], before: dict[str, Standing] | None) -> None:
         if self._done:
             return
+        began = perf_counter()
         try:
             self._observer.fetched()
             if before is not None:
@@ -155,6 +163,8 @@ class FirstSamples:
                 self._end()
         except Exception as exc:
             self._fails(exc)
+        finally:
+            self._observer.took(perf_counter() - began)
 
     def _fails(self, exc: Exception) -> None:
         """A fault of this part ends it; what a signal handler raises is the user's."""

@@ -39,7 +39,7 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, no_fault_of_a_sample, struck
-from safeloader.worker.seeding import SeededItems
+from safeloader.worker.seeding import seeded_items
 from safeloader.worker.validating import ValidatedItems, refused_by
 
 _EXCLUDED = "its worker died at it twice"
@@ -58,7 +58,7 @@ class MapFetcher(RecordingFetcher):
         checked = self._validation
         self._asked_of: Any = self._dataset
         if context.seeder is not None:
-            self._asked_of = SeededItems(self._dataset, context.seeder)
+            self._asked_of = seeded_items(self._dataset, context.seeder)
         if checked is not None:
             self._asked_of = ValidatedItems(self._asked_of, checked)
         self._items: Any = self._asked_of

@@ -27,7 +27,7 @@ from safeloader.introspect.generator_kinds import process_generators, standing
 from safeloader.introspect.generators import own_generators
 from safeloader.introspect.resources import anonymous_bytes
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.stored_elements import Element, Store, looked_at, stores_of, whole_number
+from safeloader.introspect.stored_elements import Element, Store, is_empty, stores_of, whole_number
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.values import weakly
 from safeloader.supervision.report_room import smaller_and_smaller
@@ -39,8 +39,8 @@ ELEMENTS_MAX = 32  # of the dataset, that are looked at again after they were fe
 LEAVES_MAX = 64  # of these elements together, as long as there is one
 OPENINGS_MAX = 2  # kept, and the newest
 SEEDS_MAX = 2  # that a generator was met with: more than one is all that counts
-ALWAYS = 16  # epochs, at the ends of which it reports, and main looks
-SHARE = 0.005  # of the time, at most, that reports may take otherwise, after the first two
+ALWAYS = 16  # epochs whose first samples it sees, at whose ends it reports, and main looks
+SHARE = 0.005  # of the time, at most, that this may take otherwise
 
 
 class Observer:
@@ -54,6 +54,8 @@ class Observer:
         publish: is given each report.
         private: gives the private memory of this process in bytes, as last sampled, or None.
         alone: whether no code but that which makes samples writes to this copy of the dataset.
+        stays: whether this process makes samples of more than one epoch. One that does not cannot
+            tell what fetching changes, but whether what it filled is lost with it.
         came: the copy as it came, where ``worker_init_fn`` has run since.
     """
 
@@ -67,6 +69,7 @@ class Observer:
         publish: Callable[[SelfReport], object],
         private: Callable[[], int | None] = lambda: None,
         alone: bool = True,
+        stays: bool = True,
         came: CopyState | None = None,
     ) -> None:
         self._dataset = weakly(dataset)  # whoever keeps the records need not keep it
@@ -74,7 +77,7 @@ class Observer:
         self._stream = stream
         self._publish = publish
         self._private = private
-        self._alone = alone
+        self._alone, self._stays = alone, stays
         self._epochs = self._batches = self._reported = 0
         self._due = 1
         self._began = perf_counter()
@@ -85,6 +88,7 @@ class Observer:
         self._stream_ended = False
         self._elements: dict[tuple[str, Any], Element] = {}
         self._leaves = 0  # of all of them
+        self._passed_over = 0  # elements that were not empty, where only those are noted
         self._fetching: list[Element] = []
         self._stores: list[Store] | None = None
         self._generators: dict[str, Any] | None = None
@@ -117,6 +121,8 @@ class Observer:
         if not self._on:
             return fetcher
         self._epochs += 1
+        if self._epochs > ALWAYS and not self._took_little():
+            return fetcher
         try:
             self._let_go()
             fetcher.by_way_of(FirstSamples(self, fetcher))
@@ -166,6 +172,9 @@ class Observer:
             return False
         key = store.path, at
         if key not in self._elements:
+            if not self._stays and not is_empty(store.get(at)):
+                self._passed_over += 1
+                return True
             number = whole_number(index)
             asked_as = index_text(index if number is None else number)
             self._elements[key] = each = Element(store, asked_as, at, self._epochs)
@@ -182,7 +191,8 @@ class Observer:
     @property
     def wants_elements(self) -> bool:
         """Whether further elements are to be noted."""
-        few = len(self._elements) < ELEMENTS_MAX and self._leaves < LEAVES_MAX
+        looked_at = len(self._elements) + self._passed_over
+        few = looked_at < ELEMENTS_MAX and self._leaves < LEAVES_MAX
         return few and bool(self.stores())
 
     def orders(self) -> dict[str, Order]:
@@ -212,8 +222,12 @@ class Observer:
         if self._batches >= self._due:
             self._due = 2 * self._batches
             self._remember_memory()
-            if self._batches <= 2 or self._took_little():
+            if self._batches == 2 or self._took_little():
                 self.report()
+
+    def took(self, seconds: float) -> None:
+        """So long the first samples were held up."""
+        self._spent += seconds
 
     def _took_little(self) -> bool:
         return self._spent < SHARE * (perf_counter() - self._began)
@@ -244,7 +258,7 @@ class Observer:
             now = each.look(self._epochs)
             if each.was_empty:
                 empty, full = filled.get(each.store.path, (0, 0))
-                filled[each.store.path] = empty + 1, full + (looked_at(now) is not None)
+                filled[each.store.path] = empty + 1, full + (not is_empty(now))
             elif (found := each.change(not self._alone)) and not only_moved(each.store):
                 in_place.append((each.store, InPlace(each.asked_as, *found)))
         # A shuffle while one sample is made changes that one too; a transform, many of them.

@@ -87,6 +87,7 @@ class RecordingFetcher:
         self._collate = collation_by(stock)
         self._batched = stock.auto_collation  # whether it is given a list of samples
         self._pid = os.getpid()
+        self._task, self._random = Task(-1, None), None  # before the first batch
         self._worker_id = context.worker_id
         self._key = context.key
         self._validation = Validation(context.checks) if context.checks else None
@@ -211,6 +212,8 @@ class RecordingFetcher:
             manifest = manifest._replace(
                 keys=None, fingerprints=None, first_samples=None, snapshot=None
             )
+            if isinstance(exc, Unrepairable):  # the state of the dataset cannot be had
+                return self.failed_by(exc, manifest)
             parts = samples if self._spread == 1 and isinstance(samples, list | tuple) else ()
             whole = len(parts) == len(expected_indices(manifest))
             why = why_not_sent(exc, batch, parts if whole else ())
@@ -292,6 +295,10 @@ class RecordingFetcher:
             failures=repair.failures,
         )
         return self._handed_over(manifest, batch, samples) if samples else EmptyBatch(manifest)
+
+    def failed_by(self, fault: Unrepairable, manifest: BatchManifest) -> FailedBatch:
+        """A batch was lost with what is no fault of one of its samples."""
+        return self._failed(fault, manifest, "sample")
 
     def _failed(self, exc: Exception, manifest: BatchManifest, phase: str) -> FailedBatch:
         """The failure of a batch."""

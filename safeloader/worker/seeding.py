@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from safeloader.introspect.random_state import Apart
-from safeloader.introspect.seeds import BatchSeed, Seeder, sample_is, sample_now
+from safeloader.introspect.seeds import NOW, BatchSeed, Seeder, sample_is, sample_now
 from safeloader.transport.messages import Task
 from safeloader.worker.context import FetchContext
 
 
 class SeededItems:
-    """``dataset[index]`` and ``__getitems__`` of a map-style dataset, seeded first; hot path."""
+    """``dataset[index]`` of a map-style dataset, seeded first; hot path."""
 
     def __init__(self, dataset: Any, seeder: Seeder) -> None:
         self._dataset = dataset
@@ -31,8 +31,25 @@ class SeededItems:
         self._begins(index)
         return self._dataset[index]
 
+
+class ToldItems:
+    """The same with ``seed_per="batch"``: only :func:`sample_rng` is told; hot path."""
+
+    def __init__(self, dataset: Any, seeder: Seeder) -> None:
+        self._dataset = dataset
+        self._seeder = seeder
+
+    def __getitem__(self, index: Any) -> Any:
+        NOW[0] = self._seeder.key, index
+        return self._dataset[index]
+
     def __getitems__(self, indices: Any) -> Any:
-        return self._dataset.__getitems__(indices)  # with ``seed_per="batch"`` alone
+        return self._dataset.__getitems__(indices)
+
+
+def seeded_items(dataset: Any, seeder: Seeder) -> SeededItems | ToldItems:
+    """What samples are asked of in the place of ``dataset``."""
+    return (SeededItems if seeder.per == "sample" else ToldItems)(dataset, seeder)
 
 
 class SeededStream(Iterator[Any]):

@@ -57,6 +57,8 @@ class WorkerStartup:
     slots: SlotTable | None = None
     no_slots: str = ""
     forks: bool = False
+    stays: bool = False
+    observed: bool = True
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -132,7 +134,7 @@ class WorkerStartup:
 
     def _inherited_files(self, dataset: Any) -> InheritedFiles | None:
         """The files that were open at the fork, before any code of the user's runs here."""
-        if self.forks and self.flight is not None:
+        if self.forks and self.observed and self.flight is not None:
             with suppress(Exception):  # of ours: the worker does without
                 if positions := read_positions():
                     return InheritedFiles(positions, dataset)
@@ -157,7 +159,7 @@ class WorkerStartup:
         came: CopyState | None,
     ) -> Observer | None:
         """What notices what becomes of this worker's copy; None where it cannot be told to main."""
-        if self.flight is None:
+        if self.flight is None or not self.observed:
             return None
         with suppress(Exception):  # of ours: the worker does without
             return Observer(
@@ -166,6 +168,7 @@ class WorkerStartup:
                 stream=self._is_stream,
                 files=files,
                 came=came,
+                stays=self.stays,
                 private=monitor.private_bytes,
                 publish=into_flight_recorder(
                     functools.partial(self.flight.write_report, worker_id)

@@ -77,9 +77,10 @@ _SAME = [  # what is another each time, and what stands for it
 
 def normal(text: str, folder: str) -> str:
     """``text`` without what is another each time."""
-    text = text.replace(folder, "/data").replace(f"{ROOT}/", "")
+    text = text.replace(folder, "/data")
     for name in ("purelib", "platlib", "stdlib"):
-        text = text.replace(sysconfig.get_path(name), "lib")
+        text = text.replace(sysconfig.get_path(name), "lib")  # a .venv may lie in the root
+    text = text.replace(f"{ROOT}/", "")
     lines = []
     for line in text.splitlines():
         for pattern, by in _SAME:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import os
 import random
@@ -34,6 +35,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     Subset,
+    WeightedRandomSampler,
     get_worker_info,
 )
 
@@ -42,6 +44,7 @@ from safeloader import GlobalBatchSampler, SafeDataLoader, checks
 from safeloader.examining import looks, speed
 from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
+from safeloader.main import reporting_workers
 from safeloader.supervision import growth, kept_batches
 
 Run = Callable[[], object]
@@ -987,8 +990,19 @@ class PastTheEnd(Frames):
 
 @shown("workers share a file's position, and one fails")
 def position() -> None:
-    Path("frames.bin").write_bytes(bytes(16_000))
-    read(PastTheEnd(), num_workers=2)
+    reporting_workers.ANSWER_S = 30.0
+    Path("frames.bin").write_bytes(bytes(12_000))
+    frames = PastTheEnd()
+    one = {"batch_size": 1, "prefetch_factor": 1}
+    read(frames, num_workers=2, sampler=in_turn(frames.file), **one)
+
+
+def in_turn(file: Any) -> Any:
+    """Draw each index once the one before it was read, so that always the same sample fails."""
+    for index in range(16):
+        while file.tell() < min(3000 * index, 12_000):
+            time.sleep(0.01)
+        yield index
 
 
 class Caches(Numbers):
@@ -1050,10 +1064,10 @@ def slow_spawn() -> None:
     read(Rows(), num_workers=2, multiprocessing_context="spawn")
 
 
-@shown("the same; fork")
+@shown("the same; fork, worker_init_fn")
 def slow_fork() -> None:
     growth.SLOW_START_S = 0.0
-    read(Rows(), num_workers=2)
+    read(Rows(), num_workers=2, worker_init_fn=lambda _: time.sleep(2))
 
 
 # ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1186,6 +1200,92 @@ class SharedOut(IterableDataset[Any]):
 def transport() -> None:
     dataset = [torch.zeros(64, 64) for _ in range(32)]
     print(read(dataset, num_workers=1, batch_size=8).transport_stats)
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Audits over ranks")
+
+
+def over_ranks(make: Callable[[int], Any], came: int = 3, most: int = 1000) -> None:
+    """Print the audit of three ranks, which are read one after the other in this process."""
+    parts = []
+    for rank in range(came):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="3")
+        loader = make(rank)
+        for _ in itertools.islice(loader, most if rank == 1 else 1000):
+            pass
+        parts.append(loader.audit_part())
+    print(safeloader.merge_audits(parts))
+
+
+def dealt_out(rank: int, epoch: int = 0, **more: Any) -> Any:
+    """A rank's loader with a ``DistributedSampler``."""
+    data = Numbers(100)
+    sampler: Any = DistributedSampler(data, 3, rank, **more)
+    sampler.set_epoch(epoch)
+    return SafeDataLoader(data, batch_size=8, sampler=sampler)
+
+
+@shown("each index once, with padding, without the last ones, and without samples that failed")
+def ranks_ok() -> None:
+    over_ranks(dealt_out)
+    over_ranks(lambda rank: dealt_out(rank, drop_last=True))
+    data = LostField(15)
+    over_ranks(
+        lambda rank: SafeDataLoader(
+            data, sampler=DistributedSampler(data, 3, rank), on_error="skip", trace=False
+        )
+    )
+
+
+@shown("no sampler on any rank")
+def ranks_share_nothing() -> None:
+    over_ranks(lambda rank: SafeDataLoader(Numbers(100), batch_size=8))
+
+
+@shown("a rank's share that is shared out once more")
+def ranks_share_out_twice() -> None:
+    def make(rank: int) -> Any:
+        mine = Subset(Numbers(100), range(rank, 100, 3))
+        return SafeDataLoader(mine, batch_size=8, sampler=DistributedSampler(mine, 3, rank))
+
+    over_ranks(make)
+
+
+@shown("set_epoch that differs, another seed, and one share on all ranks")
+def ranks_other_orders() -> None:
+    over_ranks(lambda rank: dealt_out(rank, epoch=rank // 2))
+    over_ranks(lambda rank: dealt_out(rank, seed=rank))
+    over_ranks(lambda rank: dealt_out(0))
+
+
+@shown("a rank that stops early, and one that does not come")
+def ranks_early_and_absent() -> None:
+    over_ranks(dealt_out, most=2)
+    over_ranks(dealt_out, came=2)
+
+
+@shown("a million indices, of which some are lost")
+def ranks_long() -> None:
+    def make(rank: int) -> Any:
+        mine = [index for index in range(rank, 1_000_000, 3) if not 500_000 <= index < 500_030]
+        return SafeDataLoader(range(1_000_000), 1000, sampler=mine, collate_fn=len)  # type: ignore[arg-type]  # indexable
+
+    over_ranks(make)
+
+
+@shown("what cannot be told")
+def ranks_unknown() -> None:
+    weights = WeightedRandomSampler([1.0] * 100, 100)
+    over_ranks(lambda rank: SafeDataLoader(Numbers(100), sampler=weights))
+    over_ranks(lambda rank: SafeDataLoader(SharedOut()))
+    over_ranks(lambda rank: SafeDataLoader(Numbers(100 + rank)))
+
+
+@shown("streams with key=, each rank the whole, and each a part")
+def ranks_streams() -> None:
+    over_ranks(lambda rank: SafeDataLoader(SharedOut(), key=int))
+    over_ranks(lambda rank: SafeDataLoader(SharedOut(), key=lambda number: (rank, number)))
 
 
 # ─────────────────────────────────────────────────────────────────────────────────────────────────

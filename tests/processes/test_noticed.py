@@ -1700,3 +1700,27 @@ def test_a_fault_of_this_part_ends_it_and_not_the_epoch(
     told = said(caplog, loader_of(Seeded(), way))
     assert len(told) == 1
     assert told[0].startswith("the look at what workers report failed and is off")
+
+
+@pytest.mark.parametrize(("long_s", "of_epochs"), [(float("inf"), 2), (0.0, 4)])
+def test_workers_of_short_epochs_look_at_themselves_in_the_first_ones(
+    long_s: float, of_epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[dict[int, Any]] = []
+    reports = reporting_workers.ReportingWorkers.reports
+
+    def noting(self: Any) -> dict[int, Any]:
+        found = reports(self)
+        reported.append(found)
+        return found
+
+    monkeypatch.setattr(reporting_workers.ReportingWorkers, "reports", noting)
+    monkeypatch.setattr(looks, "ALWAYS", 2)
+    monkeypatch.setattr(looks, "SHARE", 1.0)  # main looks whenever there is something
+    monkeypatch.setattr(looks, "LONG_S", long_s)
+    loader = loader_of(Seeded(), "fork")
+    for _ in range(4):
+        reported.append({})  # of each epoch the last look counts
+        for _ in loader:
+            pass
+        assert bool(reported[-1]) == (loader.audit.epoch < of_epochs)

@@ -38,14 +38,18 @@ from torch.utils.data import (
 )
 
 from safeloader import (
+    Failure,
     GlobalBatchSampler,
     ResumeError,
+    SafeDataLoader,
     SafeLoaderError,
     SafeStatefulDataLoader,
     SampleError,
+    SamplerError,
     TransportError,
     WorkerCrashError,
 )
+from safeloader.main.saved_state import SavedState
 
 N = 43
 NUMBERS = torch.arange(N)
@@ -219,6 +223,86 @@ def test_a_state_survives_what_checkpoints_do_to_it(save: Callable[[Any], Any]) 
     assert lists(resumed) == rest
 
 
+def test_the_check_of_a_state_does_not_mind_its_order_or_tuples() -> None:
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tuples(value[name]) for name in sorted(value, reverse=True)}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    for each in (state_with_all_parts(), state_of_stream()):
+        state = tuples(each)
+        assert state != each
+        assert SavedState.of(state).begun
+
+
+def test_a_part_of_a_state_that_is_missing_or_another_is_seen() -> None:
+    for state in (state_with_all_parts(), state_of_stream()):  # dataset_state is the user's
+        for name in state.keys() - {"safeloader", "check", "dataset_state"}:
+            less = {each: value for each, value in state.items() if each != name}
+            for other in (less, state | {name: 7}, state | {name: None}):
+                with pytest.raises(ResumeError, match="damaged"):
+                    SavedState.of(other)
+        for more in ({"new": 1}, {"beyond": [state["batches"] + 1]}):
+            with pytest.raises(ResumeError, match="damaged"):
+                SavedState.of(state | more)
+
+
+def state_with_all_parts() -> Any:
+    """But for those of a stream."""
+    loader = SafeStatefulDataLoader(Broken(), 1, shuffle=True, on_error="skip")
+    _, state, _ = cut_short(loader, 40)
+    assert {"ladder", "generators", "left_out"} <= state.keys()
+    return state
+
+
+def state_of_stream() -> Any:
+    return cut_short(SafeStatefulDataLoader(Stream("iterator"), 4, key=abs), 5)[1]
+
+
+def test_a_state_is_the_callers_own() -> None:
+    """Whatever is done to it, the loader's others are as they were."""
+    batches = iter(loader := make("shuffled", 0))
+    next(batches)
+    state = loader.state_dict()
+    before = copy.deepcopy(state)
+    state["generators"].clear()
+    assert loader.state_dict() == before
+    resumed = make("shuffled", 0)
+    resumed.load_state_dict(state := copy.deepcopy(before))
+    state["generators"].clear()
+    assert lists(resumed) == lists(batches)
+
+
+@pytest.mark.parametrize("kept", ["dataset", "iterator"])
+def test_a_state_does_not_change_as_the_dataset_goes_on(kept: str) -> None:
+    """Where the dataset gives, or is given, the very dict that it counts in."""
+
+    class OneDict(IterableDataset[int]):
+        def __init__(self) -> None:
+            self.state = {"at": 0}
+
+        def __iter__(self) -> Any:
+            return self if kept == "dataset" else OneDict()
+
+        def __next__(self) -> int:
+            if self.state["at"] == N:
+                raise StopIteration
+            self.state["at"] += 1
+            return self.state["at"]
+
+        def state_dict(self) -> dict[str, int]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.state = state
+
+    _, state, rest = cut_short(SafeStatefulDataLoader(OneDict(), 4), 3)
+    for _ in range(2):
+        resumed = SafeStatefulDataLoader(OneDict(), 4)
+        resumed.load_state_dict(state)
+        assert lists(resumed) == rest
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_again_and_again(workers: int) -> None:
     begin = torch.Generator().manual_seed(8).get_state()
@@ -358,7 +442,18 @@ def test_set_epoch_says_which_epoch_comes(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records
     other.set_epoch(1)
     assert "leaves the state that was loaded, of batch 1 of epoch 0" in caplog.text
+    assert caplog.messages[0].startswith("SafeStatefulDataLoader over Noisy: ")
     assert lists(other) == epochs[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_after_another_loaders_batch_is_refused(workers: int) -> None:
+    train, validation = seeded(workers), seeded(workers)
+    of_train, of_validation = iter(train), iter(validation)
+    next(of_train), next(of_validation)
+    with pytest.raises(ResumeError, match=r"another loader's.* give last_batch of the loader"):
+        train.state_dict(after=validation.last_batch)
+    assert train.state_dict(after=train.last_batch) == train.state_dict()
 
 
 def test_once_an_epoch_was_asked_for_states_are_of_its_beginning() -> None:
@@ -446,6 +541,19 @@ def test_another_global_order_is_refused() -> None:
     assert "another release" in refused(state, of_rank(0, 2))
 
 
+def test_a_loader_with_and_one_without_a_global_order() -> None:
+    _, with_one, _ = cut_short(of_rank(0, 2), 1)
+    _, without, _ = cut_short(seeded(0), 1)
+    for loader in (seeded(0), SafeStatefulDataLoader(Noisy(), batch_sampler=Batches(), seed=11)):
+        said = refused(with_one, loader)
+        assert "with a GlobalBatchSampler, and this loader has none" in said
+        assert "seed=" not in said  # which it has
+    assert "with no GlobalBatchSampler, and this loader has one" in refused(without, of_rank(0, 2))
+    _, state, _ = cut_short(make("batches", 0), 1)
+    said = refused(state, make("shuffled", 0))
+    assert said.endswith("Resume with batches of a sampler's own, or none")  # no seed= allows that
+
+
 # ── the end of an epoch, and the next ────────────────────────────────────────────────────────────
 
 
@@ -521,15 +629,17 @@ def test_of_two_iterators_the_newer_has_the_place(workers: int) -> None:
     assert lists(resumed) == lists(newer)
 
 
-def test_what_comes_twice_is_told() -> None:
+@pytest.mark.parametrize("more", [4, 11])
+def test_what_comes_twice_is_told(more: int) -> None:
     loader = make("in order", 0)
     batches = iter(loader)
     next(batches)
     state = loader.state_dict()
-    lists(itertools.islice(batches, 4))
+    lists(itertools.islice(batches, more))
     loader.load_state_dict(state)
     lists(loader)
-    assert "batches 1 to 4 of this epoch had been handed over" in str(loader.audit)
+    last = min(more, 10)
+    assert f"batches 1 to {last} of this epoch had been handed over" in str(loader.audit)
     loader.load_state_dict({})
     assert len(lists(loader)) == 11
     assert loader.audit.resumed_at is None
@@ -551,6 +661,41 @@ def test_a_state_of_an_earlier_batch(workers: int) -> None:
     lists(loader)
     with pytest.raises(ResumeError, match="newest 1024 batches"):
         loader.state_dict(after=records[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_an_earlier_batch_knows_nothing_of_what_was_left_out_later(workers: int) -> None:
+    loader = SafeStatefulDataLoader(Broken(), 4, num_workers=workers, on_error="skip")
+    came = [(loader.state_dict(), loader.last_batch) for _ in loader]
+    assert came[0][0] != came[-1][0]
+    assert [loader.state_dict(after=record) for _, record in came] == [state for state, _ in came]
+
+
+@pytest.mark.parametrize("dataset", ["rows", "stream"])
+def test_a_state_may_be_asked_for_while_a_batch_is_handed_over(dataset: str) -> None:
+    """By a signal handler, or another thread: at any line it is that of one of the two batches."""
+    loader: Any = (
+        make("shuffled", 0) if dataset == "rows" else SafeStatefulDataLoader(Counted(20), 4)
+    )
+    states: list[Any] = []
+
+    def asks(frame: Any, event: str, _: Any) -> Any:
+        if "safeloader/main/" in frame.f_code.co_filename and frame.f_code.co_name != "state":
+            sys.settrace(None)
+            states.append(loader.state_dict())
+            sys.settrace(asks)
+            return asks
+        return None
+
+    batches = iter(loader)
+    next(batches)
+    before = loader.state_dict()
+    sys.settrace(asks)
+    next(batches)
+    sys.settrace(None)
+    known = [before, loader.state_dict()]
+    assert len(states) > 20
+    assert all(state in known for state in states)
 
 
 def test_out_of_order_what_came_behind_a_gap_does_not_come_again() -> None:
@@ -620,6 +765,49 @@ def test_gaps_are_filled_from_a_list_that_is_filled_again() -> None:
     resumed = loader()
     resumed.load_state_dict(state)
     assert [each[0] for each in lists(resumed)] == [4, 8, 16, 24, 28, 32, 36]
+
+
+class GoesOn(Sampler[list[int]], Iterator[list[int]]):
+    """Raises in the place of its third batch, and goes on."""
+
+    def __init__(self) -> None:
+        self.at = -1
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return GoesOn()
+
+    def __next__(self) -> list[int]:
+        self.at += 1
+        if self.at == 2:
+            raise KeyError("a draw")
+        if self.at == 10:
+            raise StopIteration
+        return [4 * self.at, 4 * self.at + 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_draw_that_failed_fails_again_and_is_passed_over(workers: int) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Rows(), batch_sampler=GoesOn(), num_workers=workers)
+
+    batches = iter(one := loader())
+    lists(itertools.islice(batches, 2))
+    early = one.state_dict()
+    with pytest.raises(SamplerError):
+        next(batches)
+    next(batches)
+    state, rest = one.state_dict(), lists(batches)
+    resumed = loader()
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
+    resumed.load_state_dict(early)
+    batches = iter(resumed)
+    with pytest.raises(SamplerError):  # not yet told of
+        next(batches)
+    assert lists(batches)[1:] == rest
 
 
 class Name:
@@ -755,15 +943,53 @@ def test_copies_and_pickles_are_at_their_beginning() -> None:
         assert len(lists(other)) == 11
 
 
+class Once(Rows):
+    """Comes to no worker at first."""
+
+    refuses = True
+
+    def __reduce__(self) -> Any:
+        if self.refuses:
+            raise TypeError("not yet")
+        return Rows, ()
+
+
+@pytest.mark.parametrize("cls", [SafeDataLoader, SafeStatefulDataLoader])
+@pytest.mark.parametrize("seed", [None, 11])
+def test_an_epoch_that_could_not_begin_is_the_next_one_still(cls: Any, seed: int | None) -> None:
+    if seed is None and cls is SafeDataLoader:
+        return  # counts none
+    shuffled = {"batch_size": 4, "shuffle": True, "seed": seed}
+    whole = lists(SafeStatefulDataLoader(Rows(), **shuffled))
+    dataset = Once()
+    loader = cls(dataset, num_workers=1, multiprocessing_context="spawn", **shuffled)
+    with pytest.raises(TransportError):
+        iter(loader)
+    if cls is SafeStatefulDataLoader:
+        assert loader.state_dict()["epoch"] == 0
+    dataset.refuses = False
+    came = lists(loader)
+    if seed is not None:
+        assert came == whole
+    if cls is SafeStatefulDataLoader:
+        assert loader.state_dict()["epoch"] == 1
+
+
+def test_generators_stand_where_they_stood_if_no_worker_can_start() -> None:
+    torch.manual_seed(1)
+    state = make("shuffled", 0).state_dict()
+    torch.manual_seed(2)
+    stood = torch.get_rng_state()
+    loader = SafeStatefulDataLoader(
+        Once(), batch_size=4, shuffle=True, num_workers=1, multiprocessing_context="spawn"
+    )
+    loader.load_state_dict(state)
+    with pytest.raises(TransportError):
+        iter(loader)
+    assert torch.equal(torch.get_rng_state(), stood)
+
+
 def test_what_was_loaded_is_kept_where_no_worker_can_start() -> None:
-    class Once(Rows):
-        refuses = True
-
-        def __reduce__(self) -> Any:
-            if self.refuses:
-                raise TypeError("not yet")
-            return Rows, ()
-
     _, state, rest = cut_short(make("in order", 0), 4)
     loader = SafeStatefulDataLoader(
         dataset := Once(), batch_size=4, num_workers=1, multiprocessing_context="spawn"
@@ -923,6 +1149,16 @@ def test_a_stream_goes_on(workers: int, kept: str, every: int) -> None:
         assert audit.drawn == N
         if after:
             assert audit.delivered_before == sum(map(len, before))
+
+
+class Counted(IterableDataset[int]):
+    """As many as were asked for."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.n))
 
 
 class BeginsAgain(Stream):
@@ -1086,6 +1322,64 @@ def test_a_stream_that_ends_before_its_place_is_refused(workers: int) -> None:
         lists(resumed)
 
 
+class Interrupted(Iterator[int]):
+    """Ctrl-C strikes as its seventh number is asked for."""
+
+    def __init__(self) -> None:
+        self.at = -1
+
+    def __next__(self) -> int:
+        if self.at == 5 and Interrupted.strikes:
+            Interrupted.strikes = False
+            raise KeyboardInterrupt
+        self.at += 1
+        if self.at == N:
+            raise StopIteration
+        return self.at
+
+    strikes = True
+
+
+class InterruptedCounting(Interrupted):
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_an_interrupt_lost_of_a_stream_was_read_all_the_same(
+    kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dataset(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return InterruptedCounting() if kept else Interrupted()
+
+    Interrupted.strikes = True
+    batches = iter(one := SafeStatefulDataLoader(Dataset(), 4))
+    next(batches)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    before = one.state_dict()
+    told = "2 samples that it had read were not handed over, and do not come again"
+    assert (told in caplog.text) == kept  # nobody can say where the dataset stood before them
+    caplog.clear()
+    next(batches)
+    state = one.state_dict()
+    rest = lists(batches)
+    lists(one)
+    one.state_dict()
+    assert "handed over" not in caplog.text
+    resumed = SafeStatefulDataLoader(Dataset(), 4)
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+    assert resumed.audit.ok
+    resumed.load_state_dict(before)  # nothing came since: what was lost comes, if it can
+    assert lists(resumed)[0] == ([6, 7, 8, 9] if kept else [4, 5, 6, 7])
+    assert resumed.audit.ok
+
+
 class FailsAt(Stream):
     def __init__(self, at: int, kept: str = "iterator") -> None:
         super().__init__(kept)
@@ -1114,6 +1408,32 @@ class Failing(Counter):
         if found == self.fails_at:
             raise ValueError(found)
         return found
+
+
+def test_a_batch_that_came_damaged_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader() -> SafeStatefulDataLoader[Any]:
+        return SafeStatefulDataLoader(Stream(), 4, num_workers=1, checksum=True)
+
+    batches = iter(one := loader())
+    next(batches)
+    damaged = Failure(phase="transport", exception_type="TransportError", message="damaged")
+    with monkeypatch.context() as patched:
+        patched.setattr("safeloader.main.iterator.changed", lambda manifest, payload: damaged)
+        with pytest.raises(TransportError):
+            next(batches)
+    state = one.state_dict()
+    assert (state["batches"], state["samples"]) == (2, 8)
+    rest = lists(batches)
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert lists(resumed) == rest
+
+
+def test_the_number_of_workers_may_be_numpys() -> None:
+    _, state, rest = cut_short(SafeStatefulDataLoader(Stream(), 4, num_workers=np.int64(1)), 4)
+    resumed = SafeStatefulDataLoader(Stream(), 4, num_workers=1)
+    resumed.load_state_dict(through_json(state))
+    assert lists(resumed) == rest
 
 
 def test_a_stream_on_other_workers_is_refused() -> None:
@@ -1180,6 +1500,44 @@ def test_a_dataset_that_does_not_take_its_state(make_dataset: Any, call: str, wo
     assert isinstance(caught.value, KeyError if workers else ResumeError)
     resumed.load_state_dict({})
     assert len(lists(resumed)) == 11
+
+
+class Stateless(Rows):
+    """Its state can be had so many times."""
+
+    def __init__(self, how: str, times: int) -> None:
+        self.how, self.times = how, times
+
+    def state_dict(self) -> dict[str, Any]:
+        self.times -= 1
+        if self.times >= 0:
+            return {}
+        if self.how == "raises":
+            raise KeyError("count")
+        return {"function": lambda: 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize("times", [2, 0])
+@pytest.mark.parametrize("how", ["raises", "gives a lambda"])
+def test_a_state_that_cannot_be_had_is_told_with_its_cause(
+    how: str, times: int, seed: int | None
+) -> None:
+    """At the first batch, and as the epoch begins."""
+    dataset = Stateless(how, times)
+    batches = iter(loader := SafeStatefulDataLoader(dataset, 4, num_workers=1, seed=seed))
+    if times:
+        assert next(batches).tolist() == [0, 1, 2, 3]
+    for _ in range(2 if times else 3):  # the first of 3 is of no batch
+        with pytest.raises(SampleError) as caught:
+            next(batches)
+        said = str(caught.value)
+        assert "raised as the state of the dataset was asked for, by state_dict()" in said
+        assert said.endswith("next: mend state_dict(), or take it away")
+    assert loader.state_dict()["left_out"]["failed"][0] == 8
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -64,3 +64,5 @@ both: DataLoader[int] = DataLoader(Samples(), batch_sampler=shares)
 indices: list[int] = next(shares.batches(epoch=1, start=1)) + shares.global_indices(0)
 seeded = SafeDataLoader(Samples(), shuffle=True, seed=3, seed_per="batch")
 seeded.set_epoch(2)
+slowest_ns: list[int] = [sample.median_ns for sample in loader.provenance.slowest(3)]
+line: str = loader.summary()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import (
+    across_ranks,
     checks,
     conditions,
     copies,
@@ -574,6 +575,29 @@ def test_resuming_is_measured(
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-stateful.json"))
     assert [row[-2:] for row in result["rows"]][1:] == [["4 of 4", "0 of 4"], ["4 of 4", "4 of 4"]]
     assert "10000 shuffled samples" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- across ranks
+
+
+def test_audits_over_ranks_are_right_before_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    samples = 60_000
+    shares = [across_ranks.order(0, 7_500, rank, samples, 8) for rank in range(8)]
+    assert sorted(int(index) for share in shares for index in share) == [*range(samples)]
+    arguments = [f"--samples={samples}", f"--out={tmp_path}", "--check"]
+    assert across_ranks.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "10 of 60000 indices came on no rank" in told
+    assert "7500 of 60000 indices came on no rank" in told
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-across-ranks.json"))
+    assert (result["few"]["listed"], result["much"]["counts"]["never"]) == (15, 7500)
+    monkeypatch.setattr(across_ranks, "BARS", dict.fromkeys(across_ranks.BARS, 0))
+    assert across_ranks.main([f"--samples={samples}", "--quick", "--check"]) == 1
+    assert "ABOVE" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        across_ranks.main(["--ranks=3"])
 
 
 # ----------------------------------------------------------------------------- the folder of a run

@@ -362,3 +362,19 @@ def test_a_set_keeps_order_and_repetition(pieces: list[list[int]]) -> None:
     everything = [number for piece in pieces for number in piece]
     assert noted.array().tolist() == everything
     assert noted.count == len(everything)
+
+
+def test_a_long_dataset_has_room_in_the_map() -> None:
+    length = 300_000_000
+    far = [0, length - 1, *range(0, length, length // 66_000)]
+    short, long = Coverage(), Coverage()
+    long.expect(length)
+    for coverage in (short, long):
+        coverage.add(pack(far))
+        coverage.flush()
+    assert short.unmapped == len({index >> 12 for index in far}) - (1 << 16)
+    assert (long.unmapped, long.repeated(None)[0].tolist()) == (0, [0])
+    long.expect(10**18)
+    assert long._seen.limit == 1 << 18
+    long.expect(5)
+    assert long._seen.limit == 1 << 16

@@ -46,7 +46,7 @@ from safeloader.supervision.growth import growth, slow_start
 from safeloader.supervision.kept_batches import KeptBatches
 from safeloader.supervision.self_report import FirstDraws, Opening, SelfReport, SharedFile
 from safeloader.supervision.wrong_data import Seen, findings
-from safeloader.worker.observing import Observer
+from safeloader.worker.observing import ELEMENTS_MAX, Observer
 
 EMPTY = CopyState({}, {}, {})
 
@@ -360,8 +360,10 @@ def test_a_start_that_is_quick_is_not_told() -> None:
     assert "Most is dataset.rows (list of 9). One array" in said.text
     [said] = slow_start(22.0, 0.1, "spawn", False, list)
     assert "libraries anew. persistent_workers=True" in said.text  # there is nothing to shrink
-    for stream, told in ((False, "worker_init_fn takes"), (True, "or iter(dataset) takes")):
-        [said] = slow_start(22.0, 0.1, "fork", stream, list)
+    [said] = slow_start(22.0, 0.1, "spawn", True, lambda: ["dataset.rows (list of 9)"])
+    assert "libraries anew, runs worker_init_fn, and gets its own copy of" in said.text
+    for sets_up, told in ((True, "worker_init_fn takes"), (False, "no code of the program runs")):
+        [said] = slow_start(22.0, 0.1, "fork", sets_up, list)
         assert told in said.text
     [said] = slow_start(22.0, 21.0, "fork", True, list)
     assert "copies the tables of main's memory" in said.text
@@ -719,6 +721,32 @@ def test_a_list_that_is_put_in_the_place_of_another_is_looked_at_anew() -> None:
         observer.report()
     assert [each.path for each in reports[-1].in_place] == ["dataset.items[2]"]
     assert reports[-1].in_place[0].was == "[1.0, ...]"
+
+
+def test_a_process_of_one_epoch_looks_at_elements_that_are_empty_alone() -> None:
+    reports: list[SelfReport] = []
+    dataset = Items([torch.ones(3), None, torch.zeros(3), torch.ones(3)])
+    observer = Observer(
+        dataset, length=4, stream=False, files=None, publish=reports.append, stays=False
+    )
+    observer.over(Passes())
+    for index in range(4):
+        assert all(observer.note_element(store, index, index) for store in observer.stores())
+        dataset.items[index] = torch.full((3,), 7.0)
+        observer.fetched()
+    observer.report()
+    assert (reports[-1].in_place, reports[-1].filled) == ((), (("dataset.items", 2, 2),))
+
+
+def test_a_process_of_one_epoch_looks_at_no_more_elements_than_others() -> None:
+    dataset = Items([torch.ones(3)] * 99)
+    observer = Observer(
+        dataset, length=99, stream=False, files=None, publish=lambda _: None, stays=False
+    )
+    observer.over(Passes())
+    [store] = observer.stores()
+    looked_at = sum(observer.note_element(store, index, index) for index in range(99))
+    assert looked_at == ELEMENTS_MAX
 
 
 class Passes:
