@@ -16,7 +16,7 @@ $(VENV)/base: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --quiet -e '.[examples]'
+	$(BIN)/python -m pip install --quiet --quiet -e '.[examples,run,report,cli]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/base

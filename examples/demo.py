@@ -2,7 +2,7 @@
 
 ::
 
-    make demo        # or: pip install -e '.[examples]' && python examples/demo.py
+    make demo        # or: pip install -e '.[examples,run,report,cli]' && python examples/demo.py
 
 Image 137 has lost its pixels, and reading image 404 kills the process that reads it. First torch's
 loader trains on these, then ours; in the end the network has learnt, and what happened is told.
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # ships no type hints
 from train_digits import Digits, Sample, accuracy, load_split, make_model
 
 from safeloader import SafeDataLoader
+from safeloader.__main__ import main as report
 
 LOST = 137  # has no pixels
 DEADLY = 404  # kills its reader, as a bug in a decoder may
 EPOCHS = 6
+RUN = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")  # what was recorded lies there
 
 
 class FaultyDigits(Digits):
@@ -87,6 +90,7 @@ def main() -> int:
     torch.manual_seed(0)
     digits, test_set = load_split(seed=0)
     faulty = FaultyDigits(digits)
+    RUN.parent.mkdir(exist_ok=True)
     print(
         f"{len(faulty)} scanned digits to train on. One has lost its pixels, and one kills the "
         "process that reads it."
@@ -105,14 +109,19 @@ def main() -> int:
 
     headline("safeloader.SafeDataLoader, the same arguments, and on_error=, on_crash=")
     began = time.perf_counter()
-    loader = SafeDataLoader(faulty, **arguments, on_error="skip", on_crash="restart")
+    safe: dict[str, Any] = {"on_error": "skip", "on_crash": "restart", "run_dir": RUN}
+    loader = SafeDataLoader(faulty, **arguments, **safe)
     model = train(loader, EPOCHS, "training")
     seconds = time.perf_counter() - began
-    correct = accuracy(model, SafeDataLoader(test_set, batch_size=256))
+    correct = accuracy(model, SafeDataLoader(test_set, batch_size=256, run_dir=False))
 
     headline("What came of it")
     print(f"{EPOCHS} epochs in {seconds:.0f} s; {correct:.1%} of the test digits are read right.")
-    print(f"\nloader.audit, of the last epoch:\n{loader.audit}")
+    print(f"\nloader.audit, of the last epoch:\n{loader.audit}\n")
+    page = RUN / "report.html"
+    report(["report", str(RUN), "-o", str(page)])
+    print(f"open {page} in a browser: what happened, as a page")
+    print(f"or ask the run: python -m safeloader index {RUN} {LOST}")
     return 0 if correct > 0.9 else 1
 
 

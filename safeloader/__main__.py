@@ -20,10 +20,22 @@ watch   RUN               the same live, a line a rank
 step    RUN N             which samples were in a step, on all ranks
 index   RUN I             where and when an index was delivered, skipped, failed
 audit   RUN               exactly once over all ranks and resumes? exit status 1 if not
+report  RUN -o FILE       one HTML page of it, which needs no network
 trace   RUN -o FILE       a Chrome trace for Perfetto
 replay  FAILURE.json train.py:make_dataset     the failing sample once more
 """
-_COMMANDS = ("run", "doctor", "show", "watch", "step", "index", "audit", "trace", "replay")
+_COMMANDS = (
+    "run",
+    "doctor",
+    "show",
+    "watch",
+    "step",
+    "index",
+    "audit",
+    "report",
+    "trace",
+    "replay",
+)
 _COMPLETES = "_SAFELOADER_COMPLETE"
 _INSTALL = "pip install 'safeloader[cli]'"
 
@@ -38,6 +50,10 @@ def main(words: list[str], name: str = "python -m safeloader") -> int:
         from safeloader.commands import doctor
 
         return doctor.main(words[1:])
+    if words[:1] == ["report"]:
+        from safeloader.commands import report
+
+        return report.main(words[1:])
     if words[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         return 0

@@ -45,10 +45,12 @@ def percent(text: str, output: str) -> float:
 
 
 @pytest.mark.slow
-def test_the_demonstration_survives_its_faults() -> None:
+def test_the_demonstration_survives_its_faults(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py")],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
         timeout=220,
@@ -58,6 +60,8 @@ def test_the_demonstration_survives_its_faults() -> None:
     assert done.stdout.count("index 404 skipped: its worker died at it twice") == 1
     assert "1437 drawn, 1435 delivered" in done.stdout
     assert re.search(r"9\d\.\d% of the test digits are read right", done.stdout)
+    (page,) = tmp_path.glob("runs/demo-*/report.html")
+    assert f"wrote {page.relative_to(tmp_path)}" in done.stdout
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ _COMMANDS: dict[Callable[..., int], str] = {
 _PASSED_ON = {
     "run": "A training program, with every DataLoader of it recorded.",
     "doctor": "A loader, examined before training.",
+    "report": "One HTML page of a run, which needs no network.",
 }
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from benchmarks import (
     environment,
     memory,
     report,
+    report_page,
     run,
     run_folder,
     seeding,
@@ -617,3 +619,16 @@ def test_a_runs_folder_is_timed_weighed_and_asked(
     assert result["sizes"]["64"]["stream_bytes"] > result["sizes"]["64"]["closed_bytes"] > 1
     monkeypatch.setattr(run_folder, "BAR_CLOSED", 0)
     assert run_folder.main(["--quick", "--check"]) == 1
+
+
+def test_the_page_of_a_long_run_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for library in ("pyarrow", "plotly"):
+        pytest.importorskip(library)
+    monkeypatch.setattr(report_page, "QUICK_OF_RANK", 640)
+    monkeypatch.setattr(report_page, "opened_s", lambda page: (0.25, 0.5))  # no browser here
+    assert report_page.main(["--quick", "--check"]) == 0
+    assert re.search(r"2,560 +\| [45]\.\d +\|.*\| 0\.25 +\| 0\.50 +\|", capsys.readouterr().out)
+    monkeypatch.setattr(report_page, "BAR_READ_S", 0.1)
+    assert report_page.main(["--quick", "--check"]) == 1
