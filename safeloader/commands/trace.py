@@ -65,7 +65,7 @@ def _write(target: Path, events: Any, force: bool) -> int:
         raise BadInput(f"{target} is there already: give another -o, or --force")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(fd, "wb") as raw:
                 packed = target.suffix == ".gz"

@@ -30,7 +30,7 @@ def write_new(path: Path, text: str) -> None:
         FileExistsError: if there is one, or a link.
         OSError: if it cannot be written.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(fd, "wb", buffering=0) as file:
             whole = text.encode()

@@ -8,9 +8,12 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-_NEW = os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_ON = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+# A system without these has no links to follow, or says so itself; Python's own descriptors are not
+# inherited by programs that are started.
+_NOFOLLOW, _DIRECTORY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_DIRECTORY", 0)
+_NEW = os.O_CREAT | os.O_EXCL | _NOFOLLOW
+_FOLDER = os.O_RDONLY | _DIRECTORY
+_ON = os.O_WRONLY | os.O_APPEND | _NOFOLLOW
 
 
 class OpenFolder:
@@ -37,9 +40,9 @@ class OpenFolder:
             for name in below:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=fd)
-                fd = _close_for(fd, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+                fd = _close_for(fd, os.open(name, _FOLDER | _NOFOLLOW, dir_fd=fd))
             name = _first_free(fd, stem)
-            fd = _close_for(fd, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+            fd = _close_for(fd, os.open(name, _FOLDER | _NOFOLLOW, dir_fd=fd))
         except OSError:
             os.close(fd)
             raise

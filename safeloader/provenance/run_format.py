@@ -448,7 +448,7 @@ def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path 
         return None
     table = pa.Table.from_batches(stream.batches, None if stream.batches else schema())
     part = folder / f"{target}.{os.getpid()}.part"
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(fd, "wb") as file:
             pq.write_table(table, file, row_group_size=_rows_in_group(table), **how)
