@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import is_hypothesis_test, settings
+from hypothesis import settings
 
 from tests import family
 
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(HERE).parts[0]
         if folder in OF_WORKERS:
             item.add_marker("workers")
-        if folder in UNCOVERED or is_hypothesis_test(getattr(item, "obj", None)):
+        if folder in UNCOVERED:
             item.add_marker("uncovered")
     if config.getoption("--one-process"):
         config.hook.pytest_deselected(items=[each for each in items if _with_workers(each)])

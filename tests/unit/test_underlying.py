@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import logging
 import weakref
@@ -183,9 +184,9 @@ def test_a_trace_file_has_the_rank(tmp_path: Path) -> None:
     loader = SafeDataLoader(data, sampler=sampler, trace=tmp_path)
     list(loader)
     del loader
-    (path,) = tmp_path.glob("*.json")
-    said = path.read_text()
-    assert ', rank 2 of 3"' in said
+    (path,) = tmp_path.glob("*.json.gz")
+    said = gzip.decompress(path.read_bytes()).decode()
+    assert '"name":"rank 2 of 3, safeloader' in said
     assert "epoch 0, rank 2 of 3: complete, ok" in said
 
 
