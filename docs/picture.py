@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def said(whose: str) -> list[str]:
 
 def main() -> None:
     """Write the picture."""
-    console = Console(record=True, width=WIDTH, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     for whose, colour in (("torch", "red"), ("safeloader", "green")):
         title = {"torch": "from torch.utils.data import DataLoader"}.get(
             whose, "from safeloader import SafeDataLoader as DataLoader"
