@@ -34,6 +34,12 @@ def _safe_trace(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) 
     return SafeDataLoader(dataset, **kwargs, trace=folder)
 
 
+def _safe_run(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) -> DataLoader[Any]:
+    from safeloader import SafeDataLoader
+
+    return SafeDataLoader(dataset, **kwargs, trace=False, run_dir=folder / "run")
+
+
 def _safe_checksum(
     dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path
 ) -> DataLoader[Any]:
@@ -77,6 +83,7 @@ CONTENDERS: dict[str, Factory] = {
     "null": _stock,
     "safe": _safe,
     "safe+trace": _safe_trace,
+    "safe+run": _safe_run,
     "safe+checksum": _safe_checksum,
     # Everything but the transport: against `safe`, what the transport is worth.
     "torch-way": _torch_way,

@@ -15,13 +15,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import markdown
+from benchmarks import environment
+from benchmarks.report import markdown, write_texts
 from benchmarks.run_folder import fed, folder_in, manifests
 from safeloader.commands.report import write_page
 from safeloader.delivery.audit import EpochAudit
 from safeloader.provenance import run_format
 
 RANKS, EPOCHS, OF_RANK, QUICK_OF_RANK = 2, 2, 2_500_000, 64_000
+RESULTS = Path(__file__).parent / "results"
 BAR_MB, BAR_BUILT_S, BAR_READ_S = 10.0, 60.0, 2.0
 
 
@@ -55,11 +57,13 @@ def opened_s(page: Path) -> tuple[float, float] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; with `--check`, the status is 1 if one is above its bar."""
+    """Measure, print and write; with `--check`, the status is 1 if one is above its bar."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report_page", description="What the page of a long run takes."
     )
-    parser.add_argument("--quick", action="store_true", help="few samples")
+    parser.add_argument("--quick", action="store_true", help="few samples, no files")
+    where = f"folder for results (default: {RESULTS.name}/ beside this file)"
+    parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--check", action="store_true", help="exit 1 if one is above its bar")
     options = parser.parse_args(arguments)
     samples = QUICK_OF_RANK if options.quick else OF_RANK
@@ -80,7 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "all drawn",
     )
     count = f"{RANKS * EPOCHS * samples:,}"
-    print(markdown(heads, [(count, f"{megabytes:.1f}", f"{built:.1f}", f"{cpu:.1f}", *told)]))
+    text = markdown(heads, [(count, f"{megabytes:.1f}", f"{built:.1f}", f"{cpu:.1f}", *told)])
+    print(text)
+    if not options.quick or options.out is not None:
+        facts = environment.describe()
+        whole = {
+            "environment": facts,
+            "samples": RANKS * EPOCHS * samples,
+            "megabytes": megabytes,
+            "built_s": built,
+            "built_cpu_s": cpu,
+            "read_and_drawn_s": times,
+        }
+        stem = f"{facts['date']}-{environment.label()}-report-page"
+        for path in write_texts(options.out or RESULTS, stem, whole, text):
+            print(f"wrote {path}", file=sys.stderr)
     above = megabytes > BAR_MB or built > BAR_BUILT_S
     above |= times is not None and times[0] > BAR_READ_S
     return int(options.check and above)

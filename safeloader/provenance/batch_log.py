@@ -178,22 +178,26 @@ class BatchLog:
         self._starts.append(at)
 
     def held(self) -> Batches:
-        """What the tail holds."""
+        """What the tail holds: views of it, good until a record follows."""
         with self.lock:
             if self._tail is None:
                 return run_format.EMPTY
             at, step = self._place
             if len(self._starts) == step - self._base:
-                return decode(self._tail[:at], self._starts, self._offset_ns)
+                return decode(memoryview(self._tail)[:at], self._starts, self._offset_ns)
             return parse_tail(self._tail[:at]).batches  # an interrupt struck
 
-    def epoch_ends(self, now_ns: int) -> None:
+    def epoch_ends(self, now_ns: int, is_first: bool = False) -> None:
         """Flush, if that was not done a moment ago: small epochs share a piece of the stream.
+
+        Args:
+            now_ns: by the clock of the stamps.
+            is_first: flush in any case: no other epoch may come.
 
         Raises:
             OSError: if that fails.
         """
-        if now_ns > self._flushed_ns + _PIECE_NS:
+        if is_first or now_ns > self._flushed_ns + _PIECE_NS:
             self.flush(now_ns, epoch_ends=True)
 
     def flush(self, now_ns: int, *, epoch_ends: bool = False) -> None:

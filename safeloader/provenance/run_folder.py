@@ -40,26 +40,20 @@ from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.identity import boot_id, host_name, process_identity
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.texts import index_text
 from safeloader.provenance.attempts import Attempt
 from safeloader.provenance.batch_log import BatchLog
 from safeloader.provenance.events import DUMPS_MAX, Incidents
 from safeloader.provenance.open_folder import OpenFolder, not_a_standard_one
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
-from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, by_epoch, why_no_arrow
-from safeloader.provenance.source_log import WHOLE, SourceLog
+from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, why_no_arrow
+from safeloader.provenance.source_log import WHOLE, SomeSources, SourceLog, SourceOf, plain
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
 _INCIDENTS_MAX = 100_000  # lines
-_SLOWEST = 100  # of an epoch, whose sources are kept
-_SOURCES_NS = 50_000_000  # at most, for these
-_SOURCES_MAX = 5_000  # of a folder
 
-_NO_TIMES = np.empty(0, np.float32), np.empty(0, np.int64), 0.0
 
 Audit = Callable[[], EpochAudit]
-SourceOf = Callable[[Any], str]
 
 
 class LoaderFolder:
@@ -101,12 +95,8 @@ class LoaderFolder:
         self.epochs = 0
         self._base = 0  # of the recorder's numbers of epochs
         self._open: dict[int, Audit] = {}
-        self._sources_of: dict[int, SourceOf] = {}
-        self._slowest: dict[int, tuple[Any, Any, float]] = {}
         self._dumped: dict[int, int] = {}
-        self._with_source: set[Any] = set()
         self._incidents = 0
-        self._source_now: SourceOf | None = None  # of the epoch that is about to begin
         self._all_sources: SourceLog | None = None
         self._marks = -1
         self.is_off = False
@@ -114,6 +104,7 @@ class LoaderFolder:
         stem = f"{host_name()}-{os.getpid()}-{boot_id()}"
         self._folder = OpenFolder(attempt.run, [attempt.path.name, f"rank={rank}"], stem)
         self.path = self._folder.path
+        self._sources = SomeSources(self._folder)
         missing = why_no_arrow()
         facts = self._facts(line) | {"batches": not missing}
         self._folder.append("loader.json", json.dumps(facts, indent=1).encode())
@@ -154,7 +145,7 @@ class LoaderFolder:
             self._base = self.epochs - recorder.epochs
         recorder.run = self
         self.log = log
-        self._source_now = source_of
+        self._sources.source_of = source_of
         if all_sources and self._all_sources is None and self._is_first_with_sources():
             self._all_sources = SourceLog(self._folder, log.length or 0)
         if self.batches is not None:
@@ -170,8 +161,6 @@ class LoaderFolder:
         number = epoch + self._base
         self.epochs = max(self.epochs, number + 1)
         self._open[number] = audit
-        if self._source_now is not None:  # which leads to the accounts of the epoch
-            self._sources_of[number], self._source_now = self._source_now, None
         self._epoch_line(number, None)
 
     def audited(self, audit: EpochAudit) -> None:
@@ -184,9 +173,9 @@ class LoaderFolder:
             return
         with self._guarded():
             if self.batches is not None:
-                self.batches.epoch_ends(time.perf_counter_ns())
-            self._note_slowest(number)
-        self._sources_of.pop(number, None)
+                self.batches.epoch_ends(time.perf_counter_ns(), self.epochs == 1)
+        if not self._open:
+            self._sources.source_of = None
         self._dumped.pop(number, None)
         self._epoch_line(number, audit)
 
@@ -197,7 +186,7 @@ class LoaderFolder:
         number = (failure.epoch or 0) + self._base
         self._dump(dataclasses.replace(failure, epoch=number), self.log)
         with self._guarded():
-            self._note_sources(number, [failure.index])
+            self._sources.note([failure.index])
 
     def skipped(
         self, epoch: int, batch: int, incidents: Incidents, failures: Sequence[Failure]
@@ -216,7 +205,7 @@ class LoaderFolder:
                     "epoch": number,
                     "batch": batch,
                     "position": incident.position,
-                    "index": _plain(index),
+                    "index": plain(index),
                     "what": incident.what,
                     "reason": incident.reason,
                 }
@@ -224,7 +213,7 @@ class LoaderFolder:
             if lines:
                 self._folder.append("incidents.jsonl", "".join(lines).encode())
             gone = [index for index, incident in incidents if incident.what != "late"]
-            self._note_sources(number, gone)
+            self._sources.note(gone)
         for failure in failures:
             self._survived(dataclasses.replace(failure, epoch=number))
 
@@ -256,25 +245,6 @@ class LoaderFolder:
 
     # sources ────────────────────────────────────────────────────────────────────────────────────
 
-    def _note_sources(self, epoch: int, indices: Sequence[Any]) -> None:
-        """Write where samples come from, as far as their dataset tells."""
-        source_of = self._sources_of.get(epoch)
-        if source_of is None or len(self._with_source) > _SOURCES_MAX:
-            return
-        give_up = time.perf_counter_ns() + _SOURCES_NS
-        lines = []
-        for index in indices:
-            if index is None or _plain(index) in self._with_source:
-                continue
-            self._with_source.add(_plain(index))
-            source = source_of(index)
-            if source:
-                lines.append(json.dumps({"index": _plain(index), "source": source}) + "\n")
-            if time.perf_counter_ns() > give_up:
-                break
-        if lines:
-            self._folder.append("sources.jsonl", "".join(lines).encode())
-
     def _is_first_with_sources(self) -> bool:
         """Whether no attempt before has them: all ranks read the same dataset, and rank 0 tells."""
         if self.rank or self.batches is None:
@@ -288,31 +258,8 @@ class LoaderFolder:
 
     def _go_on_with_sources(self) -> None:
         log = self._all_sources
-        if log is not None and not log.is_whole and self._sources_of:
-            log.go_on(next(reversed(self._sources_of.values())))
-
-    def _note_slowest(self, epoch: int) -> None:
-        """At the end of an epoch: where its slowest samples come from."""
-        if self.batches is None or epoch not in self._sources_of:
-            return
-        self._look_for_slowest(self.batches.held())
-        times, indices, _ = self._slowest.pop(epoch, _NO_TIMES)
-        indices = indices[np.argsort(-times)]
-        self._note_sources(epoch, indices[indices >= 0].tolist())  # those that are no ints: -1
-
-    def _look_for_slowest(self, batches: Batches) -> None:
-        for epoch, part in by_epoch(batches):
-            times, indices, least = self._slowest.get(epoch, _NO_TIMES)
-            slow = np.flatnonzero(part.fetch_ns > least)
-            if not slow.size or epoch not in self._sources_of:
-                continue
-            times = np.concatenate([times, part.fetch_ns[slow]])
-            indices = np.concatenate([indices, part.indices[slow]])
-            if times.size > _SLOWEST:
-                most = np.argpartition(times, -_SLOWEST)[-_SLOWEST:]
-                times, indices = times[most], indices[most]
-                least = float(times.min())
-            self._slowest[epoch] = times, indices, least
+        if log is not None and not log.is_whole and self._sources.source_of is not None:
+            log.go_on(self._sources.source_of)
 
     # writing ────────────────────────────────────────────────────────────────────────────────────
 
@@ -329,7 +276,7 @@ class LoaderFolder:
             self._folder.append("epochs.jsonl", (json.dumps(what) + "\n").encode())
 
     def _flushed(self, batches: Batches, now_ns: int, epoch_ends: bool) -> None:
-        self._look_for_slowest(batches)
+        self._sources.note_slowest(batches)
         self._workers.note(batches, now_ns, at_once=epoch_ends)
         self._go_on_with_sources()
         self._bounded()
@@ -403,8 +350,3 @@ class LoaderFolder:
             os.close(self._marks)
             self._marks = -1
         return segments
-
-
-def _plain(index: Any) -> Any:
-    """An index as JSON has it: an int, or a text."""
-    return index if type(index) is int else index_text(index)

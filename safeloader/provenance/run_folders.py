@@ -34,8 +34,9 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance.attempts import AnotherRun, Attempt, NotARun, open_run
 from safeloader.provenance.batch_log import convert
 from safeloader.provenance.recorder import Recorder
-from safeloader.provenance.run_folder import LoaderFolder, SourceOf
+from safeloader.provenance.run_folder import LoaderFolder
 from safeloader.provenance.run_format import SEGMENT_BYTES
+from safeloader.provenance.source_log import SourceOf
 
 FOLDERS_MAX = 64
 """Of one process: loaders beyond these are not written."""

@@ -53,6 +53,7 @@ _BYTES, _STEP, _EPOCH, _BATCH, _WORKER, _PID, _ASKED, _WAITED, _SAMPLES, _KIND, 
 # left out); the same with the indices as JSON, the number of its bytes before it.
 RAW, STREAM, DECODED, TEXT = range(4)
 _SAMPLES_MAX = 1 << 24  # of a batch with one stamp for all
+_CHANGES_MAX = 16  # of the shape of records that follow each other
 _LEAST = {RAW: 2, STREAM: 2, DECODED: 2, TEXT: 3}
 
 
@@ -158,7 +159,7 @@ _CELL = CELL.unpack_from
 _SIZE_AND_STEP = struct.Struct("2q").unpack_from
 
 
-def decode(raw: bytes, starts: Sequence[int], offset_ns: int) -> Batches:
+def decode(raw: bytes | memoryview, starts: Sequence[int], offset_ns: int) -> Batches:
     """Decode whole records: those that follow each other at once, where they are plain ones.
 
     Args:
@@ -174,25 +175,19 @@ def decode(raw: bytes, starts: Sequence[int], offset_ns: int) -> Batches:
     sizes = heads[:, _SAMPLES]
     # Of these each sample has a stamp of its own.
     plain = (heads[:, _KIND] == RAW) & (heads[:, _BYTES] // 8 == _HEAD_CELLS + 2 * sizes + 3)
-    parts, first = list[Batches](), 0
-    while first < len(at):
-        last = first + 1
-        if plain[first]:
-            others = np.flatnonzero(~plain[first:])
-            last = first + int(others[0]) if others.size else len(at)
-            parts.append(_plain(cells, at[first:last], heads[first:last], offset_ns))
+    shapes = heads[:, [_BYTES, _SAMPLES, _KIND]]
+    alike = (shapes[1:] == shapes[:-1]).all(axis=1) & (shapes[1:, 2] <= STREAM)
+    if alike.size - np.count_nonzero(alike) > _CHANGES_MAX:
+        alike |= plain[1:] & plain[:-1]
+    parts = []
+    for first, last in itertools.pairwise([0, *(np.flatnonzero(~alike) + 1).tolist(), len(at)]):
+        size, its = int(sizes[first]), slice(first, last)
+        if plain[first] and (sizes[its] != size).any():
+            parts.append(_of_any_sizes(cells, at[its], heads[its], offset_ns))
         else:
-            shape = heads[first, [_BYTES, _SAMPLES, _KIND]]
-            while (
-                last < len(at)
-                and shape[2] in (RAW, STREAM)
-                and (heads[last, [_BYTES, _SAMPLES, _KIND]] == shape).all()
-            ):
-                last += 1
-            width = int(shape[0]) // 8
+            width = int(heads[first, _BYTES]) // 8
             rows = cells[at[first] : at[first] + width * (last - first)]
-            parts.append(_decoded(rows.reshape(last - first, width), offset_ns))
-        first = last
+            parts.append(_of_one_shape(rows.reshape(last - first, width), offset_ns))
     return joined(parts)
 
 
@@ -204,8 +199,8 @@ def _fixed(heads: Ints, offset_ns: int) -> Ints:
     return fixed
 
 
-def _plain(cells: Ints, at: Ints, heads: Ints, offset_ns: int) -> Batches:
-    """Records of any sizes, with a stamp for each sample."""
+def _of_any_sizes(cells: Ints, at: Ints, heads: Ints, offset_ns: int) -> Batches:
+    """Records with a stamp for each sample: this takes more a sample, and nothing for a change."""
     fixed, sizes = _fixed(heads, offset_ns), heads[:, _SAMPLES]
     if (sizes < 0).any():
         raise ValueError("a record of no size")
@@ -220,7 +215,7 @@ def _plain(cells: Ints, at: Ints, heads: Ints, offset_ns: int) -> Batches:
     return Batches(fixed, sizes, cells[where], rounded(fetches), None)
 
 
-def _decoded(rows: Ints, offset_ns: int) -> Batches:
+def _of_one_shape(rows: Ints, offset_ns: int) -> Batches:
     """Records of one shape."""
     kind, size = int(rows[0, _KIND]), int(rows[0, _SAMPLES])
     body, texts = rows[:, _HEAD_CELLS:-1], None
@@ -259,7 +254,9 @@ def _decoded(rows: Ints, offset_ns: int) -> Batches:
 def rounded(times_ns: Ints) -> npt.NDArray[np.float32]:
     """Times in 4 bytes, to a part in 500: that compresses to a half, and has no bound."""
     bits = times_ns.astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << 14)) & np.uint32(0xFFFF8000)).view(np.float32)
+    bits += np.uint32(1 << 14)
+    bits &= np.uint32(0xFFFF8000)
+    return bits.view(np.float32)
 
 
 def by_epoch(batches: Batches) -> Iterator[tuple[int, Batches]]:
@@ -348,15 +345,18 @@ def schema() -> Any:
     )
 
 
+@functools.cache
+def _kinds() -> list[Any]:
+    """Of the columns of :attr:`Batches.fixed`, as NumPy names them."""
+    return [schema().field(k).type.to_pandas_dtype() for k in range(len(FIXED))]
+
+
 def record_batch(batches: Batches) -> Any:
     """Batches as a ``pyarrow.RecordBatch``."""
     import pyarrow as pa
 
-    columns = schema()
-    arrays = [
-        pa.array(batches.fixed[:, k].astype(columns.field(k).type.to_pandas_dtype()))
-        for k in range(len(FIXED))
-    ]
+    columns, kinds = schema(), _kinds()
+    arrays = [pa.array(batches.fixed[:, k].astype(kind)) for k, kind in enumerate(kinds)]
     offsets = np.zeros(len(batches.sizes) + 1, dtype=np.int32)
     np.cumsum(batches.sizes, out=offsets[1:])
     for k, values in ((len(FIXED), batches.indices), (len(FIXED) + 1, batches.fetch_ns)):

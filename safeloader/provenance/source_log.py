@@ -1,23 +1,113 @@
-"""Where every sample comes from, for ``run_sources=True``: ``sources.parquet``. Runs in: main.
+"""Where samples come from, as their dataset tells. Runs in: main.
 
-It is written once a run, by rank 0: an Arrow stream that grows in small slices of time while the
-first epochs run, a twentieth of it at most, and becomes Parquet when all samples are in it.
+``sources.jsonl`` has those that somebody may ask for: failed, skipped or replaced, and the slowest.
+``sources.parquet`` has all, for ``run_sources=True``, and is written once a run, by rank 0: an
+Arrow stream that grows in small slices of time while the first epochs run, a twentieth of it at
+most, and becomes Parquet when all samples are in it.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
+from safeloader.introspect.texts import index_text
 from safeloader.provenance.open_folder import OpenFolder
-from safeloader.provenance.run_format import to_parquet_file
+from safeloader.provenance.run_format import Batches, to_parquet_file
+
+SourceOf = Callable[[Any], str]
 
 STREAM, WHOLE = "sources.arrows", "sources.parquet"
 _SHARE = 0.05
 _SLICE_NS = 500_000_000  # at most at once
 _PIECE = 10_000
+
+SOME = "sources.jsonl"
+_AT_ONCE_NS = 50_000_000  # at most, for samples that failed or were left out
+_MOST = 5_000  # lines
+_SLOWEST = 100  # at once
+_OF_TIME, _WORTH_NS = 0.002, 1_000_000  # of what passed since the last time, for these
+
+
+def plain(index: Any) -> Any:
+    """An index as JSON has it: an int, or a text."""
+    return index if type(index) is int else index_text(index)
+
+
+class SomeSources:
+    """Those of one loader that somebody may ask for.
+
+    Args:
+        folder: where they are written.
+
+    Attributes:
+        source_of: says where a sample comes from; None while no epoch runs, since it leads to the
+            epoch's accounts.
+    """
+
+    source_of: SourceOf | None = None
+
+    def __init__(self, folder: OpenFolder) -> None:
+        self._folder = folder
+        self._known: set[Any] = set()
+        self._times = np.empty(0, np.float32)  # of the slowest whose turn has not come
+        self._indices = np.empty(0, np.int64)
+        self._least = -1.0  # of a hundred of them
+        self._since_ns = 0
+
+    def note(self, indices: Sequence[Any], within_ns: int = _AT_ONCE_NS) -> None:
+        """Write the sources of these, those for which there is time.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        source_of = self.source_of
+        if source_of is None or len(self._known) > _MOST:
+            return
+        give_up, lines = time.perf_counter_ns() + within_ns, []
+        for each in indices:
+            if each is None or (index := plain(each)) in self._known:
+                continue
+            self._known.add(index)
+            if source := source_of(each):
+                lines.append(json.dumps({"index": index, "source": source}) + "\n")
+            if time.perf_counter_ns() > give_up:
+                break
+        if lines:
+            self._folder.append(SOME, "".join(lines).encode())
+
+    def note_slowest(self, batches: Batches) -> None:
+        """Write the sources of the slowest samples, as far as there is time.
+
+        Args:
+            batches: what was flushed now.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        if self.source_of is None or not len(batches.sizes):
+            return
+        slow = np.flatnonzero(batches.fetch_ns > self._least)
+        times = np.concatenate([self._times, batches.fetch_ns[slow]])
+        indices = np.concatenate([self._indices, batches.indices[slow]])
+        if len(times) > _SLOWEST:
+            most = np.argpartition(times, -_SLOWEST)[-_SLOWEST:]
+            times, indices = times[most], indices[most]
+            self._least = float(times.min())
+        now_ns = time.perf_counter_ns()
+        within = int((now_ns - self._since_ns) * _OF_TIME)
+        if self._since_ns and within < _WORTH_NS:
+            self._times, self._indices = times, indices
+            return
+        self._since_ns, self._least = now_ns, -1.0
+        self._times, self._indices = times[:0], indices[:0]
+        slowest = indices[np.argsort(-times)]
+        self.note(slowest[slowest >= 0].tolist(), min(within, _AT_ONCE_NS))  # -1: it is no int
 
 
 @functools.cache
@@ -46,7 +136,7 @@ class SourceLog:
         """Whether all are written."""
         return self._next >= self._length
 
-    def go_on(self, source_of: Callable[[Any], str]) -> None:
+    def go_on(self, source_of: SourceOf) -> None:
         """Write those for which there is time by now.
 
         Raises:
@@ -58,7 +148,7 @@ class SourceLog:
             self._piece(source_of, give_up)
         self._since_ns = time.perf_counter_ns()
 
-    def _piece(self, source_of: Callable[[Any], str], give_up: int) -> None:
+    def _piece(self, source_of: SourceOf, give_up: int) -> None:
         import pyarrow as pa
 
         first, found = self._next, list[str]()
