@@ -45,8 +45,13 @@ from safeloader.provenance.batch_log import BatchLog
 from safeloader.provenance.events import DUMPS_MAX, Incidents
 from safeloader.provenance.open_folder import OpenFolder, not_a_standard_one
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Recorder
-from safeloader.provenance.run_format import SEGMENT_BYTES, Batches, why_no_arrow
-from safeloader.provenance.source_log import WHOLE, SomeSources, SourceLog, SourceOf, plain
+from safeloader.provenance.run_format import (
+    ALL_SOURCES,
+    SEGMENT_BYTES,
+    Batches,
+    why_no_arrow,
+)
+from safeloader.provenance.source_log import SomeSources, SourceLog, SourceOf, plain
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
@@ -249,7 +254,7 @@ class LoaderFolder:
         """Whether no attempt before has them: all ranks read the same dataset, and rank 0 tells."""
         if self.rank or self.batches is None:
             return False
-        for path in self.attempt.run.glob(f"attempt=*/rank=0/*/{WHOLE}"):
+        for path in self.attempt.run.glob(f"attempt=*/rank=0/*/{ALL_SOURCES}"):
             with contextlib.suppress(OSError, ValueError):
                 known = json.loads((path.parent / "loader.json").read_text("utf-8"))
                 if isinstance(known, dict) and known.get("name") == self.log.loader_name:

@@ -37,6 +37,7 @@ INSTALL = "pip install 'safeloader[run]'"
 MAGIC = 0x31676F6C66617301  # of this machine's byte order; its last byte is the layout's number
 TAIL_BYTES = 1 << 19
 SEGMENT_BYTES = 64 << 20
+SOME_SOURCES, SOURCES_STREAM, ALL_SOURCES = "sources.jsonl", "sources.arrows", "sources.parquet"
 
 # The head of the tail, cells of int64.
 MAGIC_AT, OFFSET_AT, BASE_AT, USED_AT, ERRNO_AT = (8 * k for k in range(5))

@@ -18,16 +18,20 @@ import numpy as np
 
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.open_folder import OpenFolder
-from safeloader.provenance.run_format import Batches, to_parquet_file
+from safeloader.provenance.run_format import (
+    ALL_SOURCES,
+    SOME_SOURCES,
+    SOURCES_STREAM,
+    Batches,
+    to_parquet_file,
+)
 
 SourceOf = Callable[[Any], str]
 
-STREAM, WHOLE = "sources.arrows", "sources.parquet"
 _SHARE = 0.05
 _SLICE_NS = 500_000_000  # at most at once
 _PIECE = 10_000
 
-SOME = "sources.jsonl"
 _AT_ONCE_NS = 50_000_000  # at most, for samples that failed or were left out
 _MOST = 5_000  # lines
 _SLOWEST = 100  # at once
@@ -79,7 +83,7 @@ class SomeSources:
             if time.perf_counter_ns() > give_up:
                 break
         if lines:
-            self._folder.append(SOME, "".join(lines).encode())
+            self._folder.append(SOME_SOURCES, "".join(lines).encode())
 
     def note_slowest(self, batches: Batches) -> None:
         """Write the sources of the slowest samples, as far as there is time.
@@ -161,6 +165,6 @@ class SourceLog:
         arrays = [indices, pa.array(found, pa.string())]
         piece = pa.RecordBatch.from_arrays(arrays, schema=source_schema()).serialize()
         head = [] if first else [memoryview(source_schema().serialize())]
-        self._folder.append(STREAM, *head, memoryview(piece))
+        self._folder.append(SOURCES_STREAM, *head, memoryview(piece))
         if self.is_whole:
-            to_parquet_file(self._folder.path, STREAM, WHOLE, compression="zstd")
+            to_parquet_file(self._folder.path, SOURCES_STREAM, ALL_SOURCES, compression="zstd")

@@ -21,6 +21,9 @@ import numpy.typing as npt
 from safeloader.introspect.identity import has_ended
 from safeloader.provenance import run_format
 from safeloader.provenance.run_format import (
+    ALL_SOURCES,
+    SOME_SOURCES,
+    SOURCES_STREAM,
     Batches,
     lines_of,
     read_stream,
@@ -313,18 +316,16 @@ class LoaderRecords:
         """Indices, and where their samples come from; of all with ``run_sources=True``."""
         import pyarrow.parquet as pq
 
-        from safeloader.provenance.source_log import STREAM, WHOLE
-
         pieces: list[Any] = []
-        if (self.path / WHOLE).exists():
-            pieces = pq.read_table(self.path / WHOLE).to_batches()
-        elif (self.path / STREAM).exists():
+        if (self.path / ALL_SOURCES).exists():
+            pieces = pq.read_table(self.path / ALL_SOURCES).to_batches()
+        elif (self.path / SOURCES_STREAM).exists():
             with contextlib.suppress(FileNotFoundError):
-                pieces = read_stream(self.path / STREAM).batches
+                pieces = read_stream(self.path / SOURCES_STREAM).batches
         for piece in pieces:
             both = zip(piece["index"].to_pylist(), piece["source"].to_pylist(), strict=True)
             yield from ((index, source) for index, source in both if source)
-        for found in self.lines("sources.jsonl"):
+        for found in self.lines(SOME_SOURCES):
             if "index" in found and "source" in found:
                 yield found["index"], str(found["source"])
 
@@ -334,15 +335,13 @@ class LoaderRecords:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        from safeloader.provenance.source_log import WHOLE
-
         found: dict[Any, str] = {}
         ints = [each for each in wanted if type(each) is int]
-        if ints and (self.path / WHOLE).exists():
+        if ints and (self.path / ALL_SOURCES).exists():
             where = pc.field("index").isin(pa.array(ints, pa.int64()))
-            table = pq.read_table(self.path / WHOLE, filters=where).to_pydict()
+            table = pq.read_table(self.path / ALL_SOURCES, filters=where).to_pydict()
             found |= dict(zip(table["index"], table["source"], strict=True))
-            lines = self.lines("sources.jsonl")
+            lines = self.lines(SOME_SOURCES)
             its = [(line.get("index"), str(line.get("source", ""))) for line in lines]
         else:
             its = list(self.sources())

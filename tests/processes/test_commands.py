@@ -144,8 +144,9 @@ except SystemExit:
 print(sorted({"typer", "rich", "pyarrow", "torch"} & set(sys.modules)))
 """
     assert shell("-c", program, "run", "--help").stdout.splitlines()[-1] == "[]"
-    done = shell("-c", program, "step", str(tmp_path), "1")
-    assert done.stdout.splitlines()[-1] == "['pyarrow', 'rich', 'typer']"
+    for command in (("step", "1"), ("index", "3"), ("audit",), ("show",)):
+        done = shell("-c", program, command[0], str(tmp_path), *command[1:])
+        assert done.stdout.splitlines()[-1] == "['pyarrow', 'rich', 'typer']"
 
 
 def test_a_run_that_is_resumed_elsewhere_in_the_program_is_found(
