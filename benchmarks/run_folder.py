@@ -46,7 +46,7 @@ RANKS, RANK_SAMPLES, QUICK_RANK_SAMPLES = 8, 3_200_000, 64_000
 BAR_US, BAR_STREAM, BAR_CLOSED = 5.0, 14.0, 8.0
 BAR_STEP_S, BAR_INDEX_S = 1.0, 2.0
 BAR_RATIO, BAR_RATIO_TRIVIAL = 0.97, 0.90
-"""Of the speed without a run's folder: where samples are worked for, and where they cost nothing."""
+"""Of the speed without a folder: where samples are worked for, and where they cost nothing."""
 LOADER_REPEATS, QUICK_LOADER_REPEATS, QUICK_BATCHES = 20, 6, 8
 
 
