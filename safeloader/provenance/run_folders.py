@@ -53,7 +53,7 @@ class _Process:
         self.attempts: dict[Path, Attempt | None] = {}
         self.folders: list[LoaderFolder] = []
         self.free: dict[Any, list[LoaderFolder]] = {}
-        self.max_bytes: int | None = None
+        self._bounds: dict[LoaderFolder, int] = {}
         self._told_of_many = False
         self._given_up: set[Path] = set()
         self._ends = False
@@ -66,11 +66,11 @@ class _Process:
             attempt = self._attempt(target, log)
             if attempt is None:
                 return None
-            self.max_bytes = max_bytes
             rank = place().rank or 0
             held: LoaderFolder | None = recorder.run
             its = held in self.folders and (held.attempt, held.rank) == (attempt, rank)
             if held is not None and its:
+                self._is_bounded(held, max_bytes)
                 return held
             key = (attempt, rank, log.loader_name, line := calling_line())
             if waiting := self.free.get(key):
@@ -92,7 +92,19 @@ class _Process:
                 self.folders.append(folder)
                 self._close_at_end()
             weakref.finalize(recorder, self._let_go, key, folder).atexit = False
+            self._is_bounded(folder, max_bytes)
             return folder
+
+    def _is_bounded(self, folder: LoaderFolder, max_bytes: int | None) -> None:
+        """Take what the loader says now that writes into a folder."""
+        self._bounds.pop(folder, None)
+        if max_bytes is not None:
+            self._bounds[folder] = max_bytes
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The bound of the process: the smallest that a loader gave; None where none has one."""
+        return min(self._bounds.values(), default=None)
 
     def _let_go(self, key: Any, folder: LoaderFolder) -> None:
         self.free.setdefault(key, []).append(folder)
@@ -128,13 +140,14 @@ class _Process:
         Raises:
             OSError: if one cannot be removed.
         """
-        if self.max_bytes is None:
-            return
         with self.lock:
+            bound = self.max_bytes
+            if bound is None:
+                return
             logs = [each.batches for each in self.folders if each.batches is not None]
             held = sum(each.current_bytes for each in logs)
             held += sum(segment.nbytes for each in logs for segment in each.segments)
-            while held > self.max_bytes:
+            while held > bound:
                 closed = [
                     (folder.batches.segments[0].closed_ns, k)
                     for k, folder in enumerate(self.folders)
@@ -158,16 +171,16 @@ class _Process:
     def close(self) -> None:
         """The process ends: what is open is booked, and the batches become Parquet."""
         give_up = time.monotonic() + _CONVERT_S
-        with self.lock:
-            closed: list[tuple[LoaderFolder, list[int]]] = []
-            for folder in self.folders:
-                with guarded("the run's folder", lambda log=folder.log: log):  # type: ignore[misc]
-                    closed.append((folder, folder.close()))
-            for folder, numbers in closed:
-                with contextlib.suppress(OSError):  # whoever reads does it then
-                    convert(folder.path, numbers, lambda: time.monotonic() > give_up)
-            self.folders.clear()
+        with self.lock:  # no longer: a thread that flushes has the lock of its log, and wants this
+            folders, self.folders = self.folders, []
             self.free.clear()
+        closed: list[tuple[LoaderFolder, list[int]]] = []
+        for folder in folders:
+            with guarded("the run's folder", lambda log=folder.log: log):  # type: ignore[misc]
+                closed.append((folder, folder.close()))
+        for folder, numbers in closed:
+            with contextlib.suppress(OSError):  # whoever reads does it then
+                convert(folder.path, numbers, lambda: time.monotonic() > give_up)
 
 
 _process = _Process()

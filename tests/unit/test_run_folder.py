@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -517,6 +518,50 @@ def test_of_what_is_too_much_the_oldest_goes(tmp_path: Path) -> None:
     assert 0 < kept < 1 << 20
     assert run.step(0) == []
     assert run.notes == []
+
+
+def test_a_loader_without_a_bound_lifts_no_other_ones(tmp_path: Path) -> None:
+    bounded = loader_of(Named(), tmp_path, run_max_bytes=1 << 21)
+    list(bounded)
+    list(loader_of(Named(), tmp_path))
+    assert run_folders._process.max_bytes == 1 << 21
+    less = loader_of(Named(), tmp_path, run_max_bytes=1 << 20)
+    list(less)
+    assert run_folders._process.max_bytes == 1 << 20
+    less.run_max_bytes = None
+    list(less)
+    assert run_folders._process.max_bytes == 1 << 21
+
+
+def test_the_end_waits_for_a_thread_that_flushes_and_that_not_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = loader_of(Named(), tmp_path, run_max_bytes=1 << 20)
+    list(loader)
+    process = run_folders._process
+    (folder,) = process.folders
+    flushes, closes = threading.Event(), threading.Event()
+
+    def flush() -> None:
+        with folder.batches.lock:  # type: ignore[union-attr]
+            flushes.set()
+            closes.wait(30)
+            process.bound()
+
+    @contextlib.contextmanager
+    def guarded(*about: Any) -> Iterator[None]:
+        closes.set()
+        yield
+
+    monkeypatch.setattr(run_folders, "guarded", guarded)
+    threads = [threading.Thread(target=each, daemon=True) for each in (flush, run_folders._close)]
+    threads[0].start()
+    assert flushes.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert RunFolder(tmp_path).loaders[0].state == "ended"
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────
