@@ -8,6 +8,7 @@ sets text and no HTML, and by hand in what Plotly shows.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import shlex
@@ -93,7 +94,8 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     epochs = run.epochs()
     waiting = waiting_of(run)
     datasets = datasets_of(run, waiting, epochs)
-    failures, incidents = run.failures(), run.incidents()
+    failures = sorted(run.failures(), key=lambda each: _seconds(each.get("time")))
+    incidents = run.incidents()
     right = _right(run, epochs, waiting, failures, incidents)
     workers = run.workers()
     states = Counter(each.state for each in run.loaders)
@@ -410,11 +412,28 @@ def _joined(command: Any) -> str:
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
 
 
-def moment(seconds: Any) -> str:
-    """A time since 1970, as the clock of this machine shows it."""
-    if not isinstance(seconds, int | float) or not 0 < seconds < 1e11:
+def moment(told: Any) -> str:
+    """When something was, as the clock of this machine shows it.
+
+    Args:
+        told: seconds since 1970, or the text that ``run.json`` and failures have, with its zone.
+
+    Example:
+        >>> moment(0), moment("soon"), len(moment("2026-11-28T00:45:54+0000"))
+        ('', '', 19)
+    """
+    seconds = _seconds(told)
+    if not 0 < seconds < 1e11:
         return ""
     return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _seconds(told: Any) -> float:
+    """The same in seconds since 1970; 0 where nothing tells."""
+    if isinstance(told, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            return datetime.datetime.strptime(told, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return float(told) if isinstance(told, int | float) else 0.0
 
 
 def duration(ns: float) -> str:

@@ -26,6 +26,7 @@ from safeloader.provenance.run_folder import LoaderFolder
 from safeloader.report import fetch_times as fetching
 from safeloader.report.bottleneck import bottleneck_of
 from safeloader.report.fetch_times import FetchTimes, fetch_times
+from safeloader.report.page import moment, page_of
 from safeloader.report.run import RunFolder
 from safeloader.report.waiting import waiting_of
 
@@ -258,6 +259,23 @@ def test_indices_of_any_kind_and_lines_that_lack_something_are_shown(tmp_path: P
     assert all(f"reason {k}" in whole and f"failed {k}" in whole for k in range(len(odd)))
     assert "[3, 17]" in whole
     assert "torn.json cannot be read" in whole
+
+
+@needs_page
+def test_it_says_when_the_run_began_and_when_what_failed(tmp_path: Path) -> None:
+    earlier, later = "2026-03-01T12:00:00+0100", "2026-03-01T11:30:00+0000"
+    for rank, time in ((0, later), (1, earlier)):
+        run = run_of(tmp_path / "run", steady(4, 1), rank=rank)
+        folder = run.loaders[-1].path / "failures"
+        folder.mkdir()
+        failure = {"exception_type": "KeyError", "message": f"failed on {rank}", "index": 3}
+        (folder / "failure-0.json").write_text(json.dumps({"failure": failure, "time": time}))
+    whole = page_of(RunFolder(tmp_path / "run"))
+    shown = [moment(each) for each in (run.info["started"], later, earlier)]
+    assert all(len(each) == 19 and each in whole for each in shown)
+    assert f"began {shown[0]}" in whole
+    newest, oldest = (whole.index(f"failed on {rank}") for rank in (0, 1))
+    assert newest < oldest
 
 
 @needs_page
