@@ -122,18 +122,23 @@ class LoaderRecords:
         written for a minute.
         """
         errno = self._cut_off_by()
-        if errno is None and self.info.get("batches", True):
+        if errno is None and self.info.get("batches", True) and self._has_begun:
             return "ended"
         if errno:
             why = os.strerror(errno) if errno > 0 else "an error without a number"
             self._note(f"{self.path} could not be written further: {why}")
             return "cut off"
         ended = has_ended(self.info.get("process") or {})
-        if ended is not None and errno is None:  # no batches are written: it cannot be told
+        if ended is not None and errno is None:  # no batches are written, or none yet
             return "ended" if ended else "running"
         if ended is not None:
             return "killed" if ended else "running"
         return "running" if time.time() - self.last_sign < _ALIVE_S else "silent"
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether an epoch was begun: what has no tail before that is only being made."""
+        return (self.path / "epochs.jsonl").exists()
 
     def _cut_off_by(self) -> int | None:
         """The error that ended the writing, 0 for none; None where there is no tail any more."""
@@ -150,6 +155,7 @@ class LoaderRecords:
         """When something was last written here, in seconds since 1970."""
         newest = 0.0
         with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            newest = self.path.stat().st_mtime
             for each in entries:
                 with contextlib.suppress(OSError):
                     newest = max(newest, each.stat().st_mtime)

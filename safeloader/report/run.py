@@ -108,7 +108,7 @@ class RunFolder:
 
     def refresh(self) -> None:
         """Look for attempts, ranks and loaders that came since."""
-        known = {each.path: each for each in self.loaders}
+        known = {each.path: each for each in self.loaders if each.info}  # else it was not written
         found: list[LoaderRecords] = []
         self.attempts = [number for number, _ in _numbered(self.path, "attempt")]
         for attempt, folder in _numbered(self.path, "attempt"):

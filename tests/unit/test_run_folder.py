@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from safeloader import Recorder, SafeDataLoader
-from safeloader.provenance import run_folders, run_format
+from safeloader.provenance import batch_log, run_folders, run_format
+from safeloader.provenance.open_folder import OpenFolder
 from safeloader.provenance.run_folder import LoaderFolder
 from safeloader.report.run import NotARunFolder, RunFolder
 
@@ -274,6 +275,39 @@ def test_what_an_epoch_handed_over_so_far_is_summed_up(tmp_path: Path) -> None:
     assert first.began_ns < first.began_ns + first.wait_ns <= first.ended_ns < second.began_ns
     assert its.recent(3)["batch"].to_pylist() == [4, 0, 1]
     assert its.recent(1, ["epoch"]).to_pylist() == [{"epoch": 1}]
+
+
+def test_a_folder_that_is_only_being_made_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, dict[str, Any]]] = []
+    append, tail_in = OpenFolder.append, batch_log._tail_in
+    runs: list[RunFolder] = []
+
+    def look() -> None:
+        runs[:] = runs or [RunFolder(tmp_path)]
+        runs[0].refresh()
+        (loader,) = runs[0].loaders
+        seen.append((loader.state, loader.info))
+
+    def looked_at_before(self: OpenFolder, name: str, *pieces: Any) -> int:
+        if name in ("loader.json", "epochs.jsonl"):
+            look()
+        return append(self, name, *pieces)
+
+    def tail(*about: Any) -> Any:
+        look()
+        return tail_in(*about)
+
+    monkeypatch.setattr(OpenFolder, "append", looked_at_before)
+    monkeypatch.setattr(batch_log, "_tail_in", tail)
+    iterator = iter(loader_of(Named(), tmp_path))
+    assert [state for state, _ in seen] == ["running"] * 3
+    assert [bool(info) for _, info in seen] == [False, True, True]
+    list(iterator)
+    assert runs[0].loaders[0].state == "running"
+    run_folders._close()
+    assert runs[0].loaders[0].state == "ended"
 
 
 def test_before_the_first_batch_there_is_nothing_to_sum_up(tmp_path: Path) -> None:
