@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from safeloader.report.bottleneck import Bottleneck, bottleneck_of
 from safeloader.report.fetch_times import FetchTimes, SlowSample, fetch_times
-from safeloader.report.records import RunEpoch
+from safeloader.report.folder import LoaderRecords
+from safeloader.report.records import epochs_of
 from safeloader.report.run import RunFolder
 from safeloader.report.waiting import LoaderWaiting, Waiting
 
@@ -35,18 +37,24 @@ class Dataset:
     stream: bool
 
 
-def datasets_of(run: RunFolder, waiting: Waiting, epochs: list[RunEpoch]) -> list[Dataset]:
+def is_stream(loaders: Iterable[LoaderRecords]) -> bool:
+    """Whether the indices of loaders of one name are ordinals, each worker's its own."""
+    its = list(loaders)
+    audits = [each.audit for loader in its for each in epochs_of(loader) if each.audit]
+    if audits:
+        return any(audit.get("stream") for audit in audits)
+    return all(each.info.get("length") is None for each in its)
+
+
+def datasets_of(run: RunFolder, waiting: Waiting) -> list[Dataset]:
     """The datasets of a run, first the one whose steps took longest."""
-    streams = {
-        each.loader.name for each in epochs if each.audit is not None and each.audit.get("stream")
-    }
     by_name: dict[str, list[LoaderWaiting]] = {}
     for each in waiting.loaders:
         by_name.setdefault(each.records.name, []).append(each)
     found = []
     for name, loaders in by_name.items():
         records = [each.records for each in loaders]
-        samples, stream = sum(each.samples for each in loaders), name in streams
+        samples, stream = sum(each.samples for each in loaders), is_stream(records)
         times = fetch_times(records, samples, SLOWEST, stream=stream)
         wanted = {each.index for each in times.slowest}
         sources: dict[Any, str] = {}

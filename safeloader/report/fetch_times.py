@@ -170,8 +170,7 @@ def _slowest(told: FetchTimes, keys: Ints, times: Times, most: int) -> None:
     """Take in what these add to the slowest; each key is among them with all its times."""
     if not keys.size:
         return
-    order = np.lexsort((times, keys))
-    keys, times = keys[order], times[order]
+    keys, times = _in_order(keys, times)
     firsts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
     sizes = np.diff(np.concatenate([firsts, [len(keys)]]))
     medians = (times[firsts + (sizes - 1) // 2] + times[firsts + sizes // 2]) / 2
@@ -187,6 +186,18 @@ def _slowest(told: FetchTimes, keys: Ints, times: Times, most: int) -> None:
         )
     told.slowest.sort(key=lambda each: -each.median_ns)
     del told.slowest[most:]
+
+
+def _in_order(keys: Ints, times: Times) -> tuple[Ints, Times]:
+    """Both by the keys, and those of one key by the times."""
+    if keys.min() >= 0 and keys.max() < 1 << 31 and times.min() >= 0:
+        # As a rule: in one number each, which sorts several times as fast.
+        both = keys << 32
+        both |= times.view(np.uint32)  # whose bits are in the order of what they stand for
+        both.sort()
+        return both >> 32, (both & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+    order = np.lexsort((times, keys))
+    return keys[order], times[order]
 
 
 def _count_slow(told: FetchTimes, times: Times, firsts: Ints, sizes: Ints) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from safeloader.report.datasets import is_stream, sample_name
+from safeloader.report.fetch_times import fetch_times
 from safeloader.report.folder import LoaderRecords
-
-Ints = npt.NDArray[np.int64]
 
 _PAUSE_NS = 60_000_000_000  # a gap between batches that is no part of the training
 
@@ -102,7 +101,7 @@ class SlowSample:
 
     Attributes:
         loader: its name and line.
-        index: of the dataset.
+        index: of the dataset; of a stream the ordinal, and whose, as a text.
         median_ns: of its fetches, over epochs and ranks.
         fetches: how many there were.
         source: where it comes from, as far as that was kept.
@@ -120,76 +119,29 @@ class SlowSample:
 
 
 def slowest(loaders: Iterable[LoaderRecords], most: int = 10) -> list[SlowSample]:
-    """The samples that are slowest by the median of their fetches, slowest first.
-
-    Of all samples only those are looked at that were among the slowest of a piece of several
-    thousand batches, and then all fetches of these.
-    """
+    """The samples that are slowest by the median of all their fetches, slowest first."""
     by_name: dict[str, list[LoaderRecords]] = {}
     for each in loaders:
         by_name.setdefault(each.name, []).append(each)
     found: list[SlowSample] = []
     for name, its in by_name.items():
-        wanted = _candidates(its, 20 * most)
-        times = _fetches_of(its, wanted)
-        slow = sorted(
-            ((float(np.median(all_)), index, len(all_)) for index, all_ in times.items()),
-            reverse=True,
-        )[:most]
+        samples = sum(epoch.samples for each in its for epoch in each.totals().values())
+        stream = is_stream(its)
+        slow = fetch_times(its, samples, most, stream=stream).slowest
         sources: dict[Any, str] = {}
-        for loader in its:
-            sources |= loader.sources_of({index for _, index, _ in slow})
+        for loader in its if not stream else ():
+            sources |= loader.sources_of({each.index for each in slow})
         found += [
-            SlowSample(name, index, median, count, sources.get(index, ""))
-            for median, index, count in slow
+            SlowSample(
+                name,
+                each.index if each.worker is None else sample_name(each),
+                each.median_ns,
+                each.times,
+                sources.get(each.index, ""),
+            )
+            for each in slow
         ]
     return sorted(found, key=lambda each: -each.median_ns)[:most]
-
-
-def _flat(table: Any) -> tuple[Ints, npt.NDArray[np.float32]]:
-    """Indices and times; of batches whose indices are no ints none."""
-    import pyarrow.compute as pc
-
-    table = table.filter(pc.is_null(table["index_text"]))
-    indices = [np.empty(0, np.int64)]
-    times = [np.empty(0, np.float32)]
-    for batch in table.to_batches():
-        indices.append(batch.column("indices").flatten().to_numpy())
-        times.append(batch.column("fetch_ns").flatten().to_numpy())
-    return np.concatenate(indices), np.concatenate(times)
-
-
-_FETCHES = ["indices", "fetch_ns", "index_text"]
-
-
-def _candidates(loaders: Iterable[LoaderRecords], most: int) -> Ints:
-    best = np.empty(0, np.int64)
-    best_times = np.empty(0, np.float32)
-    for loader in loaders:
-        for table in loader.pieces(_FETCHES):
-            indices, times = _flat(table)
-            if len(times) > most:
-                top = np.argpartition(times, -most)[-most:]
-                indices, times = indices[top], times[top]
-            best, best_times = np.concatenate([best, indices]), np.concatenate([best_times, times])
-            if len(best) > 8 * most:
-                top = np.argpartition(best_times, -4 * most)[-4 * most :]
-                best, best_times = best[top], best_times[top]
-    return np.unique(best)
-
-
-def _fetches_of(loaders: Iterable[LoaderRecords], wanted: Ints) -> dict[int, list[float]]:
-    found: dict[int, list[float]] = {}
-    if not wanted.size:
-        return found
-    for loader in loaders:
-        for table in loader.pieces(_FETCHES):
-            indices, times = _flat(table)
-            at = np.searchsorted(wanted, indices)
-            its = wanted[np.minimum(at, len(wanted) - 1)] == indices
-            for index, took in zip(indices[its].tolist(), times[its].tolist(), strict=True):
-                found.setdefault(index, []).append(took)
-    return found
 
 
 def memory_of(loader: LoaderRecords) -> dict[str, int | None]:

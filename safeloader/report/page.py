@@ -93,7 +93,7 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template shows, and what the script is given."""
     epochs = run.epochs()
     waiting = waiting_of(run)
-    datasets = datasets_of(run, waiting, epochs)
+    datasets = datasets_of(run, waiting)
     failures = sorted(run.failures(), key=lambda each: _seconds(each.get("time")))
     incidents = run.incidents()
     right = _right(run, epochs, waiting, failures, incidents)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import IterableDataset, get_worker_info
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -183,6 +185,27 @@ def test_the_slowest_are_by_the_median_of_all_fetches(tmp_path: Path) -> None:
     assert found[0].median_ns == pytest.approx(expected, rel=0.01)
     assert [each.fetches for each in found] == [3] * 5
     assert found[0].source == f"dataset.files[{found[0].index}] = '{found[0].index}.png'"
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        assert info is not None
+        for k in range(8):
+            if (info.id, k) == (1, 5):
+                time.sleep(0.05)
+            yield k
+
+
+def test_the_slowest_of_a_stream_are_of_a_worker_each(tmp_path: Path) -> None:
+    loader = loader_of(Stream(), tmp_path, 4, num_workers=2)
+    for number, _ in enumerate(loader):
+        if number == 3:
+            break  # before it is known by an audit
+    found = slowest(RunFolder(tmp_path).loaders, 20)
+    assert found[0].index == "5 of worker 1, rank 0"
+    assert {each.fetches for each in found} == {1}
+    assert len(found) == 16
 
 
 # ── step, index ──────────────────────────────────────────────────────────────────────────────────
