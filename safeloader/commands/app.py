@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from safeloader.commands import (
     replay,
     show,
     step,
+    terminal,
     trace,
     watch,
 )
@@ -74,13 +74,13 @@ def main(words: list[str], name: str) -> int:
     whole = " ".join([name, *words[:1]])
     try:
         told = _app(" " not in name)(words, prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            terminal.seen_enough()
         return told if isinstance(told, int) else FINE
     except BadInput as exc:
         return _refused(f"{whole}: {exc}")
-    except BrokenPipeError:  # `| head` has seen enough, of what was flushed last
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
     except OSError as exc:
         return _refused(f"{whole}: {exc}")
     except KeyboardInterrupt:

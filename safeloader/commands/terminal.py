@@ -82,13 +82,24 @@ def check_attempt(run: RunFolder, attempt: int | None) -> None:
 def console() -> Console:
     """Where answers are printed."""
     if sys.stdout.isatty():
-        return Console(highlight=False, soft_wrap=False)
-    return Console(highlight=False, width=_WIDE, no_color=True)
+        out = Console(highlight=False, soft_wrap=False)
+    else:
+        out = Console(highlight=False, width=_WIDE, no_color=True)
+    out.on_broken_pipe = seen_enough  # its own ends the program with status 1
+    return out
+
+
+def seen_enough() -> None:
+    """Whoever reads (``| head``) has gone. The command goes on: its exit status is an answer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Any) -> None:
     """Print what a program reads."""
-    print(json.dumps(value, indent=1, default=str))
+    try:
+        print(json.dumps(value, indent=1, default=str))
+    except BrokenPipeError:
+        seen_enough()
 
 
 def answer(out: Console, ok: bool | None, said: str) -> None:

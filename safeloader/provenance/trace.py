@@ -316,10 +316,7 @@ def trace_for(recorder: Recorder, target: bool | Path, log: LoaderLog) -> Trace 
         return known[2]
     made: Trace | None = None
     try:
-        book = weakref.ref(recorder)  # which has the trace: neither is to hold the other
-        made = FileTrace(
-            target, log.at, lambda: None if (r := book()) is None else r.worker_memory()
-        )
+        made = FileTrace(target, log.at, _memory_of(weakref.ref(recorder)))
     except Exception as exc:  # a full disk, or a fault of ours: training needs no trace
         log.warning("no trace is written: %s", str(exc))
     _traces[recorder] = (os.getpid(), target, made)

@@ -39,12 +39,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     new_process(monkeypatch)
 
 
-def shell(*words: str) -> subprocess.CompletedProcess[str]:
+def shell(*words: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *words],
         env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=PATIENCE_S,
     )
@@ -127,6 +128,20 @@ def test_as_a_shell_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(done.stdout)["ok"] is True
     done = shell("-m", "safeloader", "audit", str(tmp_path / "none"))
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_the_exit_status_is_the_answer_though_nobody_reads_to_the_end(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(loader_of(Numbers(), tmp_path))
+    new_process(monkeypatch)
+    for words, status in ((("audit", str(tmp_path)), 0), (("index", str(tmp_path), "99"), 1)):
+        nobody, end = os.pipe()
+        os.close(nobody)
+        done = shell("-m", "safeloader", *words, *more, stdout=end)
+        os.close(end)
+        assert (done.returncode, done.stderr) == (status, "")
 
 
 def test_the_launcher_and_the_reading_commands_import_no_more_than_they_need(
