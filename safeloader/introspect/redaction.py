@@ -10,6 +10,7 @@ scanners can find them, RFC 7519 (JWT), RFC 7468 (PEM), RFC 6750 and 7617 (heade
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
 REDACTED = "[redacted]"
@@ -174,6 +175,25 @@ def scrub(text: str) -> str:
         inside = _LITERAL.sub(lambda literal: _scrub_pairs(literal[0]), code)
         pieces[2 * k + 1] = _scrub_pairs(inside, code=True)
     return "".join(pieces)
+
+
+def scrub_words(words: Iterable[str]) -> list[str]:
+    """Hide the same in the words of a command line.
+
+    >>> scrub_words(["train.py", "--api-key", "abc", "--password=x y", "--lr", "3"])
+    ['train.py', '--api-key', '[redacted]', '--password=[redacted]', '--lr', '3']
+    """
+    shown: list[str] = []
+    for before, word in pairwise(["", *words]):
+        is_value = before.startswith("-") and "=" not in before
+        if is_value and scrub(f"{before} {word}").startswith(f"{before} {REDACTED}"):
+            shown.append(REDACTED)
+        else:
+            name, sep, _ = word.partition("=")
+            hidden = f"{name}={REDACTED}"
+            text = scrub(word)
+            shown.append(hidden if sep and text.startswith(hidden) else text)
+    return shown
 
 
 def _scrub_pairs(text: str, *, code: bool = False) -> str:

@@ -77,6 +77,15 @@ def test_a_new_folder_gets_a_run_and_its_first_attempt(tmp_path: Path) -> None:
     assert (attempt.path / "attempt.json").exists()
 
 
+def test_no_secret_of_the_command_line_is_written(tmp_path: Path) -> None:
+    words = ["python", "train.py", "--wandb-api-key", "hunter2", "--db=postgres://me:hunter2@host"]
+    open_run(tmp_path, [*words, "--password=hunter2 hunter2", "--epochs", "3"], 0)
+    written = (tmp_path / "run.json").read_text()
+    command = json.loads(written)["command"]
+    assert "hunter2" not in written
+    assert [len(command), *command[:3], *command[-2:]] == [8, *words[:3], "--epochs", "3"]
+
+
 def test_what_a_process_starts_belongs_to_its_attempt(tmp_path: Path) -> None:
     first = open_run(tmp_path, ["train.py"], 0)
     program = "import sys; from pathlib import Path; from safeloader.provenance.attempts import *; "
