@@ -33,8 +33,8 @@ _SLICE_NS = 500_000_000  # at most at once
 _PIECE = 10_000
 
 _AT_ONCE_NS = 50_000_000  # at most, for samples that failed or were left out
-_MOST = 5_000  # lines
-_SLOWEST = 100  # at once
+_MOST = 100_000  # lines
+_SLOWEST, _SLOWEST_MOST = 100, 5_000  # at once, and in all: they are others each time
 _OF_TIME, _WORTH_NS = 0.002, 1_000_000  # of what passed since the last time, for these
 
 
@@ -63,6 +63,7 @@ class SomeSources:
         self._indices = np.empty(0, np.int64)
         self._least = -1.0  # of a hundred of them
         self._since_ns = 0
+        self._slow = 0  # how many of the slowest were looked up
 
     def note(self, indices: Sequence[Any], within_ns: int = _AT_ONCE_NS) -> None:
         """Write the sources of these, those for which there is time.
@@ -94,7 +95,7 @@ class SomeSources:
         Raises:
             OSError: if they cannot be written.
         """
-        if self.source_of is None or not len(batches.sizes):
+        if self.source_of is None or not len(batches.sizes) or self._slow >= _SLOWEST_MOST:
             return
         slow = np.flatnonzero(batches.fetch_ns > self._least)
         times = np.concatenate([self._times, batches.fetch_ns[slow]])
@@ -111,6 +112,7 @@ class SomeSources:
         self._since_ns, self._least = now_ns, -1.0
         self._times, self._indices = times[:0], indices[:0]
         slowest = indices[np.argsort(-times)]
+        self._slow += len(slowest)
         self.note(slowest[slowest >= 0].tolist(), min(within, _AT_ONCE_NS))  # -1: it is no int
 
 

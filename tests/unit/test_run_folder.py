@@ -413,6 +413,19 @@ def test_the_slowest_samples_have_their_sources(tmp_path: Path) -> None:
     assert len(run.sources()) <= 100
 
 
+def test_however_many_were_slow_what_fails_later_has_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeloader.provenance.source_log._SLOWEST_MOST", 150)
+    monkeypatch.setattr("safeloader.provenance.source_log._WORTH_NS", 0)
+    monkeypatch.setattr("safeloader.provenance.source_log._OF_TIME", 10**6)
+    flushed_each_time(monkeypatch)
+    list(loader_of(Named(1000, bad=(990,)), tmp_path, 100, on_error="skip"))
+    run = RunFolder(tmp_path)
+    assert 100 < len(run.sources()) <= 201
+    assert run.sources([990]) == {990: "dataset.files[990] = '990.png'"}
+
+
 def test_with_run_sources_every_sample_has_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
