@@ -49,6 +49,7 @@ from safeloader.provenance.worker_log import FIRST_NS
 FLUSH_NS = 10_000_000_000  # what other machines see, and a power cut loses, is so much behind
 _PIECE_NS = 1_000_000_000
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_AGAIN = 4  # segments that went, which a reader may have brought back: removed once more
 _STAMPS_LEAST = 24  # bytes: of a batch that was fetched at once
 
 
@@ -99,6 +100,7 @@ class BatchLog:
         self._starts: list[int] = []  # of the records in the tail
         self._base = self._streamed = 0  # steps: of its first record, and behind the stream's last
         self.segments: list[Segment] = []
+        self._dropped: list[int] = []  # numbers of the newest that went
         self.current_bytes = 0
         self._number = 0
         self._began: tuple[int, int] = (0, 0)  # first step and epoch of the segment
@@ -257,8 +259,10 @@ class BatchLog:
             OSError: if it cannot be removed.
         """
         gone = self.segments.pop(0)
-        for suffix in ("arrows", "parquet"):  # whoever read it may have turned it into the other
-            self._folder.remove(segment_name(gone.number, suffix))
+        self._dropped = [*self._dropped, gone.number][-_AGAIN:]
+        for number in self._dropped:  # whoever reads may have turned it into the other just then
+            for suffix in ("arrows", "parquet"):
+                self._folder.remove(segment_name(number, suffix))
         return gone
 
     def close(self, now_ns: int) -> list[int]:

@@ -435,7 +435,7 @@ def to_parquet(folder: Path, number: int) -> Path | None:
 
 
 def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path | None:
-    """Turn an Arrow stream into a Parquet file; None if the stream is gone.
+    """Turn an Arrow stream into a Parquet file; None if the stream is gone, before or meanwhile.
 
     Raises:
         OSError: if it cannot be written.
@@ -453,11 +453,12 @@ def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path 
     try:
         with open(fd, "wb") as file:
             pq.write_table(table, file, row_group_size=_rows_in_group(table), **how)
+        if not (folder / source).exists():  # it was dropped, or somebody else was faster
+            return None
         path = part.replace(folder / target)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise
     with contextlib.suppress(FileNotFoundError):
         (folder / source).unlink()
     return path

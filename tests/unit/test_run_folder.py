@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -565,6 +566,37 @@ def test_of_what_is_too_much_the_oldest_goes(tmp_path: Path) -> None:
     assert 0 < kept < 1 << 20
     assert run.step(0) == []
     assert run.notes == []
+
+
+def test_what_went_while_a_reader_converts_it_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folders, "_LEAST_SEGMENT", 1 << 12)
+    monkeypatch.setattr(run_folders, "SEGMENT_BYTES", 1 << 12)
+    flushed_each_time(monkeypatch)
+    loader = loader_of(Named(4000), tmp_path, 200)
+    list(loader)
+    (folder,) = run_folders._process.folders
+    assert folder.batches is not None
+    first, second, *_ = folder.batches.segments
+    write_table = pq.write_table
+
+    def meanwhile(*about: Any, **more: Any) -> None:
+        write_table(*about, **more)
+        folder.tell_dropped()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", meanwhile)
+        assert run_format.to_parquet(folder.path, first.number) is None
+    parquet = folder.path / run_format.segment_name(first.number, "parquet")
+    assert not list(folder.path.glob(f"*{first.number:03}*"))
+    parquet.write_bytes(b"")  # in the moment between the look and the move
+    folder.tell_dropped()
+    assert not parquet.exists()
+    assert [each["segment"] for each in RunFolder(tmp_path).dropped()] == [
+        first.number,
+        second.number,
+    ]
 
 
 def test_a_loader_without_a_bound_lifts_no_other_ones(tmp_path: Path) -> None:
