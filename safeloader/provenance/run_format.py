@@ -435,7 +435,7 @@ def to_parquet(folder: Path, number: int) -> Path | None:
 
 
 def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path | None:
-    """Turn an Arrow stream into a Parquet file; None if the stream is gone, before or meanwhile.
+    """Turn an Arrow stream into a Parquet file; None if it is gone by then, or holds nothing.
 
     Raises:
         OSError: if it cannot be written.
@@ -447,7 +447,9 @@ def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path 
         stream = read_stream(folder / source)
     except FileNotFoundError:
         return None
-    table = pa.Table.from_batches(stream.batches, None if stream.batches else schema())
+    if not stream.batches:  # of a process that was killed just then
+        return None
+    table = pa.Table.from_batches(stream.batches)
     part = folder / f"{target}.{os.getpid()}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

@@ -421,6 +421,6 @@ def _found_in(lists: Any, wanted: int | str) -> tuple[Ints, Ints]:
 def _end_of(file: Any) -> int:
     """The step behind the last one of a Parquet file."""
     groups, at = file.metadata.num_row_groups, file.schema_arrow.get_field_index("step")
-    if not groups:
+    if not file.metadata.num_rows:
         return 0
     return int(file.metadata.row_group(groups - 1).column(at).statistics.max) + 1

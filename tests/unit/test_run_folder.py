@@ -568,6 +568,20 @@ def test_of_what_is_too_much_the_oldest_goes(tmp_path: Path) -> None:
     assert run.notes == []
 
 
+@pytest.mark.parametrize("begun", ["", "schema"])
+def test_a_segment_that_was_only_begun_is_no_hindrance(begun: str, tmp_path: Path) -> None:
+    list(loader_of(Named(), tmp_path))
+    run_folders._close()
+    (loader,) = RunFolder(tmp_path).loaders
+    schema = run_format.schema()
+    name = run_format.segment_name(1, "arrows")
+    (loader.path / name).write_bytes(schema.serialize().to_pybytes() if begun else b"")
+    pq.write_table(schema.empty_table(), loader.path / run_format.segment_name(2, "parquet"))
+    assert loader.convert() == 0
+    assert loader.indices(0).tolist() == [*range(20)]
+    assert (loader.path / name).exists()
+
+
 def test_what_went_while_a_reader_converts_it_does_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
