@@ -60,7 +60,7 @@ def _tell(
         (
             *(each.what, each.attempt, each.rank, _known(each.epoch), _known(each.batch)),
             *(_known(each.position), terminal.moment(each.asked_ns), terminal.took(each.fetch_ns)),
-            " ".join((each.reason or terminal.short(each.loader)).split()),
+            _why(each, source),
         )
         for each in (found if every else found[:_SHOWN])
     ]
@@ -77,15 +77,23 @@ def _tell(
         )
     terminal.lines(out, [f"note: {note}" for note in run.notes])
     if paths:
-        terminal.next_step(
-            out, f"python -m safeloader replay {paths[0]} module:make_dataset fetches it once more"
-        )
+        terminal.next_step(out, terminal.replaying(run, paths[-1]))
     elif not found:
+        names = dict.fromkeys(terminal.short(each.name) for each in run.loaders)
+        terminal.lines(
+            out, [f"looked for in what {name} handed over" for name in [*names][:_FILES]]
+        )
         terminal.next_step(
             out,
-            "indices are those of the loader's own dataset (of a Subset, not of what is under it); "
-            f"python -m safeloader audit {run.path} says which never came",
+            "indices are those of the loader's own dataset, from 0 (of a Subset, not of what is "
+            "under it); of a batch that is still waited for the training's log names them, after "
+            f"stall_after= seconds; python -m safeloader audit {run.path} says which never came",
         )
+
+
+def _why(seen: Sighting, source: str) -> str:
+    reason = terminal.without_source(" ".join(seen.reason.split()), source)
+    return reason or terminal.short(seen.loader)
 
 
 def _known(value: int | None) -> str:

@@ -10,7 +10,8 @@ import typer
 from safeloader.commands import FINE, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
 from safeloader.report.exactly_once import RunVerdict, exactly_once
-from safeloader.report.figures import LoaderFigures, SlowSample, figures_of, slowest
+from safeloader.report.figures import LoaderFigures, SlowSample, slowest
+from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader show runs/exp1"
@@ -43,7 +44,7 @@ class _Seen:
     def __init__(self, run: RunFolder, attempt: int | None, slow: int) -> None:
         its = [each for each in run.loaders if attempt in (None, each.attempt)]
         self.run = run
-        self.figures = [figures_of(each) for each in its]
+        self.figures = [_figures_of(each) for each in its]
         self.slowest = slowest(its, slow) if slow else []
         self.incidents = _of(run.incidents(), attempt)
         failures = _of(run.failures(), attempt)
@@ -75,6 +76,19 @@ class _Seen:
             "noticed": self.noticed,
             "dropped": self.dropped,
         }
+
+
+def _figures_of(loader: LoaderRecords) -> LoaderFigures:
+    """Of its epochs alone: between two of them the loop asks it for nothing, but maybe another."""
+    epochs = loader.totals().values()
+    return LoaderFigures(
+        *(loader.attempt, loader.rank, loader.name, loader.state),
+        batches=sum(each.batches for each in epochs),
+        samples=sum(each.samples for each in epochs),
+        span_s=sum(each.ended_ns - each.began_ns for each in epochs) / 1e9,
+        wait_s=sum(each.wait_ns for each in epochs) / 1e9,
+        epoch=max((each.epoch for each in epochs), default=None),
+    )
 
 
 def _place(where: dict[str, Any], what: dict[str, Any]) -> tuple[Any, ...]:
@@ -169,9 +183,8 @@ class _Told:
         for each in incidents[:_INCIDENTS]:
             source = sources.get(each.get("index"), "-")
             place = (each["attempt"], each["rank"], each.get("epoch"), each.get("batch"))
-            rows.append(
-                (each.get("what"), each.get("index"), *place, source, _line(each.get("reason")))
-            )
+            why = terminal.without_source(_line(each.get("reason"), 400), source)
+            rows.append((each.get("what"), each.get("index"), *place, source, _line(why)))
         heads = ("what", ">index", ">attempt", ">rank", ">epoch", ">batch", "source", "why")
         terminal.table(self._out, heads, rows)
         if len(incidents) > len(rows):
@@ -215,13 +228,11 @@ class _Told:
     def _next(self) -> str:
         seen, path = self._seen, self._seen.run.path
         if seen.failures:
-            newest = seen.failures[-1]["path"]
-            return f"python -m safeloader replay {newest} module:make_dataset"
+            return terminal.replaying(seen.run, seen.failures[-1]["path"])
         if seen.verdict.next_step:
             return seen.verdict.next_step
         if seen.survived:
-            newest = seen.survived[-1]["path"]
-            return f"python -m safeloader replay {newest} module:make_dataset"
+            return terminal.replaying(seen.run, seen.survived[-1]["path"])
         share = _wait_share(seen.figures)
         if share is not None and share > _MUCH:
             return "python -m safeloader doctor train.py:make_loader tries other numbers of workers"

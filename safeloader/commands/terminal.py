@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,17 @@ AttemptOption = Annotated[
 ]
 
 _WIDE = 10_000
+
+
+def replaying(run: RunFolder, failure: str) -> str:
+    """The command that fetches a failing sample once more, for the program of the run."""
+    words = [str(each) for each in run.info.get("command", ())]
+    program = next((each for each in words[1:] if each.endswith(".py")), "train.py")
+    place = shlex.quote(f"{program}:make_dataset")
+    return (
+        f"python -m safeloader replay {shlex.quote(failure)} {place} fetches it once more; write "
+        "for make_dataset the name of your class or function there that gives the dataset"
+    )
 
 
 def opened(path: Path, *, convert: bool = False) -> RunFolder:
@@ -152,9 +164,16 @@ def took(ns: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes, as MB or GB."""
+    """Bytes, as kB, MB or GB.
+
+    Example:
+        >>> size(2_500_000_000), size(186_000_000), size(70_400)
+        ('2.50 GB', '186 MB', '70 kB')
+    """
     if value is None:
         return "-"
+    if value < 1e6:
+        return f"{value / 1e3:.0f} kB"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
@@ -172,6 +191,16 @@ def some(count: int, noun: str) -> str:
     """
     many = {"batch": "batches"}.get(noun, f"{noun}s")
     return f"{count:,} {noun if count == 1 else many}"
+
+
+def without_source(reason: str, source: str) -> str:
+    """Why a sample was left out, where its source stands beside it.
+
+    Example:
+        >>> without_source("KeyError: 'x'; files[3] = '3.png'", "files[3] = '3.png'")
+        "KeyError: 'x'"
+    """
+    return reason.removesuffix(f"; {source}") if source else reason
 
 
 def short(loader: str) -> str:

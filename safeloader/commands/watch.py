@@ -23,7 +23,11 @@ from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader watch runs/exp1"
 _HEADS = ("rank", "loader", "state", "epoch", "samples/s", "waiting", "main", "workers")
-_COUNTS = ("skipped", "replaced", "failed", "last sign")
+_COUNTS = ("skipped", "replaced", "failed", "last batch")
+_IF_STUCK = (
+    "if the loop waits for data, its log says at which index each worker is, after stall_after= "
+    "seconds (60), and timeout= ends the wait; if it computes, nothing is wrong"
+)
 
 
 def watch(
@@ -49,14 +53,14 @@ def watch(
         return _as_json(folder, look, every, window, once)
     if once or not sys.stdout.isatty():
         out = terminal.console()
-        out.print(_shown(folder, look))
+        out.print(_shown(folder, look, window))
         return _status(look)
-    with Live(_shown(folder, look), console=terminal.console(), auto_refresh=False) as live:
+    with Live(_shown(folder, look, window), console=terminal.console(), auto_refresh=False) as live:
         while not _is_over(look):
             time.sleep(every)
             folder.refresh()
             look = _look(folder, window)
-            live.update(_shown(folder, look), refresh=True)
+            live.update(_shown(folder, look, window), refresh=True)
     return _status(look)
 
 
@@ -99,7 +103,28 @@ def _of(loader: LoaderRecords, window_s: float) -> dict[str, Any]:
         "failed": failed,
         "memory_bytes": memory_of(loader),
         "last_sign_s": max(0.0, time.time() - loader.last_sign),
+        "quiet_s": _quiet_s(loader),
     }
+
+
+def _quiet_s(loader: LoaderRecords) -> float | None:
+    """How long ago its newest batch was handed over; None where none was."""
+    newest = loader.recent(1, ["asked_ns", "wait_ns"]).to_pylist()
+    if not newest:
+        return None
+    came_ns = int(newest[0]["asked_ns"] + newest[0]["wait_ns"])
+    return max(0.0, time.time() - came_ns / 1e9)
+
+
+def _stuck(alive: list[dict[str, Any]], window_s: float) -> tuple[int, float] | None:
+    """The rank that got no batch of any loader for longest, if for the whole window; how long."""
+    quiet: dict[int, float] = {}
+    for each in alive:
+        if each["quiet_s"] is not None:
+            rank = each["rank"]
+            quiet[rank] = min(each["quiet_s"], quiet.get(rank, each["quiet_s"]))
+    rank, longest = max(quiet.items(), key=lambda item: item[1], default=(0, 0.0))
+    return (rank, longest) if longest >= window_s else None
 
 
 def _is_over(look: list[dict[str, Any]]) -> bool:
@@ -110,12 +135,17 @@ def _status(look: list[dict[str, Any]]) -> int:
     return NO if any(each["state"] in ("killed", "cut off") for each in look) else FINE
 
 
-def _shown(run: RunFolder, look: list[dict[str, Any]]) -> Group:
+def _shown(run: RunFolder, look: list[dict[str, Any]], window_s: float) -> Group:
     alive = [each for each in look if each["state"] in ("running", "silent")]
     waits = [each["wait_share"] for each in alive if each["wait_share"] is not None]
     speed = sum(each["samples_per_s"] or 0.0 for each in alive)
+    stuck = _stuck(alive, window_s)
     said = f"{run.path}, attempt {max(run.attempts, default=0)}: "
-    if alive:
+    if stuck:
+        rank, for_s = stuck
+        said += f"{terminal.some(len(alive), 'loader')} running, "
+        said += f"no batch on rank {rank} for {for_s:.0f} s"
+    elif alive:
         said += f"{terminal.some(len(alive), 'loader')} running, {terminal.rate(speed)} samples/s"
         said += f", waiting {terminal.share(max(waits))} of the time at most" if waits else ""
     else:
@@ -133,10 +163,13 @@ def _shown(run: RunFolder, look: list[dict[str, Any]]) -> Group:
     for each in sorted(look, key=lambda each: (each["rank"], each["loader"])):
         cells = [str(cell) for at, cell in enumerate(_row(each)) if at not in left_out]
         table.add_row(*map(Text, cells), style="red" if each["state"] == "killed" else "")
-    style = "green" if alive else "yellow"
-    last = Text(f"next: python -m safeloader show {run.path}", style="bold")
+    style = "green" if alive and not stuck else "yellow"
     parts: list[Any] = [Text(said, style=f"bold {style}"), table]
-    return Group(*parts, *([] if alive else [last]))
+    if stuck:
+        parts.append(Text(f"next: {_IF_STUCK}", style="bold"))
+    elif not alive:
+        parts.append(Text(f"next: python -m safeloader show {run.path}", style="bold"))
+    return Group(*parts)
 
 
 def _row(each: dict[str, Any]) -> list[Any]:
@@ -154,5 +187,5 @@ def _row(each: dict[str, Any]) -> list[Any]:
         each["skipped"],
         each["replaced"],
         each["failed"],
-        f"{each['last_sign_s']:.0f} s ago",
+        "-" if each["quiet_s"] is None else f"{each['quiet_s']:.0f} s ago",
     ]

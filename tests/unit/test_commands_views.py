@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,10 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from safeloader import __main__
+from safeloader.commands import terminal
+from safeloader.commands.step import _why_unknown
+from safeloader.commands.watch import _stuck
+from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
 from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
@@ -159,6 +165,32 @@ def test_show_as_json(of_two_ranks: Path, said: Said) -> None:
     assert told["ranks"] == [0, 1]
 
 
+def test_show_leaves_out_what_lies_between_epochs(tmp_path: Path, said: Said) -> None:
+    """Validation, say: no loader of the run is asked for anything then, or another is."""
+    loader = loader_of(Numbers(40), tmp_path, 10)
+    list(loader)
+    time.sleep(0.2)
+    list(loader)
+    (its,) = json.loads(said("show", tmp_path, "--json")[1])["loaders"]
+    batches = RunFolder(tmp_path).batches()
+    times = [(each["asked_ns"], each["wait_ns"]) for each in batches.to_pylist()]
+    whole_s = (times[-1][0] + times[-1][1] - times[0][0]) / 1e9
+    assert (its["batches"], its["samples"], its["epoch"]) == (8, 80, 1)
+    assert its["wait_s"] == pytest.approx(sum(wait for _, wait in times) / 1e9)
+    assert its["span_s"] <= whole_s - 0.2
+    assert its["wait_share"] == pytest.approx(its["wait_s"] / its["span_s"])
+
+
+def test_a_sample_that_failed_is_fetched_again_in_the_program_of_the_run() -> None:
+    def told(*command: str) -> str:
+        run: Any = SimpleNamespace(info={"command": command})
+        return terminal.replaying(run, "runs/a b/1.json").split(" fetches ")[0]
+
+    first = "python -m safeloader replay 'runs/a b/1.json' "
+    assert told("python", "mine/train.py", "--x", "a.py") == f"{first}mine/train.py:make_dataset"
+    assert told("python", "-m", "mine") == told() == f"{first}train.py:make_dataset"
+
+
 def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
     loader = loader_of(Numbers(100), tmp_path, 10)
     list(loader)
@@ -191,6 +223,7 @@ def test_the_slowest_are_by_the_median_of_all_fetches(tmp_path: Path) -> None:
 def test_a_step_on_all_ranks(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("step", of_two_ranks, 100)
     assert out.startswith("step 100: 7 samples in 2 batches on 2 ranks")
+    assert "sources are kept" not in out  # all are known
     assert "attempt 0, rank 1, epoch 0, batch 0, by main" in out
     assert status == 0
     _, out, _ = said("step", of_two_ranks, 104, "--json")
@@ -215,6 +248,23 @@ def test_without_marks_a_step_is_a_batch(tmp_path: Path, said: Said) -> None:
     assert said("step", tmp_path, 5)[1].splitlines()[1].endswith("batches 0 to 4")
 
 
+def test_a_step_says_why_sources_are_not_known(tmp_path: Path, said: Said) -> None:
+    list(loader_of(Numbers(8000), tmp_path, 1000))
+    assert "run_sources=True (--run-sources) keeps all" in said("step", tmp_path, 7)[1]
+    ours: Any = SimpleNamespace(loaders=[SimpleNamespace(path=tmp_path)])
+    (tmp_path / SOURCES_STREAM).touch()
+    assert "has not come to some of these" in _why_unknown(ours)
+
+
+def test_a_step_of_two_attempts(tmp_path: Path, said: Said, monkeypatch: Any) -> None:
+    for attempt in range(2):
+        by_ranks(monkeypatch, 1, lambda _: list(loader_of(Numbers(), tmp_path)), attempt)
+    out = said("step", tmp_path, 2)[1]
+    assert out.startswith("step 2: 8 samples in 2 batches on 1 rank, in attempts 0, 1")
+    assert "--attempt 1 shows the newest attempt alone" in out
+    assert "newest attempt" not in said("step", tmp_path, 2, "--attempt", 0)[1]
+
+
 def test_an_index(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("index", of_two_ranks, 7)
     assert out.startswith("index 7: skipped 2 times\n  source: dataset.files[7] = '7.png'")
@@ -231,6 +281,7 @@ def test_an_index(of_two_ranks: Path, said: Said) -> None:
 def test_an_index_that_never_came(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("index", of_two_ranks, "abc")
     assert out.startswith("index abc: nowhere in")
+    assert "looked for in what SafeDataLoader over Numbers (24)" in out
     assert status == 1
 
 
@@ -259,6 +310,32 @@ def test_watch_of_a_run_that_goes_on(tmp_path: Path, said: Said) -> None:
     status, out, _ = said("watch", tmp_path)  # no terminal: one look
     assert "1 loader running" in out.splitlines()[0]
     assert status == 0
+
+
+def test_watch_says_where_no_batch_comes(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterator = iter(loader_of(Numbers(), tmp_path))
+    next(iterator)
+    later = SimpleNamespace(
+        time=lambda: time.time() + 100, time_ns=lambda: time.time_ns() + 100_000_000_000
+    )
+    monkeypatch.setattr("safeloader.commands.watch.time", later)
+    status, out, _ = said("watch", tmp_path)
+    assert "1 loader running, no batch on rank 0 for 100 s: Safe" in out.splitlines()[0]
+    assert "stall_after=" in out.splitlines()[-1]
+    assert status == 0
+    assert "no batch on rank" not in said("watch", tmp_path, "--window", 1000)[1]
+
+
+def test_a_rank_waits_only_if_none_of_its_loaders_gives_batches() -> None:
+    def its(rank: int, quiet_s: float | None) -> dict[str, Any]:
+        return {"rank": rank, "quiet_s": quiet_s}
+
+    trains, validates = its(0, 2.0), its(0, 500.0)
+    assert _stuck([trains, validates, its(1, None)], 30) is None
+    assert _stuck([trains, validates, its(1, 40.0), its(2, 90.0)], 30) == (2, 90.0)
+    assert _stuck([], 30) is None
 
 
 def test_watch_ends_with_the_run(of_two_ranks: Path, said: Said) -> None:
@@ -291,12 +368,15 @@ def test_a_trace(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
     sample = next(each for each in events if each.get("cat") == "sample")
     assert set(sample["args"]) == {"epoch", "batch", "position", "index"}
     assert target.stat().st_mode & 0o777 == 0o600
+    assert " kB)" in out.splitlines()[0]
+    assert "shows more" not in out
 
 
 def test_a_trace_of_a_part(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
     target = tmp_path / "t.json"
     words = ("trace", of_two_ranks, "-o", target, "--rank", 1, "--last", 2, "--no-samples")
-    assert said(*words)[0] == 0
+    status, out, _ = said(*words)
+    assert (status, "--last 20 shows more" in out) == (0, True)
     waits = [each for each in json.loads(target.read_text()) if each.get("cat") == "wait"]
     assert [each["args"]["batch"] for each in waits] == [1, 2]
     status, _, err = said(*words)
