@@ -172,6 +172,8 @@ class _Told:
                     f"  {failure['path']}",
                 ],
             )
+            if failure is seen.failures[-1]:
+                terminal.lines(out, _hints(its), "    ")
         terminal.lines(out, [f"noticed: {_line(said, 400)}" for said in seen.noticed])
 
     def _left_out(self) -> None:
@@ -245,6 +247,12 @@ def _wait_share(figures: list[LoaderFigures]) -> float | None:
     """Of all loaders together."""
     span = sum(each.span_s for each in figures)
     return min(1.0, sum(each.wait_s for each in figures) / span) if span else None
+
+
+def _hints(failure: dict[str, Any]) -> list[str]:
+    """What is known of a failure, without what is for the process that it was in."""
+    lines = str(failure.get("hint") or "").splitlines()
+    return [_line(each, 600) for each in lines if not each.startswith("safeloader.replay(")]
 
 
 def _line(text: Any, most: int = 160) -> str:

@@ -292,6 +292,10 @@ def test_an_index_whose_error_was_raised_names_its_file(tmp_path: Path, said: Sa
     (path,) = tmp_path.rglob("failures/*.json")
     assert out.startswith("index 9: failed once")
     assert out.splitlines()[-1].startswith(f"next: python -m safeloader replay {path}")
+    out = said("show", tmp_path)[1]
+    told = out.splitlines().index(f"    {path}")
+    assert out.splitlines()[told + 1] == "    dataset.files[9] = '9.png'"
+    assert "safeloader.replay(" not in out
 
 
 # ── watch ────────────────────────────────────────────────────────────────────────────────────────
