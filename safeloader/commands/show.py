@@ -166,8 +166,8 @@ class _Told:
             terminal.lines(
                 out,
                 [
-                    f"failed: {its.get('exception_type')}: {_line(its.get('message'))} (index "
-                    f"{its.get('index')}, rank {failure['rank']}, epoch {its.get('epoch')}, batch "
+                    f"failed: {its.get('exception_type')}: {_line(its.get('message'))} "
+                    f"({_which(its)}, rank {failure['rank']}, epoch {its.get('epoch')}, batch "
                     f"{its.get('batch')})",
                     f"  {failure['path']}",
                 ],
@@ -180,10 +180,11 @@ class _Told:
         incidents = self._seen.incidents
         if not incidents:
             return
-        sources = self._seen.run.sources({each.get("index") for each in incidents})
+        shown = incidents[:_INCIDENTS]
+        sources = terminal.sources_by_loader(self._seen.run, {each.get("index") for each in shown})
         rows = []
-        for each in incidents[:_INCIDENTS]:
-            source = sources.get(each.get("index"), "-")
+        for each in shown:
+            source = sources[each["loader"]].get(each.get("index"), "-")
             place = (each["attempt"], each["rank"], each.get("epoch"), each.get("batch"))
             why = terminal.without_source(_line(each.get("reason"), 400), source)
             rows.append((each.get("what"), each.get("index"), *place, source, _line(why)))
@@ -230,7 +231,11 @@ class _Told:
     def _next(self) -> str:
         seen, path = self._seen, self._seen.run.path
         if seen.failures:
-            return terminal.replaying(seen.run, seen.failures[-1]["path"])
+            newest = seen.failures[-1]
+            its = newest["failure"]
+            if _can_be_asked_for(its):
+                return terminal.replaying(seen.run, newest["path"])
+            return (_hints(its) or [f"the whole error is in {newest['path']}"])[-1]
         if seen.verdict.next_step:
             return seen.verdict.next_step
         if seen.survived:
@@ -247,6 +252,19 @@ def _wait_share(figures: list[LoaderFigures]) -> float | None:
     """Of all loaders together."""
     span = sum(each.span_s for each in figures)
     return min(1.0, sum(each.wait_s for each in figures) / span) if span else None
+
+
+def _which(failure: dict[str, Any]) -> str:
+    index = failure.get("index")
+    if index is not None:
+        return f"index {index}"
+    return f"{terminal.some(len(failure.get('indices') or ()), 'sample')} of a batch"
+
+
+def _can_be_asked_for(failure: dict[str, Any]) -> bool:
+    """Whether it is of one sample, and not of a stream, which has no length."""
+    length = (failure.get("dataset_state") or {}).get("length")
+    return failure.get("index") is not None and length is not None
 
 
 def _hints(failure: dict[str, Any]) -> list[str]:

@@ -63,7 +63,8 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
             markup=False,
         )
         _tell_samples(out, each, every)
-    if any(index not in each.sources for each in batches for index in each.indices):
+    unknown = any(index not in each.sources for each in batches for index in each.indices)
+    if unknown and any(True for loader in run.loaders for _ in loader.sources()):
         terminal.lines(out, [_why_unknown(run)], "")
     if len(attempts) > 1:
         said = f"--attempt {attempts[-1]} shows the newest attempt alone"

@@ -245,6 +245,7 @@ def test_without_marks_a_step_is_a_batch(tmp_path: Path, said: Said) -> None:
     _, out, _ = said("step", tmp_path, 2)
     assert "8" in out
     assert "no steps were marked" in out
+    assert "sources are kept" not in out
     assert said("step", tmp_path, 5)[1].splitlines()[1].endswith("batches 0 to 4")
 
 
@@ -276,6 +277,40 @@ def test_an_index(of_two_ranks: Path, said: Said) -> None:
         ("delivered", 1, 0, 1),
         ("delivered", 1, 1, 1),
     ]
+
+
+def test_training_and_validation_have_samples_of_their_own(tmp_path: Path, said: Said) -> None:
+    class Validation(Numbers):
+        def __init__(self) -> None:
+            super().__init__(12, bad=(7,))
+            self.files = [f"val/{each}" for each in self.files]
+
+    for data in (Numbers(bad=(7,)), Validation()):
+        list(loader_of(data, tmp_path, on_error="skip"))
+    lines = said("show", tmp_path)[1].splitlines()
+    rows = [line.split() for line in lines if line.startswith("skipped ")]
+    assert [(row[1], row[8]) for row in rows] == [("7", "'7.png'"), ("7", "'val/7.png'")]
+    out = said("index", tmp_path, 7)[1]
+    assert out.splitlines()[1].endswith(": dataset.files[7] = '7.png'")
+    assert out.splitlines()[2].endswith(": dataset.files[7] = 'val/7.png'")
+    assert "ValueError: bad file val/7.png (SafeDataLoader over " in out
+    told = json.loads(said("index", tmp_path, 7, "--json")[1])
+    assert sorted(told["sources"].values()) == [
+        "dataset.files[7] = '7.png'",
+        "dataset.files[7] = 'val/7.png'",
+    ]
+
+
+def test_next_is_not_to_replay_what_has_no_index(tmp_path: Path, said: Said) -> None:
+    class Ragged(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return np.zeros(index)
+
+    with pytest.raises(RuntimeError, match="equal size"):
+        list(loader_of(Ragged(), tmp_path))
+    out = said("show", tmp_path)[1]
+    assert "(4 samples of a batch, rank 0, epoch 0, batch 0)" in out
+    assert out.splitlines()[-1] == "next: mend the sample, or have collate_fn= take it"
 
 
 def test_an_index_that_never_came(of_two_ranks: Path, said: Said) -> None:
