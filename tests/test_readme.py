@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from safeloader import EpochAudit, SafeDataLoader, SafeLoaderError
-from safeloader.report.run import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -160,47 +159,11 @@ def test_the_examples_of_a_page_run(
     names = names_of_a_training() if examples else {}
     for number, example in enumerate(examples):
         if "LightningCallback" in example:
-            continue  # tests/frameworks runs these, and the test below
+            continue  # tests/frameworks runs these
         code = compile(
             example.replace("num_workers=8", "num_workers=2"), f"{page}#{number}", "exec"
         )
         exec(code, names)
-
-
-@pytest.mark.lightning
-@pytest.mark.filterwarnings("ignore")  # Lightning's own
-def test_steps_are_marked_under_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
-
-    class Model(lightning.LightningModule):  # type: ignore[misc]  # it may be missing
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 1)
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.layer(batch["x"]).mean()
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    def trainer(callbacks: list[Any]) -> None:
-        quiet = dict.fromkeys(
-            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-        )
-        lightning.Trainer(
-            max_epochs=2,
-            accumulate_grad_batches=2,
-            accelerator="cpu",
-            callbacks=callbacks,
-            **quiet,
-        ).fit(Model(), SafeDataLoader(Labelled(), batch_size=256, run_dir=tmp_path))
-
-    [example] = blocks("python", (DOCS / "guides/frameworks.md").read_text())
-    exec(example, {"Trainer": trainer})
-    of_steps = [
-        [(each.epoch, each.batch) for each in RunFolder(tmp_path).step(step)] for step in range(4)
-    ]
-    assert of_steps == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(1, 0), (1, 1)], [(1, 2), (1, 3)]]
 
 
 def test_the_import_to_change_works() -> None:
