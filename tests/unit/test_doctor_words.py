@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
+from safeloader import SafeDataLoader, SafeLoaderError
 from safeloader.examining import resuming
 from safeloader.examining.report import Examination, Finding
+from safeloader.examining.samples import raised
 from safeloader.examining.sending import weighed
 from safeloader.examining.subject import Subject
 from safeloader.examining.wording import findings_of, recommended, resume_text, rows_of
@@ -226,3 +228,19 @@ def test_nothing_bad_is_said_of_what_was_looked_at(left_out: tuple[str, ...], he
         seconds=1.0,
     )
     assert str(report).splitlines()[0] == head
+
+
+def test_of_an_error_of_a_recorded_loader_it_says_what_was_raised() -> None:
+    class Gone:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            raise OSError(f"no file {index}.png")
+
+    with pytest.raises(SafeLoaderError) as caught:
+        list(SafeDataLoader(Gone()))
+    told = raised(caught.value)
+    assert told["type"].endswith("SampleError(OSError)")
+    assert told["text"] == "no file 0.png"
+    assert "test_doctor_words.py:" in told["at"]
