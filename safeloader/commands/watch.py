@@ -24,6 +24,7 @@ from safeloader.report.run import RunFolder
 EXAMPLE = "python -m safeloader watch runs/exp1"
 _HEADS = ("rank", "loader", "state", "epoch", "samples/s", "waiting", "main", "workers")
 _COUNTS = ("skipped", "replaced", "failed", "last batch")
+_RANKS = 8  # named
 _IF_STUCK = (
     "if the loop waits for data, its log says at which index each worker is, after stall_after= "
     "seconds (60), and timeout= ends the wait; if it computes, nothing is wrong"
@@ -103,28 +104,47 @@ def _of(loader: LoaderRecords, window_s: float) -> dict[str, Any]:
         "failed": failed,
         "memory_bytes": memory_of(loader),
         "last_sign_s": max(0.0, time.time() - loader.last_sign),
-        "quiet_s": _quiet_s(loader),
+        **_newest(loader),
     }
 
 
-def _quiet_s(loader: LoaderRecords) -> float | None:
-    """How long ago its newest batch was handed over; None where none was."""
-    newest = loader.recent(1, ["asked_ns", "wait_ns"]).to_pylist()
+def _newest(loader: LoaderRecords) -> dict[str, Any]:
+    """How many batches it handed over in all, and how long ago the last; None where none was."""
+    newest = loader.recent(1, ["step", "asked_ns", "wait_ns"]).to_pylist()
     if not newest:
-        return None
+        return {"handed_over": 0, "quiet_s": None}
     came_ns = int(newest[0]["asked_ns"] + newest[0]["wait_ns"])
-    return max(0.0, time.time() - came_ns / 1e9)
+    quiet_s = max(0.0, time.time() - came_ns / 1e9)
+    return {"handed_over": int(newest[0]["step"]) + 1, "quiet_s": quiet_s}
 
 
-def _stuck(alive: list[dict[str, Any]], window_s: float) -> tuple[int, float] | None:
-    """The rank that got no batch of any loader for longest, if for the whole window; how long."""
+def _stuck(alive: list[dict[str, Any]], window_s: float) -> str:
+    """On which ranks no loader gave a batch for the whole window, in words; empty if on none.
+
+    Where ranks wait for each other, all stop: the one that has fewer batches keeps the others.
+    """
     quiet: dict[int, float] = {}
     for each in alive:
         if each["quiet_s"] is not None:
             rank = each["rank"]
             quiet[rank] = min(each["quiet_s"], quiet.get(rank, each["quiet_s"]))
-    rank, longest = max(quiet.items(), key=lambda item: item[1], default=(0, 0.0))
-    return (rank, longest) if longest >= window_s else None
+    ranks = sorted(rank for rank, for_s in quiet.items() if for_s >= window_s)
+    if not ranks:
+        return ""
+    said = f"no batch on {_named(ranks)} for {min(quiet[rank] for rank in ranks):.0f} s"
+    for name in dict.fromkeys(each["loader"] for each in alive):
+        had = {each["rank"]: each["handed_over"] for each in alive if each["loader"] == name}
+        fewest, most = min(had.values()), max(had.values())
+        behind = sorted(rank for rank in ranks if had.get(rank) == fewest)
+        if fewest < most and behind:
+            return f"{said}; {_named(behind)} had {fewest:,} batches, others {most:,}"
+    return said
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_RANKS]))
+    more = f" and {len(ranks) - _RANKS} more" if len(ranks) > _RANKS else ""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
 
 
 def _is_over(look: list[dict[str, Any]]) -> bool:
@@ -142,9 +162,7 @@ def _shown(run: RunFolder, look: list[dict[str, Any]], window_s: float) -> Group
     stuck = _stuck(alive, window_s)
     said = f"{run.path}, attempt {max(run.attempts, default=0)}: "
     if stuck:
-        rank, for_s = stuck
-        said += f"{terminal.some(len(alive), 'loader')} running, "
-        said += f"no batch on rank {rank} for {for_s:.0f} s"
+        said += f"{terminal.some(len(alive), 'loader')} running, {stuck}"
     elif alive:
         said += f"{terminal.some(len(alive), 'loader')} running, {terminal.rate(speed)} samples/s"
         said += f", waiting {terminal.share(max(waits))} of the time at most" if waits else ""

@@ -368,13 +368,25 @@ def test_watch_says_where_no_batch_comes(
 
 
 def test_a_rank_waits_only_if_none_of_its_loaders_gives_batches() -> None:
-    def its(rank: int, quiet_s: float | None) -> dict[str, Any]:
-        return {"rank": rank, "quiet_s": quiet_s}
+    def its(rank: int, quiet_s: float | None, loader: str = "a") -> dict[str, Any]:
+        return {"rank": rank, "quiet_s": quiet_s, "loader": loader, "handed_over": 9}
 
-    trains, validates = its(0, 2.0), its(0, 500.0)
-    assert _stuck([trains, validates, its(1, None)], 30) is None
-    assert _stuck([trains, validates, its(1, 40.0), its(2, 90.0)], 30) == (2, 90.0)
-    assert _stuck([], 30) is None
+    trains, validates = its(0, 2.0), its(0, 500.0, "b")
+    assert _stuck([trains, validates, its(1, None)], 30) == ""
+    assert _stuck([trains, validates, its(1, 40.0)], 30) == "no batch on rank 1 for 40 s"
+    assert _stuck([trains, its(1, 90.0), its(2, 40.0)], 30) == "no batch on ranks 1, 2 for 40 s"
+    assert _stuck([], 30) == ""
+
+
+def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named() -> None:
+    look = [
+        {"rank": rank, "quiet_s": 60.0, "loader": "a", "handed_over": 27 if rank == 7 else 28}
+        for rank in range(10)
+    ]
+    assert _stuck(look, 30) == (
+        "no batch on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more for 60 s; "
+        "rank 7 had 27 batches, others 28"
+    )
 
 
 def test_watch_ends_with_the_run(of_two_ranks: Path, said: Said) -> None:
