@@ -117,19 +117,20 @@ def print_json(value: Any) -> None:
 
 def answer(out: Console, ok: bool | None, said: str) -> None:
     """The answer, first of all: green, red, or yellow where it cannot be told."""
-    out.print(Text(said, style="bold " + {True: "green", False: "red", None: "yellow"}[ok]))
+    style = "bold " + {True: "green", False: "red", None: "yellow"}[ok]
+    out.print(Text(said, style=style), soft_wrap=True)
 
 
 def lines(out: Console, said: Iterable[str], indent: str = "  ") -> None:
-    """Evidence, a line each."""
+    """Evidence, a line each. The terminal breaks it, so that a path can be copied whole."""
     for each in said:
-        out.print(Text(f"{indent}{each}"))
+        out.print(Text(f"{indent}{each}"), soft_wrap=True)
 
 
 def next_step(out: Console, said: str) -> None:
     """What to do now, if there is anything."""
     if said:
-        out.print(Text(f"next: {said}", style="bold"))
+        out.print(Text(f"next: {said}", style="bold"), soft_wrap=True)
 
 
 def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -22,8 +22,11 @@ from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader watch runs/exp1"
-_HEADS = ("rank", "loader", "state", "epoch", "samples/s", "waiting", "main", "workers")
-_COUNTS = ("skipped", "replaced", "failed", "last batch")
+_HEADS = (
+    *(">rank", "state", ">epoch", ">samples/s", ">waiting"),
+    *(">memory\nof main", ">of the\nworkers", ">last\nbatch"),
+)
+_COUNTS = ("skipped", "replaced", "failed")
 _RANKS = 8  # named
 _IF_STUCK = (
     "if the loop waits for data, its log says at which index each worker is, after stall_after= "
@@ -131,7 +134,7 @@ def _stuck(alive: list[dict[str, Any]], window_s: float) -> str:
     ranks = sorted(rank for rank, for_s in quiet.items() if for_s >= window_s)
     if not ranks:
         return ""
-    said = f"no batch on {_named(ranks)} for {min(quiet[rank] for rank in ranks):.0f} s"
+    said = f"no batch on {_named(ranks)} for {_for(min(quiet[rank] for rank in ranks))}"
     for name in dict.fromkeys(each["loader"] for each in alive):
         had = {each["rank"]: each["handed_over"] for each in alive if each["loader"] == name}
         fewest, most = min(had.values()), max(had.values())
@@ -139,6 +142,12 @@ def _stuck(alive: list[dict[str, Any]], window_s: float) -> str:
         if fewest < most and behind:
             return f"{said}; {_named(behind)} had {fewest:,} batches, others {most:,}"
     return said
+
+
+def _for(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _named(ranks: list[int]) -> str:
@@ -171,18 +180,13 @@ def _shown(run: RunFolder, look: list[dict[str, Any]], window_s: float) -> Group
         told = ", ".join(f"{count} {state}" for state, count in states.items())
         said += f"nothing runs, {told}" if look else "nothing was written yet"
     names = {each["loader"] for each in look}
-    left_out = {1} if len(names) == 1 else set()  # the loader, which then stands above
-    said += f": {terminal.short(*names)}" if left_out else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for at, head in enumerate((*_HEADS, *_COUNTS)):
-        if at not in left_out:
-            justify: Any = "left" if head in ("loader", "state") else "right"
-            table.add_column(head, justify=justify, no_wrap=True, overflow="ellipsis")
-    for each in sorted(look, key=lambda each: (each["rank"], each["loader"])):
-        cells = [str(cell) for at, cell in enumerate(_row(each)) if at not in left_out]
-        table.add_row(*map(Text, cells), style="red" if each["state"] == "killed" else "")
+    said += f": {terminal.short(*names)}" if len(names) == 1 else ""
     style = "green" if alive and not stuck else "yellow"
-    parts: list[Any] = [Text(said, style=f"bold {style}"), table]
+    parts: list[Any] = [Text(said, style=f"bold {style}")]
+    for name in sorted(names):
+        parts += [Text(terminal.short(name))] if len(names) > 1 else []
+        its = [each for each in look if each["loader"] == name]
+        parts += [_table(its), *map(Text, _besides(its))]
     if stuck:
         parts.append(Text(f"next: {_IF_STUCK}", style="bold"))
     elif not alive:
@@ -190,20 +194,38 @@ def _shown(run: RunFolder, look: list[dict[str, Any]], window_s: float) -> Group
     return Group(*parts)
 
 
+def _table(its: list[dict[str, Any]]) -> Table:
+    """The ranks of one loader: in 80 columns, the usual width of a terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for head in _HEADS:
+        right = head.startswith(">")
+        table.add_column(head.lstrip(">"), justify="right" if right else "left", no_wrap=True)
+    for each in sorted(its, key=lambda each: int(each["rank"])):
+        cells = map(Text, map(str, _row(each)))
+        table.add_row(*cells, style="red" if each["state"] == "killed" else "")
+    return table
+
+
+def _besides(its: list[dict[str, Any]]) -> list[str]:
+    """What was left out or failed, a line for each rank that has any."""
+    told = []
+    for each in sorted(its, key=lambda each: int(each["rank"])):
+        counts = ", ".join(f"{each[count]:,} {count}" for count in _COUNTS if each[count])
+        told += [f"rank {each['rank']}: {counts}"] if counts else []
+    more = [f"and so on, {len(told) - _RANKS} more ranks"] if len(told) > _RANKS else []
+    return told[:_RANKS] + more
+
+
 def _row(each: dict[str, Any]) -> list[Any]:
     runs = each["state"] in ("running", "silent")
     memory = each["memory_bytes"]
     return [
         each["rank"],
-        terminal.short(each["loader"]),
         each["state"],
         "-" if each["epoch"] is None else each["epoch"],
         terminal.rate(each["samples_per_s"]) if runs else "-",
         terminal.share(each["wait_share"]) if runs else "-",
         terminal.size(memory["main"]),
         terminal.size(memory["workers"]),
-        each["skipped"],
-        each["replaced"],
-        each["failed"],
-        "-" if each["quiet_s"] is None else f"{each['quiet_s']:.0f} s ago",
+        "-" if each["quiet_s"] is None else f"{_for(each['quiet_s'])} ago",
     ]

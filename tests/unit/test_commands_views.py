@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import os
@@ -20,10 +21,12 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from safeloader import __main__
 from safeloader.commands import terminal
 from safeloader.commands.step import _why_unknown
-from safeloader.commands.watch import _stuck
+from safeloader.commands.watch import _besides, _stuck, _table
 from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
@@ -376,6 +379,46 @@ def test_a_rank_waits_only_if_none_of_its_loaders_gives_batches() -> None:
     assert _stuck([trains, validates, its(1, 40.0)], 30) == "no batch on rank 1 for 40 s"
     assert _stuck([trains, its(1, 90.0), its(2, 40.0)], 30) == "no batch on ranks 1, 2 for 40 s"
     assert _stuck([], 30) == ""
+
+
+def test_a_line_a_rank_fits_a_terminal_of_80_columns() -> None:
+    row = {
+        "rank": 1023,
+        "state": "running",
+        "epoch": 999,
+        "samples_per_s": 1_234_567.0,
+        "wait_share": 1.0,
+        "memory_bytes": {"main": 12_340_000_000, "workers": 99_990_000_000},
+        "quiet_s": 7100.0,
+        "loader": "a",
+        **dict.fromkeys(("skipped", "replaced", "failed"), 0),
+    }
+    written = io.StringIO()
+    Console(file=written, width=80).print(_table([row]))
+    told = written.getvalue().splitlines()[-1]
+    assert " ".join(told.split()) == (
+        "1023 running 999 1,234,567 100% 12.34 GB 99.99 GB 118 min ago"
+    )
+
+
+def test_what_was_left_out_is_told_below() -> None:
+    none = dict.fromkeys(("skipped", "replaced", "failed"), 0)
+    look = [{"rank": rank} | none | {"skipped": rank} for rank in range(12)]
+    look[2]["failed"] = 1
+    told = _besides(look)
+    assert told[:2] == ["rank 1: 1 skipped", "rank 2: 2 skipped, 1 failed"]
+    assert told[-1] == "and so on, 3 more ranks"
+    assert _besides(look[:1]) == []
+
+
+def test_what_is_to_be_copied_is_not_broken() -> None:
+    written = io.StringIO()
+    out = Console(file=written, width=30)
+    path = "runs/exp1/attempt=0/" + 5 * "a-long-folder/" + "failure.json"
+    terminal.lines(out, [path])
+    terminal.next_step(out, path)
+    terminal.answer(out, True, path)
+    assert written.getvalue().splitlines() == [f"  {path}", f"next: {path}", path]
 
 
 def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named() -> None:
