@@ -62,6 +62,14 @@ class _Seen:
         )
         self.verdict: RunVerdict = exactly_once(run, attempt)
 
+    @property
+    def cured_in(self) -> int:
+        """The newest attempt, where all that is wrong is of those before; else 0."""
+        newest = max(self.run.attempts, default=0)
+        bad = [max(each.attempts) for each in self.verdict.epochs if each.ok is False]
+        bad += [each["attempt"] for each in self.failures]
+        return newest if bad and max(bad) < newest else 0
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "run": {"path": str(self.run.path)} | self.run.info,
@@ -158,8 +166,8 @@ class _Told:
             if each in wrong or each in newest:
                 which = f"{terminal.short(each.loader)}, " if len(names) > 1 else ""
                 terminal.lines(out, [f"{which}{each.answer}"])
-        for each in wrong[:_EPOCHS]:
-            terminal.lines(out, each.evidence, "      ")
+            if each in wrong[:_EPOCHS]:
+                terminal.lines(out, each.evidence, "      ")
         self._left_out()
         for failure in seen.failures[-_FAILURES:]:
             its = failure["failure"]
@@ -167,8 +175,8 @@ class _Told:
                 out,
                 [
                     f"failed: {its.get('exception_type')}: {_line(its.get('message'))} "
-                    f"({_which(its)}, rank {failure['rank']}, epoch {its.get('epoch')}, batch "
-                    f"{its.get('batch')})",
+                    f"({_which(its)}, attempt {failure['attempt']}, rank {failure['rank']}, epoch "
+                    f"{its.get('epoch')}, batch {its.get('batch')})",
                     f"  {failure['path']}",
                 ],
             )
@@ -230,6 +238,11 @@ class _Told:
 
     def _next(self) -> str:
         seen, path = self._seen, self._seen.run.path
+        if cured := seen.cured_in:
+            return (
+                f"python -m safeloader show {path} --attempt {cured} looks at the newest attempt "
+                "alone: nothing of this is in it"
+            )
         if seen.failures:
             newest = seen.failures[-1]
             its = newest["failure"]

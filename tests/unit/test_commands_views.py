@@ -157,6 +157,28 @@ def test_show_answers_first(of_two_ranks: Path, said: Said) -> None:
     assert status == 0
 
 
+def test_what_is_cured_in_the_newest_attempt(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        with pytest.raises(ValueError, match="bad file"):
+            list(loader_of(Numbers(bad=(9,)), tmp_path))
+
+    by_ranks(monkeypatch, 1, fails)
+    assert (
+        said("show", tmp_path)[1].splitlines()[-1].startswith("next: python -m safeloader replay")
+    )
+    by_ranks(monkeypatch, 1, lambda _: list(loader_of(Numbers(), tmp_path)), 1)
+    out = said("show", tmp_path)[1].splitlines()
+    assert out[0].startswith("exactly once: NO")
+    assert out[-1].startswith(f"next: python -m safeloader show {tmp_path} --attempt 1 looks at")
+    wrong = next(at for at, line in enumerate(out) if "NOT exactly once" in line)
+    assert out[wrong + 1].startswith("      rank 0 failed: ")
+    alone = said("show", tmp_path, "--attempt", 1)[1].splitlines()
+    assert alone[0].startswith("exactly once: yes")
+    assert "--attempt" not in alone[-1]
+
+
 def test_show_as_json(of_two_ranks: Path, said: Said) -> None:
     _, out, _ = said("show", of_two_ranks, "--json", "--slowest", 3)
     told = json.loads(out)
@@ -312,7 +334,7 @@ def test_next_is_not_to_replay_what_has_no_index(tmp_path: Path, said: Said) -> 
     with pytest.raises(RuntimeError, match="equal size"):
         list(loader_of(Ragged(), tmp_path))
     out = said("show", tmp_path)[1]
-    assert "(4 samples of a batch, rank 0, epoch 0, batch 0)" in out
+    assert "(4 samples of a batch, attempt 0, rank 0, epoch 0, batch 0)" in out
     assert out.splitlines()[-1] == "next: mend the sample, or have collate_fn= take it"
 
 
