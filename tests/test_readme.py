@@ -150,8 +150,11 @@ def names_of_a_training() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_a_page_run(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(pdb, "post_mortem", lambda: None)
+    monkeypatch.chdir(tmp_path)  # some write files
     examples = blocks("python", page.read_text())
     names = names_of_a_training() if examples else {}
     for number, example in enumerate(examples):

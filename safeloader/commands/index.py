@@ -34,17 +34,23 @@ def index(
     wanted = which if is_text or not (digits.isascii() and digits.isdecimal()) else int(which)
     found = folder.index(wanted)
     found.sort(key=lambda each: (each.attempt, each.epoch or 0, each.batch or 0))
-    source = folder.sources([wanted]).get(wanted, "")
+    its = terminal.sources_by_loader(folder, {wanted})
+    sources = {name: known[wanted] for name, known in its.items() if known.get(wanted)}
     if as_json:
         seen = [each.to_dict() for each in found]
-        terminal.print_json({"index": wanted, "source": source, "seen": seen})
+        source = next(iter(sources.values()), "")
+        terminal.print_json({"index": wanted, "source": source, "sources": sources, "seen": seen})
     else:
-        _tell(folder, wanted, source, found, every)
+        _tell(folder, wanted, sources, found, every)
     return FINE if found else NO
 
 
 def _tell(
-    run: RunFolder, wanted: int | str, source: str, found: Sequence[Sighting], every: bool
+    run: RunFolder,
+    wanted: int | str,
+    sources: dict[str, str],
+    found: Sequence[Sighting],
+    every: bool,
 ) -> None:
     out = terminal.console()
     times = Counter(each.what for each in found)
@@ -54,19 +60,22 @@ def _tell(
     bad = any(what != "delivered" for what in times)
     ok = None if bad else bool(found)
     terminal.answer(out, ok, f"index {wanted}: {told or f'nowhere in {run.path}'}")
-    if source:
-        terminal.lines(out, [f"source: {source}"])
+    several = len({each.loader for each in found}) > 1
+    for name, source in sources.items():
+        of = f" in {terminal.short(name)}" if several else ""
+        terminal.lines(out, [f"source{of}: {source}"])
     rows = [
         (
             *(each.what, each.attempt, each.rank, _known(each.epoch), _known(each.batch)),
-            *(_known(each.position), terminal.moment(each.asked_ns), terminal.took(each.fetch_ns)),
-            " ".join((each.reason or terminal.short(each.loader)).split()),
+            *(_known(each.position), "main" if _in_main(each) else _known(each.worker)),
+            *(terminal.moment(each.asked_ns), terminal.took(each.fetch_ns)),
+            _why(each, sources.get(each.loader, ""), several),
         )
         for each in (found if every else found[:_SHOWN])
     ]
-    heads = ("what", ">attempt", ">rank", ">epoch", ">batch", ">position", "when", ">fetch", "why")
+    heads = ("what", ">attempt", ">rank", ">epoch", ">batch", ">position", ">worker", "when")
     if rows:
-        terminal.table(out, (*heads[:-1], "why, or loader"), rows)
+        terminal.table(out, (*heads, ">fetch", "why, or loader"), rows)
     if len(found) > len(rows):
         terminal.lines(out, [f"and {len(found) - len(rows)} more: --all shows them"])
     paths = [each["path"] for each in run.failures() if each["failure"].get("index") == wanted]
@@ -77,15 +86,29 @@ def _tell(
         )
     terminal.lines(out, [f"note: {note}" for note in run.notes])
     if paths:
-        terminal.next_step(
-            out, f"python -m safeloader replay {paths[0]} module:make_dataset fetches it once more"
-        )
+        terminal.next_step(out, terminal.replaying(run, paths[-1]))
     elif not found:
+        names = dict.fromkeys(terminal.short(each.name) for each in run.loaders)
+        terminal.lines(
+            out, [f"looked for in what {name} handed over" for name in [*names][:_FILES]]
+        )
         terminal.next_step(
             out,
-            "indices are those of the loader's own dataset (of a Subset, not of what is under it); "
-            f"python -m safeloader audit {run.path} says which never came",
+            "indices are those of the loader's own dataset, from 0 (of a Subset, not of what is "
+            "under it); of a batch that is still waited for the training's log names them, after "
+            f"stall_after= seconds; python -m safeloader audit {run.path} says which never came",
         )
+
+
+def _in_main(seen: Sighting) -> bool:
+    """Whether the main process fetched it; of what was not delivered that is not known."""
+    return seen.worker is None and seen.asked_ns is not None
+
+
+def _why(seen: Sighting, source: str, several: bool) -> str:
+    reason = terminal.without_source(" ".join(seen.reason.split()), source)
+    name = terminal.short(seen.loader)
+    return f"{reason} ({name})" if reason and several else reason or name
 
 
 def _known(value: int | None) -> str:

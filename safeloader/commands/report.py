@@ -47,6 +47,7 @@ def main(words: list[str]) -> int:
         print(f"python -m safeloader report: {exc}", file=sys.stderr)
         return 2
     print(f"wrote {told.output} ({nbytes / 1e6:.1f} MB)")
+    print(f"next: open it in a browser; python -m safeloader show {told.run} tells most of it here")
     return 0
 
 

@@ -37,6 +37,7 @@ CMD is what stands behind `python` or at the prompt:
   python -m safeloader run --run runs/exp1 torchrun --nproc-per-node 2 train.py
   python -m safeloader run --on-error skip accelerate launch train.py
 
+A SafeDataLoader that the program makes itself keeps its own options: only --run counts for it.
 At the end of each process a line a loader on stderr says what was recorded, and what was not.
 """
 

@@ -10,7 +10,8 @@ import typer
 from safeloader.commands import FINE, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
 from safeloader.report.exactly_once import RunVerdict, exactly_once
-from safeloader.report.figures import LoaderFigures, SlowSample, figures_of, slowest
+from safeloader.report.figures import LoaderFigures, SlowSample, slowest
+from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader show runs/exp1"
@@ -43,7 +44,7 @@ class _Seen:
     def __init__(self, run: RunFolder, attempt: int | None, slow: int) -> None:
         its = [each for each in run.loaders if attempt in (None, each.attempt)]
         self.run = run
-        self.figures = [figures_of(each) for each in its]
+        self.figures = [_figures_of(each) for each in its]
         self.slowest = slowest(its, slow) if slow else []
         self.incidents = _of(run.incidents(), attempt)
         failures = _of(run.failures(), attempt)
@@ -61,6 +62,14 @@ class _Seen:
         )
         self.verdict: RunVerdict = exactly_once(run, attempt)
 
+    @property
+    def cured_in(self) -> int:
+        """The newest attempt, where all that is wrong is of those before; else 0."""
+        newest = max(self.run.attempts, default=0)
+        bad = [max(each.attempts) for each in self.verdict.epochs if each.ok is False]
+        bad += [each["attempt"] for each in self.failures]
+        return newest if bad and max(bad) < newest else 0
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "run": {"path": str(self.run.path)} | self.run.info,
@@ -75,6 +84,19 @@ class _Seen:
             "noticed": self.noticed,
             "dropped": self.dropped,
         }
+
+
+def _figures_of(loader: LoaderRecords) -> LoaderFigures:
+    """Of its epochs alone: between two of them the loop asks it for nothing, but maybe another."""
+    epochs = loader.totals().values()
+    return LoaderFigures(
+        *(loader.attempt, loader.rank, loader.name, loader.state),
+        batches=sum(each.batches for each in epochs),
+        samples=sum(each.samples for each in epochs),
+        span_s=sum(each.ended_ns - each.began_ns for each in epochs) / 1e9,
+        wait_s=sum(each.wait_ns for each in epochs) / 1e9,
+        epoch=max((each.epoch for each in epochs), default=None),
+    )
 
 
 def _place(where: dict[str, Any], what: dict[str, Any]) -> tuple[Any, ...]:
@@ -144,34 +166,36 @@ class _Told:
             if each in wrong or each in newest:
                 which = f"{terminal.short(each.loader)}, " if len(names) > 1 else ""
                 terminal.lines(out, [f"{which}{each.answer}"])
-        for each in wrong[:_EPOCHS]:
-            terminal.lines(out, each.evidence, "      ")
+            if each in wrong[:_EPOCHS]:
+                terminal.lines(out, each.evidence, "      ")
         self._left_out()
         for failure in seen.failures[-_FAILURES:]:
             its = failure["failure"]
             terminal.lines(
                 out,
                 [
-                    f"failed: {its.get('exception_type')}: {_line(its.get('message'))} (index "
-                    f"{its.get('index')}, rank {failure['rank']}, epoch {its.get('epoch')}, batch "
-                    f"{its.get('batch')})",
+                    f"failed: {its.get('exception_type')}: {_line(its.get('message'))} "
+                    f"({_which(its)}, attempt {failure['attempt']}, rank {failure['rank']}, epoch "
+                    f"{its.get('epoch')}, batch {its.get('batch')})",
                     f"  {failure['path']}",
                 ],
             )
+            if failure is seen.failures[-1]:
+                terminal.lines(out, _hints(its), "    ")
         terminal.lines(out, [f"noticed: {_line(said, 400)}" for said in seen.noticed])
 
     def _left_out(self) -> None:
         incidents = self._seen.incidents
         if not incidents:
             return
-        sources = self._seen.run.sources({each.get("index") for each in incidents})
+        shown = incidents[:_INCIDENTS]
+        sources = terminal.sources_by_loader(self._seen.run, {each.get("index") for each in shown})
         rows = []
-        for each in incidents[:_INCIDENTS]:
-            source = sources.get(each.get("index"), "-")
+        for each in shown:
+            source = sources[each["loader"]].get(each.get("index"), "-")
             place = (each["attempt"], each["rank"], each.get("epoch"), each.get("batch"))
-            rows.append(
-                (each.get("what"), each.get("index"), *place, source, _line(each.get("reason")))
-            )
+            why = terminal.without_source(_line(each.get("reason"), 400), source)
+            rows.append((each.get("what"), each.get("index"), *place, source, _line(why)))
         heads = ("what", ">index", ">attempt", ">rank", ">epoch", ">batch", "source", "why")
         terminal.table(self._out, heads, rows)
         if len(incidents) > len(rows):
@@ -214,14 +238,21 @@ class _Told:
 
     def _next(self) -> str:
         seen, path = self._seen, self._seen.run.path
+        if cured := seen.cured_in:
+            return (
+                f"python -m safeloader show {path} --attempt {cured} looks at the newest attempt "
+                "alone: nothing of this is in it"
+            )
         if seen.failures:
-            newest = seen.failures[-1]["path"]
-            return f"python -m safeloader replay {newest} module:make_dataset"
+            newest = seen.failures[-1]
+            its = newest["failure"]
+            if _can_be_asked_for(its):
+                return terminal.replaying(seen.run, newest["path"])
+            return (_hints(its) or [f"the whole error is in {newest['path']}"])[-1]
         if seen.verdict.next_step:
             return seen.verdict.next_step
         if seen.survived:
-            newest = seen.survived[-1]["path"]
-            return f"python -m safeloader replay {newest} module:make_dataset"
+            return terminal.replaying(seen.run, seen.survived[-1]["path"])
         share = _wait_share(seen.figures)
         if share is not None and share > _MUCH:
             return "python -m safeloader doctor train.py:make_loader tries other numbers of workers"
@@ -234,6 +265,25 @@ def _wait_share(figures: list[LoaderFigures]) -> float | None:
     """Of all loaders together."""
     span = sum(each.span_s for each in figures)
     return min(1.0, sum(each.wait_s for each in figures) / span) if span else None
+
+
+def _which(failure: dict[str, Any]) -> str:
+    index = failure.get("index")
+    if index is not None:
+        return f"index {index}"
+    return f"{terminal.some(len(failure.get('indices') or ()), 'sample')} of a batch"
+
+
+def _can_be_asked_for(failure: dict[str, Any]) -> bool:
+    """Whether it is of one sample, and not of a stream, which has no length."""
+    length = (failure.get("dataset_state") or {}).get("length")
+    return failure.get("index") is not None and length is not None
+
+
+def _hints(failure: dict[str, Any]) -> list[str]:
+    """What is known of a failure, without what is for the process that it was in."""
+    lines = str(failure.get("hint") or "").splitlines()
+    return [_line(each, 600) for each in lines if not each.startswith("safeloader.replay(")]
 
 
 def _line(text: Any, most: int = 160) -> str:

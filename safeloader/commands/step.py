@@ -9,11 +9,12 @@ import typer
 
 from safeloader.commands import FINE, NO, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
+from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.records import RunBatch
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader step runs/exp1 41337"
-_SHOWN = 16  # samples of a batch, where no source is known
+_SHOWN = 16  # samples of a batch, without --all
 
 
 def step(
@@ -62,6 +63,12 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
             markup=False,
         )
         _tell_samples(out, each, every)
+    unknown = any(index not in each.sources for each in batches for index in each.indices)
+    if unknown and any(True for loader in run.loaders for _ in loader.sources()):
+        terminal.lines(out, [_why_unknown(run)], "")
+    if len(attempts) > 1:
+        said = f"--attempt {attempts[-1]} shows the newest attempt alone"
+        terminal.lines(out, [said], "")
     if not any(loader.has_marks for loader in run.loaders):
         terminal.lines(
             out,
@@ -69,6 +76,19 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
             "",
         )
         terminal.next_step(out, "loader.mark(step) in the training loop says what a step is")
+
+
+def _why_unknown(run: RunFolder) -> str:
+    """Why where a sample comes from is not known."""
+    if any((each.path / SOURCES_STREAM).exists() for each in run.loaders):
+        return (
+            "where all samples come from is written in a twentieth of the training's time: it has "
+            "not come to some of these"
+        )
+    return (
+        "sources are kept of samples that failed, were left out or are the slowest; "
+        "run_sources=True (--run-sources) keeps all"
+    )
 
 
 def _tell_samples(out: Any, batch: RunBatch, every: bool) -> None:

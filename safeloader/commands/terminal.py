@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,29 @@ AttemptOption = Annotated[
 ]
 
 _WIDE = 10_000
+
+
+def replaying(run: RunFolder, failure: str) -> str:
+    """The command that fetches a failing sample once more, for the program of the run."""
+    words = [str(each) for each in run.info.get("command", ())]
+    program = next((each for each in words[1:] if each.endswith(".py")), "train.py")
+    place = shlex.quote(f"{program}:make_dataset")
+    return (
+        f"python -m safeloader replay {shlex.quote(failure)} {place} fetches it once more; write "
+        "for make_dataset the name of your class or function there that gives the dataset"
+    )
+
+
+def sources_by_loader(run: RunFolder, wanted: set[Any]) -> dict[str, dict[Any, str]]:
+    """Where samples come from, as far as that was kept, by the loader's name, then by index.
+
+    Loaders of one name share a dataset, on all ranks; those for training and validation do not.
+    """
+    found: dict[str, dict[Any, str]] = {}
+    for each in run.loaders:
+        its = found.setdefault(each.name, {})
+        its |= each.sources_of(wanted)
+    return found
 
 
 def opened(path: Path, *, convert: bool = False) -> RunFolder:
@@ -104,19 +128,20 @@ def print_json(value: Any) -> None:
 
 def answer(out: Console, ok: bool | None, said: str) -> None:
     """The answer, first of all: green, red, or yellow where it cannot be told."""
-    out.print(Text(said, style="bold " + {True: "green", False: "red", None: "yellow"}[ok]))
+    style = "bold " + {True: "green", False: "red", None: "yellow"}[ok]
+    out.print(Text(said, style=style), soft_wrap=True)
 
 
 def lines(out: Console, said: Iterable[str], indent: str = "  ") -> None:
-    """Evidence, a line each."""
+    """Evidence, a line each. The terminal breaks it, so that a path can be copied whole."""
     for each in said:
-        out.print(Text(f"{indent}{each}"))
+        out.print(Text(f"{indent}{each}"), soft_wrap=True)
 
 
 def next_step(out: Console, said: str) -> None:
     """What to do now, if there is anything."""
     if said:
-        out.print(Text(f"next: {said}", style="bold"))
+        out.print(Text(f"next: {said}", style="bold"), soft_wrap=True)
 
 
 def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -163,9 +188,16 @@ def took(ns: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes, as MB or GB."""
+    """Bytes, as kB, MB or GB.
+
+    Example:
+        >>> size(2_500_000_000), size(186_000_000), size(70_400)
+        ('2.50 GB', '186 MB', '70 kB')
+    """
     if value is None:
         return "-"
+    if value < 1e6:
+        return f"{value / 1e3:.0f} kB"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
@@ -183,6 +215,16 @@ def some(count: int, noun: str) -> str:
     """
     many = {"batch": "batches"}.get(noun, f"{noun}s")
     return f"{count:,} {noun if count == 1 else many}"
+
+
+def without_source(reason: str, source: str) -> str:
+    """Why a sample was left out, where its source stands beside it.
+
+    Example:
+        >>> without_source("KeyError: 'x'; files[3] = '3.png'", "files[3] = '3.png'")
+        "KeyError: 'x'"
+    """
+    return reason.removesuffix(f"; {source}") if source else reason
 
 
 def short(loader: str) -> str:

@@ -14,6 +14,7 @@ import typer
 from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.terminal import AttemptOption, RunArgument
 from safeloader.report.chrome_trace import Choice, trace_events, written
+from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader trace runs/exp1 --last 1000 -o trace.json.gz"
 
@@ -55,8 +56,23 @@ def trace(
     told = f"{count:,} events in {target} ({terminal.size(target.stat().st_size)})"
     terminal.answer(out, True, told)
     terminal.lines(out, [f"note: {note}" for note in folder.notes])
-    terminal.next_step(out, f"open it in https://ui.perfetto.dev; --last {10 * last} shows more")
+    more = f"; --last {10 * last} shows more" if _has_more(folder, choice) else ""
+    terminal.next_step(out, f"open it in https://ui.perfetto.dev{more}")
     return FINE
+
+
+def _has_more(run: RunFolder, choice: Choice) -> bool:
+    """Whether older batches of the same choice were left away for ``--last``."""
+    for loader in run.loaders:
+        if choice.attempt in (None, loader.attempt) and choice.rank in (None, loader.rank):
+            of_epoch = [
+                each.batches
+                for each in loader.totals().values()
+                if choice.epoch in (None, each.epoch)
+            ]
+            if sum(of_epoch) > (choice.most or 0):
+                return True
+    return False
 
 
 def _write(target: Path, events: Any, force: bool) -> int:

@@ -344,7 +344,7 @@ def raised(exc: BaseException) -> dict[str, str]:
     """An exception as facts: type, text, and the line that raised it, the user's if possible."""
     frames = user_frames(exc) or frames_of(exc)[-1:]
     at = f"{frames[0].frame.f_code.co_filename}:{frames[0].line}" if frames else ""
-    text = exception_text(exc)
+    text = exception_text(exc).partition("\n\nsafeloader: ")[0]  # the rest is for that loader
     if (found := _IN_WORKER.match(text)) is not None:  # torch has its traceback in the text
         places = _PLACE.findall(text)
         at = ":".join(places[-1]) if places else at

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from safeloader.examining.choosing import Own, Row, chosen, gains, own_row
@@ -22,6 +24,11 @@ _SLOW_S = 0.5
 _FASTER = 1.15  # than the loader's own setting, to be told
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _STACK_LINES = 14
+_FRAME = re.compile(r'\s*File "([^"]+)", line')
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parents[1]),  # ours
+)
 _INDICES = 8  # that are named of one cause
 _LATE = "the time was up"
 _SLOW = "no batch yet"
@@ -722,7 +729,7 @@ class _Words:
                 "error",
                 "guard",
                 "the program does not come to an end when it is imported",
-                _cut_stack(facts["stack"]) or f"{facts['seconds']:.0f} s went by",
+                _cut_stack(_own_frames(facts["stack"])) or f"{facts['seconds']:.0f} s went by",
                 'put what it does besides defining under `if __name__ == "__main__":`; workers '
                 "that are spawned import it too",
             )
@@ -900,6 +907,16 @@ def _how_it_died(code: int | None) -> str:
     if code is None:
         return "died"
     return f"ended itself with exit status {code}" if code >= 0 else causes.ended(code)
+
+
+def _own_frames(stack: str) -> str:
+    """The frames of a stack that are no library's: where the program is, in its own lines."""
+    own, kept = [], False
+    for line in stack.splitlines():
+        if (place := _FRAME.match(line)) is not None:
+            kept = not place[1].startswith(("<", *_LIBRARIES))
+        own += [line] if kept else []
+    return "\n".join(own) or stack
 
 
 def _cut_stack(text: str) -> str:

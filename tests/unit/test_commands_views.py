@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from rich.console import Console
+
 from safeloader import __main__
+from safeloader.commands import terminal
+from safeloader.commands.step import _why_unknown
+from safeloader.commands.watch import _besides, _stuck, _table
+from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
 from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
@@ -150,6 +158,28 @@ def test_show_answers_first(of_two_ranks: Path, said: Said) -> None:
     assert status == 0
 
 
+def test_what_is_cured_in_the_newest_attempt(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: int) -> None:
+        with pytest.raises(ValueError, match="bad file"):
+            list(loader_of(Numbers(bad=(9,)), tmp_path))
+
+    by_ranks(monkeypatch, 1, fails)
+    assert (
+        said("show", tmp_path)[1].splitlines()[-1].startswith("next: python -m safeloader replay")
+    )
+    by_ranks(monkeypatch, 1, lambda _: list(loader_of(Numbers(), tmp_path)), 1)
+    out = said("show", tmp_path)[1].splitlines()
+    assert out[0].startswith("exactly once: NO")
+    assert out[-1].startswith(f"next: python -m safeloader show {tmp_path} --attempt 1 looks at")
+    wrong = next(at for at, line in enumerate(out) if "NOT exactly once" in line)
+    assert out[wrong + 1].startswith("      rank 0 failed: ")
+    alone = said("show", tmp_path, "--attempt", 1)[1].splitlines()
+    assert alone[0].startswith("exactly once: yes")
+    assert "--attempt" not in alone[-1]
+
+
 def test_show_as_json(of_two_ranks: Path, said: Said) -> None:
     _, out, _ = said("show", of_two_ranks, "--json", "--slowest", 3)
     told = json.loads(out)
@@ -159,6 +189,32 @@ def test_show_as_json(of_two_ranks: Path, said: Said) -> None:
     assert told["audit"]["ok"] is True
     assert len(told["slowest"]) == 3
     assert told["ranks"] == [0, 1]
+
+
+def test_show_leaves_out_what_lies_between_epochs(tmp_path: Path, said: Said) -> None:
+    """Validation, say: no loader of the run is asked for anything then, or another is."""
+    loader = loader_of(Numbers(40), tmp_path, 10)
+    list(loader)
+    time.sleep(0.2)
+    list(loader)
+    (its,) = json.loads(said("show", tmp_path, "--json")[1])["loaders"]
+    batches = RunFolder(tmp_path).batches()
+    times = [(each["asked_ns"], each["wait_ns"]) for each in batches.to_pylist()]
+    whole_s = (times[-1][0] + times[-1][1] - times[0][0]) / 1e9
+    assert (its["batches"], its["samples"], its["epoch"]) == (8, 80, 1)
+    assert its["wait_s"] == pytest.approx(sum(wait for _, wait in times) / 1e9)
+    assert its["span_s"] <= whole_s - 0.2
+    assert its["wait_share"] == pytest.approx(its["wait_s"] / its["span_s"])
+
+
+def test_a_sample_that_failed_is_fetched_again_in_the_program_of_the_run() -> None:
+    def told(*command: str) -> str:
+        run: Any = SimpleNamespace(info={"command": command})
+        return terminal.replaying(run, "runs/a b/1.json").split(" fetches ")[0]
+
+    first = "python -m safeloader replay 'runs/a b/1.json' "
+    assert told("python", "mine/train.py", "--x", "a.py") == f"{first}mine/train.py:make_dataset"
+    assert told("python", "-m", "mine") == told() == f"{first}train.py:make_dataset"
 
 
 def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
@@ -214,6 +270,7 @@ def test_the_slowest_of_a_stream_are_of_a_worker_each(tmp_path: Path) -> None:
 def test_a_step_on_all_ranks(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("step", of_two_ranks, 100)
     assert out.startswith("step 100: 7 samples in 2 batches on 2 ranks")
+    assert "sources are kept" not in out  # all are known
     assert "attempt 0, rank 1, epoch 0, batch 0, by main" in out
     assert status == 0
     _, out, _ = said("step", of_two_ranks, 104, "--json")
@@ -235,7 +292,25 @@ def test_without_marks_a_step_is_a_batch(tmp_path: Path, said: Said) -> None:
     _, out, _ = said("step", tmp_path, 2)
     assert "8" in out
     assert "no steps were marked" in out
+    assert "sources are kept" not in out
     assert said("step", tmp_path, 5)[1].splitlines()[1].endswith("batches 0 to 4")
+
+
+def test_a_step_says_why_sources_are_not_known(tmp_path: Path, said: Said) -> None:
+    list(loader_of(Numbers(8000), tmp_path, 1000))
+    assert "run_sources=True (--run-sources) keeps all" in said("step", tmp_path, 7)[1]
+    ours: Any = SimpleNamespace(loaders=[SimpleNamespace(path=tmp_path)])
+    (tmp_path / SOURCES_STREAM).touch()
+    assert "has not come to some of these" in _why_unknown(ours)
+
+
+def test_a_step_of_two_attempts(tmp_path: Path, said: Said, monkeypatch: Any) -> None:
+    for attempt in range(2):
+        by_ranks(monkeypatch, 1, lambda _: list(loader_of(Numbers(), tmp_path)), attempt)
+    out = said("step", tmp_path, 2)[1]
+    assert out.startswith("step 2: 8 samples in 2 batches on 1 rank, in attempts 0, 1")
+    assert "--attempt 1 shows the newest attempt alone" in out
+    assert "newest attempt" not in said("step", tmp_path, 2, "--attempt", 0)[1]
 
 
 def test_an_index(of_two_ranks: Path, said: Said) -> None:
@@ -251,9 +326,44 @@ def test_an_index(of_two_ranks: Path, said: Said) -> None:
     ]
 
 
+def test_training_and_validation_have_samples_of_their_own(tmp_path: Path, said: Said) -> None:
+    class Validation(Numbers):
+        def __init__(self) -> None:
+            super().__init__(12, bad=(7,))
+            self.files = [f"val/{each}" for each in self.files]
+
+    for data in (Numbers(bad=(7,)), Validation()):
+        list(loader_of(data, tmp_path, on_error="skip"))
+    lines = said("show", tmp_path)[1].splitlines()
+    rows = [line.split() for line in lines if line.startswith("skipped ")]
+    assert [(row[1], row[8]) for row in rows] == [("7", "'7.png'"), ("7", "'val/7.png'")]
+    out = said("index", tmp_path, 7)[1]
+    assert out.splitlines()[1].endswith(": dataset.files[7] = '7.png'")
+    assert out.splitlines()[2].endswith(": dataset.files[7] = 'val/7.png'")
+    assert "ValueError: bad file val/7.png (SafeDataLoader over " in out
+    told = json.loads(said("index", tmp_path, 7, "--json")[1])
+    assert sorted(told["sources"].values()) == [
+        "dataset.files[7] = '7.png'",
+        "dataset.files[7] = 'val/7.png'",
+    ]
+
+
+def test_next_is_not_to_replay_what_has_no_index(tmp_path: Path, said: Said) -> None:
+    class Ragged(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return np.zeros(index)
+
+    with pytest.raises(RuntimeError, match="equal size"):
+        list(loader_of(Ragged(), tmp_path))
+    out = said("show", tmp_path)[1]
+    assert "(4 samples of a batch, attempt 0, rank 0, epoch 0, batch 0)" in out
+    assert out.splitlines()[-1] == "next: mend the sample, or have collate_fn= take it"
+
+
 def test_an_index_that_never_came(of_two_ranks: Path, said: Said) -> None:
     status, out, _ = said("index", of_two_ranks, "abc")
     assert out.startswith("index abc: nowhere in")
+    assert "looked for in what SafeDataLoader over Numbers (24)" in out
     assert status == 1
 
 
@@ -264,6 +374,10 @@ def test_an_index_whose_error_was_raised_names_its_file(tmp_path: Path, said: Sa
     (path,) = tmp_path.rglob("failures/*.json")
     assert out.startswith("index 9: failed once")
     assert out.splitlines()[-1].startswith(f"next: python -m safeloader replay {path}")
+    out = said("show", tmp_path)[1]
+    told = out.splitlines().index(f"    {path}")
+    assert out.splitlines()[told + 1] == "    dataset.files[9] = '9.png'"
+    assert "safeloader.replay(" not in out
 
 
 # ── watch ────────────────────────────────────────────────────────────────────────────────────────
@@ -282,6 +396,84 @@ def test_watch_of_a_run_that_goes_on(tmp_path: Path, said: Said) -> None:
     status, out, _ = said("watch", tmp_path)  # no terminal: one look
     assert "1 loader running" in out.splitlines()[0]
     assert status == 0
+
+
+def test_watch_says_where_no_batch_comes(
+    tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterator = iter(loader_of(Numbers(), tmp_path))
+    next(iterator)
+    later = SimpleNamespace(
+        time=lambda: time.time() + 100, time_ns=lambda: time.time_ns() + 100_000_000_000
+    )
+    monkeypatch.setattr("safeloader.commands.watch.time", later)
+    status, out, _ = said("watch", tmp_path)
+    assert "1 loader running, no batch on rank 0 for 100 s: Safe" in out.splitlines()[0]
+    assert "stall_after=" in out.splitlines()[-1]
+    assert status == 0
+    assert "no batch on rank" not in said("watch", tmp_path, "--window", 1000)[1]
+
+
+def test_a_rank_waits_only_if_none_of_its_loaders_gives_batches() -> None:
+    def its(rank: int, quiet_s: float | None, loader: str = "a") -> dict[str, Any]:
+        return {"rank": rank, "quiet_s": quiet_s, "loader": loader, "handed_over": 9}
+
+    trains, validates = its(0, 2.0), its(0, 500.0, "b")
+    assert _stuck([trains, validates, its(1, None)], 30) == ""
+    assert _stuck([trains, validates, its(1, 40.0)], 30) == "no batch on rank 1 for 40 s"
+    assert _stuck([trains, its(1, 90.0), its(2, 40.0)], 30) == "no batch on ranks 1, 2 for 40 s"
+    assert _stuck([], 30) == ""
+
+
+def test_a_line_a_rank_fits_a_terminal_of_80_columns() -> None:
+    row = {
+        "rank": 1023,
+        "state": "running",
+        "epoch": 999,
+        "samples_per_s": 1_234_567.0,
+        "wait_share": 1.0,
+        "memory_bytes": {"main": 12_340_000_000, "workers": 99_990_000_000},
+        "quiet_s": 7100.0,
+        "loader": "a",
+        **dict.fromkeys(("skipped", "replaced", "failed"), 0),
+    }
+    written = io.StringIO()
+    Console(file=written, width=80).print(_table([row]))
+    told = written.getvalue().splitlines()[-1]
+    assert " ".join(told.split()) == (
+        "1023 running 999 1,234,567 100% 12.34 GB 99.99 GB 118 min ago"
+    )
+
+
+def test_what_was_left_out_is_told_below() -> None:
+    none = dict.fromkeys(("skipped", "replaced", "failed"), 0)
+    look = [{"rank": rank} | none | {"skipped": rank} for rank in range(12)]
+    look[2]["failed"] = 1
+    told = _besides(look)
+    assert told[:2] == ["rank 1: 1 skipped", "rank 2: 2 skipped, 1 failed"]
+    assert told[-1] == "and so on, 3 more ranks"
+    assert _besides(look[:1]) == []
+
+
+def test_what_is_to_be_copied_is_not_broken() -> None:
+    written = io.StringIO()
+    out = Console(file=written, width=30)
+    path = "runs/exp1/attempt=0/" + 5 * "a-long-folder/" + "failure.json"
+    terminal.lines(out, [path])
+    terminal.next_step(out, path)
+    terminal.answer(out, True, path)
+    assert written.getvalue().splitlines() == [f"  {path}", f"next: {path}", path]
+
+
+def test_of_ranks_that_wait_for_each_other_the_one_behind_is_named() -> None:
+    look = [
+        {"rank": rank, "quiet_s": 60.0, "loader": "a", "handed_over": 27 if rank == 7 else 28}
+        for rank in range(10)
+    ]
+    assert _stuck(look, 30) == (
+        "no batch on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 2 more for 60 s; "
+        "rank 7 had 27 batches, others 28"
+    )
 
 
 def test_watch_ends_with_the_run(of_two_ranks: Path, said: Said) -> None:
@@ -314,12 +506,15 @@ def test_a_trace(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
     sample = next(each for each in events if each.get("cat") == "sample")
     assert set(sample["args"]) == {"epoch", "batch", "position", "index"}
     assert target.stat().st_mode & 0o777 == 0o600
+    assert " kB)" in out.splitlines()[0]
+    assert "shows more" not in out
 
 
 def test_a_trace_of_a_part(of_two_ranks: Path, tmp_path: Path, said: Said) -> None:
     target = tmp_path / "t.json"
     words = ("trace", of_two_ranks, "-o", target, "--rank", 1, "--last", 2, "--no-samples")
-    assert said(*words)[0] == 0
+    status, out, _ = said(*words)
+    assert (status, "--last 20 shows more" in out) == (0, True)
     waits = [each for each in json.loads(target.read_text()) if each.get("cat") == "wait"]
     assert [each["args"]["batch"] for each in waits] == [1, 2]
     status, _, err = said(*words)

@@ -7,10 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    dataloader,
+)
 
+from safeloader import SafeDataLoader, SafeLoaderError
 from safeloader.examining import resuming
 from safeloader.examining.report import Examination, Finding
+from safeloader.examining.samples import raised
 from safeloader.examining.sending import weighed
 from safeloader.examining.subject import Subject
 from safeloader.examining.wording import findings_of, recommended, resume_text, rows_of
@@ -226,3 +235,34 @@ def test_nothing_bad_is_said_of_what_was_looked_at(left_out: tuple[str, ...], he
         seconds=1.0,
     )
     assert str(report).splitlines()[0] == head
+
+
+def test_of_an_error_of_a_recorded_loader_it_says_what_was_raised() -> None:
+    class Gone:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            raise OSError(f"no file {index}.png")
+
+    with pytest.raises(SafeLoaderError) as caught:
+        list(SafeDataLoader(Gone()))
+    told = raised(caught.value)
+    assert told["type"].endswith("SampleError(OSError)")
+    assert told["text"] == "no file 0.png"
+    assert "test_doctor_words.py:" in told["at"]
+
+
+def test_of_a_program_that_trains_as_it_is_imported_its_own_lines_are_shown() -> None:
+    def frame(file: str, name: str) -> str:
+        return f'  File "{file}", line 3, in {name}\n    {name}()'
+
+    stack = [
+        frame("/home/me/train.py", "<module>"),
+        *(frame(dataloader.__file__, "next") for _ in range(9)),
+        frame(resuming.__file__, "ours"),
+    ]
+    facts = {**ENDING, "stack": "\n".join(stack)}
+    found = words("ending", **facts, method=None, how="hung", index=None, code=None, what="loading")
+    assert "does not come to an end" in found.answer
+    assert found.evidence == stack[0]
