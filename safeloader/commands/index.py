@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from safeloader.commands import FINE, NO, terminal
+from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.terminal import JsonOption, RunArgument
-from safeloader.report.records import Sighting
+from safeloader.provenance.index_texts import asked_for
+from safeloader.report.records import Sighting, is_of
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader index runs/exp1 123"
@@ -29,22 +30,25 @@ def index(
     as_json: JsonOption = False,
 ) -> int:
     """Where and when an index was delivered, skipped, replaced or failed."""
+    if which.startswith("--") and not is_text:  # what is no option may be a number below 0
+        raise BadInput(f"No such option: {which}. With --text it is an index")
     folder = terminal.opened(run)
-    digits = which.removeprefix("-")
-    wanted = which if is_text or not (digits.isascii() and digits.isdecimal()) else int(which)
-    found = folder.index(wanted)
+    forms = [each for each in asked_for(which) if not (is_text and isinstance(each, int))]
+    found = [seen for each in forms for seen in folder.index(each)]
+    found = list(dict.fromkeys(found))
     found.sort(key=lambda each: (each.attempt, each.epoch or 0, each.batch or 0))
-    source = folder.sources([wanted]).get(wanted, "")
+    source = next(iter(folder.sources(forms).values()), "")
+    wanted = forms[0]
     if as_json:
         seen = [each.to_dict() for each in found]
         terminal.print_json({"index": wanted, "source": source, "seen": seen})
     else:
-        _tell(folder, wanted, source, found, every)
+        _tell(folder, forms, source, found, every)
     return FINE if found else NO
 
 
 def _tell(
-    run: RunFolder, wanted: int | str, source: str, found: Sequence[Sighting], every: bool
+    run: RunFolder, forms: list[int | str], source: str, found: Sequence[Sighting], every: bool
 ) -> None:
     out = terminal.console()
     times = Counter(each.what for each in found)
@@ -53,7 +57,7 @@ def _tell(
     )
     bad = any(what != "delivered" for what in times)
     ok = None if bad else bool(found)
-    terminal.answer(out, ok, f"index {wanted}: {told or f'nowhere in {run.path}'}")
+    terminal.answer(out, ok, f"index {forms[0]}: {told or f'nowhere in {run.path}'}")
     if source:
         terminal.lines(out, [f"source: {source}"])
     rows = [
@@ -69,7 +73,8 @@ def _tell(
         terminal.table(out, (*heads[:-1], "why, or loader"), rows)
     if len(found) > len(rows):
         terminal.lines(out, [f"and {len(found) - len(rows)} more: --all shows them"])
-    paths = [each["path"] for each in run.failures() if each["failure"].get("index") == wanted]
+    failures = run.failures()
+    paths = [each["path"] for each in failures if any(is_of(each["failure"], k) for k in forms)]
     terminal.lines(out, [f"failure: {path}" for path in paths[:_FILES]])
     if gone := run.dropped():
         terminal.lines(

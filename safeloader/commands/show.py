@@ -9,6 +9,7 @@ import typer
 
 from safeloader.commands import FINE, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
+from safeloader.provenance.index_texts import of_json, without_hash
 from safeloader.report.exactly_once import RunVerdict, exactly_once
 from safeloader.report.figures import LoaderFigures, SlowSample, figures_of, slowest
 from safeloader.report.run import RunFolder
@@ -80,7 +81,7 @@ class _Seen:
 def _place(where: dict[str, Any], what: dict[str, Any]) -> tuple[Any, ...]:
     """Which sample of which epoch."""
     index = what.get("index")
-    index = tuple(index) if isinstance(index, list) else index
+    index = None if index is None else without_hash(str(of_json(index)))
     return where["attempt"], where["rank"], where["loader"], what.get("epoch"), index
 
 

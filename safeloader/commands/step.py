@@ -19,7 +19,10 @@ _SHOWN = 16  # samples of a batch, where no source is known
 def step(
     run: RunArgument,
     number: Annotated[
-        int, typer.Argument(metavar="N", min=0, show_default=False, help="The step, from 0.")
+        int,
+        typer.Argument(
+            metavar="N", min=0, max=(1 << 63) - 1, show_default=False, help="The step, from 0."
+        ),
     ],
     attempt: AttemptOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every sample, however many.")] = False,
@@ -55,12 +58,12 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
     terminal.answer(out, True, said)
     for each in batches:
         who = "main" if each.worker is None else f"worker {each.worker}"
-        out.print(
+        said = (
             f"attempt {each.attempt}, rank {each.rank}, epoch {each.epoch}, batch {each.batch}, by "
             f"{who} (pid {each.pid}); asked for at {terminal.moment(each.asked_ns)}, waited "
-            f"{terminal.took(each.wait_ns)}: {terminal.short(each.loader)}",
-            markup=False,
+            f"{terminal.took(each.wait_ns)}: {terminal.short(each.loader)}"
         )
+        terminal.lines(out, [said], "")
         _tell_samples(out, each, every)
     if not any(loader.has_marks for loader in run.loaders):
         terminal.lines(

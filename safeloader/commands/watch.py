@@ -23,16 +23,21 @@ from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader watch runs/exp1"
 _HEADS = ("rank", "loader", "state", "epoch", "samples/s", "waiting", "main", "workers")
+_DAY_S = 86_400.0
 _COUNTS = ("skipped", "replaced", "failed", "last sign")
 
 
 def watch(
     run: RunArgument,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Between two looks.")
+        float,
+        typer.Option("--every", metavar="SECONDS", min=0.1, max=_DAY_S, help="Between two looks."),
     ] = 2.0,
     window: Annotated[
-        float, typer.Option("--window", metavar="SECONDS", min=1.0, help="What rates are over.")
+        float,
+        typer.Option(
+            "--window", metavar="SECONDS", min=1.0, max=_DAY_S, help="What rates are over."
+        ),
     ] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
     as_json: JsonOption = False,
@@ -64,7 +69,7 @@ def _as_json(
     run: RunFolder, look: list[dict[str, Any]], every: float, window: float, once: bool
 ) -> int:
     while True:
-        print(json.dumps({"time": time.time(), "loaders": look}), flush=True)
+        print(json.dumps({"time": time.time(), "loaders": look}, allow_nan=False), flush=True)
         if once or _is_over(look):
             return _status(look)
         time.sleep(every)
@@ -132,10 +137,13 @@ def _shown(run: RunFolder, look: list[dict[str, Any]]) -> Group:
             table.add_column(head, justify=justify, no_wrap=True, overflow="ellipsis")
     for each in sorted(look, key=lambda each: (each["rank"], each["loader"])):
         cells = [str(cell) for at, cell in enumerate(_row(each)) if at not in left_out]
-        table.add_row(*map(Text, cells), style="red" if each["state"] == "killed" else "")
+        table.add_row(
+            *map(Text, map(terminal.printable, cells)),
+            style="red" if each["state"] == "killed" else "",
+        )
     style = "green" if alive else "yellow"
-    last = Text(f"next: python -m safeloader show {run.path}", style="bold")
-    parts: list[Any] = [Text(said, style=f"bold {style}"), table]
+    last = Text(terminal.printable(f"next: python -m safeloader show {run.path}"), style="bold")
+    parts: list[Any] = [Text(terminal.printable(said), style=f"bold {style}"), table]
     return Group(*parts, *([] if alive else [last]))
 
 
