@@ -10,6 +10,7 @@ scanners can find them, RFC 7519 (JWT), RFC 7468 (PEM), RFC 6750 and 7617 (heade
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
 REDACTED = "[redacted]"
@@ -174,6 +175,23 @@ def scrub(text: str) -> str:
         inside = _LITERAL.sub(lambda literal: _scrub_pairs(literal[0]), code)
         pieces[2 * k + 1] = _scrub_pairs(inside, code=True)
     return "".join(pieces)
+
+
+def scrub_command(words: Iterable[str]) -> list[str]:
+    """The words of a command line, without what looks like a secret or stands behind its name.
+
+    >>> scrub_command(["train.py", "--api-key", "abc", "--tokens", "512", "hf.token=abc", "-v"])
+    ['train.py', '--api-key', '[redacted]', '--tokens', '512', 'hf.token=[redacted]', '-v']
+    """
+    told: list[str] = []
+    how = ""  # much of the next word is a secret, by the name before it
+    for word in words:
+        hides = how and not word.startswith("-")
+        shown = how == "texts" and _NUMERIC.fullmatch(word) is not None
+        told.append(REDACTED if hides and not shown else scrub(word))
+        is_name = word.startswith("-") and "=" not in word
+        how = secrecy(word.lstrip("-").rpartition(".")[2]) if is_name else ""
+    return told
 
 
 def _scrub_pairs(text: str, *, code: bool = False) -> str:
