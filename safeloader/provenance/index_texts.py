@@ -43,6 +43,16 @@ def stored_text(text: str) -> str:
         if hidden != text:
             whole = text.encode("utf-8", "surrogatepass")
             text = f"{hidden} #{hashlib.sha256(whole).hexdigest()[:8]}"
+    return encodable(text)
+
+
+def encodable(text: str) -> str:
+    """A text that UTF-8 can hold: a file's name may have bytes that are none of it.
+
+    Example:
+        >>> print(encodable(f"a{chr(0xDCFF)}.png"))
+        a\\udcff.png
+    """
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
