@@ -144,7 +144,10 @@ def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for head in heads:
         right = head.startswith(">")
         its.add_column(
-            head.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            head.lstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="ellipsis" if right else "fold",
         )
     for row in rows:
         its.add_row(*(Text(printable(str(each))) for each in row))

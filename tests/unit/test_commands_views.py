@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from safeloader import __main__
+from safeloader.commands import terminal
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
 from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
@@ -398,3 +400,13 @@ def test_what_holds_no_failure(failed: Path, said: Said) -> None:
     status, _, err = said("replay", "batch.json", "x.py:make_dataset")
     assert "(collate) names no single sample; the indices of its batch: 8, 9, 10, 11" in err
     assert os.path.isfile("batch.json")
+
+
+def test_a_number_that_has_no_room_is_not_shown_as_another() -> None:
+    from rich.console import Console
+
+    out = Console(width=24, file=io.StringIO())
+    terminal.table(out, ("a", ">batches", ">samples"), [("name" * 4, "1,000", "4,000")])
+    said = out.file.getvalue()
+    for cut in ("1,0 ", "1, ", "4,00 ", "4,0 ", "4, "):
+        assert cut not in said.replace("\n", " "), said
