@@ -76,6 +76,12 @@ def _tell(
     failures = run.failures()
     paths = [each["path"] for each in failures if any(is_of(each["failure"], k) for k in forms)]
     terminal.lines(out, [f"failure: {path}" for path in paths[:_FILES]])
+    streams = {each.loader.name for each in run.epochs() if (each.audit or {}).get("stream")}
+    if any(each.loader in streams for each in found):
+        said = (
+            "of a stream an index is the number of a sample in its worker's part, and no identity"
+        )
+        terminal.lines(out, [said])
     if gone := run.dropped():
         terminal.lines(
             out, [f"{terminal.some(len(gone), 'segment')} went for run_max_bytes=: not seen there"]

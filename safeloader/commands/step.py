@@ -65,7 +65,16 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
         )
         terminal.lines(out, [said], "")
         _tell_samples(out, each, every)
-    if not any(loader.has_marks for loader in run.loaders):
+    marking = {loader.name for loader in run.loaders if loader.has_marks}
+    its = [k for k in run.loaders if k.name in marking and k.attempt in attempts]
+    silent = sorted({k.rank for k in its} - {k.rank for k in its if k.has_marks})
+    if silent:
+        others = f"{'rank' if len(silent) == 1 else 'ranks'} {', '.join(map(str, silent))}"
+        without = (
+            f"without {others}, where no step was marked: call loader.mark(step) on every rank"
+        )
+        terminal.lines(out, [without], "")
+    if not marking:
         terminal.lines(
             out,
             ["no steps were marked: a step here is the batch of that number of each loader"],

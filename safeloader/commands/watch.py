@@ -19,6 +19,7 @@ from safeloader.commands import FINE, NO, terminal
 from safeloader.commands.terminal import JsonOption, RunArgument
 from safeloader.report.figures import figures_of, memory_of
 from safeloader.report.folder import LoaderRecords
+from safeloader.report.outcomes import failures_of
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader watch runs/exp1"
@@ -89,10 +90,7 @@ def _of(loader: LoaderRecords, window_s: float) -> dict[str, Any]:
     for line in loader.lines("incidents.jsonl"):
         if line.get("what") in counts:
             counts[str(line["what"])] += 1
-    try:
-        failed = sum(1 for each in (loader.path / "failures").iterdir() if each.suffix == ".json")
-    except OSError:
-        failed = 0
+    failed = sum(not each["survived"] for each in failures_of(loader))
     epoch = figures.epoch
     if epoch is None:  # nothing came within the window
         lines = loader.lines("epochs.jsonl")
