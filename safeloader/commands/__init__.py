@@ -12,8 +12,23 @@ The exit status of every command but ``run``, which ends as its program does:
 =====  ==========================================================================================
 """
 
+from __future__ import annotations
+
+import os
+import traceback
+
 FINE, NO, BAD_INPUT = 0, 1, 2
 
 
 class BadInput(Exception):
     """What was given cannot be used: one sentence says why, and what to give."""
+
+
+def fault_of_ours(exc: BaseException) -> str:
+    """What is said in the place of a traceback: the fault, and where it was met."""
+    place = traceback.extract_tb(exc.__traceback__)[-1:]
+    where = "".join(f" ({os.path.basename(k.filename)}, line {k.lineno})" for k in place)
+    return (
+        "this is a fault of safeloader's own, or a file is damaged in a way that it does not know; "
+        f"please report it: {type(exc).__name__}: {' '.join(str(exc).split())[:200]}{where}"
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -12,6 +14,7 @@ from safeloader.commands import (
     FINE,
     BadInput,
     audit,
+    fault_of_ours,
     index,
     replay,
     show,
@@ -53,7 +56,8 @@ def _app(is_script: bool) -> typer.Typer:
     for name, said in _PASSED_ON.items():
         app.command(name, help=said, add_help_option=False, context_settings=_ANYTHING)(_no_words)
     for command, example in _COMMANDS.items():
-        app.command(command.__name__, epilog=f"Example: {example}")(command)
+        how: dict[str, Any] = {"ignore_unknown_options": True} if command is index.index else {}
+        app.command(command.__name__, epilog=f"Example: {example}", context_settings=how)(command)
     return app
 
 
@@ -72,28 +76,33 @@ def main(words: list[str], name: str) -> int:
         name: what was called: ``python -m safeloader``, or the script ``safeloader``.
     """
     whole = " ".join([name, *words[:1]])
+    if sys.stdout is None:  # closed before it began
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the program
     try:
         told = _app(" " not in name)(words, prog_name=name, standalone_mode=False)
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            terminal.seen_enough()
+            terminal.no_more_output()
         return told if isinstance(told, int) else FINE
     except BadInput as exc:
         return _refused(f"{whole}: {exc}")
+    except BrokenPipeError:  # `| head` has seen enough, of what was flushed last
+        terminal.no_more_output()
+        return FINE
     except OSError as exc:
         return _refused(f"{whole}: {exc}")
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001  Typer's, and what a user cannot mend
         if type(exc).__name__ == "Abort":
             return _INTERRUPTED
         if not hasattr(exc, "format_message"):  # none of Typer's
-            raise
+            return _refused(f"{whole}: {fault_of_ours(exc)}")
         said = " ".join(str(exc.format_message()).split()).rstrip(".")
         return _refused(f"{whole}: {said}. See {whole} --help")
 
 
 def _refused(said: str) -> int:
-    print(said, file=sys.stderr)
+    print(terminal.printable(said), file=sys.stderr)
     return BAD_INPUT

@@ -32,7 +32,7 @@ def _tell(verdict: RunVerdict) -> None:
     for each in verdict.epochs:
         if each.loader != loader:
             loader = each.loader
-            out.print(terminal.short(loader), markup=False)
+            terminal.lines(out, [terminal.short(loader)], "")
         terminal.lines(out, [each.answer])
         if each.ok is not True or each.state == "running" or each.counts["again"]:
             terminal.lines(out, each.evidence, "      ")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from safeloader.commands import FINE, NO, terminal
+from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.terminal import JsonOption, RunArgument
-from safeloader.report.records import Sighting
+from safeloader.provenance.index_texts import asked_for
+from safeloader.report.records import Sighting, is_of
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader index runs/exp1 123"
@@ -29,25 +30,32 @@ def index(
     as_json: JsonOption = False,
 ) -> int:
     """Where and when an index was delivered, skipped, replaced or failed."""
+    if which.startswith("--") and not is_text:  # what is no option may be a number below 0
+        raise BadInput(f"No such option: {which}. With --text it is an index")
     folder = terminal.opened(run)
-    digits = which.removeprefix("-")
-    wanted = which if is_text or not (digits.isascii() and digits.isdecimal()) else int(which)
-    found = folder.index(wanted)
+    forms = [each for each in asked_for(which) if not (is_text and isinstance(each, int))]
+    found = [seen for each in forms for seen in folder.index(each)]
+    found = list(dict.fromkeys(found))
     found.sort(key=lambda each: (each.attempt, each.epoch or 0, each.batch or 0))
-    its = terminal.sources_by_loader(folder, {wanted})
-    sources = {name: known[wanted] for name, known in its.items() if known.get(wanted)}
+    its = terminal.sources_by_loader(folder, {*forms})
+    sources = {
+        name: next(known[each] for each in forms if known.get(each))
+        for name, known in its.items()
+        if any(known.get(each) for each in forms)
+    }
+    wanted = forms[0]
     if as_json:
         seen = [each.to_dict() for each in found]
         source = next(iter(sources.values()), "")
         terminal.print_json({"index": wanted, "source": source, "sources": sources, "seen": seen})
     else:
-        _tell(folder, wanted, sources, found, every)
+        _tell(folder, forms, sources, found, every)
     return FINE if found else NO
 
 
 def _tell(
     run: RunFolder,
-    wanted: int | str,
+    forms: list[int | str],
     sources: dict[str, str],
     found: Sequence[Sighting],
     every: bool,
@@ -59,7 +67,7 @@ def _tell(
     )
     bad = any(what != "delivered" for what in times)
     ok = None if bad else bool(found)
-    terminal.answer(out, ok, f"index {wanted}: {told or f'nowhere in {run.path}'}")
+    terminal.answer(out, ok, f"index {forms[0]}: {told or f'nowhere in {run.path}'}")
     several = len({each.loader for each in found}) > 1
     for name, source in sources.items():
         of = f" in {terminal.short(name)}" if several else ""
@@ -78,8 +86,15 @@ def _tell(
         terminal.table(out, (*heads, ">fetch", "why, or loader"), rows)
     if len(found) > len(rows):
         terminal.lines(out, [f"and {len(found) - len(rows)} more: --all shows them"])
-    paths = [each["path"] for each in run.failures() if each["failure"].get("index") == wanted]
+    failures = run.failures()
+    paths = [each["path"] for each in failures if any(is_of(each["failure"], k) for k in forms)]
     terminal.lines(out, [f"failure: {path}" for path in paths[:_FILES]])
+    streams = {each.loader.name for each in run.epochs() if (each.audit or {}).get("stream")}
+    if any(each.loader in streams for each in found):
+        said = (
+            "of a stream an index is the number of a sample in its worker's part, and no identity"
+        )
+        terminal.lines(out, [said])
     if gone := run.dropped():
         terminal.lines(
             out, [f"{terminal.some(len(gone), 'segment')} went for run_max_bytes=: not seen there"]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from safeloader.commands import BAD_INPUT, FINE, fault_of_ours
+from safeloader.introspect.private_files import see_replaceable
+from safeloader.report.run import NotARunFolder, RunFolder
 
 _EXAMPLES = """\
 RUN is the folder that run_dir=, SAFELOADER_RUN or --run was given; the run may still go on:
@@ -43,12 +48,20 @@ def main(words: list[str]) -> int:
         return int(exc.code or 0)
     try:
         nbytes = write_page(told.run, Path(told.output))
-    except (ValueError, ImportError, OSError) as exc:
-        print(f"python -m safeloader report: {exc}", file=sys.stderr)
-        return 2
-    print(f"wrote {told.output} ({nbytes / 1e6:.1f} MB)")
-    print(f"next: open it in a browser; python -m safeloader show {told.run} tells most of it here")
-    return 0
+    except (NotARunFolder, ImportError, OSError) as exc:
+        return _refused(str(exc))
+    except Exception as exc:  # noqa: BLE001  a traceback tells nothing that a user can mend
+        return _refused(fault_of_ours(exc))
+    with contextlib.suppress(OSError):  # nobody listens: the page is written
+        print(f"wrote {told.output} ({nbytes / 1e6:.1f} MB)")
+        more = f"python -m safeloader show {told.run} tells most of it here"
+        print(f"next: open it in a browser; {more}", flush=True)
+    return FINE
+
+
+def _refused(said: str) -> int:
+    print(f"python -m safeloader report: {' '.join(said.split())}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def write_page(run: str | os.PathLike[str], output: Path) -> int:
@@ -60,11 +73,11 @@ def write_page(run: str | os.PathLike[str], output: Path) -> int:
         OSError: if the page cannot be written.
     """
     from safeloader.report.page import page_of, why_no_page
-    from safeloader.report.run import RunFolder
 
     missing = why_no_page()
     if missing:
         raise ImportError(missing)
+    see_replaceable(output)
     whole = page_of(RunFolder(run)).encode("utf-8", "replace")
     fd, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")  # 0600
     try:

@@ -12,10 +12,12 @@ from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
 from safeloader.report.exactly_once import RunVerdict, exactly_once
 from safeloader.report.figures import LoaderFigures, SlowSample, slowest
 from safeloader.report.folder import LoaderRecords
+from safeloader.report.outcomes import failures_of
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader show runs/exp1"
 _EPOCHS, _INCIDENTS, _FAILURES, _LOADERS = 12, 10, 5, 32  # shown
+_OF_WORKERS = ("crash", "timeout")
 _MUCH = 0.1  # of the time spent waiting is worth a word
 
 
@@ -47,10 +49,13 @@ class _Seen:
         self.figures = [_figures_of(each) for each in its]
         self.slowest = slowest(its, slow) if slow else []
         self.incidents = _of(run.incidents(), attempt)
-        failures = _of(run.failures(), attempt)
-        left_out = {_place(each, each) for each in self.incidents}
-        self.failures = [each for each in failures if _place(each, each["failure"]) not in left_out]
-        self.survived = [each for each in failures if _place(each, each["failure"]) in left_out]
+        failures = [
+            found | {"attempt": each.attempt, "rank": each.rank, "loader": each.name}
+            for each in its
+            for found in failures_of(each)
+        ]
+        self.failures = [each for each in failures if not each["survived"]]
+        self.survived = [each for each in failures if each["survived"]]
         self.dropped = _of(run.dropped(), attempt)
         self.noticed = list(
             dict.fromkeys(
@@ -99,13 +104,6 @@ def _figures_of(loader: LoaderRecords) -> LoaderFigures:
     )
 
 
-def _place(where: dict[str, Any], what: dict[str, Any]) -> tuple[Any, ...]:
-    """Which sample of which epoch."""
-    index = what.get("index")
-    index = tuple(index) if isinstance(index, list) else index
-    return where["attempt"], where["rank"], where["loader"], what.get("epoch"), index
-
-
 def _of(found: list[dict[str, Any]], attempt: int | None) -> list[dict[str, Any]]:
     return [each for each in found if attempt in (None, each["attempt"])]
 
@@ -133,6 +131,8 @@ class _Told:
         said = [seen.verdict.answer]
         said += [f"{count:,} {what}" for what, count in left_out.items()]
         said += [terminal.some(len(seen.failures), "failure")] if seen.failures else []
+        restarts = sum(each["failure"].get("phase") in _OF_WORKERS for each in seen.survived)
+        said += [f"{terminal.some(restarts, 'failure')} of workers survived"] if restarts else []
         share = _wait_share(seen.figures)
         said += [f"{terminal.share(share)} of the time waiting for data"] if share else []
         return "; ".join(said)

@@ -20,7 +20,10 @@ _SHOWN = 16  # samples of a batch, without --all
 def step(
     run: RunArgument,
     number: Annotated[
-        int, typer.Argument(metavar="N", min=0, show_default=False, help="The step, from 0.")
+        int,
+        typer.Argument(
+            metavar="N", min=0, max=(1 << 63) - 1, show_default=False, help="The step, from 0."
+        ),
     ],
     attempt: AttemptOption = None,
     every: Annotated[bool, typer.Option("--all", help="Every sample, however many.")] = False,
@@ -56,12 +59,12 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
     terminal.answer(out, True, said)
     for each in batches:
         who = "main" if each.worker is None else f"worker {each.worker}"
-        out.print(
+        said = (
             f"attempt {each.attempt}, rank {each.rank}, epoch {each.epoch}, batch {each.batch}, by "
             f"{who} (pid {each.pid}); asked for at {terminal.moment(each.asked_ns)}, waited "
-            f"{terminal.took(each.wait_ns)}: {terminal.short(each.loader)}",
-            markup=False,
+            f"{terminal.took(each.wait_ns)}: {terminal.short(each.loader)}"
         )
+        terminal.lines(out, [said], "")
         _tell_samples(out, each, every)
     unknown = any(index not in each.sources for each in batches for index in each.indices)
     if unknown and any(True for loader in run.loaders for _ in loader.sources()):
@@ -69,7 +72,16 @@ def _tell(run: RunFolder, number: int, batches: Sequence[RunBatch], every: bool)
     if len(attempts) > 1:
         said = f"--attempt {attempts[-1]} shows the newest attempt alone"
         terminal.lines(out, [said], "")
-    if not any(loader.has_marks for loader in run.loaders):
+    marking = {loader.name for loader in run.loaders if loader.has_marks}
+    its = [k for k in run.loaders if k.name in marking and k.attempt in attempts]
+    silent = sorted({k.rank for k in its} - {k.rank for k in its if k.has_marks})
+    if silent:
+        others = f"{'rank' if len(silent) == 1 else 'ranks'} {', '.join(map(str, silent))}"
+        without = (
+            f"without {others}, where no step was marked: call loader.mark(step) on every rank"
+        )
+        terminal.lines(out, [without], "")
+    if not marking:
         terminal.lines(
             out,
             ["no steps were marked: a step here is the batch of that number of each loader"],

@@ -104,44 +104,61 @@ def check_attempt(run: RunFolder, attempt: int | None) -> None:
 
 
 def console() -> Console:
-    """Where answers are printed."""
+    """Where answers are printed.
+
+    When `| head` has seen enough, the rest goes nowhere, and the exit status is the answer's.
+    """
     if sys.stdout.isatty():
         out = Console(highlight=False, soft_wrap=False)
     else:
         out = Console(highlight=False, width=_WIDE, no_color=True)
-    out.on_broken_pipe = seen_enough  # its own ends the program with status 1
+    out.on_broken_pipe = no_more_output
     return out
 
 
-def seen_enough() -> None:
-    """Whoever reads (``| head``) has gone. The command goes on: its exit status is an answer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def no_more_output() -> None:
+    """What is printed from here on goes nowhere."""
+    fd = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(fd, sys.stdout.fileno())
+    os.close(fd)
 
 
 def print_json(value: Any) -> None:
     """Print what a program reads."""
     try:
-        print(json.dumps(value, indent=1, default=str))
+        print(json.dumps(value, indent=1, default=str, allow_nan=False), flush=True)
     except BrokenPipeError:
-        seen_enough()
+        no_more_output()
+
+
+def printable(said: str) -> str:
+    """A text on one line that tells a terminal nothing: file names and messages may hold anything.
+
+    Example:
+        >>> print(printable(f"a{chr(27)}[31m.png"))
+        a\\x1b[31m.png
+    """
+    if said.isprintable():
+        return said
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
 
 
 def answer(out: Console, ok: bool | None, said: str) -> None:
     """The answer, first of all: green, red, or yellow where it cannot be told."""
     style = "bold " + {True: "green", False: "red", None: "yellow"}[ok]
-    out.print(Text(said, style=style), soft_wrap=True)
+    out.print(Text(printable(said), style=style), soft_wrap=True)
 
 
 def lines(out: Console, said: Iterable[str], indent: str = "  ") -> None:
     """Evidence, a line each. The terminal breaks it, so that a path can be copied whole."""
     for each in said:
-        out.print(Text(f"{indent}{each}"), soft_wrap=True)
+        out.print(Text(f"{indent}{printable(each)}"), soft_wrap=True)
 
 
 def next_step(out: Console, said: str) -> None:
     """What to do now, if there is anything."""
     if said:
-        out.print(Text(f"next: {said}", style="bold"), soft_wrap=True)
+        out.print(Text(f"next: {printable(said)}", style="bold"), soft_wrap=True)
 
 
 def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -150,10 +167,13 @@ def table(out: Console, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for head in heads:
         right = head.startswith(">")
         its.add_column(
-            head.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            head.lstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="ellipsis" if right else "fold",
         )
     for row in rows:
-        its.add_row(*(Text(str(each)) for each in row))
+        its.add_row(*(Text(printable(str(each))) for each in row))
     if out.width >= _WIDE:
         its.expand = False
     out.print(its)

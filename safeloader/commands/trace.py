@@ -13,10 +13,13 @@ import typer
 
 from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.terminal import AttemptOption, RunArgument
+from safeloader.introspect.private_files import see_replaceable
 from safeloader.report.chrome_trace import Choice, trace_events, written
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader trace runs/exp1 --last 1000 -o trace.json.gz"
+
+_MOST = (1 << 31) - 1
 
 
 def trace(
@@ -29,13 +32,18 @@ def trace(
     ] = Path("trace.json.gz"),
     attempt: AttemptOption = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", metavar="N", min=0, help="Of this rank alone.")
+        int | None,
+        typer.Option("--rank", metavar="N", min=0, max=_MOST, help="Of this rank alone."),
     ] = None,
     epoch: Annotated[
-        int | None, typer.Option("--epoch", metavar="N", min=0, help="Of this epoch alone.")
+        int | None,
+        typer.Option("--epoch", metavar="N", min=0, max=_MOST, help="Of this epoch alone."),
     ] = None,
     last: Annotated[
-        int, typer.Option("--last", metavar="N", min=1, help="Newest batches of each loader.")
+        int,
+        typer.Option(
+            "--last", metavar="N", min=1, max=_MOST, help="Newest batches of each loader."
+        ),
     ] = 10_000,
     samples: Annotated[
         bool, typer.Option("--samples/--no-samples", help="A slice for each sample.")
@@ -77,6 +85,7 @@ def _has_more(run: RunFolder, choice: Choice) -> bool:
 
 def _write(target: Path, events: Any, force: bool) -> int:
     """Write it beside, and move it there whole; how many events there were."""
+    see_replaceable(target)
     if target.exists() and not force:
         raise BadInput(f"{target} is there already: give another -o, or --force")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")

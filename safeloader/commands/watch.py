@@ -19,6 +19,7 @@ from safeloader.commands import FINE, NO, terminal
 from safeloader.commands.terminal import JsonOption, RunArgument
 from safeloader.report.figures import figures_of, memory_of
 from safeloader.report.folder import LoaderRecords
+from safeloader.report.outcomes import failures_of
 from safeloader.report.run import RunFolder
 
 EXAMPLE = "python -m safeloader watch runs/exp1"
@@ -32,15 +33,20 @@ _IF_STUCK = (
     "if the loop waits for data, its log says at which index each worker is, after stall_after= "
     "seconds (60), and timeout= ends the wait; if it computes, nothing is wrong"
 )
+_DAY_S = 86_400.0
 
 
 def watch(
     run: RunArgument,
     every: Annotated[
-        float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Between two looks.")
+        float,
+        typer.Option("--every", metavar="SECONDS", min=0.1, max=_DAY_S, help="Between two looks."),
     ] = 2.0,
     window: Annotated[
-        float, typer.Option("--window", metavar="SECONDS", min=1.0, help="What rates are over.")
+        float,
+        typer.Option(
+            "--window", metavar="SECONDS", min=1.0, max=_DAY_S, help="What rates are over."
+        ),
     ] = 30.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
     as_json: JsonOption = False,
@@ -72,7 +78,7 @@ def _as_json(
     run: RunFolder, look: list[dict[str, Any]], every: float, window: float, once: bool
 ) -> int:
     while True:
-        print(json.dumps({"time": time.time(), "loaders": look}), flush=True)
+        print(json.dumps({"time": time.time(), "loaders": look}, allow_nan=False), flush=True)
         if once or _is_over(look):
             return _status(look)
         time.sleep(every)
@@ -92,10 +98,7 @@ def _of(loader: LoaderRecords, window_s: float) -> dict[str, Any]:
     for line in loader.lines("incidents.jsonl"):
         if line.get("what") in counts:
             counts[str(line["what"])] += 1
-    try:
-        failed = sum(1 for each in (loader.path / "failures").iterdir() if each.suffix == ".json")
-    except OSError:
-        failed = 0
+    failed = sum(not each["survived"] for each in failures_of(loader))
     epoch = figures.epoch
     if epoch is None:  # nothing came within the window
         lines = loader.lines("epochs.jsonl")
@@ -182,15 +185,17 @@ def _shown(run: RunFolder, look: list[dict[str, Any]], window_s: float) -> Group
     names = {each["loader"] for each in look}
     said += f": {terminal.short(*names)}" if len(names) == 1 else ""
     style = "green" if alive and not stuck else "yellow"
-    parts: list[Any] = [Text(said, style=f"bold {style}")]
+    parts: list[Any] = [Text(terminal.printable(said), style=f"bold {style}")]
     for name in sorted(names):
-        parts += [Text(terminal.short(name))] if len(names) > 1 else []
+        parts += [Text(terminal.printable(terminal.short(name)))] if len(names) > 1 else []
         its = [each for each in look if each["loader"] == name]
         parts += [_table(its), *map(Text, _besides(its))]
     if stuck:
         parts.append(Text(f"next: {_IF_STUCK}", style="bold"))
     elif not alive:
-        parts.append(Text(f"next: python -m safeloader show {run.path}", style="bold"))
+        parts.append(
+            Text(terminal.printable(f"next: python -m safeloader show {run.path}"), style="bold")
+        )
     return Group(*parts)
 
 
@@ -201,7 +206,7 @@ def _table(its: list[dict[str, Any]]) -> Table:
         right = head.startswith(">")
         table.add_column(head.lstrip(">"), justify="right" if right else "left", no_wrap=True)
     for each in sorted(its, key=lambda each: int(each["rank"])):
-        cells = map(Text, map(str, _row(each)))
+        cells = (Text(terminal.printable(str(cell))) for cell in _row(each))
         table.add_row(*cells, style="red" if each["state"] == "killed" else "")
     return table
 

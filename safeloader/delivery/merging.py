@@ -31,6 +31,8 @@ LISTED_MAX = 100_000  # indices of a class
 SHOWN = 8
 _SINGLE_MAX = 1 << 16  # indices of a range that are looked at one by one
 _COMBINED_MAX = 1 << 12  # ways to fill a range that are tried
+_ENDLESS = 1 << 40  # a dataset of more samples has no length, whatever it says: some have 2**63
+_LISTED_AT_ONCE = 1 << 24  # indices of a range that are held one by one
 _TRIED_MAX = 1 << 26  # indices in all that are tried one by one
 
 Times = dict[int, Numbers]  # by rank, how often it handed over each index of a range
@@ -129,7 +131,7 @@ class Merging:
         under = {each.beneath.table for each in parts if each.beneath is not None}
         if len(under) > 1 and all(each.beneath is not None for each in parts):
             lengths = {each.beneath.length for each in parts if each.beneath}
-            if len(lengths) == 1:
+            if len(lengths) == 1 and max(lengths) <= _ENDLESS:
                 ladders = {each.rank: each.beneath.ladder for each in parts if each.beneath}
                 return lengths.pop(), ladders, ""
         lengths = {each.length for each in parts if each.length is not None}
@@ -150,7 +152,11 @@ class Merging:
             known = all(each.digests is not None for each in parts)
             why = "" if known else "the dataset has no length, so that nobody knows what is due"
             return None, self._local(), why
-        return lengths.pop(), self._local(), ""
+        length = lengths.pop()
+        if length > _ENDLESS:
+            why = f"the dataset says that it has {length} samples, which nobody counts"
+            return None, {}, why
+        return length, self._local(), ""
 
     def _local(self) -> dict[int, Ladder]:
         return {each.rank: each.ladder for each in self.parts if each.ladder is not None}
@@ -390,6 +396,8 @@ def _filled(start: int, stop: int, count: int, total: int) -> Numbers | None:
     A multiset of none and of all are known at once; of narrow ranges each way to fill is tried.
     """
     size = stop - start
+    if size > _LISTED_AT_ONCE:  # some bytes for each index and rank
+        return None
     if count == 0:
         return np.zeros(size, np.int64)
     if size == 1:

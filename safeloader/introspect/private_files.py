@@ -40,3 +40,15 @@ def write_new(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
+
+
+def see_replaceable(path: Path) -> None:
+    """See that a file may take the place of what is at a path: of nothing, or of another file.
+
+    A file that is moved onto ``/dev/null`` is no device any more.
+
+    Raises:
+        OSError: if it may not.
+    """
+    if path.name in ("", "..") or (path.exists() and not path.is_file()):
+        raise OSError(f"{path} is no file, and is left as it is: give the name of a file")

@@ -177,23 +177,21 @@ def scrub(text: str) -> str:
     return "".join(pieces)
 
 
-def scrub_words(words: Iterable[str]) -> list[str]:
-    """Hide the same in the words of a command line.
+def scrub_command(words: Iterable[str]) -> list[str]:
+    """The words of a command line, without what looks like a secret or stands behind its name.
 
-    >>> scrub_words(["train.py", "--api-key", "abc", "--password=x y", "--lr", "3"])
-    ['train.py', '--api-key', '[redacted]', '--password=[redacted]', '--lr', '3']
+    >>> scrub_command(["train.py", "--api-key", "abc", "--tokens", "512", "hf.token=abc", "-v"])
+    ['train.py', '--api-key', '[redacted]', '--tokens', '512', 'hf.token=[redacted]', '-v']
     """
-    shown: list[str] = []
-    for before, word in pairwise(["", *words]):
-        is_value = before.startswith("-") and "=" not in before
-        if is_value and scrub(f"{before} {word}").startswith(f"{before} {REDACTED}"):
-            shown.append(REDACTED)
-        else:
-            name, sep, _ = word.partition("=")
-            hidden = f"{name}={REDACTED}"
-            text = scrub(word)
-            shown.append(hidden if sep and text.startswith(hidden) else text)
-    return shown
+    told: list[str] = []
+    how = ""  # much of the next word is a secret, by the name before it
+    for word in words:
+        hides = how and not word.startswith("-")
+        shown = how == "texts" and _NUMERIC.fullmatch(word) is not None
+        told.append(REDACTED if hides and not shown else scrub(word))
+        is_name = word.startswith("-") and "=" not in word
+        how = secrecy(word.lstrip("-").rpartition(".")[2]) if is_name else ""
+    return told
 
 
 def _scrub_pairs(text: str, *, code: bool = False) -> str:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from safeloader._version import __version__
 from safeloader.introspect.identity import boot_id, has_ended, host_name, namespace, start_ticks
 from safeloader.introspect.private_files import make_folder, write_new
-from safeloader.introspect.redaction import scrub_words
+from safeloader.introspect.redaction import scrub_command
 
 ALIVE_S = 60.0
 """A run that wrote within this time is taken to go on."""
@@ -180,7 +180,7 @@ def _begin_run(run: Path, identity: str, command: Sequence[str]) -> str | None:
     """Write ``run.json``, unless it is there; the id in it, or None if it is gone just now."""
     content = {
         "id": identity,
-        "command": scrub_words(command),
+        "command": scrub_command(command),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"safeloader": __version__, "python": sys.version.split()[0]},
     }

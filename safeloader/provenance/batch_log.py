@@ -21,7 +21,8 @@ import numpy as np
 from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance import run_format
-from safeloader.provenance.columns import places_of, text_of_index, times_of
+from safeloader.provenance.columns import places_of, times_of
+from safeloader.provenance.index_texts import fits
 from safeloader.provenance.open_folder import OpenFolder, write_all
 from safeloader.provenance.run_format import (
     BASE_AT,
@@ -44,6 +45,7 @@ from safeloader.provenance.run_format import (
     record_batch,
     segment_name,
 )
+from safeloader.provenance.source_log import plain as plain_index
 from safeloader.provenance.worker_log import FIRST_NS
 
 FLUSH_NS = 10_000_000_000  # what other machines see, and a power cut loses, is so much behind
@@ -336,12 +338,12 @@ def _body_of(manifest: BatchManifest) -> tuple[int, int, bytes]:
     if _are_ints(indices):
         whole = start + np.array(indices, dtype=np.int64).tobytes() + times
         return len(indices), DECODED, whole
-    texts = json.dumps([text_of_index(each) for each in indices]).encode()
+    texts = json.dumps([str(plain_index(each)) for each in indices]).encode()
     return len(indices), TEXT, start + CELL.pack(len(texts)) + _padded(texts) + times
 
 
 def _are_ints(indices: Sequence[Any]) -> bool:
-    return all(type(each) is int and -(1 << 63) <= each < 1 << 63 for each in indices)
+    return all(map(fits, indices))
 
 
 def _padded(raw: bytes) -> bytes:

@@ -17,6 +17,7 @@ from safeloader.delivery.indices import as_array, count
 from safeloader.delivery.manifest import BatchContents, BatchManifest
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.epoch_facts import FactsOfEpochs
+from safeloader.provenance.index_texts import encodable, is_plain
 from safeloader.provenance.recorder import UNIX_OFFSET_NS, Delivery
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
@@ -25,7 +26,6 @@ Columns: TypeAlias = dict[str, npt.NDArray[Any]]
 NAMES = ("epoch", "batch", "position", "index", "worker_id", "pid", "start_ns", "fetch_ns")
 RANK, UNDER_INDEX, UNDER_PART = "rank", "under_index", "under_part"
 CHUNK_ROWS = 1 << 17  # decoded at a time, where not all are wanted at once
-_PLAIN = (int, float, complex, str, bytes, bool, type(None))
 
 
 def places_of(manifest: BatchManifest) -> Sequence[int]:
@@ -115,13 +115,8 @@ def has_objects(delivery: Delivery) -> bool:
 def text_of_index(index: Any) -> str:
     """An index as it is written: whole where it is built of plain values, else told by its type."""
     if type(index) is str:
-        return index
-    return repr(index) if _is_plain(index) else index_text(index)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether no foreign code has to say what this is."""
-    return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
+        return encodable(index)
+    return encodable(repr(index) if is_plain(index) else index_text(index))
 
 
 def _is_ordinary(delivery: Delivery) -> bool:

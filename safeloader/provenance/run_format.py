@@ -152,7 +152,7 @@ def parse_tail(raw: bytes, name: str = "tail") -> Tail:
         step += 1
     try:
         return Tail(decode(raw, starts, offset_ns), torn, errno)
-    except (ValueError, IndexError, KeyError):
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError):
         return Tail(EMPTY, f"{name} holds what no safeloader wrote: its rows are left out")
 
 
@@ -347,6 +347,14 @@ def schema() -> Any:
 
 
 @functools.cache
+def source_schema() -> Any:
+    """The columns: ``index``, and its ``source``, which is empty where nothing tells."""
+    import pyarrow as pa
+
+    return pa.schema([("index", pa.int64()), ("source", pa.string())])
+
+
+@functools.cache
 def _kinds() -> list[Any]:
     """Of the columns of :attr:`Batches.fixed`, as NumPy names them."""
     return [schema().field(k).type.to_pandas_dtype() for k in range(len(FIXED))]
@@ -399,8 +407,12 @@ class Stream(NamedTuple):
     torn: str = ""
 
 
-def read_stream(path: Path) -> Stream:
-    """The whole record batches of a stream; its end may be missing, or half written.
+def read_stream(path: Path, columns: Any = None) -> Stream:
+    """The whole record batches of a stream; its end may be missing, half written, or damaged.
+
+    Args:
+        path: of the file.
+        columns: the ``pyarrow.Schema`` that it should have; by default that of the batches.
 
     Raises:
         OSError: if it cannot be read.
@@ -412,16 +424,30 @@ def read_stream(path: Path) -> Stream:
     found: list[Any] = []
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            if not reader.schema.equals(columns or schema()):
+                return Stream([], f"{path} is damaged: it has other columns")
             while True:
-                found.append(reader.read_next_batch())
+                piece = reader.read_next_batch()
+                piece.validate(full=True)  # Arrow believes any offset, and looks there
+                found.append(piece)
     except StopIteration:
         return Stream(found)
-    except pa.ArrowInvalid as exc:
-        return Stream(found, f"{path} is torn after {len(found)} pieces: {exc}")
-    except OSError as exc:  # a message that ends before its end
-        if exc.errno is not None:
+    except damage() as exc:
+        if isinstance(exc, OSError) and exc.errno is not None:
             raise
-        return Stream(found, f"{path} is torn after {len(found)} pieces: {exc}")
+        return Stream(found, f"{path} is torn after {len(found)} pieces: {one_line(exc)}")
+
+
+def damage() -> tuple[type[BaseException], ...]:
+    """What pyarrow raises for a file that is damaged; an error of the system has its number."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, MemoryError, ValueError, KeyError, IndexError)
+
+
+def one_line(exc: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(exc).split())[:300] or type(exc).__name__
 
 
 def to_parquet(folder: Path, number: int) -> Path | None:
@@ -434,8 +460,12 @@ def to_parquet(folder: Path, number: int) -> Path | None:
     return to_parquet_file(folder, arrows, parquet, **_PARQUET)
 
 
-def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path | None:
-    """Turn an Arrow stream into a Parquet file; None if it is gone by then, or holds nothing.
+def to_parquet_file(
+    folder: Path, source: str, target: str, columns: Any = None, **how: Any
+) -> Path | None:
+    """Turn an Arrow stream into a Parquet file; None if it is gone by then, torn, or empty.
+
+    What stands behind a damage cannot be read today, and is not thrown away.
 
     Raises:
         OSError: if it cannot be written.
@@ -443,18 +473,20 @@ def to_parquet_file(folder: Path, source: str, target: str, **how: Any) -> Path 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    columns = columns or schema()
     try:
-        stream = read_stream(folder / source)
+        stream = read_stream(folder / source, columns)
     except FileNotFoundError:
         return None
-    if not stream.batches:  # of a process that was killed just then
+    if stream.torn or not stream.batches:  # the latter: of a process that was killed just then
         return None
-    table = pa.Table.from_batches(stream.batches)
+    table = pa.Table.from_batches(stream.batches, columns)
     part = folder / f"{target}.{os.getpid()}.part"
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(fd, "wb") as file:
-            pq.write_table(table, file, row_group_size=_rows_in_group(table), **how)
+            how |= {"row_group_size": _rows_in_group(table), "write_page_checksum": True}
+            pq.write_table(table, file, **how)
         if not (folder / source).exists():  # it was dropped, or somebody else was faster
             return None
         path = part.replace(folder / target)
@@ -487,19 +519,3 @@ _PARQUET: dict[str, Any] = {
     },
     "write_statistics": ["step", "epoch", "batch", f"indices.{_ITEM}"],
 }
-
-
-# ── lines ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file with one a line; what is torn is left out. None if it is gone."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    found = json.loads(line)
-                    if isinstance(found, dict):
-                        yield found
-    except FileNotFoundError:
-        return

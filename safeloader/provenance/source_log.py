@@ -8,7 +8,6 @@ most, and becomes Parquet when all samples are in it.
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from safeloader.introspect.texts import index_text
+from safeloader.provenance.index_texts import fits, is_plain, stored_text, text_of_plain
 from safeloader.provenance.open_folder import OpenFolder
 from safeloader.provenance.run_format import (
     ALL_SOURCES,
     SOME_SOURCES,
     SOURCES_STREAM,
     Batches,
+    source_schema,
     to_parquet_file,
 )
 
@@ -38,9 +39,13 @@ _SLOWEST, _SLOWEST_MOST = 100, 5_000  # at once, and in all: they are others eac
 _OF_TIME, _WORTH_NS = 0.002, 1_000_000  # of what passed since the last time, for these
 
 
-def plain(index: Any) -> Any:
-    """An index as JSON has it: an int, or a text."""
-    return index if type(index) is int else index_text(index)
+def plain(index: Any) -> int | str:
+    """An index as the folder of a run has it: an int, or a text."""
+    if isinstance(index, bool | np.integer):
+        index = int(index)
+    if fits(index):
+        return int(index)
+    return text_of_plain(index) if is_plain(index) else stored_text(index_text(index))
 
 
 class SomeSources:
@@ -116,14 +121,6 @@ class SomeSources:
         self.note(slowest[slowest >= 0].tolist(), min(within, _AT_ONCE_NS))  # -1: it is no int
 
 
-@functools.cache
-def source_schema() -> Any:
-    """The columns: ``index``, and its ``source``, which is empty where nothing tells."""
-    import pyarrow as pa
-
-    return pa.schema([("index", pa.int64()), ("source", pa.string())])
-
-
 class SourceLog:
     """The sources of one loader's dataset.
 
@@ -169,4 +166,5 @@ class SourceLog:
         head = [] if first else [memoryview(source_schema().serialize())]
         self._folder.append(SOURCES_STREAM, *head, memoryview(piece))
         if self.is_whole:
-            to_parquet_file(self._folder.path, SOURCES_STREAM, ALL_SOURCES, compression="zstd")
+            names = SOURCES_STREAM, ALL_SOURCES
+            to_parquet_file(self._folder.path, *names, source_schema(), compression="zstd")

@@ -164,6 +164,8 @@ def _incomplete(cohort: Cohort) -> str:
     each: Cohort | None = cohort
     while each is not None:
         for rank, part in each.parts.items():
+            if part.loader.damaged:
+                return f"rank {rank}: {part.loader.damaged}"
             if (part.loader.path / "dropped.jsonl").exists() and _was_dropped(part):
                 return f"rank {rank}: indices of this epoch went for run_max_bytes="
             told = (part.audit or {}).get("batches")

@@ -8,7 +8,6 @@ before the segments, so that what the writer moves in between is seen twice and 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,18 +19,22 @@ import numpy.typing as npt
 
 from safeloader.introspect.identity import has_ended
 from safeloader.provenance import run_format
+from safeloader.provenance.index_texts import fits
 from safeloader.provenance.run_format import (
     ALL_SOURCES,
     SOME_SOURCES,
     SOURCES_STREAM,
     Batches,
-    lines_of,
+    damage,
+    one_line,
     read_stream,
     read_tail,
     record_batch,
     segment_name,
     segments_in,
+    source_schema,
 )
+from safeloader.report.stored import DUMP, LOADER, Lines, object_in, parsed
 
 Ints = npt.NDArray[np.int64]
 
@@ -92,17 +95,18 @@ class LoaderRecords:
         number: of this one among the loaders of the run.
         info: what ``loader.json`` says: ``loader`` (name and line), ``began``, ``process``, ...
         notes: what is torn, dropped or lost, in a sentence each, as far as it was met so far.
+        damaged: why batches that were written cannot be read, as far as that was met; else empty.
     """
 
     def __init__(self, path: Path, attempt: int, rank: int, number: int) -> None:
         self.path, self.attempt, self.rank, self.number = path, attempt, rank, number
+        self.damaged = ""
         self.notes: list[str] = []
         self.info: dict[str, Any] = {}
         try:
-            found = json.loads((path / "loader.json").read_text("utf-8"))
-            self.info = found if isinstance(found, dict) else {}
+            self.info = object_in(path / "loader.json", LOADER)
         except (OSError, ValueError) as exc:
-            self._note(f"{path / 'loader.json'} cannot be read: {exc}")
+            self._note(f"{path / 'loader.json'} cannot be read: {one_line(exc)}")
 
     def __repr__(self) -> str:
         return f"LoaderRecords({self.name!r}, attempt {self.attempt}, rank {self.rank})"
@@ -146,8 +150,10 @@ class LoaderRecords:
             with (self.path / "tail").open("rb") as file:
                 file.seek(run_format.ERRNO_AT)
                 cell = file.read(8)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError:  # it is there, and may be written to
+            return 0
         return int(run_format.CELL.unpack(cell)[0]) if len(cell) == 8 else 0
 
     @property
@@ -164,6 +170,10 @@ class LoaderRecords:
     def _note(self, said: str) -> None:
         if said and said not in self.notes:
             self.notes.append(said)
+
+    def _lost(self, said: str) -> None:
+        self._note(said)
+        self.damaged = self.damaged or said
 
     # rows ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,18 +192,27 @@ class LoaderRecords:
 
         tail = self._tail()
         next_step = 0
-        names = segments_in(os.listdir(self.path))
+        names = segments_in(os.listdir(self.path)) if self.path.is_dir() else {}
         for number in list(names)[-1:] if newest else names:
-            for table, end in self._segment(number, columns, where):
-                next_step = end
+            for table, steps in self._segment(number, columns, where):
+                if not newest:
+                    self._expect(next_step, steps[0])
+                next_step = max(next_step, steps[1])
                 if table.num_rows:
                     yield table
         rest = tail.since(next_step)
         if len(rest.sizes):
+            if not newest or next_step:
+                self._expect(next_step, int(rest.fixed[0, 0]))
             table = pa.Table.from_batches([record_batch(rest)])
             table = table if where is None else table.filter(where)
             if table.num_rows:
                 yield table if columns is None else table.select(list(columns))
+
+    def _expect(self, step: int, found: int) -> None:
+        """Each batch is there, from the first on, but for what went for ``run_max_bytes``."""
+        if found > step and not (self.path / "dropped.jsonl").exists():
+            self._lost(f"{self.path}: of its batches, {step} to {found - 1} are gone")
 
     def _tail(self) -> Batches:
         tail = read_tail(self.path / "tail")
@@ -204,37 +223,55 @@ class LoaderRecords:
 
     def _segment(
         self, number: int, columns: Sequence[str] | None, where: Any
-    ) -> Iterator[tuple[Any, int]]:
-        """The rows of a segment that are asked for, and the step behind those before."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+    ) -> Iterator[tuple[Any, tuple[int, int]]]:
+        """The rows of a segment that are asked for; of it all, the first step and that behind."""
         parquet, arrows = (self.path / segment_name(number, end) for end in ("parquet", "arrows"))
         if not parquet.exists():
             try:
-                stream = read_stream(arrows)
-            except FileNotFoundError:  # somebody turned it into the other just now, or it went
-                stream = None
-            if stream is not None:
-                self._note(stream.torn)
-                if not stream.batches:
-                    return
-                end = int(stream.batches[-1]["step"][-1].as_py()) + 1
-                table = pa.Table.from_batches(stream.batches)
-                table = table if where is None else table.filter(where)
-                yield (table if columns is None else table.select(list(columns))), end
+                yield from self._of_stream(arrows, columns, where)
                 return
-        if not parquet.exists():
+            except FileNotFoundError:  # somebody turned it into the other just now, or it went
+                pass
+            except OSError as exc:
+                self._lost(f"{arrows} cannot be read: {exc.strerror or exc}")
+                return
+        try:
+            yield from self._of_parquet(parquet, columns, where)
+        except FileNotFoundError:
             self._note(f"{arrows} was dropped, for run_max_bytes=")
-            return
-        file = pq.ParquetFile(parquet)
-        end = _end_of(file)
-        wanted = None if columns is None else list(columns)
-        if where is not None:
-            yield pq.read_table(parquet, columns=wanted, filters=where), end
-            return
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=wanted), end
+        except damage() as exc:
+            self._lost(f"{parquet} is damaged, and left out: {one_line(exc)}")
+
+    def _of_stream(
+        self, path: Path, columns: Sequence[str] | None, where: Any
+    ) -> Iterator[tuple[Any, tuple[int, int]]]:
+        import pyarrow as pa
+
+        stream = read_stream(path)
+        self._note(stream.torn)
+        if stream.batches:
+            steps = [int(stream.batches[k]["step"][k].as_py()) for k in (0, -1)]
+            table = pa.Table.from_batches(stream.batches)
+            table = table if where is None else table.filter(where)
+            table = table if columns is None else table.select(list(columns))
+            yield table, (steps[0], steps[1] + 1)
+
+    def _of_parquet(
+        self, path: Path, columns: Sequence[str] | None, where: Any
+    ) -> Iterator[tuple[Any, tuple[int, int]]]:
+        import pyarrow.parquet as pq
+
+        how: Any = {"page_checksum_verification": True}
+        with pq.ParquetFile(path, **how) as file:
+            if not file.schema_arrow.equals(run_format.schema()):
+                raise ValueError("it has other columns")
+            steps = _steps_of(file)
+            wanted = None if columns is None else list(columns)
+            if where is not None:
+                yield _sound(pq.read_table(path, columns=wanted, filters=where, **how)), steps
+                return
+            for group in range(file.num_row_groups):
+                yield _sound(file.read_row_group(group, columns=wanted)), steps
 
     def recent(self, rows: int = 1000, columns: Sequence[str] | None = None) -> Any:
         """The newest batches, oldest first: a ``pyarrow.Table`` of at most so many rows."""
@@ -263,6 +300,8 @@ class LoaderRecords:
         import pyarrow.compute as pc
 
         name = "index_text" if isinstance(index, str) else "indices"
+        if not isinstance(index, str) and not fits(index):
+            return
         steps: list[int] = []
         for table in self.pieces(["step", name]):
             for batch in table.to_batches():
@@ -273,6 +312,9 @@ class LoaderRecords:
         for table in self.pieces(None, pc.field("step").isin(steps)):
             for batch in table.to_batches():
                 rows, positions = _found_in(batch.column(name), index)
+                if name == "indices":  # where the indices of a row are texts, its ints say nothing
+                    its = batch.column("index_text").is_null().to_numpy(zero_copy_only=False)[rows]
+                    rows, positions = rows[its], positions[its]
                 if rows.size:
                     yield pa.Table.from_batches([batch]), rows, positions
 
@@ -291,18 +333,23 @@ class LoaderRecords:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The objects of ``epochs.jsonl``, ``incidents.jsonl``, ``dropped.jsonl``, ..."""
-        return list(lines_of(self.path / name))
+        its = Lines(self.path / name)
+        found = list(its)
+        self._note(its.left_out)
+        return found
 
     def failures(self) -> list[dict[str, Any]]:
         """What is in ``failures/``, oldest first: ``failure``, ``report``, ``time``, ``path``."""
         found = []
         for path in sorted((self.path / "failures").glob("*.json")):
             try:
-                content = json.loads(path.read_text("utf-8"))
-                if isinstance(content["failure"], dict):
-                    found.append(content | {"path": str(path)})
-            except (OSError, ValueError, KeyError, TypeError) as exc:
-                self._note(f"{path} cannot be read: {exc}")
+                content = object_in(path, DUMP)
+                content["failure"] = {"index": None} | content["failure"]
+                found.append(content | {"path": str(path)})
+            except (OSError, ValueError) as exc:
+                self._note(f"{path} cannot be read: {one_line(exc)}")
+            except KeyError:
+                self._note(f"{path} holds no failure")
         return found
 
     def workers(self) -> Any:
@@ -312,22 +359,21 @@ class LoaderRecords:
         from safeloader.provenance.worker_log import NAME, worker_schema
 
         try:
-            stream = read_stream(self.path / NAME)
+            stream = read_stream(self.path / NAME, worker_schema())
         except FileNotFoundError:
+            return worker_schema().empty_table()
+        except OSError as exc:
+            self._note(f"{self.path / NAME} cannot be read: {exc.strerror or exc}")
             return worker_schema().empty_table()
         self._note(stream.torn)
         return pa.Table.from_batches(stream.batches, worker_schema())
 
     def sources(self) -> Iterator[tuple[Any, str]]:
         """Indices, and where their samples come from; of all with ``run_sources=True``."""
-        import pyarrow.parquet as pq
-
-        pieces: list[Any] = []
-        if (self.path / ALL_SOURCES).exists():
-            pieces = pq.read_table(self.path / ALL_SOURCES).to_batches()
-        elif (self.path / SOURCES_STREAM).exists():
-            with contextlib.suppress(FileNotFoundError):
-                pieces = read_stream(self.path / SOURCES_STREAM).batches
+        pieces = self._all_sources().to_batches()
+        if not pieces:
+            with contextlib.suppress(OSError):
+                pieces = read_stream(self.path / SOURCES_STREAM, source_schema()).batches
         for piece in pieces:
             both = zip(piece["index"].to_pylist(), piece["source"].to_pylist(), strict=True)
             yield from ((index, source) for index, source in both if source)
@@ -335,17 +381,33 @@ class LoaderRecords:
             if "index" in found and "source" in found:
                 yield found["index"], str(found["source"])
 
+    def _all_sources(self, where: Any = None) -> Any:
+        """Those of all samples, or of those that meet an expression, where all are there."""
+        import pyarrow.parquet as pq
+
+        path, how = self.path / ALL_SOURCES, {"filters": where, "page_checksum_verification": True}
+        try:
+            table = pq.read_table(path, **how)
+            if not table.schema.equals(source_schema()):
+                raise ValueError("it has other columns")
+            return _sound(table)
+        except FileNotFoundError:
+            pass
+        except damage() as exc:
+            self._note(f"{path} is damaged, and left out: {one_line(exc)}")
+        return source_schema().empty_table()
+
     def sources_of(self, wanted: set[Any]) -> dict[Any, str]:
         """The same of some indices alone, without reading all of them into Python."""
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
         found: dict[Any, str] = {}
-        ints = [each for each in wanted if type(each) is int]
+        ints = [each for each in wanted if fits(each)]
         if ints and (self.path / ALL_SOURCES).exists():
-            where = pc.field("index").isin(pa.array(ints, pa.int64()))
-            table = pq.read_table(self.path / ALL_SOURCES, filters=where).to_pydict()
+            table = self._all_sources(
+                pc.field("index").isin(pa.array(ints, pa.int64()))
+            ).to_pydict()
             found |= dict(zip(table["index"], table["source"], strict=True))
             lines = self.lines(SOME_SOURCES)
             its = [(line.get("index"), str(line.get("source", ""))) for line in lines]
@@ -362,14 +424,11 @@ class LoaderRecords:
     def marked(self, step: int) -> list[tuple[int, int]]:
         """Epoch and batch of each batch that a step was made of."""
         found = []
-        try:
-            whole = (self.path / "marks.jsonl").read_bytes()
-        except FileNotFoundError:
-            return []
+        whole = self._whole_marks()
         at = whole.find(b'{"step":%d,' % step)
         while at >= 0:
-            with contextlib.suppress(ValueError, KeyError):
-                mark = json.loads(whole[at : whole.find(b"\n", at) + 1])
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                mark = parsed(whole[at : whole.find(b"\n", at) + 1])
                 found.append((int(mark["epoch"]), int(mark["batch"])))
             at = whole.find(b'{"step":%d,' % step, at + 1)
         return found
@@ -380,14 +439,28 @@ class LoaderRecords:
         import pyarrow.json
 
         schema = pa.schema([(name, pa.int64()) for name in ("step", "epoch", "batch")])
-        whole = b""
-        with contextlib.suppress(FileNotFoundError):
-            whole = (self.path / "marks.jsonl").read_bytes()
+        whole = self._whole_marks()
         whole = whole[: whole.rfind(b"\n") + 1]
         if not whole:
             return schema.empty_table()
         options = pa.json.ParseOptions(explicit_schema=schema)
-        return pa.json.read_json(pa.BufferReader(whole), parse_options=options)
+        try:
+            found = pa.json.read_json(pa.BufferReader(whole), parse_options=options)
+            if found.schema.equals(schema) and not any(each.null_count for each in found.columns):
+                return found
+        except pa.ArrowException:
+            pass
+        whole_ones = [mark for mark in self.lines("marks.jsonl") if {*schema.names} <= {*mark}]
+        return pa.Table.from_pylist(whole_ones, schema)
+
+    def _whole_marks(self) -> bytes:
+        try:
+            return (self.path / "marks.jsonl").read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as exc:
+            self._note(f"{self.path / 'marks.jsonl'} cannot be read: {exc.strerror or exc}")
+            return b""
 
     # upkeep ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -418,9 +491,18 @@ def _found_in(lists: Any, wanted: int | str) -> tuple[Ints, Ints]:
     return rows, at - offsets[rows]
 
 
-def _end_of(file: Any) -> int:
-    """The step behind the last one of a Parquet file."""
+def _steps_of(file: Any) -> tuple[int, int]:
+    """The first step of a Parquet file, and that behind the last one."""
     groups, at = file.metadata.num_row_groups, file.schema_arrow.get_field_index("step")
     if not file.metadata.num_rows:
-        return 0
-    return int(file.metadata.row_group(groups - 1).column(at).statistics.max) + 1
+        return 0, 0
+    first, last = (file.metadata.row_group(k).column(at).statistics for k in (0, groups - 1))
+    return int(first.min), int(last.max) + 1
+
+
+def _sound(table: Any) -> Any:
+    """A table of a Parquet file, whose texts are texts: the rest is sound as it is decoded."""
+    for name in ("index_text", "source"):
+        if name in table.column_names:
+            table[name].validate(full=True)
+    return table

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from safeloader.provenance.index_texts import of_json, without_hash
 from safeloader.report.folder import LoaderRecords
 
 
@@ -168,9 +169,17 @@ def incidents_of(loader: LoaderRecords, index: int | str) -> Iterator[Sighting]:
     for found in loader.failures():
         failure = found["failure"]
         place = failure.get("epoch"), failure.get("batch"), failure.get("position")
-        if failure.get("index") == index and place[:2] not in left_out:
+        if is_of(failure, index) and place[:2] not in left_out:
             reason = f"{failure.get('exception_type')}: {failure.get('message')}"
             yield Sighting("failed", *here, *place, reason=reason, path=found["path"])
+
+
+def is_of(failure: dict[str, Any], index: int | str) -> bool:
+    """Whether a failure is of an index, as that stands in the batches."""
+    its = failure.get("index")
+    if its is None:
+        return False
+    return index in (of_json(its), its) or (type(index) is str and without_hash(index) == its)
 
 
 def place_fields() -> list[Any]:

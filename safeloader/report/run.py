@@ -25,13 +25,12 @@ killed, or come from another machine; what is torn, dropped or missing stands in
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safeloader.provenance.run_format import INSTALL
+from safeloader.provenance.run_format import INSTALL, one_line
 from safeloader.report.folder import LoaderRecords
 from safeloader.report.records import (
     RunBatch,
@@ -44,6 +43,7 @@ from safeloader.report.records import (
     place_fields,
     placed,
 )
+from safeloader.report.stored import RUN, object_in
 
 
 class NotARunFolder(ValueError):
@@ -88,17 +88,23 @@ class RunFolder:
         except ImportError as exc:
             raise ImportError(f"reading a run needs pyarrow: {INSTALL}") from exc
         try:
-            self.info: dict[str, Any] = json.loads((self.path / "run.json").read_text("utf-8"))
+            self.info: dict[str, Any] = object_in(self.path / "run.json", RUN)
             self.id = str(self.info["id"])
         except FileNotFoundError:
             raise NotARunFolder(
                 f"{self.path} is no folder of a run: there is no run.json in it. Give what "
                 "run_dir=, SAFELOADER_RUN or --run were given"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except NotADirectoryError:
+            raise NotARunFolder(f"{self.path} is no folder, but a file") from None
+        except (OSError, ValueError) as exc:
             raise NotARunFolder(
-                f"{self.path}/run.json was not written by safeloader: {exc}"
+                f"{self.path}/run.json was not written by safeloader: {one_line(exc)}"
             ) from exc
+        except KeyError:
+            raise NotARunFolder(
+                f"{self.path}/run.json was not written by safeloader: it names no run"
+            ) from None
         self.attempts: list[int] = []
         self.loaders: list[LoaderRecords] = []
         self.refresh()
@@ -302,12 +308,14 @@ class RunFolder:
         """Where and when an index was delivered, skipped, replaced or failed, by loader and time.
 
         Args:
-            index: an int; a text where the dataset's indices are no ints.
+            index: an int; a text where the dataset's indices are no ints: of a tuple, say, what
+                Python shows of it.
         """
         found: list[Sighting] = []
         for each in self.loaders:
-            found += deliveries_of(each, index)
-            found += incidents_of(each, index)
+            for form in dict.fromkeys((index, str(index))):  # among texts an int is one too
+                found += deliveries_of(each, form)
+                found += incidents_of(each, form)
         return found
 
 

@@ -300,3 +300,31 @@ def test_a_run_is_told_of_by_the_launcher_and_by_the_loader_alike(tmp_path: Path
     assert run.attempts == [0, 1]
     assert run.batches(["indices"]).num_rows == 10
     assert json.loads((run.path / "run.json").read_text())["command"][-1] == "train.py"
+
+
+def test_no_secret_of_the_command_line_is_in_the_folder(tmp_path: Path) -> None:
+    """Of the program, and of one that the launcher started."""
+    secrets = ["hunter2secret", "abcdefgh1234", "pw12345", "hf_abcdefghijklmnopqrstuvwx", "w4ndb"]
+    words = [
+        *(f"--token={secrets[0]}", "--api-key", secrets[1], f"https://me:{secrets[2]}@host/x"),
+        *(secrets[3], f"logger.wandb_api_key={secrets[4]}", "--max-tokens", "512", "--lr=0.1"),
+    ]
+    body = HEAD + "list(SafeDataLoader(Numbers(4), 2))"
+    for name, launcher in (("itself", []), ("launched", ["-m", "safeloader", "run", "--run"])):
+        run = tmp_path / name
+        (tmp_path / "train.py").write_text(body)
+        first = [*launcher, str(run), sys.executable] if launcher else []
+        done = subprocess.run(
+            [sys.executable, *first, str(tmp_path / "train.py"), *words],
+            env=surroundings(SAFELOADER_RUN=str(run)),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 0, done.stderr
+        assert RunFolder(run).info["command"][-3:] == ["--max-tokens", "512", "--lr=0.1"]
+        for path in run.rglob("*"):
+            if path.is_file():
+                whole = path.read_bytes()
+                assert not [each for each in secrets if each.encode() in whole], path

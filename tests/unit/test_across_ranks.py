@@ -520,3 +520,14 @@ def test_nothing_crosses_between_ranks_unasked() -> None:
     assert found == {"rank_groups.py"}
     users = {path.name for path in package.rglob("*.py") if "rank_groups" in path.read_text()}
     assert users <= {"__init__.py", "merging.py"}  # a public name, and a docstring
+
+
+@pytest.mark.parametrize("length", [1 << 39, 1 << 62])
+def test_a_dataset_that_says_it_is_endless_takes_neither_time_nor_memory(length: int) -> None:
+    run = merge_audits([part(0, 2, [*range(5)], length), part(1, 2, [*range(4, 9)], length)])
+    if length == 1 << 62:
+        assert run.ok is None
+        assert f"{length} samples" in run.answer
+    else:
+        assert run.ok is False
+        assert run.counts["never"] >= length - 10

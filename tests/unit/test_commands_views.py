@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -616,3 +617,106 @@ def test_what_holds_no_failure(failed: Path, said: Said) -> None:
     status, _, err = said("replay", "batch.json", "x.py:make_dataset")
     assert "(collate) names no single sample; the indices of its batch: 8, 9, 10, 11" in err
     assert os.path.isfile("batch.json")
+
+
+def test_a_number_that_has_no_room_is_not_shown_as_another() -> None:
+    from rich.console import Console
+
+    out = Console(width=24, file=io.StringIO())
+    terminal.table(out, ("a", ">batches", ">samples"), [("name" * 4, "1,000", "4,000")])
+    said = out.file.getvalue()
+    for cut in ("1,0 ", "1, ", "4,00 ", "4,0 ", "4, "):
+        assert cut not in said.replace("\n", " "), said
+
+
+class Late(Numbers):
+    """One sample comes when it is asked for again."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.asked = 0
+
+    def __getitem__(self, index: int) -> int:
+        self.asked += index == 5
+        if self.asked == 1:
+            raise ValueError("not now")
+        return index
+
+
+class Dies(Numbers):
+    """Its first worker is killed."""
+
+    def __init__(self, size: int, once: Path) -> None:
+        super().__init__(size)
+        self.once = once
+
+    def __getitem__(self, index: int) -> int:
+        if index == 5 and not self.once.exists():
+            self.once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize("which", ["skipped", "late", "restarted", "raised"])
+def test_what_training_went_on_over_is_told_as_no_failure(
+    which: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new_process(monkeypatch)
+    run = tmp_path / "run"
+    if which == "skipped":
+        list(loader_of(Numbers(20, bad=(5,)), run, on_error="skip"))
+    elif which == "late":
+        list(loader_of(Late(20), run, retries=1))
+    elif which == "restarted":
+        dies = Dies(20, tmp_path / "once")
+        list(loader_of(dies, run, num_workers=1, on_crash="restart"))
+    else:
+        with pytest.raises(ValueError, match="bad file"):
+            list(loader_of(Numbers(20, bad=(5,)), run))
+    new_process(monkeypatch)
+    capsys.readouterr()
+    __main__.main(["show", str(run), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert len(shown["failures"]) == (which == "raised")
+    assert shown["audit"]["ok"] is (which != "raised")
+    __main__.main(["watch", str(run), "--once", "--json"])
+    (its,) = json.loads(capsys.readouterr().out)["loaders"]
+    assert its["failed"] == (which == "raised")
+    __main__.main(["show", str(run)])
+    assert ("survived" in capsys.readouterr().out) is (which == "restarted")
+
+
+def test_ranks_that_marked_no_step_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(rank: int) -> None:
+        data = Numbers(40)
+        loader = loader_of(data, tmp_path, sampler=share(data, rank, 3))
+        for step, _ in enumerate(loader):
+            if rank == 0:
+                loader.mark(step)
+
+    by_ranks(monkeypatch, 3, train)
+    capsys.readouterr()
+    assert __main__.main(["step", str(tmp_path), "1"]) == 0
+    said = capsys.readouterr().out
+    assert "on 1 rank" in said
+    assert "without ranks 1, 2" in said
+
+
+def test_an_index_of_a_stream_is_said_to_be_no_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(10))
+
+    new_process(monkeypatch)
+    list(loader_of(Stream(), tmp_path))
+    capsys.readouterr()
+    assert __main__.main(["index", str(tmp_path), "3"]) == 0
+    assert "no identity" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import builtins
 import itertools
 import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -346,3 +347,17 @@ def test_all_kinds_are_among_the_tables() -> None:
     assert any(each.ordinal is not None for each in kinds)
     assert any(each.incidents for each in kinds)
     assert len(list(itertools.groupby(kinds, lambda each: each.ordinal is None))) == 2
+
+
+def test_an_index_that_utf_8_cannot_hold_is_exported_all_the_same(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    class Anything(list[int]):
+        def __getitem__(self, index: Any) -> int:  # type: ignore[override]
+            return 1
+
+    loader = SafeDataLoader(Anything([0, 1]), 2, sampler=["a\udcff", "b"])
+    list(loader)
+    assert pa.table(loader.provenance)["index"].to_pylist() == ["a\\udcff", "b"]
+    loader.provenance.save(tmp_path / "it.csv")
+    assert "a\\udcff" in (tmp_path / "it.csv").read_text("utf-8")
