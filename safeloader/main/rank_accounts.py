@@ -22,7 +22,8 @@ from safeloader.delivery.ledger import Ledger
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.copy_state import copy_state
 from safeloader.introspect.ranks import Place
-from safeloader.introspect.sharding import Shard, purpose_of
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import purpose_of
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.values import short_type_name, type_name
 
