@@ -15,6 +15,7 @@
         sources.parquet                         the same of all samples, with run_sources=True
         failures/                               each failure
         workers.arrows                          memory, CPU time and work of main and workers
+        transport.jsonl                         slots, and by which way batches came
         dropped.jsonl                           segments that went for run_max_bytes
 
 Nothing here ends a training: what cannot be written is said once, and then no more is.
@@ -55,6 +56,7 @@ from safeloader.provenance.run_format import (
     why_no_arrow,
 )
 from safeloader.provenance.source_log import SomeSources, SourceLog, SourceOf, plain
+from safeloader.provenance.transport_log import TransportLog
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
@@ -136,6 +138,7 @@ class LoaderFolder:
                 self._folder, UNIX_OFFSET_NS, self._flushed, self._broken, segment_bytes
             )
             self._workers = WorkerLog(self._folder)
+            self._transport = TransportLog(self._folder)
 
     def _facts(self, line: str) -> dict[str, Any]:
         return {
@@ -178,6 +181,9 @@ class LoaderFolder:
         if self.batches is not None:
             notebook = weakref.ref(recorder)  # its workers come later, and anew each epoch
             self._workers.flight = lambda: (known := notebook()) and known.flight()
+            self._transport.goes_on(
+                notebook, lambda: None if (known := notebook()) is None else known.transport.stats()
+            )
             self.batches.base = self._base
         return [self, self.batches] if self.batches is not None else [self]
 
@@ -214,6 +220,7 @@ class LoaderFolder:
             return
         with self._guarded():
             if self.batches is not None:
+                self._transport.look()
                 self.batches.epoch_ends(time.perf_counter_ns(), self.epochs == 1)
         if not self._open:
             self._sources.source_of = None
@@ -323,7 +330,8 @@ class LoaderFolder:
 
     def _flushed(self, batches: Batches, now_ns: int, epoch_ends: bool) -> None:
         self._sources.note_slowest(batches)
-        self._workers.note(batches, now_ns, at_once=epoch_ends)
+        if self._workers.note(batches, now_ns, at_once=epoch_ends):
+            self._transport.note()
         self._go_on_with_sources()
         self._bounded()
 
@@ -391,6 +399,7 @@ class LoaderFolder:
         if self.batches is not None and not self.is_off:
             with self._guarded():
                 segments = self.batches.close(time.perf_counter_ns())
+                self._transport.note()
         self.leave()
         if self._marks >= 0:
             os.close(self._marks)

@@ -16,9 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from safeloader.report import charts
+from safeloader.report.cost import WAYS, cost_of
 from safeloader.report.datasets import Dataset, bare, datasets_of, plain_index, sample_name, weight
 from safeloader.report.fetch_times import SLOW
 from safeloader.report.records import RunEpoch
@@ -95,13 +94,12 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     datasets = datasets_of(run, waiting, epochs)
     failures, incidents = run.failures(), run.incidents()
     right = _right(run, epochs, waiting, failures, incidents)
-    workers = run.workers()
     states = Counter(each.state for each in run.loaders)
     newest = Counter(
         each.state for each in run.loaders if each.attempt == max(run.attempts, default=0)
     )
     data: dict[str, Any] = {
-        "charts": charts.all_of(waiting, datasets, workers, run),
+        "charts": charts.all_of(waiting, datasets, run),
         "search": searched(run, waiting, datasets, failures, incidents),
         "command": f"python -m safeloader index {shlex.quote(str(run.path))} ",
         "step_command": f"python -m safeloader step {shlex.quote(str(run.path))} ",
@@ -127,7 +125,8 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         "longest": _longest(waiting),
         "failures": [_failure(each) for each in failures[-_FAILURES_SHOWN:]][::-1],
         "failure_count": len(failures),
-        "cost": _cost(workers),
+        "cost": cost_of(run),
+        "ways": WAYS,
         "notes": list(dict.fromkeys(run.notes)),  # complete now: all was read
         "dropped": run.dropped(),
         "chart_names": {each["id"] for each in data["charts"]},
@@ -370,30 +369,6 @@ def _longest(waiting: Waiting) -> list[dict[str, Any]]:
         }
         for waited, asked, step, epoch, batch, each in rows[:6]
     ]
-
-
-def _cost(workers: Any) -> dict[str, Any]:
-    """Memory, at its most."""
-    if not workers.num_rows:
-        return {"workers": 0}
-    rss, pss, uss = (workers[f"{name}_bytes"].to_numpy() for name in ("rss", "pss", "uss"))
-    shared = np.where((rss >= 0) & (uss >= 0), rss - uss, -1)
-    of_worker = workers["worker"].to_numpy() >= 0
-    names = ("attempt", "loader", "worker")
-    places = np.stack([workers[name].to_numpy()[of_worker].astype(np.int64) for name in names], 1)
-    return {
-        "workers": len(np.unique(places, axis=0)),
-        "worker_uss": _most(uss[of_worker]),
-        "worker_pss": _most(pss[of_worker]),
-        "worker_rss": _most(rss[of_worker]),
-        "shared": _most(shared[of_worker]),
-        "main_rss": _most(rss[~of_worker]),
-    }
-
-
-def _most(sizes: Any) -> int:
-    """The largest; -1 where none is known."""
-    return int(sizes.max()) if sizes.size else -1
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────
