@@ -147,10 +147,13 @@ class Verdict:
 
     def _judge(self, alike: list[list[int]]) -> None:
         of = self._of
-        bad = [each.rank for each in of.parts if each.ok is False]
+        bad = [each for each in of.parts if each.ok is False]
         if bad:
             whose = "its own audit is" if len(bad) == 1 else "their own audits are"
-            self._wrong.append(f"{named(bad)}: {whose} not ok")
+            sums = {name: sum(each.counts.get(name, 0) for each in bad) for name in _TROUBLES}
+            told = ", ".join(f"{n} {name}" for name, n in sums.items() if n)
+            said = f"{named(each.rank for each in bad)}: {whose} not ok"
+            self._wrong.append(f"{said} ({told})" if told else said)
         open_ = self._course.open
         unchecked = [
             each.rank

@@ -90,6 +90,10 @@ class Rows:
                 merging.add_totals(at, came[at:end].astype(np.int64))
         for index, times in sorted(more.items()):
             merging.add_beyond(index, times)
+        if len(more) >= _BEYOND_MAX:
+            merging.remarks.append(
+                f"of the indices that are not below {merging.length} only some were counted"
+            )
         unknown = [index for index in merging.twice if index not in merging.by]
         merging.by |= self._ranks_of(sorted(unknown)[:RANKS_OF])
 
@@ -181,8 +185,9 @@ def _stand_ins(piece: Piece) -> dict[int, set[int]]:
 
 
 def why_gone(cohort: Cohort) -> str:
-    """Why rows of it are not in the folder; its audits say how many were handed over."""
+    """Why rows of it, or of what it went on with, are not in the folder; empty where all are."""
     each: Cohort | None = cohort
+    due: dict[int, int] | None = None  # how many batches a later epoch had before its own
     while each is not None:
         for rank, part in each.parts.items():
             if not part.loader.info.get("batches", True):
@@ -194,6 +199,16 @@ def why_gone(cohort: Cohort) -> str:
                 return (
                     f"rank {rank} handed over {told} batches, and {part.batches} are in the folder"
                 )
+            wanted = 0 if due is None else due.get(rank, max(due.values()))
+            if part.end < wanted:
+                return (
+                    f"rank {rank} handed over {wanted} batches before the epoch went on, and "
+                    f"{part.end} are in the folder"
+                )
+        if due is not None and (absent := each.world - len(each.parts)) > 0:
+            ranks = f"{absent} of {each.world} ranks"
+            return f"of attempt {each.attempt} {ranks} are not in the folder"
+        due = {rank: part.first for rank, part in each.parts.items()}
         each = each.before
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,35 @@ def test_a_resume_whose_first_part_was_dropped(
     assert (status, epoch["ok"]) == (0, True)
     assert "each of 300000 indices came once" in epoch["answer"]
     assert "of rank 0 batches of this epoch went for run_max_bytes=" in epoch["evidence"][1]
+
+
+@pytest.mark.parametrize("what", ["torn", "without a rank"])
+def test_what_is_torn_or_not_there_of_the_attempt_before_is_not_lost(
+    what: str, tmp_path: Path, audit: Audited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    by_ranks(monkeypatch, 4, lambda rank: states.append(state_after(global_loader(tmp_path), 4, 4)))
+
+    def go_on(rank: int) -> None:
+        loader = global_loader(tmp_path)
+        loader.load_state_dict(states[0])
+        list(loader)
+
+    by_ranks(monkeypatch, 2, go_on, attempt=1)
+    if what == "torn":
+        (path,) = tmp_path.glob("attempt=0/rank=3/*/batches-000.parquet")
+        path.unlink()
+        said = "rank 3 handed over 5 batches, and 0 are in the folder"
+    else:
+        shutil.rmtree(tmp_path / "attempt=0" / "rank=3")
+        said = "of attempt 0 1 of 4 ranks are not in the folder"
+    status, epoch = audit()
+    assert (status, epoch["ok"], epoch["never"]) == (0, True, [])  # by the sums of attempt 1
+    assert said in epoch["evidence"][1]
+    as_before(tmp_path)  # and without these
+    status, epoch = audit()
+    assert (status, epoch["ok"], epoch["never"]) == (1, None, [])
+    assert said in epoch["answer"]
 
 
 # ── folders of before ────────────────────────────────────────────────────────────────────────────
