@@ -126,15 +126,23 @@ class Verdict:
 
     def _alike(self) -> list[list[int]]:
         """Groups of ranks with the very same samples."""
-        groups: list[tuple[AuditPart, list[int]]] = []
-        for part in self._of.parts:
-            for first, ranks in groups:
+        groups: dict[Any, list[tuple[AuditPart, list[int]]]] = {}
+        for part in self._of.parts:  # of a thousand ranks, few may be the same as another
+            its = groups.setdefault(self._total(part), [])
+            for first, ranks in its:
                 if self._same(first, part):
                     ranks.append(part.rank)
                     break
             else:
-                groups.append((part, [part.rank]))
-        return [ranks for _, ranks in groups if len(ranks) > 1]
+                its.append((part, [part.rank]))
+        return sorted(ranks for its in groups.values() for _, ranks in its if len(ranks) > 1)
+
+    def _total(self, part: AuditPart) -> Any:
+        """What parts of the same samples have in common."""
+        ladder = self._of.ladders.get(part.rank)
+        if ladder is not None:
+            return ladder.count, int(ladder.sums.sum(dtype=np.uint64))
+        return None if part.digests is None else part.digests.total
 
     def _same(self, one: AuditPart, other: AuditPart) -> bool:
         ladders = self._of.ladders

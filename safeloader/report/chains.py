@@ -14,11 +14,34 @@ from safeloader.report.run import RunFolder
 _LEFT_OUT = ("skipped", "replaced")
 
 
+class Lines:
+    """What a loader wrote in lines, read once for all of its epochs: each open is slow where the
+    file system is far away."""
+
+    def __init__(self, loader: LoaderRecords) -> None:
+        self._loader = loader
+
+    @functools.cached_property
+    def incidents(self) -> dict[Any, list[dict[str, Any]]]:
+        """By epoch, what was left out, replaced or late."""
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for line in self._loader.lines("incidents.jsonl"):
+            found.setdefault(line.get("epoch"), []).append(line)
+        return found
+
+    @functools.cached_property
+    def dropped(self) -> set[int]:
+        """The epochs of which batches went for ``run_max_bytes=``."""
+        lines = self._loader.lines("dropped.jsonl")
+        return {epoch for line in lines for epoch in _range(line)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """Batches of one rank: from ``first`` on, and before ``end`` where that is not None."""
 
     loader: LoaderRecords
+    lines: Lines
     epoch: int
     first: int
     end: int | None = None
@@ -30,12 +53,14 @@ class Part:
 
     Attributes:
         loader, epoch: which, with its audit.
+        lines: of the loader.
         batches: how many it handed over.
         first: the number of the first one; above 0 where it went on with another epoch.
     """
 
     loader: LoaderRecords
     epoch: RunEpoch
+    lines: Lines
     batches: int = 0
     first: int = 0
 
@@ -146,15 +171,15 @@ class Cohort:
             yield from self.before.pieces(firsts)
         for rank, part in self.parts.items():
             end = None if ends is None else ends.get(rank, max(ends.values()))
-            yield rank, Piece(part.loader, part.epoch.epoch, part.first, end)
+            yield rank, Piece(part.loader, part.lines, part.epoch.epoch, part.first, end)
 
     @functools.cached_property
     def left_out(self) -> dict[Any, tuple[str, int]]:
         """Indices that a rank skipped, replaced or dropped: what it did, and the rank."""
         found: dict[Any, tuple[str, int]] = {}
         for rank, piece in self.pieces():
-            for line in piece.loader.lines("incidents.jsonl"):
-                if line.get("epoch") == piece.epoch and line.get("what") in _LEFT_OUT:
+            for line in piece.lines.incidents.get(piece.epoch, ()):
+                if line.get("what") in _LEFT_OUT:
                     batch = line.get("batch")
                     inside = isinstance(batch, int) and (piece.end is None or batch < piece.end)
                     if inside and isinstance(line.get("index"), int | str):
@@ -184,13 +209,14 @@ def cohorts_of(run: RunFolder, attempt: int | None = None) -> list[Cohort]:
     for loader, number in _numbered_alike(run):
         if attempt not in (None, loader.attempt):
             continue
-        spans = _spans(loader)
+        lines = Lines(loader)
+        spans = _spans(loader, lines)
         for epoch in epochs_of(loader):
             key = loader.attempt, loader.name, number, epoch.epoch
             cohort = found.setdefault(key, Cohort(loader.name, loader.attempt, epoch.epoch))
             low, count = spans.get(epoch.epoch, (0, 0))
             told = (epoch.resumed or {}).get("batches") or (epoch.audit or {}).get("resumed_at")
-            cohort.parts[loader.rank] = Part(loader, epoch, count, told or low)
+            cohort.parts[loader.rank] = Part(loader, epoch, lines, count, told or low)
     ordered = sorted(found.values(), key=_began)
     return _linked([each for each in ordered if each.batches or _drew(each)], run, attempt)
 
@@ -213,12 +239,11 @@ def _numbered_alike(run: RunFolder) -> Iterator[tuple[LoaderRecords, int]]:
         yield loader, seen[key]
 
 
-def _spans(loader: LoaderRecords) -> dict[int, tuple[int, int]]:
+def _spans(loader: LoaderRecords, lines: Lines) -> dict[int, tuple[int, int]]:
     """Of each epoch the number of its first batch, and how many there are."""
     import numpy as np
 
     found: dict[int, tuple[int, int]] = {}
-    dropped = {epoch for line in loader.lines("dropped.jsonl") for epoch in _range(line)}
     for table in loader.pieces(["epoch", "batch"]):
         epochs = table["epoch"].to_numpy()
         batches = table["batch"].to_numpy()
@@ -226,7 +251,10 @@ def _spans(loader: LoaderRecords) -> dict[int, tuple[int, int]]:
             its = batches[epochs == epoch]
             low, count = found.get(epoch, (int(its.min()), 0))
             found[epoch] = min(low, int(its.min())), count + len(its)
-    return {epoch: (0 if epoch in dropped else low, count) for epoch, (low, count) in found.items()}
+    return {
+        epoch: (0 if epoch in lines.dropped else low, count)
+        for epoch, (low, count) in found.items()
+    }
 
 
 def _range(line: dict[str, Any]) -> Iterator[int]:

@@ -7,8 +7,8 @@ in the accounts of the rank that handed it over.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -170,9 +170,9 @@ def _rows_with(batches: Ints, wanted: dict[int, set[int]]) -> list[tuple[int, in
 def _stand_ins(piece: Piece) -> dict[int, set[int]]:
     """By batch, the places in it of samples that stand in for others."""
     what: dict[int, dict[int, str]] = {}
-    for line in piece.loader.lines("incidents.jsonl"):
+    for line in piece.lines.incidents.get(piece.epoch, ()):
         batch, position = line.get("batch"), line.get("position")
-        if line.get("epoch") == piece.epoch and type(batch) is type(position) is int:
+        if type(batch) is type(position) is int:
             what.setdefault(batch, {})[position] = str(line.get("what"))
     found: dict[int, set[int]] = {}
     for batch, its in what.items():
@@ -192,7 +192,7 @@ def why_gone(cohort: Cohort) -> str:
         for rank, part in each.parts.items():
             if not part.loader.info.get("batches", True):
                 return f"rank {rank} wrote no batches, as it had no pyarrow"
-            if _was_dropped(part.loader.lines("dropped.jsonl"), part.epoch.epoch):
+            if part.epoch.epoch in part.lines.dropped:
                 return f"of rank {rank} batches of this epoch went for run_max_bytes="
             told = (part.audit or {}).get("batches")
             if told is not None and part.batches < told:
@@ -211,8 +211,3 @@ def why_gone(cohort: Cohort) -> str:
         due = {rank: part.first for rank, part in each.parts.items()}
         each = each.before
     return ""
-
-
-def _was_dropped(lines: Iterable[dict[str, Any]], epoch: int) -> bool:
-    spans = [line.get("epochs") or [0, -1] for line in lines]
-    return any(first <= epoch <= last for first, last in spans)

@@ -147,10 +147,11 @@ def _verdict(of: Cohort) -> EpochVerdict:
     found = parts_of(of, rows)
     course = _course(of, rows, absent, alone=by_itself)
     ranks = {*absent, *(each.rank for each in found.parts)}
-    merging = Merging(found.parts, ranks, can_ask=found.by_rows, course=course)
-    if found.by_rows:
+    audit = audit_of(Merging(found.parts, ranks, course=course))
+    if found.by_rows and not (audit.ok and audit.exact and not found.beyond):
+        merging = Merging(found.parts, ranks, can_ask=True, course=course)
         rows.resolve(merging, beyond=found.beyond)
-    audit = audit_of(merging)
+        audit = audit_of(merging)
     left_out = {index for each in audit.left_out.values() for index in each}
     twice = () if audit.ok else _listed(audit.twice, {*audit.padding.tolist()})
     whole = of.state == "whole" and not (absent or of.lost)
