@@ -579,7 +579,9 @@ class Epoch:
         """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""
         return self._to_other_ranks(self.audit(number), dataset, sampler)
 
-    def _to_other_ranks(self, audit: EpochAudit, dataset: Any, sampler: Any) -> RankAccounts:
+    def _to_other_ranks(
+        self, audit: EpochAudit, dataset: Any, sampler: Any, *, alone: bool = False
+    ) -> RankAccounts:
         accounts = rank_accounts(
             audit,
             self.ledger,
@@ -587,6 +589,7 @@ class Epoch:
             self._shard,
             (dataset, self.log.length),
             sampler,
+            alone=alone,
         )
         part = dataclasses.replace(accounts.part, left_out_before=self._left_out_before)
         return accounts._replace(part=part)
@@ -602,7 +605,8 @@ class Epoch:
         most = _SUMMED_MAX if self.log.length is not None else _DIGESTED_MAX
         if audit.drawn > most or self._dataset is None:
             return None
-        return self._to_other_ranks(audit, self._dataset, self._sampler).part
+        alone = self.log.at.rank is None and self._shard is None
+        return self._to_other_ranks(audit, self._dataset, self._sampler, alone=alone).part
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand; may be asked for from another thread."""

@@ -46,6 +46,8 @@ def rank_accounts(
     shard: Shard | None,
     read: tuple[Any, int | None],
     sampler: Any,
+    *,
+    alone: bool = False,
 ) -> RankAccounts:
     """The part of this rank, and the way to its indices.
 
@@ -56,6 +58,7 @@ def rank_accounts(
         shard: the share that its sampler had as the epoch began.
         read: the dataset, and its length as far as known.
         sampler: what the loader draws from.
+        alone: whether there is no other rank, whose dataset would have to be the same.
     """
     dataset, length = read
     make = functools.partial(
@@ -85,7 +88,7 @@ def rank_accounts(
         last = ledger.last_drawn(shard.pads_last)
         known["padded"] = tuple(index for index in last if type(index) is int and index >= 0)
     under = None
-    if shard is not None or at.world_size != 1:
+    if (shard is not None or at.world_size != 1) and not alone:
         under = _lookup(dataset, ladder.count)
         known["contents"] = _contents(dataset, length)
     below: Callable[[], Delivered] | None = None
