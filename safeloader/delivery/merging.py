@@ -349,9 +349,13 @@ class Merging:
         assert self.length is not None
         total = total[: max(0, self.length - start)]
         self._note_never(np.flatnonzero(total == 0) + start)
-        for at in np.flatnonzero(total > 1).tolist():
-            by = ranks_of(at) if len(self.twice) < LISTED_MAX else ()
-            self._note_twice(start + at, int(total[at]), by)
+        again = np.flatnonzero(total > 1)
+        self._twice += again.size
+        self._again += int(total[again].sum()) - again.size
+        for at in again[: LISTED_MAX - len(self.twice)].tolist():
+            self.twice.append(start + at)
+            if by := ranks_of(at):
+                self.by[start + at] = by
 
     def add_beyond(self, index: int, times: int) -> None:
         """Take in how often an index came that is not below the length of the dataset."""
