@@ -12,6 +12,7 @@ call waits a millisecond first, which is what a busy NFS or Lustre server takes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,13 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DistributedSampler
 
 from benchmarks import environment
 from benchmarks.report import markdown, write_texts
-from benchmarks.run_folder import fed, folder_in
+from benchmarks.run_folder import fed
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.audit_part import AuditPart
+from safeloader.delivery.ladder import Delivered
 from safeloader.delivery.manifest import BatchManifest
+from safeloader.failures.loader_log import LoaderLog
+from safeloader.introspect.sharding import shard_of
 from safeloader.provenance import run_format
+from safeloader.provenance.attempts import open_run
+from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.run_folder import About, LoaderFolder
 
 RESULTS = Path(__file__).parent / "results"
 RANKS, QUICK_RANKS = 1024, 16
@@ -45,15 +54,33 @@ def made_run(run: Path, ranks: int, samples: int) -> float:
     began = time.perf_counter()
     for rank in range(ranks):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        folder = folder_in(run, rank)
+        log, recorder = LoaderLog(range(samples), samples, "benchmark"), Recorder()
+        folder = LoaderFolder(open_run(run, ["benchmark"], rank), rank, "here", log)
         for epoch, order in enumerate(padded):
-            if epoch:
-                folder.begun(epoch, lambda: EpochAudit(0))
-            fed(folder, manifests(order[rank::ranks]), epoch)
+            its = order[rank::ranks].astype(np.int64)
+            about = about_share(its, rank, ranks, samples)
+            folder.taken_by(recorder, log, lambda index: "", about=about)
+            folder.begun(epoch, lambda: EpochAudit(0))
+            fed(folder, manifests(its), epoch)
             folder.audited(EpochAudit(epoch, complete=True, drawn=share, delivered=share))
         for number in folder.close():
             run_format.to_parquet(folder.path, number)
     return (time.perf_counter() - began) / ranks
+
+
+def about_share(indices: Any, rank: int, ranks: int, samples: int) -> About:
+    """What an epoch tells of its sampler, and to other ranks: the last index may be padding."""
+    shard = shard_of(DistributedSampler(range(samples), ranks, rank))  # type: ignore[arg-type]
+    if shard is None:
+        raise SystemExit("a DistributedSampler does not say its share any more")
+    ladder = Delivered([], indices, np.empty(0, np.int64)).ladder(samples)
+    padded = tuple(indices[len(indices) - (shard.pads_last or 0) :].tolist())
+
+    def part(audit: EpochAudit) -> AuditPart:
+        known = {"shard": shard, "padded": padded, "ladder": ladder, "length": samples}
+        return AuditPart.of(audit, rank, ranks, **known)
+
+    return About(lambda: {"purpose": "", "shard": dataclasses.asdict(shard)}, part)
 
 
 def manifests(indices: Any) -> list[BatchManifest]:

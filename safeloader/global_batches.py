@@ -26,7 +26,8 @@ import torch
 from torch.utils.data import Sampler
 
 from safeloader.introspect.ranks import place
-from safeloader.introspect.sharding import SaysItsShare, Shard
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import SaysItsShare
 from safeloader.introspect.texts import bounded_text
 
 Tail = Literal["drop", "pad", "uneven"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from safeloader.commands import FINE, NO, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
 from safeloader.report.exactly_once import RunVerdict, exactly_once
+
+_FINE_SHOWN = 3  # epochs of a loader that are fine, of which more than the answer is told
 
 EXAMPLE = "python -m safeloader audit runs/exp1 || echo not exactly once"
 
@@ -29,12 +33,24 @@ def _tell(verdict: RunVerdict) -> None:
     out = terminal.console()
     terminal.answer(out, verdict.ok, verdict.answer)
     loader = None
+    shown = _with_evidence(verdict)
     for each in verdict.epochs:
         if each.loader != loader:
             loader = each.loader
             terminal.lines(out, [terminal.short(loader)], "")
         terminal.lines(out, [each.answer])
-        if each.ok is not True or each.state == "running" or each.counts["again"]:
+        if id(each) in shown:
             terminal.lines(out, each.evidence, "      ")
     terminal.lines(out, [f"note: {note}" for note in verdict.notes])
     terminal.next_step(out, verdict.next_step)
+
+
+def _with_evidence(verdict: RunVerdict) -> set[int]:
+    """The epochs of which the evidence is told: all that are not fine, and the newest of others."""
+    shown, fine = set(), Counter[str]()
+    for each in reversed(verdict.epochs):
+        if each.ok is True:
+            fine[each.loader] += len(each.evidence) > 1
+        if each.ok is not True or (len(each.evidence) > 1 and fine[each.loader] <= _FINE_SHOWN):
+            shown.add(id(each))
+    return shown

@@ -9,6 +9,7 @@ import typer
 
 from safeloader.commands import FINE, terminal
 from safeloader.commands.terminal import AttemptOption, JsonOption, RunArgument
+from safeloader.report.cost import WAYS, Cost, cost_of
 from safeloader.report.exactly_once import RunVerdict, exactly_once
 from safeloader.report.figures import LoaderFigures, SlowSample, slowest
 from safeloader.report.folder import LoaderRecords
@@ -29,7 +30,7 @@ def show(
     ] = 5,
     as_json: JsonOption = False,
 ) -> int:
-    """Epochs, audits over ranks, skips, failures, waiting and the slowest samples of a run."""
+    """Epochs, audits over ranks, skips, failures, waiting, slowest samples and cost of a run."""
     folder = terminal.opened(run, convert=True)
     terminal.check_attempt(folder, attempt)
     seen = _Seen(folder, attempt, slow)
@@ -65,6 +66,7 @@ class _Seen:
                 for said in (epoch.audit or {}).get(name, ())
             )
         )
+        self.cost: Cost = cost_of(run, attempt)
         self.verdict: RunVerdict = exactly_once(run, attempt)
 
     @property
@@ -88,6 +90,7 @@ class _Seen:
             "slowest": [each.to_dict() for each in self.slowest],
             "noticed": self.noticed,
             "dropped": self.dropped,
+            "cost": self.cost.to_dict(),
         }
 
 
@@ -122,6 +125,7 @@ class _Told:
         self._right()
         self._bottleneck()
         self._samples()
+        self._cost()
         terminal.lines(out, [f"note: {note}" for note in dict.fromkeys(seen.run.notes)], "")
         terminal.next_step(out, self._next())
 
@@ -231,6 +235,31 @@ class _Told:
             for each in slow
         ]
         terminal.table(self._out, (">index", ">median", ">fetches", "source"), rows)
+
+    def _cost(self) -> None:
+        cost = self._seen.cost
+        if not (cost.batches or cost.workers or cost.main_rss >= 0):
+            return
+        self._title("What does it cost?")
+        known = (
+            ("a worker's own memory (USS)", cost.worker_uss),
+            ("a worker's share (PSS)", cost.worker_pss),
+            ("the main process (RSS)", cost.main_rss),
+        )
+        told = [f"{name} {terminal.size(value)}" for name, value in known if value >= 0]
+        lines = [f"at most: {', '.join(told)}"] if told else []
+        lines += [f"{n:,} batches came {WAYS.get(way, way)}" for way, n in cost.batches.items()]
+        if cost.batches:
+            size = terminal.size(cost.slot_bytes)
+            lines.append(f"slots of one loader, at most: {cost.slots}, {size} in all")
+        if cost.shm_used >= 0:
+            size, whole = terminal.size(cost.shm_used), terminal.size(cost.shm_bytes)
+            lines.append(f"in use of /dev/shm by all processes, at most: {size} of {whole}")
+        lines += [
+            f"not in a slot, {terminal.some(n, 'batch')}: {_line(why, 300)}"
+            for why, n in cost.fallbacks.items()
+        ]
+        terminal.lines(self._out, lines)
 
     def _title(self, said: str) -> None:
         self._out.print()

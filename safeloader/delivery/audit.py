@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from safeloader.introspect.html_text import Tone, rows_of, table
 from safeloader.introspect.ranks import Place
-from safeloader.introspect.sharding import Shard
+from safeloader.introspect.shard import Shard
 from safeloader.introspect.texts import index_text
 from safeloader.introspect.underlying import Underlying
 

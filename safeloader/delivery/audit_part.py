@@ -8,30 +8,35 @@ on two ranks are then among them on both.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import heapq
 import json
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.key_chain import is_plain
 from safeloader.delivery.ladder import MASK, RUNGS, Delivered, Ladder, Sums, sum_of
 from safeloader.delivery.rank_stores import put_value
-from safeloader.introspect.sharding import Shard
-from safeloader.introspect.texts import bounded_text
+from safeloader.introspect.shard import Shard
+
+if TYPE_CHECKING:  # who reads the folder of a run loads no torch
+    from safeloader.delivery.audit import EpochAudit
 
 LEFT_OUT = ("missing", "failed", "dropped", "skipped", "replaced")
 """Classes of an audit whose indices were drawn, and not handed over as themselves."""
+NOT_KNOWN = "unknown"  # a purpose, in folders that were written before it was
 LISTED = 100  # indices left out that a part names
 _SMALLEST = 256
 _VERSION = 1
 _LADDER = struct.Struct(f"<Q{RUNGS}I{RUNGS}Q")
 _MOST = (1 << 32) - 1  # of a range of a ladder
+_TEXT_MAX = 1 << 20  # bytes of a part that is read
 
 
 class Digests:
@@ -262,7 +267,7 @@ class AuditPart:
             told = json.loads(head)
             version = told.pop("version")
         except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"this is no AuditPart: {bounded_text(raw[:40])}") from None
+            raise ValueError(f"this is no AuditPart: {raw[:40]!r}") from None
         if version != _VERSION:
             raise ValueError(
                 f"this AuditPart is of another release of safeloader (format {version}, and here "
@@ -285,6 +290,24 @@ class AuditPart:
         told["padded"] = tuple(told["padded"])
         told["left_out"] = {name: tuple(each) for name, each in told["left_out"].items()}
         return cls(**told)
+
+
+def to_text(part: AuditPart) -> str:
+    """A part as ASCII, for a line of a run's folder: 3 kB, and less of a small epoch."""
+    return base64.b64encode(zlib.compress(part.to_bytes(), 6)).decode()
+
+
+def from_text(text: str) -> AuditPart:
+    """The part again.
+
+    Raises:
+        ValueError: for a text that is no part, or one of another release of safeloader.
+    """
+    try:
+        raw = zlib.decompressobj().decompress(base64.b64decode(text), _TEXT_MAX)
+        return AuditPart.from_bytes(raw)
+    except (zlib.error, TypeError, KeyError, struct.error) as exc:
+        raise ValueError(f"this is no AuditPart: {exc}") from exc
 
 
 class RankAccounts(NamedTuple):

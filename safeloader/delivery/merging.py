@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from safeloader.delivery.audit_part import LEFT_OUT, AuditPart
+from safeloader.delivery.audit_part import LEFT_OUT, NOT_KNOWN, AuditPart
 from safeloader.delivery.ladder import (
     MASK,
     RUNGS,
@@ -67,6 +67,30 @@ class IndexRange(NamedTuple):
         return f"{self.start} to {self.stop - 1}: {least}{whose}"
 
 
+class Course(NamedTuple):
+    """How an epoch went, where more is known of it than its parts say: by the folder of a run.
+
+    Attributes:
+        which: the epoch and its ranks, in words.
+        batches: how many each rank handed over, at least.
+        open: the ranks that have not closed its books: it goes on there, or was cut off.
+        closed: whether each rank has closed them.
+        cut_off: whether it was cut off, and nothing went on with it.
+        lost: why what came before it is not known; empty as a rule.
+        evidence: further lines.
+        steps: what to do where it cannot be told; empty where the verdict knows that.
+    """
+
+    which: str = ""
+    batches: int = 0
+    open: tuple[int, ...] = ()
+    closed: bool = False
+    cut_off: bool = False
+    lost: str = ""
+    evidence: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
+
+
 class Merging:
     """Parts that are put together, and what is known of single indices.
 
@@ -75,6 +99,7 @@ class Merging:
         ranks: those that should be there.
         notes: what is known of why a rank is not, in a sentence each.
         can_ask: whether the ranks can be asked for what their parts do not tell.
+        course: how the epoch went, where that is known.
 
     Attributes:
         parts: of each rank that is there, in their order.
@@ -90,8 +115,10 @@ class Merging:
         notes: Sequence[str] = (),
         *,
         can_ask: bool = False,
+        course: Course | None = None,
     ) -> None:
         self._can_ask = can_ask
+        self.course = course
         self.parts = sorted(parts, key=lambda each: each.rank)
         self._ranks = sorted({*ranks, *(each.rank for each in self.parts)})
         self.absent = tuple(r for r in self._ranks if r not in {each.rank for each in self.parts})
@@ -310,15 +337,36 @@ class Merging:
         """Take in how often each rank handed over each index of a range."""
         assert self.length is not None
         all_of_them = np.stack([*times.values()])
-        total = all_of_them.sum(0)[: max(0, self.length - start)]
-        self._note_never(np.flatnonzero(total == 0) + start)
         ranks = [*times]
-        for at in np.flatnonzero(total > 1).tolist():
-            by: tuple[int, ...] = ()
-            if len(self.twice) < LISTED_MAX:
-                each = all_of_them[:, at].tolist()
-                by = tuple(r for r, n in zip(ranks, each, strict=True) for _ in range(n))
-            self._note_twice(start + at, int(total[at]), by)
+
+        def ranks_of(at: int) -> tuple[int, ...]:
+            each = all_of_them[:, at].tolist()
+            return tuple(r for r, n in zip(ranks, each, strict=True) for _ in range(n))
+
+        self.add_totals(start, all_of_them.sum(0), ranks_of)
+
+    def add_totals(
+        self,
+        start: int,
+        total: Numbers,
+        ranks_of: Callable[[int], tuple[int, ...]] = lambda at: (),
+    ) -> None:
+        """Take in how often all ranks together handed over each index of a range."""
+        assert self.length is not None
+        total = total[: max(0, self.length - start)]
+        self._note_never(np.flatnonzero(total == 0) + start)
+        again = np.flatnonzero(total > 1)
+        self._twice += again.size
+        self._again += int(total[again].sum()) - again.size
+        for at in again[: LISTED_MAX - len(self.twice)].tolist():
+            self.twice.append(start + at)
+            if by := ranks_of(at):
+                self.by[start + at] = by
+
+    def add_beyond(self, index: int, times: int) -> None:
+        """Take in how often an index came that is not below the length of the dataset."""
+        if times > 1:
+            self._note_twice(index, times, ())
 
     def _note_never(self, indices: Numbers) -> None:
         self._never += indices.size
@@ -342,7 +390,7 @@ class Merging:
     @property
     def purposes(self) -> set[str]:
         """The classes of samplers that nobody knows."""
-        known = ("", "replacement", "subset")
+        known = ("", "replacement", "subset", NOT_KNOWN)
         return {each.purpose for each in self.parts if each.purpose not in known}
 
     @property

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.texts import bounded_text
 
 VALUE_BYTES = 1 << 16  # torch's TCPStore closes itself at values of some MB
 _AT_ONCE_S = 1.0  # others use the same store: it is not held for longer
@@ -127,7 +126,7 @@ def see_seconds(timeout_s: Any) -> None:
     """
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
     if not number or not timeout_s >= 0:
-        raise ValueError(f"timeout_s must be seconds, 0 or more; got {bounded_text(timeout_s)}")
+        raise ValueError(f"timeout_s must be seconds, 0 or more; got {_text(timeout_s)}")
 
 
 def said_by(exc: BaseException) -> str:
@@ -141,8 +140,12 @@ def _name(key: str, rank: int) -> str:
 
 def _see(store: Any, key: Any, needs: str) -> None:
     if not isinstance(key, str) or not key:
-        raise TypeError(f"key must be a text, as 'audit/0'; got {bounded_text(key)}")
+        raise TypeError(f"key must be a text, as 'audit/0'; got {_text(key)}")
     if not callable(getattr(store, needs, None)):
-        raise TypeError(
-            f"store must be one of torch.distributed, as TCPStore; got {bounded_text(store)}"
-        )
+        raise TypeError(f"store must be one of torch.distributed, as TCPStore; got {_text(store)}")
+
+
+def _text(value: Any) -> str:
+    from safeloader.introspect.texts import bounded_text  # which loads torch
+
+    return bounded_text(value)

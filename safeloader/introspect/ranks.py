@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch.distributed
 
-from safeloader.introspect.sharding import Shard
+from safeloader.introspect.shard import Shard
 
 
 class Place(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from safeloader.delivery.audit import EpochAudit, first_reasons, of_batches
-from safeloader.delivery.audit_part import RankAccounts
+from safeloader.delivery.audit_part import AuditPart, RankAccounts
 from safeloader.delivery.indices import Packed, pack, unpack
 from safeloader.delivery.ledger import Discrepancy, Ledger, PendingBatch
 from safeloader.delivery.manifest import BatchManifest, expected_indices
@@ -27,7 +27,8 @@ from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed, SeededAs
-from safeloader.introspect.sharding import Shard, shard_of, shared_out_twice
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import purpose_of, shard_of, shared_out_twice
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
@@ -36,6 +37,7 @@ from safeloader.main.rank_accounts import rank_accounts
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
+from safeloader.provenance.run_folder import About
 from safeloader.provenance.run_folders import sinks_for
 from safeloader.provenance.summary import tell_at_end
 from safeloader.provenance.trace import trace_for
@@ -47,6 +49,8 @@ from safeloader.worker.sources import source_of
 
 SHOWN_SKIPPED = 12
 _ORDERS_MAX = 64
+_SUMMED_MAX = 1 << 28  # samples that are summed up for a run's folder as their epoch ends: 0.3 s
+_DIGESTED_MAX = 1 << 18  # keys of a stream: as long
 _POSITION = "read position of "  # in what is known beside a failure
 _READ_ALONE = (
     "open the file in the worker, and see whether it fails still; replay() in the main process "
@@ -96,6 +100,7 @@ class Epoch:
         noticed: what was seen of wrong data while it runs, in a sentence each.
         unchecked: what nobody looked at, in a phrase each.
         unchecked_since: the batch at which a part of the accounts failed.
+        origin: which epoch of which run it is, where it is written into a folder; else empty.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class Epoch:
         self._pid = os.getpid()
         self.noticed: list[str] = []
         self.unchecked: list[str] = []
+        self.origin: dict[str, Any] = {}
         self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
@@ -146,7 +152,9 @@ class Epoch:
             sinks.append(trace_for(recorder, settings.trace_target, log))
         with guarded("the run's folder", lambda: log):
             bound, every = settings.run_max_bytes, settings.run_sources
-            sinks += sinks_for(recorder, settings.run_target, bound, log, self._source, every)
+            about = About(self._sampler_facts, self._part_of)
+            target = settings.run_target
+            sinks += sinks_for(recorder, target, bound, log, self._source, every, about)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
@@ -162,6 +170,8 @@ class Epoch:
             self._under = recorder.facts.note(self.number, facts).under
         with guarded("the summary", lambda: log):
             tell_at_end(recorder, log.full_name)
+        if recorder.run is not None and any(each is recorder.run for each in sinks):
+            self.origin = recorder.run.origin(self.number)
         self.events = Events(log, sinks)
         ledger.compares_keys = settings.identity is not None
         ledger.expect(log.length)
@@ -171,15 +181,19 @@ class Epoch:
         if self.events.begun:
             self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
-    def resumed(self, batches: int, left_out: int, note: str = "") -> None:
+    def resumed(
+        self, batches: int, left_out: int, note: str = "", origin: dict[str, Any] | None = None
+    ) -> None:
         """This epoch goes on where an earlier run had handed over so many batches.
 
-        So many samples were skipped or replaced in them: the bound is one of the epoch.
+        So many samples were skipped or replaced in them: the bound is one of the epoch. ``origin``
+        says which epoch of which run that was.
         """
         self.batches = self.ledger.batches_before = batches
         self._skip_budget.skipped = self._left_out_before = left_out
         if note:
             self._notes.append(note)
+        self._tell("resumed", self.number, batches, left_out, origin or {})
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -511,6 +525,7 @@ class Epoch:
         self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
             self._tell("audited", self.audit(self.number))
+        self._sampler = None
 
     def _lengths(self) -> list[str]:
         """What the sampler says of its length, where it gave another number of batches."""
@@ -523,7 +538,6 @@ class Epoch:
     def _same_order(self) -> str:
         """A sentence, once for a sampler, where nobody told it the number of the epoch."""
         shard, sampler, first = self._shard, self._sampler, self.ledger.first_drawn
-        self._sampler = None
         if shard is None or shard.epoch is None or not self.ledger.all_drawn:
             return ""
         if type(first) is not bytes:  # no ints: code of the user's would have to compare them
@@ -563,16 +577,36 @@ class Epoch:
 
     def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
         """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""
+        return self._to_other_ranks(self.audit(number), dataset, sampler)
+
+    def _to_other_ranks(
+        self, audit: EpochAudit, dataset: Any, sampler: Any, *, alone: bool = False
+    ) -> RankAccounts:
         accounts = rank_accounts(
-            self.audit(number),
+            audit,
             self.ledger,
             self.log.at,
             self._shard,
             (dataset, self.log.length),
             sampler,
+            alone=alone,
         )
         part = dataclasses.replace(accounts.part, left_out_before=self._left_out_before)
         return accounts._replace(part=part)
+
+    def _sampler_facts(self) -> dict[str, Any]:
+        """What its sampler draws on purpose, and which share: for a run's folder."""
+        purpose = "" if self._sampler is self._dataset else purpose_of(self._sampler)
+        shard = None if self._shard is None else dataclasses.asdict(self._shard)
+        return {"purpose": purpose, "shard": shard}
+
+    def _part_of(self, audit: EpochAudit) -> AuditPart | None:
+        """What an epoch tells to other ranks, for a run's folder; None if that takes long."""
+        most = _SUMMED_MAX if self.log.length is not None else _DIGESTED_MAX
+        if audit.drawn > most or self._dataset is None:
+            return None
+        alone = self.log.at.rank is None and self._shard is None
+        return self._to_other_ranks(audit, self._dataset, self._sampler, alone=alone).part
 
     def audit(self, number: int) -> EpochAudit:
         """The accounts as they stand; may be asked for from another thread."""

@@ -113,7 +113,8 @@ class EpochStart:
 
     def _resumed(self, batches: int) -> None:
         self.run.earlier = self._saved
-        self.run.accounts.resumed(batches, _gone(self._saved), self._twice)
+        saved = self._saved
+        self.run.accounts.resumed(batches, _gone(saved), self._twice, saved.origin)
 
     def _borrow(self, begin: States) -> None:
         """Begin from where the generators stood then; the process's own are put back by built()."""

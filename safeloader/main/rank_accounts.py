@@ -22,7 +22,8 @@ from safeloader.delivery.ledger import Ledger
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.copy_state import copy_state
 from safeloader.introspect.ranks import Place
-from safeloader.introspect.sharding import Shard, purpose_of
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import purpose_of
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.values import short_type_name, type_name
 
@@ -45,6 +46,8 @@ def rank_accounts(
     shard: Shard | None,
     read: tuple[Any, int | None],
     sampler: Any,
+    *,
+    alone: bool = False,
 ) -> RankAccounts:
     """The part of this rank, and the way to its indices.
 
@@ -55,6 +58,7 @@ def rank_accounts(
         shard: the share that its sampler had as the epoch began.
         read: the dataset, and its length as far as known.
         sampler: what the loader draws from.
+        alone: whether there is no other rank, whose dataset would have to be the same.
     """
     dataset, length = read
     make = functools.partial(
@@ -84,7 +88,7 @@ def rank_accounts(
         last = ledger.last_drawn(shard.pads_last)
         known["padded"] = tuple(index for index in last if type(index) is int and index >= 0)
     under = None
-    if shard is not None or at.world_size != 1:
+    if (shard is not None or at.world_size != 1) and not alone:
         under = _lookup(dataset, ladder.count)
         known["contents"] = _contents(dataset, length)
     below: Callable[[], Delivered] | None = None

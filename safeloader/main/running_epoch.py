@@ -155,7 +155,11 @@ class RunningEpoch:
             # Asked before what was seen: the first draw may be made meanwhile.
             known = self.begin is not None or self.watch is None or self.watch.done
             saved = dataclasses.replace(
-                self.facts, epoch=self.number, begun=True, generators=self._beginning()
+                self.facts,
+                epoch=self.number,
+                begun=True,
+                generators=self._beginning(),
+                origin=self.accounts.origin,
             )
             states = EpochStates(saved)
             if known:

@@ -50,6 +50,7 @@ class SavedState:
         workers: how many read it.
         dataset: the states of the dataset itself, as
             :class:`~safeloader.main.dataset_places.DatasetPlaces` saves them.
+        origin: which epoch of which run it is of, where that is written into a folder.
     """
 
     epoch: int = 0
@@ -68,6 +69,7 @@ class SavedState:
     order: dict[str, Any] = dataclasses.field(default_factory=dict)
     stream: bool = False
     workers: int = 0
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what says nothing is left out."""
@@ -76,7 +78,7 @@ class SavedState:
     def _lasting(self) -> dict[str, Any]:
         """What all states of an epoch have in common, as plain values."""
         found: dict[str, Any] = {_NAME: FORMAT, "epoch": self.epoch}
-        for name in ("generators", "order"):
+        for name in ("generators", "order", "origin"):
             if given := getattr(self, name):
                 found[name] = given
         for name in ("length", "batch_size", "seed", "seed_per", "world_size", "rank"):
@@ -136,7 +138,7 @@ class SavedState:
             raise ValueError("a count is no count")
         if self.begun and not (self.place.digest or self.dataset):
             raise ValueError("no digest")
-        for name in ("generators", "left_out", "order"):
+        for name in ("generators", "left_out", "order", "origin"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} is no dict")
 

@@ -6,6 +6,7 @@ training goes on.
 
 ========================================================  ==========================================
 ``begun(epoch, audit)``                                   an epoch begins; ``audit()`` sums it up
+``resumed(epoch, batches, left_out, origin)``             it goes on where an earlier run was
 ``drawn(epoch, seq, indices)``                            the sampler drew a batch
 ``delivered(epoch, batch, wait_ns, manifest, began_ns)``  a batch is handed over; hot path
 ``skipped(epoch, batch, incidents, failures)``            samples were left out, replaced or late
@@ -42,6 +43,7 @@ class Events:
     """One epoch's stream of events: for each the methods to call, and none where nobody listens."""
 
     begun: Sinks
+    resumed: Sinks
     drawn: Sinks
     delivered: Sinks
     skipped: Sinks

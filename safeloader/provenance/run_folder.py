@@ -6,13 +6,16 @@
     DIR/attempt=K/rank=R/host-pid-boot-n/       a folder for each process and loader
         loader.json                             which loader, and which process
         tail, batches-NNN.arrows, .parquet      safeloader/provenance/run_format.py
-        epochs.jsonl                            a line as an epoch begins, and one with its audit
+        epochs.jsonl                            a line as an epoch begins, with its sampler; one
+                                                where it goes on from a state; one with its audit
+                                                and its part for other ranks
         incidents.jsonl                         samples skipped, replaced or late
         marks.jsonl                             which batch an optimizer's step was made of
         sources.jsonl                           where samples come from that somebody may ask for
         sources.parquet                         the same of all samples, with run_sources=True
         failures/                               each failure
         workers.arrows                          memory, CPU time and work of main and workers
+        transport.jsonl                         slots, and by which way batches came
         dropped.jsonl                           segments that went for run_max_bytes
 
 Nothing here ends a training: what cannot be written is said once, and then no more is.
@@ -28,16 +31,17 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from safeloader._version import __version__
 from safeloader.delivery.audit import CLASSES, EpochAudit
+from safeloader.delivery.audit_part import AuditPart, to_text
 from safeloader.failures import dump
 from safeloader.failures.failure import Failure
-from safeloader.failures.loader_log import LoaderLog
+from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.identity import boot_id, host_name, process_identity
 from safeloader.introspect.redaction import scrub_command
 from safeloader.introspect.signals import raised_by_signal
@@ -53,6 +57,7 @@ from safeloader.provenance.run_format import (
     why_no_arrow,
 )
 from safeloader.provenance.source_log import SomeSources, SourceLog, SourceOf, plain
+from safeloader.provenance.transport_log import TransportLog
 from safeloader.provenance.worker_log import WorkerLog
 
 LISTED_MAX = 1000  # indices of a class in a line of `epochs.jsonl`
@@ -60,6 +65,18 @@ _INCIDENTS_MAX = 100_000  # lines
 
 
 Audit = Callable[[], EpochAudit]
+
+
+class About(NamedTuple):
+    """What an epoch tells beside its events.
+
+    Attributes:
+        sampler: gives what its sampler draws on purpose, and which share.
+        part: gives what it tells to other ranks, of its audit; None where that takes too long.
+    """
+
+    sampler: Callable[[], dict[str, Any]]
+    part: Callable[[EpochAudit], AuditPart | None]
 
 
 class LoaderFolder:
@@ -100,7 +117,8 @@ class LoaderFolder:
         self.log, self._bounded = log, bounded
         self.epochs = 0
         self._base = 0  # of the recorder's numbers of epochs
-        self._open: dict[int, Audit] = {}
+        self._open: dict[int, tuple[Audit, About | None]] = {}
+        self._about: About | None = None  # of the epoch that is about to begin
         self._dumped: dict[int, int] = {}
         self._incidents = 0
         self._all_sources: SourceLog | None = None
@@ -121,6 +139,7 @@ class LoaderFolder:
                 self._folder, UNIX_OFFSET_NS, self._flushed, self._broken, segment_bytes
             )
             self._workers = WorkerLog(self._folder)
+            self._transport = TransportLog(self._folder)
 
     def _facts(self, line: str) -> dict[str, Any]:
         return {
@@ -144,9 +163,15 @@ class LoaderFolder:
     # a loader takes it, and lets go ─────────────────────────────────────────────────────────────
 
     def taken_by(
-        self, recorder: Recorder, log: LoaderLog, source_of: SourceOf, all_sources: bool = False
+        self,
+        recorder: Recorder,
+        log: LoaderLog,
+        source_of: SourceOf,
+        all_sources: bool = False,
+        about: About | None = None,
     ) -> list[object]:
         """A loader begins an epoch: its sinks."""
+        self._about = about
         if self.epochs and recorder.run is not self:
             self._base = self.epochs - recorder.epochs
         recorder.run = self
@@ -157,6 +182,9 @@ class LoaderFolder:
         if self.batches is not None:
             notebook = weakref.ref(recorder)  # its workers come later, and anew each epoch
             self._workers.flight = lambda: (known := notebook()) and known.flight()
+            self._transport.goes_on(
+                notebook, lambda: None if (known := notebook()) is None else known.transport.stats()
+            )
             self.batches.base = self._base
         return [self, self.batches] if self.batches is not None else [self]
 
@@ -166,24 +194,44 @@ class LoaderFolder:
         """An epoch begins."""
         number = epoch + self._base
         self.epochs = max(self.epochs, number + 1)
-        self._open[number] = audit
-        self._epoch_line(number, None)
+        about, self._about = self._about, None
+        self._open[number] = audit, about
+        told = {}
+        with guarded("the look at the sampler", lambda: self.log):
+            told = {} if about is None else {"sampler": about.sampler()}
+        self._epoch_line(number, None, **told)
+
+    def origin(self, epoch: int) -> dict[str, Any]:
+        """Which epoch of which run one of the recorder's is, for the states of its loader."""
+        folder = self.path.relative_to(self.attempt.run).as_posix()
+        return {"run": self.attempt.id, "folder": folder, "epoch": epoch + self._base}
+
+    def resumed(self, epoch: int, batches: int, left_out: int, origin: dict[str, Any]) -> None:
+        """An epoch goes on where an earlier run was."""
+        told = {"batches": batches, "left_out": left_out, "from": origin}
+        self._epoch_line(epoch + self._base, None, resumed=told)
 
     def audited(self, audit: EpochAudit) -> None:
         """An epoch is closed."""
         self._ends(audit.epoch + self._base, audit)
 
     def _ends(self, number: int, audit: EpochAudit) -> None:
-        self._open.pop(number, None)
+        _, about = self._open.pop(number, (None, None))
         if self.is_off:
             return
         with self._guarded():
             if self.batches is not None:
+                self._transport.look()
                 self.batches.epoch_ends(time.perf_counter_ns(), self.epochs == 1)
         if not self._open:
             self._sources.source_of = None
         self._dumped.pop(number, None)
-        self._epoch_line(number, audit)
+        told = {}
+        with guarded("the sums of the epoch", lambda: self.log):
+            part = None if about is None else about.part(audit)
+            if part is not None:
+                told["part"] = to_text(part)
+        self._epoch_line(number, audit, **told)
 
     def failed(self, failure: Failure) -> None:
         """An error is about to be raised."""
@@ -269,7 +317,7 @@ class LoaderFolder:
 
     # writing ────────────────────────────────────────────────────────────────────────────────────
 
-    def _epoch_line(self, number: int, audit: EpochAudit | None) -> None:
+    def _epoch_line(self, number: int, audit: EpochAudit | None, **more: Any) -> None:
         if self.is_off:
             return
         told = None
@@ -277,13 +325,14 @@ class LoaderFolder:
             first = {name: getattr(audit, name)[:LISTED_MAX] for name, _ in CLASSES}
             told = dataclasses.replace(audit, epoch=number, **first).to_dict()
         loader = self.log.loader_name + self.loader[self.loader.rindex(" at ") :]
-        what = {"loader": loader, "epoch": number, "time": time.time(), "audit": told}
+        what = {"loader": loader, "epoch": number, "time": time.time(), "audit": told} | more
         with self._guarded():
             self._folder.append("epochs.jsonl", (json.dumps(what) + "\n").encode())
 
     def _flushed(self, batches: Batches, now_ns: int, epoch_ends: bool) -> None:
         self._sources.note_slowest(batches)
-        self._workers.note(batches, now_ns, at_once=epoch_ends)
+        if self._workers.note(batches, now_ns, at_once=epoch_ends):
+            self._transport.note()
         self._go_on_with_sources()
         self._bounded()
 
@@ -345,12 +394,13 @@ class LoaderFolder:
         """
         if not self.path.is_dir():  # a temporary folder, that was removed before the end
             self.leave()
-        for number, audit in list(self._open.items()):
+        for number, (audit, _) in list(self._open.items()):
             self._ends(number, audit())
         segments: list[int] = []
         if self.batches is not None and not self.is_off:
             with self._guarded():
                 segments = self.batches.close(time.perf_counter_ns())
+                self._transport.note()
         self.leave()
         if self._marks >= 0:
             os.close(self._marks)

@@ -34,7 +34,7 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance.attempts import AnotherRun, Attempt, NotARun, open_run
 from safeloader.provenance.batch_log import convert
 from safeloader.provenance.recorder import Recorder
-from safeloader.provenance.run_folder import LoaderFolder
+from safeloader.provenance.run_folder import About, LoaderFolder
 from safeloader.provenance.run_format import SEGMENT_BYTES
 from safeloader.provenance.source_log import SourceOf
 
@@ -207,6 +207,7 @@ def sinks_for(
     log: LoaderLog,
     source_of: SourceOf,
     all_sources: bool = False,
+    about: About | None = None,
 ) -> list[object]:
     """The sinks that write an epoch which begins into the folder of a run; none where none is to.
 
@@ -217,6 +218,7 @@ def sinks_for(
         log: the loader's.
         source_of: says where the sample of an index comes from.
         all_sources: whether that is stored of every sample.
+        about: what else the epoch tells.
     """
     if target is None or get_worker_info() is not None:
         return []
@@ -227,4 +229,6 @@ def sinks_for(
             raise
         log.warning("nothing of this loader is written for this run: %s. Training goes on", exc)
         return []
-    return [] if folder is None else folder.taken_by(recorder, log, source_of, all_sources)
+    if folder is None:
+        return []
+    return folder.taken_by(recorder, log, source_of, all_sources, about)

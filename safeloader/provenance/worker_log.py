@@ -67,8 +67,8 @@ class WorkerLog:
         self._waited = 0
         self._began_ns = self._due_ns = 0
 
-    def note(self, batches: Batches, now_ns: int, at_once: bool = False) -> None:
-        """Count what was made, and write rows if it is time, or ``at_once``.
+    def note(self, batches: Batches, now_ns: int, at_once: bool = False) -> bool:
+        """Count what was made, and write rows if it is time, or ``at_once``; whether it did.
 
         Raises:
             OSError: if they cannot be written.
@@ -79,10 +79,11 @@ class WorkerLog:
             self._began_ns = now_ns
             self._due_ns = now_ns + FIRST_NS
         if now_ns < self._due_ns and not at_once:
-            return
+            return False
         pause = max(_EVERY_NS, min(_MOST_NS, int((now_ns - self._began_ns) * _OF_ELAPSED)))
         self._due_ns = now_ns + pause
         self._write(now_ns)
+        return True
 
     def _count(self, batches: Batches) -> None:
         self._waited += int(batches.fixed[:, _WAIT].sum())

@@ -14,11 +14,34 @@ from safeloader.report.run import RunFolder
 _LEFT_OUT = ("skipped", "replaced")
 
 
+class Lines:
+    """What a loader wrote in lines, read once for all of its epochs: each open is slow where the
+    file system is far away."""
+
+    def __init__(self, loader: LoaderRecords) -> None:
+        self._loader = loader
+
+    @functools.cached_property
+    def incidents(self) -> dict[Any, list[dict[str, Any]]]:
+        """By epoch, what was left out, replaced or late."""
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for line in self._loader.lines("incidents.jsonl"):
+            found.setdefault(line.get("epoch"), []).append(line)
+        return found
+
+    @functools.cached_property
+    def dropped(self) -> set[int]:
+        """The epochs of which batches went for ``run_max_bytes=``."""
+        lines = self._loader.lines("dropped.jsonl")
+        return {epoch for line in lines for epoch in _range(line)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """Batches of one rank: from ``first`` on, and before ``end`` where that is not None."""
 
     loader: LoaderRecords
+    lines: Lines
     epoch: int
     first: int
     end: int | None = None
@@ -30,12 +53,14 @@ class Part:
 
     Attributes:
         loader, epoch: which, with its audit.
+        lines: of the loader.
         batches: how many it handed over.
         first: the number of the first one; above 0 where it went on with another epoch.
     """
 
     loader: LoaderRecords
     epoch: RunEpoch
+    lines: Lines
     batches: int = 0
     first: int = 0
 
@@ -43,6 +68,11 @@ class Part:
     def audit(self) -> dict[str, Any] | None:
         """What it says itself; None while it runs, or where it was cut off."""
         return self.epoch.audit
+
+    @property
+    def resumed(self) -> dict[str, Any] | None:
+        """What is known of the state that it went on from; None where nothing is."""
+        return self.epoch.resumed
 
     @property
     def left_early(self) -> bool:
@@ -111,6 +141,12 @@ class Cohort:
         return self.length is None
 
     @property
+    def shared_out(self) -> bool:
+        """Whether the sampler of any rank draws a share."""
+        known = (part.epoch.shard is not None for part in self.parts.values())
+        return any(known) or any(audit.get("shard") is not None for audit in self.audits)
+
+    @property
     def batches(self) -> int:
         """How many each rank handed over, at least, with those before."""
         return max((part.end for part in self.parts.values()), default=0)
@@ -128,18 +164,22 @@ class Cohort:
     def pieces(self, ends: dict[int, int] | None = None) -> Iterator[tuple[int, Piece]]:
         """All batches that count, by rank; before ``ends`` where a later epoch went on there."""
         if self.before is not None:
-            yield from self.before.pieces({rank: p.first for rank, p in self.parts.items()})
+            firsts = {rank: part.first for rank, part in self.parts.items()}
+            if ends is not None:  # it went on from an older state than this one began with
+                most = max(ends.values())
+                firsts = {rank: min(at, ends.get(rank, most)) for rank, at in firsts.items()}
+            yield from self.before.pieces(firsts)
         for rank, part in self.parts.items():
             end = None if ends is None else ends.get(rank, max(ends.values()))
-            yield rank, Piece(part.loader, part.epoch.epoch, part.first, end)
+            yield rank, Piece(part.loader, part.lines, part.epoch.epoch, part.first, end)
 
     @functools.cached_property
     def left_out(self) -> dict[Any, tuple[str, int]]:
         """Indices that a rank skipped, replaced or dropped: what it did, and the rank."""
         found: dict[Any, tuple[str, int]] = {}
         for rank, piece in self.pieces():
-            for line in piece.loader.lines("incidents.jsonl"):
-                if line.get("epoch") == piece.epoch and line.get("what") in _LEFT_OUT:
+            for line in piece.lines.incidents.get(piece.epoch, ()):
+                if line.get("what") in _LEFT_OUT:
                     batch = line.get("batch")
                     inside = isinstance(batch, int) and (piece.end is None or batch < piece.end)
                     if inside and isinstance(line.get("index"), int | str):
@@ -169,15 +209,16 @@ def cohorts_of(run: RunFolder, attempt: int | None = None) -> list[Cohort]:
     for loader, number in _numbered_alike(run):
         if attempt not in (None, loader.attempt):
             continue
-        spans = _spans(loader)
+        lines = Lines(loader)
+        spans = _spans(loader, lines)
         for epoch in epochs_of(loader):
             key = loader.attempt, loader.name, number, epoch.epoch
             cohort = found.setdefault(key, Cohort(loader.name, loader.attempt, epoch.epoch))
             low, count = spans.get(epoch.epoch, (0, 0))
-            told = (epoch.audit or {}).get("resumed_at")
-            cohort.parts[loader.rank] = Part(loader, epoch, count, told or low)
+            told = (epoch.resumed or {}).get("batches") or (epoch.audit or {}).get("resumed_at")
+            cohort.parts[loader.rank] = Part(loader, epoch, lines, count, told or low)
     ordered = sorted(found.values(), key=_began)
-    return _linked([each for each in ordered if each.batches or _drew(each)])
+    return _linked([each for each in ordered if each.batches or _drew(each)], run, attempt)
 
 
 def _drew(cohort: Cohort) -> bool:
@@ -198,12 +239,11 @@ def _numbered_alike(run: RunFolder) -> Iterator[tuple[LoaderRecords, int]]:
         yield loader, seen[key]
 
 
-def _spans(loader: LoaderRecords) -> dict[int, tuple[int, int]]:
+def _spans(loader: LoaderRecords, lines: Lines) -> dict[int, tuple[int, int]]:
     """Of each epoch the number of its first batch, and how many there are."""
     import numpy as np
 
     found: dict[int, tuple[int, int]] = {}
-    dropped = {epoch for line in loader.lines("dropped.jsonl") for epoch in _range(line)}
     for table in loader.pieces(["epoch", "batch"]):
         epochs = table["epoch"].to_numpy()
         batches = table["batch"].to_numpy()
@@ -211,7 +251,10 @@ def _spans(loader: LoaderRecords) -> dict[int, tuple[int, int]]:
             its = batches[epochs == epoch]
             low, count = found.get(epoch, (int(its.min()), 0))
             found[epoch] = min(low, int(its.min())), count + len(its)
-    return {epoch: (0 if epoch in dropped else low, count) for epoch, (low, count) in found.items()}
+    return {
+        epoch: (0 if epoch in lines.dropped else low, count)
+        for epoch, (low, count) in found.items()
+    }
 
 
 def _range(line: dict[str, Any]) -> Iterator[int]:
@@ -220,28 +263,58 @@ def _range(line: dict[str, Any]) -> Iterator[int]:
         yield from range(int(epochs[0]), int(epochs[1]) + 1)
 
 
-def _linked(cohorts: list[Cohort]) -> list[Cohort]:
+def _linked(cohorts: list[Cohort], run: RunFolder, attempt: int | None) -> list[Cohort]:
     """Each epoch that went on with another has that one before it, which is then no more told."""
-    gone: set[int] = set()
+    successor: dict[int, Cohort] = {}
     for at, cohort in enumerate(cohorts):
         if not cohort.resumed:
             continue
         firsts = {rank: part.first for rank, part in cohort.parts.items()}
-        for earlier in reversed(cohorts[:at]):
-            if id(earlier) not in gone and _is_before(earlier, cohort, max(firsts.values())):
-                cohort.before = earlier
-                gone.add(id(earlier))
-                ends = (
-                    max(0, part.end - firsts.get(rank, max(firsts.values())))
-                    for rank, part in earlier.parts.items()
-                )
-                cohort.again = earlier.again + sum(ends)
-                break
-        else:
-            cohort.lost = (
-                f"it went on at batch {max(firsts.values())} with an epoch that is not in this run"
+        first = max(firsts.values())
+        told = [part.resumed for part in cohort.parts.values() if part.resumed is not None]
+        if told:
+            earlier, cohort.lost = _named(told[0].get("from"), cohorts[:at], run, first)
+        else:  # the folder was written before states said whose they are
+            earlier = next(
+                (
+                    each
+                    for each in reversed(cohorts[:at])
+                    if id(each) not in successor and _is_before(each, cohort, first)
+                ),
+                None,
             )
-    return [each for each in cohorts if id(each) not in gone]
+            if earlier is None:
+                cohort.lost = f"it went on at batch {first} with an epoch that is not in this run"
+        if earlier is None and attempt is not None:
+            cohort.lost = (
+                f"it went on at batch {first} with an epoch that is not of attempt {attempt}"
+            )
+        if earlier is None:
+            continue
+        while id(earlier) in successor:  # another attempt went on from there, and came to nothing
+            earlier = successor[id(earlier)]
+        cohort.before = earlier
+        successor[id(earlier)] = cohort
+        ends = (max(0, p.end - firsts.get(rank, first)) for rank, p in earlier.parts.items())
+        cohort.again = earlier.again + sum(ends)
+    return [each for each in cohorts if id(each) not in successor]
+
+
+def _named(
+    origin: Any, cohorts: list[Cohort], run: RunFolder, first: int
+) -> tuple[Cohort | None, str]:
+    """The epoch that a state says it is of; None where it is not here, and a sentence on that."""
+    begin = f"it went on at batch {first} with an epoch that is not in this run"
+    if not isinstance(origin, dict) or not origin:
+        return None, f"{begin}: the state was saved where no run was written"
+    if origin.get("run") != run.id:
+        return None, f"{begin}, but in run {origin.get('run')}"
+    for cohort in cohorts:
+        for part in cohort.parts.values():
+            folder = part.loader.path.relative_to(run.path).as_posix()
+            if (folder, part.epoch.epoch) == (origin.get("folder"), origin.get("epoch")):
+                return cohort, ""
+    return None, f"{begin} any more: {origin.get('folder')}, epoch {origin.get('epoch')}"
 
 
 def _is_before(earlier: Cohort, later: Cohort, first: int) -> bool:

@@ -27,13 +27,14 @@ _COLOURS = (
 Chart = dict[str, Any]
 
 
-def all_of(waiting: Waiting, datasets: list[Dataset], workers: Any, run: RunFolder) -> list[Chart]:
+def all_of(waiting: Waiting, datasets: list[Dataset], run: RunFolder) -> list[Chart]:
     """Those for which there is anything to show: ``id``, ``traces``, ``layout``."""
     found = [
         _waiting(waiting, datasets),
         _workers(datasets),
         _fetches(datasets),
-        _memory(workers, run),
+        _memory(run.workers(), run),
+        _slots(run.transport(), run),
     ]
     return [each for each in found if each["traces"]]
 
@@ -229,8 +230,6 @@ def _memory(workers: Any, run: RunFolder) -> Chart:
         loaders = len({each.name for each in run.loaders})
         for key in sorted(lines):
             attempt, loader, worker = key
-            rows = lines[key]
-            rows = rows[:: -(-len(rows) // _POINTS_MAX)] + rows[-1:]
             its = run.loaders[loader]
             words = [
                 "main (RSS)" if worker < 0 else f"worker {worker}",
@@ -238,18 +237,54 @@ def _memory(workers: Any, run: RunFolder) -> Chart:
                 f"attempt {attempt}" if attempt else "",
                 short(its.name).rpartition(" at ")[2] if loaders > 1 else "",
             ]
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines+markers" if len(rows) < 20 else "lines",
-                    "name": _text(", ".join(filter(None, words))),
-                    "x": [_moment(ns) for ns, _ in rows],
-                    "y": [round(value / _MIB, 1) for _, value in rows],
-                }
-            )
+            traces.append(_bytes_line(", ".join(filter(None, words)), lines[key]))
     layout = {
         "xaxis": {"type": "date"},
         "yaxis": {"title": {"text": "memory, MiB"}, "rangemode": "tozero"},
         "showlegend": True,
     }
     return {"id": "memory", "traces": traces, "layout": layout}
+
+
+def _bytes_line(name: str, rows: list[tuple[int, int]]) -> Chart:
+    """A line of sizes over time."""
+    rows = rows[:: -(-len(rows) // _POINTS_MAX)] + rows[-1:]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(rows) < 20 else "lines",
+        "name": _text(name),
+        "x": [_moment(ns) for ns, _ in rows],
+        "y": [round(value / _MIB, 1) for _, value in rows],
+    }
+
+
+def _slots(lines: list[dict[str, Any]], run: RunFolder) -> Chart:
+    """The memory of slots over time, of the loaders that used most, and ``/dev/shm``."""
+    by_loader: dict[int, list[tuple[int, int]]] = {}
+    shared: list[tuple[int, int]] = []
+    for each in lines:
+        moment = int(float(each.get("time", 0)) * 1e9)
+        by_loader.setdefault(each["loader"], []).append((moment, int(each.get("slot_bytes", 0))))
+        if int(each.get("shm_used", -1)) >= 0:
+            shared.append((moment, int(each["shm_used"])))
+    peaks = {number: max(value for _, value in rows) for number, rows in by_loader.items()}
+    shown = sorted(peaks, key=lambda number: -peaks[number])[: _MEMORY_LINES_MAX - 1]
+    several, loaders = len(run.ranks) > 1, len({each.name for each in run.loaders})
+    traces = []
+    for number in sorted(each for each in shown if peaks[each]):
+        its = run.loaders[number]
+        words = [
+            "slots",
+            f"rank {its.rank}" if several else "",
+            f"attempt {its.attempt}" if its.attempt else "",
+            short(its.name).rpartition(" at ")[2] if loaders > 1 else "",
+        ]
+        traces.append(_bytes_line(", ".join(filter(None, words)), by_loader[number]))
+    if any(value for _, value in shared):
+        traces.append(_bytes_line("used of /dev/shm, all processes", sorted(shared)))
+    layout = {
+        "xaxis": {"type": "date"},
+        "yaxis": {"title": {"text": "shared memory, MiB"}, "rangemode": "tozero"},
+        "showlegend": True,
+    }
+    return {"id": "slots", "traces": traces, "layout": layout}

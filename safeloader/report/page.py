@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from safeloader.report import charts
+from safeloader.report.cost import WAYS, cost_of
 from safeloader.report.datasets import Dataset, bare, datasets_of, plain_index, sample_name, weight
+from safeloader.report.exactly_once import EpochVerdict, RunVerdict, exactly_once
 from safeloader.report.fetch_times import SLOW
 from safeloader.report.records import RunEpoch
 from safeloader.report.run import RunFolder
@@ -32,7 +32,6 @@ INSTALL = "pip install 'safeloader[report]'"
 _HERE = Path(__file__).parent / "page"
 _SLOW_SHOWN, _FAILURES_SHOWN, _EPOCHS_SHOWN, _LEFT_OUT_SHOWN = 15, 60, 120, 12
 _TEXT_MAX = 12_000
-_TROUBLES = ("missing", "duplicated", "unexpected", "failed")
 
 
 def why_no_page() -> str:
@@ -96,14 +95,13 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     datasets = datasets_of(run, waiting)
     failures = sorted(run.failures(), key=lambda each: _seconds(each.get("time")))
     incidents = run.incidents()
-    right = _right(run, epochs, waiting, failures, incidents)
-    workers = run.workers()
+    right = _right(run, epochs, exactly_once(run), failures, incidents)
     states = Counter(each.state for each in run.loaders)
     newest = Counter(
         each.state for each in run.loaders if each.attempt == max(run.attempts, default=0)
     )
     data: dict[str, Any] = {
-        "charts": charts.all_of(waiting, datasets, workers, run),
+        "charts": charts.all_of(waiting, datasets, run),
         "search": searched(run, waiting, datasets, failures, incidents),
         "command": f"python -m safeloader index {shlex.quote(str(run.path))} ",
         "step_command": f"python -m safeloader step {shlex.quote(str(run.path))} ",
@@ -129,7 +127,8 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
         "longest": _longest(waiting),
         "failures": [_failure(each) for each in failures[-_FAILURES_SHOWN:]][::-1],
         "failure_count": len(failures),
-        "cost": _cost(workers),
+        "cost": cost_of(run),
+        "ways": WAYS,
         "notes": list(dict.fromkeys(run.notes)),  # complete now: all was read
         "dropped": run.dropped(),
         "chart_names": {each["id"] for each in data["charts"]},
@@ -143,19 +142,20 @@ def _told(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 def _right(
     run: RunFolder,
     epochs: list[RunEpoch],
-    waiting: Waiting,
+    verdict: RunVerdict,
     failures: list[dict[str, Any]],
     incidents: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The audits over epochs and ranks, and what was left out."""
-    rows: dict[tuple[int, str, int], list[RunEpoch]] = {}
+    """The audit over epochs, ranks and attempts, and what was left out."""
+    audits: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
     for each in epochs:
-        rows.setdefault((each.loader.attempt, each.name, each.epoch), []).append(each)
-    handed = {each.records.number: each.by_epoch for each in waiting.loaders}
-    table = [_epoch_row(*key, its, handed) for key, its in rows.items()]
+        if each.audit is not None:
+            key = each.loader.attempt, each.loader.name, each.epoch
+            audits.setdefault(key, []).append(each.audit)
+    table = [_epoch_row(each, audits) for each in verdict.epochs]
     wrong = [row for row in table if row["state"] == "wrong"]
     states = Counter(row["state"] for row in table)
-    unknown = states["cut off"] + states["not checked"]
+    unknown = states["cut off"] + states["not known"]
     what = Counter(str(each.get("what")) for each in incidents)
     noticed = Counter(
         str(said)
@@ -165,7 +165,7 @@ def _right(
     unchecked = Counter(
         str(said) for each in epochs for said in (each.audit or {}).get("unchecked", ())
     )
-    worst_first = {"wrong": 0, "cut off": 1, "not checked": 1, "running": 2, "left early": 3}
+    worst_first = {"wrong": 0, "cut off": 1, "not known": 1, "running": 2, "left early": 3}
     table.sort(key=lambda row: worst_first.get(row["state"], 9))
     left_out = what["skipped"] + what["replaced"]
     level = 2 if wrong else 1 if left_out or failures or unknown or noticed else 0
@@ -184,6 +184,7 @@ def _right(
         "noticed": noticed.most_common(20),
         "unchecked": unchecked.most_common(20),
         "nothing": not epochs,
+        "next_step": verdict.next_step,
         "culprit": _most_often(failures, incidents),
     }
 
@@ -209,49 +210,36 @@ def _most_often(
 
 
 def _epoch_row(
-    attempt: int, name: str, epoch: int, its: list[RunEpoch], handed: dict[int, dict[int, int]]
+    of: EpochVerdict, audits: dict[tuple[int, str, int], list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """An epoch of one loader over its ranks."""
-    audits = [each.audit for each in its if each.audit is not None]
+    """An epoch of one loader over its ranks, and the attempts that went on with it."""
+    its = audits.get((of.attempts[-1], of.loader, of.epoch), [])
     counts: Counter[str] = Counter()
-    for audit in audits:
+    for audit in its:
         counts.update({k: int(v) for k, v in dict(audit.get("counts", {})).items()})
-    without = [each for each in its if each.audit is None]
-    running = any(each.loader.state in ("running", "silent") for each in without)
-    if any(each.ok is False for each in its):
-        state = "wrong"
-    elif without:
-        state = "running" if running else "cut off"
-    elif any(each.ok is None or each.audit.get("unchecked_since") is not None for each in its):  # type: ignore[union-attr]
-        state = "not checked"
-    else:
-        state = "ok" if all(audit.get("complete") for audit in audits) else "left early"
-    troubles = [f"{counts[each]:,} {each}" for each in _TROUBLES if counts[each]]
-    others = ("skipped", "replaced", "late", "dropped", "repeated", "unvisited")
-    first = [
-        f"{each} {', '.join(str(k) for audit in audits for k in audit.get(each, [])[:5])}"
-        for each in _TROUBLES
-        if counts[each]
-    ]
-    bad = sorted({each.loader.rank for each in its if each.ok is False})
+    shown = ("late", "repeated")  # what was left out is in the evidence
     return {
-        "attempt": attempt,
-        "name": name,
-        "epoch": epoch,
-        "ranks": len({each.loader.rank for each in its}),
-        "bad_ranks": bad if len({each.loader.rank for each in its}) > 1 else [],
-        "drawn": sum(int(audit.get("drawn", 0)) for audit in audits),
-        "delivered": sum(
-            handed.get(each.loader.number, {}).get(epoch, 0)
-            if each.audit is None
-            else int(each.audit.get("delivered", 0))
-            for each in its
-        ),
-        "counts": [(each, counts[each]) for each in others if counts[each]],
-        "troubles": troubles,
-        "first": first,
-        "state": state,
+        "attempts": of.attempts,
+        "name": of.loader,
+        "epoch": of.epoch,
+        "ranks": len(of.ranks),
+        "drawn": sum(int(audit.get("drawn", 0)) for audit in its),
+        "delivered": of.delivered,
+        "said": of.answer.partition(": ")[2],
+        "evidence": of.evidence[1:],
+        "counts": [(each, counts[each]) for each in shown if counts[each]],
+        "state": _state_of(of),
     }
+
+
+def _state_of(of: EpochVerdict) -> str:
+    if of.ok is False:
+        return "wrong"
+    if of.state == "running":
+        return "running"
+    if of.ok is None:
+        return "cut off" if of.state == "cut off" else "not known"
+    return "left early" if of.state == "left early" else "ok"
 
 
 def _left_out(run: RunFolder, incidents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -372,30 +360,6 @@ def _longest(waiting: Waiting) -> list[dict[str, Any]]:
         }
         for waited, asked, step, epoch, batch, each in rows[:6]
     ]
-
-
-def _cost(workers: Any) -> dict[str, Any]:
-    """Memory, at its most."""
-    if not workers.num_rows:
-        return {"workers": 0}
-    rss, pss, uss = (workers[f"{name}_bytes"].to_numpy() for name in ("rss", "pss", "uss"))
-    shared = np.where((rss >= 0) & (uss >= 0), rss - uss, -1)
-    of_worker = workers["worker"].to_numpy() >= 0
-    names = ("attempt", "loader", "worker")
-    places = np.stack([workers[name].to_numpy()[of_worker].astype(np.int64) for name in names], 1)
-    return {
-        "workers": len(np.unique(places, axis=0)),
-        "worker_uss": _most(uss[of_worker]),
-        "worker_pss": _most(pss[of_worker]),
-        "worker_rss": _most(rss[of_worker]),
-        "shared": _most(shared[of_worker]),
-        "main_rss": _most(rss[~of_worker]),
-    }
-
-
-def _most(sizes: Any) -> int:
-    """The largest; -1 where none is known."""
-    return int(sizes.max()) if sizes.size else -1
 
 
 # ── words ────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from safeloader.delivery.audit_part import AuditPart, from_text
+from safeloader.introspect.shard import Shard
 from safeloader.provenance.index_texts import of_json, without_hash
 from safeloader.report.folder import LoaderRecords
 
@@ -22,6 +24,14 @@ class RunEpoch:
         audit: what :meth:`safeloader.EpochAudit.to_dict` tells, with the first 1000 indices of each
             class; None while it runs, or where it was cut off.
         name: of the loader; two may share a recorder, and so a folder.
+        purpose: what its sampler draws other than each index once: ``""`` for nothing,
+            ``"replacement"``, ``"subset"``, or the class of a sampler that is not known; None in
+            a folder that was written before this was.
+        shard: the share of its sampler; None where it has none, or that is not known.
+        resumed: ``batches`` and ``left_out`` of what an earlier run had handed over, and ``from``,
+            which says whose: the id of its ``run``, its ``folder`` in that, its ``epoch``; None
+            where it began at its beginning, or that is not known.
+        part: what the rank told of the epoch as it ended; None where it did not.
     """
 
     loader: LoaderRecords
@@ -30,6 +40,10 @@ class RunEpoch:
     ended: float | None
     audit: dict[str, Any] | None
     name: str
+    purpose: str | None = None
+    shard: Shard | None = None
+    resumed: dict[str, Any] | None = None
+    part: AuditPart | None = dataclasses.field(default=None, repr=False)
 
     @property
     def ok(self) -> bool | None:
@@ -129,8 +143,34 @@ def epochs_of(loader: LoaderRecords) -> Iterator[RunEpoch]:
         began = moment if before is None else before.began
         name = str(line.get("loader", loader.name))
         ended = moment if audit else None
-        found[epoch] = RunEpoch(loader, epoch, began, ended, audit or None, name)
+        known = RunEpoch(loader, epoch, began, ended, audit or None, name)
+        found[epoch] = dataclasses.replace(known, **_told(line, before))
     yield from found.values()
+
+
+def _told(line: dict[str, Any], before: RunEpoch | None) -> dict[str, Any]:
+    """What a line says of the sampler, of the state gone on from, and to other ranks."""
+    names = ("purpose", "shard", "resumed", "part")
+    known = {} if before is None else {name: getattr(before, name) for name in names}
+    sampler, resumed = line.get("sampler"), line.get("resumed")
+    if isinstance(sampler, dict):
+        known["purpose"] = str(sampler.get("purpose", ""))
+        known["shard"] = _shard(sampler.get("shard"))
+    if isinstance(resumed, dict) and isinstance(resumed.get("batches"), int):
+        known["resumed"] = resumed
+    if isinstance(raw := line.get("part"), str):
+        try:
+            known["part"] = from_text(raw)
+        except ValueError:  # of another release: the audit tells enough
+            known["part"] = None
+    return known
+
+
+def _shard(told: Any) -> Shard | None:
+    try:
+        return Shard(**told) if isinstance(told, dict) else None
+    except TypeError:
+        return None
 
 
 def batches_of(loader: LoaderRecords, table: Any) -> Iterator[RunBatch]:

@@ -15,6 +15,7 @@ killed, or come from another machine; what is torn, dropped or missing stands in
     run.index(123)                   # where and when an index was delivered, skipped, failed
     run.failures(), run.incidents()
     run.workers()                    # memory, CPU and work of main and workers, a pyarrow.Table
+    run.transport()                  # slots, and by which way batches came
     run.loaders[0].totals()          # batches, samples and waiting of each epoch
     run.loaders[0].recent(100)       # the newest batches, as a pyarrow.Table
     for loader, table in run.tables(["epoch", "indices"]):
@@ -262,6 +263,22 @@ class RunFolder:
             if parts
             else pa.schema([*place_fields(), *worker_schema()]).empty_table()
         )
+
+    def transport(
+        self, attempt: int | None = None, rank: int | None = None
+    ) -> list[dict[str, Any]]:
+        """How batches crossed from the workers, every few seconds, oldest first in each loader.
+
+        Each has ``attempt``, ``rank``, ``loader`` (its number), ``time`` (s since 1970), ``slots``
+        and ``slot_bytes`` mapped then, and, counted from the beginning, ``batches`` by each way
+        (see ``loader.transport_stats``) and ``fallbacks``: why some were not in a slot;
+        ``shm_used`` and ``shm_bytes`` of ``/dev/shm``, where there is one.
+        """
+        return [
+            line | {"attempt": each.attempt, "rank": each.rank, "loader": each.number}
+            for each in self._of(attempt, rank)
+            for line in each.lines("transport.jsonl")
+        ]
 
     # questions ──────────────────────────────────────────────────────────────────────────────────
 

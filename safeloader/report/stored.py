@@ -121,12 +121,29 @@ FAILURE: Kinds = {
     "indices": _or_none(_list_of(_any)),
 }
 DUMP: Kinds = {"failure": _fits(FAILURE), "report": _text, "time": _text}
+_ORIGIN: Kinds = {"run": _text, "folder": _text, "epoch": _short_count}
+_SHARD: Kinds = {
+    **dict.fromkeys(("rank", "replicas"), _short_count),
+    **{name: _or_none(_count) for name in ("length", "total", "pads_last")},
+    **{name: _or_none(_either(int)) for name in ("epoch", "seed")},
+    **dict.fromkeys(("kind", "drops_by"), _text),
+}
 _OF_LINES: dict[str, Kinds] = {
     "epochs.jsonl": {
         "loader": _text,
         "epoch": _short_count,
         "time": _moment,
         "audit": _or_none(_fits(_AUDIT)),
+        "sampler": _or_none(_fits({"purpose": _text, "shard": _or_none(_fits(_SHARD))})),
+        "resumed": _or_none(
+            _fits({"batches": _count, "left_out": _count, "from": _or_none(_fits(_ORIGIN))})
+        ),
+        "part": _or_none(_text),
+    },
+    "transport.jsonl": {
+        "time": _moment,
+        **dict.fromkeys(("slots", "slot_bytes", "shm_used", "shm_bytes"), _count),
+        **dict.fromkeys(("batches", "fallbacks"), _mapping_to(_count)),
     },
     "incidents.jsonl": {
         **dict.fromkeys(("epoch", "batch", "position"), _short_count),

@@ -65,7 +65,7 @@ def test_a_killed_run(
     assert __main__.main(["audit", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.startswith("exactly once: cannot be told of 1 of 2 epochs")
-    assert "epoch 0: exactly once (40 samples)" in said
+    assert "epoch 0 of 1 rank: ok, each of 40 indices came once" in said
     assert "it was cut off after 3 batches, and nothing went on with it" in said
     assert "SafeStatefulDataLoader.state_dict()" in said.splitlines()[-1]
     assert __main__.main(["watch", str(tmp_path), "--once"]) == 1
@@ -110,7 +110,7 @@ def test_two_ranks_are_killed_twice_and_go_on(
     by_ranks(monkeypatch, 2, goes_on, attempt=2)
     status = __main__.main(["audit", str(run)])
     said = capsys.readouterr().out
-    assert "(attempts 0, 1, 2): exactly once (2 ranks, 80 samples)" in said
+    assert "(attempts 0 to 2) of 2 ranks: ok, each of 80 indices came once" in said
     assert "8 batches handed over after the state was saved came again" in said
     assert status == 0
 
@@ -183,4 +183,4 @@ def test_a_run_that_is_resumed_elsewhere_in_the_program_is_found(
     list(loader)  # another line
     new_process(monkeypatch)
     assert __main__.main(["audit", str(tmp_path / "run")]) == 0
-    assert "exactly once (40 samples)" in capsys.readouterr().out
+    assert "each of 40 indices came once" in capsys.readouterr().out

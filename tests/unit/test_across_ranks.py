@@ -25,7 +25,7 @@ from safeloader.delivery.bisecting import resolve
 from safeloader.delivery.ladder import Delivered, Ladder, sum_of
 from safeloader.delivery.merging import Merging
 from safeloader.delivery.rank_stores import VALUE_BYTES
-from safeloader.introspect.sharding import Shard
+from safeloader.introspect.shard import Shard
 
 NONE = np.empty(0, np.int64)
 Given = dict[int, list[int]]  # by rank, the indices that it handed over

@@ -156,11 +156,19 @@ def test_a_run_json_of_another_kind_is_refused_in_a_sentence(
         assert "fault of safeloader" not in said.err
 
 
-def test_rows_that_cannot_be_read_are_named_and_the_verdict_is_not_of_them(run: Path) -> None:
+def test_rows_that_cannot_be_read_are_named_and_the_ranks_own_sums_stand(run: Path) -> None:
     (path, *_) = run.glob("attempt=0/rank=0/*/batches-000.parquet")
     path.write_bytes(path.read_bytes()[:-20])
     verdict = exactly_once(RunFolder(run))
     assert any("damaged" in note for note in verdict.notes)
+    (train,) = [each for each in verdict.epochs if each.ranks == (0, 1) and each.length == 80]
+    assert train.ok
+    assert any("ranks wrote themselves" in line for line in train.evidence)
+    assert train.never == ()
+    epochs = next(path.parent.glob("epochs.jsonl"))
+    lines = [json.loads(line) for line in epochs.read_text().splitlines()]
+    epochs.write_text("".join(json.dumps(each | {"part": None}) + "\n" for each in lines))
+    verdict = exactly_once(RunFolder(run))
     (train,) = [each for each in verdict.epochs if each.ranks == (0, 1) and each.length == 80]
     assert train.ok is None
     assert train.never == ()

@@ -22,7 +22,8 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from safeloader import GlobalBatchSampler, SafeDataLoader, SamplerError
 from safeloader.global_batches import _indivisible
-from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import shard_of
 from safeloader.main.drawing import length_is_true, proven_length
 
 TAILS = ("drop", "pad", "uneven")

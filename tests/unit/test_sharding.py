@@ -20,7 +20,8 @@ from torch.utils.data import (
 
 from safeloader import GlobalBatchSampler, Recorder, SafeDataLoader, instrument
 from safeloader.introspect.ranks import Place, place
-from safeloader.introspect.sharding import Shard, shard_of
+from safeloader.introspect.shard import Shard
+from safeloader.introspect.sharding import shard_of
 
 SEVEN = list(range(7))
 
