@@ -129,7 +129,7 @@ class LoaderRecords:
         if errno is None and self.info.get("batches", True) and self._has_begun:
             return "ended"
         if errno:
-            why = os.strerror(errno) if errno > 0 else "an error without a number"
+            why = os.strerror(errno) if 0 < errno < 1 << 16 else "an error without a number"
             self._note(f"{self.path} could not be written further: {why}")
             return "cut off"
         ended = has_ended(self.info.get("process") or {})

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from safeloader.__main__ import main
-from safeloader.provenance.run_format import damage, read_stream
+from safeloader.provenance.run_format import ERRNO_AT, damage, read_stream
 from safeloader.report.exactly_once import exactly_once
 from safeloader.report.run import RunFolder
 from safeloader.report.stored import parsed
@@ -215,3 +216,14 @@ def test_a_file_that_may_not_be_read_is_told(run: Path, capsys: pytest.CaptureFi
             path.unlink()
             os.mkdir(path)
     read_by_all(run, capsys)
+
+
+def test_a_tail_that_names_no_error_of_the_system(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in run.rglob("tail"):
+        raw = bytearray(path.read_bytes())
+        raw[ERRNO_AT : ERRNO_AT + 8] = (1 << 62).to_bytes(8, sys.byteorder)
+        path.write_bytes(raw)
+    read_by_all(run, capsys)
+    assert {each.state for each in RunFolder(run).loaders if each.attempt == 1} == {"cut off"}
