@@ -1355,9 +1355,11 @@ def replay_refuses() -> None:
     loader = read(Numbers())
     stream = read(SharedOut())
     failed, _ = error_of(Ragged())
+    Path("notes.json").write_text("[1]")
     refused(
         lambda: loader.replay(KeyError("image")),
-        lambda: loader.replay(Path("failures/1.json")),
+        lambda: loader.replay({"index": 3}),
+        lambda: loader.replay(Path("notes.json")),
         lambda: loader.replay(loader.last_batch),
         lambda: loader.replay(loader.last_batch, position=99),
         lambda: loader.replay(3, epoch=7),
