@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
+
+from safeloader.introspect.private_files import written_whole
 
 _EXAMPLES = """\
 RUN is the folder that run_dir=, SAFELOADER_RUN or --run was given; the run may still go on:
@@ -66,12 +67,6 @@ def write_page(run: str | os.PathLike[str], output: Path) -> int:
     if missing:
         raise ImportError(missing)
     whole = page_of(RunFolder(run)).encode("utf-8", "replace")
-    fd, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")  # 0600
-    try:
-        with open(fd, "wb") as file:
-            file.write(whole)
-        os.replace(temporary, output)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(output) as file:
+        file.write(whole)
     return len(whole)

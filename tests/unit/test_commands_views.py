@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,17 +31,13 @@ from safeloader.commands.watch import _besides, _stuck, _table
 from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
-from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
+from tests.run_folders import Numbers, by_ranks, loader_of, share
 
 Said = Callable[..., tuple[int, str, str]]
 OVER_A_RUN = ("show", "watch", "step", "index", "audit", "trace")
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    new_process(monkeypatch)
-    yield
-    new_process(monkeypatch)
+pytestmark = pytest.mark.usefixtures("of_new_processes")
 
 
 @pytest.fixture

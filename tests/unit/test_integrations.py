@@ -20,7 +20,6 @@ import safeloader
 from safeloader import SafeDataLoader, integrations, loaders_of
 from safeloader.integrations.logged import LoggedLoaders, metrics_of_all
 from safeloader.integrations.steps import MarkedSteps
-from tests.run_folders import new_process
 
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
 PER_BATCH = {"data/batches", "data/samples", "data/wait_share", "data/samples_per_s"}
@@ -281,11 +280,9 @@ def test_batches_of_one_step_are_logged_with_it_once(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def run(tmp_path: Path, of_new_processes: None) -> Path:
     pytest.importorskip("pyarrow")
-    new_process(monkeypatch)
-    yield tmp_path / "run"
-    new_process(monkeypatch)
+    return tmp_path / "run"
 
 
 def marked(run: Path) -> list[tuple[int, int, int]]:
