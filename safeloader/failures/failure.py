@@ -110,6 +110,8 @@ class Failure:
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
     # What its numbers were made from, with ``seed=``.
     _seeded: SeededAs | None = dataclasses.field(default=None, compare=False)
+    # Of a worker that died or hangs: the number of the draw that it was at.
+    _seq: int | None = dataclasses.field(default=None, compare=False)
     # The batch's indices up to this one as they were drawn, pickled, where they are no plain ints.
     _drawn: bytes | None = dataclasses.field(default=None, compare=False)
 

@@ -110,7 +110,7 @@ def why_not_known(failure: Failure) -> str:
         lost = "a worker that died or hangs does not tell them"
     else:
         lost = "nothing in this failure tells them"
-    return f'{lost}; with seed= (seed_per="sample") they are made again, from seed, epoch and index'
+    return f"{lost}; with seed= they are made again, from seed, epoch and index"
 
 
 # ── the generators ───────────────────────────────────────────────────────────────────────────────

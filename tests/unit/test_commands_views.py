@@ -630,7 +630,7 @@ def test_random_numbers_that_nobody_knows(failed: Path, said: Said) -> None:
     status, out, err = said("replay", failed, "sound.py:make_dataset")
     assert (status, err) == (0, "index 9 killed its worker: it may do the same to this process\n")
     assert "random numbers: others than it had there: a worker that died or hangs does not" in out
-    assert 'with seed= (seed_per="sample") they are made again' in out
+    assert "with seed= they are made again" in out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import signal
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,23 @@ class Killed(Draws):
         return torch.tensor(numbers())
 
 
+@pytest.mark.parametrize("per", ["sample", "batch"])
+@pytest.mark.parametrize("on_crash", ["raise", "restart"])
 def test_what_killed_its_worker_has_its_numbers_under_a_seed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    on_crash: str, per: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (path,) = written(tmp_path, Killed(), num_workers=2, seed=11)
-    (facts,) = {random_numbers.of_sample(dump.read(path))}
-    assert facts == "seed=11, epoch 0, index 13"
-    in_main = SafeDataLoader(Killed(), batch_size=6, seed=11)
+    options: Any = {"batch_size": 6, "seed": 11, "seed_per": per, "shuffle": True}
+    loader: Any = SafeDataLoader(
+        Killed(), num_workers=2, on_crash=on_crash, on_failure_dump=tmp_path, **options
+    )
+    in_main: Any = SafeDataLoader(Killed(), **options)
+    for each in (loader, in_main):
+        each.set_epoch(3)
+    with suppress(SafeLoaderError):
+        list(loader)
     list(in_main)
+    path = min(tmp_path.iterdir(), key=lambda path: int(path.stem.rpartition("-")[2]))
+    assert random_numbers.of_sample(dump.read(path)).startswith("seed=11, epoch 3, ")
     assert replay(path, Killed()).equal(in_main.replay(BAD, epoch=0))
     assert "The random numbers are the same" in caplog.messages[-1]
 
@@ -129,7 +139,7 @@ def test_without_a_seed_nobody_knows_them(tmp_path: Path, caplog: pytest.LogCapt
     assert json.loads(path.read_text())["random"] is None
     replay(path, Killed())
     assert "the random numbers, which are not known: a worker that died" in caplog.messages[-1]
-    assert 'with seed= (seed_per="sample") they are made again' in caplog.messages[-1]
+    assert "with seed= they are made again" in caplog.messages[-1]
 
 
 def test_the_seed_of_an_epoch_that_was_set(tmp_path: Path) -> None:
