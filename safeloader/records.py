@@ -86,7 +86,8 @@ class Records:
         that the random numbers it had are not kept.
 
         Args:
-            what: an error, its failure, an index, or the record of a batch.
+            what: an error, its failure, the file of one (a ``pathlib.Path``), an index, or the
+                record of a batch.
             position: with a record, which of its samples, from 0.
             epoch: with an index, the epoch in which it was delivered.
 

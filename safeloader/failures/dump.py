@@ -116,11 +116,17 @@ _READ = tuple(
 def _are_whole(failure: Failure) -> bool:
     """Whether the indices that a replay needs come out of the JSON as they went in."""
     needed = [failure.index, *failure.indices[: failure.position]]
-    return all(_as_index(in_json(each)) == each and _is_plain(each) for each in needed)
+    return all(map(_is_whole, needed))
+
+
+def _is_whole(index: Any) -> bool:
+    if type(index) is int:
+        return index.bit_length() < 64
+    return _is_plain(index) and bool(_as_index(in_json(index)) == index)
 
 
 def _is_plain(index: Any) -> bool:
-    if type(index) in (tuple, list):
+    if type(index) is tuple:
         return all(map(_is_plain, index))
     return index is None or type(index) in (int, str, bool, float)
 

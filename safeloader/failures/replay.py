@@ -40,7 +40,7 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
     here; where it cannot have the random numbers that it had, as for a bare index, one says that.
 
     Args:
-        what: an error of this package, its ``failure``, the path (:class:`pathlib.Path`) of a file
+        what: an error of this package, its ``failure``, the path (a ``pathlib.Path``) of a file
             that ``on_failure_dump=`` or a run's folder has of it, or an index.
         dataset: the dataset; ``loader.replay(error)`` knows it.
 
