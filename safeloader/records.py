@@ -315,7 +315,7 @@ class Records:
             3 epochs, 30 samples in 9 batches (... a second); waited for data ...% of the time; ...
         """
         recorder = self._recorder_on_demand()
-        return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
+        return summary_of([*recorder.held.values()], recorder.totals, recorder.facts, self.audits)
 
     def mark(self, step: int, batch: BatchRecord | int | None = None) -> None:
         """Note in the run's folder which batch an optimizer's step is made of.

@@ -22,13 +22,22 @@ from safeloader import _python
 from safeloader.delivery.audit import EpochAudit
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
-from safeloader.provenance.columns import places_of
 from safeloader.provenance.epoch_facts import FactsOfEpochs
-from safeloader.provenance.recorder import Delivery, Recorder, Totals, as_delivery
+from safeloader.provenance.recorder import (
+    BEGAN_NS,
+    EPOCH,
+    WAIT_NS,
+    Record,
+    Recorder,
+    Totals,
+    as_delivery,
+    samples_in,
+)
 from safeloader.provenance.slowest import SlowSample, slowest_of
 
 _SLOWEST = 3
 _LOOKED_AT = 1 << 20  # samples, the newest, for the slowest: half a second
+_BATCHES = 1024  # that may be looked at, however few the samples
 _TOLD_MAX = 20  # loaders at the end of a program
 _MIB = 1 << 20
 
@@ -89,28 +98,30 @@ class Figures(NamedTuple):
 
 
 def figures_of(
-    held: Sequence[Delivery], totals: Totals, facts: FactsOfEpochs, most: int = 0
+    held: Sequence[Record], totals: Totals, facts: FactsOfEpochs, most: int = 0
 ) -> Figures:
     """How the loading of some batches went.
 
     Args:
-        held: the batches, oldest first, at least one.
+        held: the batches as a recorder keeps them, oldest first, at least one.
         totals: what is counted of all.
         facts: what holds for their epochs.
-        most: samples, the newest, that are looked at for the slowest; by default a million.
+        most: samples, the newest, that are looked at for the slowest, in a quarter as many batches
+            at most; by default a million.
     """
     first, left = len(held), most or _LOOKED_AT
+    oldest = max(0, first - max(left // 4, _BATCHES))
     samples = 0
-    while first and left >= (size := len(places_of(held[first - 1].manifest))):
+    while first > oldest and left >= (size := samples_in(held[first - 1])):
         first -= 1
         left -= size
         samples += size
-    slowest = tuple(slowest_of(held[first:], facts, _SLOWEST))
+    slowest = tuple(slowest_of([*map(as_delivery, held[first:])], facts, _SLOWEST))
     return Figures(*_waited(held), slowest, samples, not first, totals.memory_bytes)
 
 
 def summary_of(
-    held: Sequence[Delivery],
+    held: Sequence[Record],
     totals: Totals,
     facts: FactsOfEpochs,
     audits: Sequence[EpochAudit] = (),
@@ -118,7 +129,7 @@ def summary_of(
     """A run in one line: samples, waiting, skips, the slowest, memory.
 
     Args:
-        held: the batches that the recorder holds, oldest first.
+        held: the batches as the recorder keeps them, oldest first.
         totals: what is counted of all.
         facts: what holds for their epochs.
         audits: those that are known.
@@ -126,7 +137,7 @@ def summary_of(
     epochs = _several(totals.epochs, "epoch")
     if not held:
         return f"{epochs}, no batch handed over"
-    here = sum(len(places_of(each.manifest)) for each in held)
+    here = sum(map(samples_in, held))
     samples = _several(totals.samples + here, "sample")
     batches = _several(totals.forgotten + len(held), "batch", "batches")
     figures = figures_of(held, totals, facts)
@@ -141,14 +152,14 @@ def summary_of(
     return "; ".join([*parts, *figures.costs])
 
 
-def _waited(held: Sequence[Delivery]) -> tuple[int, int]:
+def _waited(held: Sequence[Record]) -> tuple[int, int]:
     """How long was waited, within how long, in ns: in each epoch, as far as it is held."""
     wait_ns = span_ns = 0
-    for _, batches in itertools.groupby(held, lambda each: each.epoch):
+    for _, batches in itertools.groupby(held, lambda record: record[EPOCH]):
         of_epoch = list(batches)
-        wait_ns += sum(each.wait_ns for each in of_epoch)
+        wait_ns += sum(record[WAIT_NS] for record in of_epoch)
         first, last = of_epoch[0], of_epoch[-1]
-        span_ns += last.began_ns + last.wait_ns - first.began_ns
+        span_ns += last[BEGAN_NS] + last[WAIT_NS] - first[BEGAN_NS]
     return wait_ns, max(1, span_ns)
 
 
@@ -191,7 +202,7 @@ class _End:
             self._more += 1
             return
         try:
-            told = summary_of([*map(as_delivery, held.values())], totals, FactsOfEpochs(1))
+            told = summary_of([*held.values()], totals, FactsOfEpochs(1))
         except Exception as exc:
             if raised_by_signal(exc):
                 raise

@@ -43,8 +43,8 @@ def written(*epochs: list[tuple[int, int, dict[int, float]]], **bound: int) -> R
 
 
 def told(recorder: Recorder, *audits: EpochAudit) -> list[str]:
-    deliveries = list(recorder.deliveries())
-    return summary_of(deliveries, recorder.totals, recorder.facts, audits).split("; ")
+    held = list(recorder.held.values())
+    return summary_of(held, recorder.totals, recorder.facts, audits).split("; ")
 
 
 def test_each_part_is_that_of_the_batches() -> None:
@@ -123,7 +123,7 @@ def test_figures_of_two_loaders_come_together() -> None:
     second = written([(0, 10, {1: 8, 4: 6}), (90, 10, {5: 0.2})])
     second.totals.memory_bytes = 7 << 20
     one, two = (
-        figures_of([*it.deliveries()], it.totals, it.facts, most)
+        figures_of([*it.held.values()], it.totals, it.facts, most)
         for it, most in ((first, 0), (second, 2))
     )
     both = two.and_of(one)
@@ -136,6 +136,14 @@ def test_figures_of_two_loaders_come_together() -> None:
     ]
     assert one.and_of(two).costs == both.costs
     assert one.and_of(None) is one
+
+
+def test_of_very_many_batches_the_newest_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "_BATCHES", 2)
+    recorder = written([(0, 1, {1: 9}), (2, 1, {3: 1}), (4, 1, {4: 2})])
+    figures = figures_of([*recorder.held.values()], recorder.totals, recorder.facts, 8)
+    said = "slowest of the newest 2 samples: index 4 (2.0 ms), index 3 (1.0 ms)"
+    assert figures.costs == [said]
 
 
 def test_nothing_came() -> None:
