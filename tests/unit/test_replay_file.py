@@ -93,12 +93,22 @@ def test_of_a_batch_made_in_one_call(options: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
-@pytest.mark.parametrize("seed", [None, 11])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FailsLater, {}),
+        (FailsLater, {"retries": 1}),
+        (FailsLater, {"seed": 11}),
+        (FailsLater, {"seed": 11, "seed_per": "batch"}),
+        (FailsLaterTogether, {}),
+        (FailsLaterTogether, {"seed": 11, "seed_per": "batch"}),
+    ],
+)
 def test_what_was_left_out_does_too(
-    seed: int | None, on_error: str, workers: int, tmp_path: Path
+    kind: Any, options: dict[str, Any], on_error: str, workers: int, tmp_path: Path
 ) -> None:
-    dataset = FailsLater(also=True)
-    paths = written(tmp_path, dataset, num_workers=workers, on_error=on_error, seed=seed)
+    dataset = kind(also=True)
+    paths = written(tmp_path, dataset, num_workers=workers, on_error=on_error, **options)
     assert len(paths) == 2
     for path in paths:
         assert drawn_again(path, dataset) == json.loads(path.read_text())["failure"]["message"]
