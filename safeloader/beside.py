@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,10 +40,13 @@ from safeloader.introspect.ranks import rank
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.loader import SafeDataLoader, why_unrecorded
 from safeloader.main.iterator import iterate as iterate_recorded
-from safeloader.provenance.recorder import Recorder
+from safeloader.provenance.epoch_facts import FactsOfEpochs
+from safeloader.provenance.recorder import Recorder, Totals
+from safeloader.provenance.summary import Figures, figures_of
 from safeloader.settings import is_off
 
-_TOLD_MAX = 50  # lines at the end
+_TOLD_MAX = 50  # loaders at the end
+_LOOKED_AT = 1 << 17  # samples of each, the newest, for the slowest: 0.1 s, of batches of one 0.4 s
 _TOLD_APART = ("missing", "failed", "dropped", "skipped", "replaced")  # drawn, not delivered
 
 
@@ -80,6 +84,24 @@ class _Line:
         self.counts: dict[str, int] = {}
         self.unknown = 0
         self._open: dict[_Listener, Callable[[], EpochAudit]] = {}
+        self._pid = os.getpid()
+        self._watched: list[weakref.finalize[[dict[int, Any], Totals], Recorder]] = []
+        self._figures: Figures | None = None
+
+    def watch(self, recorder: Recorder) -> None:
+        """Have it said what the loading cost; a loader may go before the program ends."""
+        # It must hold neither the recorder nor anything that leads back to it.
+        gone = weakref.finalize(recorder, self._cost, recorder.held, recorder.totals)
+        gone.atexit = False
+        self._watched = [each for each in self._watched if each.alive]
+        self._watched.append(gone)
+
+    def _cost(self, held: dict[int, Any], totals: Totals) -> None:
+        if os.getpid() != self._pid or not held:
+            return
+        with _guarded():
+            newest = figures_of([*held.values()], totals, FactsOfEpochs(1), _LOOKED_AT)
+            self._figures = newest.and_of(self._figures)
 
     def begins(self, listener: _Listener, audit: Callable[[], EpochAudit]) -> None:
         """An epoch begins."""
@@ -105,6 +127,8 @@ class _Line:
         """The process ends: epochs that run still are booked as they stand."""
         for listener, audit in list(self._open.items()):
             self.ends(listener, audit())
+        for watched in self._watched:
+            watched()
 
     def __str__(self) -> str:
         if self.why_not:
@@ -124,7 +148,10 @@ class _Line:
             troubles.append(f"{self.unknown} epochs not checked: a fault of safeloader's own")
         if self.failures:
             troubles.append("1 error raised" if self.failures == 1 else f"{self.failures} raised")
-        return f"{said}; {', '.join(troubles)}" if troubles else said
+        said = f"{said}; {', '.join(troubles)}" if troubles else said
+        if self._figures is None:
+            return said
+        return f"{said}\n    {'; '.join([self._figures.waiting, *self._figures.costs])}"
 
 
 class _State:
@@ -136,6 +163,7 @@ class _State:
         self.lines: dict[tuple[str, str], _Line] = {}
         self.warned: set[str] = set()
         self.rank: int | None = None
+        self.watched: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self.lock = threading.RLock()  # two threads may iterate their first loaders at once
         self._begun = False
 
@@ -214,7 +242,13 @@ def listens(loader: DataLoader[Any], log: LoaderLog) -> _Listener | None:
     """Who listens to an epoch that begins: of a loader of ours, or of one from beside."""
     if _out_of_reach():
         return None
-    return _Listener(_state.line(log.loader_name, _handle(loader).line))
+    handle = _handle(loader)
+    line = _state.line(log.loader_name, handle.line)
+    recorder = loader.recorder if isinstance(loader, SafeDataLoader) else handle.recorder
+    if recorder is not None and recorder not in _state.watched:  # two loaders may share one
+        _state.watched.add(recorder)
+        line.watch(recorder)
+    return _Listener(line)
 
 
 def _recorded(loader: Any) -> LoaderHandle | None:

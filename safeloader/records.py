@@ -86,7 +86,8 @@ class Records:
         that the random numbers it had are not kept.
 
         Args:
-            what: an error, its failure, an index, or the record of a batch.
+            what: an error, its failure, the file of one (a ``pathlib.Path``), an index, or the
+                record of a batch.
             position: with a record, which of its samples, from 0.
             epoch: with an index, the epoch in which it was delivered.
 
@@ -314,7 +315,7 @@ class Records:
             3 epochs, 30 samples in 9 batches (... a second); waited for data ...% of the time; ...
         """
         recorder = self._recorder_on_demand()
-        return summary_of([*recorder.deliveries()], recorder.totals, recorder.facts, self.audits)
+        return summary_of([*recorder.held.values()], recorder.totals, recorder.facts, self.audits)
 
     def mark(self, step: int, batch: BatchRecord | int | None = None) -> None:
         """Note in the run's folder which batch an optimizer's step is made of.

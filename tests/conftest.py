@@ -102,6 +102,16 @@ def what_stays_is_no_garbage() -> None:
 
 
 @pytest.fixture
+def of_new_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs begin as in a process that has written none, and so do those of the next test."""
+    from tests.run_folders import new_process
+
+    new_process(monkeypatch)
+    yield
+    new_process(monkeypatch)
+
+
+@pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have torch believe in one, so that its pinning thread runs."""
     if "torch.accelerator.is_available" not in inspect.getsource(torch.utils.data.dataloader):

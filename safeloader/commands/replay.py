@@ -1,26 +1,29 @@
 """``python -m safeloader replay FAILURE.json PLACE``: the failing sample once more. Runs in: main.
 
-The file holds no random numbers, and no object: so the dataset is made anew, and asked for the
-index alone. What it raises is shown from the user's own code on.
+The file holds what the sample's random numbers were made from, and no object: so the dataset is
+made anew, and asked for the sample under these numbers. What it raises is shown from the user's own
+code on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import pdb
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.target import Place, needed
 from safeloader.commands.terminal import JsonOption
+
+if TYPE_CHECKING:
+    from safeloader.failures.failure import Failure
 
 EXAMPLE = "python -m safeloader replay runs/exp1/.../failure-1.json train.py:make_dataset"
 
@@ -52,9 +55,8 @@ def replay(
     Exit status 0 if the sample comes, 1 if it fails again.
     """
     failure = _read(path)
-    asked = _index_in(failure, path)
     dataset = _made(place)
-    again = _Again(failure, asked, dataset)
+    again = _Again(failure, dataset)
     if as_json:
         terminal.print_json(again.to_dict())
     else:
@@ -67,28 +69,27 @@ def replay(
 # ── what failed ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Failure:
+    """The failure of a sample.
+
+    Raises:
+        BadInput: if there is none in the file.
+    """
+    from safeloader.failures import dump
+
     try:
-        failure = json.loads(path.read_text("utf-8"))["failure"]
-        failure["phase"], failure["exception_type"]
+        failure = dump.read(path)
     except OSError as exc:
         raise BadInput(f"{path} cannot be read: {exc.strerror or exc}") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError as exc:
+        raise BadInput(str(exc)) from None
+    if failure.index is None or failure.position is None:
+        batch = ", ".join(map(str, failure.indices)) or "not known"
         raise BadInput(
-            f"{path} holds no failure: give a file of the run's failures/, or of on_failure_dump="
-        ) from None
-    return dict(failure)
-
-
-def _index_in(failure: dict[str, Any], path: Path) -> Any:
-    index = failure.get("index")
-    if index is None:
-        batch = ", ".join(map(str, failure.get("indices") or [])) or "not known"
-        raise BadInput(
-            f"the failure in {path} ({failure['phase']}) names no single sample; the indices of "
+            f"the failure in {path} ({failure.phase}) names no single sample; the indices of "
             f"its batch: {batch}"
         )
-    return tuple(index) if isinstance(index, list) else index
+    return failure
 
 
 # ── the dataset ──────────────────────────────────────────────────────────────────────────────────
@@ -145,17 +146,21 @@ class _Again:
         frames: its traceback, from the user's code on.
     """
 
-    def __init__(self, failure: dict[str, Any], asked: Any, dataset: Any) -> None:
+    def __init__(self, failure: Failure, dataset: Any) -> None:
+        from safeloader.failures import random_numbers
         from safeloader.failures.failure import without_ours
-        from safeloader.failures.replay import replay_index
+        from safeloader.failures.replay import replay
         from safeloader.introspect.texts import bounded_text, index_text
 
-        self._failure, self._asked = failure, index_text(asked)
+        self._failure, self._asked = failure, index_text(failure.index)
+        self._made_from = random_numbers.of_sample(failure)
+        self._own = random_numbers.of_its_own(dataset)
+        self._why_not = "" if self._made_from else random_numbers.why_not_known(failure)
         self.error: Exception | None = None
         self.frames: Any = None
         self._sample = ""
-        if failure["phase"] in ("crash", "timeout"):
-            did = "killed" if failure["phase"] == "crash" else "hung"
+        if failure.phase in ("crash", "timeout"):
+            did = "killed" if failure.phase == "crash" else "hung"
             print(
                 f"index {self._asked} {did} its worker: it may do the same to this process",
                 file=sys.stderr,
@@ -163,7 +168,7 @@ class _Again:
             )
         with _warnings() as self._said:
             try:
-                self._sample = bounded_text(replay_index(asked, dataset))
+                self._sample = bounded_text(replay(failure, dataset))
             except Exception as exc:
                 self.error, self.frames = exc, without_ours(exc.__traceback__)
 
@@ -172,13 +177,32 @@ class _Again:
         """Whether it is what was raised there."""
         cls = type(self.error)
         names = (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")
-        return self._failure["exception_type"] in names
+        return self._failure.exception_type in names
+
+    @property
+    def _numbers(self) -> str:
+        """Whether its random numbers are those that it had, and what would make them so."""
+        if self._why_not:
+            return f"random numbers: others than it had there: {self._why_not}"
+        said = f"random numbers: those it had there ({self._made_from})"
+        if not self._own:
+            return said
+        return (
+            f"{said}, but for those of {', '.join(self._own)}, which nobody keeps: of a loader "
+            "with seed= those of safeloader.sample_rng() are made again"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         told: dict[str, Any] = {"index": self._asked, "came": self.error is None}
         told |= {"sample": self._sample, "warnings": self._said}
+        told["random_numbers"] = {
+            "same": not self._why_not and not self._own,
+            "made_from": self._made_from or None,
+            "own_generators": self._own,
+            "said": self._numbers,
+        }
         told["then"] = {
-            name: self._failure.get(name) for name in ("phase", "exception_type", "message")
+            name: getattr(self._failure, name) for name in ("phase", "exception_type", "message")
         }
         told["now"] = None
         if self.error is not None:
@@ -198,21 +222,19 @@ class _Again:
 
     def tell(self) -> None:
         out, failure = terminal.console(), self._failure
-        was = f"{failure['exception_type']}: {_line(failure.get('message'))}"
+        then = f"there ({failure.phase}): {failure.exception_type}: {_line(failure.message)}"
         if self.error is None:
             terminal.answer(out, True, f"index {self._asked} comes here: {self._sample}")
-            terminal.lines(out, [f"there ({failure['phase']}): {was}", *self._said])
+            terminal.lines(out, [then, self._numbers, *self._said])
             terminal.next_step(
-                out,
-                "what differs: random numbers, what the worker did before, files or services that "
-                "are others by now; run it again with the loader's num_workers=0 to see",
+                out, "iterate the loader with num_workers=0: what fails there can be debugged"
             )
             return
         how = "fails again" if self._same else "fails here in another way"
         now = f"{type(self.error).__qualname__}: {_line(self.error)}"
         terminal.answer(out, False, f"index {self._asked} {how}: {now}")
-        terminal.lines(out, [] if self._same else [f"there ({failure['phase']}): {was}"])
-        terminal.lines(out, [*self._lines(), *self._said])
+        terminal.lines(out, [] if self._same else [then])
+        terminal.lines(out, [self._numbers, *self._lines(), *self._said])
         terminal.next_step(out, "the same command with --pdb opens the debugger where it fails")
 
 

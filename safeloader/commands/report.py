@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from safeloader.commands import BAD_INPUT, FINE, fault_of_ours
-from safeloader.introspect.private_files import see_replaceable
+from safeloader.introspect.private_files import see_replaceable, written_whole
 from safeloader.report.run import NotARunFolder, RunFolder
 
 _EXAMPLES = """\
@@ -79,12 +78,6 @@ def write_page(run: str | os.PathLike[str], output: Path) -> int:
         raise ImportError(missing)
     see_replaceable(output)
     whole = page_of(RunFolder(run)).encode("utf-8", "replace")
-    fd, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")  # 0600
-    try:
-        with open(fd, "wb") as file:
-            file.write(whole)
-        os.replace(temporary, output)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(output) as file:
+        file.write(whole)
     return len(whole)

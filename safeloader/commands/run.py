@@ -38,7 +38,8 @@ CMD is what stands behind `python` or at the prompt:
   python -m safeloader run --on-error skip accelerate launch train.py
 
 A SafeDataLoader that the program makes itself keeps its own options: only --run counts for it.
-At the end of each process a line a loader on stderr says what was recorded, and what was not.
+At the end of each process lines on stderr say of each loader what was recorded and what was not,
+how much of the time was waited for data, and which samples were the slowest.
 """
 
 

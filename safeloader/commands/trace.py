@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import os
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 from safeloader.commands import FINE, NO, BadInput, terminal
 from safeloader.commands.terminal import AttemptOption, RunArgument
-from safeloader.introspect.private_files import see_replaceable
+from safeloader.introspect.private_files import see_replaceable, written_whole
 from safeloader.report.chrome_trace import Choice, trace_events, written
 from safeloader.report.run import RunFolder
 
@@ -84,24 +84,20 @@ def _has_more(run: RunFolder, choice: Choice) -> bool:
 
 
 def _write(target: Path, events: Any, force: bool) -> int:
-    """Write it beside, and move it there whole; how many events there were."""
+    """Write it whole, or not where there is no event; how many there were."""
     see_replaceable(target)
     if target.exists() and not force:
         raise BadInput(f"{target} is there already: give another -o, or --force")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(fd, "wb") as raw:
-                packed = target.suffix == ".gz"
-                with _packed(raw) if packed else contextlib.nullcontext(raw) as its:
-                    text = io.TextIOWrapper(its, "utf-8", write_through=True)
-                    count = written(events, text)
-                    text.detach()
-            if count:
-                part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        first = next(events, None)
+        if first is None:
+            return 0
+        with written_whole(target) as raw:
+            packed = target.suffix == ".gz"
+            with _packed(raw) if packed else contextlib.nullcontext(raw) as its:
+                text = io.TextIOWrapper(its, "utf-8", write_through=True)
+                count = written(itertools.chain([first], events), text)
+                text.detach()
     except OSError as exc:
         raise BadInput(f"{target} cannot be written: {exc.strerror or exc}") from None
     return count

@@ -110,6 +110,8 @@ class Failure:
     _random: RandomState | None = dataclasses.field(default=None, compare=False)
     # What its numbers were made from, with ``seed=``.
     _seeded: SeededAs | None = dataclasses.field(default=None, compare=False)
+    # Of a worker that died or hangs: the number of the draw that it was at.
+    _seq: int | None = dataclasses.field(default=None, compare=False)
     # The batch's indices up to this one as they were drawn, pickled, where they are no plain ints.
     _drawn: bytes | None = dataclasses.field(default=None, compare=False)
 
@@ -130,10 +132,10 @@ class Failure:
         told: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name == "indices":  # each for itself: one index is not the name of the next
-                told[name] = [_plain(index) for index in value]
+                told[name] = [in_json(index) for index in value]
             elif not name.startswith("_"):
                 is_bounded = type(value) is str and name != "index"
-                told[name] = value if is_bounded else _plain(value)
+                told[name] = value if is_bounded else in_json(value)
         return told
 
     def raised_any_of(self, types: tuple[type[BaseException], ...]) -> bool:
@@ -219,7 +221,8 @@ def _leave_out_ours(said: traceback_module.TracebackException) -> None:
         said.__context__ = first.__context__
 
 
-def _plain(value: Any) -> Any:
+def in_json(value: Any) -> Any:
+    """A field of a failure, as JSON has it."""
     return plain(value, depth=5, items=None, chars=_PART_CHARS)
 
 

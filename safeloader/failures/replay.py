@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from safeloader.errors import SafeLoaderError
+from safeloader.failures import dump, random_numbers
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.dataset_state import changes, describe
@@ -22,10 +23,7 @@ _NOT_BY_US = (
     "No SafeDataLoader raised this error (under SAFELOADER=off none does), and it names no sample: "
     "except SafeLoaderError keeps others away"
 )
-_NO_JSON = (
-    "A JSON file of on_failure_dump= holds no random state: give the index it names, or keep the "
-    "error itself by pickle"
-)
+_NO_JSON = "Of what on_failure_dump= wrote give the file: replay(pathlib.Path(...), dataset)"
 
 
 def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
@@ -42,7 +40,8 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
     here; where it cannot have the random numbers that it had, as for a bare index, one says that.
 
     Args:
-        what: an error of this package, its ``failure``, or an index.
+        what: an error of this package, its ``failure``, the path (a ``pathlib.Path``) of a file
+            that ``on_failure_dump=`` or a run's folder has of it, or an index.
         dataset: the dataset; ``loader.replay(error)`` knows it.
 
     Returns:
@@ -50,7 +49,8 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
 
     Raises:
         TypeError: for an iterable dataset, which has no index to be asked for.
-        ValueError: for a failure that names no index.
+        ValueError: for a failure that names no index, and a file that holds none.
+        OSError: for a file that cannot be read.
 
     Example:
         >>> import random
@@ -82,9 +82,11 @@ def replay(what: SafeLoaderError | Failure | Any, dataset: Any) -> Any:
         if what.failure is None:
             raise ValueError(f"{what!r} carries no failure to replay")
         what = what.failure
-    if isinstance(what, BaseException | os.PathLike | dict):
+    if isinstance(what, os.PathLike):
+        what = dump.read(what)
+    if isinstance(what, BaseException | dict):
         raise TypeError(
-            "replay() takes an error of safeloader, its failure, or an index, not "
+            "replay() takes an error of safeloader, its failure, the file of one, or an index, not "
             f"{type(what).__name__}. {_NOT_BY_US if isinstance(what, BaseException) else _NO_JSON}"
         )
     if not isinstance(what, Failure):
@@ -196,13 +198,16 @@ def _passes(failure: Failure, dataset: Any) -> str:
         was = failure.dataset_state or {}
         now = describe(dataset, length=was.get("length"))
         differs += [f"dataset: {name} {how}" for name, how in changes(was, now).items()][:_SHOWN]
-    known = failure._random is not None or failure._seeded is not None
+    known = random_numbers.of_sample(failure)
     if not known:
-        differs.append("the random numbers, which this failure does not carry")
+        why = random_numbers.why_not_known(failure)
+        differs.append(f"the random numbers, which are not known: {why}")
     said = f"index {index_text(failure.index)} passes here: {_DID[failure.phase]} there. "
     said += f"What differs is {'; '.join(differs)}. " if differs else ""
     if known:
-        said += "The random numbers are the same. "
+        own = random_numbers.of_its_own(dataset)
+        but = f", but for those of {', '.join(own)}, which nobody keeps" if own else ""
+        said += f"The random numbers are the same{but}. "
     if failure._inherited:
         inherited = failure._inherited.removeprefix("first suspect: ")
         return f"{said}That it passes says nothing: {inherited}; {_NOT_SEEN_HERE}"

@@ -1,9 +1,10 @@
-"""A loader's metrics in the logger of a framework. Runs in: main.
+"""A loader's metrics in the logger of a framework, and the batches of each step. Runs in: main.
 
 ========================  =============================================  ================
 ``LightningCallback``     for ``Trainer(callbacks=[...])`` of Lightning  ``lightning``
 ``TransformersCallback``  for ``trainer.add_callback``                   ``transformers``
 ``log_with_accelerate``   one call in the loop                           ``accelerate``
+``mark_with_accelerate``  one call for each batch                        ``accelerate``
 ========================  =============================================  ================
 
 Each imports its framework when it is first asked for.
@@ -13,16 +14,22 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from safeloader.integrations.accelerate import log_with_accelerate
+    from safeloader.integrations.accelerate import log_with_accelerate, mark_with_accelerate
     from safeloader.integrations.lightning import LightningCallback
     from safeloader.integrations.transformers import TransformersCallback
 
-__all__ = ["LightningCallback", "TransformersCallback", "log_with_accelerate"]
+__all__ = [
+    "LightningCallback",
+    "TransformersCallback",
+    "log_with_accelerate",
+    "mark_with_accelerate",
+]
 
 _HOMES = {
     "LightningCallback": "lightning",
     "TransformersCallback": "transformers",
     "log_with_accelerate": "accelerate",
+    "mark_with_accelerate": "accelerate",
 }
 
 

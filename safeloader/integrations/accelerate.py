@@ -1,4 +1,4 @@
-"""A loader in Accelerate: its metrics in trackers, its place in checkpoints. Runs in: main."""
+"""A loader in Accelerate: metrics in trackers, steps, place in checkpoints. Runs in: main."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from safeloader.instrumenting import loaders_of
 from safeloader.integrations.logged import metrics_of_all, unrecorded
 from safeloader.stateful import SafeStatefulDataLoader
 
@@ -50,6 +51,53 @@ def log_with_accelerate(
         accelerator.log(metrics, step=step)
     else:
         warnings.warn(unrecorded(loader), stacklevel=2)
+
+
+def mark_with_accelerate(loader: Any, step: int) -> None:
+    """Note in the run's folder which batch of a prepared loader an optimizer's step is made of.
+
+    As ``loader.mark(step)``, but of the batch that the loop is at: what ``accelerator.prepare``
+    makes has fetched the next one already. Call it once for each batch; a step may be made of
+    several.
+
+    Args:
+        loader: what ``accelerator.prepare`` returned, recorded: see :func:`log_with_accelerate`.
+        step: the optimizer's count, 0 or more.
+
+    Raises:
+        TypeError: for a step of another kind.
+        ValueError: for a negative one; and where the main process dispatches batches to several
+            processes, so that a batch of the loop is made of several of the loader.
+        LookupError: if no batch was handed over yet.
+
+    Example:
+        ::
+
+            step = 0
+            for batch in loader:  # safeloader.instrument(accelerator.prepare(loader))
+                mark_with_accelerate(loader, step)
+                with accelerator.accumulate(model):
+                    ...
+                step += accelerator.sync_gradients
+    """
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard  # not for metrics
+
+    found = loaders_of(loader)
+    if len(found) != 1:
+        warnings.warn(unrecorded(loader), stacklevel=2)
+        return
+    if isinstance(loader, DataLoaderDispatcher) and loader.state.num_processes > 1:
+        raise ValueError(
+            "this loader is dispatched by the main process to others, and what they get is made "
+            "of several of its batches: with dispatch_batches=False each process reads its own"
+        )
+    (ours,) = found
+    newest = None if ours.recorder is None else ours.recorder.last_delivery()
+    is_ahead = isinstance(loader, DataLoaderShard | DataLoaderDispatcher)
+    if newest is None or not is_ahead or loader.end_of_dataloader:
+        ours.mark(step)
+    else:
+        ours.mark(step, newest.batch - 1)
 
 
 def prepare(

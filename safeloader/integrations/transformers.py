@@ -1,4 +1,4 @@
-"""The metrics of a training's loader in the logs of Transformers' ``Trainer``. Runs in: main."""
+"""A loader in Transformers' ``Trainer``: metrics, and the batches of each step. Runs in: main."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from safeloader.instrumenting import instrument, loaders_of
 from safeloader.integrations.logged import LoggedLoaders
+from safeloader.integrations.steps import MarkedSteps
 
 
 class TransformersCallback(TrainerCallback):
@@ -22,6 +23,11 @@ class TransformersCallback(TrainerCallback):
     ``data/wait_share`` and so on; at the end of an epoch those of all of it, as
     ``data_epoch/wait_share``. They go the way of every log: ``state.log_history``, and what
     ``report_to`` names.
+
+    Where a run is written (``run_dir=``, ``SAFELOADER_RUN``), the batches of each step are marked
+    in it, all of them where gradients are accumulated: ``python -m safeloader step RUN 17`` names
+    the samples of the step that the logs call 17. In the epoch that a checkpoint goes on in, the
+    ``Trainer`` reads from a loader that nobody else sees, and no step is marked.
 
     Args:
         trainer: the trainer, whose ``log`` is called. It is not held.
@@ -45,6 +51,8 @@ class TransformersCallback(TrainerCallback):
         self._options = options
         self._logged = LoggedLoaders(prefix)
         self._ours = False  # the log that is being written
+        self._marked = MarkedSteps()
+        self._trained = 0  # batches of this epoch
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
@@ -54,6 +62,30 @@ class TransformersCallback(TrainerCallback):
             return
         if not loaders_of(train_dataloader):
             instrument(train_dataloader, **self._options)
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Count the batches of the epoch from here on."""
+        self._trained = 0
+        self._marked.epoch_begins(train_dataloader, asked=False)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Mark the first batch of a step before it is trained on."""
+        self._marked.trains_on(train_dataloader, state.global_step + 1, self._trained)
+
+    def on_substep_end(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Mark the next batch of the same step: of these all were fetched."""
+        self._trained += 1
+        self._marked.trains_on(train_dataloader, state.global_step + 1, self._trained)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the last batch of a step."""
+        self._trained += 1
 
     def on_log(
         self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def make_folder(folder: Path) -> None:
@@ -21,6 +24,26 @@ def make_folder(folder: Path) -> None:
             missing.mkdir(mode=0o700)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is no folder")
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[BinaryIO]:
+    """A file for bytes, for its owner alone, that takes the place of ``target`` when it is whole.
+
+    It is written beside it, and goes if it does not come to that.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with open(fd, "wb") as file:
+            yield file
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def write_new(path: Path, text: str) -> None:

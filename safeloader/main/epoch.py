@@ -470,9 +470,12 @@ class Epoch:
             said = f"index {index} of the {under.name} is "
             if said not in failure.hint:
                 more = {"hint": f"{said}{text}\n{more.pop('hint', failure.hint)}"} | more
-        if self.seed is not None and self.seed.per == "sample" and failure._seeded is None:
-            # Of a worker that died or hangs; what its batch was does not matter for a sample.
-            more["_seeded"] = SeededAs(self.seed.of_batch(0), self.seed.per)
+        if self.seed is not None and failure._seeded is None:  # of a worker that died or hangs
+            seq, per = failure._seq, self.seed.per
+            if seq is not None:
+                more["_seeded"] = SeededAs(self.seed.of_batch(seq - self.seq_of_first), per)
+            elif per == "sample":  # for a sample it does not matter what its batch was
+                more["_seeded"] = SeededAs(self.seed.of_batch(0), per)
         return dataclasses.replace(failure, epoch=self.number, rank=self.log.at.rank, **more)
 
     def _beneath(self, index: Any) -> str:

@@ -35,6 +35,10 @@ logger = logging.getLogger("safeloader")
 UNIX_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
 
 
+Record = tuple[Any, ...]
+"""A batch as a recorder keeps it: its bytes, the fields of :class:`Delivery`, the manifest's."""
+
+
 class Delivery(NamedTuple):
     """A batch as it was handed over, ``wait_ns`` after it was asked for at ``began_ns``."""
 
@@ -191,7 +195,7 @@ class Recorder:
         for key in list(itertools.islice(self.held, len(self.held) - 1)):
             record = self.held.pop(key)
             self._held_bytes -= record[0]
-            self.totals.samples += _samples_in(record)
+            self.totals.samples += samples_in(record)
             self.forgotten += 1
             epochs.add(key >> _BATCH_BITS)
             if self._held_bytes <= target:
@@ -236,7 +240,7 @@ class Recorder:
 _BATCH_BITS = 48  # an epoch of 280 million million batches
 
 
-def _samples_in(record: tuple[Any, ...]) -> int:
+def samples_in(record: Record) -> int:
     """How many samples a batch holds; on the hot path, once the bound is reached."""
     if type(record[_INDICES]) is bytes and record[_ORDINAL] is record[_INCIDENTS] is None:
         return count(record[_INDICES])
@@ -246,13 +250,16 @@ def _samples_in(record: tuple[Any, ...]) -> int:
     return count(manifest.indices) if manifest.ordinal is None else manifest.samples or 0
 
 
+EPOCH, WAIT_NS, BEGAN_NS = (
+    1 + Delivery._fields.index(it) for it in ("epoch", "wait_ns", "began_ns")
+)
 _MANIFEST = 5  # where its fields begin in a record
 _INDICES, _ORDINAL, _INCIDENTS = (
     _MANIFEST + BatchManifest._fields.index(name) for name in ("indices", "ordinal", "incidents")
 )
 
 
-def as_delivery(record: tuple[Any, ...]) -> Delivery:
+def as_delivery(record: Record) -> Delivery:
     """A batch, as the recorder keeps it."""
     _, epoch, batch, wait_ns, began_ns, *manifest = record
     return Delivery(epoch, batch, wait_ns, began_ns, BatchManifest(*manifest))

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from safeloader.introspect.private_files import written_whole
 
 Ints = npt.NDArray[np.int64]
 
@@ -481,21 +482,16 @@ def to_parquet_file(
     if stream.torn or not stream.batches:  # the latter: of a process that was killed just then
         return None
     table = pa.Table.from_batches(stream.batches, columns)
-    part = folder / f"{target}.{os.getpid()}.part"
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    how |= {"row_group_size": _rows_in_group(table), "write_page_checksum": True}
     try:
-        with open(fd, "wb") as file:
-            how |= {"row_group_size": _rows_in_group(table), "write_page_checksum": True}
+        with written_whole(folder / target) as file:
             pq.write_table(table, file, **how)
-        if not (folder / source).exists():  # it was dropped, or somebody else was faster
-            return None
-        path = part.replace(folder / target)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+            (folder / source).stat()
+    except FileNotFoundError:  # it was dropped, or somebody else was faster
+        return None
     with contextlib.suppress(FileNotFoundError):
         (folder / source).unlink()
-    return path
+    return folder / target
 
 
 def _rows_in_group(table: Any) -> int:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
@@ -22,21 +22,106 @@ from safeloader import _python
 from safeloader.delivery.audit import EpochAudit
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
-from safeloader.provenance.columns import places_of
 from safeloader.provenance.epoch_facts import FactsOfEpochs
-from safeloader.provenance.recorder import Delivery, Recorder, Totals, as_delivery
-from safeloader.provenance.slowest import slowest_of
+from safeloader.provenance.recorder import (
+    BEGAN_NS,
+    EPOCH,
+    WAIT_NS,
+    Record,
+    Recorder,
+    Totals,
+    as_delivery,
+    samples_in,
+)
+from safeloader.provenance.slowest import SlowSample, slowest_of
 
 _SLOWEST = 3
 _LOOKED_AT = 1 << 20  # samples, the newest, for the slowest: half a second
+_BATCHES = 1024  # that may be looked at, however few the samples
 _TOLD_MAX = 20  # loaders at the end of a program
 _MIB = 1 << 20
 
 logger = logging.getLogger("safeloader")
 
 
+class Figures(NamedTuple):
+    """How loading went, in the words of a summary.
+
+    Attributes:
+        wait_ns: how long was waited for batches.
+        span_ns: within how long.
+        slowest: samples, longest first.
+        looked_at: how many of the newest samples were looked at for these.
+        whole: whether that is all.
+        memory_bytes: what the workers held when they last said so.
+    """
+
+    wait_ns: int
+    span_ns: int
+    slowest: tuple[SlowSample, ...]
+    looked_at: int
+    whole: bool
+    memory_bytes: int | None
+
+    @property
+    def waiting(self) -> str:
+        """How much of the time was waited."""
+        return f"waited for data {min(1.0, self.wait_ns / self.span_ns):.0%} of the time"
+
+    @property
+    def costs(self) -> list[str]:
+        """The slowest samples, and the memory where it is known."""
+        of = "" if self.whole else f" of the newest {_several(self.looked_at, 'sample')}"
+        each = (f"index {index_text(it.index, 60)} ({_ms(it.median_ns)})" for it in self.slowest)
+        said = [f"slowest{of}: {', '.join(each)}"]
+        if self.memory_bytes is not None:
+            said.append(f"workers held {self.memory_bytes / _MIB:,.0f} MiB")
+        return said
+
+    def and_of(self, other: Figures | None) -> Figures:
+        """With those of another loader, which began before."""
+        if other is None:
+            return self
+        slowest = {it.index: it for it in (*other.slowest, *self.slowest)}
+        for it in other.slowest:
+            if it.median_ns > slowest[it.index].median_ns:
+                slowest[it.index] = it
+        newest = self.memory_bytes
+        return Figures(
+            self.wait_ns + other.wait_ns,
+            self.span_ns + other.span_ns,
+            tuple(sorted(slowest.values(), key=lambda it: -it.median_ns)[:_SLOWEST]),
+            self.looked_at + other.looked_at,
+            self.whole and other.whole,
+            other.memory_bytes if newest is None else newest,
+        )
+
+
+def figures_of(
+    held: Sequence[Record], totals: Totals, facts: FactsOfEpochs, most: int = 0
+) -> Figures:
+    """How the loading of some batches went.
+
+    Args:
+        held: the batches as a recorder keeps them, oldest first, at least one.
+        totals: what is counted of all.
+        facts: what holds for their epochs.
+        most: samples, the newest, that are looked at for the slowest, in a quarter as many batches
+            at most; by default a million.
+    """
+    first, left = len(held), most or _LOOKED_AT
+    oldest = max(0, first - max(left // 4, _BATCHES))
+    samples = 0
+    while first > oldest and left >= (size := samples_in(held[first - 1])):
+        first -= 1
+        left -= size
+        samples += size
+    slowest = tuple(slowest_of([*map(as_delivery, held[first:])], facts, _SLOWEST))
+    return Figures(*_waited(held), slowest, samples, not first, totals.memory_bytes)
+
+
 def summary_of(
-    held: Sequence[Delivery],
+    held: Sequence[Record],
     totals: Totals,
     facts: FactsOfEpochs,
     audits: Sequence[EpochAudit] = (),
@@ -44,7 +129,7 @@ def summary_of(
     """A run in one line: samples, waiting, skips, the slowest, memory.
 
     Args:
-        held: the batches that the recorder holds, oldest first.
+        held: the batches as the recorder keeps them, oldest first.
         totals: what is counted of all.
         facts: what holds for their epochs.
         audits: those that are known.
@@ -52,43 +137,29 @@ def summary_of(
     epochs = _several(totals.epochs, "epoch")
     if not held:
         return f"{epochs}, no batch handed over"
-    sizes = [len(places_of(each.manifest)) for each in held]
-    samples = _several(totals.samples + sum(sizes), "sample")
+    here = sum(map(samples_in, held))
+    samples = _several(totals.samples + here, "sample")
     batches = _several(totals.forgotten + len(held), "batch", "batches")
-    wait_ns, span_ns = _waited(held)
-    rate = f"{sum(sizes) / span_ns * 1e9:,.0f} a second"
+    figures = figures_of(held, totals, facts)
+    rate = f"{here / figures.span_ns * 1e9:,.0f} a second"
     parts = [f"{epochs}, {samples} in {batches} ({rate})"]
     if not_ok := [str(audit.epoch) for audit in audits if audit.ok is False]:
         more = ", ..." if len(not_ok) > _SLOWEST else ""
         parts.append(f"NOT OK: epoch {', '.join(not_ok[:_SLOWEST])}{more}, see loader.audits")
-    parts.append(f"waited for data {min(1.0, wait_ns / span_ns):.0%} of the time")
+    parts.append(figures.waiting)
     left_out = [(totals.incidents[what], what) for what in ("skipped", "replaced", "late")]
     parts.append(", ".join(f"{n:,} {what}" for n, what in left_out if n) or "none skipped")
-    parts.append(_slowest(held, sizes, facts))
-    if totals.memory_bytes is not None:
-        parts.append(f"workers held {totals.memory_bytes / _MIB:,.0f} MiB")
-    return "; ".join(parts)
+    return "; ".join([*parts, *figures.costs])
 
 
-def _slowest(held: Sequence[Delivery], sizes: Sequence[int], facts: FactsOfEpochs) -> str:
-    first, left = len(held), _LOOKED_AT
-    while first and left >= sizes[first - 1]:
-        first -= 1
-        left -= sizes[first]
-    of = f" of the newest {_several(_LOOKED_AT - left, 'sample')}" if first else ""
-    slow = slowest_of(held[first:], facts, _SLOWEST)
-    told = (f"index {index_text(each.index, 60)} ({_ms(each.median_ns)})" for each in slow)
-    return f"slowest{of}: {', '.join(told)}"
-
-
-def _waited(held: Sequence[Delivery]) -> tuple[int, int]:
+def _waited(held: Sequence[Record]) -> tuple[int, int]:
     """How long was waited, within how long, in ns: in each epoch, as far as it is held."""
     wait_ns = span_ns = 0
-    for _, batches in itertools.groupby(held, lambda each: each.epoch):
+    for _, batches in itertools.groupby(held, lambda record: record[EPOCH]):
         of_epoch = list(batches)
-        wait_ns += sum(each.wait_ns for each in of_epoch)
+        wait_ns += sum(record[WAIT_NS] for record in of_epoch)
         first, last = of_epoch[0], of_epoch[-1]
-        span_ns += last.began_ns + last.wait_ns - first.began_ns
+        span_ns += last[BEGAN_NS] + last[WAIT_NS] - first[BEGAN_NS]
     return wait_ns, max(1, span_ns)
 
 
@@ -131,7 +202,7 @@ class _End:
             self._more += 1
             return
         try:
-            told = summary_of([*map(as_delivery, held.values())], totals, FactsOfEpochs(1))
+            told = summary_of([*held.values()], totals, FactsOfEpochs(1))
         except Exception as exc:
             if raised_by_signal(exc):
                 raise

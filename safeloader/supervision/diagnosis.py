@@ -47,6 +47,7 @@ class WorkerLocation(NamedTuple):
             "indices": self.indices,
             "batch": self.batch,
             "worker_id": self.worker,
+            "_seq": self.position.seq,
         }
 
     def __str__(self) -> str:

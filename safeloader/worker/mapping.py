@@ -25,7 +25,7 @@ from safeloader.delivery.indices import (
     unpack,
 )
 from safeloader.delivery.manifest import BatchManifest
-from safeloader.introspect.random_state import preserved
+from safeloader.introspect.random_state import RandomState, preserved
 from safeloader.introspect.seeds import BatchSeed
 from safeloader.introspect.texts import bounded_text, index_text
 from safeloader.supervision.flight_recorder import (
@@ -136,6 +136,7 @@ class MapFetcher(RecordingFetcher):
                     failed = found or Unrepairable(at, failed)
                 return self._failed(failed, blank, phase)
             samples, failed, phase = [], None, "sample"  # each fails for itself, or comes
+            self._random = RandomState.now()  # not what the batch began with, which are used up
         if self._at_once:  # what came did so together: no time is known of each
             self._stamps[0] = clock()
             for k in range(len(samples)):

@@ -144,9 +144,11 @@ class RecordingFetcher:
         return self._handed_over(manifest, batch, samples)
 
     def _seeded(self) -> SeededAs | None:
-        """What the numbers of the running batch are made from, with ``seed=``."""
+        """What the numbers of the running batch are made from, with ``seed=`` alone."""
         seed, seeder = self._task.seed, self._context.seeder
-        return None if seed is None or seeder is None else SeededAs(BatchSeed(*seed), seeder.per)
+        if seed is None or seeder is None or self._random is not None:
+            return None
+        return SeededAs(BatchSeed(*seed), seeder.per)
 
     def seeded_by(self, seed: BatchSeed) -> bytes:
         """What stands for the batch that is about to be made, in the making of its seed."""

@@ -168,10 +168,8 @@ class BatchRepair:
         self._skip(position, failed, reason)
         tells = self._policy.tells and len(self._failures) < _FAILURES_MAX
         failure = self._explain(failed, position) if tells or callable(on_error) else None
-        if tells and failure is not None:  # what only a raised or replayed error needs stays here
-            self._failures[position] = dataclasses.replace(
-                failure, _exception_parts=None, _random=None
-            )
+        if tells and failure is not None:  # what only a raised error needs stays here
+            self._failures[position] = dataclasses.replace(failure, _exception_parts=None)
         if callable(on_error):
             try:
                 answer = on_error(failure)

@@ -70,6 +70,12 @@ _SAME = [  # what is another each time, and what stands for it
         (r"^( +\d+ +[\d-]+ +(?:fork|spawn|forkserver|-) +)[\d.,e+]+( +)\d+", r"\1N\2N"),
         (r"(?<=\S) +N +N +N s", "  N  N  N s"),
         (r"\bN (?:ms|s)(?= each \(median| \(index N|; N \w+ each)", "N us"),
+        (r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d", "WHEN"),
+        (r"(/rank=\d+/)[\w.-]+-\d+-\w+-\d+\b", r"\1HOST-4711-BOOT-N"),
+        (r"(?<=SAFELOADER_RUN_ID=)\w+", "ID"),
+        (r"\d+%(?= of the time)", "N%"),
+        (r"(?<=slowest: )index \d+ \(N ms\)(?:, index \d+ \(N ms\))*", "index N (N ms), ..."),
+        (r"(?<=waited )N (?:us|s)|(?<=   )N (?:us|ms|s)(?=   )", "N ms"),
         (r"[ \t]+$", ""),
     )
 ]

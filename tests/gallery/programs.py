@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import io
 import itertools
 import logging
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -45,6 +49,7 @@ from safeloader.examining import looks, speed
 from safeloader.global_batches import Tail
 from safeloader.main import looks as main_looks
 from safeloader.main import reporting_workers
+from safeloader.provenance import batch_log
 from safeloader.supervision import growth, kept_batches
 
 Run = Callable[[], object]
@@ -1355,9 +1360,11 @@ def replay_refuses() -> None:
     loader = read(Numbers())
     stream = read(SharedOut())
     failed, _ = error_of(Ragged())
+    Path("notes.json").write_text("[1]")
     refused(
         lambda: loader.replay(KeyError("image")),
-        lambda: loader.replay(Path("failures/1.json")),
+        lambda: loader.replay({"index": 3}),
+        lambda: loader.replay(Path("notes.json")),
         lambda: loader.replay(loader.last_batch),
         lambda: loader.replay(loader.last_batch, position=99),
         lambda: loader.replay(3, epoch=7),
@@ -1711,3 +1718,239 @@ def launcher_refuses() -> None:
     command("run", "--retries", "-1", "train.py")
     command("run", "--run", "taken", "train.py")
     command("run", "python", "-I", "train.py")
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("The folder of a run")
+
+
+@shown("another run is alive in it")
+def run_taken() -> None:
+    Path("train.py").write_text(INTO_A_RUN)
+    read(Photos(), run_dir="run")
+    del os.environ["SAFELOADER_ATTEMPT"]  # what a process begins is of its run
+    script("train.py")
+    command("run", "--run", "run", "train.py")
+
+
+@shown("it holds something else")
+def run_of_another_kind() -> None:
+    Path("run").mkdir()
+    Path("run/run.json").write_text("[]")
+    read(Photos(), run_dir="run")
+
+
+@contextlib.contextmanager
+def no_file_grows() -> Iterator[None]:
+    """No file grows any more: ``ulimit -f``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@shown("a disk that is full from the beginning")
+def run_on_full_disk() -> None:
+    Path("run").mkdir()
+    with no_file_grows():
+        read(Photos(), run_dir="run")
+
+
+@shown("a disk that becomes full")
+def run_on_disk_that_fills() -> None:
+    batch_log.FLUSH_NS = batch_log.FIRST_NS = 0
+    loader = SafeDataLoader(Photos(), batch_size=4, run_dir="run")
+    batches = iter(loader)
+    next(batches)
+    with no_file_grows():
+        print(f"{len(list(batches))} batches came after that")
+
+
+@shown("it is removed while the run goes on")
+def run_removed() -> None:
+    batch_log.FLUSH_NS = batch_log.FIRST_NS = 0
+    batches = iter(SafeDataLoader(Photos(), batch_size=4, run_dir="run"))
+    next(batches)
+    shutil.rmtree("run")
+    print(f"{len(list(batches))} batches came after that")
+
+
+@shown("pyarrow is missing")
+def run_without_pyarrow() -> None:
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]
+    refused(lambda: read(Photos(), run_dir="run"))
+    os.environ["SAFELOADER_RUN"] = "run"
+    read(Photos())
+
+
+@shown("what run_dir= and loader.mark refuse")
+def run_refuses() -> None:
+    loader = SafeDataLoader([1, 2])
+    refused(
+        lambda: SafeDataLoader([1], run_dir=3),  # type: ignore[arg-type]
+        lambda: SafeDataLoader([1], run_dir="run", run_max_bytes=1000),
+        lambda: SafeDataLoader([1], run_max_bytes="1 GB"),  # type: ignore[arg-type]
+        lambda: loader.mark(0),
+        lambda: loader.mark(-1),
+        lambda: loader.mark("17"),  # type: ignore[arg-type]
+        lambda: loader.mark(17, "3"),  # type: ignore[arg-type]
+    )
+
+
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
+section("Commands over a run")
+
+INTO_A_RUN = """
+import os
+import random
+
+from safeloader import SafeDataLoader
+
+
+class Photos:
+    def __init__(self):
+        self.files = [f"photos/{k:03d}.jpg" for k in range(16)]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        turned = random.randrange(360)
+        if index == 5:
+            raise OSError(f"{self.files[index]} turned by {turned} is truncated")
+        return index
+
+
+def sound():
+    return list(range(16))
+
+
+if __name__ == "__main__":
+    random.seed(0)
+    loader = SafeDataLoader(Photos(), batch_size=4, on_error="skip", run_dir="run")
+    step = 0
+    for epoch in range(2):
+        for batch in loader:
+            if "UNMARKED" not in os.environ:
+                loader.mark(step)
+            step += 1
+"""
+
+
+def script(name: str, **environment: str) -> None:
+    """Run a program; what it says of itself."""
+    done = subprocess.run(
+        [sys.executable, name],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print((done.stdout + done.stderr).rstrip())
+
+
+def of_rank(rank: int) -> dict[str, str]:
+    """The environment of one of two ranks of a job."""
+    job = {"TORCHELASTIC_RUN_ID": "job", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    return job | {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": str(rank), "WORLD_SIZE": "2"}
+
+
+def run_of(**environment: str) -> None:
+    """A run in the folder ``run``; what it says is not shown."""
+    Path("train.py").write_text(INTO_A_RUN)
+    with contextlib.redirect_stdout(io.StringIO()):
+        script("train.py", **environment)
+
+
+def asked(*words: str, lines: int | None = None) -> None:
+    """A command and what it says, with its exit status where that is not 0; so many lines of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "safeloader", *words], capture_output=True, text=True, check=False
+    )
+    status = f" (exit status {done.returncode})" if done.returncode else ""
+    shown = [f"…/{os.path.basename(each)}" if each.count("/") > 2 else each for each in words]
+    print(f"$ python -m safeloader {' '.join(shown)}{status}")
+    said = (done.stdout + done.stderr).rstrip().splitlines()
+    print("\n".join(narrow(said[:lines])))
+
+
+def narrow(lines: list[str]) -> Iterator[str]:
+    """Tables with narrow columns: what is measured decides how wide they are."""
+    in_table = False
+    for line, after in itertools.pairwise([*lines, ""]):
+        is_rule = line.startswith("──")
+        in_table = after.startswith("──") or (in_table and (is_rule or "   " in line.strip()))
+        yield "───" if is_rule else re.sub(" {3,}", "   ", line) if in_table else line
+
+
+@shown("audit: each index came exactly once, or was left out for a reason")
+def audit_fine() -> None:
+    run_of()
+    asked("audit", "run")
+
+
+@shown("audit: both ranks read all of it")
+def audit_twice() -> None:
+    for rank in range(2):
+        run_of(**of_rank(rank))
+    asked("audit", "run")
+
+
+@shown("step: the samples of an optimizer's step")
+def steps_of_a_run() -> None:
+    run_of()
+    asked("step", "run", "5")
+    asked("step", "run", "99")
+
+
+@shown("step: nothing was marked")
+def steps_unmarked() -> None:
+    run_of(UNMARKED="1")
+    asked("step", "run", "2")
+
+
+@shown("index: what became of one")
+def index_of_a_run() -> None:
+    run_of()
+    for index in ("3", "5", "99"):
+        asked("index", "run", index)
+
+
+@shown("replay: a failing sample once more")
+def replay_of_a_file() -> None:
+    run_of()
+    failure = str(min(Path("run").rglob("failure-*.json")))
+    asked("replay", failure, "train.py:Photos")
+    asked("replay", failure, "train.py:sound")
+
+
+@shown("what they refuse")
+def commands_refuse() -> None:
+    read(Photos(), run_dir="run")
+    Path("there.json").write_text("[]")
+    asked("shwo", "run", lines=1)
+    asked("show")
+    asked("show", "nothing")
+    asked("show", ".")
+    asked("step", "run", "x")
+    asked("audit", "run", "--attempt", "7")
+    asked("trace", "run", "-o", "there.json")
+    asked("report", "nothing")
+    asked("replay", "none.json", "train.py:make_dataset")
+    asked("replay", "there.json", "train.py:make_dataset")
+
+
+@shown("a library that is missing")
+def commands_without_libraries() -> None:
+    read(Photos(), run_dir="run")
+    for missing, words in (
+        ("typer", "show run"),
+        ("pyarrow", "audit run"),
+        ("plotly", "report run"),
+    ):
+        program = f"import sys\nsys.modules[{missing!r}] = None\nfrom safeloader import __main__\n"
+        program += f"sys.exit(__main__.main({words.split()!r}))"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        print((done.stdout + done.stderr).rstrip())

@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,11 +31,7 @@ pytest.importorskip("rich")
 ROOT = Path(safeloader.__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    new_process(monkeypatch)
-    yield
-    new_process(monkeypatch)
+pytestmark = pytest.mark.usefixtures("of_new_processes")
 
 
 def shell(*words: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:

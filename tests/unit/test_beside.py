@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import signal
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,13 @@ def plain() -> Any:
 
 def recorded(loader: Any) -> Any:
     return beside.get_iterator(loader, DataLoader._get_iterator)
+
+
+def lines_at_end(capsys: Any) -> list[str]:
+    """What the process says at its end, without what the loading cost."""
+    beside._say()
+    said = capsys.readouterr().err.splitlines()
+    return [line for line in said if not line.startswith("    ")]
 
 
 def audits(folder: Path) -> list[Any]:
@@ -158,8 +169,7 @@ def test_loaders_that_one_line_iterates_are_told_apart_by_what_they_read(
 ) -> None:
     for length in (6, 2, 6):
         list(recorded(DataLoader(torch.arange(length), batch_size=4)))  # type: ignore[arg-type]
-    beside._say()
-    _, *said = capsys.readouterr().err.splitlines()
+    _, *said = lines_at_end(capsys)
     at = said[0].partition(" at ")[2].partition(": ")[0]
     assert said == [
         f"  DataLoader over Tensor (6) at {at}: 2 epochs, 12 of 12 delivered",
@@ -176,7 +186,7 @@ def test_a_process_that_has_a_rank_says_it(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setenv("RANK", "3")
     list(recorded(plain()))
     beside._say()
-    heading, _ = capsys.readouterr().err.splitlines()
+    heading, *_ = capsys.readouterr().err.splitlines()
     assert heading == f"safeloader: loaders of process {os.getpid()}, rank 3"
 
 
@@ -258,8 +268,7 @@ def test_loaders_of_ours_are_told_of_too_and_their_records_stay_their_own(capsys
         list(loader)
     assert loaders[0].audit.drawn == 3  # they share a notebook
     assert loaders[0].verify == "raise"
-    beside._say()
-    _, *said = capsys.readouterr().err.splitlines()
+    _, *said = lines_at_end(capsys)
     assert [line.partition(": ")[2] for line in said] == ["2 epochs, 6 of 6 delivered"]
     assert f"SafeDataLoader over range (3) at {__file__}:" in said[0]
 
@@ -280,7 +289,91 @@ def test_two_loaders_of_one_line_are_told_together_and_not_mixed_up(capsys: Any)
     first, second = (recorded(loader) for loader in loaders)  # both of the line that asks here
     next(first)
     list(second)
-    beside._say()
-    said = capsys.readouterr().err.splitlines()
+    said = lines_at_end(capsys)
     assert len(said) == 2
     assert "2 epochs, 10 of 10 delivered" in said[1]
+
+
+# ── what it cost ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Slow:
+    """One sample takes longer than all others."""
+
+    def __init__(self, at: int, size: int = 20) -> None:
+        self.at, self.size = at, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.05 if index == self.at else 0)
+        return index
+
+
+def costs(capsys: Any) -> list[str]:
+    beside._say()
+    said = capsys.readouterr().err.splitlines()
+    return [line.removeprefix("    ") for line in said if line.startswith("    ")]
+
+
+def test_each_loader_has_a_line_on_waiting_and_the_slowest(capsys: Any) -> None:
+    loader: Any = DataLoader(Slow(7), batch_size=4)  # type: ignore[arg-type]
+    list(recorded(loader))
+    ours: Any = SafeDataLoader(Slow(3), batch_size=4)  # type: ignore[arg-type]
+    list(ours)
+    first, second = costs(capsys)
+    pattern = r"waited for data \d+% of the time; slowest: index {} \(5\d\.\d ms\), index \d+ .*"
+    assert re.fullmatch(pattern.format(7), first)
+    assert re.fullmatch(pattern.format(3), second)
+    figures = ours.summary()  # the same words
+    waiting, slowest = second.split("; ")
+    assert f"; {waiting}; none skipped; {slowest}" in figures
+
+
+def test_of_loaders_that_are_gone_it_is_told_too_and_they_are_not_kept(capsys: Any) -> None:
+    gone = []
+    for at in (7, 3):
+        loader: Any = DataLoader(Slow(at), batch_size=4)  # type: ignore[arg-type]
+        list(recorded(loader))
+        gone.append(weakref.ref(handle_of(loader).recorder))  # type: ignore[union-attr]
+        del loader
+        gc.collect()
+    assert [each() for each in gone] == [None, None]
+    (said,) = costs(capsys)
+    assert re.search(r"slowest: index [37] \(5\d\.\d ms\), index [37] \(5\d\.\d ms\), ", said)
+
+
+def test_what_workers_hold_is_told(capsys: Any) -> None:
+    loader: Any = DataLoader(Slow(7), batch_size=4, num_workers=1)  # type: ignore[arg-type]
+    list(recorded(loader))
+    handle = handle_of(loader)
+    assert handle is not None
+    handle.recorder.totals.memory_bytes = 120 << 20
+    assert costs(capsys)[0].endswith("; workers held 120 MiB")
+
+
+def test_where_nothing_came_nothing_is_told(capsys: Any) -> None:
+    list(recorded(DataLoader([], batch_size=4)))  # type: ignore[arg-type]
+    beside._say()
+    assert capsys.readouterr().err.splitlines()[1].endswith("1 epoch, 0 of 0 delivered")
+
+
+def test_a_notebook_that_two_loaders_share_is_told_once(capsys: Any) -> None:
+    recorder = Recorder()
+    for size in (4, 6):
+        list(SafeDataLoader(range(size), recorder=recorder))  # type: ignore[arg-type]
+    assert len(costs(capsys)) == 1
+
+
+def test_a_fault_of_ours_leaves_it_out(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("out of luck")
+
+    monkeypatch.setattr(beside, "figures_of", fails)
+    loader = plain()
+    list(recorded(loader))
+    beside._say()
+    said = capsys.readouterr().err
+    assert said.count("safeloader failed (OSError: out of luck)") == 1
+    assert said.endswith("1 epoch, 6 of 6 delivered\n")

@@ -20,11 +20,7 @@ from tests.run_folders import Numbers, by_ranks, loader_of, new_process, of_job,
 Said = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    new_process(monkeypatch)
-    yield
-    new_process(monkeypatch)
+pytestmark = pytest.mark.usefixtures("of_new_processes")
 
 
 @pytest.fixture

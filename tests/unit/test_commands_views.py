@@ -32,17 +32,13 @@ from safeloader.commands.watch import _besides, _stuck, _table
 from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
-from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
+from tests.run_folders import Numbers, by_ranks, loader_of, share
 
 Said = Callable[..., tuple[int, str, str]]
 OVER_A_RUN = ("show", "watch", "step", "index", "audit", "trace")
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    new_process(monkeypatch)
-    yield
-    new_process(monkeypatch)
+pytestmark = pytest.mark.usefixtures("of_new_processes")
 
 
 @pytest.fixture
@@ -583,6 +579,59 @@ def test_a_sample_that_fails_in_another_way(failed: Path, said: Said) -> None:
     assert out.startswith("index 9 fails here in another way: OSError: bad file 9.png\n")
     assert "there (sample): ValueError" in out
     assert status == 1
+
+
+DRAWS = """
+import random
+import numpy as np
+class Draws:
+    def __len__(self): return 20
+    def __getitem__(self, index):
+        drawn = random.random(), np.random.rand()
+        if index == 9: raise ValueError(f"drew {drawn}")
+        return index
+class Own(Draws):
+    def __init__(self): self.rng = random.Random(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "made_from"),
+    [
+        ({}, "where the generators stood as its batch was begun"),
+        ({"seed": 11}, "seed=11, epoch 0, index 9"),
+        ({"seed": 11, "seed_per": "batch"}, "seed=11, epoch 0, batch 2"),
+    ],
+)
+def test_the_random_numbers_are_those_it_had(
+    options: dict[str, Any], made_from: str, failed: Path, said: Said, tmp_path: Path
+) -> None:
+    Path("draws.py").write_text(DRAWS)
+    made: dict[str, Any] = {}
+    exec(DRAWS, made)
+    with pytest.raises(ValueError, match="drew") as info:
+        list(loader_of(made["Draws"](), tmp_path / "drawn", num_workers=2, **options))
+    (path,) = (tmp_path / "drawn").rglob("failures/*.json")
+    drawn = str(info.value.args[0])
+    out = said("replay", path, "draws.py:Draws")[1]
+    assert out.startswith(f"index 9 fails again: ValueError: {drawn}\n")
+    assert f"\n  random numbers: those it had there ({made_from})\n" in out
+    told = json.loads(said("replay", path, "draws.py:Own", "--json")[1])
+    assert told["now"]["message"] == drawn
+    assert told["random_numbers"]["same"] is False
+    assert told["random_numbers"]["own_generators"] == ["dataset.rng"]
+    assert "but for those of dataset.rng, which nobody keeps" in told["random_numbers"]["said"]
+
+
+def test_random_numbers_that_nobody_knows(failed: Path, said: Said) -> None:
+    Path("sound.py").write_text(PROGRAM.format(bad=None, error="ValueError"))
+    content = json.loads(failed.read_text())
+    content["failure"] |= {"phase": "crash", "worker_id": 1}
+    failed.write_text(json.dumps(content | {"random": None}))
+    status, out, err = said("replay", failed, "sound.py:make_dataset")
+    assert (status, err) == (0, "index 9 killed its worker: it may do the same to this process\n")
+    assert "random numbers: others than it had there: a worker that died or hangs does not" in out
+    assert "with seed= they are made again" in out
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ The frameworks themselves, with TensorBoard, are in ``tests/frameworks/test_inte
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 import safeloader
 from safeloader import SafeDataLoader, integrations, loaders_of
 from safeloader.integrations.logged import LoggedLoaders, metrics_of_all
+from safeloader.integrations.steps import MarkedSteps
 
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
 PER_BATCH = {"data/batches", "data/samples", "data/wait_share", "data/samples_per_s"}
@@ -271,6 +274,128 @@ def test_batches_of_one_step_are_logged_with_it_once(monkeypatch: pytest.MonkeyP
         trainer.global_step = (number + 1) // 2  # gradients of two batches are a step
         callback.on_train_batch_end(trainer, None, None, batch, number)
     assert [(step, each["data/batches"]) for step, each in trainer.told] == [(1, 4)]
+
+
+# ── steps ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run(tmp_path: Path, of_new_processes: None) -> Path:
+    pytest.importorskip("pyarrow")
+    return tmp_path / "run"
+
+
+def marked(run: Path) -> list[tuple[int, int, int]]:
+    """Step, epoch and batch of each mark, in the order they were made."""
+    lines = [line for path in run.rglob("marks.jsonl") for line in path.read_text().splitlines()]
+    return [(it["step"], it["epoch"], it["batch"]) for it in map(json.loads, lines)]
+
+
+def ahead(loader: Any) -> Iterator[Any]:
+    """A batch ahead, as frameworks read."""
+    batches = iter(loader)
+    held = next(batches)
+    for batch in batches:
+        yield held
+        held = batch
+    yield held
+
+
+def test_the_batch_that_is_trained_on_is_marked(run: Path) -> None:
+    loader, steps = loader_of(8, run_dir=run), MarkedSteps()
+    step = 0
+    for _ in range(2):
+        steps.epoch_begins(loader, asked=False)
+        for number, _ in enumerate(ahead(loader)):
+            steps.trains_on(loader, step // 2, number)
+            step += 1
+    assert marked(run) == [(k // 2, k // 4, k % 4) for k in range(8)]
+
+
+def test_what_has_not_come_is_not_marked(run: Path) -> None:
+    loader, steps = loader_of(8, run_dir=run), MarkedSteps()
+    steps.epoch_begins(loader, asked=False)
+    steps.trains_on(loader, 1, 0)
+    batches = iter(loader)
+    steps.trains_on(loader, 1, 0)
+    next(batches)
+    steps.trains_on(loader, 1, 1)
+    assert marked(run) == []
+    steps.trains_on(loader, 1, 0)
+    assert marked(run) == [(1, 0, 0)]
+
+
+def test_an_epoch_that_is_read_from_elsewhere_is_not_marked(run: Path) -> None:
+    """As the Trainer does where a checkpoint goes on."""
+    loader, steps = loader_of(8, run_dir=run), MarkedSteps()
+    list(loader)
+    steps.epoch_begins(loader, asked=False)
+    steps.trains_on(loader, 5, 0)
+    assert marked(run) == []
+    steps.epoch_begins(loader, asked=True)
+    steps.trains_on(loader, 5, 0)
+    assert marked(run) == [(5, 0, 0)]
+
+
+def test_of_several_loaders_none_is_marked(run: Path) -> None:
+    loaders = [loader_of(8, run_dir=run), loader_of(6, run_dir=run)]
+    steps = MarkedSteps()
+    steps.epoch_begins(loaders, asked=False)
+    for _ in zip(*loaders, strict=False):
+        steps.trains_on(loaders, 1, 0)
+    assert marked(run) == []
+
+
+def test_without_a_run_nothing_is_noted() -> None:
+    loader, steps = loader_of(8), MarkedSteps()
+    steps.epoch_begins(loader, asked=False)
+    for number, _ in enumerate(loader):
+        steps.trains_on(loader, number, number)
+    steps.trains_on(None, 0, 0)
+    steps.trains_on(DataLoader([1]), 0, 0)
+
+
+def test_a_fault_of_ours_is_told_once_and_ends_no_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader, steps = loader_of(8, run_dir=run), MarkedSteps()
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loader, "mark", fails)
+    for number, _ in enumerate(loader):
+        steps.trains_on(loader, number, number)
+    assert [each.levelname for each in caplog.records] == ["ERROR"]
+    assert "the marks of the optimizer's steps failed" in caplog.text
+
+
+def test_what_is_dispatched_to_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dispatcher:
+        def __init__(self, loader: Any, processes: int) -> None:
+            self.base_dataloader = loader
+            self.state = types.SimpleNamespace(num_processes=processes)
+            self.end_of_dataloader = False
+
+    in_place_of(monkeypatch, "accelerate", Accelerator=Accelerator)
+    in_place_of(
+        monkeypatch,
+        "accelerate.data_loader",
+        DataLoaderDispatcher=Dispatcher,
+        DataLoaderShard=type("Shard", (), {}),
+    )
+    loader = loader_of(8)
+    mark = integrations.mark_with_accelerate
+    with pytest.raises(LookupError, match="none was handed over yet"):
+        mark(Dispatcher(loader, 1), 0)
+    list(loader)
+    mark(Dispatcher(loader, 1), 0)
+    with pytest.raises(ValueError, match="dispatch_batches=False"):
+        mark(Dispatcher(loader, 2), 0)
+    with pytest.warns(UserWarning, match="is not recorded"):
+        mark(DataLoader([1]), 0)
+    with pytest.raises(TypeError, match="step"):
+        mark(loader, "x")  # type: ignore[arg-type]
 
 
 def test_each_is_imported_when_it_is_asked_for() -> None:

@@ -205,7 +205,7 @@ def test_a_stream_has_no_index_to_ask_for() -> None:
 def test_what_cannot_be_replayed_is_told_for_what_it_is() -> None:
     with pytest.raises(TypeError, match=r"not KeyError.*No SafeDataLoader raised this error"):
         replay(KeyError(3), Draws())
-    with pytest.raises(TypeError, match=r"not dict.*holds no random state"):
+    with pytest.raises(TypeError, match=r"not dict.*give the file: replay\(pathlib"):
         replay({"index": 3}, Draws())
 
 

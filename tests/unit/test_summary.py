@@ -21,7 +21,7 @@ from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.indices import pack
 from safeloader.delivery.manifest import BatchManifest, SampleIncident
 from safeloader.provenance import summary
-from safeloader.provenance.summary import summary_of
+from safeloader.provenance.summary import figures_of, summary_of
 from tests import datasets
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
@@ -43,8 +43,8 @@ def written(*epochs: list[tuple[int, int, dict[int, float]]], **bound: int) -> R
 
 
 def told(recorder: Recorder, *audits: EpochAudit) -> list[str]:
-    deliveries = list(recorder.deliveries())
-    return summary_of(deliveries, recorder.totals, recorder.facts, audits).split("; ")
+    held = list(recorder.held.values())
+    return summary_of(held, recorder.totals, recorder.facts, audits).split("; ")
 
 
 def test_each_part_is_that_of_the_batches() -> None:
@@ -116,6 +116,34 @@ def test_of_very_many_samples_the_newest_are_looked_at(monkeypatch: pytest.Monke
     assert (
         told(recorder)[-1] == "slowest of the newest 2 samples: index 4 (2.0 ms), index 3 (1.0 ms)"
     )
+
+
+def test_figures_of_two_loaders_come_together() -> None:
+    first = written([(0, 30, {1: 10, 2: 1}), (50, 50, {3: 4})])
+    second = written([(0, 10, {1: 8, 4: 6}), (90, 10, {5: 0.2})])
+    second.totals.memory_bytes = 7 << 20
+    one, two = (
+        figures_of([*it.held.values()], it.totals, it.facts, most)
+        for it, most in ((first, 0), (second, 2))
+    )
+    both = two.and_of(one)
+    assert both.waiting == "waited for data 50% of the time"  # 80 of 100, 20 of 100
+    of_two = "slowest of the newest 1 sample: index 5 (0.2 ms)"
+    assert two.costs == [of_two, "workers held 7 MiB"]
+    assert both.costs == [
+        "slowest of the newest 4 samples: index 1 (10.0 ms), index 3 (4.0 ms), index 2 (1.0 ms)",
+        "workers held 7 MiB",
+    ]
+    assert one.and_of(two).costs == both.costs
+    assert one.and_of(None) is one
+
+
+def test_of_very_many_batches_the_newest_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "_BATCHES", 2)
+    recorder = written([(0, 1, {1: 9}), (2, 1, {3: 1}), (4, 1, {4: 2})])
+    figures = figures_of([*recorder.held.values()], recorder.totals, recorder.facts, 8)
+    said = "slowest of the newest 2 samples: index 4 (2.0 ms), index 3 (1.0 ms)"
+    assert figures.costs == [said]
 
 
 def test_nothing_came() -> None:
