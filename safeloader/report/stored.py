@@ -138,7 +138,6 @@ _OF_LINES: dict[str, Kinds] = {
         "resumed": _or_none(
             _fits({"batches": _count, "left_out": _count, "from": _or_none(_fits(_ORIGIN))})
         ),
-        "part": _or_none(_text),
     },
     "transport.jsonl": {
         "time": _moment,

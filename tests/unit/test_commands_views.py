@@ -32,7 +32,7 @@ from safeloader.commands.watch import _besides, _stuck, _table
 from safeloader.provenance.run_format import SOURCES_STREAM
 from safeloader.report.figures import figures_of, slowest
 from safeloader.report.run import RunFolder
-from tests.run_folders import Numbers, by_ranks, loader_of, share
+from tests.run_folders import Numbers, by_ranks, loader_of, new_process, share
 
 Said = Callable[..., tuple[int, str, str]]
 OVER_A_RUN = ("show", "watch", "step", "index", "audit", "trace")
