@@ -37,7 +37,7 @@ def index(
     found = [seen for each in forms for seen in folder.index(each)]
     found = list(dict.fromkeys(found))
     found.sort(key=lambda each: (each.attempt, each.epoch or 0, each.batch or 0))
-    its = terminal.sources_by_loader(folder, {*forms})
+    its = folder.sources_by_loader({*forms})
     sources = {
         name: next(known[each] for each in forms if known.get(each))
         for name, known in its.items()

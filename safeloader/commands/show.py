@@ -193,7 +193,7 @@ class _Told:
         if not incidents:
             return
         shown = incidents[:_INCIDENTS]
-        sources = terminal.sources_by_loader(self._seen.run, {each.get("index") for each in shown})
+        sources = self._seen.run.sources_by_loader({each.get("index") for each in shown})
         rows = []
         for each in shown:
             source = sources[each["loader"]].get(each.get("index"), "-")

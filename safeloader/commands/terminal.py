@@ -50,18 +50,6 @@ def replaying(run: RunFolder, failure: str) -> str:
     )
 
 
-def sources_by_loader(run: RunFolder, wanted: set[Any]) -> dict[str, dict[Any, str]]:
-    """Where samples come from, as far as that was kept, by the loader's name, then by index.
-
-    Loaders of one name share a dataset, on all ranks; those for training and validation do not.
-    """
-    found: dict[str, dict[Any, str]] = {}
-    for each in run.loaders:
-        its = found.setdefault(each.name, {})
-        its |= each.sources_of(wanted)
-    return found
-
-
 def opened(path: Path, *, convert: bool = False) -> RunFolder:
     """The run in a folder.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from safeloader.examining.speed import cores
+from safeloader.introspect.resources import cores
 
 _LEAST_S = 2.0
 _SHARE = 1 / 3  # of the time there is

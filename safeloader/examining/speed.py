@@ -15,7 +15,6 @@ import copy
 import itertools
 import math
 import multiprocessing
-import os
 import pickle
 import statistics
 import time
@@ -30,6 +29,7 @@ from safeloader.examining.samples import raised
 from safeloader.examining.sending import weighed
 from safeloader.examining.subject import TO_WORKERS, Subject, pickled_alone
 from safeloader.examining.talk import Suspects, Talk
+from safeloader.introspect.resources import cores
 
 _TURN_S = 0.4
 _TURN_BATCHES = 300
@@ -60,13 +60,6 @@ def look(subject: Subject, talk: Talk) -> None:
         # More workers than cores are tried on purpose; torch says to each that it is too many.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         _Sweep(subject, talk).run()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def counts(cores: int, own: int) -> list[int]:

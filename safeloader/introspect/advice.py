@@ -172,7 +172,7 @@ _THREADS = (
     (r"av:.*", "PyAV (FFmpeg)"),
     (r"tokio-.*", "tokio (the runtime of libraries written in Rust)"),
     (r"rayon-.*", "rayon (the pool of libraries written in Rust)"),
-    (r"jemalloc_bg_thd|(?:arrow|cpu|io)-pool.*|arrow-.*", "Arrow"),
+    (r"(?:arrow|cpu|io)-pool.*|arrow-.*", "Arrow"),
     (r"tf_.*|tfrt.*|TF_.*", "TensorFlow"),
     (r"grpc.*|event_engine|resolver-execut|default-execut", "gRPC"),
     (r"omp[-_].*|libgomp.*|OMP.*", "OpenMP"),

@@ -156,6 +156,13 @@ def anonymous_bytes() -> int | None:
     return (resident - shared) * mmap.PAGESIZE
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @or_none
 def machine_memory() -> MachineMemory | None:
     """Return the memory of the machine, whatever share of it a cgroup grants."""

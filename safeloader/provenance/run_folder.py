@@ -44,6 +44,7 @@ from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.identity import boot_id, host_name, process_identity
 from safeloader.introspect.redaction import scrub_command
+from safeloader.introspect.resources import cores
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.provenance.attempts import Attempt
 from safeloader.provenance.batch_log import BatchLog
@@ -151,6 +152,7 @@ class LoaderFolder:
             "world_size": self.log.at.world_size,
             "began": time.time(),
             "process": process_identity(),
+            "cores": cores(),
             "command": scrub_command(sys.orig_argv),
             "versions": {
                 "safeloader": __version__,

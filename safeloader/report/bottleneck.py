@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from safeloader.report.fetch_times import SLOW, FetchTimes
 from safeloader.report.waiting import LoaderWaiting, Work
@@ -104,22 +105,35 @@ def _more_workers(
 ) -> list[str]:
     if not computed:
         return []
-    needed = math.ceil(active / computed * 1.1)
-    if workers == 0:
-        gain = 1 + active / computed
-        return [
-            f"num_workers={max(1, needed)}: the main process makes the batches itself, and the "
-            f"model waits meanwhile. With that many workers and as many free cores, steps are up "
-            f"to {gain:.1f} times as fast."
-        ]
+    needed = max(1, math.ceil(active / computed * 1.1))
+    cores = _cores_of_a_rank(loaders)
+    number = needed if cores is None else min(needed, cores)
     waited = sum(each.waited_ns for each in loaders)
-    gain = 1 + waited / computed
-    if busy >= _BUSY and needed > workers:
-        most = "Many: " if needed > 64 else ""
+    now = computed + (waited if workers else active)  # with workers, what the loop took
+    gain = now / max(computed, active / number)
+    few = ""
+    if number < needed:
+        few = (
+            f" For the model not to wait at all it would take {needed}, and there are {number} "
+            "cores: make a sample cheaper to fetch."
+        )
+    free = "as many free cores" if cores is None else "as many of the cores free"
+    if workers == 0:
         return [
-            f"{most}num_workers={needed} instead of {workers}: the workers are busy {busy:.0%} of "
-            f"their time, and make less than the model takes. If as many cores are free for them, "
-            f"steps are up to {gain:.1f} times as fast; if not, make a sample cheaper to fetch."
+            f"num_workers={number}: the main process makes the batches itself, and the model waits "
+            f"meanwhile. With that many workers and {free}, steps are up to {gain:.1f} times as "
+            f"fast.{few}"
+        ]
+    if busy >= _BUSY and number > workers:
+        return [
+            f"num_workers={number} instead of {workers}: the workers are busy {busy:.0%} of their "
+            f"time, and make less than the model takes. With {free}, steps are up to {gain:.1f} "
+            f"times as fast.{few or ' If they are not, make a sample cheaper to fetch.'}"
+        ]
+    if busy >= _BUSY and needed > workers:
+        return [
+            f"Make a sample cheaper to fetch: the workers are busy {busy:.0%} of their time and "
+            f"make less than the model takes, and there is no core for more than {cores} of them."
         ]
     if busy < _BUSY:
         return [
@@ -129,6 +143,19 @@ def _more_workers(
             "not matter."
         ]
     return []
+
+
+def _cores_of_a_rank(loaders: list[LoaderWaiting]) -> int | None:
+    """How many of its machine's cores a rank has, if they share them alike; None: not known."""
+    by_host: dict[Any, set[int]] = {}
+    cores: list[int] = []
+    for each in loaders:
+        info = each.records.info
+        by_host.setdefault(info.get("process", {}).get("host"), set()).add(each.records.rank)
+        cores += [info["cores"]] if info.get("cores") else []
+    if not cores:
+        return None
+    return max(1, min(cores) // max(map(len, by_host.values())))
 
 
 def _few_samples(times: FetchTimes) -> list[str]:

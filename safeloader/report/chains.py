@@ -155,7 +155,8 @@ class Cohort:
     def state(self) -> str:
         """``"whole"``, ``"left early"``, ``"running"`` or ``"cut off"``."""
         open_ = [part for part in self.parts.values() if part.audit is None]
-        if any(part.loader.state in ("running", "silent") for part in open_):
+        # Whose machine has been silent for a minute may be dead, and is not said to go on.
+        if any(part.loader.state == "running" for part in open_):
             return "running"
         if open_:
             return "cut off"

@@ -244,13 +244,13 @@ def _state_of(of: EpochVerdict) -> str:
 
 def _left_out(run: RunFolder, incidents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples that were left out, by what became of them and why."""
-    groups: dict[tuple[str, str], Counter[Any]] = {}
+    groups: dict[tuple[str, str, str], Counter[Any]] = {}
     for each in incidents:
-        key = str(each.get("what")), str(each.get("reason"))
+        key = str(each.get("what")), str(each.get("reason")), str(each["loader"])
         groups.setdefault(key, Counter())[plain_index(each.get("index"))] += 1
     most = sorted(groups.items(), key=lambda pair: -sum(pair[1].values()))
     shown = {index for _, indices in most[:_LEFT_OUT_SHOWN] for index, _ in indices.most_common(5)}
-    sources = run.sources(shown) if shown else {}
+    sources = run.sources_by_loader(shown)
     return [
         {
             "what": what,
@@ -258,11 +258,11 @@ def _left_out(run: RunFolder, incidents: list[dict[str, Any]]) -> list[dict[str,
             "times": sum(indices.values()),
             "distinct": len(indices),
             "samples": [
-                (index, times, bare(sources.get(index, "")))
+                (index, times, bare(sources[loader].get(index, "")))
                 for index, times in indices.most_common(5)
             ],
         }
-        for (what, reason), indices in most[:_LEFT_OUT_SHOWN]
+        for (what, reason, loader), indices in most[:_LEFT_OUT_SHOWN]
     ]
 
 

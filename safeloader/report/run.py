@@ -321,6 +321,17 @@ class RunFolder:
             for each, its in zip(batches, told, strict=True)
         ]
 
+    def sources_by_loader(self, wanted: set[Any]) -> dict[str, dict[Any, str]]:
+        """Where samples come from, as far as that was kept, by the loader's name, then by index.
+
+        Loaders of one name share a dataset, on all ranks; those for training and validation do not.
+        """
+        found: dict[str, dict[Any, str]] = {}
+        for each in self.loaders:
+            its = found.setdefault(each.name, {})
+            its |= each.sources_of(wanted)
+        return found
+
     def index(self, index: int | str) -> list[Sighting]:
         """Where and when an index was delivered, skipped, replaced or failed, by loader and time.
 

@@ -15,6 +15,8 @@ from safeloader.report.waiting import LoaderWaiting, Waiting
 _INCIDENTS_MAX, _FAILURES_MAX = 20_000, 5_000  # the newest
 _TEXT_MAX = 160  # of a source or a reason
 
+_Sources = dict[str, dict[Any, str]]  # by the name of the loader, and the index
+
 
 def searched(
     run: RunFolder,
@@ -31,7 +33,7 @@ def searched(
     kept, broken = incidents[-_INCIDENTS_MAX:], failures[-_FAILURES_MAX:]
     gone = {plain_index(each.get("index")) for each in kept}
     gone |= {plain_index(each["failure"].get("index")) for each in broken}
-    sources = run.sources(gone - {None})
+    sources = run.sources_by_loader(gone - {None})
     return {
         "failed": [_failed(each, sources, texts) for each in broken],
         "left_out": [_left_out(each, sources, texts) for each in kept],
@@ -61,23 +63,31 @@ class _Texts:
         return self._known[cut]
 
 
-def _of(sources: dict[Any, str], index: Any) -> str:
-    return bare(sources.get(index, "")) if isinstance(index, int | str) else ""
+def _of(sources: _Sources, loader: str, index: Any) -> str:
+    return bare(sources[loader].get(index, "")) if isinstance(index, int | str) else ""
 
 
-def _failed(found: dict[str, Any], sources: dict[Any, str], texts: _Texts) -> list[Any]:
+def _failed(found: dict[str, Any], sources: _Sources, texts: _Texts) -> list[Any]:
     failure = found["failure"]
     said = f"{failure.get('exception_type')}: {failure.get('message')}"
     where = [failure.get(name) for name in ("epoch", "batch", "position")]
     index = plain_index(failure.get("index"))
-    numbers = texts(said), texts(_of(sources, failure.get("index"))), texts(found["loader"])
+    numbers = (
+        texts(said),
+        texts(_of(sources, found["loader"], failure.get("index"))),
+        texts(found["loader"]),
+    )
     return [index, found["attempt"], found["rank"], *where, *numbers]
 
 
-def _left_out(found: dict[str, Any], sources: dict[Any, str], texts: _Texts) -> list[Any]:
+def _left_out(found: dict[str, Any], sources: _Sources, texts: _Texts) -> list[Any]:
     where = [found.get(name) for name in ("epoch", "batch", "position")]
     index = found.get("index")
-    numbers = texts(found.get("reason")), texts(_of(sources, index)), texts(found["loader"])
+    numbers = (
+        texts(found.get("reason")),
+        texts(_of(sources, found["loader"], index)),
+        texts(found["loader"]),
+    )
     return [
         plain_index(index),
         found["attempt"],

@@ -111,6 +111,7 @@ LOADER: Kinds = {
     "world_size": _or_none(_short_count),
     "began": _moment,
     "process": _either(dict),
+    "cores": _count,
     "command": _list_of(_text),
     "versions": _either(dict),
     "batches": _either(bool),

@@ -50,10 +50,13 @@ def run_of(
     collate_ms: int = 0,
     rank: int = 0,
     pid_of_epoch: bool = False,
+    cores: int = 64,
 ) -> RunFolder:
     """A run whose batches took what is said: the loop computes, then waits, for each."""
     log = LoaderLog(range(100), kind="SafeDataLoader")
     folder = LoaderFolder(open_run(path, ["made"], rank), rank, "train.py:3", log)
+    about = folder.path / "loader.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"cores": cores}))
     folder.taken_by(Recorder(), log, lambda index: f"<i>{index}</i>.jpg")
     assert folder.batches is not None
     now = 10**9
@@ -195,6 +198,20 @@ def test_busy_workers_are_too_few(tmp_path: Path) -> None:
     assert level == 2
     assert "num_workers=4 instead of 1: the workers are busy 100% of their time" in said
     assert "up to 3.0 times as fast" in said
+
+
+def test_no_more_workers_are_advised_than_there_are_cores(tmp_path: Path) -> None:
+    slow = steady(100, 20)
+    _, _, said = advice(run_of(tmp_path / "main", slow, wait_ms=20, step_ms=1, workers=0, cores=4))
+    assert said.startswith("num_workers=4: ")
+    assert "up to 4.2 times as fast" in said
+    assert "it would take 23, and there are 4 cores: make a sample cheaper" in said
+    _, _, said = advice(run_of(tmp_path / "full", slow, wait_ms=20, step_ms=1, cores=1))
+    assert said.startswith("Make a sample cheaper to fetch: the workers are busy")
+    assert "num_workers" not in said
+    for rank in range(2):
+        run = run_of(tmp_path / "two", slow, wait_ms=20, step_ms=1, workers=0, cores=4, rank=rank)
+    assert advice(run)[2].startswith("num_workers=2: ")
 
 
 def test_workers_that_are_started_for_each_epoch_should_stay(tmp_path: Path) -> None:
