@@ -200,6 +200,9 @@ def _in_child() -> None:
 _python.at_fork(after_in_child=_in_child)
 
 
+_lies_at: dict[Path, Path] = {}
+
+
 def sinks_for(
     recorder: Recorder,
     target: Path | None,
@@ -223,6 +226,8 @@ def sinks_for(
     if target is None or get_worker_info() is not None:
         return []
     try:
+        # A program that changes its directory goes on in the folder that it began.
+        target = _lies_at.setdefault(target, target.absolute())
         folder = _process.folder_for(recorder, target, max_bytes, log)
     except OSError as exc:
         if raised_by_signal(exc):

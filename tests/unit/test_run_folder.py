@@ -403,6 +403,19 @@ def test_an_index_that_is_a_text_is_found(tmp_path: Path) -> None:
     assert [(each.batch, each.position) for each in found] == [(0, 1), (1, 1)]
 
 
+def test_a_program_that_changes_its_directory_goes_on_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loader = loader_of(Named(), Path("of-this-test/run"))
+    list(loader)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    list(loader)
+    assert len(RunFolder(tmp_path / "of-this-test" / "run").epochs()) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_the_slowest_samples_have_their_sources(tmp_path: Path) -> None:
     list(loader_of(Named(5000), tmp_path, 100))
     run = RunFolder(tmp_path)
