@@ -32,6 +32,7 @@ def failures_of(loader: LoaderRecords) -> list[dict[str, Any]]:
         audit = audits.get(its.get("epoch"))
         if audit is not None:
             whole = audit.get("ok") is True and not audit.get("counts", {}).get("failed")
+            whole = whole and its.get("phase") != "timeout"  # which always ends an epoch
         else:
             whole = runs and its.get("phase") in _OF_WORKERS
         left_out = (its.get("epoch"), _text(its)) in handled
