@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import pickle
 import platform
 import re
@@ -29,6 +30,7 @@ from benchmarks import (
     copies,
     cuda_pinned,
     environment,
+    many_ranks,
     memory,
     report,
     report_page,
@@ -612,13 +614,32 @@ def test_a_runs_folder_is_timed_weighed_and_asked(
     bars = ("BAR_US", "BAR_STREAM", "BAR_CLOSED", "BAR_STEP_S", "BAR_INDEX_S")
     for name in bars:
         monkeypatch.setattr(run_folder, name, 1e9)
+    monkeypatch.setattr(run_folder, "BAR_RATIO_TRIVIAL", 0.0)
     assert run_folder.main(["--quick", "--check", f"--out={tmp_path}"]) == 0
     assert "bytes/sample written" in capsys.readouterr().out
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-run-folder.json"))
     assert set(result["sizes"]) == {"64", "8", "1"}
     assert result["sizes"]["64"]["stream_bytes"] > result["sizes"]["64"]["closed_bytes"] > 1
+    assert set(result["loaders"]) == {"small-2w"}
     monkeypatch.setattr(run_folder, "BAR_CLOSED", 0)
     assert run_folder.main(["--quick", "--check"]) == 1
+
+
+def test_reading_a_run_of_many_ranks_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("typer")
+    monkeypatch.setattr(many_ranks, "QUICK_RANKS", 3)
+    monkeypatch.setattr(many_ranks, "QUICK_SAMPLES", 13_000)
+    monkeypatch.setattr(many_ranks, "NETWORK_S", 1e-5)
+    monkeypatch.setitem(os.environ, "RANK", "0")  # which it sets, and leaves
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
+    assert many_ranks.main(["--quick", "--check", f"--out={tmp_path}"]) == 0
+    assert "files a rank" in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-many-ranks.json"))
+    assert set(result["commands"]) == {"audit", "step", "index", "show"}
+    assert all(each["here"]["calls"] > 3 for each in result["commands"].values())
 
 
 def test_the_page_of_a_long_run_is_measured(
