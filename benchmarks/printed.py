@@ -13,6 +13,7 @@ LEFT_OUT = "…"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.?\d*(?:e[-+]?\d+)?(?![\w])")
 _OURS = "safeloader: "
+_FIGURES = "waited for data", "slowest"  # how the line after a loader's begins
 _RECORDED = re.compile(r": (\d+) epochs?, (\d+) of (\d+) delivered(?:; (.*))?$")
 
 
@@ -85,7 +86,8 @@ def recorded(report: Sequence[str]) -> Recorded:
     epochs = [match for _, match in found if match]
     troubles = [line for line, match in found if match and match[4]]
     heading = f"{_OURS}loaders of process "
-    troubles += [line for line, match in found if not match and not line.startswith(heading)]
+    usual = heading, *_FIGURES
+    troubles += [line for line, match in found if not match and not line.startswith(usual)]
     return Recorded(
         loaders=len(epochs),
         epochs=sum(int(match[1]) for match in epochs),

@@ -188,7 +188,13 @@ def scrub_command(words: Iterable[str]) -> list[str]:
     for word in words:
         hides = how and not word.startswith("-")
         shown = how == "texts" and _NUMERIC.fullmatch(word) is not None
-        told.append(REDACTED if hides and not shown else scrub(word))
+        name, given, _ = word.partition("=")
+        if hides and not shown:
+            told.append(REDACTED)
+        elif given and scrub(word).startswith(f"{name}={REDACTED}"):
+            told.append(f"{name}={REDACTED}")  # all of the word, blanks in it or not
+        else:
+            told.append(scrub(word))
         is_name = word.startswith("-") and "=" not in word
         how = secrecy(word.lstrip("-").rpartition(".")[2]) if is_name else ""
     return told
