@@ -34,11 +34,7 @@ Audited = Callable[..., tuple[int, dict[str, Any]]]
 WORLD = 3
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    new_process(monkeypatch)
-    yield
-    new_process(monkeypatch)
+pytestmark = pytest.mark.usefixtures("of_new_processes")
 
 
 @pytest.fixture
@@ -386,19 +382,24 @@ def test_a_resume_whose_first_part_was_dropped(
     assert "of rank 0 batches of this epoch went for run_max_bytes=" in epoch["evidence"][1]
 
 
-@pytest.mark.parametrize("what", ["torn", "without a rank"])
-def test_what_is_torn_or_not_there_of_the_attempt_before_is_not_lost(
-    what: str, tmp_path: Path, audit: Audited, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = []
-    by_ranks(monkeypatch, 4, lambda rank: states.append(state_after(global_loader(tmp_path), 4, 4)))
+def four_go_on_as_two(run: Path, monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """An epoch of four ranks, of which two go on after so many batches."""
+    states: list[Any] = []
+    by_ranks(monkeypatch, 4, lambda _: states.append(state_after(global_loader(run), 4, batches)))
 
-    def go_on(rank: int) -> None:
-        loader = global_loader(tmp_path)
+    def go_on(_: int) -> None:
+        loader = global_loader(run)
         loader.load_state_dict(states[0])
         list(loader)
 
     by_ranks(monkeypatch, 2, go_on, attempt=1)
+
+
+@pytest.mark.parametrize("what", ["torn", "without a rank"])
+def test_what_is_torn_or_not_there_of_the_attempt_before_is_not_lost(
+    what: str, tmp_path: Path, audit: Audited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four_go_on_as_two(tmp_path, monkeypatch, 4)
     if what == "torn":
         (path,) = tmp_path.glob("attempt=0/rank=3/*/batches-000.parquet")
         path.unlink()
@@ -458,15 +459,7 @@ def test_a_folder_of_before_is_told_by_the_audits_in_it(
 def test_in_a_folder_of_before_what_went_on_with_what_is_inferred(
     tmp_path: Path, audit: Audited, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = []
-    by_ranks(monkeypatch, 4, lambda rank: states.append(state_after(global_loader(tmp_path), 4, 6)))
-
-    def go_on(rank: int) -> None:
-        loader = global_loader(tmp_path)
-        loader.load_state_dict(states[0])
-        list(loader)
-
-    by_ranks(monkeypatch, 2, go_on, attempt=1)
+    four_go_on_as_two(tmp_path, monkeypatch, 6)
     as_before(tmp_path)
     status, epoch = audit()
     assert (status, epoch["delivered"], epoch["attempts"]) == (0, 96, [0, 1])
