@@ -14,7 +14,7 @@ from safeloader.report.run import RunFolder
 _LEFT_OUT = ("skipped", "replaced")
 
 
-class Lines:
+class LoaderLines:
     """What a loader wrote in lines, read once for all of its epochs: each open is slow where the
     file system is far away."""
 
@@ -41,7 +41,7 @@ class Piece:
     """Batches of one rank: from ``first`` on, and before ``end`` where that is not None."""
 
     loader: LoaderRecords
-    lines: Lines
+    lines: LoaderLines
     epoch: int
     first: int
     end: int | None = None
@@ -60,7 +60,7 @@ class Part:
 
     loader: LoaderRecords
     epoch: RunEpoch
-    lines: Lines
+    lines: LoaderLines
     batches: int = 0
     first: int = 0
 
@@ -210,7 +210,7 @@ def cohorts_of(run: RunFolder, attempt: int | None = None) -> list[Cohort]:
     for loader, number in _numbered_alike(run):
         if attempt not in (None, loader.attempt):
             continue
-        lines = Lines(loader)
+        lines = LoaderLines(loader)
         spans = _spans(loader, lines)
         for epoch in epochs_of(loader):
             key = loader.attempt, loader.name, number, epoch.epoch
@@ -240,7 +240,7 @@ def _numbered_alike(run: RunFolder) -> Iterator[tuple[LoaderRecords, int]]:
         yield loader, seen[key]
 
 
-def _spans(loader: LoaderRecords, lines: Lines) -> dict[int, tuple[int, int]]:
+def _spans(loader: LoaderRecords, lines: LoaderLines) -> dict[int, tuple[int, int]]:
     """Of each epoch the number of its first batch, and how many there are."""
     import numpy as np
 
