@@ -26,7 +26,7 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from safeloader import _python
 
@@ -36,7 +36,7 @@ _WITH_WORKERS = "_MultiProcessingDataLoaderIter"
 _NEEDED = {
     "torch": "UntypedStorage._cdata UntypedStorage._expired UntypedStorage._free_weak_ref "
     "UntypedStorage._weak_ref",
-    "torch._C": "DisableTorchFunction",
+    "torch._C": "DisableTorchFunction _len_torch_dispatch_stack _len_torch_function_stack",
     "torch.autograd": "_profiler_enabled",
     _LOADING: "_DatasetKind.create_fetcher _DatasetKind.Iterable "
     "_SingleProcessDataLoaderIter._next_data DataLoader._get_iterator DataLoader._index_sampler "
@@ -500,6 +500,25 @@ def collates_tuples_of_tensors_itself() -> bool:
     collate = _utils.collate
     by_type = collate.default_collate_fn_map
     return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
+
+
+def has_own_methods(*datasets: type) -> bool:
+    """Whether these datasets of torch's fetch samples by torch's code, and nobody's beside it."""
+    for each in datasets:
+        for name in ("__getitem__", "__getitems__"):
+            method = getattr(each, name, None)
+            code = getattr(method, "__code__", None)
+            if method is not None and (code is None or code.co_filename != _DATASETS):
+                return False
+    return True
+
+
+_DATASETS = Subset.__init__.__code__.co_filename
+
+
+def calls_are_watched() -> bool:
+    """Whether a mode of the user's sees each call of torch; hot path."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 def stack_tensors_with(stack: Callable[..., Any]) -> None:

@@ -211,6 +211,7 @@ class WorkerPool:
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
             states=self.plan,
+            apart=settings.trace_target is not False,
         )
 
     def _start(self, loader: DataLoader[Any]) -> Any:

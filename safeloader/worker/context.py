@@ -40,6 +40,7 @@ class FetchContext:
         length: the dataset's as main knew it when the epoch began; None if it has none.
         inherited: what was warned of as the workers were forked.
         states: of a loader that keeps its place, how those of its dataset are kept.
+        apart: whether each sample is to be timed for itself, for a trace of samples.
     """
 
     worker_id: int | None = None
@@ -56,3 +57,4 @@ class FetchContext:
     length: int | None = None
     inherited: tuple[Inherited, ...] = ()
     states: StatesPlan | None = None
+    apart: bool = False

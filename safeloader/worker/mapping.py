@@ -7,6 +7,7 @@ and "TensorDataset" of ``benchmarks/`` guard it.
 from __future__ import annotations
 
 import functools
+import struct
 from contextlib import suppress
 from time import monotonic
 from time import perf_counter_ns as clock
@@ -33,15 +34,19 @@ from safeloader.supervision.flight_recorder import (
     FETCH,
     FETCH_AT_ONCE,
     PHASE,
+    SEQ,
     SINCE,
 )
+from safeloader.transport.messages import DeliveredBatch, Task
 from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import FirstSamples
 from safeloader.worker.recording import Made, RecordingFetcher
 from safeloader.worker.repair import BatchRepair, Donors, Unrepairable, no_fault_of_a_sample, struck
 from safeloader.worker.seeding import seeded_items
+from safeloader.worker.tensor_columns import Gather, columns_of
 from safeloader.worker.validating import ValidatedItems, refused_by
 
+_STAMPS = struct.Struct("3q").pack
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
 
@@ -67,8 +72,35 @@ class MapFetcher(RecordingFetcher):
             context.seeder is None or context.seeder.per == "batch"
         )
         self._by_default = stock.collate_fn is default_collate
+        self._columns = self._may_have_columns(stock)
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
+
+    def _may_have_columns(self, stock: Any) -> Gather | None:
+        """What makes whole batches, where nothing asks for each sample for itself."""
+        context, plain = self._context, self._asked_of is self._dataset
+        if not plain or not self._batched or context.worker_id is not None:
+            return None
+        if context.key is not None or context.apart or context.checksum:
+            return None
+        return columns_of(self._dataset, stock.collate_fn)
+
+    def fetch(self, task: Task) -> Made:
+        """As :class:`RecordingFetcher` has it; hot path."""
+        gather, packed = self._columns, task.packed
+        if gather is not None and type(packed) is bytes and self._items is self._dataset:
+            cells = self._cells
+            cells[SEQ], cells[COUNTED], cells[PHASE] = task.seq, 0, FETCH_AT_ONCE
+            cells[SINCE] = began = clock()
+            batch = gather(task.index, packed)
+            if batch is not None:
+                ended = clock()
+                stamps, number = _STAMPS(began, ended, ended), len(packed) >> 3
+                return DeliveredBatch(
+                    BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True),
+                    batch,
+                )
+        return super().fetch(task)
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""
