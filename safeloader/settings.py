@@ -59,6 +59,21 @@ def is_off() -> bool:
     return value == "off"
 
 
+def freezes_garbage() -> bool:
+    """Whether workers leave what they inherited out of garbage collection; as a rule they do.
+
+    Raises:
+        ValueError: if ``SAFELOADER_GC_FREEZE`` holds something else than 0, 1 or nothing.
+    """
+    value = os.environ.get("SAFELOADER_GC_FREEZE", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"the environment variable SAFELOADER_GC_FREEZE must be 1 (workers leave what they "
+            f"inherit out of garbage collection), 0 or unset; it is {value!r}"
+        )
+    return value != "0"
+
+
 class Keywords:
     """Our keywords and their defaults; see :class:`~safeloader.SafeDataLoader`."""
 
@@ -150,6 +165,7 @@ class Settings(Keywords):
             raise ValueError(
                 "samples have one identity: give key=, or one checks.unique in validate=, not both"
             )
+        freezes_garbage()
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.run_dir is not None and self.run_target is not None:

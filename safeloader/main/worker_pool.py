@@ -48,7 +48,7 @@ from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
-from safeloader.settings import Settings
+from safeloader.settings import Settings, freezes_garbage
 from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
@@ -243,6 +243,7 @@ class WorkerPool:
                 forks=method == "fork",
                 stays=self.persistent,
                 observed=self.persistent or self.looks.worth_it,
+                freezes=freezes_garbage(),
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)

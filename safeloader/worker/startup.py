@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -59,9 +60,14 @@ class WorkerStartup:
     forks: bool = False
     stays: bool = False
     observed: bool = True
+    freezes: bool = True
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
+        if self.freezes:
+            # Before anything is made here: a collection would walk all that this process inherited,
+            # half a second in a large program, and touch each page of it, which copies the page.
+            gc.freeze()
         info = get_worker_info()
         dataset = None if info is None else info.dataset
         files = self._inherited_files(dataset)

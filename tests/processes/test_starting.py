@@ -87,3 +87,56 @@ def test_nothing_is_left_of_workers_that_could_not_be_started(
         if started:
             return
     pytest.fail("two workers never started")
+
+
+# ── garbage collection ───────────────────────────────────────────────────────────────────────────
+
+
+class Collected(torch.utils.data.Dataset[tuple[int, int]]):
+    """Tells what a worker's collector has to walk, as a sample."""
+
+    def __init__(self) -> None:
+        self.entries = [[k] for k in range(50_000)]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        mine = {id(each) for each in self.entries}
+        walked = sum(id(each) in mine for each in gc.get_objects())
+        return walked, gc.get_freeze_count()
+
+
+class InitSees:
+    """A worker_init_fn that wants the collector to have been told before it is called."""
+
+    def __call__(self, worker: int) -> None:
+        here = [0]
+        if not gc.get_freeze_count() or not any(each is here for each in gc.get_objects()):
+            raise RuntimeError("called before the collector was told")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_collects_nothing_of_what_it_came_with(method: str) -> None:
+    before = gc.get_freeze_count()
+    loader = SafeDataLoader(
+        Collected(), num_workers=1, multiprocessing_context=method, worker_init_fn=InitSees()
+    )
+    for walked, frozen in loader:
+        assert not walked
+        assert frozen > 1000
+    assert gc.get_freeze_count() <= before
+
+
+def test_the_collector_can_be_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER_GC_FREEZE", "0")
+    before = gc.get_freeze_count()
+    for walked, frozen in SafeDataLoader(Collected(), num_workers=1):
+        assert walked == 50_000
+        assert frozen <= before
+
+
+def test_what_the_variable_cannot_mean_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELOADER_GC_FREEZE", "maybe")
+    with pytest.raises(ValueError, match="SAFELOADER_GC_FREEZE must be 1"):
+        SafeDataLoader(Collected(), num_workers=1)
