@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset, get_worker_info
 
@@ -42,7 +43,8 @@ _NEEDED = {
     "_SingleProcessDataLoaderIter._next_data DataLoader._get_iterator DataLoader._index_sampler "
     f"DataLoader._auto_collation {_WITH_WORKERS}._next_data {_WITH_WORKERS}._reset "
     f"{_WITH_WORKERS}._shutdown_workers {_WITH_WORKERS}._try_get_data _BaseDataLoaderIter",
-    f"{_UTILS}.collate": "default_collate_fn_map collate_tensor_fn",
+    f"{_UTILS}.collate": "default_collate_fn_map collate_tensor_fn collate_float_fn "
+    "collate_int_fn collate_str_fn collate_numpy_array_fn collate_numpy_scalar_fn",
     f"{_UTILS}.fetch": "_IterableDatasetFetcher.__init__",
     f"{_UTILS}.pin_memory": "pin_memory",
     f"{_UTILS}.signal_handling": "_remove_worker_pids _set_SIGCHLD_handler",
@@ -495,11 +497,26 @@ def forget_what_was_sent() -> None:
             _sent.lock.release()
 
 
-def collates_tuples_of_tensors_itself() -> bool:
-    """Whether ``default_collate`` does with tuples and tensors what torch has it do; hot path."""
+def collates_as_torch_does() -> bool:
+    """Whether ``default_collate`` knows the types that torch has it know, and no more; hot path."""
+    return bool(_utils.collate.default_collate_fn_map == _collations())
+
+
+@functools.cache
+def _collations() -> dict[Any, Any]:
+    """What torch itself has ``default_collate`` call for each type."""
     collate = _utils.collate
-    by_type = collate.default_collate_fn_map
-    return by_type.get(torch.Tensor) is collate.collate_tensor_fn and tuple not in by_type
+    tensor, text = collate.collate_tensor_fn, collate.collate_str_fn
+    scalar = collate.collate_numpy_scalar_fn
+    return {
+        torch.Tensor: tensor,
+        np.ndarray: collate.collate_numpy_array_fn,
+        (np.bool_, np.number, np.object_): scalar,
+        float: collate.collate_float_fn,
+        int: collate.collate_int_fn,
+        str: text,
+        bytes: text,
+    }
 
 
 def has_own_methods(*datasets: type) -> bool:

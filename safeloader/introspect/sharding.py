@@ -23,6 +23,7 @@ from safeloader.introspect.shard import Shard
 from safeloader.introspect.values import definitions, fields, inherits, plain_length
 
 _DEPTH = 5
+_WHOLE = frozenset({SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler})
 WITHIN = ("batch_sampler", "sampler", "_batch_sampler", "_sampler")
 _NAMES = (  # of the number of shares, and of this one
     ("num_replicas", "rank"),
@@ -48,6 +49,8 @@ def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Sh
         dataset: what the loader reads.
         length: its length, where that is known.
     """
+    if _shares_out_nothing(sampler):
+        return None
     in_order = True  # what is drawn is drawn in the order of the share
     for inner, held in _levels(sampler):
         if inherits(type(inner), SaysItsShare):
@@ -67,6 +70,8 @@ def shared_out_twice(sampler: Any) -> str:
 
     Only of samplers that are known to share out: others may have such attributes and do without.
     """
+    if _shares_out_nothing(sampler):
+        return ""
     dealing = ""
     for inner, held in _levels(sampler):
         replicas = held.get("num_processes")
@@ -83,6 +88,11 @@ def shared_out_twice(sampler: Any) -> str:
                 "a sampler of all indices, or leave it out of prepare"
             )
     return ""
+
+
+def _shares_out_nothing(sampler: Any) -> bool:
+    """Whether it is torch's own and draws all by itself, as most samplers are: told at once."""
+    return type(sampler.sampler if type(sampler) is BatchSampler else sampler) in _WHOLE
 
 
 def _levels(sampler: Any) -> Iterator[tuple[Any, dict[Any, Any]]]:

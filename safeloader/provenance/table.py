@@ -43,7 +43,8 @@ class BatchRecord:
         worker_id: number of the worker that made it; None with ``num_workers=0``.
         pid: process id of that worker.
         fetch_ns: time each sample took to fetch, in ns. Samples fetched in one call
-            (``__getitems__``, or the rows of a ``TensorDataset``) carry equal shares of it.
+            (``__getitems__``, or the rows of a ``TensorDataset``), or without workers in less than
+            2 µs each, carry equal shares of it.
         collate_ns: time the collate function took, in ns.
         wait_ns: time the training loop waited for the batch, in ns.
         start_ns: when the first fetch began, in ns since 1970.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import struct
 from contextlib import suppress
+from itertools import repeat
+from operator import getitem
 from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
@@ -46,6 +48,7 @@ from safeloader.worker.seeding import seeded_items
 from safeloader.worker.tensor_columns import Gather, columns_of
 from safeloader.worker.validating import ValidatedItems, refused_by
 
+_CHEAP_NS = 2_000  # a sample
 _STAMPS = struct.Struct("3q").pack
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
@@ -73,6 +76,10 @@ class MapFetcher(RecordingFetcher):
         )
         self._by_default = stock.collate_fn is default_collate
         self._columns = self._may_have_columns(stock)
+        # Without workers, where no other process reads where this one is.
+        self._may_be_cheap = context.worker_id is None and self._batched and not context.apart
+        self._cheap = False  # whether samples come faster than a clock reading each is worth
+        self._timed_whole = False  # whether the running batch is timed as one
         self._at_once = False  # whether the dataset makes the running batch in one call
         self._asked: Any = ()  # the indices it is asked for
 
@@ -129,7 +136,8 @@ class MapFetcher(RecordingFetcher):
         cells = self._cells
         cells[PHASE] = FETCH_AT_ONCE if at_once or self._spread != 1 else FETCH
         cells[SINCE] = stamps[0] = clock()
-        return packed, None, at_once or not batched
+        self._timed_whole = whole = at_once or self._cheap
+        return packed, None, whole or not batched
 
     def _gather(self, came: list[Any]) -> tuple[Any, int | None]:
         dataset, stamps, asked, now = self._items, self._stamps, self._asked, clock
@@ -138,9 +146,16 @@ class MapFetcher(RecordingFetcher):
             samples = dataset.__getitems__(asked)
             stamps[1] = now()
             return samples, self._count(samples)
-        for k, index in enumerate(asked, 1):
-            came.append(dataset[index])
-            stamps[k] = now()
+        if self._timed_whole:
+            came.extend(map(getitem, repeat(dataset), asked))  # holds those before one that raises
+            ended = stamps[1] = now()
+        else:
+            for k, index in enumerate(asked, 1):
+                came.append(dataset[index])
+                stamps[k] = now()
+            ended = stamps[len(came)]
+        if self._may_be_cheap:  # a slow one brings the readings back
+            self._cheap = ended - stamps[0] < _CHEAP_NS * len(came)
         return came, len(came) if self._batched else self._spread
 
     def _count(self, samples: Any) -> int | None:
@@ -169,7 +184,7 @@ class MapFetcher(RecordingFetcher):
                 return self._failed(failed, blank, phase)
             samples, failed, phase = [], None, "sample"  # each fails for itself, or comes
             self._random = RandomState.now()  # not what the batch began with, which are used up
-        if self._at_once:  # what came did so together: no time is known of each
+        if self._timed_whole:  # no time is known of each that came
             self._stamps[0] = clock()
             for k in range(len(samples)):
                 self._stamps[k + 1] = self._stamps[0]

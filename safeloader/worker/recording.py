@@ -128,7 +128,7 @@ class RecordingFetcher:
             if self._worker_id is not None:
                 self._packer.collates()
             batch = self._collate(samples)
-            end = 1 + (len(came) if samples is came else 1)  # one stamp for all fetched at once
+            end = 2 if at_once else 1 + len(came)  # one stamp for all fetched at once
             stamps[end] = clock()
         except Exception as exc:
             blank = self._blank(*begun)

@@ -66,7 +66,7 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
             for column in tensors:
                 if not _is_plain(column):
                     return None
-            if not _torch.collates_tuples_of_tensors_itself() or _torch.calls_are_watched():
+            if not _torch.collates_as_torch_does() or _torch.calls_are_watched():
                 return None
             rows = torch.from_numpy(numbers)
             return [column.index_select(0, rows) for column in tensors]  # raises below 0

@@ -1,18 +1,21 @@
-"""Tuples of tensors are collated as ``default_collate`` does it, or left to it."""
+"""Plain samples are collated as ``default_collate`` does it, all others left to it."""
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from safeloader import CollateError, SafeDataLoader
 from safeloader.worker import stacking
-from safeloader.worker.stacking import collation_by, stacked
+from safeloader.worker.stacking import collated_here, collation_by
 from tests.oracle import plain
 
 Pair = namedtuple("Pair", "x y")
@@ -23,7 +26,7 @@ class Sub(torch.Tensor):
 
 
 def same_as_default(samples: Any) -> None:
-    came = stacked(samples)
+    came = collated_here(samples)
     assert came is not None
     assert plain(came) == plain(default_collate(samples))
 
@@ -35,8 +38,59 @@ def test_what_it_collates_is_as_default_collate_has_it() -> None:
     same_as_default([(), ()])
     same_as_default([(torch.ones(2), torch.zeros(0))] * 2)
     same_as_default([(torch.ones(2, requires_grad=True),)] * 2)
+    same_as_default([(torch.ones(2), 1)] * 2)
+    same_as_default([0.1, float("nan"), -0.0, float("inf"), 5e-324])
+    same_as_default([-(1 << 63), (1 << 63) - 1])
+    same_as_default([{"a": 1, 2: ("x", b"y")}, {2: ("z", b""), "a": -1, "more": 0}])
+    same_as_default([{}, {"a": 1}])
     last = torch.ones(1, 2, 3, 3).contiguous(memory_format=torch.channels_last)
     same_as_default([(last[0],)] * 3)
+
+
+leaves = st.sampled_from(
+    [
+        st.integers(-(1 << 70), 1 << 70),
+        st.floats(),
+        st.booleans(),
+        st.text(max_size=2),
+        st.builds(lambda n: torch.full((2,), n), st.integers(0, 9)),
+        st.builds(np.float32, st.integers(0, 9)),
+    ]
+)
+
+
+def samples_of(depth: int) -> st.SearchStrategy[st.SearchStrategy[Any]]:
+    """What makes samples of one structure, whatever it is."""
+    if not depth:
+        return leaves
+    inner = samples_of(depth - 1)
+    return st.one_of(
+        leaves,
+        st.lists(inner, max_size=3).map(lambda parts: st.tuples(*parts)),
+        st.dictionaries(st.sampled_from("abc"), inner, max_size=3).map(st.fixed_dictionaries),
+        st.lists(inner, max_size=2).map(lambda parts: st.tuples(*parts).map(list)),
+    )
+
+
+@given(st.data())
+@pytest.mark.hypothesis
+def test_a_batch_is_that_of_default_collate_bit_for_bit(data: Any) -> None:
+    sample = data.draw(samples_of(2))
+    samples = data.draw(st.lists(sample, min_size=1, max_size=4))
+    came = collated_here(samples)
+    if came is not None:
+        assert plain(came) == plain(default_collate(samples))
+
+
+def test_its_tensors_can_be_resized() -> None:
+    for samples in ([1, 2], [1.0, 2.0]):
+        assert collated_here(samples).untyped_storage().resizable()
+
+
+def test_a_default_device_is_heeded() -> None:
+    batches = iter(SafeDataLoader([1, 2], batch_size=2))
+    with torch.device("meta"):
+        assert next(batches).device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +101,19 @@ def test_what_it_collates_is_as_default_collate_has_it() -> None:
         [torch.ones(2)],
         [[torch.ones(2)]],
         [Pair(torch.ones(2), torch.ones(2))],
-        [(torch.ones(2), 1)],
+        [(torch.ones(2), True)],
+        [(torch.ones(2), 1), (torch.ones(2), 2.0)],
+        [1, True],
+        [1.5, 2],
+        [1 << 63],
+        [None],
+        ["text"],
+        [np.int64(3)],
+        [{"a": 1}, {"b": 1}],
+        [{"a": 1}, OrderedDict(a=1)],
+        [OrderedDict(a=1)],
+        [{"a": None}],
+        [{"a": [1]}],
         [(torch.ones(2).as_subclass(Sub),)],
         [(torch.eye(2).to_sparse(),)],
         [(torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),)],
@@ -57,7 +123,7 @@ def test_what_it_collates_is_as_default_collate_has_it() -> None:
     ],
 )
 def test_what_it_leaves_alone(samples: Any) -> None:
-    assert stacked(samples) is None
+    assert collated_here(samples) is None
 
 
 def test_the_functions_that_a_user_registers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +131,7 @@ def test_the_functions_that_a_user_registers_are_used(monkeypatch: pytest.Monkey
     for kind in (torch.Tensor, tuple):
         with monkeypatch.context() as patch:
             patch.setitem(default_collate_fn_map, kind, lambda batch, **_: "mine")
-            assert stacked(samples) is None
+            assert collated_here(samples) is None
             (batch,) = SafeDataLoader(samples, batch_size=2)
             assert "mine" in batch
 
@@ -92,7 +158,7 @@ class Stock:
 
 def test_it_is_for_default_collate_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    monkeypatch.setattr(stacking, "stacked", tried.append)
+    monkeypatch.setattr(stacking, "collated_here", tried.append)
     samples = [(torch.ones(2),)] * 2
     collation_by(Stock(default_collate))(samples)
     assert tried == [samples]

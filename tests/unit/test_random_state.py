@@ -111,16 +111,17 @@ def test_nothing_moved_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sequence", [["mark", "random", "mark", "gauss", "mark", "many"]])
 def test_without_the_fast_path(sequence: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_state, "_python_address", lambda: 0)
+    monkeypatch.setattr(random_state, "_python_address", lambda getstate: 0)
     assert Marks()._python.words is None
     follow(sequence)
 
 
 def test_another_memory_layout_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "getstate", lambda: (3, tuple(range(625)), None))
-    assert random_state._python_address() == 0
+    assert random_state._python_address(random.getstate) == 0
     monkeypatch.setattr(random, "getstate", random.Random(5).getstate)
-    assert random_state._python_address() != 0  # it is looked for in the object that is asked
+    # It is looked for in the object that is asked.
+    assert random_state._python_address(random.getstate) != 0
 
 
 @pytest.mark.parametrize("make", [np.random.PCG64, np.random.Philox, np.random.MT19937])

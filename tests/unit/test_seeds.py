@@ -232,7 +232,7 @@ def test_generators_are_put_back_with_their_kept_gaussians(
     known: bool, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not known:
-        monkeypatch.setattr(random_state, "_python_address", lambda: 0)
+        monkeypatch.setattr(random_state, "_python_address", lambda getstate: 0)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     apart, seeder = Apart(), Seeder("sample")
     seeder.begin(1, 0)
