@@ -65,11 +65,24 @@ def freezes_garbage() -> bool:
     Raises:
         ValueError: if ``SAFELOADER_GC_FREEZE`` holds something else than 0, 1 or nothing.
     """
-    value = os.environ.get("SAFELOADER_GC_FREEZE", "").strip()
+    return _is_on("SAFELOADER_GC_FREEZE", "workers leave what they inherit out of collections")
+
+
+def keeps_slots() -> bool:
+    """Whether slots outlive an epoch's workers, to serve the next ones; as a rule they do.
+
+    Raises:
+        ValueError: if ``SAFELOADER_KEEP_SLOTS`` holds something else than 0, 1 or nothing.
+    """
+    return _is_on("SAFELOADER_KEEP_SLOTS", "the slots of an epoch's workers serve the next ones")
+
+
+def _is_on(variable: str, meaning: str) -> bool:
+    value = os.environ.get(variable, "").strip()
     if value not in ("", "0", "1"):
         raise ValueError(
-            f"the environment variable SAFELOADER_GC_FREEZE must be 1 (workers leave what they "
-            f"inherit out of garbage collection), 0 or unset; it is {value!r}"
+            f"the environment variable {variable} must be 1 ({meaning}), 0 or unset; it is "
+            f"{value!r}"
         )
     return value != "0"
 
@@ -166,6 +179,7 @@ class Settings(Keywords):
                 "samples have one identity: give key=, or one checks.unique in validate=, not both"
             )
         freezes_garbage()
+        keeps_slots()
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.run_dir is not None and self.run_target is not None:

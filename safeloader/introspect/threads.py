@@ -28,6 +28,8 @@ def threads_here() -> dict[str, tuple[str, ...]]:
     for thread in threading.enumerate()[:_THREADS_MAX]:
         if thread is not threading.main_thread() and thread is not threading.current_thread():
             name = str(vars(thread).get("_name"))
+            if name.startswith("safeloader"):  # ours, which take no lock of anybody's
+                continue
             library = library_of_thread(name[:15])
             if not library:
                 library, kind = "Python", type_name(type(thread))

@@ -157,6 +157,7 @@ class SafeIterator(Iterator[Any]):
                     except StopIteration:
                         self._looks.at_end()
                         self._epoch.ended(broken=self.pool.broken is not None)
+                        self.pool.rests()
                         if self._continuity is not None:
                             self._continuity.ended(self)
                         raise
@@ -353,8 +354,10 @@ class SafeIterator(Iterator[Any]):
                 epoch.release()
                 if "_looks" in self.__dict__:
                     self._looks.release()
-                if "pool" in self.__dict__ and self.pool.hangs:
-                    self.pool.end()  # torch would give each worker five seconds
+                if "pool" in self.__dict__:
+                    self.pool.rests()
+                    if self.pool.hangs:
+                        self.pool.end()  # torch would give each worker five seconds
             except Exception:  # at interpreter exit anything may be gone already
                 return
 

@@ -48,13 +48,14 @@ from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
-from safeloader.settings import Settings, freezes_garbage
+from safeloader.settings import Settings, freezes_garbage, keeps_slots
 from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
+from safeloader.transport.parking import Parked
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
@@ -230,6 +231,10 @@ class WorkerPool:
             loaders = settings.recorder.transport
             counts = loaders if table is None else PoolCounts(loaders, table)
             unpacker = Unpacker(table, counts)
+            parked: Parked = {}
+            if table is not None and method == "fork" and keeps_slots():
+                parked = settings.recorder.parked.take(table)
+                unpacker.adopt(parked)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
@@ -244,6 +249,8 @@ class WorkerPool:
                 stays=self.persistent,
                 observed=self.persistent or self.looks.worth_it,
                 freezes=freezes_garbage(),
+                parked=parked,
+                not_mine=unpacker.forget if parked else None,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
@@ -278,6 +285,8 @@ class WorkerPool:
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
+            if method == "fork" and not self.persistent and keeps_slots():
+                settings.recorder.parked.started(unpacker, processes)
         draws = self.sampler
         forked = None
         if method == "fork":
@@ -370,6 +379,11 @@ class WorkerPool:
         return None
 
     # workers that died ──────────────────────────────────────────────────────────────────────────
+
+    def rests(self) -> None:
+        """Nobody asks for more batches, and workers that do not stay end."""
+        if self.workers and not self.persistent and "_settings" in self.__dict__:
+            self._settings.recorder.parked.rest()
 
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""

@@ -24,6 +24,7 @@ from safeloader.introspect.texts import bounded_text
 from safeloader.introspect.values import weight
 from safeloader.provenance.audits import AuditHistory
 from safeloader.provenance.epoch_facts import FactsOfEpochs
+from safeloader.transport.parking import ParkedSlots
 from safeloader.transport.stats import TransportCounts
 
 DEFAULT_MAX_BYTES = 64 * 1024 * 1024
@@ -118,6 +119,7 @@ class Recorder:
         self.history = AuditHistory()
         self.facts = FactsOfEpochs(max_bytes // 2)
         self.transport = TransportCounts()
+        self.parked = ParkedSlots()
         self.incidents: Counter[str] = Counter()
         self.told: set[str] = set()  # notes on earlier epochs
         self.looks: list[Any] = []  # at the workers of the loaders that write into it

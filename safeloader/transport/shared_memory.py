@@ -7,7 +7,9 @@ when they end, however they end, and ``/dev/shm`` (64 MB in many containers) doe
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from mmap import mmap
@@ -48,6 +50,33 @@ def mapped(fd: int, size: int) -> Any:
     file = f"/proc/self/fd/{fd}"
     whole: Any = torch.from_file(file, shared=True, size=size, dtype=torch.uint8)
     return (ctypes.c_ubyte * size).from_buffer(whole.numpy())
+
+
+def punched(memory: Any) -> None:
+    """Give the pages of such memory back at once, whoever has it mapped still: it reads as zeros.
+
+    A process that was forked while it was mapped would keep them for as long as it lives.
+    """
+    _advise(memory, len(memory), _REMOVE)
+
+
+def populated(memory: Any, size: int) -> None:
+    """Map the first pages of such memory in one call, where the kernel can; else when touched."""
+    _advise(memory, size, _POPULATE_WRITE)
+
+
+_REMOVE, _POPULATE_WRITE = 9, 23  # of Linux, the latter from 5.14 on
+
+
+def _advise(memory: Any, size: int, advice: int) -> None:
+    if sys.platform == "linux":
+        at, length = ctypes.c_void_p(ctypes.addressof(memory)), ctypes.c_size_t(size)
+        _libc().madvise(at, length, advice)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 class SharedCells:

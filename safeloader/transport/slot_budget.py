@@ -65,6 +65,11 @@ class PoolCounts(TransportCounts):
         super().slot_made(memory)
         self._whole.slot_made(memory)
 
+    def slot_left(self, memory: Any) -> None:
+        """A slot serves another pool, or goes."""
+        super().slot_left(memory)
+        self._whole.slot_left(memory)
+
 
 class SlotBudget:
     """Divides what this process may use among the workers of all its loaders."""

@@ -37,7 +37,7 @@ from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import opening
 from safeloader.transport.messages import DeliveredBatch, FailedBatch, failed_on_the_way
 from safeloader.transport.shared_memory import mapped
-from safeloader.transport.slot_table import FREE, GONE, SlotLayout, SlotTable
+from safeloader.transport.slot_table import FREE, GONE, HOLDS, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportCounts
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
@@ -152,6 +152,34 @@ class Unpacker:
             number, size = slot_layout.slots[place]
             self._slots[worker, number] = slot = _Slot(row, mapped(fd, size))
             self._counts.slot_made(slot.memory)
+
+    def adopt(self, parked: dict[tuple[int, int], Any]) -> None:
+        """Have these slots, by worker and number, which nothing refers to, for the pool's own."""
+        for (worker, number), memory in parked.items():
+            row, share = self._table.row(worker), self._table.share(worker)
+            share[HOLDS] += len(memory)
+            self._slots[worker, number] = _Slot(row, memory)
+            self._counts.slot_made(memory)
+            row[number] = FREE
+
+    def parted(self) -> dict[tuple[int, int], Any]:
+        """Part with the slots that nothing refers to; the workers have ended."""
+        self.settle(all_of_them=True)
+        found = {}
+        for key, slot in list(self._slots.items()):
+            if slot.lease is None and slot.row[key[1]] == FREE:
+                found[key] = slot.memory
+                del self._slots[key]
+                self._counts.slot_left(slot.memory)
+        return found
+
+    def forget(self) -> None:
+        """In a worker: unmap what was inherited."""
+        self._slots.clear()
+
+    def mapped_bytes(self) -> int:
+        """The size of all its slots."""
+        return sum(len(slot.memory) for slot in list(self._slots.values()))
 
     def settle(self, all_of_them: bool = False) -> None:
         """Tell the workers which slots nothing refers to any more. Hot path.

@@ -5,20 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
 from safeloader._torch import forget, is_gone
 from safeloader.transport.forks import forks_noticed
-from safeloader.transport.shared_memory import anonymous_file, mapped
+from safeloader.transport.shared_memory import anonymous_file, mapped, populated, punched
 from safeloader.transport.slot_table import FREE, GONE, HOLDS, LENT, MAY_HOLD, UNUSED, SlotTable
 
 _ALIGNED = 64  # a cache line
 SMALLEST = 1 << 16
 _IDLE_BATCHES = 256  # a slot that so many batches did without is given up
 _LOOK_EVERY = 8
+_POPULATED = 1 << 20  # bytes from which on pages are mapped at once
 _SPARE = 1 << 25  # bytes of slots for temporaries alone that are kept for the next batch
 
 Piece = tuple[int, int, int]  # first byte, the one behind, a weak reference to whose; 0: a copy
@@ -37,22 +39,27 @@ class Slot:
     Attributes:
         number: its cell in the table.
         size: in bytes.
-        memory: where it is mapped here.
+        memory: where it is mapped here; given where it served a worker that ended.
         address: of that.
+        is_new: whether nothing was written to it here.
         fd: for main to map it by; -1 once that was sent.
         place: in the batch that is being pickled; None while the slot is not sent with it.
         free_since: number of the batch at which it was found free; None while it is in use.
     """
 
-    def __init__(self, number: int, size: int) -> None:
+    def __init__(self, number: int, size: int, memory: Any = None) -> None:
         self.number = number
         self.size = size
-        self.fd = anonymous_file(size)
-        try:
-            self.memory = mapped(self.fd, size)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self.fd = -1
+        self.is_new = True
+        self.memory = memory
+        if memory is None:
+            self.fd = anonymous_file(size)
+            try:
+                self.memory = mapped(self.fd, size)
+            except BaseException:
+                os.close(self.fd)
+                raise
         self.address = ctypes.addressof(self.memory)
         self.place: int | None = None
         self.free_since: int | None = None
@@ -119,18 +126,25 @@ class SlotPool:
     Args:
         table: the states of all slots.
         worker: whose slots these are.
+        parked: slots that served workers which ended, this worker's own among them.
 
     Attributes:
         given_up: slots that main has mapped and is to let go of; told with the next batch.
     """
 
-    def __init__(self, table: SlotTable, worker: int) -> None:
+    def __init__(
+        self, table: SlotTable, worker: int, parked: Mapping[tuple[int, int], Any] | None = None
+    ) -> None:
         self._states = np.frombuffer(table.row(worker), np.int64)
         self._share = table.share(worker)
         self._slots: dict[int, Slot] = {}
         self._top = 0  # above the highest number in use
         self._number = 0
         self.given_up: list[int] = []
+        for (whose, number), memory in (parked or {}).items():
+            if whose == worker:
+                self._slots[number] = Slot(number, len(memory), memory)
+                self._top = max(self._top, number + 1)
 
     def begin(self) -> None:
         """A batch begins; hot path."""
@@ -177,6 +191,10 @@ class SlotPool:
                 if best is None or best.number not in self._slots:
                     raise
         best.free_since = None
+        if best.is_new:
+            best.is_new = False
+            if size >= _POPULATED:
+                populated(best.memory, size)
         return best
 
     def _free(self) -> list[Slot]:
@@ -236,6 +254,8 @@ class SlotPool:
     def _give_up(self, slot: Slot) -> None:
         del self._slots[slot.number]
         self._share[HOLDS] -= slot.size
+        if self._states[slot.number] != GONE and not slot.is_new:
+            punched(slot.memory)  # nobody reads it, and whoever inherited it would keep its pages
         if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
             self._states[slot.number] = LENT
             self.given_up.append(slot.number)

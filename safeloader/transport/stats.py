@@ -18,7 +18,7 @@ class TransportStats:
 
     Attributes:
         slots: how many slots are mapped now: shared memory that batches are written into in turn.
-            Those of an epoch's workers go with them, but for the batches that are kept.
+            Those of an epoch's workers serve the next ones, or go within half a minute.
         bytes: their size together. What a slot never held takes no memory.
         batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
             within the worker's message, as it is small; ``"torch"``, in full or in part by torch's
@@ -76,6 +76,12 @@ class TransportCounts:
         """A slot was mapped; it is counted until its memory is freed."""
         forget = self._mapped.pop  # in C: `slot_reader` says why
         self._mapped[_Mapped(memory, forget)] = len(memory)
+
+    def slot_left(self, memory: Any) -> None:
+        """A slot is no longer of these."""
+        for each in list(self._mapped):
+            if each() is memory:
+                self._mapped.pop(each, None)
 
     def stats(self) -> TransportStats:
         """The counts as they stand."""

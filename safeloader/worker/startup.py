@@ -29,6 +29,7 @@ from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
+from safeloader.transport.parking import Parked
 from safeloader.transport.slot_table import SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
@@ -61,6 +62,8 @@ class WorkerStartup:
     stays: bool = False
     observed: bool = True
     freezes: bool = True
+    parked: Parked = dataclasses.field(default_factory=dict)
+    not_mine: Callable[[], object] | None = None
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
@@ -90,7 +93,10 @@ class WorkerStartup:
             except Exception as exc:
                 refused = refusing(exc, "init")
         # Taken after the user's function: what it opened is the state that the work starts from.
-        slots = None if self.slots is None else SlotPool(self.slots, worker_id)
+        slots = None if self.slots is None else SlotPool(self.slots, worker_id, self.parked)
+        if self.not_mine is not None:
+            self.parked.clear()
+            self.not_mine()
         packer = Packer(slots, self.no_slots)
         packer.install()
         start_state = describe(dataset, ask=False, length=context.length)

@@ -1,0 +1,247 @@
+"""Slots that outlive an epoch's workers: what they hold is never written over, and they go."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from safeloader import SafeDataLoader, WorkerCrashError
+from safeloader.transport import parking
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/maps").exists() or not hasattr(os, "memfd_create"),
+    reason="slots are counted as Linux has them",
+)
+
+SIZE = 200_000  # floats of a sample: two of them are a batch of 1.6 MB
+
+
+class Numbered(Dataset[torch.Tensor]):
+    """Each sample is full of numbers that no other sample, epoch or worker has."""
+
+    def __init__(self, length: int = 16) -> None:
+        self.length, self.epoch = length, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((SIZE,), float(self.epoch * 1000 + index))
+
+
+def slots_mapped() -> int:
+    """How many slots this process has mapped; the small files are cells."""
+    found = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "memfd:safeloader" in line:
+            first, last = (int(each, 16) for each in line.split()[0].split("-"))
+            found += last - first > 1 << 20
+    return found
+
+
+def until(done: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def passed(loader: SafeDataLoader[Any], data: Numbered, keep: Callable[[int], bool]) -> list[Any]:
+    """An epoch: those of its batches that are kept, each with what is in it."""
+    kept = []
+    for number, batch in enumerate(loader):
+        wanted = [float(data.epoch * 1000 + 2 * number + k) for k in range(2)]
+        assert [each.unique().tolist() for each in batch] == [[each] for each in wanted]
+        if keep(number):
+            kept.append((batch, wanted))
+    data.epoch += 1
+    return kept
+
+
+def whole(kept: list[Any]) -> bool:
+    return all(
+        [each.unique().tolist() for each in batch] == [[each] for each in wanted]
+        for batch, wanted in kept
+    )
+
+
+def loader_of(data: Numbered, **kwargs: Any) -> SafeDataLoader[Any]:
+    return SafeDataLoader(data, 2, num_workers=2, multiprocessing_context="fork", **kwargs)
+
+
+def test_the_next_workers_write_into_the_same_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    real = parking.ParkedSlots.take
+
+    def told(self: Any, table: Any) -> Any:
+        found = real(self, table)
+        taken.append(len(found))
+        return found
+
+    monkeypatch.setattr(parking.ParkedSlots, "take", told)
+    data = Numbered()
+    loader = loader_of(data)
+    for _ in range(4):
+        passed(loader, data, lambda number: False)
+    assert taken[0] == 0
+    assert all(taken[1:])
+    stats = loader.transport_stats
+    assert stats.slots == slots_mapped() <= max(taken) + 2  # a batch was kept by the loop
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_kept_is_never_written_over(seed: int) -> None:
+    draw = random.Random(seed)
+    data = Numbered()
+    loader = loader_of(data, prefetch_factor=draw.choice([1, 3]))
+    kept: list[Any] = []
+    for _ in range(6):
+        kept += passed(loader, data, lambda number: draw.random() < 0.3)
+        draw.shuffle(kept)
+        del kept[draw.randint(2, 5) :]
+        assert whole(kept)
+    assert loader.audit.ok
+
+
+def test_what_a_forked_child_sees_is_never_written_over() -> None:
+    data = Numbered()
+    loader = loader_of(data)
+    kept = passed(loader, data, lambda number: number % 2 == 0)
+    ask, answer = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.read(ask[0], 1)
+            status = 0 if whole(kept) else 2
+        finally:
+            os._exit(status)
+    kept.clear()  # free here, and not there
+    for _ in range(4):
+        passed(loader, data, lambda number: False)
+    os.write(ask[1], b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for end in (*ask, *answer):
+        os.close(end)
+
+
+def test_a_forked_child_has_slots_of_its_own() -> None:
+    data = Numbered()
+    loader = loader_of(data)
+    passed(loader, data, lambda number: False)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for _ in range(2):
+                passed(loader, data, lambda number: False)
+            status = 0
+        finally:
+            os._exit(status)
+    for _ in range(3):
+        passed(loader, data, lambda number: False)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_two_iterators_at_once_share_none() -> None:
+    data = Numbered()
+    loader = loader_of(data)
+    for _ in range(3):
+        for one, other in zip(loader, loader, strict=True):
+            assert torch.equal(one, other)
+            assert one.data_ptr() != other.data_ptr()
+
+
+def test_an_epoch_that_is_left_and_one_whose_worker_is_killed() -> None:
+    class Kills(Numbered):
+        kill = False
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            sample = super().__getitem__(index)
+            if self.kill and index == 9:
+                sample += 0.5  # half written
+                os.kill(os.getpid(), signal.SIGKILL)
+            return sample
+
+    data = Kills()
+    loader = loader_of(data)
+    kept = passed(loader, data, lambda number: number == 3)
+    for number, _ in enumerate(loader):
+        if number == 2:
+            break
+    data.epoch += 1
+    kept += passed(loader, data, lambda number: number == 5)
+    data.kill = True
+    with pytest.raises(WorkerCrashError):
+        list(loader)
+    data.kill = False
+    data.epoch += 1
+    kept += passed(loader, data, lambda number: number == 1)
+    assert whole(kept)
+
+
+class Maps(Numbered):
+    """The first number of a sample is how many slots its worker has mapped."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        sample = super().__getitem__(index)
+        sample[0] = slots_mapped()
+        return sample
+
+
+def test_a_worker_maps_its_own_alone() -> None:
+    loader = loader_of(Maps())
+    for _ in range(3):
+        most = max(float(batch[:, 0].max()) for batch in loader)
+    gc.collect()
+    assert most <= slots_mapped() / 2 + 3
+
+
+def test_they_go_with_the_loader() -> None:
+    before = slots_mapped()
+    data = Numbered()
+    loader = loader_of(data)
+    passed(loader, data, lambda number: False)
+    assert slots_mapped() > before
+    del loader
+    gc.collect()
+    assert slots_mapped() == before
+
+
+def test_they_go_if_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "REST_S", 0.01)
+    monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
+    data = Numbered()
+    loader = loader_of(data)
+    for _ in range(2):
+        passed(loader, data, lambda number: False)
+        until(lambda: not loader.transport_stats.slots)
+
+
+def none_asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("SAFELOADER_KEEP_SLOTS", "0")
+    return {}
+
+
+def spawned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"multiprocessing_context": "spawn"}
+
+
+@pytest.mark.parametrize("how", [none_asked, spawned])
+def test_where_none_are_kept(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"multiprocessing_context": "fork"} | how(monkeypatch)
+    loader: SafeDataLoader[Any] = SafeDataLoader(Numbered(6), 2, num_workers=1, **more)
+    for _ in range(2):
+        list(loader)
+        gc.collect()
+        assert not loader.transport_stats.slots
