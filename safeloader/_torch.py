@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import importlib
 import inspect
+import linecache
 import multiprocessing
 import operator
 import os
@@ -180,6 +182,29 @@ def start_method(loader: DataLoader[Any]) -> str:
     """How the loader's workers are started: ``"fork"``, ``"spawn"`` or ``"forkserver"``."""
     context: Any = loader.multiprocessing_context or torch.multiprocessing
     return str(context.get_start_method())
+
+
+@functools.cache
+def load_for_workers() -> None:
+    """Load here, once, what each forked worker would load for itself as torch seeds it.
+
+    That is NumPy's random numbers, which NumPy loads on demand, and the lines of source that torch
+    notes beside each seed it keeps for CUDA: three quarters of a worker's start, and memory of its
+    own for each. What is loaded is what the worker would load; nothing is drawn.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("numpy.random")
+    traceback.format_stack()  # the callers, whose lines these are
+    for name in _IN_A_WORKERS_STACK:
+        with contextlib.suppress(Exception):
+            linecache.getlines(inspect.getfile(sys.modules[name]))
+
+
+_IN_A_WORKERS_STACK = (
+    *("torch.random", "torch.cuda", "torch.cuda.random", "torch.xpu", "torch.xpu.random"),
+    *("torch.mtia", "torch.mps", f"{_UTILS}.worker", "traceback", _LOADING),
+    *("multiprocessing.process", "multiprocessing.popen_fork", "multiprocessing.context"),
+)
 
 
 # Torch's own, whatever the program puts there later; where there is none, `moved` says so.

@@ -270,7 +270,12 @@ def _groups(root: Path, controller: str) -> tuple[int, list[Path]]:
 
     In a container the path may be the host's, while what is mounted is the container's own cgroup.
     """
-    lines = (line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines())
+    return _groups_told(root, (root / "proc/self/cgroup").read_text(), controller)
+
+
+@functools.lru_cache(8)  # asked for several times as a pool of workers starts
+def _groups_told(root: Path, told: str, controller: str) -> tuple[int, list[Path]]:
+    lines = (line.split(":", 2) for line in told.splitlines())
     paths = {name: path for _, names, path in lines for name in names.split(",")}
     version = 1 if controller in paths else 2
     mount = root / "sys/fs/cgroup" / (controller if version == 1 else "")

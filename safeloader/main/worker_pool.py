@@ -224,7 +224,10 @@ class WorkerPool:
         settings, workers = self._settings, self.workers
         method = _torch.start_method(loader)
         inherited = self._warn_of_hazards(loader, method)
-        threads = threads_here() if method == "fork" else {}
+        threads = {}
+        if method == "fork":
+            threads = threads_here()
+            _torch.load_for_workers()
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()

@@ -8,10 +8,12 @@ worker that holds more than its share keeps it until its batches are gone: the o
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
 import weakref
+from time import monotonic
 from typing import Any
 
 from safeloader.introspect.resources import cgroup_memory, machine_memory
@@ -19,6 +21,7 @@ from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotTable
 from safeloader.transport.stats import TransportCounts
 
 _SHARE = 0.25
+_ASKED_EVERY_S = 1.0  # the limits of machine and container
 _UNKNOWN_MEMORY = 1 << 32
 
 
@@ -76,6 +79,7 @@ class SlotBudget:
 
     def __init__(self) -> None:
         self._total = 0
+        self._asked_s = -math.inf
         self._begin()
 
     def _begin(self) -> None:
@@ -87,7 +91,8 @@ class SlotBudget:
         """A pool starts."""
         if self._pid != os.getpid():  # forked: a process of its own
             self._begin()
-        self._total = process_bytes()
+        if monotonic() >= self._asked_s + _ASKED_EVERY_S:
+            self._total, self._asked_s = process_bytes(), monotonic()
         self._pools.append(pool)
         self.divide()
 
