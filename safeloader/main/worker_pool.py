@@ -55,7 +55,7 @@ from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
-from safeloader.transport.parking import Parked
+from safeloader.transport.parking import Parked, forking
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
@@ -261,7 +261,8 @@ class WorkerPool:
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )
             began = perf_counter()
-            self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
+            with forking() if method == "fork" else nullcontext():
+                self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)

@@ -11,7 +11,7 @@
 The pages of a fresh slot are made, zeroed and mapped on both sides: for short epochs of large
 batches that takes longer than all else. Only what nothing refers to is parked, only where no
 process was forked while something did, and only under fork: by no other way does a mapping reach a
-worker. Each worker lets go of what is not its own as it starts.
+worker. A worker lets go of what is not its own as it starts, of other loaders' slots too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
 from typing import Any
 
 from safeloader.transport.shared_memory import punched
@@ -39,8 +41,10 @@ class ParkedSlots:
 
     def __init__(self) -> None:
         self._begin()
+        _all.add(self)
 
     def _begin(self) -> None:
+        self._until: float | None = None  # when what is parked goes
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may iterate the loader
         self._last: tuple[Unpacker, list[Any]] | None = None
@@ -55,18 +59,35 @@ class ParkedSlots:
 
     def rest(self) -> None:
         """The workers end: what is not used within half a minute goes."""
-        self._stop()
         last = self._last
-        if last is None or last[0].mapped_bytes() < _WORTH_BYTES or self._pid != os.getpid():
+        if last is not None and last[0].mapped_bytes() >= _WORTH_BYTES:
+            self.pause()
+            self._until = monotonic() + REST_S
+            self.resume()
+
+    def pause(self) -> None:
+        """End the thread that waits for the half minute: Python warns of a fork beside one."""
+        timer, self._timer = self._timer, None
+        if timer is not None and self._pid == os.getpid():
+            timer.cancel()
+            if timer is not threading.current_thread():
+                timer.join(1.0)
+
+    def resume(self) -> None:
+        """Wait on for the end of the half minute."""
+        if self._until is None or self._timer is not None or self._pid != os.getpid():
             return
-        self._timer = threading.Timer(REST_S, _expired, [weakref.ref(self)])
-        self._timer.name = "safeloader's parked slots"
-        self._timer.daemon = True
-        self._timer.start()
+        left = max(0.0, self._until - monotonic())
+        timer = threading.Timer(left, _expired, [weakref.ref(self)])
+        timer.name = "safeloader's parked slots"
+        timer.daemon = True
+        timer.start()
+        self._timer = timer
 
     def take(self, table: SlotTable) -> Parked:
         """Give what is parked to the workers of ``table``, which have yet to be forked."""
-        self._stop()
+        self._until = None
+        self.pause()
         taken: Parked = {}
         numbers = [0] * table.workers
         for (worker, _), memory in sorted(self._parted().items(), key=lambda each: each[0]):
@@ -77,29 +98,59 @@ class ParkedSlots:
         return taken
 
     def drop(self) -> None:
-        """Let go of what is parked."""
-        for memory in self._parted().values():
-            punched(memory)
+        """Let go of what is parked; of slots whose workers are at work, never."""
+        if self._pid == os.getpid():
+            for memory in self._parted().values():
+                punched(memory)
+
+    def forget(self) -> None:
+        """In a worker: unmap what was inherited."""
+        if self._last is not None:
+            self._last[0].forget()
 
     def _parted(self) -> Parked:
         """What is parked, and is so no longer; nothing where its workers have not ended."""
-        if (
-            self._pid != os.getpid()
-        ):  # forked: these are the parent's, and its thread may be in here
+        if self._pid != os.getpid():  # forked: they are the parent's, and its thread may be in here
             self._begin()
         with self._lock:
-            last, self._last = self._last, None
-        if last is None or any(each.is_alive() for each in last[1]):
-            return {}
+            last = self._last
+            if last is None or any(each.is_alive() for each in last[1]):
+                return {}
+            self._last = None
         return last[0].parted()
 
-    def _stop(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-
     def __del__(self) -> None:
-        self._stop()
+        with suppress(Exception):  # at interpreter exit anything may be gone already
+            self.pause()
+            self.drop()
+
+
+_all: weakref.WeakSet[ParkedSlots] = weakref.WeakSet()
+
+
+def drop_parked() -> None:
+    """Let go of what any loader of this process has parked: the memory is wanted."""
+    for each in list(_all):
+        each.drop()
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """While workers are forked: no thread of these runs beside."""
+    paused = list(_all)
+    for each in paused:
+        each.pause()
+    try:
+        yield
+    finally:
+        for each in paused:
+            each.resume()
+
+
+def forget_inherited() -> None:
+    """In a worker: unmap the slots of every loader of the process that it was forked from."""
+    for each in list(_all):
+        each.forget()
 
 
 def _expired(parked: weakref.ref[ParkedSlots]) -> None:

@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any
 
 from safeloader.introspect.resources import cgroup_memory, machine_memory
+from safeloader.transport.parking import drop_parked
 from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotTable
 from safeloader.transport.stats import TransportCounts
 
@@ -61,6 +62,7 @@ class PoolCounts(TransportCounts):
     def fell_back(self, why: str) -> None:
         """Some or all of a batch was not in a slot: one of the others may have room to spare."""
         self._whole.fell_back(why)
+        drop_parked()
         budget.divide()
 
     def slot_made(self, memory: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.popen_fork
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from safeloader import SafeDataLoader, WorkerCrashError
-from safeloader.transport import parking
+from safeloader.transport import parking, slot_budget
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/maps").exists() or not hasattr(os, "memfd_create"),
@@ -155,6 +157,20 @@ def test_a_forked_child_has_slots_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+def test_what_is_given_back_is_given_to_the_system_too() -> None:
+    """Another process that has a slot mapped does not keep its pages."""
+    gc.collect()  # loaders of other tests
+    data = Numbered()
+    loader = loader_of(data)
+    passed(loader, data, lambda number: False)
+    (unpacker,) = [each._last[0] for each in parking._all if each._last is not None]
+    memory = [each.memory for each in unpacker._slots.values()]
+    assert any(bytes(each[:8]) != bytes(8) for each in memory)
+    parking.drop_parked()
+    assert not loader.transport_stats.slots
+    assert not any(bytes(each[:8]) != bytes(8) for each in memory)
+
+
 def test_two_iterators_at_once_share_none() -> None:
     data = Numbered()
     loader = loader_of(data)
@@ -207,6 +223,53 @@ def test_a_worker_maps_its_own_alone() -> None:
         most = max(float(batch[:, 0].max()) for batch in loader)
     gc.collect()
     assert most <= slots_mapped() / 2 + 3
+
+
+def test_a_worker_maps_no_slots_of_other_loaders() -> None:
+    data = Numbered()
+    training = loader_of(data)
+    passed(training, data, lambda number: False)
+    assert training.transport_stats.slots >= 2
+    other = loader_of(Maps(2))
+    (batch,) = other
+    assert float(batch[:, 0].max()) <= 1
+
+
+def test_they_go_where_another_loader_lacks_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Numbered()
+    training = loader_of(data)
+    passed(training, data, lambda number: False)
+    held = training.transport_stats.bytes
+    assert held
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: held)
+    monkeypatch.setattr(slot_budget.budget, "_asked_s", float("-inf"))
+    other = loader_of(Numbered(64))
+    list(other)
+    assert not training.transport_stats.slots
+    assert other.transport_stats.batches["slots"]
+
+
+def test_no_thread_of_theirs_runs_beside_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
+    seen: list[list[str]] = []
+    data = Numbered()
+    training, other = loader_of(data), loader_of(Numbered(2))
+    passed(training, data, lambda number: False)
+
+    def threads() -> list[str]:
+        return [each.name for each in threading.enumerate() if "parked" in each.name]
+
+    assert len(threads()) == 1
+    forks = multiprocessing.popen_fork.Popen._launch  # type: ignore[attr-defined]
+
+    def launch(self: Any, process: Any) -> Any:
+        seen.append(threads())
+        return forks(self, process)
+
+    monkeypatch.setattr("multiprocessing.popen_fork.Popen._launch", launch)
+    list(other)
+    assert seen == [[], []]
+    assert threads()
 
 
 def test_they_go_with_the_loader() -> None:
