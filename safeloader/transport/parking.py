@@ -29,7 +29,8 @@ from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import SlotTable
 
 REST_S = 30.0  # without use
-_WORTH_BYTES = 1 << 24  # less than that may stay until the loader goes
+_WORTH_BYTES = 1 << 24  # less than that is not parked: it is made anew as fast
+_SLOTS_OF_A_WORKER = 4  # the others of a loop that keeps its batches go with these
 
 Parked = dict[tuple[int, int], Any]  # by worker and number: the memory of a slot
 
@@ -60,7 +61,13 @@ class ParkedSlots:
     def rest(self) -> None:
         """The workers end: what is not used within half a minute goes."""
         last = self._last
-        if last is not None and last[0].mapped_bytes() >= _WORTH_BYTES:
+        if last is None or self._pid != os.getpid():
+            return
+        unpacker, processes = last
+        unpacker.keep(_SLOTS_OF_A_WORKER * len(processes))
+        if unpacker.mapped_bytes() < _WORTH_BYTES:
+            self._last = None
+        else:
             self.pause()
             self._until = monotonic() + REST_S
             self.resume()

@@ -8,7 +8,7 @@ worker that holds more than its share keeps it until its batches are gone: the o
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 import re
 import threading
@@ -22,18 +22,23 @@ from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotTable
 from safeloader.transport.stats import TransportCounts
 
 _SHARE = 0.25
-_ASKED_EVERY_S = 1.0  # the limits of machine and container
 _UNKNOWN_MEMORY = 1 << 32
 
 
 def process_bytes() -> int:
     """What the slots of this process may hold."""
-    memory, group = machine_memory(), cgroup_memory()
-    sizes = memory and memory.total, group and group.limit
-    smallest = min(filter(None, sizes), default=_UNKNOWN_MEMORY)
+    smallest = _smallest_memory(int(monotonic()))
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     ranks = int(said) if re.fullmatch("[1-9][0-9]{0,4}", said) else 1
     return int(_SHARE * smallest) // ranks
+
+
+@functools.lru_cache(maxsize=1)
+def _smallest_memory(second: int) -> int:
+    """That of machine or container, as it was in this second: many pools may start in one."""
+    memory, group = machine_memory(), cgroup_memory()
+    sizes = memory and memory.total, group and group.limit
+    return min(filter(None, sizes), default=_UNKNOWN_MEMORY)
 
 
 class PoolCounts(TransportCounts):
@@ -81,7 +86,6 @@ class SlotBudget:
 
     def __init__(self) -> None:
         self._total = 0
-        self._asked_s = -math.inf
         self._begin()
 
     def _begin(self) -> None:
@@ -93,8 +97,7 @@ class SlotBudget:
         """A pool starts."""
         if self._pid != os.getpid():  # forked: a process of its own
             self._begin()
-        if monotonic() >= self._asked_s + _ASKED_EVERY_S:
-            self._total, self._asked_s = process_bytes(), monotonic()
+        self._total = process_bytes()
         self._pools.append(pool)
         self.divide()
 

@@ -173,6 +173,13 @@ class Unpacker:
                 self._counts.slot_left(slot.memory)
         return found
 
+    def keep(self, most: int) -> None:
+        """Hold on to ``most`` slots; the others go with the batches in them. The workers end."""
+        self.settle(all_of_them=True)
+        slots = sorted(self._slots.items(), key=lambda each: each[1].lease is not None)
+        for key, _ in slots[most:]:
+            del self._slots[key]
+
     def forget(self) -> None:
         """In a worker: unmap what was inherited."""
         self._slots.clear()

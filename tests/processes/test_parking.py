@@ -28,6 +28,11 @@ pytestmark = pytest.mark.skipif(
 SIZE = 200_000  # floats of a sample: two of them are a batch of 1.6 MB
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
+
+
 class Numbered(Dataset[torch.Tensor]):
     """Each sample is full of numbers that no other sample, epoch or worker has."""
 
@@ -242,7 +247,6 @@ def test_they_go_where_another_loader_lacks_room(monkeypatch: pytest.MonkeyPatch
     held = training.transport_stats.bytes
     assert held
     monkeypatch.setattr(slot_budget, "process_bytes", lambda: held)
-    monkeypatch.setattr(slot_budget.budget, "_asked_s", float("-inf"))
     other = loader_of(Numbered(64))
     list(other)
     assert not training.transport_stats.slots
@@ -250,7 +254,6 @@ def test_they_go_where_another_loader_lacks_room(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_thread_of_theirs_runs_beside_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
     seen: list[list[str]] = []
     data = Numbered()
     training, other = loader_of(data), loader_of(Numbered(2))
@@ -285,12 +288,20 @@ def test_they_go_with_the_loader() -> None:
 
 def test_they_go_if_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parking, "REST_S", 0.01)
-    monkeypatch.setattr(parking, "_WORTH_BYTES", 1)
     data = Numbered()
     loader = loader_of(data)
     for _ in range(2):
         passed(loader, data, lambda number: False)
         until(lambda: not loader.transport_stats.slots)
+
+
+def test_a_loop_that_keeps_every_batch_leaves_no_more_than_the_workers_need() -> None:
+    loader = loader_of(Numbered(64))
+    kept = list(loader)
+    assert loader.transport_stats.slots == 32
+    kept.clear()
+    gc.collect()
+    assert loader.transport_stats.slots <= 8
 
 
 def none_asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -302,7 +313,12 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"multiprocessing_context": "spawn"}
 
 
-@pytest.mark.parametrize("how", [none_asked, spawned])
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(parking, "_WORTH_BYTES", 1 << 24)
+    return {}
+
+
+@pytest.mark.parametrize("how", [none_asked, spawned, small])
 def test_where_none_are_kept(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"multiprocessing_context": "fork"} | how(monkeypatch)
     loader: SafeDataLoader[Any] = SafeDataLoader(Numbered(6), 2, num_workers=1, **more)
