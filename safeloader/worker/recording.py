@@ -30,7 +30,7 @@ from safeloader.delivery.indices import Packed, identity
 from safeloader.delivery.manifest import BatchManifest, expected_indices
 from safeloader.failures.failure import Failure, without_ours
 from safeloader.introspect.fingerprint import fingerprint
-from safeloader.introspect.random_state import Marks, RandomState
+from safeloader.introspect.random_state import RandomState, mark_here
 from safeloader.introspect.resource_exhaustion import met_in_sharing
 from safeloader.introspect.seeds import BatchSeed, SeededAs
 from safeloader.introspect.signals import raised_by_signal
@@ -96,7 +96,7 @@ class RecordingFetcher:
         self._cells = private_row() if context.cells is None else context.cells
         self._shared_stamps = self._cells[STAMPS:]
         self._packer = context.packer
-        self._mark: Callable[[], Any] = Marks().mark
+        self._mark: Callable[[], Any] = mark_here
         if context.seeder is not None:  # its numbers are known without where they begin
             self._mark = lambda: None
             self._collate = context.seeder.before_collation(self._collate)
