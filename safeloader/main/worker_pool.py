@@ -55,10 +55,10 @@ from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
-from safeloader.transport.parking import Parked, forking
+from safeloader.transport.parking import forget_inherited, forking
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
-from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_table import Parked, SlotTable
 from safeloader.transport.stream_progress import StreamProgress
 from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
@@ -223,9 +223,10 @@ class WorkerPool:
         """
         settings, workers = self._settings, self.workers
         method = _torch.start_method(loader)
+        forks = method == "fork"
         inherited = self._warn_of_hazards(loader, method)
         threads = {}
-        if method == "fork":
+        if forks:
             threads = threads_here()
             _torch.load_for_workers()
         results: ResultQueue | None = None
@@ -235,7 +236,7 @@ class WorkerPool:
             counts = loaders if table is None else PoolCounts(loaders, table)
             unpacker = Unpacker(table, counts)
             parked: Parked = {}
-            if table is not None and method == "fork" and keeps_slots():
+            if table is not None and forks and keeps_slots():
                 parked = settings.recorder.parked.take(table)
                 unpacker.adopt(parked)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
@@ -243,17 +244,17 @@ class WorkerPool:
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=self._context(inherited if method == "fork" else ()),
+                context=self._context(inherited if forks else ()),
                 results=results,
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
-                forks=method == "fork",
+                forks=forks,
                 stays=self.persistent,
                 observed=self.persistent or self.looks.worth_it,
                 freezes=freezes_garbage(),
                 parked=parked,
-                not_mine=unpacker.forget if parked else None,
+                not_mine=functools.partial(forget_inherited, unpacker) if forks else None,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             channels = _torch.Channels(results, tasks, flight)
@@ -261,7 +262,7 @@ class WorkerPool:
                 _torch.LoaderView, worker_init_fn=startup, channels=channels
             )
             began = perf_counter()
-            with forking() if method == "fork" else nullcontext():
+            with forking() if forks else nullcontext():
                 self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
         except Exception as exc:
             failure_was_told()
@@ -274,6 +275,7 @@ class WorkerPool:
             # Without its frames, which lead into torch's half made iterator.
             raise self.sampler.log.error(failure, exc.with_traceback(None)) from None
         results.all_started()
+        parked.clear()  # they are the unpacker's now
         if flight is not None:
             self.looks.on(
                 flight,
@@ -289,11 +291,11 @@ class WorkerPool:
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
-            if method == "fork" and not self.persistent and keeps_slots():
+            if forks and not self.persistent and keeps_slots():
                 settings.recorder.parked.started(unpacker, processes)
         draws = self.sampler
         forked = None
-        if method == "fork":
+        if forks:
             dataset = weakly(loader.dataset)  # which is looked at if a worker hangs
             forked = Forked(tuple(inherited), lambda: natives(dataset()), threads)
         # Not by way of the pool, which holds it: a cycle.

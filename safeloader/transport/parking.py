@@ -1,4 +1,4 @@
-"""Slots that outlive their workers, and serve the next ones. Runs in: both.
+"""Slots that outlive their workers, and serve the next ones. Runs in: main.
 
 ::
 
@@ -26,13 +26,11 @@ from typing import Any
 
 from safeloader.transport.shared_memory import punched
 from safeloader.transport.slot_reader import Unpacker
-from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_table import Parked, SlotTable
 
 REST_S = 30.0  # without use
 _WORTH_BYTES = 1 << 24  # less than that is not parked: it is made anew as fast
 _SLOTS_OF_A_WORKER = 4  # the others of a loop that keeps its batches go with these
-
-Parked = dict[tuple[int, int], Any]  # by worker and number: the memory of a slot
 
 
 class ParkedSlots:
@@ -154,8 +152,9 @@ def forking() -> Iterator[None]:
             each.resume()
 
 
-def forget_inherited() -> None:
-    """In a worker: unmap the slots of every loader of the process that it was forked from."""
+def forget_inherited(own: Unpacker) -> None:
+    """In a worker that was forked: unmap the slots of ``own``, and of every loader of main."""
+    own.forget()
     for each in list(_all):
         each.forget()
 

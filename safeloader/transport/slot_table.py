@@ -18,7 +18,7 @@ memory of /dev/shm. A slot is mapped once, and costs one copy of a batch each ti
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safeloader.transport.shared_memory import SharedCells
 
@@ -29,6 +29,8 @@ _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 # The worker looks at those with odd numbers: to take the slot, or to give it up.
 UNUSED, FREE, LENT, GONE = range(4)
 MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
+
+Parked = dict[tuple[int, int], Any]  # by worker and number: the memory of a slot
 
 
 class SlotLayout(NamedTuple):

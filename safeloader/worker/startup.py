@@ -29,8 +29,7 @@ from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
-from safeloader.transport.parking import Parked, forget_inherited
-from safeloader.transport.slot_table import SlotTable
+from safeloader.transport.slot_table import Parked, SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.hints import ITER_RAISED, failure_in
@@ -94,11 +93,9 @@ class WorkerStartup:
                 refused = refusing(exc, "init")
         # Taken after the user's function: what it opened is the state that the work starts from.
         slots = None if self.slots is None else SlotPool(self.slots, worker_id, self.parked)
-        if self.forks:
+        if self.not_mine is not None:
             self.parked.clear()
-            forget_inherited()
-            if self.not_mine is not None:
-                self.not_mine()
+            self.not_mine()
         packer = Packer(slots, self.no_slots)
         packer.install()
         start_state = describe(dataset, ask=False, length=context.length)
