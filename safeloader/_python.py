@@ -12,7 +12,6 @@ import importlib
 import operator
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler as ForkingPickler
@@ -37,7 +36,11 @@ def missing() -> tuple[str, ...]:
 def runs_threads_at_once() -> bool:
     """Whether this Python was built without the global lock, and runs without it."""
     has_lock: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
-    return bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and not has_lock()
+    if has_lock():
+        return False
+    import sysconfig  # here: where it may be so alone
+
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 _find = functools.partial(find, missing=_missing)

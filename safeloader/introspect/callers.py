@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import sysconfig
 from types import FrameType
 
 _NOT_THE_CALLER = frozenset(
     {"safeloader", "sitecustomize", "lightning", "lightning_fabric", "pytorch_lightning"}
 )
-_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    import sysconfig  # here: of use where somebody asks alone
+
+    return tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
 def calling_line() -> str:
@@ -24,9 +30,9 @@ def calling_line() -> str:
         file, name = frame.f_code.co_filename, frame.f_globals.get("__name__", "")
         if name.split(".")[0] not in _NOT_THE_CALLER:
             here = f"{file}:{frame.f_lineno}"
-            if not file.startswith(("<", *_LIBRARIES)):
+            if not file.startswith(("<", *_libraries())):
                 return here
             first = here if first == "?" else first
         frame = frame.f_back
     program = getattr(sys.modules.get("__main__"), "__file__", None)
-    return first if program is None or program.startswith(_LIBRARIES) else program
+    return first if program is None or program.startswith(_libraries()) else program

@@ -173,6 +173,12 @@ def machine_memory() -> MachineMemory | None:
 
 
 @or_none
+def memory_size() -> int | None:
+    """The memory of the machine in bytes, without psutil: every program with workers asks."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@or_none
 def cgroup_memory(root: Path = _ROOT) -> CgroupMemory | None:
     """Return limit and use of the cgroup, own or above it, that has the least room left."""
     version, groups = _groups(root, "memory")

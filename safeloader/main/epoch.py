@@ -37,10 +37,7 @@ from safeloader.main.rank_accounts import rank_accounts
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
-from safeloader.provenance.run_folder import About
-from safeloader.provenance.run_folders import sinks_for
 from safeloader.provenance.summary import tell_at_end
-from safeloader.provenance.trace import trace_for
 from safeloader.settings import Settings
 from safeloader.supervision.wrong_data import SAME_STREAM
 from safeloader.transport.messages import FailedBatch
@@ -149,12 +146,20 @@ class Epoch:
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
         with guarded("the trace", lambda: log):
-            sinks.append(trace_for(recorder, settings.trace_target, log))
+            if settings.trace_target is not False:
+                from safeloader.provenance.trace import trace_for  # here: few programs write one
+
+                sinks.append(trace_for(recorder, settings.trace_target, log))
         with guarded("the run's folder", lambda: log):
-            bound, every = settings.run_max_bytes, settings.run_sources
-            about = About(self._sampler_facts, self._part_of)
             target = settings.run_target
-            sinks += sinks_for(recorder, target, bound, log, self._source, every, about)
+            if target is not None:
+                # Here: few programs do, and the code is in the memory of all.
+                from safeloader.provenance.run_folder import About
+                from safeloader.provenance.run_folders import sinks_for
+
+                bound, every = settings.run_max_bytes, settings.run_sources
+                about = About(self._sampler_facts, self._part_of)
+                sinks += sinks_for(recorder, target, bound, log, self._source, every, about)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
