@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,7 +120,7 @@ class Settings(Keywords):
     @classmethod
     def of(cls, loader: Any) -> Settings:
         """What the attributes of a loader say now."""
-        return cls(**{each.name: getattr(loader, each.name) for each in fields(cls)})
+        return cls(**dict(zip(_NAMES, _values(loader), strict=True)))
 
     @property
     def trace_target(self) -> bool | Path:
@@ -150,6 +151,8 @@ class Settings(Keywords):
     @property
     def identity(self) -> Callable[[Any], Hashable] | None:
         """What gives samples an identity: ``key``, or that of ``checks.unique``."""
+        if self.key is None and self.validate is None:
+            return None
         return next(iter(self._identities), None)
 
     @property
@@ -192,6 +195,10 @@ class Settings(Keywords):
                 "the samples that a dead worker had read. Leave on_crash='raise' for an iterable "
                 "dataset"
             )
+
+
+_NAMES = tuple(each.name for each in fields(Settings))
+_values: Callable[[Any], tuple[Any, ...]] = attrgetter(*_NAMES)
 
 
 def _see_callable(check: Check) -> None:

@@ -128,6 +128,9 @@ def text_of(exc: BaseException) -> str:
     return bounded(scrub("".join(traceback.format_exception(exc)).rstrip()), _TRACEBACK_CHARS)
 
 
+_DRAW_NOTHING = (list, tuple, dict, range)
+
+
 def length_of(sized: Any) -> int | None:
     """``len()`` of a dataset or sampler, the generators left as they were; None without one.
 
@@ -135,6 +138,8 @@ def length_of(sized: Any) -> int | None:
     something has failed, the user's ``__len__`` may wait for a lock that was left behind.
     """
     try:
+        if type(sized) in _DRAW_NOTHING:
+            return len(sized)
         with preserved():
             return len(sized)
     except Exception as exc:  # no __len__, or one that raises: what is said does without
