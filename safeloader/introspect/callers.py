@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import site
 import sys
 from types import FrameType
 
@@ -13,9 +15,8 @@ _NOT_THE_CALLER = frozenset(
 
 @functools.cache
 def _libraries() -> tuple[str, ...]:
-    import sysconfig  # here: of use where somebody asks alone
-
-    return tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    # Not by sysconfig, which loads all that Python was built with.
+    return os.path.dirname(os.__file__), *site.getsitepackages()
 
 
 def calling_line() -> str:

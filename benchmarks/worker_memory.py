@@ -1,0 +1,271 @@
+"""What workers have in memory, beside torch's: `python -m benchmarks.worker_memory`.
+
+Each figure comes from a process of its own, stock and safe in turn: a loader over two million
+Python strings (each reading of one writes its reference count, and so copies its page), and one
+over an array of that many rows, forked, with workers that stay. They are asked when they have
+nothing to do: after the first batch, and after an epoch. PSS counts a page that n processes share
+as 1/n, USS what a process has for itself. Slots are in both, and told apart beside.
+
+And what a full garbage collection costs in a worker whose program holds five million objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from benchmarks import environment
+from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.report import markdown, write_texts
+from safeloader.introspect.resources import process_memory
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 1 << 20
+ROWS, QUICK_ROWS = 2_000_000, 50_000
+OBJECTS, QUICK_OBJECTS = 5_000_000, 200_000
+BATCH, WORKERS, REPEATS = 2000, 4, 5
+COUNTS = 1, 2, 8, 16
+MORE, MORE_BYTES = 1.02, MIB
+"""What a worker of ours may have more than torch's: the larger of both."""
+AT_REST_S = 0.05  # between two readings that are to be the same
+FIGURES = "pss", "uss", "slots"
+Sizes = dict[str, float]
+
+
+class Strings(Dataset[int]):
+    """A list of Python strings."""
+
+    def __init__(self, length: int) -> None:
+        self.data = [f"sample number {index:08d} of a list" for index in range(length)]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> int:
+        return len(self.data[index])
+
+
+class Array(Dataset[Any]):
+    """One array, with a row for each sample."""
+
+    def __init__(self, length: int) -> None:
+        self.data = np.zeros((length, 8))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+class Collects(Dataset[Any]):
+    """Its sample is what a full garbage collection took: seconds, and bytes of its own."""
+
+    def __init__(self, objects: int) -> None:
+        self.held: list[list[int]] = [[] for _ in range(objects)]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        before, began = process_memory(), time.perf_counter()
+        gc.collect()
+        took, after = time.perf_counter() - began, process_memory()
+        grown = 0 if before is None or after is None else (after.uss or 0) - (before.uss or 0)
+        return torch.tensor([took, grown], dtype=torch.float64)
+
+
+KINDS: dict[str, Callable[[int], Dataset[Any]]] = {"strings": Strings, "array": Array}
+
+
+def sizes_of_workers() -> Sizes:
+    """The mean of the workers in bytes, once they have nothing to do: two readings are the same."""
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    before: list[tuple[int, int]] = []
+    while True:
+        workers = psutil.Process().children()
+        infos = [worker.memory_full_info() for worker in workers]
+        now = [(info.rss, info.uss) for info in infos]
+        if now == before:
+            break
+        before = now
+        time.sleep(AT_REST_S)
+    return {
+        "pss": statistics.mean(info.pss for info in infos),
+        "uss": statistics.mean(info.uss for info in infos),
+        "slots": statistics.mean(map(_of_slots, (worker.pid for worker in workers))),
+    }
+
+
+def _of_slots(pid: int) -> int:
+    """The PSS of the shared memory in which this library hands batches over."""
+    total, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            ours = "memfd:safeloader" in line
+        elif ours and line.startswith("Pss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def measured(kind: str, contender: str, workers: int, rows: int) -> dict[str, Sizes]:
+    """In this process: the sizes of its workers after a batch and after an epoch."""
+    torch.set_num_threads(1)
+    dataset = KINDS[kind](rows)
+    kwargs: dict[str, Any] = {"batch_size": min(BATCH, rows // 10), "shuffle": True}
+    kwargs |= {"generator": torch.Generator().manual_seed(0), "persistent_workers": True}
+    kwargs |= {"num_workers": workers, "multiprocessing_context": "fork"}
+    loader = CONTENDERS[contender](dataset, kwargs, Path())
+    batches = iter(loader)
+    next(batches)
+    first = sizes_of_workers()
+    for _ in batches:
+        pass
+    return {"after a batch": first, "after an epoch": sizes_of_workers()}
+
+
+def collected(contender: str, objects: int) -> Sizes:
+    """In this process: what a full collection takes in its worker."""
+    gc.disable()  # while they are made
+    dataset = Collects(objects)
+    gc.enable()
+    kwargs = {"num_workers": 1, "batch_size": None, "multiprocessing_context": "fork"}
+    (told,) = CONTENDERS[contender](dataset, kwargs, Path())
+    seconds, grown = told.tolist()
+    return {"s": seconds, "grown": grown}
+
+
+def in_a_process(*what: object, environ: dict[str, str] | None = None) -> Any:
+    """What one measurement says, made in a process of its own."""
+    line = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker_memory", "--one"]
+    done = subprocess.run(
+        [*line, *map(str, what)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | (environ or {}),
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_turn(kind: str, workers: int, rows: int, repeats: int) -> dict[str, list[Any]]:
+    """The measurements of both contenders, in pairs."""
+    found: dict[str, list[Any]] = {REFERENCE: [], "safe": []}
+    for turn in range(repeats):
+        for name in found if turn % 2 == 0 else reversed(found):
+            found[name].append(in_a_process(kind, name, workers, rows))
+    return found
+
+
+def within(ours: float, stock: float) -> bool:
+    """Whether a worker of ours has no more than is allowed."""
+    return ours <= max(stock * MORE, stock + MORE_BYTES)
+
+
+def lines_of(kind: str, workers: int, found: dict[str, list[Any]]) -> list[tuple[str, ...]]:
+    """Rows of the table; the last cell says whether a bar is missed."""
+    lines = []
+    for when in found[REFERENCE][0]:
+        median = {
+            name: {f: statistics.median(one[when][f] for one in runs) for f in FIGURES}
+            for name, runs in found.items()
+        }
+        for figure in ("pss", "uss"):
+            stock, ours = median[REFERENCE][figure], median["safe"][figure]
+            more = [
+                one[when][figure] - other[when][figure]
+                for one, other in zip(found["safe"], found[REFERENCE], strict=True)
+            ]
+            lines.append(
+                (
+                    f"{kind}, fork, {workers} workers, {when}: {figure.upper()}",
+                    f"{ours / MIB:.1f}",
+                    f"{stock / MIB:.1f}",
+                    f"{ours / stock:.3f}",
+                    f"{min(more) / MIB:+.1f} to {max(more) / MIB:+.1f}",
+                    f"{median['safe']['slots'] / MIB:.2f}",
+                    "ok" if within(ours, stock) else "MORE",
+                )
+            )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print and write; `--check`: the status is 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.worker_memory",
+        description="What workers have in memory, beside torch's.",
+    )
+    add: Any = parser.add_argument
+    add("--quick", action="store_true", help="small, two of each, no files")
+    add("--repeats", type=int, default=REPEATS, help=f"pairs of each (default: {REPEATS})")
+    add("--out", type=Path, help=f"folder for results (default: {RESULTS.name}/ beside this file)")
+    add("--check", action="store_true", help="exit 1 if a worker of ours has more than is allowed")
+    add("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        print(json.dumps(_one(*options.one)))
+        return 0
+    rows = QUICK_ROWS if options.quick else ROWS
+    objects = QUICK_OBJECTS if options.quick else OBJECTS
+    repeats = 2 if options.quick else options.repeats
+    found: dict[str, Any] = {}
+    lines: list[tuple[str, ...]] = []
+    cases = [(kind, WORKERS, repeats) for kind in KINDS]
+    cases += [("array", count, 2) for count in COUNTS]
+    for kind, workers, times in cases:
+        one = found[f"{kind}-{workers}w"] = in_turn(kind, workers, rows, times)
+        lines += lines_of(kind, workers, one)
+        print(*lines[-4:], sep="\n", file=sys.stderr, flush=True)
+    collections = found["collections"] = {
+        "stock": in_a_process("collect", "stock", objects),
+        "safe": in_a_process("collect", "safe", objects),
+        "safe, SAFELOADER_GC_FREEZE=0": in_a_process(
+            "collect", "safe", objects, environ={"SAFELOADER_GC_FREEZE": "0"}
+        ),
+    }
+    text = markdown(
+        ("MiB a worker", "safe", "stock", "ratio", "more, in pairs", "of it slots", ""), lines
+    )
+    text += "\n\n" + markdown(
+        (f"a full collection in a worker, {objects:,} objects inherited", "ms", "MiB copied"),
+        [
+            (name, f"{one['s'] * 1e3:.1f}", f"{one['grown'] / MIB:.1f}")
+            for name, one in collections.items()
+        ],
+    )
+    print(text)
+    walks = collections["safe"]["grown"] > collections["stock"]["grown"] / 10
+    if not options.quick or options.out is not None:
+        facts = environment.describe()
+        whole = {"environment": facts, "rows": rows, "objects": objects, "found": found}
+        stem = f"{facts['date']}-{environment.label()}-worker-memory"
+        for path in write_texts(options.out or RESULTS, stem, whole, text):
+            print(f"wrote {path}", file=sys.stderr)
+    return int(options.check and (walks or any(line[-1] == "MORE" for line in lines)))
+
+
+def _one(kind: str, contender: str, *numbers: str) -> Any:
+    if kind == "collect":
+        return collected(contender, int(numbers[0]))
+    workers, rows = map(int, numbers)
+    return measured(kind, contender, workers, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
