@@ -526,7 +526,7 @@ def test_what_strikes_behind_the_last_sample_is_told_as_it_is(
     assert next(batches).tolist() == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("part", ["safeloader.main.epoch.trace_for"])
+@pytest.mark.parametrize("part", ["safeloader.provenance.trace.trace_for"])
 def test_a_trace_that_cannot_begin_ends_no_training(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
