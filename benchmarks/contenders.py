@@ -12,6 +12,8 @@ Factory = Callable[[Dataset[Any], Mapping[str, Any], Path], Iterable[Any]]
 """Dataset, the loader's arguments and an empty folder for what the loader may write."""
 
 REFERENCE = "stock"
+AS_IT_COMES = "safe"
+"""The one that is held to the bars; those that do more are held to the floor of a case."""
 
 
 def _stock(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) -> DataLoader[Any]:

@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = CASES[name]
             names = [REFERENCE, SWAP, LAUNCHER]
             times, _ = time_case(case, names, case.batches, options.repeats, Path(folder) / name)
-            found += costs(name, case.bar, times)
+            found += costs(name, case.floor, times)
             print(f"{name}: {found[-2].speed.median:.3f}", file=sys.stderr, flush=True)
     print(table(found, start))
     if options.out is not None:

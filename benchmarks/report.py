@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.contenders import REFERENCE
+from benchmarks.contenders import AS_IT_COMES, REFERENCE
 from benchmarks.intervals import Spread, spread
 from benchmarks.memory import Memory
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, start_method, workers
 from benchmarks.timing import EpochTime
 
 
@@ -34,6 +34,10 @@ class Row:
 
     case: str
     contender: str
+    start_method: str
+    """Of the workers; a dash where there are none."""
+    workers: str
+    """How many, and whether they persist or start with each epoch."""
     bar: float | None
     """None for a peer: it is there to be compared with, not to be held to anything."""
     ratios: list[float]
@@ -66,7 +70,9 @@ def make_rows(
             Row(
                 case=case.name,
                 contender=name,
-                bar=None if name in PEERS else case.bar,
+                start_method=start_method(name, case),
+                workers=workers(name, case),
+                bar=_bar(name, case),
                 ratios=ratios,
                 speed=spread(ratios),
                 figures=_figures(epochs, memory.get(name)),
@@ -74,6 +80,12 @@ def make_rows(
             )
         )
     return rows
+
+
+def _bar(name: str, case: Case) -> float | None:
+    if name in PEERS:
+        return None
+    return case.bar if name == AS_IT_COMES else case.floor
 
 
 def _figures(epochs: Sequence[EpochTime], memory: Memory | None) -> Figures:
@@ -91,6 +103,8 @@ def _figures(epochs: Sequence[EpochTime], memory: Memory | None) -> Figures:
 _HEAD = (
     "case",
     "contender",
+    "start method",
+    "workers",
     "speed ratio",
     "95 % interval",
     "quartiles",
@@ -124,6 +138,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     cells = [
         row.case,
         row.contender,
+        row.start_method,
+        row.workers,
         f"{row.speed.median:.2f}",
         span(row.speed.interval),
         span(row.speed.quartiles),

@@ -26,7 +26,13 @@ FULL_REPEATS, QUICK_REPEATS = 20, 6
 QUICK_SHARE, QUICK_FEWEST = 5, 4
 """A quick run has a fifth of the batches, but no fewer than four."""
 OURS = [REFERENCE, "safe", "safe+trace"]
-PEER_CASES = ["small-1w", "small-2w", "medium-1w", "medium-2w", "large-1w", "large-2w"]
+PEER_CASES = [
+    *("small-1w", "small-2w", "medium-1w", "medium-2w", "large-1w", "large-2w"),
+    *("tiny-2w", "jpeg-2w", "folder-2w", "strings-2w"),
+    *("medium-2w-fresh", "large-2w-fresh", "tiny-2w-fresh"),
+    *("jpeg-2w-fresh", "folder-2w-fresh", "strings-2w-fresh"),
+]
+"""Persistent workers, then fresh ones, torch's default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

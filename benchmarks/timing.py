@@ -36,12 +36,13 @@ class DifferentBatches(Exception):
     """Two contenders did not do the same work: their speeds cannot be compared."""
 
 
-def time_epoch(loader: Iterable[Any], *, whole: bool = False) -> EpochTime:
+def time_epoch(loader: Iterable[Any], *, whole: bool = False, epochs: int = 1) -> EpochTime:
     """Run through one epoch with a consumer that does nothing: the hardest case for a loader.
 
     Args:
         loader: makes the epoch.
         whole: a batch's share is of the whole epoch, and not of what follows the first batch.
+        epochs: how many of the loader's are timed as one; the first batch is that of the first.
     """
     gc.collect()
     started_ns, from_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
@@ -53,6 +54,9 @@ def time_epoch(loader: Iterable[Any], *, whole: bool = False) -> EpochTime:
         from_ns, from_cpu_ns, count = first_ns, time.process_time_ns(), 0
     for _ in batches:
         count += 1
+    for _ in range(epochs - 1):
+        for _ in loader:
+            count += 1
     ended_ns, ended_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
     return EpochTime(
         first_batch_ns=first_ns - started_ns,
@@ -111,12 +115,15 @@ def time_case(
         expected = expected or seen
         if seen != expected:
             raise DifferentBatches(f"{case.name}: {name} gives other batches than {names[0]}")
-        time_epoch(loaders[name], whole=case.fresh)  # fills every cache at full speed
+        time_epoch(
+            loaders[name], whole=case.whole, epochs=case.epochs
+        )  # fills every cache at full speed
     times: dict[str, list[EpochTime]] = {name: [] for name in loaders}
     if len(loaders) > 1:
         for turn in range(repeats):
             for name in loaders if turn % 2 == 0 else reversed(loaders):
-                times[name].append(time_epoch(loaders[name], whole=case.fresh))
+                epoch = time_epoch(loaders[name], whole=case.whole, epochs=case.epochs)
+                times[name].append(epoch)
     return times, left_out
 
 
