@@ -431,6 +431,20 @@ def test_check_fails_a_run_with_a_row_below_its_bar(
     assert run.main(["--contenders=null", "--quick", "--check", "--cases=small-2w"]) == status
 
 
+@pytest.mark.parametrize(("name", "bar"), [("large-2w-fresh", 0.95), ("ints-main", 0.9)])
+def test_a_shorter_epoch_of_fresh_workers_has_the_usual_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, bar: float
+) -> None:
+    """The higher one is that of an epoch of some length, which a quick run does not have."""
+    times = {each: [EpochTime(1, 1.0, 1.0)] * 6 for each in ("stock", "safe")}
+    monkeypatch.setattr(run, "time_case", lambda *_: (times, {}))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    arguments = [f"--cases={name}", "--contenders=stock,safe", "--quick", "--check"]
+    assert run.main(arguments) == 0
+    assert f"| {bar:.2f} | ok " in capsys.readouterr().out
+    assert CASES[name].bar == {"large-2w-fresh": 6, "ints-main": 0.9}[name]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
