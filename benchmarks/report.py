@@ -124,6 +124,40 @@ def table(rows: Sequence[Row]) -> str:
     return markdown(_HEAD, [_cells(row) for row in rows])
 
 
+def text(rows: Sequence[Row]) -> str:
+    """The table; where there are peers, what each contender takes follows, side by side."""
+    if any(row.bar is None for row in rows):
+        return f"{table(rows)}\n\n{side_by_side(rows)}"
+    return table(rows)
+
+
+def side_by_side(rows: Sequence[Row]) -> str:
+    """A line for each case and figure, a column for each contender, the reference among them."""
+    names = list(dict.fromkeys(row.contender for row in rows))
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        found = {row.contender: row for row in rows if row.case == case}
+        figures = {name: row.figures for name, row in found.items()}
+        figures[REFERENCE] = next(iter(found.values())).reference
+        speeds = {name: f"{row.speed.median:.2f}" for name, row in found.items()}
+        kinds = {
+            "times as fast": speeds | {REFERENCE: "1"},
+            "first batch, ms": {n: f"{each.first_batch_ms:.1f}" for n, each in figures.items()},
+            "peak memory, MB": {n: _peak(each.memory) for n, each in figures.items()},
+            "main CPU, s per 1000 batches": {
+                n: f"{each.main_cpu_per_batch_us / 1e3:.3f}" for n, each in figures.items()
+            },
+        }
+        for kind, values in kinds.items():
+            cells = [values.get(name, "–") for name in (REFERENCE, *names)]  # noqa: RUF001
+            lines.append([case, kind, *cells])
+    return markdown(("case", "figure", REFERENCE, *names), lines)
+
+
+def _peak(memory: Memory | None) -> str:
+    return "–" if memory is None else f"{memory.peak_bytes / 1e6:.0f}"  # noqa: RUF001
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, padded to be read as plain text too."""
     lines = [head, *rows]
@@ -189,7 +223,7 @@ def write_texts(folder: Path, stem: str, whole: dict[str, Any], text: str) -> li
 def write(folder: Path, stem: str, head: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
     """Write `stem.json`, `stem.md` and, where matplotlib is installed, `stem.png`."""
     whole = head | {"rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
-    written = write_texts(folder, stem, whole, table(rows))
+    written = write_texts(folder, stem, whole, text(rows))
     if importlib.util.find_spec("matplotlib") is not None:
         written.append(written[0].with_suffix(".png"))
         plot(

@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, Unavailable
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.intervals import FEWEST_FOR_INTERVAL
 from benchmarks.peers import PEERS
-from benchmarks.report import Row, make_rows, table, write
+from benchmarks.report import Row, make_rows, text, write
 from benchmarks.timing import time_case
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "settings": {"repeats": options.repeats, "quick": options.quick},
         "skipped": skipped,
     }
-    print(table(rows))
+    print(text(rows))
     if rows and options.out is not None:
         kind = "-peers" if options.peers else ""
         stem = f"{head['environment']['date']}-{environment.label()}{kind}"

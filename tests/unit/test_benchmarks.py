@@ -188,7 +188,9 @@ def test_a_peer_says_how_its_workers_start() -> None:
     assert peers.start_method("safe", CASES["tiny-2w-fresh"]) == "fork"
     assert peers.start_method("grain", CASES["ints-main"]) == "-"
     assert peers.workers("grain", CASES["tiny-8w-fresh"]) == "8 fresh"
-    assert peers.workers("spdl", CASES["large-2w"]) == "1 persistent of 2 threads"
+    assert peers.workers("spdl", CASES["large-1w"]) == "1 persistent"
+    assert peers.workers("spdl", CASES["large-2w"]) == "1 persistent"
+    assert peers.workers("spdl", CASES["folder-2w-fresh"]) == "1 fresh, 2 threads"
 
 
 def test_bars() -> None:
@@ -322,6 +324,34 @@ def test_a_ratio_above_one_is_faster() -> None:
     assert made.figures.per_batch_us == pytest.approx(0.5)
     assert made.reference.per_batch_us == pytest.approx(1)
     assert made.figures.first_batch_ms == pytest.approx(2)
+
+
+def test_with_peers_each_contender_has_its_figures_side_by_side() -> None:
+    times = {
+        "stock": [EpochTime(4_000_000, 1000.0, 500_000.0)] * 6,
+        "safe": [EpochTime(3_000_000, 500.0, 250_000.0)] * 6,
+        "grain": [EpochTime(2_000_000, 250.0, 100_000.0)] * 6,
+    }
+    sizes = {name: memory.Memory("pss", 7_000_000, 1, 1) for name in ("stock", "safe")}
+    case = CASES["small-2w"]
+    made = report.make_rows(case, times, sizes)
+    del times["safe"]
+    made += report.make_rows(CASES["tiny-2w"], times, {})
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.side_by_side(made).splitlines()
+    ]
+    none = "–"  # noqa: RUF001
+    assert lines[0] == ["case", "figure", "stock", "safe", "grain"]
+    assert lines[2:7] == [
+        ["small-2w", "times as fast", "1", "2.00", "4.00"],
+        ["small-2w", "first batch, ms", "4.0", "3.0", "2.0"],
+        ["small-2w", "peak memory, MB", "7", "7", none],
+        ["small-2w", "main CPU, s per 1000 batches", "0.500", "0.250", "0.100"],
+        ["tiny-2w", "times as fast", "1", none, "4.00"],
+    ]
+    assert report.side_by_side(made) in report.text(made)
+    assert report.text(made[:1]) == report.table(made[:1])
 
 
 def test_only_a_whole_interval_below_the_bar_fails() -> None:
