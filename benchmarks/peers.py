@@ -30,7 +30,7 @@ from benchmarks.cases import (
     StringDataset,
     Unavailable,
 )
-from benchmarks.contenders import CONTENDERS, REFERENCE, Factory
+from benchmarks.contenders import AS_IT_COMES, CONTENDERS, REFERENCE, Factory
 
 AHEAD = 2
 """Batches that a worker makes ahead: the stock loader's `prefetch_factor`."""
@@ -101,8 +101,11 @@ class _Anew:
 # -------------------------------------------------------------------------- torch, forkserver
 
 
-def _of_a_server(name: str) -> Factory:
-    """A contender whose workers are forked by a server, Python's default from 3.14 on."""
+def _of_a_server(name: str, *modules: str) -> Factory:
+    """A contender whose workers are forked by a server, Python's default from 3.14 on.
+
+    The server has the modules, and that of the datasets, imported before it forks.
+    """
 
     def make(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Path) -> Iterable[Any]:
         _need_workers(kwargs)
@@ -110,7 +113,8 @@ def _of_a_server(name: str) -> Factory:
             raise Unavailable("this system has no forkserver")
         # As Python's documentation recommends: without it each worker imports torch, for seconds.
         # It comes too late, and changes nothing, where the server runs already.
-        multiprocessing.get_context("forkserver").set_forkserver_preload([Case.__module__])
+        preloaded = [Case.__module__, *modules]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
         method = {"multiprocessing_context": "forkserver"}
         return CONTENDERS[name](dataset, {**kwargs, **method}, folder)
 
@@ -381,8 +385,9 @@ def _grain_threads(dataset: Dataset[Any], kwargs: Mapping[str, Any], folder: Pat
 # -------------------------------------------------------------------------------------- table
 
 PEERS: dict[str, Factory] = {
+    # First the one with more to import: a process has one server, started for the first of them.
+    "safe-forkserver": _of_a_server(AS_IT_COMES, "safeloader.loader"),
     "forkserver": _of_a_server(REFERENCE),
-    "safe-forkserver": _of_a_server("safe"),
     "stateful": _stateful,
     "spdl": _spdl,
     "spdl-threads": _spdl_threads,
