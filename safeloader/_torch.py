@@ -13,7 +13,6 @@ import dis
 import functools
 import importlib
 import inspect
-import linecache
 import multiprocessing
 import operator
 import os
@@ -160,7 +159,7 @@ class Channels(NamedTuple):
 
 
 class _Context:
-    """A multiprocessing context whose queues and first event are ours."""
+    """A multiprocessing context whose queues and first event are ours, and forked processes."""
 
     def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
@@ -174,8 +173,47 @@ class _Context:
         ours, self._left = self._left.ending, self._left._replace(ending=None)
         return self._base.Event() if ours is None else ours
 
+    def Process(self, *args: Any, **kwargs: Any) -> Any:
+        make: Any = self._base.Process
+        if self._base.get_start_method() == "fork" and isinstance(make, type):
+            make = _of_workers(make)
+        return make(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
+
+
+@functools.cache
+def _of_workers(process: Any) -> Any:
+    """The class of a process that lists no stacks until :func:`lists_stacks` is called there.
+
+    Before it calls ``worker_init_fn``, torch seeds the devices too, and notes a whole stack beside
+    each seed that it keeps for one not in use: an eighth of all that a short-lived worker does.
+    """
+
+    def run(self: Any) -> None:
+        _limits.append(getattr(sys, "tracebacklimit", None))
+        sys.tracebacklimit = 0
+        try:
+            process.run(self)
+        finally:
+            lists_stacks()
+
+    its = {"__module__": process.__module__, "__qualname__": process.__qualname__}
+    return type(process.__name__, (process,), its | {"run": run})
+
+
+_limits: list[int | None] = []  # in a worker that is not set up yet, what the program had set
+
+
+def lists_stacks() -> None:
+    """In a worker: list stacks again, as long as the program has them."""
+    while _limits:
+        limit = _limits.pop()
+        if limit is None:
+            del sys.tracebacklimit
+        else:
+            sys.tracebacklimit = limit
 
 
 def start_method(loader: DataLoader[Any]) -> str:
@@ -184,27 +222,13 @@ def start_method(loader: DataLoader[Any]) -> str:
     return str(context.get_start_method())
 
 
-@functools.cache
 def load_for_workers() -> None:
-    """Load here, once, what each forked worker would load for itself as torch seeds it.
+    """Load NumPy's random numbers here, once: each worker would as torch seeds it.
 
-    That is NumPy's random numbers, which NumPy loads on demand, and the lines of source that torch
-    notes beside each seed it keeps for CUDA: three quarters of a worker's start, and memory of its
-    own for each. What is loaded is what the worker would load; nothing is drawn.
+    NumPy loads them on demand, which is most of the start of a forked worker. Nothing is drawn.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("numpy.random")
-    traceback.format_stack()  # the callers, whose lines these are
-    for name in _IN_A_WORKERS_STACK:
-        with contextlib.suppress(Exception):
-            linecache.getlines(inspect.getfile(sys.modules[name]))
-
-
-_IN_A_WORKERS_STACK = (
-    *("torch.random", "torch.cuda", "torch.cuda.random", "torch.xpu", "torch.xpu.random"),
-    *("torch.mtia", "torch.mps", f"{_UTILS}.worker", "traceback", _LOADING),
-    *("multiprocessing.process", "multiprocessing.popen_fork", "multiprocessing.context"),
-)
 
 
 # Torch's own, whatever the program puts there later; where there is none, `moved` says so.

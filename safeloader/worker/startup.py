@@ -66,6 +66,7 @@ class WorkerStartup:
 
     def __call__(self, worker_id: int) -> None:
         """Set this worker up; what the user's function raises is told with the first batch."""
+        _torch.lists_stacks()
         if self.freezes:
             # Before anything is made here: a collection would walk all that this process inherited,
             # half a second in a large program, and touch each page of it, which copies the page.

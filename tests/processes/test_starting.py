@@ -7,6 +7,7 @@ import multiprocessing.resource_tracker
 import os
 import resource
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,50 @@ def test_the_collector_can_be_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     for walked, frozen in SafeDataLoader(Collected(), num_workers=1):
         assert walked == 50_000
         assert frozen <= before
+
+
+class Lists(torch.utils.data.Dataset[tuple[int, int]]):
+    """A sample is how many frames a stack has here, and the limit that the program has set."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return len(traceback.format_stack()), getattr(sys, "tracebacklimit", -1)
+
+
+class ListsAtStart(Lists):
+    def __call__(self, worker: int) -> None:
+        self.found = self[0]
+        assert self.found[0] > 5 or self.found[1] == 3
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_a_worker_lists_stacks_as_the_program_does(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(sys, "tracebacklimit", limit, raising=False)
+    loader: SafeDataLoader[Any] = SafeDataLoader(
+        Lists(),
+        num_workers=2,
+        multiprocessing_context="fork",
+        worker_init_fn=ListsAtStart(),
+    )
+    for frames, known in loader:
+        assert int(known) == (-1 if limit is None else limit)
+        assert int(frames) > 5 if limit is None else int(frames) == limit
+    assert getattr(sys, "tracebacklimit", None) == limit
+
+
+def test_workers_are_of_the_class_that_the_context_has() -> None:
+    context = multiprocessing.get_context("fork")
+    loader = SafeDataLoader(Lists(), num_workers=1, multiprocessing_context=context)
+    batches = iter(loader)
+    (worker,) = multiprocessing.active_children()
+    assert isinstance(worker, context.Process)
+    assert repr(worker).startswith("<ForkProcess name='ForkProcess-")
+    assert len(list(batches)) == 2
 
 
 def test_what_the_variable_cannot_mean_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
