@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from safeloader.introspect.random_state import preserved
@@ -95,18 +95,29 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         )
 
 
-@contextlib.contextmanager
-def guarded(part: str, log: Callable[[], LoaderLog]) -> Iterator[None]:
+class _Guard:
+    # No generator under @contextmanager: an epoch begins and ends within a dozen of these.
+    __slots__ = "_log", "_part"
+
+    def __init__(self, part: str, log: Callable[[], LoaderLog]) -> None:
+        self._part, self._log = part, log
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, cls: Any, exc: BaseException | None, tb: Any) -> bool | None:
+        if not isinstance(exc, Exception) or raised_by_signal(exc):
+            return None  # or it is the user's, which only struck here
+        self._log().own_fault(self._part, exc)
+        return True
+
+
+def guarded(part: str, log: Callable[[], LoaderLog]) -> AbstractContextManager[None, bool | None]:
     """What is done within is ours: a fault of it ends ``part``, and is told and not raised.
 
     ``log`` gives the log to tell it in; made where it is wanted, as it takes 30 µs or more.
     """
-    try:
-        yield
-    except Exception as exc:
-        if raised_by_signal(exc):  # the user's, which only struck here
-            raise
-        log().own_fault(part, exc)
+    return _Guard(part, log)
 
 
 def say(said: str) -> None:
