@@ -155,10 +155,13 @@ class Channels(NamedTuple):
     results: Any  # in the place of the queue that all workers put their results in
     tasks: Callable[[], Any]  # makes what stands for the queue by which a worker gets its tasks
     ending: Any  # in the place of the event that tells them to end; None: torch's
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = (
+        None  # of a worker, for torch's
+    )
 
 
 class _Context:
-    """A multiprocessing context whose queues and first event are ours."""
+    """A multiprocessing context whose queues and first event are ours, and workers' arguments."""
 
     def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
@@ -172,6 +175,12 @@ class _Context:
         ours, self._left = self._left.ending, self._left._replace(ending=None)
         return self._base.Event() if ours is None else ours
 
+    def Process(self, *args: Any, **kwargs: Any) -> Any:
+        ours = self._left.arguments
+        if ours is not None and "args" in kwargs:
+            kwargs["args"] = ours(kwargs["args"])
+        return self._base.Process(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
@@ -180,6 +189,12 @@ def start_method(loader: DataLoader[Any]) -> str:
     """How the loader's workers are started: ``"fork"``, ``"spawn"`` or ``"forkserver"``."""
     context: Any = loader.multiprocessing_context or torch.multiprocessing
     return str(context.get_start_method())
+
+
+def worker_class(loader: DataLoader[Any]) -> Any:
+    """The class of the loader's worker processes."""
+    context: Any = loader.multiprocessing_context or torch.multiprocessing
+    return context.Process
 
 
 # Torch's own, whatever the program puts there later; where there is none, `moved` says so.

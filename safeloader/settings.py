@@ -74,6 +74,21 @@ def freezes_garbage() -> bool:
     return value != "0"
 
 
+def pickles_once() -> bool:
+    """Whether what workers are started with is pickled once for all of them; as a rule it is.
+
+    Raises:
+        ValueError: if ``SAFELOADER_PICKLE_ONCE`` holds something else than 0, 1 or nothing.
+    """
+    value = os.environ.get("SAFELOADER_PICKLE_ONCE", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"the environment variable SAFELOADER_PICKLE_ONCE must be 1 (under spawn and "
+            f"forkserver the dataset is pickled once for all workers), 0 or unset; it is {value!r}"
+        )
+    return value != "0"
+
+
 class Keywords:
     """Our keywords and their defaults; see :class:`~safeloader.SafeDataLoader`."""
 
@@ -166,6 +181,7 @@ class Settings(Keywords):
                 "samples have one identity: give key=, or one checks.unique in validate=, not both"
             )
         freezes_garbage()
+        pickles_once()
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.run_dir is not None and self.run_target is not None:
