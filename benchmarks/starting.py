@@ -98,7 +98,8 @@ def start(name: str, method: str, workers: int, strings: int, memory: bool) -> S
         name, dataset, batch_size=32, num_workers=workers, multiprocessing_context=method
     )
     if method == "forkserver":
-        process = multiprocessing.get_context(method).Process()
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process()
         process.start()
         process.join()
     peak, done = [0], threading.Event()

@@ -18,8 +18,8 @@ arguments pickled for each worker. So has any error: then the words are Python's
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import multiprocessing.heap
-import multiprocessing.resource_sharer
 import operator
 import os
 import socket
@@ -31,14 +31,28 @@ from typing import Any, NoReturn
 
 import torch
 
-from safeloader._python import DupFd, ForkingPickler, as_if_spawning, at_fork, extra_reducers
+from safeloader._python import (
+    DupFd,
+    ForkingPickler,
+    HandleReceivedOnce,
+    as_if_spawning,
+    at_fork,
+    extra_reducers,
+    has_own_pickler,
+)
 from safeloader.transport.shared_memory import anonymous_file
 
 _ATOMS = (int, bool, type(None))  # what each process may have another of; no more than a few bytes
 _KNOWN = ("multiprocessing.", "torch.multiprocessing.")  # whose reducers we have read
 # Of those, what stands for a handle and refers to no object of the user's.
-_HANDLES = (torch.Tensor, torch.UntypedStorage, torch.cuda.Event, socket.socket)
-_HANDLES += (connection.Connection, multiprocessing.heap.Arena)
+_HANDLES: tuple[type, ...] = (
+    torch.Tensor,
+    torch.UntypedStorage,
+    torch.cuda.Event,
+    socket.socket,
+    connection.Connection,
+    multiprocessing.heap.Arena,
+)
 _STARTED = (multiprocessing.Process, SpawnProcess, ForkServerProcess)
 
 _alive: weakref.WeakSet[_Pickled] = weakref.WeakSet()
@@ -46,13 +60,7 @@ _alive: weakref.WeakSet[_Pickled] = weakref.WeakSet()
 
 def are_pickled(process: Any) -> bool:
     """Whether this class of processes pickles its arguments with Python's own pickler."""
-    return process in _STARTED and _has_own_pickler()
-
-
-def _has_own_pickler() -> bool:
-    from multiprocessing import reduction
-
-    return reduction.ForkingPickler is ForkingPickler and extra_reducers is not None
+    return process in _STARTED and has_own_pickler()
 
 
 class Arguments:
@@ -199,7 +207,7 @@ def _dispatch_table(
         elif isinstance(cls, type) and issubclass(cls, _HANDLES):
             table[cls] = leave
     # One that is met was made by code of the user's, and can be received once.
-    table[multiprocessing.resource_sharer.DupFd] = spawning.refuse
+    table[HandleReceivedOnce] = spawning.refuse
     return table | dict.fromkeys(apart, leave)
 
 
