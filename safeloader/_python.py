@@ -47,6 +47,7 @@ _find = functools.partial(find, missing=_missing)
 assert_spawning: Any = _find("multiprocessing.context", "assert_spawning")
 DupFd: Any = _find("multiprocessing.reduction", "DupFd")
 extra_reducers: Any = _find("multiprocessing.reduction", "ForkingPickler._extra_reducers")
+HandleReceivedOnce: Any = _find("multiprocessing.resource_sharer", "DupFd")
 Finalize: Any = _find("multiprocessing.util", "Finalize")
 _get_popen: Any = _find("multiprocessing.context", "get_spawning_popen")
 _set_popen: Any = _find("multiprocessing.context", "set_spawning_popen")
@@ -69,6 +70,11 @@ for _path in (  # public, and not everywhere
     "socket.SCM_RIGHTS",
 ):
     _find(*_path.split("."))
+
+
+def has_own_pickler() -> bool:
+    """Whether processes are started with Python's own pickler; a program may put in another."""
+    return find("multiprocessing.reduction", "ForkingPickler", []) is ForkingPickler
 
 
 def at_fork(**hooks: Callable[[], None]) -> None:

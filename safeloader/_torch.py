@@ -156,10 +156,13 @@ class Channels(NamedTuple):
     results: Any  # in the place of the queue that all workers put their results in
     tasks: Callable[[], Any]  # makes what stands for the queue by which a worker gets its tasks
     ending: Any  # in the place of the event that tells them to end; None: torch's
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = (
+        None  # of a worker, for torch's
+    )
 
 
 class _Context:
-    """A multiprocessing context whose queues and first event are ours, and forked processes."""
+    """A multiprocessing context whose queues, first event and processes are ours."""
 
     def __init__(self, base: Any, channels: Channels) -> None:
         self._base = torch.multiprocessing if base is None else base
@@ -177,6 +180,9 @@ class _Context:
         make: Any = self._base.Process
         if self._base.get_start_method() == "fork" and isinstance(make, type):
             make = _of_workers(make)
+        arguments = self._left.arguments
+        if arguments is not None and "args" in kwargs:
+            kwargs["args"] = arguments(kwargs["args"])
         return make(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -229,6 +235,12 @@ def load_for_workers() -> None:
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("numpy.random")
+
+
+def worker_class(loader: DataLoader[Any]) -> Any:
+    """The class of the loader's worker processes."""
+    context: Any = loader.multiprocessing_context or torch.multiprocessing
+    return context.Process
 
 
 # Torch's own, whatever the program puts there later; where there is none, `moved` says so.

@@ -78,6 +78,15 @@ def keeps_slots() -> bool:
     return _is_on("SAFELOADER_KEEP_SLOTS", "the slots of an epoch's workers serve the next ones")
 
 
+def pickles_once() -> bool:
+    """Whether what workers are started with is pickled once for all of them; as a rule it is.
+
+    Raises:
+        ValueError: if ``SAFELOADER_PICKLE_ONCE`` holds something else than 0, 1 or nothing.
+    """
+    return _is_on("SAFELOADER_PICKLE_ONCE", "the dataset is pickled once for all workers")
+
+
 def _is_on(variable: str, meaning: str) -> bool:
     value = os.environ.get(variable, "").strip()
     if value not in ("", "0", "1"):
@@ -183,6 +192,7 @@ class Settings(Keywords):
             )
         freezes_garbage()
         keeps_slots()
+        pickles_once()
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)
         _see_writable("failures", self.on_failure_dump, _DUMP_ADVICE)
         if self.run_dir is not None and self.run_target is not None:

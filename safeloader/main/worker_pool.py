@@ -18,7 +18,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -48,7 +48,7 @@ from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
-from safeloader.settings import Settings, freezes_garbage, keeps_slots
+from safeloader.settings import Settings, freezes_garbage, keeps_slots, pickles_once
 from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
@@ -60,6 +60,7 @@ from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import Parked, SlotTable
 from safeloader.transport.stream_progress import StreamProgress
+from safeloader.worker.arguments import Arguments, are_pickled
 from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.hints import ITER_RAISED
@@ -257,13 +258,22 @@ class WorkerPool:
                 not_mine=functools.partial(forget_inherited, unpacker) if forks else None,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
-            channels = _torch.Channels(results, tasks, flight)
-            self._view = functools.partial(
-                _torch.LoaderView, worker_init_fn=startup, channels=channels
-            )
+            ours = type(results), TaskQueue, FlightRecorder, SlotTable, StreamProgress
+            arguments = Arguments(ours) if self._pickles_once(loader, method) else None
+            channels = _torch.Channels(results, tasks, flight, arguments)
+            view = functools.partial(_torch.LoaderView, worker_init_fn=startup)
             began = perf_counter()
-            with forking() if forks else nullcontext():
-                self.stock = stock = _torch.build_iterator(self._view(loader, self.sampler))
+            starting: AbstractContextManager[object] = nullcontext()
+            if forks:
+                starting = forking()
+            elif arguments is not None:
+                starting = closing(arguments)
+            with starting:
+                self.stock = stock = _torch.build_iterator(
+                    view(loader, self.sampler, channels=channels)
+                )
+            # For the next epochs, which start no worker.
+            self._view = functools.partial(view, channels=channels._replace(arguments=None))
         except Exception as exc:
             failure_was_told()
             failure = self._why_not_started(loader, exc)
@@ -310,6 +320,15 @@ class WorkerPool:
 
         _torch.listen_through(stock, receiver)
         return stock
+
+    def _pickles_once(self, loader: DataLoader[Any], method: str) -> bool:
+        """Whether the workers may read one pickle all at once, after torch's iterator is there.
+
+        With a timeout they may not: it counts from then on, and must not count their reading.
+        """
+        if method == "fork" or self.workers < 2 or self.timeout_s or not pickles_once():
+            return False
+        return are_pickled(_torch.worker_class(loader))
 
     def _slot_table(self) -> tuple[SlotTable | None, str]:
         """The states of the workers' slots; None, and why, for torch's own transport."""
