@@ -4,9 +4,11 @@ Each figure comes from a process of its own, stock and safe in turn: a loader ov
 Python strings (each reading of one writes its reference count, and so copies its page), and one
 over an array of that many rows, forked, with workers that stay. They are asked when they have
 nothing to do: after the first batch, and after an epoch. PSS counts a page that n processes share
-as 1/n, USS what a process has for itself. Slots are in both, and told apart beside.
+as 1/n, USS what a process has for itself. Slots are in the PSS, and told apart beside.
 
-And what a full garbage collection costs in a worker whose program holds five million objects.
+Workers that start anew with each epoch leave nothing but slots that are parked in main: its memory
+after an epoch of large images, with these in a column of their own. And what a full garbage
+collection costs in a worker whose program holds five million objects.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -37,6 +40,8 @@ MIB = 1 << 20
 ROWS, QUICK_ROWS = 2_000_000, 50_000
 OBJECTS, QUICK_OBJECTS = 5_000_000, 200_000
 BATCH, WORKERS, REPEATS = 2000, 4, 5
+IMAGES, QUICK_IMAGES, EDGE, IMAGE_BATCH = 1024, 64, 224, 32
+COLLECTIONS = 3
 COUNTS = 1, 2, 8, 16
 MORE, MORE_BYTES = 1.02, MIB
 """What a worker of ours may have more than torch's: the larger of both."""
@@ -71,6 +76,20 @@ class Array(Dataset[Any]):
         return self.data[index]
 
 
+class Images(Dataset[Any]):
+    """Images from a small pool."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.pool = torch.zeros(7, 3, EDGE, EDGE)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pool[index % len(self.pool)]
+
+
 class Collects(Dataset[Any]):
     """Its sample is what a full garbage collection took: seconds, and bytes of its own."""
 
@@ -81,11 +100,17 @@ class Collects(Dataset[Any]):
         return 1
 
     def __getitem__(self, index: int) -> Any:
-        before, began = process_memory(), time.perf_counter()
+        before, began = _uss(), time.perf_counter()
         gc.collect()
-        took, after = time.perf_counter() - began, process_memory()
-        grown = 0 if before is None or after is None else (after.uss or 0) - (before.uss or 0)
-        return torch.tensor([took, grown], dtype=torch.float64)
+        took, after = time.perf_counter() - began, _uss()
+        return torch.tensor([took, after - before], dtype=torch.float64)
+
+
+def _uss() -> int:
+    found = process_memory()
+    if found is None or found.uss is None:
+        raise SystemExit("this system does not tell what memory a process has for itself")
+    return found.uss
 
 
 KINDS: dict[str, Callable[[int], Dataset[Any]]] = {"strings": Strings, "array": Array}
@@ -97,7 +122,9 @@ def sizes_of_workers() -> Sizes:
 
     before: list[tuple[int, int]] = []
     while True:
-        workers = psutil.Process().children()
+        workers = [
+            psutil.Process(each.pid) for each in multiprocessing.active_children() if each.pid
+        ]
         infos = [worker.memory_full_info() for worker in workers]
         now = [(info.rss, info.uss) for info in infos]
         if now == before:
@@ -136,6 +163,21 @@ def measured(kind: str, contender: str, workers: int, rows: int) -> dict[str, Si
     for _ in batches:
         pass
     return {"after a batch": first, "after an epoch": sizes_of_workers()}
+
+
+def parked(contender: str, images: int) -> Sizes:
+    """In this process: its memory after an epoch with workers of its own, and what is parked."""
+    torch.set_num_threads(1)
+    kwargs: dict[str, Any] = {"batch_size": IMAGE_BATCH, "num_workers": 2}
+    loader = CONTENDERS[contender](
+        Images(images), kwargs | {"multiprocessing_context": "fork"}, Path()
+    )
+    for _ in range(2):
+        for _ in loader:
+            pass
+    gc.collect()
+    stats = getattr(loader, "transport_stats", None)
+    return {"uss": _uss(), "parked": 0 if stats is None else stats.bytes}
 
 
 def collected(contender: str, objects: int) -> Sizes:
@@ -232,12 +274,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one = found[f"{kind}-{workers}w"] = in_turn(kind, workers, rows, times)
         lines += lines_of(kind, workers, one)
         print(*lines[-4:], sep="\n", file=sys.stderr, flush=True)
-    collections = found["collections"] = {
-        "stock": in_a_process("collect", "stock", objects),
-        "safe": in_a_process("collect", "safe", objects),
-        "safe, SAFELOADER_GC_FREEZE=0": in_a_process(
-            "collect", "safe", objects, environ={"SAFELOADER_GC_FREEZE": "0"}
-        ),
+    found["collections"] = collections = {
+        name: [
+            in_a_process("collect", name.split(",")[0], objects, environ=environ)
+            for _ in range(1 if options.quick else COLLECTIONS)
+        ]
+        for name, environ in {
+            "stock": {},
+            "safe": {},
+            "safe, SAFELOADER_GC_FREEZE=0": {"SAFELOADER_GC_FREEZE": "0"},
+        }.items()
+    }
+    images = QUICK_IMAGES if options.quick else IMAGES
+    mains = found["main"] = {
+        name: [in_a_process("parked", name, images) for _ in range(repeats)]
+        for name in (REFERENCE, "safe")
     }
     text = markdown(
         ("MiB a worker", "safe", "stock", "ratio", "more, in pairs", "of it slots", ""), lines
@@ -245,12 +296,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text += "\n\n" + markdown(
         (f"a full collection in a worker, {objects:,} objects inherited", "ms", "MiB copied"),
         [
-            (name, f"{one['s'] * 1e3:.1f}", f"{one['grown'] / MIB:.1f}")
-            for name, one in collections.items()
+            (name, f"{1e3 * _median(runs, 's'):.1f}", f"{_median(runs, 'grown') / MIB:.1f}")
+            for name, runs in collections.items()
+        ],
+    )
+    text += "\n\n" + markdown(
+        ("main after an epoch of large images, 2 fresh workers", "USS, MiB", "parked, MiB"),
+        [
+            (name, f"{_median(runs, 'uss') / MIB:.0f}", f"{_median(runs, 'parked') / MIB:.0f}")
+            for name, runs in mains.items()
         ],
     )
     print(text)
-    walks = collections["safe"]["grown"] > collections["stock"]["grown"] / 10
+    frozen, walked = collections["safe"], collections["stock"]
+    walks = any(_median(frozen, each) > _median(walked, each) / 10 for each in ("s", "grown"))
     if not options.quick or options.out is not None:
         facts = environment.describe()
         whole = {"environment": facts, "rows": rows, "objects": objects, "found": found}
@@ -260,9 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(options.check and (walks or any(line[-1] == "MORE" for line in lines)))
 
 
+def _median(runs: Sequence[Sizes], figure: str) -> float:
+    return statistics.median(each[figure] for each in runs)
+
+
 def _one(kind: str, contender: str, *numbers: str) -> Any:
     if kind == "collect":
         return collected(contender, int(numbers[0]))
+    if kind == "parked":
+        return parked(contender, int(numbers[0]))
     workers, rows = map(int, numbers)
     return measured(kind, contender, workers, rows)
 

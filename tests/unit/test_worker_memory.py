@@ -33,6 +33,13 @@ def test_a_collection_in_a_worker_is_timed_with_and_without_what_it_inherits() -
     assert frozen["grown"] < walked["grown"] / 4
 
 
+def test_what_is_parked_in_main_is_told() -> None:
+    stock = worker_memory.in_a_process("parked", "stock", 128)
+    safe = worker_memory.in_a_process("parked", "safe", 128)
+    assert stock["parked"] == 0
+    assert safe["parked"] >= 1 << 24
+
+
 @pytest.mark.parametrize(
     ("ours", "stock", "ok"),
     [
@@ -52,10 +59,13 @@ def test_a_bar_that_is_missed_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     more = {"safe": 40.0}
+    collection = {"s": 0.001, "grown": 0}
 
     def told(kind: str, name: str, *numbers: object, environ: Any = None) -> Any:
         if kind == "collect":
-            return {"s": 0.1, "grown": 0 if name == "safe" and environ is None else 9 * MIB}
+            return collection if name == "safe" and not environ else {"s": 0.1, "grown": 9 * MIB}
+        if kind == "parked":
+            return {"uss": 9.0 * MIB, "parked": 0.0}
         sizes = {"pss": MIB * more.get(name, 40.0), "uss": 10.0 * MIB, "slots": 0.0}
         return {"after a batch": sizes, "after an epoch": sizes}
 
@@ -63,6 +73,11 @@ def test_a_bar_that_is_missed_fails(
     assert worker_memory.main(["--quick", "--check", f"--out={tmp_path}"]) == 0
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-worker-memory.json"))
     assert set(result["found"]["collections"]) >= {"stock", "safe"}
+    for figure, walks in (("s", 0.09), ("grown", 8 * MIB)):
+        monkeypatch.setitem(collection, figure, walks)
+        assert worker_memory.main(["--quick", "--check"]) == 1
+        monkeypatch.undo()
+        monkeypatch.setattr(worker_memory, "in_a_process", told)
     more["safe"] = 42.0
     assert worker_memory.main(["--quick", "--check"]) == 1
     assert "MORE" in capsys.readouterr().out
