@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     card: Card = Rehearsal() if options.rehearse else Cuda()
     if options.child:
         name, soft_s, file = options.child
+        torch.set_num_threads(1)  # as in the pinning thread; the other cores are the workers'
         measure(name, card, Budget(float(soft_s)), Path(file))
         os._exit(0)  # to give back gigabytes of pinned memory one by one takes seconds
     until_s += 60 * options.minutes - WRITING_S

@@ -65,7 +65,6 @@ class Source:
 
 
 def rows(card: Card, budget: Budget) -> Iterator[Row]:
-    torch.set_num_threads(1)  # as in the pinning thread
     sizes = TINY if card.rehearsal else SIZES
 
     def measure(cell: str, left: int) -> Iterator[Row]:

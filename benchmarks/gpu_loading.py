@@ -59,7 +59,6 @@ class WorkersCell:
 
 def worker_rows(card: Card, budget: Budget) -> Iterator[Row]:
     """Stock against safe with 1 to 16 workers, persistent and fresh, delivered in both ways."""
-    torch.set_num_threads(1)
     counts, batches, shape = WORKERS, BATCHES, SHAPE
     if card.rehearsal:
         counts, batches, shape = (1, 2), 4, (3, 16, 16)
@@ -154,7 +153,6 @@ def size_rows(card: Card, budget: Budget) -> Iterator[Row]:
 
     The loaders are not there at the same time, as elsewhere: their memory would have to be.
     """
-    torch.set_num_threads(1)
     sizes = TINY if card.rehearsal else SIZES
     cells = [SizeCell(size, delivery) for size, delivery in itertools.product(sizes, DELIVERIES)]
 
