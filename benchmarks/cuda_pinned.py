@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,8 +171,14 @@ class Row:
 
 
 def compare(
-    size: int, stream: str, device: torch.device, options: argparse.Namespace, folder: Path
+    size: int,
+    stream: str,
+    device: torch.device,
+    options: argparse.Namespace,
+    folder: Path,
+    turns: Iterable[int] | None = None,
 ) -> list[Row]:
+    """Epochs of all contenders in turn; `turns` in place of so many repeats can end early."""
     dataset = LabelledImages(options.batches * options.batch_size, size)
     kwargs = {
         "batch_size": options.batch_size,
@@ -183,7 +189,7 @@ def compare(
         "pin_memory": True,
     }
     side = None
-    if stream == "side":
+    if stream == "side" and device.type == "cuda":
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
     network = model().to(device)
     loaders: dict[str, DataLoader[Any]] = {}
@@ -193,7 +199,7 @@ def compare(
         loaders[name] = CONTENDERS[name](dataset, seeded(kwargs), scratch)
         train_epoch(loaders[name], network, device, side)  # warm-up
     figures: dict[str, list[EpochFigures]] = {name: [] for name in loaders}
-    for turn in range(options.repeats):
+    for turn in range(options.repeats) if turns is None else turns:
         for name in loaders if turn % 2 == 0 else reversed(loaders):
             figures[name].append(train_epoch(loaders[name], network, device, side))
 
