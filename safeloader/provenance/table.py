@@ -45,7 +45,8 @@ class BatchRecord:
         fetch_ns: time each sample took to fetch, in ns. Samples fetched in one call
             (``__getitems__``, or the rows of a ``TensorDataset``), or without workers in less than
             2 µs each, carry equal shares of it.
-        collate_ns: time the collate function took, in ns.
+        collate_ns: time the collate function took, in ns; 0 where the rows of a ``TensorDataset``
+            are gathered without workers, which makes the batch at once.
         wait_ns: time the training loop waited for the batch, in ns.
         start_ns: when the first fetch began, in ns since 1970.
 

@@ -205,7 +205,7 @@ class SlotPool:
             if slot.filled():
                 continue
             if slot.was_forked() or self._states[number] == GONE:
-                self._give_up(slot)
+                self._give_up(slot, is_read=True)
             else:
                 found.append(slot)
         return found
@@ -251,11 +251,13 @@ class SlotPool:
                 if spare > _SPARE:
                     self._give_up(slot)
 
-    def _give_up(self, slot: Slot) -> None:
+    def _give_up(self, slot: Slot, is_read: bool = False) -> None:
         del self._slots[slot.number]
         self._share[HOLDS] -= slot.size
-        if self._states[slot.number] != GONE and not slot.is_new:
-            punched(slot.memory)  # nobody reads it, and whoever inherited it would keep its pages
+        # A forked process may read on (`is_read`). Else nobody does, and whoever inherited the slot
+        # from main would keep its pages; what main has not mapped yet goes by itself.
+        if slot.fd < 0 and not is_read:
+            punched(slot.memory)
         if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
             self._states[slot.number] = LENT
             self.given_up.append(slot.number)

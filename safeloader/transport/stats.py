@@ -18,7 +18,8 @@ class TransportStats:
 
     Attributes:
         slots: how many slots are mapped now: shared memory that batches are written into in turn.
-            Those of an epoch's workers serve the next ones, or go within half a minute.
+            Those of an epoch's workers go with them, but for the batches that are kept, and for
+            large ones that wait for the next workers, half a minute at most.
         bytes: their size together. What a slot never held takes no memory.
         batches: how many batches came by each way: ``"slots"``; ``"message"``, all of the batch
             within the worker's message, as it is small; ``"torch"``, in full or in part by torch's

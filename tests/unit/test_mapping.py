@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from safeloader import CollateError, SafeDataLoader
-from safeloader.worker import stacking
+from safeloader import CollateError, SafeDataLoader, SampleError
+from safeloader.worker import mapping, recording, stacking
 from safeloader.worker.stacking import collated_here, collation_by
 from tests.oracle import plain
 
@@ -164,3 +164,54 @@ def test_it_is_for_default_collate_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tried == [samples]
     collation_by(Stock(lambda batch: default_collate(batch)))(samples)
     assert tried == [samples]
+
+
+class Costly:
+    """Samples that take as long, by the clock of the fetcher, as they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1_000
+        self.costs: dict[int, int] = {}
+        self.failing: dict[int, Exception] = {}
+        for module in (mapping, recording):
+            monkeypatch.setattr(module, "clock", lambda: self.now)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        self.now += self.costs.get(index, 100)
+        if index in self.failing:
+            raise self.failing[index]
+        return index
+
+
+def test_cheap_samples_are_timed_together_until_a_batch_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = Costly(monkeypatch)
+    dataset.costs = {0: 300, 4: 300, 7: 9_000, 9: 300}
+    loader = SafeDataLoader(dataset, batch_size=3)
+    times = []
+    for _ in loader:
+        assert loader.last_batch is not None
+        times.append(list(loader.last_batch.fetch_ns))
+    apart, together, slow, apart_again = times
+    assert apart == [300, 100, 100]  # how cheap they are is not known yet
+    assert together == [sum(together) / 3] * 3
+    assert slow == [sum(slow) / 3] * 3
+    assert sum(slow) > 9_000
+    assert apart_again == [300, 100, 100]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), StopIteration("x")])
+def test_which_of_the_cheap_samples_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    dataset = Costly(monkeypatch)
+    dataset.failing[7] = error
+    with pytest.raises(SampleError) as caught:
+        list(SafeDataLoader(dataset, batch_size=3))
+    failure = caught.value.failure
+    assert (failure.index, failure.position, failure.batch) == (7, 1, 2)
+    assert failure.exception_type.endswith(type(error).__name__)

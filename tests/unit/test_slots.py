@@ -415,6 +415,21 @@ def test_nothing_is_left_when_both_ends_are_gone(no_garbage_collector: None) -> 
         assert "memfd:safeloader" not in maps.read()
 
 
+def test_pages_of_a_parked_slot_that_is_not_used_again_are_given_back() -> None:
+    table = SlotTable(1)
+    fd = anonymous_file(MB)
+    parked, held_elsewhere = mapped(fd, MB), mapped(fd, MB)  # by a process that was forked
+    os.close(fd)
+    held_elsewhere[0] = 1
+    table.share(0)[worker_slots.HOLDS] = MB  # and it may hold nothing
+    table.row(0)[0] = FREE
+    pool = worker_slots.SlotPool(table, 0, {(0, 0): parked})
+    for _ in range(worker_slots._LOOK_EVERY):
+        pool.begin()
+    assert pool.given_up == [0]
+    assert held_elsewhere[0] == 0
+
+
 # ── what the worker keeps ────────────────────────────────────────────────────────────────────────
 
 
