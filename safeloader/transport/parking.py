@@ -40,7 +40,7 @@ class ParkedSlots:
 
     def __init__(self) -> None:
         self._begin()
-        _all.add(self)
+        _known.add(weakref.ref(self, _known.discard))
 
     def _begin(self) -> None:
         self._until: float | None = None  # when what is parked goes
@@ -56,19 +56,25 @@ class ParkedSlots:
         """
         self._last = unpacker, list(processes)
 
-    def rest(self) -> None:
-        """The workers end: what is not used within half a minute goes."""
-        last = self._last
-        if last is None or self._pid != os.getpid():
+    def rest(self, unpacker: Unpacker) -> None:
+        """The workers of ``unpacker`` end: what is not used within half a minute goes.
+
+        Of the workers that started last alone: others, of an iterator at once with theirs, may end
+        while those are at work.
+        """
+        if self._pid != os.getpid():
             return
-        unpacker, processes = last
-        unpacker.keep(_SLOTS_OF_A_WORKER * len(processes))
-        if unpacker.mapped_bytes() < _WORTH_BYTES:
-            self._last = None
-        else:
-            self.pause()
-            self._until = monotonic() + REST_S
-            self.resume()
+        with self._lock:
+            last = self._last
+            if last is None or last[0] is not unpacker:
+                return
+            unpacker.keep(_SLOTS_OF_A_WORKER * len(last[1]))
+            if unpacker.mapped_bytes() < _WORTH_BYTES:
+                self._last = None
+                return
+        self.pause()
+        self._until = monotonic() + REST_S
+        self.resume()
 
     def pause(self) -> None:
         """End the thread that waits for the half minute: Python warns of a fork beside one."""
@@ -86,8 +92,13 @@ class ParkedSlots:
         timer = threading.Timer(left, _expired, [weakref.ref(self)])
         timer.name = "safeloader's parked slots"
         timer.daemon = True
-        timer.start()
-        self._timer = timer
+        try:
+            timer.start()
+        except RuntimeError:  # there are too many threads: nobody would see to it that they go
+            self._until = None
+            self.drop()
+        else:
+            self._timer = timer
 
     def take(self, table: SlotTable) -> Parked:
         """Give what is parked to the workers of ``table``, which have yet to be forked."""
@@ -122,7 +133,7 @@ class ParkedSlots:
             if last is None or any(each.is_alive() for each in last[1]):
                 return {}
             self._last = None
-        return last[0].parted()
+            return last[0].parted()
 
     def __del__(self) -> None:
         with suppress(Exception):  # at interpreter exit anything may be gone already
@@ -130,22 +141,27 @@ class ParkedSlots:
             self.drop()
 
 
-_all: weakref.WeakSet[ParkedSlots] = weakref.WeakSet()
+_known: set[weakref.ref[ParkedSlots]] = set()
+
+
+def _all() -> list[ParkedSlots]:
+    # By a copy made in C: a WeakSet raises where another thread makes a loader meanwhile.
+    return [each for known in list(_known) if (each := known()) is not None]
 
 
 def drop_parked() -> None:
     """Let go of what any loader of this process has parked: the memory is wanted."""
-    for each in list(_all):
+    for each in _all():
         each.drop()
 
 
 @contextmanager
 def forking() -> Iterator[None]:
     """While workers are forked: no thread of these runs beside."""
-    paused = list(_all)
-    for each in paused:
-        each.pause()
+    paused = _all()
     try:
+        for each in paused:
+            each.pause()
         yield
     finally:
         for each in paused:
@@ -155,7 +171,7 @@ def forking() -> Iterator[None]:
 def forget_inherited(own: Unpacker) -> None:
     """In a worker that was forked: unmap the slots of ``own``, and of every loader of main."""
     own.forget()
-    for each in list(_all):
+    for each in _all():
         each.forget()
 
 

@@ -205,7 +205,7 @@ class SlotPool:
             if slot.filled():
                 continue
             if slot.was_forked() or self._states[number] == GONE:
-                self._give_up(slot)
+                self._give_up(slot, seen=True)
             else:
                 found.append(slot)
         return found
@@ -249,12 +249,14 @@ class SlotPool:
             if slot.fd >= 0 and self._slots.get(slot.number) is slot and not slot.filled():
                 spare += slot.size
                 if spare > _SPARE:
-                    self._give_up(slot)
+                    self._give_up(slot, seen=slot.was_forked())
 
-    def _give_up(self, slot: Slot) -> None:
+    def _give_up(self, slot: Slot, seen: bool = False) -> None:
+        """Never use it again. ``seen``: a process that was forked may read what is in it."""
         del self._slots[slot.number]
         self._share[HOLDS] -= slot.size
-        if self._states[slot.number] != GONE and not slot.is_new:
+        served = slot.fd < 0 or not slot.is_new  # one that was parked may not be written yet
+        if served and not seen:
             punched(slot.memory)  # nobody reads it, and whoever inherited it would keep its pages
         if slot.fd < 0:  # main has mapped it, and is told with the next batch: not to be used yet
             self._states[slot.number] = LENT

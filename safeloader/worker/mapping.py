@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import struct
 from contextlib import suppress
-from itertools import repeat
-from operator import getitem
 from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
@@ -147,7 +145,8 @@ class MapFetcher(RecordingFetcher):
             stamps[1] = now()
             return samples, self._count(samples)
         if self._timed_whole:
-            came.extend(map(getitem, repeat(dataset), asked))  # holds those before one that raises
+            for index in asked:  # not by map(): a StopIteration of the dataset's would end it
+                came.append(dataset[index])
             ended = stamps[1] = now()
         else:
             for k, index in enumerate(asked, 1):

@@ -168,7 +168,7 @@ def test_what_is_given_back_is_given_to_the_system_too() -> None:
     data = Numbered()
     loader = loader_of(data)
     passed(loader, data, lambda number: False)
-    (unpacker,) = [each._last[0] for each in parking._all if each._last is not None]
+    (unpacker,) = [each._last[0] for each in parking._all() if each._last is not None]
     memory = [each.memory for each in unpacker._slots.values()]
     assert any(bytes(each[:8]) != bytes(8) for each in memory)
     parking.drop_parked()
@@ -211,6 +211,34 @@ def test_an_epoch_that_is_left_and_one_whose_worker_is_killed() -> None:
     data.epoch += 1
     kept += passed(loader, data, lambda number: number == 1)
     assert whole(kept)
+
+
+@pytest.mark.parametrize("how", ["to its end", "left"])
+def test_an_iterator_that_ends_takes_no_slots_of_one_that_goes_on(how: str) -> None:
+    data = Numbered(40)
+    loader = loader_of(data)
+    ends, goes_on = iter(loader), iter(loader)
+    kept = [next(goes_on) for _ in range(12)]  # more slots than are parked
+    if how == "left":
+        next(ends)
+        del ends
+    else:
+        assert len(list(ends)) == 20
+    kept += goes_on
+    assert [numbers(each) for each in kept] == [[2.0 * k, 2.0 * k + 1] for k in range(20)]
+
+
+def test_without_a_thread_to_wait_they_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Numbered()
+    loader = loader_of(data)
+    taken = threading.stack_size(1 << 50)  # no thread can be started
+    try:
+        passed(loader, data, lambda number: False)
+        assert not loader.transport_stats.slots
+    finally:
+        threading.stack_size(taken)
+    passed(loader, data, lambda number: False)
+    assert loader.transport_stats.slots
 
 
 class Maps(Numbered):

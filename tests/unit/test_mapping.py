@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from safeloader import CollateError, SafeDataLoader
-from safeloader.worker import stacking
+from safeloader import CollateError, SafeDataLoader, SampleError
+from safeloader.worker import mapping, stacking
 from safeloader.worker.stacking import collated_here, collation_by
 from tests.oracle import plain
 
@@ -120,6 +120,7 @@ def test_a_default_device_is_heeded() -> None:
         [(torch.ones(2),), (torch.ones(2), torch.ones(2))],
         [(torch.ones(2),), (torch.ones(3),)],
         [(torch.ones(2),), (None,)],
+        [(1, 2), iter((3, 4))],
     ],
 )
 def test_what_it_leaves_alone(samples: Any) -> None:
@@ -164,3 +165,18 @@ def test_it_is_for_default_collate_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert tried == [samples]
     collation_by(Stock(lambda batch: default_collate(batch)))(samples)
     assert tried == [samples]
+
+
+def test_a_stop_iteration_is_told_of_samples_timed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stops(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 9:
+                raise StopIteration("no more")
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(mapping, "_CHEAP_NS", 1 << 40)
+    with pytest.raises(SampleError, match="no more") as raised:
+        list(SafeDataLoader(Stops(range(16)), 4, trace=False))
+    assert raised.value.index == 9
