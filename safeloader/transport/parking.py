@@ -36,14 +36,13 @@ _SLOTS_OF_A_WORKER = 4  # the others of a loop that keeps its batches go with th
 class ParkedSlots:
     """The slots of one loader, between the workers of one epoch and those of the next."""
 
-    _timer: threading.Timer | None = None
-
     def __init__(self) -> None:
         self._begin()
         _known.add(weakref.ref(self, _known.discard))
 
     def _begin(self) -> None:
         self._until: float | None = None  # when what is parked goes
+        self._timer: threading.Timer | None = None
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may iterate the loader
         self._last: tuple[Unpacker, list[Any]] | None = None
@@ -72,33 +71,40 @@ class ParkedSlots:
             if unpacker.mapped_bytes() < _WORTH_BYTES:
                 self._last = None
                 return
-        self.pause()
         self._until = monotonic() + REST_S
+        self.pause()
         self.resume()
 
     def pause(self) -> None:
         """End the thread that waits for the half minute: Python warns of a fork beside one."""
-        timer, self._timer = self._timer, None
-        if timer is not None and self._pid == os.getpid():
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            timer, self._timer = self._timer, None
+        if timer is not None:
             timer.cancel()
             if timer is not threading.current_thread():
                 timer.join(1.0)
 
     def resume(self) -> None:
         """Wait on for the end of the half minute."""
-        if self._until is None or self._timer is not None or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return
-        left = max(0.0, self._until - monotonic())
-        timer = threading.Timer(left, _expired, [weakref.ref(self)])
-        timer.name = "safeloader's parked slots"
-        timer.daemon = True
-        try:
-            timer.start()
-        except RuntimeError:  # there are too many threads: nobody would see to it that they go
-            self._until = None
-            self.drop()
-        else:
-            self._timer = timer
+        with self._lock:  # as others fork, their thread resumes this too: one thread is enough
+            if self._until is None or self._timer is not None:
+                return
+            left = max(0.0, self._until - monotonic())
+            timer = threading.Timer(left, _expired, [weakref.ref(self)])
+            timer.name = "safeloader's parked slots"
+            timer.daemon = True
+            try:
+                timer.start()
+            except RuntimeError:  # there are too many threads: nobody would see to it that they go
+                self._until = None
+            else:
+                self._timer = timer
+                return
+        self.drop()
 
     def take(self, table: SlotTable) -> Parked:
         """Give what is parked to the workers of ``table``, which have yet to be forked."""
@@ -118,6 +124,15 @@ class ParkedSlots:
         if self._pid == os.getpid():
             for memory in self._parted().values():
                 punched(memory)
+
+    def expire(self) -> None:
+        """The half minute is over; where workers have not ended yet, another one begins."""
+        self.drop()
+        with self._lock:
+            self._timer = None
+            if self._until is not None:
+                self._until = None if self._last is None else monotonic() + REST_S
+        self.resume()
 
     def forget(self) -> None:
         """In a worker: unmap what was inherited."""
@@ -178,4 +193,4 @@ def forget_inherited(own: Unpacker) -> None:
 def _expired(parked: weakref.ref[ParkedSlots]) -> None:
     known = parked()
     if known is not None:
-        known.drop()
+        known.expire()

@@ -323,6 +323,43 @@ def test_they_go_if_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: not loader.transport_stats.slots)
 
 
+def test_they_go_later_if_their_workers_end_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "REST_S", 0.01)
+    loader = loader_of(Numbered())
+    iterator = iter(loader)
+    next(iterator)
+    stock = iterator._stock  # type: ignore[attr-defined]  # which keeps the workers
+    tried = threading.Event()
+    real = parking.ParkedSlots.expire
+
+    def told(self: Any) -> None:
+        real(self)
+        tried.set()
+
+    monkeypatch.setattr(parking.ParkedSlots, "expire", told)
+    del iterator
+    assert tried.wait(60)
+    assert loader.transport_stats.slots
+    del stock
+    until(lambda: not loader.transport_stats.slots)
+
+
+def test_loaders_in_two_threads_leave_no_thread_behind() -> None:
+    def epochs() -> None:
+        data = Numbered(4)
+        loader = loader_of(data)
+        for _ in range(8):
+            passed(loader, data, lambda number: False)
+
+    beside = [threading.Thread(target=epochs) for _ in range(2)]
+    for each in beside:
+        each.start()
+    for each in beside:
+        each.join()
+    gc.collect()
+    assert not [each.name for each in threading.enumerate() if "parked" in each.name]
+
+
 def test_a_loop_that_keeps_every_batch_leaves_no_more_than_the_workers_need() -> None:
     loader = loader_of(Numbered(64))
     kept = list(loader)
