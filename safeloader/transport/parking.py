@@ -80,11 +80,12 @@ class ParkedSlots:
         if self._pid != os.getpid():
             return
         with self._lock:
-            timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-            if timer is not threading.current_thread():
-                timer.join(1.0)
+            timer = self._timer
+            if timer is not None:
+                timer.cancel()
+            self._timer = None
+        if timer not in (None, threading.current_thread()) and timer.is_alive():
+            timer.join(1.0)
 
     def resume(self) -> None:
         """Wait on for the end of the half minute."""
@@ -97,13 +98,16 @@ class ParkedSlots:
             timer = threading.Timer(left, _expired, [weakref.ref(self)])
             timer.name = "safeloader's parked slots"
             timer.daemon = True
+            self._timer = timer
             try:
                 timer.start()
-            except RuntimeError:  # there are too many threads: nobody would see to it that they go
-                self._until = None
-            else:
-                self._timer = timer
                 return
+            except BaseException as exc:  # an interrupt too: none is left behind that nobody knows
+                timer.cancel()
+                self._timer = self._until = None
+                if not isinstance(exc, RuntimeError):
+                    raise
+            # There are too many threads: nobody would see to it that they go.
         self.drop()
 
     def take(self, table: SlotTable) -> Parked:
@@ -127,6 +131,9 @@ class ParkedSlots:
 
     def expire(self) -> None:
         """The half minute is over; where workers have not ended yet, another one begins."""
+        with self._lock:
+            if self._timer is not threading.current_thread():  # it was to end, and is late
+                return
         self.drop()
         with self._lock:
             self._timer = None
