@@ -55,7 +55,7 @@ from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
-from safeloader.transport.parking import forget_inherited, forking
+from safeloader.transport.parking import forking
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import Parked, SlotTable
@@ -256,7 +256,7 @@ class WorkerPool:
                 observed=self.persistent or self.looks.worth_it,
                 freezes=freezes_garbage(),
                 parked=parked,
-                not_mine=functools.partial(forget_inherited, unpacker) if forks else None,
+                not_mine=unpacker.forget if forks else None,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ours = type(results), TaskQueue, FlightRecorder, SlotTable, StreamProgress

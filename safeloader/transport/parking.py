@@ -11,7 +11,8 @@
 The pages of a fresh slot are made, zeroed and mapped on both sides: for short epochs of large
 batches that takes longer than all else. Only what nothing refers to is parked, only where no
 process was forked while something did, and only under fork: by no other way does a mapping reach a
-worker. A worker lets go of what is not its own as it starts, of other loaders' slots too.
+worker. A worker lets go of what is not its own as it starts, of other loaders' slots too,
+as does any other child.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 
+from safeloader._python import at_fork
 from safeloader.transport.shared_memory import punched
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import Parked, SlotTable
@@ -142,14 +144,13 @@ class ParkedSlots:
         self.resume()
 
     def forget(self) -> None:
-        """In a worker: unmap what was inherited."""
-        if self._last is not None:
-            self._last[0].forget()
+        """In a process that was forked: they are the parent's, whose thread may be in here."""
+        self._begin()
 
     def _parted(self) -> Parked:
         """What is parked, and is so no longer; nothing where its workers have not ended."""
-        if self._pid != os.getpid():  # forked: they are the parent's, and its thread may be in here
-            self._begin()
+        if self._pid != os.getpid():  # forked in C
+            self.forget()
         with self._lock:
             last = self._last
             if last is None or any(each.is_alive() for each in last[1]):
@@ -190,11 +191,16 @@ def forking() -> Iterator[None]:
             each.resume()
 
 
-def forget_inherited(own: Unpacker) -> None:
-    """In a worker that was forked: unmap the slots of ``own``, and of every loader of main."""
-    own.forget()
+def _in_child() -> None:
+    """Unmap what was inherited: a child that lives for long would keep the pages of all that goes.
+
+    The slots of a pool at work, and those that the next workers are forked for, are held elsewhere.
+    """
     for each in _all():
         each.forget()
+
+
+at_fork(after_in_child=_in_child)
 
 
 def _expired(parked: weakref.ref[ParkedSlots]) -> None:

@@ -176,6 +176,19 @@ def test_what_is_given_back_is_given_to_the_system_too() -> None:
     assert not any(bytes(each[:8]) != bytes(8) for each in memory)
 
 
+def test_a_forked_child_keeps_none_that_are_parked() -> None:
+    loader = loader_of(Numbered())
+    for batch in loader:
+        del batch
+    assert slots_mapped() >= 2
+    held = next(iter(loader))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(slots_mapped())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) <= 1  # the batch that it sees
+    assert numbers(held) == [0.0, 1.0]
+
+
 def test_two_iterators_at_once_share_none() -> None:
     data = Numbered()
     loader = loader_of(data)
