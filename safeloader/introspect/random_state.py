@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from safeloader._torch import calls_are_watched
+
 _WORDS = 624  # of the Mersenne Twister, which numpy's and python's global generators both are
 _BYTES = 4 * (_WORDS + 1)  # the words and the place among them
 
@@ -61,7 +63,8 @@ def preserved() -> Iterator[None]:
         yield
     finally:
         now = marks.mark()
-        if now[0] is not python or now[1] is not numpy or not torch.equal(now[2], torchs):
+        moved = now[0] is not python or now[1] is not numpy
+        if moved or calls_are_watched() or not torch.equal(now[2], torchs):
             RandomState(python, numpy, torchs).set()
 
 
@@ -163,11 +166,11 @@ class Apart:
         else:
             words[:] = kept.words
             self._shared.gauss_next = kept.python
+        _puts[0] += 1
         watched = self._marks.watch_numpy()
         if watched is kept.watched:  # else another was put in its place meanwhile, to stay
             if kept.numpy_words is None or watched.raw is None:
                 np.random.set_state(kept.numpy)
-                _puts[0] += 1
             else:
                 np.random.seed(0)  # lets go of a kept Gaussian
                 watched.raw[:] = kept.numpy_words

@@ -55,7 +55,7 @@ from safeloader.supervision.flight_recorder import FlightRecorder
 from safeloader.supervision.processes import remove_files_of
 from safeloader.supervision.receiver import PinnedResultReceiver, ResultReceiver
 from safeloader.transport.channel import ResultQueue, TaskQueue
-from safeloader.transport.parking import forget_inherited, forking
+from safeloader.transport.parking import forking
 from safeloader.transport.slot_budget import PoolCounts, budget
 from safeloader.transport.slot_reader import Unpacker
 from safeloader.transport.slot_table import Parked, SlotTable
@@ -107,6 +107,7 @@ class WorkerPool:
         self.timeout_s = float(loader.timeout)
         self.hangs = False
         self._stock: Callable[[], Any] = lambda: None
+        self._unpacker: Unpacker | None = None  # whose slots may outlive its workers
         self.persistent = loader.persistent_workers
         self.seeds_per = None if settings.seed is None else settings.seed_per
         self._log = log
@@ -255,7 +256,7 @@ class WorkerPool:
                 observed=self.persistent or self.looks.worth_it,
                 freezes=freezes_garbage(),
                 parked=parked,
-                not_mine=functools.partial(forget_inherited, unpacker) if forks else None,
+                not_mine=unpacker.forget if forks else None,
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ours = type(results), TaskQueue, FlightRecorder, SlotTable, StreamProgress
@@ -303,6 +304,7 @@ class WorkerPool:
             counts.workers = weakref.WeakSet(processes)
             if forks and not self.persistent and keeps_slots():
                 settings.recorder.parked.started(unpacker, processes)
+                self._unpacker = unpacker
         draws = self.sampler
         forked = None
         if forks:
@@ -408,7 +410,10 @@ class WorkerPool:
     def rests(self) -> None:
         """Nobody asks for more batches, and workers that do not stay end."""
         if self.workers and not self.persistent and "_settings" in self.__dict__:
-            self._settings.recorder.parked.rest()
+            unpacker = self._unpacker
+            if unpacker is not None:
+                with guarded("keeping slots for the next workers", lambda: self._log):
+                    self._settings.recorder.parked.rest(unpacker)
 
     def end(self) -> None:
         """End the workers that are left, whatever they are at."""

@@ -178,7 +178,7 @@ class Unpacker:
         self.settle(all_of_them=True)
         slots = sorted(self._slots.items(), key=lambda each: each[1].lease is not None)
         for key, _ in slots[most:]:
-            del self._slots[key]
+            self._slots.pop(key, None)  # a signal handler may have iterated the loader meanwhile
 
     def forget(self) -> None:
         """In a worker: unmap what was inherited."""

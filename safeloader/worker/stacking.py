@@ -74,12 +74,12 @@ def _column(values: Sequence[Any]) -> Any:
         if first.layout is not torch.strided or first.is_nested:
             raise _NotPlain
         return torch.stack(values, 0)  # type: ignore[arg-type]  # a tuple, as a rule
-    if kind is tuple:
-        return [_column(column) for column in zip(*values, strict=True)]
     if kind is str or kind is bytes:
         return values
     if [*map(type, values)].count(kind) != len(values):
         raise _NotPlain
+    if kind is tuple:
+        return [_column(column) for column in zip(*values, strict=True)]
     if kind is dict:
         return {key: _column([each[key] for each in values]) for key in first}
     if kind not in _NUMBERS or _torch.calls_are_watched():

@@ -45,7 +45,9 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
     columns = dataset if subset is None else subset.dataset
     if type(columns) is not TensorDataset or hasattr(columns, "__getitems__"):
         return None
-    if subset is not None and type(subset.indices) is not list:
+    if subset is not None and (
+        type(subset.indices) is not list or not vars(subset).keys() <= {"dataset", "indices"}
+    ):
         return None
 
     def gather(indices: list[Any], packed: bytes) -> list[torch.Tensor] | None:

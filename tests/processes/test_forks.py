@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from safeloader import SafeDataLoader
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -83,3 +89,32 @@ def test_an_iterator_that_a_forked_process_frees(how: str, kind: str) -> None:
     assert done.stdout == "done\n"
     assert "can only test" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_a_child_of_a_worker_keeps_the_batch_that_it_sees() -> None:
+    asked, told = os.pipe(), os.pipe()
+
+    class Rows(Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 60
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.full((200_000,), float(index))
+
+    def collate(samples: list[torch.Tensor]) -> Any:
+        batch = default_collate(samples)
+        if samples[0][0] == 2 and not os.fork():
+            os.read(asked[0], 1)
+            os.write(told[1], b"same" if (batch.numpy()[0] == 2).all() else b"changed")
+            os._exit(0)
+        return batch
+
+    loader: SafeDataLoader[Any] = SafeDataLoader(
+        Rows(), 2, num_workers=1, multiprocessing_context="fork", collate_fn=collate
+    )
+    for _ in loader:
+        pass
+    os.write(asked[1], b"x")
+    assert os.read(told[0], 9) == b"same"
+    for end in (*asked, *told):
+        os.close(end)

@@ -168,12 +168,25 @@ def test_what_is_given_back_is_given_to_the_system_too() -> None:
     data = Numbered()
     loader = loader_of(data)
     passed(loader, data, lambda number: False)
-    (unpacker,) = [each._last[0] for each in parking._all if each._last is not None]
+    (unpacker,) = [each._last[0] for each in parking._all() if each._last is not None]
     memory = [each.memory for each in unpacker._slots.values()]
     assert any(bytes(each[:8]) != bytes(8) for each in memory)
     parking.drop_parked()
     assert not loader.transport_stats.slots
     assert not any(bytes(each[:8]) != bytes(8) for each in memory)
+
+
+def test_a_forked_child_keeps_none_that_are_parked() -> None:
+    loader = loader_of(Numbered())
+    for batch in loader:
+        del batch
+    assert slots_mapped() >= 2
+    held = next(iter(loader))
+    pid = os.fork()
+    if pid == 0:
+        os._exit(slots_mapped())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) <= 1  # the batch that it sees
+    assert numbers(held) == [0.0, 1.0]
 
 
 def test_two_iterators_at_once_share_none() -> None:
@@ -211,6 +224,34 @@ def test_an_epoch_that_is_left_and_one_whose_worker_is_killed() -> None:
     data.epoch += 1
     kept += passed(loader, data, lambda number: number == 1)
     assert whole(kept)
+
+
+@pytest.mark.parametrize("how", ["to its end", "left"])
+def test_an_iterator_that_ends_takes_no_slots_of_one_that_goes_on(how: str) -> None:
+    data = Numbered(40)
+    loader = loader_of(data)
+    ends, goes_on = iter(loader), iter(loader)
+    kept = [next(goes_on) for _ in range(12)]  # more slots than are parked
+    if how == "left":
+        next(ends)
+        del ends
+    else:
+        assert len(list(ends)) == 20
+    kept += goes_on
+    assert [numbers(each) for each in kept] == [[2.0 * k, 2.0 * k + 1] for k in range(20)]
+
+
+def test_without_a_thread_to_wait_they_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Numbered()
+    loader = loader_of(data)
+    taken = threading.stack_size(1 << 50)  # no thread can be started
+    try:
+        passed(loader, data, lambda number: False)
+        assert not loader.transport_stats.slots
+    finally:
+        threading.stack_size(taken)
+    passed(loader, data, lambda number: False)
+    assert loader.transport_stats.slots
 
 
 class Maps(Numbered):
@@ -293,6 +334,43 @@ def test_they_go_if_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         passed(loader, data, lambda number: False)
         until(lambda: not loader.transport_stats.slots)
+
+
+def test_they_go_later_if_their_workers_end_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "REST_S", 0.01)
+    loader = loader_of(Numbered())
+    iterator = iter(loader)
+    next(iterator)
+    stock = iterator._stock  # type: ignore[attr-defined]  # which keeps the workers
+    tried = threading.Event()
+    real = parking.ParkedSlots.expire
+
+    def told(self: Any) -> None:
+        real(self)
+        tried.set()
+
+    monkeypatch.setattr(parking.ParkedSlots, "expire", told)
+    del iterator
+    assert tried.wait(60)
+    assert loader.transport_stats.slots
+    del stock
+    until(lambda: not loader.transport_stats.slots)
+
+
+def test_loaders_in_two_threads_leave_no_thread_behind() -> None:
+    def epochs() -> None:
+        data = Numbered(4)
+        loader = loader_of(data)
+        for _ in range(8):
+            passed(loader, data, lambda number: False)
+
+    beside = [threading.Thread(target=epochs) for _ in range(2)]
+    for each in beside:
+        each.start()
+    for each in beside:
+        each.join()
+    gc.collect()
+    assert not [each.name for each in threading.enumerate() if "parked" in each.name]
 
 
 def test_a_loop_that_keeps_every_batch_leaves_no_more_than_the_workers_need() -> None:

@@ -120,6 +120,7 @@ def test_a_default_device_is_heeded() -> None:
         [(torch.ones(2),), (torch.ones(2), torch.ones(2))],
         [(torch.ones(2),), (torch.ones(3),)],
         [(torch.ones(2),), (None,)],
+        [(1, 2), iter((3, 4))],
     ],
 )
 def test_what_it_leaves_alone(samples: Any) -> None:
@@ -215,3 +216,18 @@ def test_which_of_the_cheap_samples_fails_is_told(
     failure = caught.value.failure
     assert (failure.index, failure.position, failure.batch) == (7, 1, 2)
     assert failure.exception_type.endswith(type(error).__name__)
+
+
+def test_a_stop_iteration_is_told_of_samples_timed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stops(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 9:
+                raise StopIteration("no more")
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(mapping, "_CHEAP_NS", 1 << 40)
+    with pytest.raises(SampleError, match="no more") as raised:
+        list(SafeDataLoader(Stops(range(16)), 4, trace=False))
+    assert raised.value.index == 9

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from safeloader.introspect import random_state
 from safeloader.introspect.generator_kinds import state_of
-from safeloader.introspect.random_state import Marks, RandomState, preserved
+from safeloader.introspect.random_state import Apart, Marks, RandomState, preserved
 
 DRAWS: dict[str, Callable[[], Any]] = {
     "random": random.random,
@@ -89,6 +90,31 @@ def test_a_state_put_back_with_a_kept_gaussian(which: str) -> None:
     marks.mark()
     kept.set()
     assert plain(marked(marks)) == plain(RandomState.now())
+
+
+def test_apart_puts_back_a_kept_gaussian_that_was_used_meanwhile() -> None:
+    apart, marks = Apart(), Marks()
+    random.gauss(0, 1)
+    before = plain(RandomState.now())
+    kept = apart.keep()
+    random.gauss(0, 1)
+    marks.mark()
+    apart.put_back(kept)
+    assert plain(marked(marks)) == plain(RandomState.now()) == before
+
+
+class Calls(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise AssertionError(f"{function} was called")
+
+
+def test_a_mode_that_watches_calls_sees_none_of_ours() -> None:
+    before = plain(RandomState.now())
+    with Calls(), preserved():
+        random.random()
+    assert plain(RandomState.now()) == before
 
 
 def test_the_fast_path_is_on_here() -> None:

@@ -170,6 +170,15 @@ ODD = {
 }
 
 
+def answering_itself() -> Any:
+    subset = Subset(TensorDataset(torch.arange(6.0)), [5, 4, 3, 2])
+    subset.__getitems__ = lambda asked: [(torch.tensor(-k),) for k in asked]  # type: ignore[method-assign]
+    return subset
+
+
+ODD["a Subset with a method of its own"] = answering_itself
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_what_is_not_plain_is_made_as_torch_does(name: str, gathered: list[bool]) -> None:
     stock, ours = both(ODD[name](), batch_size=2)
