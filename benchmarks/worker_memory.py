@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     walks = any(_median(frozen, each) > _median(walked, each) / 10 for each in ("s", "grown"))
     if not options.quick or options.out is not None:
         facts = environment.describe()
-        whole = {"environment": facts, "rows": rows, "objects": objects, "found": found}
+        whole = {"environment": facts, "samples": rows, "objects": objects, "found": found}
         stem = f"{facts['date']}-{environment.label()}-worker-memory"
         for path in write_texts(options.out or RESULTS, stem, whole, text):
             print(f"wrote {path}", file=sys.stderr)
