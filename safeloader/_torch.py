@@ -156,9 +156,8 @@ class Channels(NamedTuple):
     results: Any  # in the place of the queue that all workers put their results in
     tasks: Callable[[], Any]  # makes what stands for the queue by which a worker gets its tasks
     ending: Any  # in the place of the event that tells them to end; None: torch's
-    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = (
-        None  # of a worker, for torch's
-    )
+    # What a worker is given for the arguments that torch has for it; None: those.
+    arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
 
 class _Context:
@@ -224,8 +223,7 @@ def lists_stacks() -> None:
 
 def start_method(loader: DataLoader[Any]) -> str:
     """How the loader's workers are started: ``"fork"``, ``"spawn"`` or ``"forkserver"``."""
-    context: Any = loader.multiprocessing_context or torch.multiprocessing
-    return str(context.get_start_method())
+    return str(_context_of(loader).get_start_method())
 
 
 def load_for_workers() -> None:
@@ -239,8 +237,11 @@ def load_for_workers() -> None:
 
 def worker_class(loader: DataLoader[Any]) -> Any:
     """The class of the loader's worker processes."""
-    context: Any = loader.multiprocessing_context or torch.multiprocessing
-    return context.Process
+    return _context_of(loader).Process
+
+
+def _context_of(loader: DataLoader[Any]) -> Any:
+    return loader.multiprocessing_context or torch.multiprocessing
 
 
 # Torch's own, whatever the program puts there later; where there is none, `moved` says so.

@@ -173,12 +173,6 @@ def machine_memory() -> MachineMemory | None:
 
 
 @or_none
-def memory_size() -> int | None:
-    """The memory of the machine in bytes, without psutil: every program with workers asks."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@or_none
 def cgroup_memory(root: Path = _ROOT) -> CgroupMemory | None:
     """Return limit and use of the cgroup, own or above it, that has the least room left."""
     version, groups = _groups(root, "memory")
@@ -186,6 +180,21 @@ def cgroup_memory(root: Path = _ROOT) -> CgroupMemory | None:
     least = _least_room(groups, f"memory.{limit}", f"memory.{use}", cache)
     found = CgroupMemory(*least, _kills(root))
     return None if found == (None, None, None) else found
+
+
+def least_memory() -> int | None:
+    """The memory of the machine, or of the container where that is less, in bytes.
+
+    Without psutil: every program with workers asks.
+    """
+    group = cgroup_memory()
+    sizes = _memory_size(), None if group is None else group.limit
+    return min(filter(None, sizes), default=None)
+
+
+@or_none
+def _memory_size() -> int | None:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @or_none

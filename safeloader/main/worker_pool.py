@@ -238,7 +238,8 @@ class WorkerPool:
             counts = loaders if table is None else PoolCounts(loaders, table)
             unpacker = Unpacker(table, counts)
             parked: Parked = {}
-            if table is not None and forks and keeps_slots():
+            parks = table is not None and forks and keeps_slots()
+            if table is not None and parks:
                 parked = settings.recorder.parked.take(table)
                 unpacker.adopt(parked)
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
@@ -302,7 +303,7 @@ class WorkerPool:
         processes = _torch.workers_of(stock)
         if isinstance(counts, PoolCounts):
             counts.workers = weakref.WeakSet(processes)
-            if forks and not self.persistent and keeps_slots():
+            if parks and not self.persistent:
                 settings.recorder.parked.started(unpacker, processes)
                 self._unpacker = unpacker
         draws = self.sampler

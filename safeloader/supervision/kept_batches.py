@@ -22,7 +22,7 @@ import numpy as np
 
 from safeloader.introspect.memories import memories
 from safeloader.introspect.outside import kept_outside
-from safeloader.introspect.resources import cgroup_memory, human_bytes, memory_size
+from safeloader.introspect.resources import human_bytes, least_memory
 from safeloader.introspect.values import inherits
 from safeloader.supervision.wrong_data import Finding
 
@@ -160,6 +160,4 @@ class KeptBatches:
 @functools.cache
 def _memory_bytes() -> int | None:
     """Of the machine or of the container, whichever is smaller."""
-    group = cgroup_memory()
-    limits = [memory_size(), None if group is None else group.limit]
-    return min((each for each in limits if each is not None), default=None)
+    return least_memory()

@@ -16,7 +16,7 @@ import weakref
 from time import monotonic
 from typing import Any
 
-from safeloader.introspect.resources import cgroup_memory, memory_size
+from safeloader.introspect.resources import least_memory
 from safeloader.transport.parking import drop_parked
 from safeloader.transport.slot_table import HOLDS, MAY_HOLD, SlotTable
 from safeloader.transport.stats import TransportCounts
@@ -36,9 +36,7 @@ def process_bytes() -> int:
 @functools.lru_cache(maxsize=1)
 def _smallest_memory(second: int) -> int:
     """That of machine or container, as it was in this second: many pools may start in one."""
-    group = cgroup_memory()
-    sizes = memory_size(), group and group.limit
-    return min(filter(None, sizes), default=_UNKNOWN_MEMORY)
+    return least_memory() or _UNKNOWN_MEMORY
 
 
 class PoolCounts(TransportCounts):

@@ -37,7 +37,7 @@ from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import opening
 from safeloader.transport.messages import DeliveredBatch, FailedBatch, failed_on_the_way
 from safeloader.transport.shared_memory import mapped
-from safeloader.transport.slot_table import FREE, GONE, HOLDS, SlotLayout, SlotTable
+from safeloader.transport.slot_table import FREE, GONE, HOLDS, Parked, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportCounts
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
@@ -153,7 +153,7 @@ class Unpacker:
             self._slots[worker, number] = slot = _Slot(row, mapped(fd, size))
             self._counts.slot_made(slot.memory)
 
-    def adopt(self, parked: dict[tuple[int, int], Any]) -> None:
+    def adopt(self, parked: Parked) -> None:
         """Have these slots, by worker and number, which nothing refers to, for the pool's own."""
         for (worker, number), memory in parked.items():
             row, share = self._table.row(worker), self._table.share(worker)
@@ -162,7 +162,7 @@ class Unpacker:
             self._counts.slot_made(memory)
             row[number] = FREE
 
-    def parted(self) -> dict[tuple[int, int], Any]:
+    def parted(self) -> Parked:
         """Part with the slots that nothing refers to; the workers have ended."""
         self.settle(all_of_them=True)
         found = {}

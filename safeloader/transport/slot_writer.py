@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from bisect import insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +14,16 @@ import numpy as np
 from safeloader._torch import forget, is_gone
 from safeloader.transport.forks import forks_noticed
 from safeloader.transport.shared_memory import anonymous_file, mapped, populated, punched
-from safeloader.transport.slot_table import FREE, GONE, HOLDS, LENT, MAY_HOLD, UNUSED, SlotTable
+from safeloader.transport.slot_table import (
+    FREE,
+    GONE,
+    HOLDS,
+    LENT,
+    MAY_HOLD,
+    UNUSED,
+    Parked,
+    SlotTable,
+)
 
 _ALIGNED = 64  # a cache line
 SMALLEST = 1 << 16
@@ -132,9 +141,7 @@ class SlotPool:
         given_up: slots that main has mapped and is to let go of; told with the next batch.
     """
 
-    def __init__(
-        self, table: SlotTable, worker: int, parked: Mapping[tuple[int, int], Any] | None = None
-    ) -> None:
+    def __init__(self, table: SlotTable, worker: int, parked: Parked | None = None) -> None:
         self._states = np.frombuffer(table.row(worker), np.int64)
         self._share = table.share(worker)
         self._slots: dict[int, Slot] = {}
