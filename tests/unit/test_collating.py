@@ -344,6 +344,7 @@ def test_mappings_that_are_no_dict_are_walked_too() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.uncovered
 def test_large_samples_are_looked_at_within_bounds() -> None:
     deep: Any = []
     for _ in range(100_000):
@@ -352,7 +353,7 @@ def test_large_samples_are_looked_at_within_bounds() -> None:
     cycle.append(cycle)
     wide = {f"key{number}": torch.ones(2) for number in range(3_000)}
     million = [0] * 10_000_000
-    start = time.monotonic()
+    start = time.process_time()
     assert explain([deep] * 4, range(4)) is None
     assert explain([cycle] * 4, range(4)) is None
     assert told([million, million, [*million, 0]]).position == 2
@@ -363,7 +364,7 @@ def test_large_samples_are_looked_at_within_bounds() -> None:
     assert explain([dict.fromkeys(range(100_000))] * 4, range(4)) is not None  # all values None
     crowded = dict.fromkeys(range(5_000), 1)
     assert told([crowded] * 63 + [{}]).position == 63
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
     while deep:  # dismantled by hand: the interpreter would recurse
         deep = deep.pop()
 
