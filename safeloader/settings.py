@@ -129,7 +129,10 @@ class Settings(Keywords):
     @classmethod
     def of(cls, loader: Any) -> Settings:
         """What the attributes of a loader say now."""
-        return cls(**dict(zip(_NAMES, _values(loader), strict=True)))
+        # Not by the constructor, which sets one after the other: a tenth of a tiny epoch.
+        settings = cls.__new__(cls)
+        vars(settings).update(zip(_NAMES, _values(loader), strict=True))
+        return settings
 
     @property
     def trace_target(self) -> bool | Path:

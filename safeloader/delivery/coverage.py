@@ -7,7 +7,7 @@ to 160 MiB where a dataset is said to have more samples than that has room for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from typing import Any
 
@@ -38,19 +38,23 @@ Listed = tuple[npt.NDArray[Any], int]  # the first million of a class, and how m
 class IndexSet:
     """Identities of one kind: the first million, and the exact count."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[Any] = []
+    # Of the eleven that an epoch begins with, most stay empty.
+    count = 0
+    _first: Sequence[Any] = ()
 
     def add(self, identities: Iterable[Any]) -> None:
         """Note these."""
         items = list(identities)
         self.count += len(items)
-        self._first += items[: TALLY_LIMIT - len(self._first)]
+        room = TALLY_LIMIT - len(self._first)
+        if isinstance(self._first, list):
+            self._first += items[:room]
+        elif items:
+            self._first = items[:room]
 
     def first(self, most: int) -> list[Any]:
         """The first of them."""
-        return self._first[:most]
+        return list(self._first[:most])
 
     def array(self) -> npt.NDArray[Any]:
         """The identities noted, see :func:`as_array`."""

@@ -16,6 +16,7 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
 
 _TRACEBACK_CHARS = 40_000
+_logger = logging.getLogger("safeloader")
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
@@ -46,7 +47,7 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         kind: str = "SafeDataLoader",
         at: Place | None = None,
     ) -> None:
-        super().__init__(logging.getLogger("safeloader"), {})
+        super().__init__(_logger, {})
         self.length = plain_length(dataset) if length is None else length
         self.kind = kind
         over = short_type_name(type_name(type(dataset)))

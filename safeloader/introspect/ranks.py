@@ -36,11 +36,15 @@ def place(shard: Shard | None = None) -> Place:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
-    rank, world = (int(each) if each.isdecimal() else None for each in told)
+    rank = _told("RANK")
     if rank is not None:
-        return Place(rank, world)
+        return Place(rank, _told("WORLD_SIZE"))
     return Place() if shard is None else Place(shard.rank, shard.replicas)
+
+
+def _told(name: str) -> int | None:
+    told = os.environ.get(name, "")
+    return int(told) if told.isdecimal() else None
 
 
 def rank() -> int | None:

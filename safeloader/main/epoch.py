@@ -128,7 +128,8 @@ class Epoch:
         with guarded("the look at the sampler", lambda: log):
             self._notes += filter(None, [shared_out_twice(sampler)])
             self._shard = shard_of(sampler, dataset, log.length)
-            log.at = place(self._shard)
+            if self._shard is not None:
+                log.at = place(self._shard)
             self._under = underlying(dataset)
         self.seed = seed and seed._replace(rank=log.at.rank or 0)
         self.seq_of_first = seq_of_first
@@ -239,8 +240,11 @@ class Epoch:
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
         """Read or change the ledger; None once it has failed."""
         if "the ledger" not in self._off:
-            with self._guarded("the ledger"), self.lock:
-                return change(self.ledger)
+            try:
+                with self.lock:
+                    return change(self.ledger)
+            except Exception as exc:
+                self.at_fault("the ledger", exc)
         return None
 
     def check(self, manifest: BatchManifest) -> Discrepancy | None:
@@ -581,7 +585,7 @@ class Epoch:
         the audit, outlives the iterator, and they would keep each other alive."""
         self.close()
         self._dataset = self._sampler = None
-        self.events = Events(self.log, ())
+        self.events.tell_nobody()
 
     def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
         """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""

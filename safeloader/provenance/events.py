@@ -19,6 +19,7 @@ training goes on.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -42,15 +43,15 @@ Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index
 class Events:
     """One epoch's stream of events: for each the methods to call, and none where nobody listens."""
 
-    begun: Sinks
-    resumed: Sinks
-    drawn: Sinks
-    delivered: Sinks
-    skipped: Sinks
-    failed: Sinks
-    restarted: Sinks
-    closed: Sinks
-    audited: Sinks
+    begun: Sinks = ()
+    resumed: Sinks = ()
+    drawn: Sinks = ()
+    delivered: Sinks = ()
+    skipped: Sinks = ()
+    failed: Sinks = ()
+    restarted: Sinks = ()
+    closed: Sinks = ()
+    audited: Sinks = ()
 
     def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
         self._log = log
@@ -58,9 +59,18 @@ class Events:
 
     def _listen(self, sinks: list[object]) -> None:
         self._sinks = sinks
-        for event in _EVENTS:
-            told = (getattr(sink, event, None) for sink in sinks)
-            setattr(self, event, tuple(filter(None, told)))
+        told: dict[str, list[Callable[..., None]]] = {}
+        for sink in sinks:
+            kind: Any = type(sink)
+            for event in _heard_by(kind):
+                told.setdefault(event, []).append(getattr(sink, event))
+        for event in _EVENTS & vars(self).keys():
+            delattr(self, event)
+        vars(self).update((event, tuple(methods)) for event, methods in told.items())
+
+    def tell_nobody(self) -> None:
+        """Let go of all sinks."""
+        self._listen([])
 
     def tell(self, event: str, *about: Any) -> None:
         """Tell every sink of an event; the hot path does so itself."""
@@ -80,7 +90,13 @@ class Events:
 
 
 TOLD_MAX = 256  # notes of one recorder that are remembered
-_EVENTS = tuple(Events.__annotations__)
+_EVENTS = frozenset(Events.__annotations__)
+
+
+@functools.lru_cache(maxsize=64)
+def _heard_by(cls: type) -> tuple[str, ...]:
+    """The events that sinks of a class have methods for."""
+    return tuple(event for event in _EVENTS if getattr(cls, event, None) is not None)
 
 
 class LogLines:
