@@ -7,6 +7,7 @@ to 160 MiB where a dataset is said to have more samples than that has room for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from typing import Any
@@ -20,6 +21,7 @@ from safeloader.introspect.values import Opaque
 
 TALLY_LIMIT = 1_000_000
 _FLUSH = 32_768  # indices gathered before the pages are touched: 20 to 50 ns each, not 200 µs
+_FEW = 8  # batches: to put these together takes longer than their bytes are worth
 _SHIFT = 12
 _PAGE_BITS = 1 << _SHIFT
 _PAGE_BYTES = _PAGE_BITS >> 3
@@ -257,12 +259,30 @@ class Coverage:
         self.waiting: list[Packed] = []
         self.room = _FLUSH
         self.interrupted = False
-        self._further = _Further()
-        self._seen = _Pages(_PAGES_LIMIT, self._further)
-        self._twice = _Pages(_PAGES_LIMIT >> 1, self._further)
+        self._limit = _PAGES_LIMIT
+        self._taken_in = False
         self._other_seen: set[Any] = set()
         self._other_twice: dict[Any, None] = {}
         self._others_left_out = 0
+
+    # Made as the first are taken in: in an epoch of a few batches, when somebody reads the audit.
+
+    @functools.cached_property
+    def _further(self) -> _Further:
+        return _Further()
+
+    @functools.cached_property
+    def _seen(self) -> _Pages:
+        return _Pages(self._limit, self._further)
+
+    @functools.cached_property
+    def _twice(self) -> _Pages:
+        return _Pages(_PAGES_LIMIT >> 1, self._further)
+
+    @property
+    def _all_waits(self) -> bool:
+        """Whether nothing was taken in, and all that waits are numbers."""
+        return not self._taken_in and {*map(type, self.waiting)} <= {bytes}
 
     def add(self, indices: Packed) -> None:
         """Note drawn indices. (On the hot path the ledger does this itself.)"""
@@ -274,6 +294,7 @@ class Coverage:
     def flush(self) -> None:
         """Take in what is waiting."""
         waiting = self.waiting
+        self._taken_in |= bool(waiting)
         self.waiting, self.room = [], _FLUSH
         try:
             numbers = b"".join(item for item in waiting if type(item) is bytes)
@@ -305,7 +326,9 @@ class Coverage:
 
     def expect(self, length: int) -> None:
         """A dataset of this length is drawn from: the map has room for it, within a bound."""
-        self._seen.limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
+        self._limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
+        if self._taken_in:
+            self._seen.limit = self._limit
 
     def names(self) -> Iterable[Any] | None:
         """The indices drawn that are no int64; None where some are not known."""
@@ -331,9 +354,11 @@ class Coverage:
 
     def compact(self) -> bool:
         """Hold what waits as one piece; False where there is more than that."""
-        pieces = [item for item in self.waiting if type(item) is bytes]
-        if self._seen.row or self._other_seen or len(pieces) < len(self.waiting):
+        if not self._all_waits:
             return False
+        if len(self.waiting) <= _FEW:
+            return True
+        pieces = [item for item in self.waiting if type(item) is bytes]
         self.waiting = [b"".join(pieces)]  # a batch of one would take 50 bytes, and not 8
         return True
 
@@ -341,6 +366,8 @@ class Coverage:
     def unmapped(self) -> int:
         """How many draws were not noted: too many, too far apart, or ``interrupted``."""
         waiting = _FLUSH - self.room
+        if self._all_waits and waiting <= _PAGES_LIMIT >> 1:
+            return 0
         if not (
             all(type(item) is bytes for item in self.waiting)
             and self._seen.has_room_for(waiting)

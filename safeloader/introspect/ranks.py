@@ -5,11 +5,11 @@ Everybody who names a rank asks here: the audit, failures, log lines, traces, th
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch.distributed
 
+from safeloader._python import environment
 from safeloader.introspect.shard import Shard
 
 
@@ -43,7 +43,7 @@ def place(shard: Shard | None = None) -> Place:
 
 
 def _told(name: str) -> int | None:
-    told = os.environ.get(name, "")
+    told = environment(name)
     return int(told) if told.isdecimal() else None
 
 

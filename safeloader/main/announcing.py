@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from safeloader import _torch
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.asking import asking_changes_nothing
-from safeloader.introspect.values import definitions
+from safeloader.introspect.values import definitions, mro_of, namespace_of
 from safeloader.main.drawing import length_is_true
 from safeloader.main.epoch import NOT_ANNOUNCED, Announced
 
+_PROVEN = Announced(proven=True)
 _TORCHS_LEN = definitions(DataLoader, "__len__")[0]
 
 
@@ -40,14 +41,16 @@ def announced(
         return Announced(_of_stream(loader, length))
     sampler = _torch.index_sampler(loader)
     if length_is_true(sampler):
-        return Announced(proven=True)
+        return _PROVEN
     return Announced(length_of(sampler) if asking_changes_nothing(sampler) else said)
 
 
 def _is_torchs_length(cls: type) -> bool:
     """Whether ``len()`` of such a loader is the number that torch computes."""
-    ours = [each for each in definitions(cls, "__len__") if not is_noting(each)]
-    return ours[0] is _TORCHS_LEN
+    for space in map(namespace_of, mro_of(cls)):
+        if "__len__" in space and not is_noting(space["__len__"]):
+            return space["__len__"] is _TORCHS_LEN
+    return False
 
 
 def is_noting(method: Any) -> bool:

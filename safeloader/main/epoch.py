@@ -28,7 +28,12 @@ from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed, SeededAs
 from safeloader.introspect.shard import Shard
-from safeloader.introspect.sharding import purpose_of, shard_of, shared_out_twice
+from safeloader.introspect.sharding import (
+    purpose_of,
+    shard_of,
+    shared_out_twice,
+    shares_out_nothing,
+)
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
@@ -100,6 +105,15 @@ class Epoch:
         origin: which epoch of which run it is, where it is written into a folder; else empty.
     """
 
+    # With what it begins.
+    number = batches = 0
+    unchecked_since: int | None = None
+    _lost = _left_out_before = 0
+    _uncounted = 0  # samples that came since the ledger failed
+    _shard: Shard | None = None
+    _under: Underlying | None = None
+    _ended = _closed = False
+
     def __init__(
         self,
         dataset: Any,
@@ -115,20 +129,15 @@ class Epoch:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self.number = self.batches = self._lost = self._left_out_before = 0
-        self.unchecked_since: int | None = None
         self._off: list[str] = []  # parts that failed
-        self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
         self._announced, self._length_is_true = announced
         self._sampler = sampler
-        self._shard: Shard | None = None
-        self._under: Underlying | None = None
         self._notes: list[str] = []
         with guarded("the look at the sampler", lambda: log):
-            self._notes += filter(None, [shared_out_twice(sampler)])
-            self._shard = shard_of(sampler, dataset, log.length)
-            if self._shard is not None:
+            if not shares_out_nothing(sampler):
+                self._notes += filter(None, [shared_out_twice(sampler)])
+                self._shard = shard_of(sampler, dataset, log.length)
                 log.at = place(self._shard)
             self._under = underlying(dataset)
         self.seed = seed and seed._replace(rank=log.at.rank or 0)
@@ -136,8 +145,6 @@ class Epoch:
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
-        self._ended = False
-        self._closed = False
         self._pid = os.getpid()
         self.noticed: list[str] = []
         self.unchecked: list[str] = []
@@ -147,20 +154,9 @@ class Epoch:
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
         with guarded("the trace", lambda: log):
-            if settings.trace_target is not False:
-                from safeloader.provenance.trace import trace_for  # here: few programs write one
-
-                sinks.append(trace_for(recorder, settings.trace_target, log))
+            sinks += self._traces(recorder, settings)
         with guarded("the run's folder", lambda: log):
-            target = settings.run_target
-            if target is not None:
-                # Here: few programs do, and the code is in the memory of all.
-                from safeloader.provenance.run_folder import About
-                from safeloader.provenance.run_folders import sinks_for
-
-                bound, every = settings.run_max_bytes, settings.run_sources
-                about = About(self._sampler_facts, self._part_of)
-                sinks += sinks_for(recorder, target, bound, log, self._source, every, about)
+            sinks += self._folders(recorder, settings)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
@@ -174,8 +170,9 @@ class Epoch:
             recorder.history.begins(self.number, self)
             facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
-        with guarded("the summary", lambda: log):
-            tell_at_end(recorder, log.full_name)
+        if not recorder.loader_name:
+            with guarded("the summary", lambda: log):
+                tell_at_end(recorder, log.full_name)
         if recorder.run is not None and any(each is recorder.run for each in sinks):
             self.origin = recorder.run.origin(self.number)
         self.events = Events(log, sinks)
@@ -186,6 +183,26 @@ class Epoch:
             self.drawn = ledger.drawn  # type: ignore[method-assign]  # hot path
         if self.events.begun:
             self._tell("begun", self.number, functools.partial(self.audit, self.number))
+
+    def _traces(self, recorder: Recorder, settings: Settings) -> Sequence[object]:
+        target = settings.trace_target
+        if target is False:
+            return ()
+        from safeloader.provenance.trace import trace_for  # here: few programs write one
+
+        return (trace_for(recorder, target, self.log),)
+
+    def _folders(self, recorder: Recorder, settings: Settings) -> Sequence[object]:
+        target = settings.run_target
+        if target is None:
+            return ()
+        # Here: few programs do, and the code is in the memory of all.
+        from safeloader.provenance.run_folder import About
+        from safeloader.provenance.run_folders import sinks_for
+
+        bound, every = settings.run_max_bytes, settings.run_sources
+        about = About(self._sampler_facts, self._part_of)
+        return sinks_for(recorder, target, bound, self.log, self._source, every, about)
 
     def resumed(
         self, batches: int, left_out: int, note: str = "", origin: dict[str, Any] | None = None
@@ -530,9 +547,10 @@ class Epoch:
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
-        with guarded("the look at the sampler", lambda: self.log):
-            if same_order := self._same_order():
-                self._notes.append(same_order)
+        if self._shard is not None:
+            with guarded("the look at the sampler", lambda: self.log):
+                if same_order := self._same_order():
+                    self._notes.append(same_order)
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
         self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
@@ -542,7 +560,7 @@ class Epoch:
     def _lengths(self) -> list[str]:
         """What the sampler says of its length, where it gave another number of batches."""
         ledger = self.ledger
-        if not ledger.all_drawn or ledger.by_class["failed"].count:
+        if self._announced is None or not ledger.all_drawn or ledger.by_class["failed"].count:
             return []
         said = of_batches(self._announced, ledger.batches_drawn, None)
         return [said] if said else []

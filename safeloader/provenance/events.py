@@ -43,15 +43,15 @@ Incidents = Sequence[tuple[Any, SampleIncident]]  # each with the index
 class Events:
     """One epoch's stream of events: for each the methods to call, and none where nobody listens."""
 
-    begun: Sinks = ()
-    resumed: Sinks = ()
-    drawn: Sinks = ()
-    delivered: Sinks = ()
-    skipped: Sinks = ()
-    failed: Sinks = ()
-    restarted: Sinks = ()
-    closed: Sinks = ()
-    audited: Sinks = ()
+    begun: Sinks
+    resumed: Sinks
+    drawn: Sinks
+    delivered: Sinks
+    skipped: Sinks
+    failed: Sinks
+    restarted: Sinks
+    closed: Sinks
+    audited: Sinks
 
     def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
         self._log = log
@@ -59,18 +59,17 @@ class Events:
 
     def _listen(self, sinks: list[object]) -> None:
         self._sinks = sinks
-        told: dict[str, list[Callable[..., None]]] = {}
+        told = _HEARD_BY_NOBODY.copy()
         for sink in sinks:
             kind: Any = type(sink)
             for event in _heard_by(kind):
-                told.setdefault(event, []).append(getattr(sink, event))
-        for event in _EVENTS & vars(self).keys():
-            delattr(self, event)
-        vars(self).update((event, tuple(methods)) for event, methods in told.items())
+                told[event] += (getattr(sink, event),)
+        vars(self).update(told)
 
     def tell_nobody(self) -> None:
         """Let go of all sinks."""
-        self._listen([])
+        self._sinks = []
+        vars(self).update(_HEARD_BY_NOBODY)
 
     def tell(self, event: str, *about: Any) -> None:
         """Tell every sink of an event; the hot path does so itself."""
@@ -90,13 +89,13 @@ class Events:
 
 
 TOLD_MAX = 256  # notes of one recorder that are remembered
-_EVENTS = frozenset(Events.__annotations__)
+_HEARD_BY_NOBODY: dict[str, Sinks] = dict.fromkeys(Events.__annotations__, ())
 
 
 @functools.lru_cache(maxsize=64)
 def _heard_by(cls: type) -> tuple[str, ...]:
     """The events that sinks of a class have methods for."""
-    return tuple(event for event in _EVENTS if getattr(cls, event, None) is not None)
+    return tuple(event for event in _HEARD_BY_NOBODY if getattr(cls, event, None) is not None)
 
 
 class LogLines:
