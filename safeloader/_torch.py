@@ -140,6 +140,8 @@ class LoaderView:
     def __init__(
         self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, channels: Channels | None
     ) -> None:
+        if _tells_by_its_dict(loader):
+            vars(self).update(vars(loader))  # by `__getattr__` each takes half a microsecond
         self._loader = loader
         self._index_sampler = sampler
         self.worker_init_fn = worker_init_fn
@@ -148,6 +150,21 @@ class LoaderView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _tells_by_its_dict(loader: Any) -> bool:
+    """Whether whoever asks for what its dict has is given that, and nothing in its place."""
+    kind: Any = type(loader)
+    return not vars(loader).keys() & _in_front_of_dict(kind)
+
+
+@functools.lru_cache(64)
+def _in_front_of_dict(cls: Any) -> frozenset[str]:
+    """The names of a class that go before those in the dict of an object."""
+    spaces = [vars(each) for each in inspect.getmro(cls)]
+    names = (name for space in spaces for name, it in space.items() if hasattr(type(it), "__set__"))
+    plain = cls.__getattribute__ is object.__getattribute__
+    return frozenset(names) if plain else frozenset({"dataset"})
 
 
 class Channels(NamedTuple):

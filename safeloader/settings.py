@@ -168,6 +168,12 @@ class Settings(Keywords):
         return folder_of(value) if value else None
 
     @property
+    def may_write(self) -> bool:
+        """Whether there may be a trace or a folder of a run, which most programs have not."""
+        told = environment("SAFELOADER_TRACE") or environment("SAFELOADER_RUN")
+        return bool(told or self.trace or self.run_dir)
+
+    @property
     def tells(self) -> bool:
         """Whether failures that end no batch are told too, and not only counted."""
         return self.on_failure_dump is not None or self.run_target is not None

@@ -8,6 +8,7 @@ asked before this epoch.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -35,7 +36,8 @@ def announced(
         length: of the dataset, where that is known.
         said: what it said when the program asked, since the last epoch began; None if it did not.
     """
-    if not _is_torchs_length(type(loader)):
+    kind: Any = type(loader)
+    if not _is_torchs_length(kind, kind.__len__, DataLoader.__len__):
         return NOT_ANNOUNCED
     if stream:
         return Announced(_of_stream(loader, length))
@@ -45,8 +47,12 @@ def announced(
     return Announced(length_of(sampler) if asking_changes_nothing(sampler) else said)
 
 
-def _is_torchs_length(cls: type) -> bool:
-    """Whether ``len()`` of such a loader is the number that torch computes."""
+@functools.lru_cache(64)
+def _is_torchs_length(cls: Any, *methods: Any) -> bool:
+    """Whether ``len()`` of such a loader is the number that torch computes.
+
+    ``methods`` are those of the class and of torch's: a program may put in others.
+    """
     for space in map(namespace_of, mro_of(cls)):
         if "__len__" in space and not is_noting(space["__len__"]):
             return space["__len__"] is _TORCHS_LEN

@@ -80,6 +80,7 @@ class Announced(NamedTuple):
 
 
 NOT_ANNOUNCED = Announced()
+_PUT_AWAY: Callable[[Ledger], int | None] = operator.methodcaller("put_away")
 
 
 class Epoch:
@@ -153,10 +154,11 @@ class Epoch:
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
-        with guarded("the trace", lambda: log):
-            sinks += self._traces(recorder, settings)
-        with guarded("the run's folder", lambda: log):
-            sinks += self._folders(recorder, settings)
+        if settings.may_write:
+            with guarded("the trace", lambda: log):
+                sinks += self._traces(recorder, settings)
+            with guarded("the run's folder", lambda: log):
+                sinks += self._folders(recorder, settings)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
@@ -596,7 +598,7 @@ class Epoch:
 
     def put_away(self) -> int | None:
         """Let go of what the audit does not need; how many samples were drawn, if that may wait."""
-        return self._book(lambda ledger: ledger.put_away())
+        return self._book(_PUT_AWAY)
 
     def release(self) -> None:
         """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to

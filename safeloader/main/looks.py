@@ -236,12 +236,11 @@ class Looks:
     @property
     def _always(self) -> bool:
         # Where data was wrong each epoch is looked at: its audit says so, or that it ended.
-        if self._epochs <= ALWAYS or not self._told:
-            return self._epochs <= ALWAYS
-        return any(about[0] in OF_DATA for about in self._told)
+        return self._epochs <= ALWAYS or any(about[0] in OF_DATA for about in self._told)
 
     def _has_time(self) -> bool:
-        return self._on and (self._always or self._took_little())
+        little = self._spent <= SHARE * (monotonic() - self._began)
+        return self._on and (little or self._always)
 
     def _took_little(self) -> bool:
         return self._spent <= SHARE * (monotonic() - self._began)

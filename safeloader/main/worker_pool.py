@@ -246,9 +246,11 @@ class WorkerPool:
         settings = self._settings
         if self._in_main is not None:
             context, _ = self._in_main
+            tells, apart = settings.on_failure_dump is not None, False
+            if settings.may_write:
+                tells, apart = settings.tells, settings.trace_target is not False
             known = context.length, context.policy.tells, context.apart
-            now = self.sampler.log.log.length, settings.tells, settings.trace_target is not False
-            if known == now:
+            if known == (self._log.length, tells, apart):
                 return context
         return self._context()
 
