@@ -35,6 +35,9 @@ RUN_BYTES_LEAST = 1 << 20
 SAID = "_said"
 """The attribute of a loader that holds how many batches it said it has, since its last epoch."""
 
+KEEPS_PLACE = "_continuity"
+"""The attribute of a loader that keeps its place, for what keeps it."""
+
 
 class Unasked(str):
     """A value that nobody asked for in so many words, though frameworks may hand it back."""
