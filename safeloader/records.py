@@ -15,7 +15,6 @@ from safeloader.delivery.manifest import BatchContents
 from safeloader.errors import SafeLoaderError
 from safeloader.failures.failure import Failure
 from safeloader.failures.loader_log import LoaderLog, guarded
-from safeloader.failures.replay import replay, replay_index, seeded_again, seeded_at_once
 from safeloader.introspect.html_text import escaped
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import SeededAs
@@ -24,7 +23,6 @@ from safeloader.provenance.metrics import metrics_of
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.summary import summary_of
 from safeloader.provenance.table import BatchRecord, Provenance, record_of
-from safeloader.showing import in_html, in_words
 from safeloader.transport.stats import TransportStats
 
 
@@ -53,12 +51,16 @@ class Records:
     def __repr__(self) -> str:
         """Dataset, batch size, workers, and which keywords of ours are not as by default."""
         with guarded("the description of a loader", lambda: LoaderLog(None)):
+            from safeloader.showing import in_words  # here, as below: few programs ask
+
             return in_words(self._described(), self)
         return object.__repr__(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the same, with how the newest epoch goes."""
         with guarded("the description of a loader", lambda: LoaderLog(None)):
+            from safeloader.showing import in_html
+
             return in_html(self._described(), self, self.recorder or Recorder())
         return escaped(repr(self))
 
@@ -125,6 +127,8 @@ class Records:
         if position is not None:
             raise TypeError("position= goes with the record of a batch, as loader.last_batch is")
         if epoch is None:
+            from safeloader.failures.replay import replay
+
             return replay(what, self.dataset)
         row = self._delivered_in(what, epoch)
         return self._replay_delivered(self.provenance.batch(int(row[0]), epoch), int(row[1]))
@@ -145,6 +149,8 @@ class Records:
         )
 
     def _replay_delivered(self, record: BatchRecord, position: int) -> Any:
+        from safeloader.failures.replay import replay, replay_index
+
         if isinstance(self.dataset, IterableDataset):
             return replay(None, self.dataset)  # which tells what to do instead
         seeded = self._seeded_again(record, position)
@@ -159,6 +165,8 @@ class Records:
 
     def _seeded_again(self, record: BatchRecord, position: int) -> Callable[[], Any] | None:
         """What makes a delivered sample under the seed it had; None where that is not known."""
+        from safeloader.failures.replay import seeded_again, seeded_at_once
+
         recorder = self._recorder_on_demand()
         facts, found = recorder.facts.of(record.epoch), recorder.find(record.batch, record.epoch)
         if facts is None or facts.seed is None or found is None:

@@ -36,6 +36,9 @@ RUN_BYTES_LEAST = 1 << 20
 SAID = "_said"
 """The attribute of a loader that holds how many batches it said it has, since its last epoch."""
 
+KEEPS_PLACE = "_continuity"
+"""The attribute of a loader that keeps its place, for what keeps it."""
+
 
 KEPT = "_kept"
 """The attribute of a loader without workers that holds what its next epoch may begin with."""

@@ -8,9 +8,9 @@ from safeloader.errors import ResumeError
 from safeloader.failures.loader_log import LoaderLog
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.loader import SafeDataLoader, why_unrecorded
-from safeloader.main.continuity import KEEPS_PLACE, Continuity
+from safeloader.main.continuity import Continuity
 from safeloader.provenance.table import BatchRecord
-from safeloader.settings import Settings, is_off
+from safeloader.settings import KEEPS_PLACE, Settings, is_off
 
 T_co = TypeVar("T_co", covariant=True)
 

@@ -105,7 +105,8 @@ class Marks:
 
     def __init__(self) -> None:
         address = _python_address(random.getstate)
-        self._python = _Watched(address, random.getstate, lambda state: state[2])
+        shared = getattr(random.getstate, "__self__", None)
+        self._python = _Watched(address, random.getstate, lambda state: None, shared)
         self._numpy_generator: Any = None  # the user may put another in its place
 
     def mark(self) -> tuple[Any, Any, Any]:
@@ -200,29 +201,36 @@ class _Watched:
 
     Its memory is 624 words, and the place among them, which python has before them and numpy behind
     them. The place moves with each number drawn; all words change when the last one was used. Only
-    a Gaussian kept for the next call, which ``kept`` finds in a state, is used up without a trace.
+    a Gaussian kept for the next call is used up without a trace there: python's is an attribute of
+    ``shared``, numpy's is found in a state by ``kept``.
     """
 
     raw: memoryview | None  # all of its memory
     words: memoryview | None
 
     def __init__(
-        self, address: int, read: Callable[[], Any], kept: Callable[[Any], float | None]
+        self,
+        address: int,
+        read: Callable[[], Any],
+        kept: Callable[[Any], float | None],
+        shared: Any = None,
     ) -> None:
         self.words = self.raw = None
         if address:
             held = (ctypes.c_uint32 * (_WORDS + 1)).from_address(address)
             self.raw = memoryview(held).cast("B")
             self.words = self.raw.cast("I")
-        self._read, self._kept = read, kept
-        self._seen: tuple[int, ...] | None = None
+        self._read, self._kept, self._shared = read, kept, shared
+        self._seen: tuple[object, ...] | None = None
         self._state: Any = None
 
     def now(self) -> Any:
         words = self.words
         if words is None:
             return self._read()
-        seen = words[0], words[1], words[_WORDS], _puts[0]
+        shared = self._shared
+        gaussian = getattr(shared, "gauss_next", None)
+        seen = words[0], words[1], words[_WORDS], _puts[0], gaussian
         if seen != self._seen:
             self._state = state = self._read()
             self._seen = seen if self._kept(state) is None else None

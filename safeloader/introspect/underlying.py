@@ -86,7 +86,7 @@ class Underlying:
             first = sum(_parts(each) for each in self._within[:number])
             within = self._within[number]
         else:
-            index, within = int(self._table[index]), self._within[0]
+            index, within = _number(self._table[index]), self._within[0]
         if within is None:
             return Beneath(index, first)
         place = within._of(index)
@@ -189,6 +189,10 @@ def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
         or not (len(inner) and len(table))
     ):
         return None
+    try:
+        seen = _glance(table)
+    except TypeError:  # keys, slices or lists of numbers: they are the indices there
+        return None
     within = tuple(underlying(each, depth - 1) for each in inner)
     parts = sum(map(_parts, within))
     return Underlying(
@@ -197,7 +201,7 @@ def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
         table,
         within,
         cls is ConcatDataset,
-        _glance(table),
+        seen,
         _bytes_of(table),
         weakref.ref(dataset),
     )
@@ -247,4 +251,17 @@ def _glance(table: Any) -> tuple[Any, ...]:
     size = len(table)
     step = max(size // _LOOKED_AT, 1)
     shown = [*range(0, size, step)][: _LOOKED_AT + 1]
-    return size, *(int(table[k]) for k in shown)
+    return size, *(_number(table[k]) for k in shown)
+
+
+def _number(entry: Any) -> int:
+    """An entry of a table as an int.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if type(entry) is torch.Tensor:
+        entry = entry.tolist()
+    if type(entry) is int or isinstance(entry, np.integer):
+        return int(entry)
+    raise TypeError(f"no number: {type(entry).__name__}")

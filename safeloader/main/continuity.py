@@ -32,7 +32,6 @@ from safeloader.main.saved_state import SavedState
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.transport.messages import StateMessage
 
-KEEPS_PLACE = "_continuity"  # the attribute of a loader that keeps its place
 _EPOCHS_MAX = 64  # of which the furthest place is known
 
 

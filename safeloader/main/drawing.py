@@ -16,7 +16,7 @@ import operator
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,9 +43,11 @@ from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.main.beginning import TORCHS_OWN, Watch, beneath_batches
-from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, StateRequest, Task
+
+if TYPE_CHECKING:
+    from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 
 
 @dataclasses.dataclass(eq=False, repr=False)

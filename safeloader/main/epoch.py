@@ -38,7 +38,6 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
-from safeloader.main.rank_accounts import rank_accounts
 from safeloader.provenance.epoch_facts import EpochFacts
 from safeloader.provenance.events import Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
@@ -614,6 +613,8 @@ class Epoch:
     def _to_other_ranks(
         self, audit: EpochAudit, dataset: Any, sampler: Any, *, alone: bool = False
     ) -> RankAccounts:
+        from safeloader.main.rank_accounts import rank_accounts  # here: for several ranks alone
+
         accounts = rank_accounts(
             audit,
             self.ledger,

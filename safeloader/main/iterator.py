@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from threading import get_ident
 from time import perf_counter_ns as clock
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.utils.data import DataLoader
 
@@ -27,16 +27,18 @@ from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.announcing import announced
-from safeloader.main.continuity import KEEPS_PLACE, Continuity
 from safeloader.main.epoch import NOT_ANNOUNCED, Epoch
 from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.events import listeners
-from safeloader.settings import KEPT, SAID, Settings
+from safeloader.settings import KEEPS_PLACE, KEPT, SAID, Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch, StateMessage
 from safeloader.transport.slot_reader import WORKER_GONE, changed
+
+if TYPE_CHECKING:  # few programs keep their place, and the code would be in the memory of all
+    from safeloader.main.continuity import Continuity
 
 
 class SafeIterator(Iterator[Any]):
@@ -299,6 +301,8 @@ class SafeIterator(Iterator[Any]):
 
     def left_alone(self) -> None:
         """The loader keeps the place of a newer iterator; this one tells it nothing more."""
+        from safeloader.main.continuity import Continuity
+
         self._continuity = Continuity()  # not None: another thread may be in next()
 
     def _lost_with_worker(self, came: FailedBatch) -> bool:

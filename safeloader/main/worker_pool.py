@@ -37,7 +37,7 @@ from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.generators import generators_of, own_generators
 from safeloader.introspect.parts import GLOBAL, functions_of
 from safeloader.introspect.pickling import find_unpicklable
-from safeloader.introspect.random_state import preserved
+from safeloader.introspect.random_state import mark_here, preserved
 from safeloader.introspect.ranks import Place
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.seeds import EpochSeed, Seeder
@@ -295,6 +295,7 @@ class WorkerPool:
         if forks:
             threads = threads_here()
             _torch.load_for_workers()
+            mark_here()  # what it finds out, the workers inherit
         results: ResultQueue | None = None
         try:
             table, no_slots = self._slot_table()

@@ -115,7 +115,8 @@ class Packer:
             sent = () if slots is None else slots.sent
             given_up = () if slots is None else tuple(slots.pool.given_up)
             fresh = tuple(place for place, slot in enumerate(sent) if slot.fd >= 0)
-            why = run.why or (slots is not None and slots.why) or self._why
+            # Where there was no room torch stacked into its own shared memory: room is the cause.
+            why = (slots is not None and slots.why) or run.why or self._why
             about = None
             if sent or given_up or why or run.torchs:
                 known = tuple((slot.number, slot.size) for slot in sent)

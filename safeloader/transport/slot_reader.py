@@ -37,7 +37,7 @@ from safeloader.transport.forks import forks_noticed, notice_forks
 from safeloader.transport.leaves import opening
 from safeloader.transport.messages import DeliveredBatch, FailedBatch, failed_on_the_way
 from safeloader.transport.shared_memory import mapped
-from safeloader.transport.slot_table import FREE, GONE, HOLDS, Parked, SlotLayout, SlotTable
+from safeloader.transport.slot_table import FORKED, FREE, GONE, HOLDS, Parked, SlotLayout, SlotTable
 from safeloader.transport.stats import TransportCounts
 
 _LARGE = 1 << 20  # bytes of a slot that the workers are told of at once
@@ -163,10 +163,15 @@ class Unpacker:
             row[number] = FREE
 
     def parted(self) -> Parked:
-        """Part with the slots that nothing refers to; the workers have ended."""
+        """Part with the slots that nothing refers to; the workers have ended.
+
+        Not with those of a worker that forked: its child may have outlived it, and still read.
+        """
         self.settle(all_of_them=True)
         found = {}
         for key, slot in list(self._slots.items()):
+            if self._table.share(key[0])[FORKED]:
+                continue
             if slot.lease is None and slot.row[key[1]] == FREE:
                 found[key] = slot.memory
                 del self._slots[key]

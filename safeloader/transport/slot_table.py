@@ -28,7 +28,10 @@ _MAPPED = 32768  # of all workers: half of what Linux lets a process map
 
 # The worker looks at those with odd numbers: to take the slot, or to give it up.
 UNUSED, FREE, LENT, GONE = range(4)
-MAY_HOLD, HOLDS = range(2)  # bytes of slots: the first is main's word, the second the worker's
+# Of a worker: bytes that its slots may hold, which is main's word, and that they hold; whether it
+# forked, so that a process may read on in them when it has ended.
+MAY_HOLD, HOLDS, FORKED = range(3)
+_OF_A_WORKER = 3
 
 Parked = dict[tuple[int, int], Any]  # by worker and number: the memory of a slot
 
@@ -70,13 +73,13 @@ class SlotTable(SharedCells):
     def __init__(self, workers: int, most_slots: int = _SLOTS) -> None:
         self.workers = workers
         self.slots = max(1, min(most_slots, _MAPPED // workers))  # of one worker
-        super().__init__((self.slots + 2) * workers)
+        super().__init__((self.slots + _OF_A_WORKER) * workers)
 
     def row(self, worker: int) -> memoryview:
         """The cells of ``worker``'s slots."""
         return self._cells[worker * self.slots : (worker + 1) * self.slots]
 
     def share(self, worker: int) -> memoryview:
-        """What the slots of ``worker`` may hold, and what they hold, in bytes."""
-        at = self.workers * self.slots + 2 * worker
-        return self._cells[at : at + 2]
+        """The cells of ``worker`` itself: ``MAY_HOLD``, ``HOLDS`` and ``FORKED``."""
+        at = self.workers * self.slots + _OF_A_WORKER * worker
+        return self._cells[at : at + _OF_A_WORKER]

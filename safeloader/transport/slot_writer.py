@@ -6,15 +6,18 @@ import ctypes
 import os
 from bisect import insort
 from collections.abc import Iterable
-from operator import attrgetter
+from functools import partial
+from operator import attrgetter, setitem
 from typing import Any
 
 import numpy as np
 
+from safeloader._python import at_fork
 from safeloader._torch import forget, is_gone
 from safeloader.transport.forks import forks_noticed
 from safeloader.transport.shared_memory import anonymous_file, mapped, populated, punched
 from safeloader.transport.slot_table import (
+    FORKED,
     FREE,
     GONE,
     HOLDS,
@@ -72,20 +75,18 @@ class Slot:
         self.address = ctypes.addressof(self.memory)
         self.place: int | None = None
         self.free_since: int | None = None
-        self._forks: int | None = None  # noticed before the first of these was there
+        self._forks: int | None = None  # noticed before the first tensor of these was there
         self._pieces: list[Piece] = []  # in order; those that are not last may be gone already
 
     def add(self, at: int, size: int, storage: int = 0) -> None:
         """These bytes are in use: by a tensor, or until :meth:`drop_copies` by a copy."""
-        if self._forks is None:
+        if storage and self._forks is None:  # nobody but main is told where a copy lies
             self._forks = forks_noticed()
         insort(self._pieces, (at, at + size, storage))  # no two begin with the same byte
 
     def drop_copies(self) -> None:
         """The batch was sent, or will not be: its copies are not in use any more."""
         self._pieces = [piece for piece in self._pieces if piece[2]]
-        if not self.filled():  # a fork concerns what is still referred to alone
-            self._forks = None
 
     def filled(self) -> int:
         """Up to which byte it is in use; 0 if nothing here refers to it. Hot path."""
@@ -109,6 +110,8 @@ class Slot:
 
     def room(self, size: int) -> int | None:
         """Where ``size`` bytes fit: at the end, else between others; None if nowhere. Hot path."""
+        if self._forks is not None and self._forks != forks_noticed():
+            return None  # a child may still have what is gone here
         at = _aligned(self.filled())
         if at + size <= self.size:
             return at
@@ -147,11 +150,17 @@ class SlotPool:
         self._slots: dict[int, Slot] = {}
         self._top = 0  # above the highest number in use
         self._number = 0
+        self._forks = forks_noticed()
         self.given_up: list[int] = []
         for (whose, number), memory in (parked or {}).items():
             if whose == worker:
                 self._slots[number] = Slot(number, len(memory), memory)
                 self._top = max(self._top, number + 1)
+
+    def tell_of_forks(self) -> None:
+        """From now on main knows when this process forks."""
+        # In C, as the hooks in `forks` are. Of a fork made in C it is told by the next batch.
+        at_fork(before=partial(setitem, self._share, FORKED, 1))
 
     def begin(self) -> None:
         """A batch begins; hot path."""
@@ -172,6 +181,8 @@ class SlotPool:
         Gives the descriptors of the slots that are new to main.
         """
         fresh = []
+        if self._forks != forks_noticed(look=True):
+            self._share[FORKED] = 1
         for slot in slots:
             self._states[slot.number] = LENT
             if slot.fd >= 0:

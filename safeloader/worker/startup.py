@@ -93,7 +93,10 @@ class WorkerStartup:
             except Exception as exc:
                 refused = refusing(exc, "init")
         # Taken after the user's function: what it opened is the state that the work starts from.
-        slots = None if self.slots is None else SlotPool(self.slots, worker_id, self.parked)
+        slots = None
+        if self.slots is not None:
+            slots = SlotPool(self.slots, worker_id, self.parked)
+            slots.tell_of_forks()
         if self.not_mine is not None:
             self.parked.clear()
             self.not_mine()

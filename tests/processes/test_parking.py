@@ -9,16 +9,18 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from safeloader import SafeDataLoader, WorkerCrashError
 from safeloader.transport import parking, slot_budget
+from tests.wired import fork_in_c
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/maps").exists() or not hasattr(os, "memfd_create"),
@@ -142,6 +144,48 @@ def test_what_a_forked_child_sees_is_never_written_over() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     for end in (*ask, *answer):
         os.close(end)
+
+
+class ReadOn:
+    """A collate function: after four batches its worker forks a child, which reads on for long."""
+
+    def __init__(self, fork: Callable[[], int], folder: Path) -> None:
+        self.fork, self.folder, self.batches = fork, folder, 0
+
+    def __call__(self, samples: list[torch.Tensor]) -> torch.Tensor:
+        batch: torch.Tensor = default_collate(samples)
+        self.batches += 1
+        if self.batches == 4:
+            wanted = [float(sample[0]) for sample in samples]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+                pid = self.fork()
+            if not pid:
+                try:
+                    os.closerange(3, 1000)  # or they who wait for the worker would wait for this
+                    until((self.folder / "over").exists)
+                    told = self.folder / f"{os.getpid()}.part"
+                    told.write_text(f"{numbers(batch) == wanted}")
+                    told.rename(told.with_suffix(".told"))
+                finally:
+                    os._exit(0)
+        return batch
+
+
+@pytest.mark.parametrize("fork", [os.fork, fork_in_c])
+def test_what_a_child_of_a_worker_reads_is_never_written_over(
+    fork: Callable[[], int], tmp_path: Path
+) -> None:
+    data = Numbered()
+    read_on = ReadOn(fork, tmp_path)
+    loader = loader_of(data, collate_fn=read_on)
+    passed(loader, data, lambda number: False)
+    read_on.batches = 9  # the next workers do not
+    for _ in range(3):
+        passed(loader, data, lambda number: False)
+    (tmp_path / "over").touch()
+    until(lambda: len(list(tmp_path.glob("*.told"))) == 2)
+    assert [each.read_text() for each in tmp_path.glob("*.told")] == ["True"] * 2
 
 
 def test_a_forked_child_has_slots_of_its_own() -> None:

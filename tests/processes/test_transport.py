@@ -142,12 +142,16 @@ def test_beyond_the_bound_batches_go_torchs_way(monkeypatch: pytest.MonkeyPatch)
     assert "not in a slot" in str(stats)
 
 
-def test_batches_larger_than_the_bound_go_torchs_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wide", "way"), [(None, "message"), (MB, "torch")])
+def test_batches_larger_than_the_bound_go_torchs_way(
+    wide: int | None, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slot_budget, "process_bytes", lambda: 200 * KB)
-    loader = loader_of(12)
+    loader = loader_of(12) if wide is None else loader_of(12, wide=wide)
     assert right(list(loader))
     why = f"a batch needs more than the {100 * KB} bytes that a worker's slots may hold"
     assert loader.transport_stats.fallbacks == {why: 3}
+    assert loader.transport_stats.batches == {way: 3}
 
 
 def test_all_loaders_of_the_process_keep_to_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,20 @@ def test_a_state_put_back_with_a_kept_gaussian(which: str) -> None:
     assert plain(marked(marks)) == plain(RandomState.now())
 
 
+def test_a_gaussian_that_the_program_puts_back_is_preserved() -> None:
+    """Its state differs from the one that was read in nothing else."""
+    random.seed(0)
+    random.gauss(0, 1)
+    kept = random.getstate()
+    wanted = random.gauss(0, 1)
+    with preserved():
+        pass
+    random.setstate(kept)
+    with preserved():
+        assert random.gauss(0, 1) == wanted
+    assert random.gauss(0, 1) == wanted
+
+
 def test_apart_puts_back_a_kept_gaussian_that_was_used_meanwhile() -> None:
     apart, marks = Apart(), Marks()
     random.gauss(0, 1)

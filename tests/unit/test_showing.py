@@ -141,8 +141,8 @@ def test_a_fault_of_ours_is_logged_and_not_raised(
         raise OSError("no such thing")
 
     loader = SafeDataLoader([1])
-    monkeypatch.setattr("safeloader.records.in_words", fails)
-    monkeypatch.setattr("safeloader.records.in_html", fails)
+    monkeypatch.setattr("safeloader.showing.in_words", fails)
+    monkeypatch.setattr("safeloader.showing.in_html", fails)
     with caplog.at_level(logging.ERROR, "safeloader"):
         assert repr(loader).startswith("<safeloader.loader.SafeDataLoader object at ")
         assert loader._repr_html_().startswith("&lt;safeloader.loader.SafeDataLoader object")

@@ -606,6 +606,21 @@ def test_a_fork_of_the_worker_while_it_makes_a_batch(wired: Wired) -> None:
     assert len(wired.states) == 1
 
 
+@pytest.mark.parametrize("size", [100 * KB, 2 * MB])
+def test_a_temporary_that_a_child_has_is_not_written_over(size: int, wired: Wired) -> None:
+    """Not within its batch, nor when nothing but copies is left in its slot."""
+    wired.begin()
+    temporary: Any = wired.stack([filled(size, 1)])
+    with child(lambda: bool(temporary.eq(1).all())):
+        temporary = None
+        batch = wired.open(wired.seal([filled(size - KB, 2), wired.stack([filled(size, 3)])]))
+        assert batch[0].eq(2).all()
+        del batch
+        for k in range(4):
+            wired.collated([filled(size - 2 * KB, 4 + k)])
+            wired.send(filled(size - 2 * KB, 9 + k))
+
+
 def test_a_fork_in_c_is_noticed(wired: Wired) -> None:
     """Python's hooks do not see it, the kernel does."""
     wired.send(filled(MB, 0))

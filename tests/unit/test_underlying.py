@@ -99,6 +99,39 @@ def test_only_torchs_own_over_plain_tables_are_read(dataset: Any) -> None:
     assert underlying(dataset) is None
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        [slice(0, 3), slice(2, 5)],
+        ["0", "1"],
+        [1.0, 2.0],
+        [[0, 1], [1]],
+        [(0, 1), (1, 2)],
+        [None],
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([[0, 1], [1, 2]]),
+        np.array([[0, 1], [1, 2]]),
+        np.array(["a", "b"]),
+    ],
+    ids=repr,
+)
+def test_what_is_no_table_of_numbers_is_left_alone(
+    table: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dataset may be asked for keys, slices or lists of numbers."""
+
+    class Anything:
+        def __getitem__(self, index: Any) -> int:
+            return 1
+
+    data: Subset[int] = Subset(Anything(), table)
+    assert underlying(data) is None
+    loader = SafeDataLoader(data, batch_size=2)
+    assert [each.tolist() for each in loader] == [[1] * len(table)]
+    assert loader.audit.ok
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
 def test_a_table_that_was_changed_is_not_believed() -> None:
     subset = Subset(Tagged(0, 99), list(range(50, 90)))
     under = underlying(subset)
