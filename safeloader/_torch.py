@@ -155,16 +155,19 @@ class LoaderView:
 def _tells_by_its_dict(loader: Any) -> bool:
     """Whether whoever asks for what its dict has is given that, and nothing in its place."""
     kind: Any = type(loader)
-    return not vars(loader).keys() & _in_front_of_dict(kind)
+    in_front = _in_front_of_dict(kind)
+    return in_front is not None and not vars(loader).keys() & in_front
 
 
 @functools.lru_cache(64)
-def _in_front_of_dict(cls: Any) -> frozenset[str]:
-    """The names of a class that go before those in the dict of an object."""
+def _in_front_of_dict(cls: Any) -> frozenset[str] | None:
+    """The names of a class that go before those in the dict of an object; None: any may."""
+    if cls.__getattribute__ is not object.__getattribute__:
+        return None
     spaces = [vars(each) for each in inspect.getmro(cls)]
-    names = (name for space in spaces for name, it in space.items() if hasattr(type(it), "__set__"))
-    plain = cls.__getattribute__ is object.__getattribute__
-    return frozenset(names) if plain else frozenset({"dataset"})
+    return frozenset(
+        name for space in spaces for name, it in space.items() if hasattr(type(it), "__set__")
+    )
 
 
 class Channels(NamedTuple):

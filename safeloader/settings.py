@@ -146,9 +146,8 @@ class Settings(Keywords):
         return settings
 
     def are(self, other: Settings) -> bool:
-        """Whether these are the same values, and none that may change within."""
-        same = all(map(is_, vars(self).values(), vars(other).values()))
-        return same and (self.validate is None or callable(self.validate))
+        """Whether these are the same values, and nothing begins anew with an epoch as checks do."""
+        return self.validate is None and all(map(is_, vars(self).values(), vars(other).values()))
 
     @property
     def trace_target(self) -> bool | Path:
@@ -174,7 +173,8 @@ class Settings(Keywords):
     def may_write(self) -> bool:
         """Whether there may be a trace or a folder of a run, which most programs have not."""
         told = environment("SAFELOADER_TRACE") or environment("SAFELOADER_RUN")
-        return bool(told or self.trace or self.run_dir)
+        asked = self.trace is not None or self.run_dir is not None
+        return asked or told != ""
 
     @property
     def tells(self) -> bool:

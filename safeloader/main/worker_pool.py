@@ -132,7 +132,7 @@ class WorkerPool:
 
     @property
     def stock(self) -> Any:
-        """Torch's iterator; None before the first epoch.
+        """Torch's iterator; None before the first epoch, and without workers.
 
         With persistent workers the loader holds it, and whoever lets go of it there ends them.
         """
@@ -193,10 +193,11 @@ class WorkerPool:
         Raises:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
         """
-        self._settings = settings
-        self._log = epoch.log
+        self._settings, self._log = settings, epoch.log
+        self.raised.clear()
+        kind = type(loader.dataset)
         # Seen as an epoch before began; those that ask others may have others now.
-        seen = self._in_main is not None and type(loader.dataset) not in _ASK_OTHERS
+        seen = self._in_main is not None and kind is self._named_by[1] and kind not in _ASK_OTHERS
         if not (seen or self.stream) and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)
