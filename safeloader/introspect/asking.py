@@ -114,7 +114,7 @@ def only_reads(thing: Any) -> bool:
     lineage = mro_of(type(thing))
     method = _nearest(lineage, "__len__")
     reads = _read_by(method.__code__) if type(method) is types.FunctionType else None
-    if reads is None or method.__globals__.get("len", _LEN) is not _LEN:
+    if reads is None or method.__globals__.get("len", builtins.len) is not _LEN:
         return False
     if not reads:
         return True
