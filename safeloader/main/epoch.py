@@ -39,7 +39,7 @@ from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
 from safeloader.provenance.epoch_facts import EpochFacts
-from safeloader.provenance.events import Dumps, Events, LogLines
+from safeloader.provenance.events import UNHEARD, Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.summary import tell_at_end
 from safeloader.settings import Settings
@@ -604,7 +604,7 @@ class Epoch:
         the audit, outlives the iterator, and they would keep each other alive."""
         self.close()
         self._dataset = self._sampler = None
-        self.events.tell_nobody()
+        self.events = UNHEARD
 
     def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
         """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""

@@ -53,7 +53,7 @@ class Events:
     closed: Sinks
     audited: Sinks
 
-    def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
+    def __init__(self, log: LoaderLog | None, sinks: Iterable[object]) -> None:
         self._log = log
         self._listen(list(sinks))
 
@@ -65,11 +65,6 @@ class Events:
             for event in _heard_by(kind):
                 told[event] += (getattr(sink, event),)
         vars(self).update(told)
-
-    def tell_nobody(self) -> None:
-        """Let go of all sinks."""
-        self._sinks = []
-        vars(self).update(_HEARD_BY_NOBODY)
 
     def tell(self, event: str, *about: Any) -> None:
         """Tell every sink of an event; the hot path does so itself."""
@@ -85,7 +80,8 @@ class Events:
             raise exc
         sink = getattr(told, "__self__", told)
         self._listen([each for each in self._sinks if each is not sink])
-        self._log.own_fault(type(sink).__name__, exc)
+        if self._log is not None:
+            self._log.own_fault(type(sink).__name__, exc)
 
 
 TOLD_MAX = 256  # notes of one recorder that are remembered
@@ -96,6 +92,10 @@ _HEARD_BY_NOBODY: dict[str, Sinks] = dict.fromkeys(Events.__annotations__, ())
 def _heard_by(cls: type) -> tuple[str, ...]:
     """The events that sinks of a class have methods for."""
     return tuple(event for event in _HEARD_BY_NOBODY if getattr(cls, event, None) is not None)
+
+
+UNHEARD = Events(None, ())
+"""The events of which nobody is told any more."""
 
 
 class LogLines:
