@@ -255,15 +255,14 @@ class Coverage:
         ((array([2]), 1), (array([1, 3]), 2))
     """
 
+    # With what an epoch begins.
+    room = _FLUSH
+    interrupted = _taken_in = False
+    _others_left_out = 0
+
     def __init__(self) -> None:
         self.waiting: list[Packed] = []
-        self.room = _FLUSH
-        self.interrupted = False
         self._limit = _PAGES_LIMIT
-        self._taken_in = False
-        self._other_seen: set[Any] = set()
-        self._other_twice: dict[Any, None] = {}
-        self._others_left_out = 0
 
     # Made as the first are taken in: in an epoch of a few batches, when somebody reads the audit.
 
@@ -278,6 +277,14 @@ class Coverage:
     @functools.cached_property
     def _twice(self) -> _Pages:
         return _Pages(_PAGES_LIMIT >> 1, self._further)
+
+    @functools.cached_property
+    def _other_seen(self) -> set[Any]:
+        return set()
+
+    @functools.cached_property
+    def _other_twice(self) -> dict[Any, None]:
+        return {}
 
     @property
     def _all_waits(self) -> bool:

@@ -63,6 +63,16 @@ class PendingBatch(NamedTuple):
     indices: tuple[Any, ...]
 
 
+class _Keyed:
+    """The keys of samples."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, int] = {}  # of each its place among these two:
+        self.indices: list[Any] = []  # that it was first given for
+        self.workers = array("i")  # by which
+        self.bytes = 0  # of keys and indices
+
+
 class Ledger:
     """One epoch's accounts, and what is common to both kinds of dataset.
 
@@ -94,7 +104,8 @@ class Ledger:
     _handed: int | None = None  # the batch counted last as delivered
     _interrupts = 0  # may have lost batches that are not known to be lost
     _sampler_failed = False
-    _keys_bytes = _keys_kept = _keys_past_limit = 0
+    _keys_kept = _keys_past_limit = 0
+    _keyed: _Keyed | None = None  # once there are keys
     _first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
 
     def __init__(self) -> None:
@@ -104,9 +115,6 @@ class Ledger:
         self.by_class: dict[str, IndexSet] = defaultdict(IndexSet)
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
-        self._place_of_key: dict[Any, int] = {}  # among these two:
-        self._keyed: list[Any] = []  # the index that it was first given for, and by which worker
-        self._keyed_by = array("i")
         # Beyond the classes: drawn and lost, and handed over beside what was drawn.
         self._not_given, self._given_beside = IndexSet(), IndexSet()
 
@@ -248,25 +256,26 @@ class Ledger:
         """Samples whose key came before under another index."""
         if not self.compares_keys:
             return None
-        places, worker = self._place_of_key, manifest.worker_id
+        self._keyed = keyed = self._keyed or _Keyed()
+        places, worker = keyed.places, manifest.worker_id
         pairs: list[SameKey] = []
         sound: list[Any] = []
         indices = BatchContents.of(manifest).indices
         for key, index in zip(manifest.keys or (), indices, strict=False):
             place = places.get(key)
-            if place is not None and (first := self._keyed[place]) != index:
-                workers = self._keyed_by[place], _IN_MAIN if worker is None else worker
+            if place is not None and (first := keyed.indices[place]) != index:
+                workers = keyed.workers[place], _IN_MAIN if worker is None else worker
                 pairs.append(SameKey(index_text(key, 60), first, index, *workers))
                 continue
             sound.append(index)
             if place is not None:
                 continue
-            if len(places) < KEYS_LIMIT and self._keys_bytes < KEYS_BYTES:
+            if len(places) < KEYS_LIMIT and keyed.bytes < KEYS_BYTES:
                 places[key] = self._keys_kept
                 self._keys_kept += 1
-                self._keyed.append(index)
-                self._keyed_by.append(_IN_MAIN if worker is None else worker)
-                self._keys_bytes += weight(key) + weight(index)
+                keyed.indices.append(index)
+                keyed.workers.append(_IN_MAIN if worker is None else worker)
+                keyed.bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
         if not pairs:
@@ -311,7 +320,7 @@ class Ledger:
             How many samples were drawn; None where the accounts rest on what does not stay, or
             hold more than an audit.
         """
-        self._place_of_key, self._keyed, self._keyed_by = {}, [], array("i")
+        self._keyed = None
         return None
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
@@ -505,8 +514,7 @@ class MapLedger(Ledger):
         return None
 
     def put_away(self) -> int | None:
-        if self._keyed:
-            super().put_away()
+        self._keyed = None
         if self._expected_batches is not None and not self.all_drawn:
             said = self._expected_batches()
             self._expected_batches = lambda: said  # without the sampler, which holds the dataset

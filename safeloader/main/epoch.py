@@ -113,6 +113,9 @@ class Epoch:
     _shard: Shard | None = None
     _under: Underlying | None = None
     _ended = _closed = False
+    _off: tuple[str, ...] = ()  # parts that failed
+    _notes: tuple[str, ...] = ()
+    _warned_of: tuple[str, ...] = ()  # what was told beside a discrepancy
 
     def __init__(
         self,
@@ -129,14 +132,12 @@ class Epoch:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self._off: list[str] = []  # parts that failed
         self.verify = settings.verify
         self._announced, self._length_is_true = announced
         self._sampler = sampler
-        self._notes: list[str] = []
         with guarded("the look at the sampler", lambda: log):
             if not shares_out_nothing(sampler):
-                self._notes += filter(None, [shared_out_twice(sampler)])
+                self._note(shared_out_twice(sampler))
                 self._shard = shard_of(sampler, dataset, log.length)
                 log.at = place(self._shard)
             self._under = underlying(dataset)
@@ -149,7 +150,6 @@ class Epoch:
         self.noticed: list[str] = []
         self.unchecked: list[str] = []
         self.origin: dict[str, Any] = {}
-        self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
@@ -215,9 +215,13 @@ class Epoch:
         """
         self.batches = self.ledger.batches_before = batches
         self._skip_budget.skipped = self._left_out_before = left_out
-        if note:
-            self._notes.append(note)
+        self._note(note)
         self._tell("resumed", self.number, batches, left_out, origin or {})
+
+    def _note(self, said: str) -> None:
+        """Have the audit say so, if anything is said."""
+        if said:
+            self._notes += (said,)
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -227,7 +231,7 @@ class Epoch:
             raise exc
         if part in self._off:
             return
-        self._off.append(part)
+        self._off += (part,)
         if self.unchecked_since is None:
             self.unchecked_since = self.batches
         if part == "the ledger":  # its methods give way to those of this class
@@ -247,7 +251,7 @@ class Epoch:
         """A sink raised as it was told of the batch handed over."""
         self.events.take_off(told, exc)
         if isinstance(getattr(told, "__self__", None), Recorder):
-            self._off.append("the recorder")
+            self._off += ("the recorder",)
             if self.unchecked_since is None:
                 self.unchecked_since = self.batches - 1
 
@@ -318,7 +322,7 @@ class Epoch:
         if self.verify == "warn":
             # By what it is about: its numbers grow from batch to batch.
             new = [each for each in beside if each.partition(":")[0] not in self._warned_of]
-            self._warned_of += [each.partition(":")[0] for each in new]
+            self._warned_of += tuple(each.partition(":")[0] for each in new)
             warn("\n".join([f"safeloader: {discrepancy.reason}", *new]))
             return
         step = discrepancy.hint or _SEE_AUDIT
@@ -550,8 +554,7 @@ class Epoch:
         self._closed = True
         if self._shard is not None:
             with guarded("the look at the sampler", lambda: self.log):
-                if same_order := self._same_order():
-                    self._notes.append(same_order)
+                self._note(self._same_order())
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
         self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
