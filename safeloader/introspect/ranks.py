@@ -12,6 +12,8 @@ import torch.distributed
 from safeloader._python import environment
 from safeloader.introspect.shard import Shard
 
+_HAS_GROUPS = torch.distributed.is_available()  # this torch was built with them
+
 
 class Place(NamedTuple):
     """The rank of a process and the number of processes; None where that is not known."""
@@ -34,7 +36,7 @@ def place(shard: Shard | None = None) -> Place:
         >>> place()
         Place(rank=None, world_size=None)
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _HAS_GROUPS and torch.distributed.is_initialized():
         return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
     rank = _told("RANK")
     if rank is not None:
