@@ -494,7 +494,7 @@ class MapLedger(Ledger):
 
     def finish(self, *, broken: bool = False) -> Discrepancy | None:
         # An interrupt takes the batch on its way, and one drawn ahead.
-        if broken or len(self._pending) <= 2 * self._interrupts:
+        if self._pending and (broken or len(self._pending) <= 2 * self._interrupts):
             self._abandon()
         missing: list[Any] = []
         for seq in list(self._pending):
