@@ -275,7 +275,9 @@ def build_iterator(view: LoaderView) -> Any:
     Torch's own watch over the workers is called off: it raises, on SIGCHLD, in whatever line the
     main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
     """
-    with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
+    if not view.num_workers:
+        return _get_iterator(view)
+    with _sigchld_deferred():
         try:
             iterator: Any = _get_iterator(view)
         except BaseException as exc:

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from safeloader import _torch
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.asking import asking_changes_nothing
 from safeloader.introspect.values import definitions, mro_of, namespace_of
@@ -26,12 +25,13 @@ _TORCHS_LEN = definitions(DataLoader, "__len__")[0]
 
 
 def announced(
-    loader: DataLoader[Any], stream: bool, length: int | None, said: int | None
+    loader: DataLoader[Any], sampler: Any, stream: bool, length: int | None, said: int | None
 ) -> Announced:
     """What ``len(loader)`` says.
 
     Args:
         loader: any loader.
+        sampler: what it draws from.
         stream: whether its dataset is iterable-style.
         length: of the dataset, where that is known.
         said: what it said when the program asked, since the last epoch began; None if it did not.
@@ -41,7 +41,6 @@ def announced(
         return NOT_ANNOUNCED
     if stream:
         return Announced(_of_stream(loader, length))
-    sampler = _torch.index_sampler(loader)
     if length_is_true(sampler):
         return _PROVEN
     return Announced(length_of(sampler) if asking_changes_nothing(sampler) else said)

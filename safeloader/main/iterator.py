@@ -86,10 +86,9 @@ class SafeIterator(Iterator[Any]):
             with guarded("who listens to its events", lambda: log):
                 also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
-        ledger = self.pool.new_ledger()
+        ledger, drawn_from = self.pool.new_ledger(), self.pool.sampler.drawn_from
         with guarded("the look at the loader's length", lambda: log):
-            said = announced(loader, self.pool.stream, log.length, said_length)
-        sampler = loader.dataset if self.pool.stream else self.pool.sampler.drawn_from
+            said = announced(loader, drawn_from, self.pool.stream, log.length, said_length)
         before = 0 if self._continuity is None else self._continuity.batches_before
         self._epoch = epoch = Epoch(
             loader.dataset,
@@ -98,7 +97,7 @@ class SafeIterator(Iterator[Any]):
             ledger,
             also,
             announced=said,
-            sampler=sampler,
+            sampler=loader.dataset if self.pool.stream else drawn_from,
             seed=seed,
             seq_of_first=self.pool.sampler.next_seq - before,
         )

@@ -72,6 +72,7 @@ from safeloader.worker.seeding import seeded_in_main
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
+_AS_IT_IS = nullcontext()
 _ASK_OTHERS = (Subset, StackDataset)  # whose own class tells nothing of the datasets in them
 # Classes of datasets; weakly, as some are made anew each time.
 _looked_at: weakref.WeakSet[type] = weakref.WeakSet()
@@ -216,7 +217,7 @@ class WorkerPool:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
         context, seed = self._context_in_main(), self.sampler.log.seed
-        beginning: AbstractContextManager[object] = nullcontext()
+        beginning: AbstractContextManager[object] = _AS_IT_IS
         if seed is not None and context.seeder is not None and self.stream:
             beginning = _beginning_stream(view, context.seeder, seed)
         try:

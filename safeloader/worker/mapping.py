@@ -146,7 +146,7 @@ class MapFetcher(RecordingFetcher):
         if self._may_be_cheap:  # a slow one brings the readings back
             self._cheap = times[-1] - times[0] < _CHEAP_NS * number
         times.append(clock())
-        stamps = array("q", times).tobytes()
+        stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
         return DeliveredBatch(
             BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
         )
