@@ -256,8 +256,12 @@ class Epoch:
                 self.unchecked_since = self.batches - 1
 
     def _tell(self, event: str, *about: Any) -> None:
-        with guarded("the telling of events", lambda: self.log):
+        try:
             self.events.tell(event, *about)
+        except Exception as exc:
+            if raised_by_signal(exc):
+                raise
+            self.log.own_fault("the telling of events", exc)
 
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
         """Read or change the ledger; None once it has failed."""
@@ -296,7 +300,7 @@ class Epoch:
 
     def draws_ended(self, dropped: Sequence[Any]) -> None:
         """The sampler is at its end; ``dropped`` it drew but left out of every batch."""
-        self._book(lambda ledger: ledger.draws_ended(pack(dropped)))
+        self._book(lambda ledger: ledger.draws_ended(pack(dropped) if dropped else b""))
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""
