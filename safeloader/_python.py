@@ -77,6 +77,21 @@ def has_own_pickler() -> bool:
     return find("multiprocessing.reduction", "ForkingPickler", []) is ForkingPickler
 
 
+def environment(name: str) -> str:
+    """What a variable of the environment holds; empty where it is not set.
+
+    As ``os.environ.get`` tells, which raises and catches twice where there is none: each epoch
+    begins with some, and 2 µs each.
+    """
+    held = getattr(os.environ, "_data", None)
+    if type(held) is dict and _encoded(name) not in held:
+        return ""
+    return os.environ.get(name, "")
+
+
+_encoded = functools.cache(getattr(os.environ, "encodekey", str))
+
+
 def at_fork(**hooks: Callable[[], None]) -> None:
     """``os.register_at_fork``, where processes fork."""
     if hasattr(os, "register_at_fork"):

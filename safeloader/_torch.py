@@ -140,6 +140,8 @@ class LoaderView:
     def __init__(
         self, loader: DataLoader[Any], sampler: Any, worker_init_fn: Any, channels: Channels | None
     ) -> None:
+        if _tells_by_its_dict(loader):
+            vars(self).update(vars(loader))  # by `__getattr__` each takes half a microsecond
         self._loader = loader
         self._index_sampler = sampler
         self.worker_init_fn = worker_init_fn
@@ -148,6 +150,24 @@ class LoaderView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+
+def _tells_by_its_dict(loader: Any) -> bool:
+    """Whether whoever asks for what its dict has is given that, and nothing in its place."""
+    kind: Any = type(loader)
+    in_front = _in_front_of_dict(kind)
+    return in_front is not None and not vars(loader).keys() & in_front
+
+
+@functools.lru_cache(64)
+def _in_front_of_dict(cls: Any) -> frozenset[str] | None:
+    """The names of a class that go before those in the dict of an object; None: any may."""
+    if cls.__getattribute__ is not object.__getattribute__:
+        return None
+    spaces = [vars(each) for each in inspect.getmro(cls)]
+    return frozenset(
+        name for space in spaces for name, it in space.items() if hasattr(type(it), "__set__")
+    )
 
 
 class Channels(NamedTuple):
@@ -255,7 +275,9 @@ def build_iterator(view: LoaderView) -> Any:
     Torch's own watch over the workers is called off: it raises, on SIGCHLD, in whatever line the
     main thread is at. Whoever waits for a batch notices a worker's death as soon, and can say more.
     """
-    with _sigchld_deferred() if view.num_workers else contextlib.nullcontext():
+    if not view.num_workers:
+        return _get_iterator(view)
+    with _sigchld_deferred():
         try:
             iterator: Any = _get_iterator(view)
         except BaseException as exc:

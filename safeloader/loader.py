@@ -32,6 +32,7 @@ from safeloader.introspect.texts import bounded_text
 from safeloader.provenance.recorder import Recorder, failure_was_told, watch_for_use
 from safeloader.records import Records
 from safeloader.settings import (
+    KEPT,
     SAID,
     Check,
     Keywords,
@@ -256,7 +257,8 @@ class SafeDataLoader(DataLoader[T_co], Records, CountedEpochs, Keywords):
     def __getstate__(self) -> dict[str, Any]:
         """The state without worker processes: a copy starts its own."""
         state = self.__dict__ | {"_pool": None, "_iterator": None}
-        state.pop(SAID, None)
+        for name in (SAID, KEPT):
+            state.pop(name, None)
         return state
 
 

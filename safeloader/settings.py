@@ -8,12 +8,13 @@ import inspect
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import IterableDataset
 
+from safeloader._python import environment
 from safeloader.checks.unique import Unique
 from safeloader.introspect.files import folder_of, see_writable
 from safeloader.introspect.seeds import SeedPer
@@ -39,6 +40,10 @@ KEEPS_PLACE = "_continuity"
 """The attribute of a loader that keeps its place, for what keeps it."""
 
 
+KEPT = "_kept"
+"""The attribute of a loader without workers that holds what its next epoch may begin with."""
+
+
 class Unasked(str):
     """A value that nobody asked for in so many words, though frameworks may hand it back."""
 
@@ -54,7 +59,10 @@ def is_off() -> bool:
     Raises:
         ValueError: if the variable holds something else than off, on or nothing.
     """
-    value = os.environ.get("SAFELOADER", "").strip().lower()
+    value = environment("SAFELOADER")
+    if not value:
+        return False
+    value = value.strip().lower()
     if value not in ("", "on", "off"):
         raise ValueError(
             f"the environment variable SAFELOADER must be 'off' (torch's own behaviour, nothing "
@@ -91,7 +99,7 @@ def pickles_once() -> bool:
 
 
 def _is_on(variable: str, meaning: str) -> bool:
-    value = os.environ.get(variable, "").strip()
+    value = environment(variable).strip()
     if value not in ("", "0", "1"):
         raise ValueError(
             f"the environment variable {variable} must be 1 ({meaning}), 0 or unset; it is "
@@ -132,7 +140,14 @@ class Settings(Keywords):
     @classmethod
     def of(cls, loader: Any) -> Settings:
         """What the attributes of a loader say now."""
-        return cls(**dict(zip(_NAMES, _values(loader), strict=True)))
+        # Not by the constructor, which sets one after the other: a tenth of a tiny epoch.
+        settings = cls.__new__(cls)
+        vars(settings).update(zip(_NAMES, _values(loader), strict=True))
+        return settings
+
+    def are(self, other: Settings) -> bool:
+        """Whether these are the same values, and nothing begins anew with an epoch as checks do."""
+        return self.validate is None and all(map(is_, vars(self).values(), vars(other).values()))
 
     @property
     def trace_target(self) -> bool | Path:
@@ -141,7 +156,7 @@ class Settings(Keywords):
             return self.trace
         if self.trace is not None:
             return folder_of(self.trace)
-        value = os.environ.get("SAFELOADER_TRACE", "")
+        value = environment("SAFELOADER_TRACE")
         if value.lower() in ("", "0", "false", "no", "off"):
             return False
         return True if value.lower() in ("1", "true", "yes", "on") else folder_of(value)
@@ -151,8 +166,20 @@ class Settings(Keywords):
         """The folder of the run; None where nothing is to be written."""
         if self.run_dir is not None:
             return None if self.run_dir is False else folder_of(self.run_dir)
-        value = os.environ.get("SAFELOADER_RUN", "")
+        value = environment("SAFELOADER_RUN")
         return folder_of(value) if value else None
+
+    @property
+    def may_write(self) -> bool:
+        """Whether there may be a trace or a folder of a run, which most programs have not."""
+        told = environment("SAFELOADER_TRACE") or environment("SAFELOADER_RUN")
+        asked = self.trace is not None or self.run_dir is not None
+        return asked or told != ""
+
+    @property
+    def tells(self) -> bool:
+        """Whether failures that end no batch are told too, and not only counted."""
+        return self.on_failure_dump is not None or self.run_target is not None
 
     @property
     def checks(self) -> tuple[Check, ...]:

@@ -7,7 +7,8 @@ to 160 MiB where a dataset is said to have more samples than that has room for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
 from typing import Any
 
@@ -20,6 +21,7 @@ from safeloader.introspect.values import Opaque
 
 TALLY_LIMIT = 1_000_000
 _FLUSH = 32_768  # indices gathered before the pages are touched: 20 to 50 ns each, not 200 µs
+_FEW = 8  # batches: to put these together takes longer than their bytes are worth
 _SHIFT = 12
 _PAGE_BITS = 1 << _SHIFT
 _PAGE_BYTES = _PAGE_BITS >> 3
@@ -38,19 +40,23 @@ Listed = tuple[npt.NDArray[Any], int]  # the first million of a class, and how m
 class IndexSet:
     """Identities of one kind: the first million, and the exact count."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[Any] = []
+    # Of the eleven that an epoch begins with, most stay empty.
+    count = 0
+    _first: Sequence[Any] = ()
 
     def add(self, identities: Iterable[Any]) -> None:
         """Note these."""
         items = list(identities)
         self.count += len(items)
-        self._first += items[: TALLY_LIMIT - len(self._first)]
+        room = TALLY_LIMIT - len(self._first)
+        if isinstance(self._first, list):
+            self._first += items[:room]
+        elif items:
+            self._first = items[:room]
 
     def first(self, most: int) -> list[Any]:
         """The first of them."""
-        return self._first[:most]
+        return list(self._first[:most])
 
     def array(self) -> npt.NDArray[Any]:
         """The identities noted, see :func:`as_array`."""
@@ -249,16 +255,41 @@ class Coverage:
         ((array([2]), 1), (array([1, 3]), 2))
     """
 
+    # With what an epoch begins.
+    room = _FLUSH
+    interrupted = _taken_in = False
+    _others_left_out = 0
+
     def __init__(self) -> None:
         self.waiting: list[Packed] = []
-        self.room = _FLUSH
-        self.interrupted = False
-        self._further = _Further()
-        self._seen = _Pages(_PAGES_LIMIT, self._further)
-        self._twice = _Pages(_PAGES_LIMIT >> 1, self._further)
-        self._other_seen: set[Any] = set()
-        self._other_twice: dict[Any, None] = {}
-        self._others_left_out = 0
+        self._limit = _PAGES_LIMIT
+
+    # Made as the first are taken in: in an epoch of a few batches, when somebody reads the audit.
+
+    @functools.cached_property
+    def _further(self) -> _Further:
+        return _Further()
+
+    @functools.cached_property
+    def _seen(self) -> _Pages:
+        return _Pages(self._limit, self._further)
+
+    @functools.cached_property
+    def _twice(self) -> _Pages:
+        return _Pages(_PAGES_LIMIT >> 1, self._further)
+
+    @functools.cached_property
+    def _other_seen(self) -> set[Any]:
+        return set()
+
+    @functools.cached_property
+    def _other_twice(self) -> dict[Any, None]:
+        return {}
+
+    @property
+    def _all_waits(self) -> bool:
+        """Whether nothing was taken in, and all that waits are numbers."""
+        return not self._taken_in and {*map(type, self.waiting)} <= {bytes}
 
     def add(self, indices: Packed) -> None:
         """Note drawn indices. (On the hot path the ledger does this itself.)"""
@@ -270,6 +301,7 @@ class Coverage:
     def flush(self) -> None:
         """Take in what is waiting."""
         waiting = self.waiting
+        self._taken_in |= bool(waiting)
         self.waiting, self.room = [], _FLUSH
         try:
             numbers = b"".join(item for item in waiting if type(item) is bytes)
@@ -301,7 +333,9 @@ class Coverage:
 
     def expect(self, length: int) -> None:
         """A dataset of this length is drawn from: the map has room for it, within a bound."""
-        self._seen.limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
+        self._limit = max(_PAGES_LIMIT, min(-(-length >> _SHIFT), _PAGES_MOST))
+        if self._taken_in:
+            self._seen.limit = self._limit
 
     def names(self) -> Iterable[Any] | None:
         """The indices drawn that are no int64; None where some are not known."""
@@ -327,9 +361,11 @@ class Coverage:
 
     def compact(self) -> bool:
         """Hold what waits as one piece; False where there is more than that."""
-        pieces = [item for item in self.waiting if type(item) is bytes]
-        if self._seen.row or self._other_seen or len(pieces) < len(self.waiting):
+        if not self._all_waits:
             return False
+        if len(self.waiting) <= _FEW:
+            return True
+        pieces = [item for item in self.waiting if type(item) is bytes]
         self.waiting = [b"".join(pieces)]  # a batch of one would take 50 bytes, and not 8
         return True
 
@@ -337,6 +373,8 @@ class Coverage:
     def unmapped(self) -> int:
         """How many draws were not noted: too many, too far apart, or ``interrupted``."""
         waiting = _FLUSH - self.room
+        if self._all_waits and waiting <= _PAGES_LIMIT >> 1:
+            return 0
         if not (
             all(type(item) is bytes for item in self.waiting)
             and self._seen.has_room_for(waiting)

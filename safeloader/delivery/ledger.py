@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from array import array
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -62,6 +63,16 @@ class PendingBatch(NamedTuple):
     indices: tuple[Any, ...]
 
 
+class _Keyed:
+    """The keys of samples."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, int] = {}  # of each its place among these two:
+        self.indices: list[Any] = []  # that it was first given for
+        self.workers = array("i")  # by which
+        self.bytes = 0  # of keys and indices
+
+
 class Ledger:
     """One epoch's accounts, and what is common to both kinds of dataset.
 
@@ -83,29 +94,27 @@ class Ledger:
             end of a stream is known when it is asked for.
     """
 
+    # With what an epoch begins.
+    delivered_count = 0
+    settled = all_drawn = False
+    compares_keys = True
+    first_drawn: Packed | None = None
+    batches_before = samples_before = 0
+    _reasons_bytes = 0
+    _handed: int | None = None  # the batch counted last as delivered
+    _interrupts = 0  # may have lost batches that are not known to be lost
+    _sampler_failed = False
+    _keys_kept = _keys_past_limit = 0
+    _keyed: _Keyed | None = None  # once there are keys
+    _first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
+
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler may ask for the audit
-        self.delivered_count = 0
         self.delivered_by = array("q", [0])
         self.same_keys: list[SameKey] = []
-        self.settled = False
-        self.first_drawn: Packed | None = None
-        self.all_drawn = False
-        self.by_class = {name: IndexSet() for name, _ in CLASSES}
+        self.by_class: dict[str, IndexSet] = defaultdict(IndexSet)
         self.reasons: dict[Any, str] = {}
         self.donors: dict[Any, Any] = {}
-        self._reasons_bytes = 0
-        self._handed: int | None = None  # the batch counted last as delivered
-        self._interrupts = 0  # may have lost batches that are not known to be lost
-        self._sampler_failed = False
-        self.compares_keys = True
-        self.batches_before = self.samples_before = 0
-        self._place_of_key: dict[Any, int] = {}  # among these two:
-        self._keyed: list[Any] = []  # the index that it was first given for, and by which worker
-        self._keyed_by = array("i")
-        self._keys_bytes = 0
-        self._keys_kept = self._keys_past_limit = 0
-        self._first_samples: tuple[int | None, tuple[tuple[Any, int, str], ...]] | None = None
         # Beyond the classes: drawn and lost, and handed over beside what was drawn.
         self._not_given, self._given_beside = IndexSet(), IndexSet()
 
@@ -247,25 +256,26 @@ class Ledger:
         """Samples whose key came before under another index."""
         if not self.compares_keys:
             return None
-        places, worker = self._place_of_key, manifest.worker_id
+        self._keyed = keyed = self._keyed or _Keyed()
+        places, worker = keyed.places, manifest.worker_id
         pairs: list[SameKey] = []
         sound: list[Any] = []
         indices = BatchContents.of(manifest).indices
         for key, index in zip(manifest.keys or (), indices, strict=False):
             place = places.get(key)
-            if place is not None and (first := self._keyed[place]) != index:
-                workers = self._keyed_by[place], _IN_MAIN if worker is None else worker
+            if place is not None and (first := keyed.indices[place]) != index:
+                workers = keyed.workers[place], _IN_MAIN if worker is None else worker
                 pairs.append(SameKey(index_text(key, 60), first, index, *workers))
                 continue
             sound.append(index)
             if place is not None:
                 continue
-            if len(places) < KEYS_LIMIT and self._keys_bytes < KEYS_BYTES:
+            if len(places) < KEYS_LIMIT and keyed.bytes < KEYS_BYTES:
                 places[key] = self._keys_kept
                 self._keys_kept += 1
-                self._keyed.append(index)
-                self._keyed_by.append(_IN_MAIN if worker is None else worker)
-                self._keys_bytes += weight(key) + weight(index)
+                keyed.indices.append(index)
+                keyed.workers.append(_IN_MAIN if worker is None else worker)
+                keyed.bytes += weight(key) + weight(index)
             else:
                 self._keys_past_limit += 1
         if not pairs:
@@ -310,7 +320,7 @@ class Ledger:
             How many samples were drawn; None where the accounts rest on what does not stay, or
             hold more than an audit.
         """
-        self._place_of_key, self._keyed, self._keyed_by = {}, [], array("i")
+        self._keyed = None
         return None
 
     def audit(self, epoch: int, length: int | None) -> EpochAudit:
@@ -321,7 +331,8 @@ class Ledger:
         self, epoch: int, complete: bool, drawn: int, notes: list[str], **of_draws: Listed
     ) -> EpochAudit:
         """The audit: of what is kept here, and of the classes that the draws alone tell."""
-        kept = {name: (each.array(), each.count) for name, each in self.by_class.items()}
+        sets = {name: self.by_class[name] for name, _ in CLASSES}
+        kept = {name: (each.array(), each.count) for name, each in sets.items()}
         classes = kept | of_draws
         arrays: dict[str, Any] = {name: first for name, (first, _) in classes.items()}
         return EpochAudit(
@@ -344,15 +355,16 @@ class Ledger:
 class MapLedger(Ledger):
     """The ledger of a map-style dataset: every batch drawn is in ``pending`` until it comes."""
 
+    _first_seq: int | None = None
+    _last_seq = -1
+    _drawn = 0
+    _newest: Packed = b""  # the batch drawn last
+    _dropped: Packed = b""  # what was drawn after it
+
     def __init__(self, *, expected_batches: Callable[[], int | None] | None) -> None:
         super().__init__()
         self._expected_batches = expected_batches
         self._pending: dict[int, Packed] = {}
-        self._first_seq: int | None = None
-        self._last_seq = -1
-        self._drawn = 0
-        self._newest: Packed = b""  # the batch drawn last
-        self._dropped: Packed = b""  # what was drawn after it
         self._coverage = Coverage()
 
     @property
@@ -393,8 +405,9 @@ class MapLedger(Ledger):
             self.all_drawn = True
             if self._expected_batches is not None:  # of no interest now, and it holds the dataset
                 self._expected_batches = lambda: None
-            self._out_of_batches(dropped, "dropped")
-            self._dropped = dropped
+            if dropped:
+                self._out_of_batches(dropped, "dropped")
+                self._dropped = dropped
             self.settled = not self._pending
 
     def _out_of_batches(self, indices: Packed, name: str) -> None:
@@ -481,7 +494,7 @@ class MapLedger(Ledger):
 
     def finish(self, *, broken: bool = False) -> Discrepancy | None:
         # An interrupt takes the batch on its way, and one drawn ahead.
-        if broken or len(self._pending) <= 2 * self._interrupts:
+        if self._pending and (broken or len(self._pending) <= 2 * self._interrupts):
             self._abandon()
         missing: list[Any] = []
         for seq in list(self._pending):
@@ -501,8 +514,8 @@ class MapLedger(Ledger):
         return None
 
     def put_away(self) -> int | None:
-        super().put_away()
-        if self._expected_batches is not None:
+        self._keyed = None
+        if self._expected_batches is not None and not self.all_drawn:
             said = self._expected_batches()
             self._expected_batches = lambda: said  # without the sampler, which holds the dataset
         # With the pages that somebody's look at the audit has made it would hold 400 KB and more.

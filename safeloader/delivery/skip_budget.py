@@ -19,13 +19,15 @@ class SkipBudget:
             shows that way long before its share of a large epoch is reached.
     """
 
+    # With what an epoch begins.
+    skipped = 0
+    _ways: frozenset[str] = frozenset()  # "skipped", "replaced"
+    _run = 0
+    _next_seq = 0  # the draw that goes on with the run
+
     def __init__(self, max_skipped: int | float | None, *, runs: bool) -> None:
         self._max_skipped = max_skipped
         self._runs = runs
-        self.skipped = 0
-        self._ways: set[str] = set()  # "skipped", "replaced"
-        self._run = 0
-        self._next_seq = 0  # the draw that goes on with the run
 
     def exceeded(self, manifest: BatchManifest, samples: int) -> str | None:
         """Count the samples gone from a batch; a sentence if they are too many.
@@ -44,7 +46,7 @@ class SkipBudget:
             longest = max(longest, self._run)
         self._next_seq = seq + 1
         self.skipped += len(gone)
-        self._ways.update(each.what for each in gone.values())
+        self._ways |= {each.what for each in gone.values()}
         bound = self._max_skipped
         if not isinstance(bound, int):
             share = DEFAULT_SHARE if bound is None else bound

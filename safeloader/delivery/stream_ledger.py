@@ -47,7 +47,8 @@ class StreamLedger(Ledger):
 
     def digests(self) -> Digests | None:
         with self.lock:
-            return Digests.of("key", self._place_of_key) if self.compares_keys else None
+            keys = () if self._keyed is None else self._keyed.places
+            return Digests.of("key", keys) if self.compares_keys else None
 
     def read_before(self, samples: list[int]) -> None:
         self._next = list(samples)

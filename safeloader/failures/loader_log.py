@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from safeloader.introspect.asking import only_reads
 from safeloader.introspect.random_state import preserved
 from safeloader.introspect.ranks import Place, place
 from safeloader.introspect.redaction import scrub
@@ -16,6 +17,7 @@ from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.values import bounded, plain_length, short_type_name, type_name
 
 _TRACEBACK_CHARS = 40_000
+_logger = logging.getLogger("safeloader")
 
 
 class LoaderLog(logging.LoggerAdapter[logging.Logger]):
@@ -46,13 +48,17 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
         kind: str = "SafeDataLoader",
         at: Place | None = None,
     ) -> None:
-        super().__init__(logging.getLogger("safeloader"), {})
+        super().__init__(_logger, {})
         self.length = plain_length(dataset) if length is None else length
         self.kind = kind
         over = short_type_name(type_name(type(dataset)))
         size = "" if self.length is None else f" ({self.length})"
         self.loader_name = f"{kind} over {over}{size}"
         self.at = place() if at is None else at
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins: a handler that raised in the one before may be mended."""
         self._broken = False
 
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
@@ -112,12 +118,12 @@ class _Guard:
         return True
 
 
-def guarded(part: str, log: Callable[[], LoaderLog]) -> AbstractContextManager[None, bool | None]:
-    """What is done within is ours: a fault of it ends ``part``, and is told and not raised.
+guarded: Callable[[str, Callable[[], LoaderLog]], AbstractContextManager[None, bool | None]]
+guarded = _Guard
+"""What is done within is ours: a fault of it ends ``part``, and is told and not raised.
 
-    ``log`` gives the log to tell it in; made where it is wanted, as it takes 30 µs or more.
-    """
-    return _Guard(part, log)
+``log`` gives the log to tell it in; made where it is wanted, as it takes 30 µs or more.
+"""
 
 
 def say(said: str) -> None:
@@ -149,7 +155,7 @@ def length_of(sized: Any) -> int | None:
     something has failed, the user's ``__len__`` may wait for a lock that was left behind.
     """
     try:
-        if type(sized) in _DRAW_NOTHING:
+        if type(sized) in _DRAW_NOTHING or only_reads(sized):
             return len(sized)
         with preserved():
             return len(sized)

@@ -5,12 +5,14 @@ Everybody who names a rank asks here: the audit, failures, log lines, traces, th
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch.distributed
 
+from safeloader._python import environment
 from safeloader.introspect.shard import Shard
+
+_HAS_GROUPS = torch.distributed.is_available()  # this torch was built with them
 
 
 class Place(NamedTuple):
@@ -34,13 +36,17 @@ def place(shard: Shard | None = None) -> Place:
         >>> place()
         Place(rank=None, world_size=None)
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _HAS_GROUPS and torch.distributed.is_initialized():
         return Place(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
-    rank, world = (int(each) if each.isdecimal() else None for each in told)
+    rank = _told("RANK")
     if rank is not None:
-        return Place(rank, world)
+        return Place(rank, _told("WORLD_SIZE"))
     return Place() if shard is None else Place(shard.rank, shard.replicas)
+
+
+def _told(name: str) -> int | None:
+    told = environment(name)
+    return int(told) if told.isdecimal() else None
 
 
 def rank() -> int | None:

@@ -49,7 +49,7 @@ def shard_of(sampler: Any, dataset: Any = None, length: int | None = None) -> Sh
         dataset: what the loader reads.
         length: its length, where that is known.
     """
-    if _shares_out_nothing(sampler):
+    if shares_out_nothing(sampler):
         return None
     in_order = True  # what is drawn is drawn in the order of the share
     for inner, held in _levels(sampler):
@@ -70,7 +70,7 @@ def shared_out_twice(sampler: Any) -> str:
 
     Only of samplers that are known to share out: others may have such attributes and do without.
     """
-    if _shares_out_nothing(sampler):
+    if shares_out_nothing(sampler):
         return ""
     dealing = ""
     for inner, held in _levels(sampler):
@@ -90,7 +90,7 @@ def shared_out_twice(sampler: Any) -> str:
     return ""
 
 
-def _shares_out_nothing(sampler: Any) -> bool:
+def shares_out_nothing(sampler: Any) -> bool:
     """Whether it is torch's own and draws all by itself, as most samplers are: told at once."""
     return type(sampler.sampler if type(sampler) is BatchSampler else sampler) in _WHOLE
 

@@ -175,7 +175,7 @@ class Underlying:
 def underlying(dataset: Any, depth: int = _DEPTH) -> Underlying | None:
     """The way down from a dataset's indices; None where it is at the bottom itself."""
     cls = type(dataset)
-    if depth == 0 or not is_one_of(cls, Subset, ConcatDataset):
+    if (cls is not Subset and cls is not ConcatDataset) or depth == 0:
         return None
     held: dict[Any, Any] = dict(fields(dataset))
     if cls is Subset:

@@ -8,46 +8,54 @@ asked before this epoch.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from safeloader import _torch
 from safeloader.failures.loader_log import length_of
 from safeloader.introspect.asking import asking_changes_nothing
-from safeloader.introspect.values import definitions
+from safeloader.introspect.values import definitions, mro_of, namespace_of
 from safeloader.main.drawing import length_is_true
 from safeloader.main.epoch import NOT_ANNOUNCED, Announced
 
+_PROVEN = Announced(proven=True)
 _TORCHS_LEN = definitions(DataLoader, "__len__")[0]
 
 
 def announced(
-    loader: DataLoader[Any], stream: bool, length: int | None, said: int | None
+    loader: DataLoader[Any], sampler: Any, stream: bool, length: int | None, said: int | None
 ) -> Announced:
     """What ``len(loader)`` says.
 
     Args:
         loader: any loader.
+        sampler: what it draws from.
         stream: whether its dataset is iterable-style.
         length: of the dataset, where that is known.
         said: what it said when the program asked, since the last epoch began; None if it did not.
     """
-    if not _is_torchs_length(type(loader)):
+    kind: Any = type(loader)
+    if not _is_torchs_length(kind, kind.__len__, DataLoader.__len__):
         return NOT_ANNOUNCED
     if stream:
         return Announced(_of_stream(loader, length))
-    sampler = _torch.index_sampler(loader)
     if length_is_true(sampler):
-        return Announced(proven=True)
+        return _PROVEN
     return Announced(length_of(sampler) if asking_changes_nothing(sampler) else said)
 
 
-def _is_torchs_length(cls: type) -> bool:
-    """Whether ``len()`` of such a loader is the number that torch computes."""
-    ours = [each for each in definitions(cls, "__len__") if not is_noting(each)]
-    return ours[0] is _TORCHS_LEN
+@functools.lru_cache(64)
+def _is_torchs_length(cls: Any, *methods: Any) -> bool:
+    """Whether ``len()`` of such a loader is the number that torch computes.
+
+    ``methods`` are those of the class and of torch's: a program may put in others.
+    """
+    for space in map(namespace_of, mro_of(cls)):
+        if "__len__" in space and not is_noting(space["__len__"]):
+            return space["__len__"] is _TORCHS_LEN
+    return False
 
 
 def is_noting(method: Any) -> bool:

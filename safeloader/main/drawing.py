@@ -129,7 +129,9 @@ class RecordingSampler:
         if self.keep_open:
             self._open.clear()
             tasks = self._rest = map(self._keep, tasks)
-        return itertools.chain(map(self._request, range(self.requests)), tasks)
+        if self.requests:
+            tasks = itertools.chain(map(self._request, range(self.requests)), tasks)
+        return tasks
 
     def _request(self, number: int) -> Task:
         """A task that asks a worker for the state of its dataset; it takes no number of a draw."""

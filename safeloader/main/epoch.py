@@ -28,13 +28,18 @@ from safeloader.introspect.dataset_state import describe, differences
 from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed, SeededAs
 from safeloader.introspect.shard import Shard
-from safeloader.introspect.sharding import purpose_of, shard_of, shared_out_twice
+from safeloader.introspect.sharding import (
+    purpose_of,
+    shard_of,
+    shared_out_twice,
+    shares_out_nothing,
+)
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import indices_text
 from safeloader.introspect.underlying import Underlying, underlying
 from safeloader.introspect.warned import warn
 from safeloader.provenance.epoch_facts import EpochFacts
-from safeloader.provenance.events import Dumps, Events, LogLines
+from safeloader.provenance.events import UNHEARD, Dumps, Events, LogLines
 from safeloader.provenance.recorder import Recorder, failure_was_told
 from safeloader.provenance.summary import tell_at_end
 from safeloader.settings import Settings
@@ -74,6 +79,7 @@ class Announced(NamedTuple):
 
 
 NOT_ANNOUNCED = Announced()
+_PUT_AWAY: Callable[[Ledger], int | None] = operator.methodcaller("put_away")
 
 
 class Epoch:
@@ -99,6 +105,18 @@ class Epoch:
         origin: which epoch of which run it is, where it is written into a folder; else empty.
     """
 
+    # With what it begins.
+    number = batches = 0
+    unchecked_since: int | None = None
+    _lost = _left_out_before = 0
+    _uncounted = 0  # samples that came since the ledger failed
+    _shard: Shard | None = None
+    _under: Underlying | None = None
+    _ended = _closed = False
+    _off: tuple[str, ...] = ()  # parts that failed
+    _notes: tuple[str, ...] = ()
+    _warned_of: tuple[str, ...] = ()  # what was told beside a discrepancy
+
     def __init__(
         self,
         dataset: Any,
@@ -114,51 +132,32 @@ class Epoch:
         self.log = log
         self.ledger = ledger
         self.lock = ledger.lock
-        self.number = self.batches = self._lost = self._left_out_before = 0
-        self.unchecked_since: int | None = None
-        self._off: list[str] = []  # parts that failed
-        self._uncounted = 0  # samples that came since the ledger failed
         self.verify = settings.verify
         self._announced, self._length_is_true = announced
         self._sampler = sampler
-        self._shard: Shard | None = None
-        self._under: Underlying | None = None
-        self._notes: list[str] = []
         with guarded("the look at the sampler", lambda: log):
-            self._notes += filter(None, [shared_out_twice(sampler)])
-            self._shard = shard_of(sampler, dataset, log.length)
-            log.at = place(self._shard)
+            if not shares_out_nothing(sampler):
+                self._note(shared_out_twice(sampler))
+                self._shard = shard_of(sampler, dataset, log.length)
+                log.at = place(self._shard)
             self._under = underlying(dataset)
         self.seed = seed and seed._replace(rank=log.at.rank or 0)
         self.seq_of_first = seq_of_first
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
         self._dataset: Any = dataset
         self._sampler_errors: dict[int, tuple[Failure, Exception]] = {}
-        self._ended = False
-        self._closed = False
         self._pid = os.getpid()
         self.noticed: list[str] = []
         self.unchecked: list[str] = []
         self.origin: dict[str, Any] = {}
-        self._warned_of: list[str] = []  # what was told beside a discrepancy
         recorder: Recorder = settings.recorder
         self._orders = recorder.orders  # not the recorder: it holds the way to this
         sinks: list[object] = [LogLines(log, self._beneath, recorder.told), *also]
-        with guarded("the trace", lambda: log):
-            if settings.trace_target is not False:
-                from safeloader.provenance.trace import trace_for  # here: few programs write one
-
-                sinks.append(trace_for(recorder, settings.trace_target, log))
-        with guarded("the run's folder", lambda: log):
-            target = settings.run_target
-            if target is not None:
-                # Here: few programs do, and the code is in the memory of all.
-                from safeloader.provenance.run_folder import About
-                from safeloader.provenance.run_folders import sinks_for
-
-                bound, every = settings.run_max_bytes, settings.run_sources
-                about = About(self._sampler_facts, self._part_of)
-                sinks += sinks_for(recorder, target, bound, log, self._source, every, about)
+        if settings.may_write:
+            with guarded("the trace", lambda: log):
+                sinks += self._traces(recorder, settings)
+            with guarded("the run's folder", lambda: log):
+                sinks += self._folders(recorder, settings)
         if settings.on_failure_dump is not None:
             sinks.append(Dumps(settings.on_failure_dump, log))
         try:
@@ -172,8 +171,9 @@ class Epoch:
             recorder.history.begins(self.number, self)
             facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
-        with guarded("the summary", lambda: log):
-            tell_at_end(recorder, log.full_name)
+        if not recorder.loader_name:
+            with guarded("the summary", lambda: log):
+                tell_at_end(recorder, log.full_name)
         if recorder.run is not None and any(each is recorder.run for each in sinks):
             self.origin = recorder.run.origin(self.number)
         self.events = Events(log, sinks)
@@ -185,6 +185,26 @@ class Epoch:
         if self.events.begun:
             self._tell("begun", self.number, functools.partial(self.audit, self.number))
 
+    def _traces(self, recorder: Recorder, settings: Settings) -> Sequence[object]:
+        target = settings.trace_target
+        if target is False:
+            return ()
+        from safeloader.provenance.trace import trace_for  # here: few programs write one
+
+        return (trace_for(recorder, target, self.log),)
+
+    def _folders(self, recorder: Recorder, settings: Settings) -> Sequence[object]:
+        target = settings.run_target
+        if target is None:
+            return ()
+        # Here: few programs do, and the code is in the memory of all.
+        from safeloader.provenance.run_folder import About
+        from safeloader.provenance.run_folders import sinks_for
+
+        bound, every = settings.run_max_bytes, settings.run_sources
+        about = About(self._sampler_facts, self._part_of)
+        return sinks_for(recorder, target, bound, self.log, self._source, every, about)
+
     def resumed(
         self, batches: int, left_out: int, note: str = "", origin: dict[str, Any] | None = None
     ) -> None:
@@ -195,9 +215,13 @@ class Epoch:
         """
         self.batches = self.ledger.batches_before = batches
         self._skip_budget.skipped = self._left_out_before = left_out
-        if note:
-            self._notes.append(note)
+        self._note(note)
         self._tell("resumed", self.number, batches, left_out, origin or {})
+
+    def _note(self, said: str) -> None:
+        """Have the audit say so, if anything is said."""
+        if said:
+            self._notes += (said,)
 
     # faults of our own ──────────────────────────────────────────────────────────────────────────
 
@@ -207,7 +231,7 @@ class Epoch:
             raise exc
         if part in self._off:
             return
-        self._off.append(part)
+        self._off += (part,)
         if self.unchecked_since is None:
             self.unchecked_since = self.batches
         if part == "the ledger":  # its methods give way to those of this class
@@ -227,7 +251,7 @@ class Epoch:
         """A sink raised as it was told of the batch handed over."""
         self.events.take_off(told, exc)
         if isinstance(getattr(told, "__self__", None), Recorder):
-            self._off.append("the recorder")
+            self._off += ("the recorder",)
             if self.unchecked_since is None:
                 self.unchecked_since = self.batches - 1
 
@@ -238,8 +262,11 @@ class Epoch:
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
         """Read or change the ledger; None once it has failed."""
         if "the ledger" not in self._off:
-            with self._guarded("the ledger"), self.lock:
-                return change(self.ledger)
+            try:
+                with self.lock:
+                    return change(self.ledger)
+            except Exception as exc:
+                self.at_fault("the ledger", exc)
         return None
 
     def check(self, manifest: BatchManifest) -> Discrepancy | None:
@@ -295,7 +322,7 @@ class Epoch:
         if self.verify == "warn":
             # By what it is about: its numbers grow from batch to batch.
             new = [each for each in beside if each.partition(":")[0] not in self._warned_of]
-            self._warned_of += [each.partition(":")[0] for each in new]
+            self._warned_of += tuple(each.partition(":")[0] for each in new)
             warn("\n".join([f"safeloader: {discrepancy.reason}", *new]))
             return
         step = discrepancy.hint or _SEE_AUDIT
@@ -525,9 +552,9 @@ class Epoch:
         if self._closed or os.getpid() != self._pid:  # a child's copy has nothing to say
             return
         self._closed = True
-        with guarded("the look at the sampler", lambda: self.log):
-            if same_order := self._same_order():
-                self._notes.append(same_order)
+        if self._shard is not None:
+            with guarded("the look at the sampler", lambda: self.log):
+                self._note(self._same_order())
         notes = self._book(lambda ledger: ledger.notes(self.log.length)) or []
         self._tell("closed", self.number, [*notes, *self._notes, *self._lengths()])
         if self.events.audited:  # an audit takes some hundred µs: made when somebody reads it
@@ -537,7 +564,7 @@ class Epoch:
     def _lengths(self) -> list[str]:
         """What the sampler says of its length, where it gave another number of batches."""
         ledger = self.ledger
-        if not ledger.all_drawn or ledger.by_class["failed"].count:
+        if self._announced is None or not ledger.all_drawn or ledger.by_class["failed"].count:
             return []
         said = of_batches(self._announced, ledger.batches_drawn, None)
         return [said] if said else []
@@ -573,14 +600,14 @@ class Epoch:
 
     def put_away(self) -> int | None:
         """Let go of what the audit does not need; how many samples were drawn, if that may wait."""
-        return self._book(lambda ledger: ledger.put_away())
+        return self._book(_PUT_AWAY)
 
     def release(self) -> None:
         """Close, and let go of the dataset and of the sinks: the recorder, which holds the way to
         the audit, outlives the iterator, and they would keep each other alive."""
         self.close()
         self._dataset = self._sampler = None
-        self.events = Events(self.log, ())
+        self.events = UNHEARD
 
     def to_other_ranks(self, number: int, dataset: Any, sampler: Any) -> RankAccounts:
         """What other ranks are told of this epoch; ``sampler`` is what the loader draws from."""

@@ -23,6 +23,7 @@ from safeloader import _torch
 from safeloader.delivery.manifest import BatchManifest
 from safeloader.errors import DeliveryError, SafeLoaderError, error_from
 from safeloader.failures.loader_log import LoaderLog, guarded, length_of
+from safeloader.introspect.ranks import place
 from safeloader.introspect.seeds import EpochSeed
 from safeloader.introspect.values import short_type_name, type_name
 from safeloader.main.announcing import announced
@@ -31,7 +32,7 @@ from safeloader.main.looks import looks_for
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.main.worker_restarts import WorkerRestarts
 from safeloader.provenance.events import listeners
-from safeloader.settings import KEEPS_PLACE, SAID, Settings
+from safeloader.settings import KEEPS_PLACE, KEPT, SAID, Settings
 from safeloader.supervision.receiver import TimedOut, WorkersDied
 from safeloader.transport.messages import DeliveredBatch, EmptyBatch, FailedBatch, StateMessage
 from safeloader.transport.slot_reader import WORKER_GONE, changed
@@ -74,17 +75,20 @@ class SafeIterator(Iterator[Any]):
         seed: EpochSeed | None,
     ) -> None:
         """Begin an epoch: on new workers, or on those of ``pool`` (or their successors)."""
-        kind = short_type_name(type_name(type(loader)))
-        log = LoaderLog(loader.dataset, length_of(loader.dataset), kind)
+        length, at = length_of(loader.dataset), place()
+        log = None if pool is None else pool.log_again(loader, length, at)
+        if log is None:
+            kind = short_type_name(type_name(type(loader)))
+            log = LoaderLog(loader.dataset, length, kind, at)
         also: list[object] = []
         said = NOT_ANNOUNCED
-        with guarded("who listens to its events", lambda: log):
-            also = [listens(loader, log) for listens in listeners]
+        if listeners:
+            with guarded("who listens to its events", lambda: log):
+                also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
-        ledger = self.pool.new_ledger(loader)
+        ledger, drawn_from = self.pool.new_ledger(), self.pool.sampler.drawn_from
         with guarded("the look at the loader's length", lambda: log):
-            said = announced(loader, self.pool.stream, log.length, said_length)
-        sampler = loader.dataset if self.pool.stream else _torch.index_sampler(loader)
+            said = announced(loader, drawn_from, self.pool.stream, log.length, said_length)
         before = 0 if self._continuity is None else self._continuity.batches_before
         self._epoch = epoch = Epoch(
             loader.dataset,
@@ -93,7 +97,7 @@ class SafeIterator(Iterator[Any]):
             ledger,
             also,
             announced=said,
-            sampler=sampler,
+            sampler=loader.dataset if self.pool.stream else drawn_from,
             seed=seed,
             seq_of_first=self.pool.sampler.next_seq - before,
         )
@@ -398,7 +402,11 @@ def _begun(
     continuity: Continuity | None,
 ) -> SafeIterator:
     said = vars(ours).pop(SAID, None)
-    if not (loader.persistent_workers and loader.num_workers > 0):
+    if not loader.num_workers:
+        # Not of what stands beside a loader: there nothing may hold the dataset.
+        keeps = vars(loader) if ours is loader and continuity is None else {}
+        return _begun_in_main(loader, settings, keeps, said, seed, continuity)
+    if not loader.persistent_workers:
         return SafeIterator(loader, settings, said=said, seed=seed, continuity=continuity)
     held = _torch.kept_iterator(loader)
     pool = ours._pool
@@ -421,3 +429,24 @@ def _begun(
     if ours._pool is not live.pool:
         ours._pool = live.pool
     return live
+
+
+def _begun_in_main(
+    loader: DataLoader[Any],
+    settings: Settings,
+    keeps: dict[str, Any],
+    said: int | None,
+    seed: EpochSeed | None,
+    continuity: Continuity | None,
+) -> SafeIterator:
+    """Begin an epoch without workers, on the pool that ``keeps`` has of the one before.
+
+    It is taken out first: another thread may begin an epoch too.
+    """
+    pool = keeps.pop(KEPT, None)
+    if pool is not None and not pool.serves(loader, settings):
+        pool = None
+    iterator = SafeIterator(loader, settings, pool, said, seed, continuity)
+    if iterator.pool.may_serve_again:
+        keeps[KEPT] = iterator.pool
+    return iterator

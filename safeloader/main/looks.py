@@ -138,7 +138,7 @@ class Looks:
                 self._before = None if there else self._as_drawn
         self._look_at = 4 * max(1, num_workers)
         self._kept.begin()
-        self.due = 0 if self._on else sys.maxsize
+        self.due = min(self._kept.due, self._look_at) if self._on else sys.maxsize
 
     def _tell_of_own_generators(self) -> None:
         """Once: that ``seed=`` does not reach the generators that a dataset holds."""
@@ -171,21 +171,23 @@ class Looks:
 
     def over(self, fetcher: Any) -> Any:
         """In main, without workers: begin an epoch on ``fetcher``, which is given back."""
-        with self._guarded():
+        if self._fetcher() is not fetcher:
             self._fetcher = weakref.ref(fetcher)
-            if self._has_time():
-                if self._observer is None:
-                    self._observer = Observer(
-                        self._dataset(),
-                        length=self._length,
-                        stream=self._stream,
-                        files=None,
-                        publish=self._own.append,  # no way back to this: no cycle
-                        alone=False,
-                    )
-                began = perf_counter()
-                self._observer.over(fetcher)
-                self._spent += perf_counter() - began
+        if not self._has_time():
+            return fetcher
+        with self._guarded():
+            if self._observer is None:
+                self._observer = Observer(
+                    self._dataset(),
+                    length=self._length,
+                    stream=self._stream,
+                    files=None,
+                    publish=self._own.append,  # no way back to this: no cycle
+                    alone=False,
+                )
+            began = perf_counter()
+            self._observer.over(fetcher)
+            self._spent += perf_counter() - began
         return fetcher
 
     def at_batch(self, epoch: int, number: int, batch: Any) -> None:
@@ -200,10 +202,11 @@ class Looks:
 
     def at_end(self) -> None:
         """The epoch is at its end."""
+        if not self._has_time():
+            return
         with self._guarded():
-            if self._has_time():
-                stay = self._workers is not None and self._workers.stay
-                self._remember(self._look(asking=stay, ended=True))
+            stay = self._workers is not None and self._workers.stay
+            self._remember(self._look(asking=stay, ended=True))
 
     def before_failure(self) -> list[str]:
         """What is known that may be the cause of a failure, in sentences; told with it."""
@@ -236,7 +239,8 @@ class Looks:
         return self._epochs <= ALWAYS or any(about[0] in OF_DATA for about in self._told)
 
     def _has_time(self) -> bool:
-        return self._on and (self._always or self._took_little())
+        little = self._spent <= SHARE * (monotonic() - self._began)
+        return self._on and (little or self._always)
 
     def _took_little(self) -> bool:
         return self._spent <= SHARE * (monotonic() - self._began)

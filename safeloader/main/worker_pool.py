@@ -6,7 +6,8 @@
        │                                                             │                    ▲
        └── Diagnosis ◄── FlightRecorder                              └── WorkersDied    workers
 
-With persistent workers it serves one epoch after the other; otherwise it belongs to its
+With persistent workers it serves one epoch after the other, and so does the pool of no workers that
+the loader keeps between its epochs; otherwise it belongs to its
 :class:`~safeloader.main.iterator.SafeIterator`. It must not hold the loader: see there.
 """
 
@@ -37,6 +38,7 @@ from safeloader.introspect.generators import generators_of, own_generators
 from safeloader.introspect.parts import GLOBAL, functions_of
 from safeloader.introspect.pickling import find_unpicklable
 from safeloader.introspect.random_state import mark_here, preserved
+from safeloader.introspect.ranks import Place
 from safeloader.introspect.resource_exhaustion import shortage
 from safeloader.introspect.seeds import EpochSeed, Seeder
 from safeloader.introspect.suspects import Inherited
@@ -65,11 +67,12 @@ from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.hints import ITER_RAISED
 from safeloader.worker.policy import Policy
-from safeloader.worker.recording import key_of
+from safeloader.worker.recording import RecordingFetcher, key_of
 from safeloader.worker.seeding import seeded_in_main
 from safeloader.worker.startup import WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
+_AS_IT_IS = nullcontext()
 _ASK_OTHERS = (Subset, StackDataset)  # whose own class tells nothing of the datasets in them
 # Classes of datasets; weakly, as some are made anew each time.
 _looked_at: weakref.WeakSet[type] = weakref.WeakSet()
@@ -107,10 +110,12 @@ class WorkerPool:
         self.timeout_s = float(loader.timeout)
         self.hangs = False
         self._stock: Callable[[], Any] = lambda: None
+        self._in_main: tuple[FetchContext, RecordingFetcher] | None = None  # of the epoch before
         self._unpacker: Unpacker | None = None  # whose slots may outlive its workers
         self.persistent = loader.persistent_workers
         self.seeds_per = None if settings.seed is None else settings.seed_per
         self._log = log
+        self._named_by = type(loader), type(loader.dataset)
         self.sampler = RecordingSampler(
             _torch.index_sampler(loader),
             batched=_torch.batches_itself(loader),
@@ -123,9 +128,12 @@ class WorkerPool:
         lacking = "the ends of the streams cannot be checked: no shared memory"
         self._progress = self._if_room(progress, lacking) if self.stream else None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of a loader's attributes has none
+
     @property
     def stock(self) -> Any:
-        """Torch's iterator; None before the first epoch.
+        """Torch's iterator; None before the first epoch, and without workers.
 
         With persistent workers the loader holds it, and whoever lets go of it there ends them.
         """
@@ -136,14 +144,45 @@ class WorkerPool:
         held = self.persistent and stock is not None
         self._stock = weakref.ref(stock) if held else lambda: stock
 
-    def new_ledger(self, loader: DataLoader[Any]) -> Ledger:
+    @property
+    def may_serve_again(self) -> bool:
+        """Whether it has no workers, and nothing in it is of this epoch alone."""
+        seeded = self._settings.seed is not None
+        return not (self.workers or self.stream or seeded)
+
+    def serves(self, loader: DataLoader[Any], settings: Settings) -> bool:
+        """Whether one that :attr:`may_serve_again` would be made anew as it is, and is not in use.
+
+        What else may have changed is looked at as the epoch begins.
+        """
+        sampler = self.sampler
+        return (
+            self.workers == loader.num_workers
+            and sampler.drawn_from is _torch.index_sampler(loader)
+            and sampler.batched == _torch.batches_itself(loader)
+            and settings.are(self._settings)
+            and self.live() is None
+        )
+
+    def log_again(self, loader: DataLoader[Any], length: int | None, at: Place) -> LoaderLog | None:
+        """The log of the epoch before, if a new one would be the same."""
+        log, (kind, of_dataset) = self._log, self._named_by
+        if type(loader) is not kind or type(loader.dataset) is not of_dataset:
+            return None
+        if (log.length, log.at) != (length, at):
+            return None
+        log.begin()
+        return log
+
+    def new_ledger(self) -> Ledger:
         """The accounts of an epoch that is to begin, by the dataset's kind."""
         if self.stream:
             return StreamLedger(progress=self._progress, workers=self.workers)
         # Workers draw ahead, so the sampler's end is known when the last batch comes. Without
         # workers only its length tells: asking the sampler would move its generator.
-        drawn_from = _torch.index_sampler(loader)
-        length = None if self.workers else functools.partial(proven_length, drawn_from)
+        if self.workers:
+            return MapLedger(expected_batches=None)
+        length = functools.partial(proven_length, self.sampler.drawn_from)
         return MapLedger(expected_batches=length)
 
     def begin(self, loader: DataLoader[Any], settings: Settings, epoch: Epoch) -> Any:
@@ -155,8 +194,12 @@ class WorkerPool:
         Raises:
             SafeLoaderError: if ``iter(dataset)`` raises, or no worker can be started.
         """
-        self._settings = settings
-        if not self.stream and _torch.batches_itself(loader):
+        self._settings, self._log = settings, epoch.log
+        self.raised.clear()
+        kind = type(loader.dataset)
+        # Seen as an epoch before began; those that ask others may have others now.
+        seen = self._in_main is not None and kind is self._named_by[1] and kind not in _ASK_OTHERS
+        if not (seen or self.stream) and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)
         if not self.workers:
@@ -173,13 +216,13 @@ class WorkerPool:
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
-        context, seed = self._context(), self.sampler.log.seed
-        beginning: AbstractContextManager[object] = nullcontext()
+        context, seed = self._context_in_main(), self.sampler.log.seed
+        beginning: AbstractContextManager[object] = _AS_IT_IS
         if seed is not None and context.seeder is not None and self.stream:
             beginning = _beginning_stream(view, context.seeder, seed)
         try:
             with beginning:
-                self.stock = stock = _torch.build_iterator(view)
+                stock = _torch.build_iterator(view)
         except Exception as exc:
             failure_was_told()
             if not _torch.raised_by_dataset_iter(exc):
@@ -192,7 +235,7 @@ class WorkerPool:
             if states is not None:
                 with putting_back(states), nullcontext() if seed is None else preserved():
                     states.after_iter(fetcher, key_of(context.key), context.seeder)
-            recording = looks.over(fetcher_for(fetcher, context))
+            recording = looks.over(self._fetcher_in_main(fetcher, context))
             if states is not None:
                 states.over(recording, None)
             return recording if seed is None else seeded_in_main(recording, context)
@@ -200,14 +243,37 @@ class WorkerPool:
         _torch.replace_fetcher(stock, ours)
         return stock
 
+    def _context_in_main(self) -> FetchContext:
+        """That of the epoch before, if nothing has changed."""
+        settings = self._settings
+        if self._in_main is not None:
+            context, _ = self._in_main
+            tells, apart = settings.on_failure_dump is not None, False
+            if settings.may_write:
+                tells, apart = settings.tells, settings.trace_target is not False
+            known = context.length, context.policy.tells, context.apart
+            if known == (self._log.length, tells, apart):
+                return context
+        return self._context()
+
+    def _fetcher_in_main(self, stock: Any, context: FetchContext) -> RecordingFetcher:
+        """That of the epoch before, if it would be made anew as it is."""
+        if self._in_main is not None:
+            _, fetcher = self._in_main
+            if fetcher.serves(stock, context):
+                fetcher.by_way_of(None)  # an epoch may have ended with its first samples
+                return fetcher
+        fetcher = fetcher_for(stock, context)
+        self._in_main = context, fetcher
+        return fetcher
+
     def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
         settings = self._settings
-        dumps = settings.on_failure_dump is not None or settings.run_target is not None
         return FetchContext(
             progress=self._progress,
             key=settings.identity,
             checks=settings.checks,
-            policy=Policy(settings.on_error, settings.retries, tells=dumps),
+            policy=Policy(settings.on_error, settings.retries, tells=settings.tells),
             checksum=settings.checksum,
             seeder=None if settings.seed is None else Seeder(settings.seed_per),
             raised=None if self.workers else self.raised,

@@ -59,6 +59,14 @@ class FactsOfEpochs:
         """Keep what holds for all of an epoch that begins; what is given back is what is kept."""
         rank, under = facts.rank, facts.under
         self.ranked |= rank is not None
+        if under is not None or self._ways:
+            facts = facts._replace(under=self._one_of_few(under))
+        self._facts[epoch] = facts
+        self._facts.pop(epoch - _EPOCHS_MAX, None)
+        return facts
+
+    def _one_of_few(self, under: Underlying | None) -> Underlying | None:
+        """The way of an epoch that begins: that of an earlier one, where they are equal."""
         ways = [way for each in self._ways if (way := each()) is not None]
         if under is not None:
             self.parts = max(self.parts, under.parts)
@@ -69,9 +77,7 @@ class FactsOfEpochs:
                     break
         self._bound(ways)
         self._ways = [weakref.ref(way) for way in (*ways, under) if way is not None]
-        self._facts[epoch] = facts = facts._replace(under=under)
-        self._facts.pop(epoch - _EPOCHS_MAX, None)
-        return facts
+        return under
 
     def _bound(self, ways: list[Underlying]) -> None:
         """Have the oldest let go of what is too much."""

@@ -19,6 +19,7 @@ training goes on.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -52,15 +53,18 @@ class Events:
     closed: Sinks
     audited: Sinks
 
-    def __init__(self, log: LoaderLog, sinks: Iterable[object]) -> None:
+    def __init__(self, log: LoaderLog | None, sinks: Iterable[object]) -> None:
         self._log = log
         self._listen(list(sinks))
 
     def _listen(self, sinks: list[object]) -> None:
         self._sinks = sinks
-        for event in _EVENTS:
-            told = (getattr(sink, event, None) for sink in sinks)
-            setattr(self, event, tuple(filter(None, told)))
+        told = _HEARD_BY_NOBODY.copy()
+        for sink in sinks:
+            kind: Any = type(sink)
+            for event in _heard_by(kind):
+                told[event] += (getattr(sink, event),)
+        vars(self).update(told)
 
     def tell(self, event: str, *about: Any) -> None:
         """Tell every sink of an event; the hot path does so itself."""
@@ -76,11 +80,22 @@ class Events:
             raise exc
         sink = getattr(told, "__self__", told)
         self._listen([each for each in self._sinks if each is not sink])
-        self._log.own_fault(type(sink).__name__, exc)
+        if self._log is not None:
+            self._log.own_fault(type(sink).__name__, exc)
 
 
 TOLD_MAX = 256  # notes of one recorder that are remembered
-_EVENTS = tuple(Events.__annotations__)
+_HEARD_BY_NOBODY: dict[str, Sinks] = dict.fromkeys(Events.__annotations__, ())
+
+
+@functools.lru_cache(maxsize=64)
+def _heard_by(cls: type) -> tuple[str, ...]:
+    """The events that sinks of a class have methods for."""
+    return tuple(event for event in _HEARD_BY_NOBODY if getattr(cls, event, None) is not None)
+
+
+UNHEARD = Events(None, ())
+"""The events of which nobody is told any more."""
 
 
 class LogLines:

@@ -146,7 +146,8 @@ class Recorder:
         self.totals.epochs = self.epochs
         _blank.pop(self._mark, None)
         self.newest_audit = lambda: audit(epoch)
-        self.incidents = Counter()
+        if self.incidents:
+            self.incidents = Counter()
         return epoch
 
     def delivered(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from array import array
 from contextlib import suppress
 from time import monotonic
 from time import perf_counter_ns as clock
@@ -75,7 +76,9 @@ class MapFetcher(RecordingFetcher):
         self._by_default = stock.collate_fn is default_collate
         self._columns = self._may_have_columns(stock)
         # Without workers, where no other process reads where this one is.
-        self._may_be_cheap = context.worker_id is None and self._batched and not context.apart
+        here = context.worker_id is None and self._batched
+        self._plainly = here and context.key is None and not self._retries
+        self._may_be_cheap = here and not context.apart
         self._cheap = False  # whether samples come faster than a clock reading each is worth
         self._timed_whole = False  # whether the running batch is timed as one
         self._at_once = False  # whether the dataset makes the running batch in one call
@@ -105,7 +108,53 @@ class MapFetcher(RecordingFetcher):
                     BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True),
                     batch,
                 )
+        if self._plainly and type(packed) is bytes and not self._makes_batches():
+            return self._fetched_plainly(task, packed)
         return super().fetch(task)
+
+    def _makes_batches(self) -> bool:
+        """Whether the dataset is to make the batch in one call."""
+        return self._may_be_at_once and bool(getattr(self._dataset, "__getitems__", None))
+
+    def _fetched_plainly(self, task: Task, packed: bytes) -> Made:
+        """A batch in this process, with as little beside it as can be; hot path.
+
+        Once a sample has failed, all is as if the batch had been begun as it is elsewhere.
+        """
+        self._task = task
+        self._random = self._mark()
+        items, whole, phase = self._items, self._cheap, "sample"
+        came: list[Any] = []
+        times = [clock()]
+        try:
+            if whole:
+                for index in task.index:  # no map(): a StopIteration of the dataset's would end it
+                    came.append(items[index])
+                times.append(clock())
+            else:
+                for index in task.index:
+                    came.append(items[index])
+                    times.append(clock())
+            phase = "collate"
+            batch = self._collate(came)
+        except Exception as exc:
+            blank = self._blank(*self._begin())
+            for place, stamp in enumerate(times):
+                self._stamps[place] = stamp
+            return self._raised(exc, blank, came, len(came), phase)
+        number = len(came)
+        if self._may_be_cheap:  # a slow one brings the readings back
+            self._cheap = times[-1] - times[0] < _CHEAP_NS * number
+        times.append(clock())
+        stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
+        return DeliveredBatch(
+            BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
+        )
+
+    def serves(self, stock: Any, context: FetchContext) -> bool:
+        """As :class:`RecordingFetcher` has it."""
+        # Whether there are columns is seen anew: it hangs on more than these.
+        return self._columns is None and super().serves(stock, context)
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""
@@ -123,8 +172,7 @@ class MapFetcher(RecordingFetcher):
         if packed is None:
             packed = pack(indices) if batched else pack_unbatched(indices)
         number = count(packed)
-        at_once = self._may_be_at_once and bool(getattr(self._dataset, "__getitems__", None))
-        self._at_once = at_once
+        self._at_once = at_once = self._makes_batches()
         if batched:
             self._asked, self._wanted = indices, number
         else:

@@ -83,6 +83,7 @@ class RecordingFetcher:
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
+        self._around = stock
         self._dataset = stock.dataset
         self._collate = collation_by(stock)
         self._batched = stock.auto_collation  # whether it is given a list of samples
@@ -100,6 +101,17 @@ class RecordingFetcher:
         if context.seeder is not None:  # its numbers are known without where they begin
             self._mark = lambda: None
             self._collate = context.seeder.before_collation(self._collate)
+
+    def serves(self, stock: Any, context: FetchContext) -> bool:
+        """Whether the next epoch's fetcher, around torch's ``stock``, would be the same as this."""
+        mine = self._around
+        return (
+            context is self._context
+            and stock.dataset is mine.dataset
+            and stock.collate_fn is mine.collate_fn
+            and stock.auto_collation == mine.auto_collation
+            and os.getpid() == self._pid
+        )
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest; hot path."""
@@ -131,17 +143,22 @@ class RecordingFetcher:
             end = 2 if at_once else 1 + len(came)  # one stamp for all fetched at once
             stamps[end] = clock()
         except Exception as exc:
-            blank = self._blank(*begun)
-            if not self._repairs(exc, samples, len(came), phase):
-                return self._failed(exc, blank._replace(samples=len(came)), phase)
-            if isinstance(exc, KeyFault):  # on a sample that is None: collation may tell
-                return self._repaired(blank, samples, None, "collate")
-            return self._repaired(blank, samples, exc, phase)
+            return self._raised(exc, self._blank(*begun), samples, len(came), phase)
         worker_id, pid, times = self._worker_id, self._pid, stamps[: end + 1].tobytes()
         manifest = BatchManifest(
             task.seq, worker_id, pid, indices, number, first, times, at_once, keys
         )
         return self._handed_over(manifest, batch, samples)
+
+    def _raised(
+        self, exc: Exception, blank: BatchManifest, samples: Any, came: int, phase: str
+    ) -> Made:
+        """What becomes of the running batch, in whose ``phase`` something was raised."""
+        if not self._repairs(exc, samples, came, phase):
+            return self._failed(exc, blank._replace(samples=came), phase)
+        if isinstance(exc, KeyFault):  # on a sample that is None: collation may tell
+            return self._repaired(blank, samples, None, "collate")
+        return self._repaired(blank, samples, exc, phase)
 
     def _seeded(self) -> SeededAs | None:
         """What the numbers of the running batch are made from, with ``seed=`` alone."""

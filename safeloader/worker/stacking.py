@@ -35,6 +35,8 @@ def collation_by(stock: Any) -> Callable[[Any], Any]:
         return collate_fn(list(samples) if type(samples) is list else samples)
 
     def by_default(samples: Any) -> Any:
+        if type(samples) is list and samples and type(samples[0]) not in _KINDS:
+            return collate_fn(samples[:])
         batch = collated_here(samples)
         return collated(samples) if batch is None else batch
 

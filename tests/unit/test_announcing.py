@@ -7,12 +7,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from safeloader import SafeDataLoader
-from safeloader.introspect.asking import asking_changes_nothing
+from safeloader.introspect.asking import asking_changes_nothing, only_reads
 from tests import datasets, faults
 
 DATA = list(range(64))
@@ -330,3 +331,112 @@ class Answers(Held):
 )
 def test_only_what_changes_nothing_is_asked(thing: Any, harmless: bool) -> None:
     assert asking_changes_nothing(thing) == harmless
+
+
+class LengthOf(Held):
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[attr-defined]
+
+
+class Told(Held):
+    def __len__(self) -> int:
+        return self.total  # type: ignore[attr-defined, no-any-return]
+
+
+class Fixed:
+    def __len__(self) -> int:
+        return 7
+
+
+class OfFirst(Held):
+    def __len__(self) -> int:
+        return len(self.rows[0])  # type: ignore[attr-defined]
+
+
+class Emptied(Held):
+    def __len__(self) -> int:
+        return self.rows.clear()  # type: ignore[attr-defined, no-any-return]
+
+
+class Watched(LengthOf):
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+
+class Counted(LengthOf):
+    rows = property(lambda self: vars(self).setdefault("asked", []) or [1])  # type: ignore[assignment]
+
+
+class OfOwnKind(list):  # type: ignore[type-arg]
+    pass
+
+
+class HidesItsDict(LengthOf):
+    __dict__ = property(lambda self: {"rows": []})  # type: ignore[assignment]
+
+
+class Metaclass(type):
+    def __eq__(cls, other: object) -> bool:
+        raise TypeError("not to be asked")
+
+    def __hash__(cls) -> int:
+        raise TypeError("not to be asked")
+
+
+class OfOddKind(metaclass=Metaclass):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("thing", "reads"),
+    [
+        (Fixed(), True),
+        (Told(total=9), True),
+        (LengthOf(rows=[1]), True),
+        (LengthOf(rows=np.arange(3)), True),
+        (LengthOf(rows=OfOwnKind([1])), False),
+        (LengthOf(rows=LengthOf(rows=[1])), False),
+        (LengthOf(rows=OfOddKind()), False),
+        (LengthOf(), False),
+        (Told(total=OfOddKind()), False),
+        (OfFirst(rows=[[1]]), False),
+        (Emptied(rows=[1]), False),
+        (Watched(rows=[1]), False),
+        (Counted(), False),
+        (HidesItsDict(rows=[1]), False),
+        (Assigns(), False),
+        (Calls(count=list), False),
+        (Prepares(), False),
+        (object(), False),
+        (OfOddKind(), False),
+    ],
+)
+def test_what_only_reads_is_told_at_once(thing: Any, reads: bool) -> None:
+    assert only_reads(thing) == reads
+
+
+def test_a_len_of_the_users_is_not_taken_for_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only_reads(LengthOf(rows=[1]))
+    with monkeypatch.context() as patched:
+        patched.setitem(LengthOf.__len__.__globals__, "len", lambda rows: rows.pop())
+        assert not only_reads(LengthOf(rows=[1]))
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.len", lambda rows: 0)
+        said = only_reads(LengthOf(rows=[1]))
+    assert not said
+
+
+def test_a_length_that_draws_leaves_the_generators_where_they_are() -> None:
+    class Drawing(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 8 + int(torch.rand(()) * 0)
+
+        def __getitem__(self, index: int) -> float:
+            return float(torch.rand(()))
+
+    def epochs(cls: Any) -> list[Any]:
+        torch.manual_seed(1)
+        loader = cls(Drawing(), batch_size=4, shuffle=True)
+        return [[batch.tolist() for batch in loader] for _ in range(3)]
+
+    assert epochs(SafeDataLoader) == epochs(DataLoader)

@@ -378,3 +378,26 @@ def test_a_long_dataset_has_room_in_the_map() -> None:
     assert long._seen.limit == 1 << 18
     long.expect(5)
     assert long._seen.limit == 1 << 16
+
+
+def test_what_cannot_be_compared_is_told_once_it_was_taken_in() -> None:
+    class Odd:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            raise TypeError("not to be compared")
+
+    coverage = Coverage()
+    coverage.waiting += [(Odd(),), (Odd(),)]
+    assert coverage.unmapped == 1
+    coverage.add(pack([1, 2]))
+    assert coverage.unmapped == 1
+    assert not coverage.compact()
+
+
+def test_names_alone_are_held_by_more_than_what_waits() -> None:
+    coverage = covered([["a", "b"], ["a"]])
+    assert coverage.unmapped == 0
+    assert not coverage.compact()
+    assert coverage.repeated(None)[0].tolist() == ["a"]

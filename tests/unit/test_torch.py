@@ -180,3 +180,38 @@ def test_a_loader_that_never_ran_our_init_asked_for_nothing(
     monkeypatch.setattr("safeloader.loader.why_unrecorded", lambda workers: "for a bare loader")
     with pytest.warns(UserWarning, match="for a bare loader"):
         assert [batch.tolist() for batch in loader] == [[1], [2]]
+
+
+class Lazy(SafeDataLoader):  # type: ignore[type-arg]
+    """Answers for itself what its dict has too."""
+
+    @property
+    def collate_fn(self) -> Any:
+        return lambda samples: ["mine", *samples]
+
+    @collate_fn.setter
+    def collate_fn(self, given: Any) -> None:
+        vars(self)["collate_fn"] = given
+
+
+class Interposed(SafeDataLoader):  # type: ignore[type-arg]
+    def __getattribute__(self, name: str) -> Any:
+        if name == "collate_fn":
+            return lambda samples: ["mine", *samples]
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("cls", [Lazy, Interposed])
+def test_a_class_that_answers_for_itself_is_asked(cls: Any) -> None:
+    loader = cls([1, 2, 3, 4], batch_size=2)
+    for _ in range(2):
+        assert list(loader) == [["mine", 1, 2], ["mine", 3, 4]]
+
+
+def test_a_view_has_what_its_loader_has() -> None:
+    loader = SafeDataLoader([1, 2], batch_size=2)
+    view = _torch.LoaderView(loader, sampler := object(), None, None)
+    names = [name for name in vars(loader) if name not in ("worker_init_fn",)]
+    assert all(getattr(view, name) is getattr(loader, name) for name in names)
+    assert view._index_sampler is sampler
+    assert view._auto_collation is True  # a property
