@@ -2,10 +2,12 @@
 
 Coverage takes some 50 ms of each process that ends. What starts hundreds of workers, to compare
 them with the stock loader's or to kill them and ask how soon that is told, is marked ``uncovered``:
-it runs without it, and beside the rest, since most of its time is spent waiting; what it prints
-comes when it has ended. The rest runs under coverage: worker processes measure themselves
+it runs without it. The rest runs under coverage: worker processes measure themselves
 (coverage's ``concurrency = multiprocessing``), their data is combined with that of the main
 process, and the run fails below the bars for lines and for branches.
+
+Two parts run beside each other, as most of their time is spent waiting: what starts processes under
+coverage, and all else. What that prints comes when it has ended.
 
 ``pytest --examples=20 -m hypothesis`` tries twenty times as many examples of every property.
 """
@@ -17,11 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = "all tests, with coverage: about 35 minutes on two cores that have nothing else to do"
+# Programs with real frameworks have an environment of their own: `make test-frameworks`.
+_USUAL = "not frameworks and not thorough"
+_COVERED = ("coverage", "run", "-m", "pytest", "-m", f"not uncovered and {_USUAL}")
+UNCOVERED = ("pytest", "-m", f"uncovered and {_USUAL}", "tests")
+COVERED_PROCESSES = (*_COVERED, "tests/processes")
+COVERED_ALONE = (*_COVERED, "tests", "--ignore=tests/processes")
 BARS = {"lines": 95.0, "branches": 90.0}  # percent, of all modules of safeloader together
 
 
@@ -43,27 +52,23 @@ def below(found: dict[str, float]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    def run(*command: str) -> int:
-        return subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+    def run(*command: str, output: Any = None) -> int:
+        words = [sys.executable, "-m", *command]
+        return subprocess.run(words, cwd=ROOT, stdout=output, stderr=output).returncode
 
     if arguments:
         return run("pytest", *arguments)
     print(ABOUT, flush=True)
     began = time.monotonic()
-    # Programs with real frameworks have an environment of their own: `make test-frameworks`.
-    usual = "not frameworks and not thorough"
     run("coverage", "erase")
-    with (
-        tempfile.TemporaryFile() as said,
-        subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-m", f"uncovered and {usual}", "tests"],
-            cwd=ROOT,
-            stdout=said,
-            stderr=said,
-        ) as beside,
-    ):
-        status = run("coverage", "run", "-m", "pytest", "-m", f"not uncovered and {usual}", "tests")
-        plain = beside.wait()
+    with tempfile.TemporaryFile() as said, ThreadPoolExecutor(1) as pool:
+
+        def beside() -> list[int]:
+            return [run(*words, output=said) for words in (UNCOVERED, COVERED_ALONE)]
+
+        other = pool.submit(beside)
+        failed = [run(*COVERED_PROCESSES)]
+        failed += other.result()
         said.seek(0)
         sys.stdout.buffer.write(said.read())
         sys.stdout.flush()
@@ -78,7 +83,7 @@ def main(arguments: list[str]) -> int:
     print(", ".join(f"{share:.2f} % of {what}" for what, share in found.items()))
     short = below(found)
     print(*short, f"{(time.monotonic() - began) / 60:.1f} minutes", sep="\n")
-    return plain or status or len(short)
+    return int(any(failed)) or len(short)
 
 
 if __name__ == "__main__":
