@@ -100,7 +100,6 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
             text_of(exc),
         )
 
-
     def caught(self, part: str, exc: Exception) -> None:
         """As :func:`guarded`, where its calls would take longer than what is done within."""
         if raised_by_signal(exc):
