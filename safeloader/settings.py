@@ -40,7 +40,7 @@ KEEPS_PLACE = "_continuity"
 """The attribute of a loader that keeps its place, for what keeps it."""
 
 
-KEPT = "_kept"
+KEPT = "_safeloader_kept"
 """The attribute of a loader without workers that holds what its next epoch may begin with."""
 
 

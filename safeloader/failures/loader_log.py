@@ -100,6 +100,12 @@ class LoaderLog(logging.LoggerAdapter[logging.Logger]):
             text_of(exc),
         )
 
+    def caught(self, part: str, exc: Exception) -> None:
+        """As :func:`guarded`, where its calls would take longer than what is done within."""
+        if raised_by_signal(exc):
+            raise exc
+        self.own_fault(part, exc)
+
 
 class _Guard:
     # No generator under @contextmanager: an epoch begins and ends within a dozen of these.

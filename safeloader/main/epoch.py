@@ -135,12 +135,14 @@ class Epoch:
         self.verify = settings.verify
         self._announced, self._length_is_true = announced
         self._sampler = sampler
-        with guarded("the look at the sampler", lambda: log):
+        try:
             if not shares_out_nothing(sampler):
                 self._note(shared_out_twice(sampler))
                 self._shard = shard_of(sampler, dataset, log.length)
                 log.at = place(self._shard)
             self._under = underlying(dataset)
+        except Exception as exc:
+            log.caught("the look at the sampler", exc)
         self.seed = seed and seed._replace(rank=log.at.rank or 0)
         self.seq_of_first = seq_of_first
         self._skip_budget = SkipBudget(settings.max_skipped, runs=not callable(settings.on_error))
@@ -167,10 +169,12 @@ class Epoch:
             self.at_fault("the recorder", exc)
             self.number = recorder.epochs
             recorder.newest_audit = functools.partial(self.audit, self.number)
-        with guarded("the earlier audits", lambda: log):
+        try:
             recorder.history.begins(self.number, self)
             facts = EpochFacts(log.at.rank, self._under, self.seed, seq_of_first)
             self._under = recorder.facts.note(self.number, facts).under
+        except Exception as exc:
+            log.caught("the earlier audits", exc)
         if not recorder.loader_name:
             with guarded("the summary", lambda: log):
                 tell_at_end(recorder, log.full_name)
@@ -256,8 +260,10 @@ class Epoch:
                 self.unchecked_since = self.batches - 1
 
     def _tell(self, event: str, *about: Any) -> None:
-        with guarded("the telling of events", lambda: self.log):
+        try:
             self.events.tell(event, *about)
+        except Exception as exc:
+            self.log.caught("the telling of events", exc)
 
     def _book(self, change: Callable[[Ledger], _T]) -> _T | None:
         """Read or change the ledger; None once it has failed."""
@@ -296,7 +302,7 @@ class Epoch:
 
     def draws_ended(self, dropped: Sequence[Any]) -> None:
         """The sampler is at its end; ``dropped`` it drew but left out of every batch."""
-        self._book(lambda ledger: ledger.draws_ended(pack(dropped)))
+        self._book(lambda ledger: ledger.draws_ended(pack(dropped) if dropped else b""))
 
     def opened(self, seq: int) -> PendingBatch | None:
         """What is known of a batch that was drawn and has not come."""

@@ -87,8 +87,10 @@ class SafeIterator(Iterator[Any]):
                 also = [listens(loader, log) for listens in listeners]
         self.pool = pool or WorkerPool(loader, settings, log)
         ledger, drawn_from = self.pool.new_ledger(), self.pool.sampler.drawn_from
-        with guarded("the look at the loader's length", lambda: log):
+        try:
             said = announced(loader, drawn_from, self.pool.stream, log.length, said_length)
+        except Exception as exc:
+            log.caught("the look at the loader's length", exc)
         before = 0 if self._continuity is None else self._continuity.batches_before
         self._epoch = epoch = Epoch(
             loader.dataset,

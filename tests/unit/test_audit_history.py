@@ -179,7 +179,7 @@ def test_keys_are_let_go_of_with_their_epoch() -> None:
     loader = SafeDataLoader(list(range(8)), 2, key=faults.key_value)
     run(loader, 2)
     ledgers = [each.ledger for each, _ in loader.recorder.history._small.values()]
-    assert [len(ledger._place_of_key) + len(ledger._keyed) for ledger in ledgers] == [0]
+    assert [ledger._keyed for ledger in ledgers] == [None]
     assert loader.audits[0].ok
 
 
