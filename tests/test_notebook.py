@@ -76,7 +76,8 @@ def test_the_slow_samples_are_found(cells: list[Any]) -> None:
 
 
 def test_the_broken_sample_is_named(cells: list[Any]) -> None:
-    (told,) = shown(cells, "except SafeLoaderError")
+    # Beside what the cell prints the log may say something, on a busy machine.
+    told = "\n".join(shown(cells, "except SafeLoaderError"))
     assert re.search(r"^index 137, position \d+ of batch \d+$", told, re.MULTILINE)
     assert "has shape [1, 8, 7] at [0], the other 63 have [1, 8, 8]" in told
     pages = shown(cells, "careful", "text/html")
