@@ -39,7 +39,6 @@ SAID = "_said"
 KEEPS_PLACE = "_continuity"
 """The attribute of a loader that keeps its place, for what keeps it."""
 
-
 KEPT = "_safeloader_kept"
 """The attribute of a loader without workers that holds what its next epoch may begin with."""
 

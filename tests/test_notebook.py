@@ -76,8 +76,9 @@ def test_the_slow_samples_are_found(cells: list[Any]) -> None:
 
 
 def test_the_broken_sample_is_named(cells: list[Any]) -> None:
-    # Beside what the cell prints the log may say something, on a busy machine.
-    told = "\n".join(shown(cells, "except SafeLoaderError"))
+    texts = shown(cells, "except SafeLoaderError")
+    # On a busy machine it is told as well that the workers were slow to start.
+    (told,) = [each for each in texts if "until they were ready" not in each]
     assert re.search(r"^index 137, position \d+ of batch \d+$", told, re.MULTILINE)
     assert "has shape [1, 8, 7] at [0], the other 63 have [1, 8, 8]" in told
     pages = shown(cells, "careful", "text/html")

@@ -239,8 +239,7 @@ class Looks:
         return self._epochs <= ALWAYS or any(about[0] in OF_DATA for about in self._told)
 
     def _has_time(self) -> bool:
-        little = self._spent <= SHARE * (monotonic() - self._began)
-        return self._on and (little or self._always)
+        return self._on and (self._took_little() or self._always)
 
     def _took_little(self) -> bool:
         return self._spent <= SHARE * (monotonic() - self._began)

@@ -181,7 +181,7 @@ class SlotPool:
         Gives the descriptors of the slots that are new to main.
         """
         fresh = []
-        if self._forks != forks_noticed(look=True):
+        if self._slots and self._forks != forks_noticed(look=True):
             self._share[FORKED] = 1
         for slot in slots:
             self._states[slot.number] = LENT

@@ -334,13 +334,17 @@ def test_only_what_changes_nothing_is_asked(thing: Any, harmless: bool) -> None:
 
 
 class LengthOf(Held):
+    rows: Any
+
     def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[attr-defined]
+        return len(self.rows)
 
 
 class Told(Held):
+    total: int
+
     def __len__(self) -> int:
-        return self.total  # type: ignore[attr-defined, no-any-return]
+        return self.total
 
 
 class Fixed:
@@ -349,13 +353,17 @@ class Fixed:
 
 
 class OfFirst(Held):
+    rows: Any
+
     def __len__(self) -> int:
-        return len(self.rows[0])  # type: ignore[attr-defined]
+        return len(self.rows[0])
 
 
 class Emptied(Held):
-    def __len__(self) -> int:
-        return self.rows.clear()  # type: ignore[attr-defined, no-any-return]
+    rows: Any
+
+    def __len__(self) -> Any:
+        return self.rows.clear()
 
 
 class Watched(LengthOf):
@@ -364,14 +372,15 @@ class Watched(LengthOf):
 
 
 class Counted(LengthOf):
-    rows = property(lambda self: vars(self).setdefault("asked", []) or [1])  # type: ignore[assignment]
+    rows = property(lambda self: vars(self).setdefault("asked", []) or [1])
 
 
-class OfOwnKind(list):  # type: ignore[type-arg]
+class OfOwnKind(list[int]):
     pass
 
 
 class HidesItsDict(LengthOf):
+    # As no sound class does.
     __dict__ = property(lambda self: {"rows": []})  # type: ignore[assignment]
 
 
@@ -427,7 +436,7 @@ def test_a_len_of_the_users_is_not_taken_for_pythons(monkeypatch: pytest.MonkeyP
 
 
 def test_a_length_that_draws_leaves_the_generators_where_they_are() -> None:
-    class Drawing(Dataset):  # type: ignore[type-arg]
+    class Drawing(Dataset[float]):
         def __len__(self) -> int:
             return 8 + int(torch.rand(()) * 0)
 

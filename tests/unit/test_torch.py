@@ -182,7 +182,7 @@ def test_a_loader_that_never_ran_our_init_asked_for_nothing(
         assert [batch.tolist() for batch in loader] == [[1], [2]]
 
 
-class Lazy(SafeDataLoader):  # type: ignore[type-arg]
+class Lazy(SafeDataLoader[Any]):
     """Answers for itself what its dict has too."""
 
     @property
@@ -194,7 +194,7 @@ class Lazy(SafeDataLoader):  # type: ignore[type-arg]
         vars(self)["collate_fn"] = given
 
 
-class Interposed(SafeDataLoader):  # type: ignore[type-arg]
+class Interposed(SafeDataLoader[Any]):
     def __getattribute__(self, name: str) -> Any:
         if name == "collate_fn":
             return lambda samples: ["mine", *samples]
