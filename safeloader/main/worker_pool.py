@@ -309,6 +309,7 @@ class WorkerPool:
             if table is not None and parks:
                 parked = settings.recorder.parked.take(table)
                 unpacker.adopt(parked)
+                budget.divide()  # counted with the workers before, these could hold no more
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
