@@ -57,7 +57,7 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
             if subset is None:
                 numbers = np.frombuffer(packed, np.int64).copy()
             else:
-                if min(indices) < 0:
+                if subset.dataset is not columns or min(indices) < 0:
                     return None
                 chosen = subset.indices
                 indices = [chosen[k] for k in indices]
