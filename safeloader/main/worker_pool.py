@@ -199,6 +199,7 @@ class WorkerPool:
         kind = type(loader.dataset)
         # Seen as an epoch before began; those that ask others may have others now.
         seen = self._in_main is not None and kind is self._named_by[1] and kind not in _ASK_OTHERS
+        self._named_by = type(loader), kind
         if not (seen or self.stream) and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)
