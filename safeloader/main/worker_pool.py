@@ -160,7 +160,7 @@ class WorkerPool:
             self.workers == loader.num_workers
             and sampler.drawn_from is _torch.index_sampler(loader)
             and sampler.batched == _torch.batches_itself(loader)
-            and settings.are(self._settings)
+            and settings.same_as(self._settings)
             and self.live() is None
         )
 
@@ -249,11 +249,9 @@ class WorkerPool:
         settings = self._settings
         if self._in_main is not None:
             context, _ = self._in_main
-            tells, apart = settings.on_failure_dump is not None, False
-            if settings.may_write:
-                tells, apart = settings.tells, settings.trace_target is not False
+            apart = settings.trace_target is not False
             known = context.length, context.policy.tells, context.apart
-            if known == (self._log.length, tells, apart):
+            if known == (self._log.length, settings.tells, apart):
                 return context
         return self._context()
 
