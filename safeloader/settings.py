@@ -144,7 +144,7 @@ class Settings(Keywords):
         vars(settings).update(zip(_NAMES, _values(loader), strict=True))
         return settings
 
-    def are(self, other: Settings) -> bool:
+    def same_as(self, other: Settings) -> bool:
         """Whether these are the same values, and nothing begins anew with an epoch as checks do."""
         return self.validate is None and all(map(is_, vars(self).values(), vars(other).values()))
 

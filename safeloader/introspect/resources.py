@@ -185,11 +185,11 @@ def cgroup_memory(root: Path = _ROOT) -> CgroupMemory | None:
 def least_memory() -> int | None:
     """The memory of the machine, or of the container where that is less, in bytes.
 
-    Without psutil: every program with workers asks.
+    Without psutil where the system itself tells: every program with workers asks.
     """
     group = cgroup_memory()
-    sizes = _memory_size(), None if group is None else group.limit
-    return min(filter(None, sizes), default=None)
+    machine = _memory_size() or getattr(machine_memory(), "total", None)
+    return min(filter(None, (machine, group and group.limit)), default=None)
 
 
 @or_none

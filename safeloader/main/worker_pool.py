@@ -160,7 +160,7 @@ class WorkerPool:
             self.workers == loader.num_workers
             and sampler.drawn_from is _torch.index_sampler(loader)
             and sampler.batched == _torch.batches_itself(loader)
-            and settings.are(self._settings)
+            and settings.same_as(self._settings)
             and self.live() is None
         )
 
@@ -199,6 +199,7 @@ class WorkerPool:
         kind = type(loader.dataset)
         # Seen as an epoch before began; those that ask others may have others now.
         seen = self._in_main is not None and kind is self._named_by[1] and kind not in _ASK_OTHERS
+        self._named_by = type(loader), kind
         if not (seen or self.stream) and _torch.batches_itself(loader):
             with guarded("the look at __getitems__", lambda: self._log):
                 self._tell_of_passed_by(loader.dataset)
@@ -248,11 +249,9 @@ class WorkerPool:
         settings = self._settings
         if self._in_main is not None:
             context, _ = self._in_main
-            tells, apart = settings.on_failure_dump is not None, False
-            if settings.may_write:
-                tells, apart = settings.tells, settings.trace_target is not False
+            apart = settings.trace_target is not False
             known = context.length, context.policy.tells, context.apart
-            if known == (self._log.length, tells, apart):
+            if known == (self._log.length, settings.tells, apart):
                 return context
         return self._context()
 
@@ -309,6 +308,7 @@ class WorkerPool:
             if table is not None and parks:
                 parked = settings.recorder.parked.take(table)
                 unpacker.adopt(parked)
+                budget.divide()  # counted with the workers before, these could hold no more
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)

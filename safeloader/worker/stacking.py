@@ -3,8 +3,8 @@
 In a loader without workers the walk of ``default_collate`` through the types of the samples, and
 ``torch.tensor`` on a list of numbers, take longer than all records of the batch. Tuples and dicts
 of tensors, floats, ints and texts are collated here: the first sample decides, as it does there;
-numbers go by way of their bytes. Whatever is not as plain as that, and
-whatever raises, is left to torch.
+numbers go by way of their bytes. Whatever is not as plain as that, and whatever raises, is left to
+torch.
 """
 
 from __future__ import annotations

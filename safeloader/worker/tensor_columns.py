@@ -42,7 +42,7 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
     if not _torch.has_own_methods(TensorDataset, Subset):
         return None
     subset = dataset if type(dataset) is Subset else None
-    columns = dataset if subset is None else subset.dataset
+    columns: Any = dataset if subset is None else subset.dataset
     if type(columns) is not TensorDataset or hasattr(columns, "__getitems__"):
         return None
     if subset is not None and (
@@ -57,7 +57,7 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
             if subset is None:
                 numbers = np.frombuffer(packed, np.int64).copy()
             else:
-                if min(indices) < 0:
+                if subset.dataset is not columns or min(indices) < 0:
                     return None
                 chosen = subset.indices
                 indices = [chosen[k] for k in indices]

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, default_collate
 
 from safeloader import SafeDataLoader, WorkerCrashError
 from safeloader.transport import parking, slot_budget
+from safeloader.transport.slot_table import MAY_HOLD
 from tests.wired import fork_in_c
 
 pytestmark = pytest.mark.skipif(
@@ -336,6 +337,21 @@ def test_they_go_where_another_loader_lacks_room(monkeypatch: pytest.MonkeyPatch
     list(other)
     assert not training.transport_stats.slots
     assert other.transport_stats.batches["slots"]
+
+
+def test_they_take_no_room_from_the_workers_that_they_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = 1 << 26
+    monkeypatch.setattr(slot_budget, "process_bytes", lambda: room)
+    data = Numbered()
+    loader = loader_of(data)
+    passed(loader, data, lambda number: False)
+    assert loader.transport_stats.bytes
+    batches = iter(loader)
+    next(batches)
+    (table,) = [pool.table for pool in slot_budget.budget._pools if pool.table is not None]
+    assert [table.share(worker)[MAY_HOLD] for worker in range(2)] == [room // 2] * 2
 
 
 def test_no_thread_of_theirs_runs_beside_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:

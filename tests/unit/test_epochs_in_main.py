@@ -123,6 +123,13 @@ def test_other_sampler_or_dataset_is_seen(loader: Any) -> None:
     assert next(iter(loader)).ravel().tolist() == [50.0, 1.0]
 
 
+def test_log_names_the_dataset_of_its_epoch(loader: Any) -> None:
+    for dataset in (Noisy(8), Rows(8)):
+        vars(loader)["dataset"] = dataset  # past torch, as frameworks do
+        list(loader)
+        assert f" over {type(dataset).__name__} " in pool_of(loader)._log.loader_name
+
+
 def test_environment_that_changed_is_seen(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -120,6 +120,13 @@ def test_psutil_answers_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) 
 # ── memory of the machine and of the cgroup ──────────────────────────────────────────────────────
 
 
+def test_least_memory_is_told_by_a_system_without_sysconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = resources.least_memory()
+    monkeypatch.delattr(os, "sysconf")
+    assert known is not None
+    assert resources.least_memory() == known
+
+
 def test_memory_of_the_machine() -> None:
     found = machine_memory()
     assert found is not None

@@ -197,6 +197,18 @@ def test_what_changes_in_the_midst_of_an_epoch_is_seen(gathered: list[bool]) -> 
     assert gathered[-4:] == [True, True, False, False]
 
 
+def test_a_subset_is_asked_for_the_dataset_that_it_has_now(gathered: list[bool]) -> None:
+    before, after = (TensorDataset(torch.arange(MANY) + start) for start in (0, MANY))
+    subset = Subset(before, list(range(MANY)))
+    told = []
+    for number, (batch,) in enumerate(SafeDataLoader(subset, MANY // 100)):
+        told.append(int(batch[0]) - number * MANY // 100)
+        if number == 97:
+            subset.dataset = after
+    assert told[-4:] == [0, 0, MANY, MANY]
+    assert gathered[-4:] == [True, True, False, False]
+
+
 class CountsFunctions(TorchFunctionMode):
     calls = 0
 
