@@ -17,7 +17,7 @@ import dataclasses
 import marshal
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from safeloader.introspect.memories import memory_of
+from safeloader.introspect.texts import indices_text
 from safeloader.introspect.values import fields, is_one_of
 
 _TABLES = (list, tuple, range, np.ndarray, torch.Tensor)
@@ -131,6 +132,14 @@ class Underlying:
             return ""
         whose = "the dataset" if self.parts == 1 else f"part {place.part}"
         return f"index {place.at} of {whose} under the {self.name}"
+
+    def text_of_all(self, indices: Sequence[Any]) -> str:
+        """``indices [812, 7] of the dataset under the Subset``; empty where that is not known."""
+        places = [self.of(index) for index in indices]
+        if self.parts != 1 or not places or None in places:
+            return ""
+        under = indices_text([place.at for place in places if place], most=16, counted=True)
+        return f"indices {under} of the dataset under the {self.name}"
 
     def takes_over(self, other: Underlying) -> bool:
         """Have the tables of ``other``, which are equal, in the place of these; False where they

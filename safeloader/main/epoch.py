@@ -503,7 +503,10 @@ class Epoch:
 
     def _placed(self, failure: Failure, **more: Any) -> Failure:
         index, under = failure.index, self._under
-        if under is not None and index is not None and (text := under.text(index)):
+        if under is not None and index is None and failure.phase in ("crash", "timeout"):
+            text = under.text_of_all(failure.indices)  # of one call: which it was at is not known
+            more = {"hint": f"these are {text}\n{failure.hint}"} | more if text else more
+        elif under is not None and index is not None and (text := under.text(index)):
             said = f"index {index} of the {under.name} is "
             if said not in failure.hint:
                 more = {"hint": f"{said}{text}\n{more.pop('hint', failure.hint)}"} | more

@@ -22,11 +22,13 @@ from safeloader import _python
 from safeloader.delivery.audit import EpochAudit
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
+from safeloader.provenance.columns import fetched_together
 from safeloader.provenance.epoch_facts import FactsOfEpochs
 from safeloader.provenance.recorder import (
     BEGAN_NS,
     EPOCH,
     WAIT_NS,
+    Delivery,
     Record,
     Recorder,
     Totals,
@@ -54,6 +56,7 @@ class Figures(NamedTuple):
         looked_at: how many of the newest samples were looked at for these.
         whole: whether that is all.
         memory_bytes: what the workers held when they last said so.
+        shared: whether some samples have an equal share of the time of one call for a whole batch.
     """
 
     wait_ns: int
@@ -62,6 +65,7 @@ class Figures(NamedTuple):
     looked_at: int
     whole: bool
     memory_bytes: int | None
+    shared: bool = False
 
     @property
     def waiting(self) -> str:
@@ -72,6 +76,7 @@ class Figures(NamedTuple):
     def costs(self) -> list[str]:
         """The slowest samples, and the memory where it is known."""
         of = "" if self.whole else f" of the newest {_several(self.looked_at, 'sample')}"
+        of += " (those fetched in one call have equal shares)" if self.shared else ""
         each = (f"index {index_text(it.index, 60)} ({_ms(it.median_ns)})" for it in self.slowest)
         said = [f"slowest{of}: {', '.join(each)}"]
         if self.memory_bytes is not None:
@@ -94,6 +99,7 @@ class Figures(NamedTuple):
             self.looked_at + other.looked_at,
             self.whole and other.whole,
             other.memory_bytes if newest is None else newest,
+            self.shared or other.shared,
         )
 
 
@@ -116,8 +122,18 @@ def figures_of(
         first -= 1
         left -= size
         samples += size
-    slowest = tuple(slowest_of([*map(as_delivery, held[first:])], facts, _SLOWEST))
-    return Figures(*_waited(held), slowest, samples, not first, totals.memory_bytes)
+    looked_at = [*map(as_delivery, held[first:])]
+    slowest = tuple(slowest_of(looked_at, facts, _SLOWEST))
+    shared = any(
+        _shares(record, each) for record, each in zip(held[first:], looked_at, strict=True)
+    )
+    return Figures(*_waited(held), slowest, samples, not first, totals.memory_bytes, shared)
+
+
+def _shares(record: Record, delivery: Delivery) -> bool:
+    """Whether the samples of a batch have equal shares of the time of one call for all of them."""
+    size = samples_in(record)
+    return size > 1 and fetched_together(delivery.manifest, size)
 
 
 def summary_of(

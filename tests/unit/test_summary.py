@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import Subset
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
@@ -26,6 +27,7 @@ from tests import datasets
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 MS = 1_000_000
+LETTERS: Any = [1, 2]
 
 
 def written(*epochs: list[tuple[int, int, dict[int, float]]], **bound: int) -> Recorder:
@@ -136,6 +138,28 @@ def test_figures_of_two_loaders_come_together() -> None:
     ]
     assert one.and_of(two).costs == both.costs
     assert one.and_of(None) is one
+
+
+def test_samples_fetched_in_one_call_are_said_to_have_shares() -> None:
+    plain, split, one = (
+        SafeDataLoader(dataset, batch_size=size)
+        for dataset, size in (
+            (LETTERS, 2),
+            (Subset(LETTERS, [1, 0]), 2),
+            (Subset(LETTERS, [1, 0]), 1),
+        )
+    )
+    for loader in (plain, split, one):
+        list(loader)
+    words = "slowest (those fetched in one call have equal shares): index "
+    assert words in split.summary()
+    for alone in (plain, one):
+        assert "slowest: index " in alone.summary()
+    both, other = (
+        figures_of([*it.recorder.held.values()], it.recorder.totals, it.recorder.facts)
+        for it in (plain, split)
+    )
+    assert both.and_of(other).costs[0].startswith(words)
 
 
 def test_of_very_many_batches_the_newest_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import Subset
 
 import safeloader
 from safeloader import Recorder, SafeDataLoader
@@ -192,6 +193,16 @@ def test_lines_tell_of_draws_fetches_hand_overs_and_the_audit(
     assert [line for line in lines if "delivered" in line] == [str(loader.audit)]
     assert lines[0] == draws[0]
     assert len(lines) == 3 + 6 + 3 + 1
+
+
+def test_lines_say_that_samples_of_one_call_have_shares_of_its_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "safeloader"):
+        read(SafeDataLoader(Subset("abcdef", [4, 2, 0, 1]), batch_size=3, trace=True))  # type: ignore[arg-type]
+    fetches = [line for line in lines_of(caplog) if " fetched index " in line]
+    shares = [line.partition(" ms")[2] for line in fetches]
+    assert shares == [", an equal share of 3 fetched in one call"] * 3 + [""]
 
 
 def test_lines_tell_of_failures(caplog: pytest.LogCaptureFixture) -> None:

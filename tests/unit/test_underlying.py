@@ -6,6 +6,8 @@ import csv
 import gzip
 import json
 import logging
+import os
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DistributedSampler, Subset, random_split
 
-from safeloader import Recorder, SafeDataLoader, SampleError
+from safeloader import Recorder, SafeDataLoader, SampleError, WorkerCrashError
 from safeloader.introspect.underlying import Beneath, underlying
 from tests import faults
 
@@ -340,6 +342,33 @@ def test_failures_name_both_once(workers: int) -> None:
     with pytest.raises(SampleError) as caught:
         list(SafeDataLoader(subset, num_workers=workers))
     assert str(caught.value).count("index 1 of the Subset is index 12 of the dataset under") == 1
+
+
+class Kills(Tagged):
+    """The process that reads sample 7 dies of it."""
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_death_in_a_call_for_a_batch_names_the_indices_of_both() -> None:
+    loader = SafeDataLoader(Subset(Kills(0, 9), [8, 3, 7, 1]), batch_size=2, num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(WorkerCrashError) as caught:
+        list(loader)
+    assert caught.value.failure.indices == (2, 3)
+    assert "these are indices [7, 1] of the dataset under the Subset" in str(caught.value)
+
+
+def test_several_indices_are_told_where_each_is_known() -> None:
+    below = underlying(Subset(Tagged(0, 9), [8, 3, 7]))
+    assert below is not None
+    assert below.text_of_all([2, 0]) == "indices [7, 8] of the dataset under the Subset"
+    assert below.text_of_all([2, 3]) == below.text_of_all(["a"]) == below.text_of_all([]) == ""
+    parts = underlying(ConcatDataset([Tagged(0, 2), Tagged(1, 2)]))  # type: ignore[list-item]
+    assert parts is not None
+    assert parts.text_of_all([1, 2]) == ""  # of two parts
 
 
 def test_a_failure_of_delivery_names_both() -> None:
