@@ -40,6 +40,19 @@ def beneath_batches(sampler: Any) -> Any:
     return sampler.sampler if type(sampler) is BatchSampler else sampler
 
 
+class BatchesOf(BatchSampler):
+    """Torch's batch sampler, drawing from ``sampler`` in the place of its own.
+
+    All else is read from ``batches`` where it stands: a loop may change their size as it runs.
+    """
+
+    def __init__(self, sampler: Iterable[Any], batches: Any) -> None:
+        self.sampler, self._batches = sampler, batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
 class Generators:
     """The generators that a sampler may draw from, by name.
 

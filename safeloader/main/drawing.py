@@ -42,7 +42,7 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import length_of
 from safeloader.global_batches import GlobalBatchSampler
 from safeloader.introspect.seeds import EpochSeed
-from safeloader.main.beginning import TORCHS_OWN, Watch, beneath_batches
+from safeloader.main.beginning import TORCHS_OWN, BatchesOf, Watch, beneath_batches
 from safeloader.main.epoch import Epoch
 from safeloader.transport.messages import SamplerFault, StateRequest, Task
 
@@ -338,18 +338,16 @@ def _ordered(sampler: Any, seed: EpochSeed) -> Any:
     drawing.generator.manual_seed(seed.order())
     if inner is sampler:
         return drawing
-    batches = copy.copy(sampler)
-    batches.sampler = drawing
-    return batches
+    return BatchesOf(drawing, sampler)
 
 
 def _noting(sampler: Any, tail: list[Any]) -> Any:
     """The sampler to iterate, which has in ``tail`` what it drew since its last batch.
 
     Torch's batch sampler keeps to itself what it drew for a batch that does not come about: with
-    ``drop_last``, and where its sampler raises. A copy of it, which only reads its three
-    attributes, draws from a note-taker instead. Batch samplers with an ``__iter__`` of their
-    own are left alone: what they drop they alone know. Ours tells it.
+    ``drop_last``, and where its sampler raises. Here it draws from a note-taker instead. Batch
+    samplers with an ``__iter__`` of their own are left alone: what they drop they alone know. Ours
+    tells it.
     """
     if type(sampler) is GlobalBatchSampler:
         return _TellingWhatItDropped(sampler, tail)
@@ -359,13 +357,7 @@ def _noting(sampler: Any, tail: list[Any]) -> Any:
         or (sampler.drop_last is not True and type(sampler.sampler) in TORCHS_OWN)
     ):
         return sampler
-    try:
-        noting = copy.copy(sampler)
-        if noting is not sampler:
-            noting.sampler = _noted(sampler.sampler, tail)
-    except Exception:  # a subclass that cannot be copied, or has no such attribute to set
-        return sampler
-    return noting
+    return BatchesOf(_noted(sampler.sampler, tail), sampler)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ error that says where it begins.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -27,7 +26,7 @@ from safeloader.delivery.position import Chain, Rung
 from safeloader.delivery.skip_budget import LONGEST_RUN
 from safeloader.errors import ResumeError
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.main.beginning import Generators, States, moved
+from safeloader.main.beginning import BatchesOf, Generators, States, moved
 from safeloader.main.saved_state import SavedState
 
 _FAILED_MAX = 1000  # draws in a row
@@ -152,9 +151,7 @@ class DrawsAgain:
                 )
             self._take(piece)
             number += 1
-        rest = copy.copy(source)
-        rest.sampler = indices
-        return iter(rest)
+        return iter(BatchesOf(indices, source))
 
     def _next(self, inner: Iterator[Any], number: int) -> Any:
         """The next draw; one that fails now failed then too, and is passed over as it was."""

@@ -20,6 +20,7 @@ from safeloader.introspect.signals import raised_by_signal
 
 Gather = Callable[[list[Any], bytes], list[torch.Tensor] | None]
 _INTS = {int}
+_OF_SUBSET = {"dataset", "indices"}
 
 
 def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
@@ -41,23 +42,21 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
         return None
     if not _torch.has_own_methods(TensorDataset, Subset):
         return None
+    if _columns(dataset) is None:
+        return None
     subset = dataset if type(dataset) is Subset else None
-    columns: Any = dataset if subset is None else subset.dataset
-    if type(columns) is not TensorDataset or hasattr(columns, "__getitems__"):
-        return None
-    if subset is not None and (
-        type(subset.indices) is not list or not vars(subset).keys() <= {"dataset", "indices"}
-    ):
-        return None
 
     def gather(indices: list[Any], packed: bytes) -> list[torch.Tensor] | None:
         try:
             if type(indices) is not list or {*map(type, indices)} != _INTS:
                 return None
+            columns = _columns(dataset)  # a loop may have changed it
+            if columns is None:
+                return None
             if subset is None:
                 numbers = np.frombuffer(packed, np.int64).copy()
             else:
-                if subset.dataset is not columns or min(indices) < 0:
+                if min(indices) < 0:
                     return None
                 chosen = subset.indices
                 indices = [chosen[k] for k in indices]
@@ -78,6 +77,17 @@ def columns_of(dataset: Any, collate_fn: Any) -> Gather | None:
             return None
 
     return gather
+
+
+def _columns(dataset: Any) -> TensorDataset | None:
+    """The TensorDataset that it is, or is a Subset of by a list, as it is now; hot path."""
+    columns = dataset
+    if type(dataset) is Subset:
+        if type(dataset.indices) is not list or not vars(dataset).keys() <= _OF_SUBSET:
+            return None
+        columns = dataset.dataset
+    is_plain = type(columns) is TensorDataset and not hasattr(columns, "__getitems__")
+    return columns if is_plain else None
 
 
 def _is_plain(column: Any) -> bool:

@@ -7,7 +7,7 @@ import itertools
 import pickle
 import tracemalloc
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from safeloader import Failure
 from safeloader.delivery.indices import Packed, pack, restored, unpack
+from safeloader.introspect.seeds import EpochSeed
 from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.transport.messages import SamplerFault, Task
 
@@ -318,7 +319,15 @@ class FrozenSampler(BatchSampler):
         super().__setattr__(name, value)
 
 
-@pytest.mark.parametrize("make", [Derived, lambda s, n: BatchSampler(s, n, drop_last=True)])
+MAKES: list[Any] = [
+    Derived,
+    lambda s, n: BatchSampler(s, n, drop_last=True),
+    lambda s, n: Uncopyable(s, n, drop_last=True),
+    lambda s, n: FrozenSampler(s, n, drop_last=True),
+]
+
+
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize(("length", "dropped"), [(7, (6,)), (8, (6, 7)), (9, ()), (2, (0, 1))])
 def test_the_tail_of_drop_last_is_told(make: Any, length: int, dropped: tuple[int, ...]) -> None:
     sampler, log = recording(make(SequentialSampler(range(length)), 3))
@@ -333,12 +342,31 @@ def test_without_drop_last_there_is_no_tail() -> None:
     assert log.dropped == [()]
 
 
-@pytest.mark.parametrize("make", [OwnIter, Uncopyable, FrozenSampler])
-def test_batch_samplers_that_go_their_own_way_are_left_alone(make: Any) -> None:
-    inner = make(range(5), 2, True)
-    sampler, log = recording(inner)
-    assert [task.index for task in sampler] == list(make(range(5), 2, True))
+def test_batch_samplers_that_go_their_own_way_are_left_alone() -> None:
+    sampler, log = recording(OwnIter(range(5), 2, True))
+    assert [task.index for task in sampler] == list(OwnIter(range(5), 2, True))
     assert log.dropped == [()]
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("inner", [range(9), SequentialSampler(range(9)), RandomSampler(range(9))])
+def test_batches_change_their_size_where_the_loop_asks_for_another(
+    inner: Any, drop_last: bool, seeded: bool
+) -> None:
+    batches = BatchSampler(inner, 2, drop_last)
+    sampler, log = recording(batches)
+    sampler.begin(log, EpochSeed(1, 0) if seeded else None)
+    drawn = [list(_growing(batches, given)) for given in (batches, (t.index for t in sampler))]
+    assert drawn[1] == drawn[0]
+    assert drop_last or drawn[0] == [2, 3, 3, 1]
+
+
+def _growing(batches: BatchSampler, given: Iterable[Any]) -> Iterator[int]:
+    batches.batch_size = 2
+    for batch in given:
+        yield len(batch)
+        batches.batch_size = 3
 
 
 def test_the_users_sampler_is_not_changed() -> None:

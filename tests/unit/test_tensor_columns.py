@@ -186,6 +186,40 @@ def test_what_is_not_plain_is_made_as_torch_does(name: str, gathered: list[bool]
     assert not any(gathered)
 
 
+class Negated(TensorDataset):
+    def __getitem__(self, index: Any) -> Any:
+        return tuple(-each for each in super().__getitem__(index))
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "of another": lambda subset: setattr(
+        subset, "dataset", TensorDataset(torch.arange(MANY, 2 * MANY))
+    ),
+    "of no tensors": lambda subset: setattr(subset, "dataset", [(k + 7,) for k in range(MANY)]),
+    "another class": lambda subset: setattr(subset.dataset, "__class__", Negated),
+    "in one call": lambda subset: setattr(
+        subset.dataset, "__getitems__", lambda asked: [(-k,) for k in asked]
+    ),
+    "a call of its own": lambda subset: setattr(
+        subset, "__getitems__", lambda asked: [(-k,) for k in asked]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_dataset_that_becomes_another_is_seen_at_once(name: str, gathered: list[bool]) -> None:
+    def epoch(cls: Any) -> list[Any]:
+        subset, made = Subset(TensorDataset(torch.arange(MANY)), [*range(MANY)]), []
+        for number, (batch,) in enumerate(cls(subset, 50)):
+            made.append(batch.tolist())
+            if number == MANY // 50 - 3:
+                CHANGES[name](subset)
+        return made
+
+    assert epoch(SafeDataLoader) == epoch(DataLoader)
+    assert gathered[0] or gathered[-3]
+
+
 def test_what_changes_in_the_midst_of_an_epoch_is_seen(gathered: list[bool]) -> None:
     dataset = TensorDataset(torch.arange(float(MANY)))
     told = []
