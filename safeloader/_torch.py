@@ -617,6 +617,18 @@ def has_own_methods(*datasets: type) -> bool:
 _DATASETS = Subset.__init__.__code__.co_filename
 
 
+def makes_batches(dataset: Any) -> Any:
+    """What makes a whole batch in one call (``__getitems__``), or None; hot path.
+
+    A ``Subset`` of torch's own hands such a call on, or asks the dataset under it for each sample.
+    """
+    while type(dataset) is Subset and "__getitems__" not in vars(dataset):
+        if not has_own_methods(Subset):
+            break
+        dataset = dataset.dataset
+    return dataset if getattr(dataset, "__getitems__", None) else None
+
+
 def calls_are_watched() -> bool:
     """Whether a mode of the user's sees each call of torch; hot path."""
     return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())

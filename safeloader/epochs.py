@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from safeloader import _torch
 from safeloader.introspect.seeds import EpochSeed, SeedPer
@@ -103,17 +103,10 @@ def why_not_seedable(loader: DataLoader[Any], per: SeedPer, *, made_by_user: boo
             f"the {type(sampler).__name__} has a generator of its own, and under seed= its order "
             "is made from the seed: leave generator= out of it, or seed= out of the loader"
         )
-    at_once = _at_once(loader.dataset) if _torch.batches_itself(loader) else None
+    at_once = _torch.makes_batches(loader.dataset) if _torch.batches_itself(loader) else None
     if per == "sample" and at_once is not None:
         return (
-            f"{short_type_name(type_name(at_once))} makes a whole batch in one call "
+            f"{short_type_name(type_name(type(at_once)))} makes a whole batch in one call "
             "(__getitems__), so its samples cannot be seeded one by one: give seed_per='batch'"
         )
     return ""
-
-
-def _at_once(dataset: Any) -> type | None:
-    """The class that makes a batch in one call, if one does; a Subset hands the call on."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return type(dataset) if getattr(dataset, "__getitems__", None) else None

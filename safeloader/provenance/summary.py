@@ -56,7 +56,7 @@ class Figures(NamedTuple):
         looked_at: how many of the newest samples were looked at for these.
         whole: whether that is all.
         memory_bytes: what the workers held when they last said so.
-        shared: whether some samples have an equal share of the time of one call for a whole batch.
+        shared: whether some samples have an equal share of the time of a whole batch.
     """
 
     wait_ns: int
@@ -76,7 +76,7 @@ class Figures(NamedTuple):
     def costs(self) -> list[str]:
         """The slowest samples, and the memory where it is known."""
         of = "" if self.whole else f" of the newest {_several(self.looked_at, 'sample')}"
-        of += " (those fetched in one call have equal shares)" if self.shared else ""
+        of += " (those timed together have equal shares)" if self.shared else ""
         each = (f"index {index_text(it.index, 60)} ({_ms(it.median_ns)})" for it in self.slowest)
         said = [f"slowest{of}: {', '.join(each)}"]
         if self.memory_bytes is not None:
@@ -131,7 +131,7 @@ def figures_of(
 
 
 def _shares(record: Record, delivery: Delivery) -> bool:
-    """Whether the samples of a batch have equal shares of the time of one call for all of them."""
+    """Whether the samples of a batch have equal shares of its time."""
     size = samples_in(record)
     return size > 1 and fetched_together(delivery.manifest, size)
 

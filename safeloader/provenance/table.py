@@ -45,7 +45,8 @@ class BatchRecord:
         fetch_ns: time each sample took to fetch, in ns. Samples fetched in one call
             (``__getitems__``, or the rows of a ``TensorDataset``) carry equal shares of it, and
             without workers those of a batch behind one whose samples took less than 2 µs each: a
-            slow one among them is not told apart, but with ``trace=``.
+            slow one among them is not told apart, but with ``trace=``. Once such a batch took over
+            10 ms, each sample is timed from then on.
         collate_ns: time the collate function took, in ns; 0 where the rows of a ``TensorDataset``
             are gathered without workers, which makes the batch at once.
         wait_ns: time the training loop waited for the batch, in ns.

@@ -68,7 +68,7 @@ class LogTrace:
         who = "main process" if record.worker_id is None else f"worker {record.worker_id}"
         said = f"epoch {epoch}: {who} (pid {record.pid}) fetched index"
         together = len(record.indices) > 1 and fetched_together(manifest, len(record.indices))
-        share = f", an equal share of {len(record.indices)} fetched in one call" if together else ""
+        share = f", an equal share of {len(record.indices)} timed together" if together else ""
         fetches = zip(record.indices, record.fetch_ns, strict=True)
         for position, (index, took_ns) in enumerate(fetches):
             at = f"for batch {batch}, position {position}, in {took_ns / 1e6:.3f} ms{share}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.utils.data import default_collate
 
+from safeloader import _torch
 from safeloader.delivery.indices import (
     Packed,
     count,
@@ -48,6 +49,7 @@ from safeloader.worker.tensor_columns import Gather, columns_of
 from safeloader.worker.validating import ValidatedItems, refused_by
 
 _CHEAP_NS = 2_000  # a sample
+_HIDES_A_SLOW_ONE_NS = 10_000_000  # a batch of cheap ones, timed as one
 _STAMPS = struct.Struct("3q").pack
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
@@ -108,13 +110,21 @@ class MapFetcher(RecordingFetcher):
                     BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True),
                     batch,
                 )
-        if self._plainly and type(packed) is bytes and not self._makes_batches():
+        if self._plainly and type(packed) is bytes and not self._makes_batches(packed):
             return self._fetched_plainly(task, packed)
         return super().fetch(task)
 
-    def _makes_batches(self) -> bool:
-        """Whether the dataset is to make the batch in one call."""
-        return self._may_be_at_once and bool(getattr(self._dataset, "__getitems__", None))
+    def _makes_batches(self, packed: Packed) -> bool:
+        """Whether the dataset is to make the batch in one call.
+
+        A Subset over one that does not is asked for each sample, as it asks itself: so it is known
+        which one fails, hangs or is slow. By what is no number it asks otherwise.
+        """
+        if not self._may_be_at_once:
+            return False
+        if type(packed) is not bytes:
+            return bool(getattr(self._dataset, "__getitems__", None))
+        return _torch.makes_batches(self._dataset) is not None
 
     def _fetched_plainly(self, task: Task, packed: bytes) -> Made:
         """A batch in this process, with as little beside it as can be; hot path.
@@ -143,8 +153,8 @@ class MapFetcher(RecordingFetcher):
                 self._stamps[place] = stamp
             return self._raised(exc, blank, came, len(came), phase)
         number = len(came)
-        if self._may_be_cheap:  # a slow one brings the readings back
-            self._cheap = times[-1] - times[0] < _CHEAP_NS * number
+        if self._may_be_cheap:
+            self._look_at_time(times[-1] - times[0], number, whole)
         times.append(clock())
         stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
         return DeliveredBatch(
@@ -172,7 +182,7 @@ class MapFetcher(RecordingFetcher):
         if packed is None:
             packed = pack(indices) if batched else pack_unbatched(indices)
         number = count(packed)
-        self._at_once = at_once = self._makes_batches()
+        self._at_once = at_once = self._makes_batches(packed)
         if batched:
             self._asked, self._wanted = indices, number
         else:
@@ -201,9 +211,19 @@ class MapFetcher(RecordingFetcher):
                 came.append(dataset[index])
                 stamps[k] = now()
             ended = stamps[len(came)]
-        if self._may_be_cheap:  # a slow one brings the readings back
-            self._cheap = ended - stamps[0] < _CHEAP_NS * len(came)
+        if self._may_be_cheap:
+            self._look_at_time(ended - stamps[0], len(came), self._timed_whole)
         return came, len(came) if self._batched else self._spread
+
+    def _look_at_time(self, took_ns: int, number: int, whole: bool) -> None:
+        """Whether the next batch is to be timed as one: a slow one brings the readings back.
+
+        For good, where it hid a sample that is slow by far: indices come in the same order again,
+        or the sample does, and then it has to be found.
+        """
+        self._cheap = took_ns < _CHEAP_NS * number
+        if whole and took_ns > _HIDES_A_SLOW_ONE_NS:
+            self._may_be_cheap = False
 
     def _count(self, samples: Any) -> int | None:
         """How many samples ``__getitems__`` gave; None where that cannot be told.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from safeloader import CollateError, SafeDataLoader, SampleError
 from safeloader.failures import failure
@@ -30,6 +30,58 @@ class AtOnce(Numbers):
 
     def __getitems__(self, indices: list[int]) -> Any:
         return self.answer(indices)
+
+
+class Changes(Subset[Any]):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [-sample for sample in super().__getitems__(indices)]
+
+
+def with_its_own(dataset: Any) -> Any:
+    """A Subset that was given its own way to make batches."""
+    split: Any = Subset(dataset, [3, 1, 2, 0])
+    split.__getitems__ = lambda indices: [torch.tensor(-1.0) for _ in indices]
+    return split
+
+
+SUBSETS: dict[str, tuple[Callable[[], Any], bool]] = {
+    "of a plain dataset": (lambda: Subset(Numbers(), [3, 1, 2, 0]), False),
+    "of one of it": (lambda: Subset(Subset(Numbers(), range(8)), [3, 1, 2, 0]), False),
+    "of what makes batches": (lambda: Subset(AtOnce(doubled), [3, 1, 2, 0]), True),
+    "of a Subset of what makes them": (
+        lambda: Subset(Subset(AtOnce(doubled), range(8)), [3, 1, 2, 0]),
+        True,
+    ),
+    "of another class": (lambda: Changes(Numbers(), [3, 1, 2, 0]), True),  # type: ignore[arg-type]
+    "with its own": (lambda: with_its_own(Numbers()), True),
+    "of tensors": (lambda: Subset([torch.zeros(1)] * 3 + [torch.ones(1)], [3, 1, 2, 0]), False),  # type: ignore[arg-type]
+}
+
+
+def doubled(indices: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(2.0 * index) for index in indices]
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+def test_a_subset_is_asked_for_each_sample_unless_one_call_makes_the_batch(name: str) -> None:
+    make, at_once = SUBSETS[name]
+    loader = SafeDataLoader(make(), batch_size=2, trace=True, collate_fn=as_floats)
+    came = list(loader)
+    assert came == list(DataLoader(make(), batch_size=2, collate_fn=as_floats))
+    assert loader.last_batch is not None
+    assert [each.manifest.fetched_at_once for each in loader.recorder.deliveries()] == [at_once] * 2
+
+
+def test_a_batch_by_lists_is_asked_of_a_subset_as_torch_asks_it() -> None:
+    sampler = [[[0], [1]], [[2], [0]]]
+    for cls in (DataLoader, SafeDataLoader):
+        loader = cls(Subset(Numbers(), [3, 1, 2, 0]), batch_sampler=sampler)  # type: ignore[arg-type, type-var]
+        with pytest.raises(TypeError, match="list indices must be integers"):
+            list(loader)
+
+
+def as_floats(samples: list[Any]) -> Any:
+    return [float(sample) for sample in samples]
 
 
 def stack(samples: Any) -> torch.Tensor:

@@ -205,6 +205,18 @@ def test_cheap_samples_are_timed_together_until_a_batch_is_slow(
     assert apart_again == [300, 100, 100]
 
 
+def test_a_sample_that_cheap_ones_hid_is_found_when_it_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = Costly(monkeypatch)
+    dataset.costs = {7: 20_000_000}
+    loader = SafeDataLoader(dataset, batch_size=3)
+    for _ in range(3):
+        list(loader)
+    slowest = loader.provenance.slowest(1)[0]
+    assert (slowest.index, slowest.median_ns, slowest.times) == (7, 20_000_000, 3)
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), StopIteration("x")])
 def test_which_of_the_cheap_samples_fails_is_told(
     monkeypatch: pytest.MonkeyPatch, error: Exception

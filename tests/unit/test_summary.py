@@ -27,7 +27,6 @@ from tests import datasets
 
 REPOSITORY = Path(safeloader.__file__).parents[1]
 MS = 1_000_000
-LETTERS: Any = [1, 2]
 
 
 def written(*epochs: list[tuple[int, int, dict[int, float]]], **bound: int) -> Recorder:
@@ -140,18 +139,27 @@ def test_figures_of_two_loaders_come_together() -> None:
     assert one.and_of(None) is one
 
 
+class Together(list[int]):
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return [self[index] for index in indices]
+
+
+NUMBERS: Any = [1, 2]
+TOGETHER: Any = Together(NUMBERS)
+
+
 def test_samples_fetched_in_one_call_are_said_to_have_shares() -> None:
     plain, split, one = (
         SafeDataLoader(dataset, batch_size=size)
         for dataset, size in (
-            (LETTERS, 2),
-            (Subset(LETTERS, [1, 0]), 2),
-            (Subset(LETTERS, [1, 0]), 1),
+            (NUMBERS, 2),
+            (Subset(TOGETHER, [1, 0]), 2),
+            (Subset(TOGETHER, [1, 0]), 1),
         )
     )
     for loader in (plain, split, one):
         list(loader)
-    words = "slowest (those fetched in one call have equal shares): index "
+    words = "slowest (those timed together have equal shares): index "
     assert words in split.summary()
     for alone in (plain, one):
         assert "slowest: index " in alone.summary()

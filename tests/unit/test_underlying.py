@@ -353,8 +353,22 @@ class Kills(Tagged):
         return super().__getitem__(index)
 
 
+class KillsAtOnce(Kills):
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
+        return [self[index] for index in indices]
+
+
+def test_a_death_under_a_subset_names_the_index_in_both() -> None:
+    loader = SafeDataLoader(Subset(Kills(0, 9), [8, 3, 1, 7]), batch_size=2, num_workers=1)  # type: ignore[arg-type]
+    with pytest.raises(WorkerCrashError) as caught:
+        list(loader)
+    assert caught.value.failure.index == 3
+    assert "index 3 of the Subset is index 7 of the dataset under the Subset" in str(caught.value)
+
+
 def test_a_death_in_a_call_for_a_batch_names_the_indices_of_both() -> None:
-    loader = SafeDataLoader(Subset(Kills(0, 9), [8, 3, 7, 1]), batch_size=2, num_workers=1)  # type: ignore[arg-type]
+    split: Any = Subset(KillsAtOnce(0, 9), [8, 3, 7, 1])  # type: ignore[arg-type]
+    loader = SafeDataLoader(split, batch_size=2, num_workers=1)
     with pytest.raises(WorkerCrashError) as caught:
         list(loader)
     assert caught.value.failure.indices == (2, 3)
