@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from safeloader import _python
 from safeloader.delivery.audit import EpochAudit
+from safeloader.delivery.manifest import expected_indices
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import index_text
 from safeloader.provenance.columns import fetched_together
@@ -56,7 +57,7 @@ class Figures(NamedTuple):
         looked_at: how many of the newest samples were looked at for these.
         whole: whether that is all.
         memory_bytes: what the workers held when they last said so.
-        shared: whether some samples have an equal share of the time of a whole batch.
+        shared: whether some of the slowest have an equal share of the time of a whole batch.
     """
 
     wait_ns: int
@@ -124,8 +125,10 @@ def figures_of(
         samples += size
     looked_at = [*map(as_delivery, held[first:])]
     slowest = tuple(slowest_of(looked_at, facts, _SLOWEST))
+    told = {each.index for each in slowest}
     shared = any(
-        _shares(record, each) for record, each in zip(held[first:], looked_at, strict=True)
+        _shares(record, each) and not told.isdisjoint(expected_indices(each.manifest))
+        for record, each in zip(held[first:], looked_at, strict=True)
     )
     return Figures(*_waited(held), slowest, samples, not first, totals.memory_bytes, shared)
 

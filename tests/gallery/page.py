@@ -74,7 +74,10 @@ _SAME = [  # what is another each time, and what stands for it
         (r"(/rank=\d+/)[\w.-]+-\d+-\w+-\d+\b", r"\1HOST-4711-BOOT-N"),
         (r"(?<=SAFELOADER_RUN_ID=)\w+", "ID"),
         (r"\d+%(?= of the time)", "N%"),
-        (r"(?<=slowest: )index \d+ \(N ms\)(?:, index \d+ \(N ms\))*", "index N (N ms), ..."),
+        (
+            r"(?<=slowest)[\w ()]*: index \d+ \(N ms\)(?:, index \d+ \(N ms\))*",
+            ": index N (N ms), ...",
+        ),
         (r"(?<=waited )N (?:us|s)|(?<=   )N (?:us|ms|s)(?=   )", "N ms"),
         (r"[ \t]+$", ""),
     )
