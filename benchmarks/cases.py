@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, get_worker_info
 
 Setup = tuple[Dataset[Any], dict[str, Any]]
 
@@ -194,6 +194,12 @@ def _ints_main(batches: int) -> Setup:
     # A range is a dataset: its samples are its own indices, the cheapest that there are.
     integers: Any = range(64 * batches)
     return integers, {"batch_size": 64, "shuffle": True}
+
+
+def _stored_main(batches: int, split: bool) -> Setup:
+    length = 64 * batches
+    stored: Any = list(torch.randn(length, 8, generator=torch.Generator().manual_seed(1)))
+    return Subset(stored, list(range(length))[::-1]) if split else stored, {"batch_size": 64}
 
 
 def _tiny(batches: int, workers: int) -> Setup:
@@ -492,6 +498,20 @@ CASES: dict[str, Case] = {
             "dicts-main", "dicts of 12 floats, batch 256, main process", 50, _dicts_main, goal=1.0
         ),
         Case("ints-main", "integers, batch 64, main process", 1500, _ints_main, goal=0.9),
+        Case(
+            "stored-main",
+            "float32[8] from a list, batch 64, main process",
+            1000,
+            _partial(_stored_main, split=False),
+            goal=0.7,
+        ),
+        Case(
+            "split-main",
+            "float32[8] from a list under a Subset, batch 64, main process",
+            1000,
+            _partial(_stored_main, split=True),
+            goal=0.7,
+        ),
         Case(
             "epochs-main",
             "200 epochs of 4 batches of 4 x float32[8], main process",

@@ -14,7 +14,7 @@ from time import monotonic
 from time import perf_counter_ns as clock
 from typing import Any
 
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 from safeloader import _torch
 from safeloader.delivery.indices import (
@@ -133,16 +133,19 @@ class MapFetcher(RecordingFetcher):
         """
         self._task = task
         self._random = self._mark()
-        items, whole, phase = self._items, self._cheap, "sample"
+        items: Any = self._items
+        asked, whole, phase = task.index, self._cheap, "sample"
         came: list[Any] = []
         times = [clock()]
         try:
+            while type(items) is Subset and type(items.indices) is list:  # as it asks itself
+                items, asked = items.dataset, map(items.indices.__getitem__, asked)
             if whole:
-                for index in task.index:  # no map(): a StopIteration of the dataset's would end it
+                for index in asked:  # no map(): a StopIteration of the dataset's would end it
                     came.append(items[index])
                 times.append(clock())
             else:
-                for index in task.index:
+                for index in asked:
                     came.append(items[index])
                     times.append(clock())
             phase = "collate"

@@ -1,10 +1,10 @@
 """How samples become a batch: as torch does it, and faster for common kinds. Runs in: worker.
 
 In a loader without workers the walk of ``default_collate`` through the types of the samples, and
-``torch.tensor`` on a list of numbers, take longer than all records of the batch. Tuples and dicts
-of tensors, floats, ints and texts are collated here: the first sample decides, as it does there;
-numbers go by way of their bytes. Whatever is not as plain as that, and whatever raises, is left to
-torch.
+``torch.tensor`` on a list of numbers, take longer than all records of the batch. Tensors, numbers,
+and tuples and dicts of tensors, numbers and texts are collated here: the first sample decides, as
+it does there; numbers go by way of their bytes. Whatever is not as plain as that, and whatever
+raises, is left to torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import default_collate, get_worker_info
 from safeloader import _torch
 from safeloader.introspect.signals import raised_by_signal
 
-_KINDS = frozenset({tuple, dict, int, float})
+_KINDS = frozenset({torch.Tensor, tuple, dict, int, float})
 _NUMBERS = {int: ("q", torch.int64), float: ("d", torch.float64)}
 
 

@@ -211,6 +211,8 @@ def test_bars() -> None:
         "columns-main": 5,
         "dicts-main": 1.0,
         "ints-main": 0.9,
+        "stored-main": 0.7,
+        "split-main": 0.7,
         "epochs-main": 0.8,
     }
 

@@ -36,6 +36,8 @@ def test_what_it_collates_is_as_default_collate_has_it() -> None:
     same_as_default([rows[k] for k in range(3)])
     same_as_default([(torch.tensor(1.0),), (torch.tensor(2),)])
     same_as_default([(), ()])
+    same_as_default([torch.ones(2), torch.zeros(2)])
+    same_as_default([torch.ones(2, requires_grad=True), torch.zeros(2)])
     same_as_default([(torch.ones(2), torch.zeros(0))] * 2)
     same_as_default([(torch.ones(2, requires_grad=True),)] * 2)
     same_as_default([(torch.ones(2), 1)] * 2)
@@ -98,7 +100,11 @@ def test_a_default_device_is_heeded() -> None:
     [
         [],
         torch.ones(3, 2),
-        [torch.ones(2)],
+        [torch.ones(2).as_subclass(Sub)],
+        [torch.eye(2).to_sparse()],
+        [torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)],
+        [torch.ones(2), torch.ones(3)],
+        [torch.ones(2), None],
         [[torch.ones(2)]],
         [Pair(torch.ones(2), torch.ones(2))],
         [(torch.ones(2), True)],
