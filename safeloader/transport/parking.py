@@ -77,14 +77,10 @@ class ParkedSlots:
         self.pause()
         self.resume()
 
-    def pause(self) -> bool:
-        """End the thread that waits for the half minute: Python warns of a fork beside one.
-
-        Returns:
-            Whether there was one.
-        """
+    def pause(self) -> None:
+        """End the thread that waits for the half minute: Python warns of a fork beside one."""
         if self._pid != os.getpid():
-            return False
+            return
         with self._lock:
             timer = self._timer
             if timer is not None:
@@ -92,7 +88,6 @@ class ParkedSlots:
             self._timer = None
         if timer not in (None, threading.current_thread()) and timer.is_alive():
             timer.join(1.0)
-        return timer is not None
 
     def resume(self) -> None:
         """Wait on for the end of the half minute."""
@@ -196,30 +191,16 @@ def forking() -> Iterator[None]:
             each.resume()
 
 
-_beside: list[ParkedSlots] = []  # those that are paused while the program forks for itself
-
-
-def _before_fork() -> None:
-    # What `forking` has paused stays so: in here an interrupt would be swallowed.
-    _beside.extend(each for each in _all() if each.pause())
-
-
-def _in_parent() -> None:
-    while _beside:
-        _beside.pop().resume()
-
-
 def _in_child() -> None:
     """Unmap what was inherited: a child that lives for long would keep the pages of all that goes.
 
     The slots of a pool at work, and those that the next workers are forked for, are held elsewhere.
     """
-    _beside.clear()
     for each in _all():
         each.forget()
 
 
-at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
+at_fork(after_in_child=_in_child)
 
 
 def _expired(parked: weakref.ref[ParkedSlots]) -> None:

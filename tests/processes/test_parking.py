@@ -7,8 +7,6 @@ import multiprocessing.popen_fork
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -376,38 +374,6 @@ def test_no_thread_of_theirs_runs_beside_a_fork(monkeypatch: pytest.MonkeyPatch)
     list(other)
     assert seen == [[], []]
     assert threads()
-
-
-FORKS_FOR_ITSELF = """
-import os, threading
-beside = []
-# Called after the hooks that are there later.
-os.register_at_fork(before=lambda: beside.append([each.name for each in threading.enumerate()]))
-import torch
-from safeloader import SafeDataLoader
-
-data = torch.zeros(2, 1 << 23)
-loader = SafeDataLoader(data, 1, num_workers=1, multiprocessing_context="fork")
-for batch in loader:
-    del batch
-waiting = [each for each in threading.enumerate() if "parked" in each.name]
-assert len(waiting) == 1
-beside.clear()
-pid = os.fork()
-if pid == 0:
-    os._exit(0)
-os.waitpid(pid, 0)
-(seen,) = beside
-assert not [name for name in seen if "parked" in name], seen
-again = [each for each in threading.enumerate() if "parked" in each.name]
-assert len(again) == 1
-assert again[0].interval <= waiting[0].interval
-"""
-
-
-def test_no_thread_of_theirs_runs_beside_a_fork_of_the_program() -> None:
-    """Python 3.12 and later warn of it, in a line of the user's."""
-    subprocess.run([sys.executable, "-c", FORKS_FOR_ITSELF], check=True, timeout=100)
 
 
 def test_they_go_with_the_loader() -> None:
