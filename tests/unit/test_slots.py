@@ -29,6 +29,7 @@ from safeloader.transport import forks, leaves, slot_reader
 from safeloader.transport import slot_writer as worker_slots
 from safeloader.transport.channel import Arrived
 from safeloader.transport.leaves import opening
+from safeloader.transport.parking import ParkedSlots
 from safeloader.transport.shared_memory import anonymous_file, mapped
 from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from tests.interrupts import at_every_moment
@@ -731,6 +732,7 @@ def test_an_interrupt_while_a_fork_is_prepared(
     ignored: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     batch: Any = wired.send(filled(MB, 1))
+    waiting = [ParkedSlots() for _ in range(100)]  # to look at these is no work for a hook
 
     def interrupted() -> int:
         return int(without_a_line_between(_thread.interrupt_main, os.fork)[1])
@@ -740,6 +742,7 @@ def test_an_interrupt_while_a_fork_is_prepared(
         assert wired.states == [GONE]
         for k in range(2, 9):
             assert wired.send(filled(MB, k)).eq(k).all()
+    del waiting
     swallowed_by = [getattr(each.object, "__module__", "") or "" for each in ignored]
     assert not any(name.startswith("safeloader") for name in swallowed_by)
 
