@@ -622,9 +622,9 @@ def makes_batches(dataset: Any) -> Any:
 
     A ``Subset`` of torch's own hands such a call on, or asks the dataset under it for each sample.
     """
-    while type(dataset) is Subset and "__getitems__" not in vars(dataset):
-        if not has_own_methods(Subset):
-            break
+    while (
+        type(dataset) is Subset and "__getitems__" not in vars(dataset) and has_own_methods(Subset)
+    ):
         dataset = dataset.dataset
     return dataset if getattr(dataset, "__getitems__", None) else None
 

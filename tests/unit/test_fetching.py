@@ -32,6 +32,13 @@ class AtOnce(Numbers):
         return self.answer(indices)
 
 
+PLAIN: Any = Numbers()
+
+
+def subset(dataset: Any, indices: Any = (3, 1, 2, 0)) -> Any:
+    return Subset(dataset, list(indices))
+
+
 class Changes(Subset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         return [-sample for sample in super().__getitems__(indices)]
@@ -39,22 +46,19 @@ class Changes(Subset[Any]):
 
 def with_its_own(dataset: Any) -> Any:
     """A Subset that was given its own way to make batches."""
-    split: Any = Subset(dataset, [3, 1, 2, 0])
+    split = subset(dataset)
     split.__getitems__ = lambda indices: [torch.tensor(-1.0) for _ in indices]
     return split
 
 
 SUBSETS: dict[str, tuple[Callable[[], Any], bool]] = {
-    "of a plain dataset": (lambda: Subset(Numbers(), [3, 1, 2, 0]), False),
-    "of one of it": (lambda: Subset(Subset(Numbers(), range(8)), [3, 1, 2, 0]), False),
-    "of what makes batches": (lambda: Subset(AtOnce(doubled), [3, 1, 2, 0]), True),
-    "of a Subset of what makes them": (
-        lambda: Subset(Subset(AtOnce(doubled), range(8)), [3, 1, 2, 0]),
-        True,
-    ),
-    "of another class": (lambda: Changes(Numbers(), [3, 1, 2, 0]), True),  # type: ignore[arg-type]
+    "of a plain dataset": (lambda: subset(Numbers()), False),
+    "of one of it": (lambda: subset(subset(Numbers(), range(8))), False),
+    "of what makes batches": (lambda: subset(AtOnce(doubled)), True),
+    "of a Subset of what makes them": (lambda: subset(subset(AtOnce(doubled), range(8))), True),
+    "of another class": (lambda: Changes(PLAIN, [3, 1, 2, 0]), True),
     "with its own": (lambda: with_its_own(Numbers()), True),
-    "of tensors": (lambda: Subset([torch.zeros(1)] * 3 + [torch.ones(1)], [3, 1, 2, 0]), False),  # type: ignore[arg-type]
+    "of tensors": (lambda: subset([torch.zeros(1)] * 3 + [torch.ones(1)]), False),
 }
 
 
@@ -68,14 +72,14 @@ def test_a_subset_is_asked_for_each_sample_unless_one_call_makes_the_batch(name:
     loader = SafeDataLoader(make(), batch_size=2, trace=True, collate_fn=as_floats)
     came = list(loader)
     assert came == list(DataLoader(make(), batch_size=2, collate_fn=as_floats))
-    assert loader.last_batch is not None
+    assert loader.recorder is not None
     assert [each.manifest.fetched_at_once for each in loader.recorder.deliveries()] == [at_once] * 2
 
 
 def test_a_batch_by_lists_is_asked_of_a_subset_as_torch_asks_it() -> None:
-    sampler = [[[0], [1]], [[2], [0]]]
+    sampler: Any = [[[0], [1]], [[2], [0]]]
     for cls in (DataLoader, SafeDataLoader):
-        loader = cls(Subset(Numbers(), [3, 1, 2, 0]), batch_sampler=sampler)  # type: ignore[arg-type, type-var]
+        loader = cls(subset(PLAIN), batch_sampler=sampler)
         with pytest.raises(TypeError, match="list indices must be integers"):
             list(loader)
 

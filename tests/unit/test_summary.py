@@ -139,23 +139,11 @@ def test_figures_of_two_loaders_come_together() -> None:
     assert one.and_of(None) is one
 
 
-class Together(list[int]):
-    def __getitems__(self, indices: list[int]) -> list[int]:
-        return [self[index] for index in indices]
-
-
-NUMBERS: Any = [1, 2]
-TOGETHER: Any = Together(NUMBERS)
-
-
 def test_samples_fetched_in_one_call_are_said_to_have_shares() -> None:
+    each, together = [1, 2], Subset[Any](datasets.Together(), [1, 0])
     plain, split, one = (
-        SafeDataLoader(dataset, batch_size=size)
-        for dataset, size in (
-            (NUMBERS, 2),
-            (Subset(TOGETHER, [1, 0]), 2),
-            (Subset(TOGETHER, [1, 0]), 1),
-        )
+        SafeDataLoader[Any](dataset, batch_size=size)
+        for dataset, size in ((each, 2), (together, 2), (together, 1))
     )
     for loader in (plain, split, one):
         list(loader)

@@ -359,7 +359,8 @@ class KillsAtOnce(Kills):
 
 
 def test_a_death_under_a_subset_names_the_index_in_both() -> None:
-    loader = SafeDataLoader(Subset(Kills(0, 9), [8, 3, 1, 7]), batch_size=2, num_workers=1)  # type: ignore[arg-type]
+    kills: Any = Kills(0, 9)
+    loader = SafeDataLoader(Subset(kills, [8, 3, 1, 7]), batch_size=2, num_workers=1)
     with pytest.raises(WorkerCrashError) as caught:
         list(loader)
     assert caught.value.failure.index == 3
@@ -367,8 +368,8 @@ def test_a_death_under_a_subset_names_the_index_in_both() -> None:
 
 
 def test_a_death_in_a_call_for_a_batch_names_the_indices_of_both() -> None:
-    split: Any = Subset(KillsAtOnce(0, 9), [8, 3, 7, 1])  # type: ignore[arg-type]
-    loader = SafeDataLoader(split, batch_size=2, num_workers=1)
+    kills: Any = KillsAtOnce(0, 9)
+    loader = SafeDataLoader(Subset(kills, [8, 3, 7, 1]), batch_size=2, num_workers=1)
     with pytest.raises(WorkerCrashError) as caught:
         list(loader)
     assert caught.value.failure.indices == (2, 3)
@@ -380,7 +381,8 @@ def test_several_indices_are_told_where_each_is_known() -> None:
     assert below is not None
     assert below.text_of_all([2, 0]) == "indices [7, 8] of the dataset under the Subset"
     assert below.text_of_all([2, 3]) == below.text_of_all(["a"]) == below.text_of_all([]) == ""
-    parts = underlying(ConcatDataset([Tagged(0, 2), Tagged(1, 2)]))  # type: ignore[list-item]
+    two: Any = [Tagged(0, 2), Tagged(1, 2)]
+    parts = underlying(ConcatDataset(two))
     assert parts is not None
     assert parts.text_of_all([1, 2]) == ""  # of two parts
 
