@@ -69,7 +69,7 @@ _IN_ORDER = {
     (_LOADING, "DataLoader._get_iterator"): f"_SingleProcessDataLoaderIter {_WITH_WORKERS}",
     (f"{_UTILS}.worker", "_worker_loop"): "init_fn init_fn create_fetcher",
 }
-_WORKER_TAKES = {"index_queue", "data_queue", "done_event", "init_fn", "worker_id"}
+_WORKER_TAKES = {"index_queue", "data_queue", "done_event", "init_fn", "worker_id", "num_workers"}
 
 
 @functools.cache
@@ -146,7 +146,10 @@ class LoaderView:
         self._index_sampler = sampler
         self.worker_init_fn = worker_init_fn
         if channels is not None:
-            self.multiprocessing_context = _Context(loader.multiprocessing_context, channels)
+            base, told = loader.multiprocessing_context, loader.num_workers
+            self.multiprocessing_context = _Context(base, channels, told)
+            if channels.workers is not None:
+                self.num_workers = channels.workers
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -178,14 +181,19 @@ class Channels(NamedTuple):
     ending: Any  # in the place of the event that tells them to end; None: torch's
     # What a worker is given for the arguments that torch has for it; None: those.
     arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+    workers: int | None = None  # how many to start; None: as many as the loader says
 
 
 class _Context:
-    """A multiprocessing context whose queues, first event and processes are ours."""
+    """A multiprocessing context whose queues, first event and processes are ours.
 
-    def __init__(self, base: Any, channels: Channels) -> None:
+    Each process is told that it is one of ``told``, of which some may not be started.
+    """
+
+    def __init__(self, base: Any, channels: Channels, told: int) -> None:
         self._base = torch.multiprocessing if base is None else base
         self._left = channels  # but for what torch has taken
+        self._told = told
 
     def Queue(self, *args: Any) -> Any:
         ours, self._left = self._left.results, self._left._replace(results=None)
@@ -199,6 +207,10 @@ class _Context:
         make: Any = self._base.Process
         if self._base.get_start_method() == "fork" and isinstance(make, type):
             make = _of_workers(make)
+        if self._left.workers is not None:
+            given = list(kwargs["args"])
+            given[_place_of("num_workers")] = self._told
+            kwargs["args"] = tuple(given)
         arguments = self._left.arguments
         if arguments is not None and "args" in kwargs:
             kwargs["args"] = arguments(kwargs["args"])
@@ -206,6 +218,11 @@ class _Context:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
+
+
+def _place_of(argument: str) -> int:
+    """Where a worker is given it, of its arguments."""
+    return list(inspect.signature(_utils.worker._worker_loop).parameters).index(argument)
 
 
 @functools.cache

@@ -288,10 +288,10 @@ class WorkerPool:
         Raises:
             TransportError: if something cannot be pickled for them, or the machine has no room.
         """
-        settings, workers = self._settings, self.workers
+        settings, workers = self._settings, self._needed(loader)
         method = _torch.start_method(loader)
         forks = method == "fork"
-        inherited = self._warn_of_hazards(loader, method)
+        inherited = self._warn_of_hazards(loader, method, workers)
         threads = {}
         if forks:
             threads = threads_here()
@@ -299,7 +299,7 @@ class WorkerPool:
             mark_here()  # what it finds out, the workers inherit
         results: ResultQueue | None = None
         try:
-            table, no_slots = self._slot_table()
+            table, no_slots = self._slot_table(workers)
             loaders = settings.recorder.transport
             counts = loaders if table is None else PoolCounts(loaders, table)
             unpacker = Unpacker(table, counts)
@@ -328,8 +328,9 @@ class WorkerPool:
             )
             tasks = functools.partial(TaskQueue, self.sampler.refused)
             ours = type(results), TaskQueue, FlightRecorder, SlotTable, StreamProgress
-            arguments = Arguments(ours) if self._pickles_once(loader, method) else None
-            channels = _torch.Channels(results, tasks, flight, arguments)
+            arguments = Arguments(ours) if self._pickles_once(loader, method, workers) else None
+            some = None if workers == self.workers else workers
+            channels = _torch.Channels(results, tasks, flight, arguments, some)
             view = functools.partial(_torch.LoaderView, worker_init_fn=startup)
             began = perf_counter()
             starting: AbstractContextManager[object] = nullcontext()
@@ -391,23 +392,40 @@ class WorkerPool:
         _torch.listen_through(stock, receiver)
         return stock
 
-    def _pickles_once(self, loader: DataLoader[Any], method: str) -> bool:
+    def _needed(self, loader: DataLoader[Any]) -> int:
+        """How many workers to start: none that no batch would reach, and no code of the user's.
+
+        Batch ``i`` of an epoch goes to worker ``i`` first. So many are started that torch draws
+        all batches, and sees that there are no more, before it waits for the first, as it would
+        with all of them.
+        """
+        ends = not (self.persistent or self.stream)
+        if not ends or loader.worker_init_fn is not None or self.plan is not None:
+            return self.workers
+        with guarded("the look at how many batches there are", lambda: self._log):
+            batches = proven_length(self.sampler.drawn_from)
+            if batches is not None:
+                drawn_at_once: int = loader.prefetch_factor or 1
+                return max(1, min(self.workers, max(batches, batches // drawn_at_once + 1)))
+        return self.workers
+
+    def _pickles_once(self, loader: DataLoader[Any], method: str, workers: int) -> bool:
         """Whether the workers may read one pickle all at once, after torch's iterator is there.
 
         With a timeout they may not: it counts from then on, and must not count their reading.
         """
-        if method == "fork" or self.workers < 2 or self.timeout_s or not pickles_once():
+        if method == "fork" or workers < 2 or self.timeout_s or not pickles_once():
             return False
         return are_pickled(_torch.worker_class(loader))
 
-    def _slot_table(self) -> tuple[SlotTable | None, str]:
+    def _slot_table(self, workers: int) -> tuple[SlotTable | None, str]:
         """The states of the workers' slots; None, and why, for torch's own transport."""
         if self._settings.transport == "torch":
             return None, ""
         if not hasattr(os, "memfd_create"):
             return None, f"{sys.platform} has no anonymous shared memory (memfd)"
         try:
-            return SlotTable(self.workers), ""
+            return SlotTable(workers), ""
         except OSError as exc:
             return None, f"no shared memory for slots: {exc}"
 
@@ -420,7 +438,9 @@ class WorkerPool:
             self._log.warning("%s (%s)", lacking, str(exc))
             return None
 
-    def _warn_of_hazards(self, loader: DataLoader[Any], method: str) -> list[Inherited]:
+    def _warn_of_hazards(
+        self, loader: DataLoader[Any], method: str, workers: int
+    ) -> list[Inherited]:
         """Warn of what the workers inherit from this process and had better not."""
         found: list[Inherited] = []
         with guarded("the look at what workers inherit", lambda: self._log):
@@ -428,7 +448,7 @@ class WorkerPool:
                 loader.dataset,
                 "dataset",
                 start_method=method,
-                num_workers=self.workers,
+                num_workers=workers,
                 beside={"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn},
             )
             found = _still_to_tell(found, loader)
