@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from time import perf_counter
+from time import perf_counter_ns as clock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from safeloader.introspect.digests import digest
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safeloader.introspect.stored_elements import Store
 
 WATCHED_MAX = 64  # samples of an epoch
+_NONE = object()
 
 
 class Notes(Protocol):
@@ -57,7 +58,10 @@ class Notes(Protocol):
 
 
 class FirstSamples:
-    """Stands for the dataset, or for its iterator, until the first samples are made."""
+    """Stands for the dataset, or for its iterator, until the first samples are made.
+
+    What it takes itself is in no time that is told of a sample: :meth:`leave_out` sees to that.
+    """
 
     def __init__(self, observer: Notes, fetcher: Any) -> None:
         self._observer = observer
@@ -70,11 +74,42 @@ class FirstSamples:
         self._orders: dict[str, Order] = {}
         self._made = 0
         self._done = False
+        self._took_ns = 0  # in the running batch
+        self._took_by: list[int] = []  # of that, by the end of each call
 
     def around(self, inner: Any) -> FirstSamples:
         """Take the place of ``inner``."""
         self._inner = inner
         return self
+
+    # the times of a batch
+
+    def begin(self) -> None:
+        """A batch is about to be fetched."""
+        self._took_ns = 0
+        self._took_by = []
+
+    @property
+    def took_ns(self) -> int:
+        """What was added to the time of the running batch."""
+        return self._took_ns
+
+    def leave_out(self, stamps: Any, end: int, *, together: bool) -> None:
+        """Take that from the times of a batch whose last stamp is at ``end``.
+
+        One stamp stands before the first sample, then one behind each, or with ``together`` behind
+        all of them, then one behind the collation.
+        """
+        taken = self._took_by
+        for k in range(1, end):
+            if taken:
+                stamps[k] -= taken[-1 if together else min(k, len(taken)) - 1]
+        stamps[end] -= self._took_ns
+
+    def _add(self, began: int) -> None:
+        took = clock() - began
+        self._took_ns += took
+        self._observer.took(took / 1e9)
 
     # map-style
 
@@ -109,12 +144,11 @@ class FirstSamples:
         except StopIteration:
             self._observer.note_stream(tuple(self._digests), ended=True)
             raise
-        self._digest(sample)
-        self._after((), before)
+        self._after((), before, sample)
         return sample
 
     def _before(self, indices: Sequence[Any]) -> dict[str, Standing] | None:
-        began = perf_counter()
+        began = clock()
         try:
             for store in self._observer.stores():
                 for index in indices:
@@ -130,21 +164,18 @@ class FirstSamples:
         except Exception as exc:
             self._fails(exc)
         finally:
-            self._observer.took(perf_counter() - began)
+            self._add(began)
         return None
 
-    def _digest(self, sample: Any) -> None:
-        try:
-            if len(self._digests) < STREAM_SAMPLES:
-                self._digests.append(digest(sample))
-        except Exception as exc:
-            self._fails(exc)
-
-    def _after(self, indices: Sequence[Any], before: dict[str, Standing] | None) -> None:
+    def _after(
+        self, indices: Sequence[Any], before: dict[str, Standing] | None, streamed: Any = _NONE
+    ) -> None:
         if self._done:
             return
-        began = perf_counter()
+        began = clock()
         try:
+            if streamed is not _NONE and len(self._digests) < STREAM_SAMPLES:
+                self._digests.append(digest(streamed))
             self._observer.fetched()
             if before is not None:
                 if not self._states:
@@ -164,7 +195,8 @@ class FirstSamples:
         except Exception as exc:
             self._fails(exc)
         finally:
-            self._observer.took(perf_counter() - began)
+            self._add(began)
+            self._took_by.append(self._took_ns)
 
     def _fails(self, exc: Exception) -> None:
         """A fault of this part ends it; what a signal handler raises is the user's."""

@@ -134,7 +134,9 @@ class MapFetcher(RecordingFetcher):
         self._task = task
         self._random = self._mark()
         items: Any = self._items
-        asked, whole, phase = task.index, self._cheap, "sample"
+        asked, whole, phase, looking = task.index, self._cheap, "sample", self._looking
+        if looking is not None:
+            looking.begin()
         came: list[Any] = []
         times = [clock()]
         try:
@@ -156,9 +158,11 @@ class MapFetcher(RecordingFetcher):
                 self._stamps[place] = stamp
             return self._raised(exc, blank, came, len(came), phase)
         number = len(came)
-        if self._may_be_cheap:
-            self._look_at_time(times[-1] - times[0], number, whole)
         times.append(clock())
+        if looking is not None:
+            looking.leave_out(times, len(times) - 1, together=whole)
+        if self._may_be_cheap:
+            self._look_at_time(times[-2] - times[0], number, whole)
         stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
         return DeliveredBatch(
             BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
@@ -171,6 +175,7 @@ class MapFetcher(RecordingFetcher):
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""
+        super().by_way_of(first)
         self._items = self._asked_of if first is None else first.around(self._asked_of)
 
     def seeded_by(self, seed: BatchSeed) -> bytes:
@@ -215,7 +220,8 @@ class MapFetcher(RecordingFetcher):
                 stamps[k] = now()
             ended = stamps[len(came)]
         if self._may_be_cheap:
-            self._look_at_time(ended - stamps[0], len(came), self._timed_whole)
+            ours = 0 if self._looking is None else self._looking.took_ns
+            self._look_at_time(ended - stamps[0] - ours, len(came), self._timed_whole)
         return came, len(came) if self._batched else self._spread
 
     def _look_at_time(self, took_ns: int, number: int, whole: bool) -> None:

@@ -80,6 +80,7 @@ class RecordingFetcher:
     _carefully: bool  # whether it is to be made the slow way
     _spread = 1  # indices that one sample of it stands for
     snapshot: Callable[[], bytes | None] | None = None  # the state of the dataset, after a batch
+    _looking: FirstSamples | None = None  # at the first samples of the epoch
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
@@ -121,6 +122,9 @@ class RecordingFetcher:
         cells[SEQ] = task.seq
         self._task = task
         self._random = self._mark()
+        looking = self._looking
+        if looking is not None:
+            looking.begin()
         if self._worker_id is not None:
             self._packer.begin()
         begun = indices, first, at_once = self._begin()
@@ -144,6 +148,8 @@ class RecordingFetcher:
             stamps[end] = clock()
         except Exception as exc:
             return self._raised(exc, self._blank(*begun), samples, len(came), phase)
+        if looking is not None:
+            looking.leave_out(stamps, end, together=bool(at_once))
         worker_id, pid, times = self._worker_id, self._pid, stamps[: end + 1].tobytes()
         manifest = BatchManifest(
             task.seq, worker_id, pid, indices, number, first, times, at_once, keys
@@ -173,7 +179,7 @@ class RecordingFetcher:
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """Fetch by way of what looks at the first samples; None: the dataset itself again."""
-        raise NotImplementedError
+        self._looking = first
 
     def _blank(self, indices: Packed, first: int | None, at_once: bool) -> BatchManifest:
         """The manifest of the running batch, without what became of it."""

@@ -70,6 +70,7 @@ class StreamFetcher(RecordingFetcher):
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""
+        super().by_way_of(first)
         self._iterator = self._asked_of if first is None else first.around(self._asked_of)
 
     def begin_at(self, samples: int, *, ended: bool) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from safeloader import CollateError, SafeDataLoader, SampleError
-from safeloader.worker import mapping, recording, stacking
+from safeloader.worker import first_samples, mapping, recording, stacking
 from safeloader.worker.stacking import collated_here, collation_by
 from tests.oracle import plain
 
@@ -180,7 +180,7 @@ class Costly:
         self.now = 1_000
         self.costs: dict[int, int] = {}
         self.failing: dict[int, Exception] = {}
-        for module in (mapping, recording):
+        for module in (first_samples, mapping, recording):
             monkeypatch.setattr(module, "clock", lambda: self.now)
 
     def __len__(self) -> int:
