@@ -30,6 +30,7 @@ from benchmarks import (
     copies,
     cuda_pinned,
     environment,
+    least,
     many_ranks,
     memory,
     peers,
@@ -634,6 +635,53 @@ def test_checks_are_timed_by_sample_and_by_byte(
     monkeypatch.setattr(checks, "BAR_GB_S", 1e9)
     assert checks.main(["--quick", "--check"]) == 1
     assert "BELOW" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- least
+
+
+def test_bare_processes_make_every_batch_once() -> None:
+    asked = torch.zeros(10, dtype=torch.int64).share_memory_()
+
+    class Counted:
+        def __len__(self) -> int:
+            return len(asked)
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            asked[index] += 1
+            return torch.zeros(3), index
+
+    bare = least.BareProcesses(Counted(), {"num_workers": 8, "batch_size": 4, "shuffle": True})
+    assert bare.processes == 3
+    bare.run()
+    assert asked.tolist() == [1] * 10
+
+
+def test_a_bare_process_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    least.BareProcesses([torch.zeros(2)] * 3, {"num_workers": 2}).run()
+    assert capfd.readouterr().err == ""
+    bare = least.BareProcesses([torch.zeros(2), None, None], {"num_workers": 2})
+    with pytest.raises(RuntimeError, match="failed"):
+        bare.run()
+    assert "NoneType" in capfd.readouterr().err
+
+
+def test_the_least_bounds_what_can_be_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(low: float, median: float, high: float) -> Spread:
+        return Spread(median, (low, high), (low, high))
+
+    assert least.verdict(1.3, of(1.3, 1.4, 1.5), of(2, 2, 2)) == "reached"
+    assert least.verdict(6, of(3, 3.5, 4), of(5, 5.2, 5.4)) == "out of reach here"
+    assert least.verdict(5, of(3, 3.5, 4), of(4.9, 5.2, 5.4)) == "within reach"
+    assert least.verdict(5, of(3, 3.5, 4), of(4.5, 4.9, 5.4)) == "unclear"
+    assert least.main(["--quick", "--cases", "tiny-2w-fresh", f"--out={tmp_path}"]) == 0
+    assert "tiny-2w-fresh" in capsys.readouterr().out
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-least.json"))
+    times = result["seconds_per_epoch"]["tiny-2w-fresh"]
+    assert set(times) == {"stock", "safe", "least"}
+    assert all(len(each) == 1 and each[0] > 0 for each in times.values())
 
 
 # ------------------------------------------------------------------------------------ seeding
