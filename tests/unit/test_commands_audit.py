@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_what_is_exactly_once(kind: str, tmp_path: Path, audit: Said) -> None:
     assert said.startswith("exactly once: yes, so far") or "yes, in the 1 epoch" in said
     assert words in said
     assert status == 0
+
+
+def test_epochs_that_follow_each_other_and_are_alike_are_told_in_a_line(
+    tmp_path: Path, audit: Said
+) -> None:
+    numbers = Numbers()
+    training, validation = loader_of(numbers, tmp_path), loader_of(Anything(3), tmp_path)
+    for epoch in range(9):
+        numbers.bad = (9,) if epoch == 4 else ()
+        with contextlib.suppress(ValueError):
+            list(training)
+        if epoch < 2:
+            list(validation)
+    status, said = audit()
+    lines = said.splitlines()
+    assert [line.strip() for line in lines if line.lstrip().startswith("epoch")] == [
+        "epochs 0 to 3 of 1 rank, each: ok, each of 20 indices came once",
+        lines[3].strip(),
+        "epochs 5 to 8 of 1 rank, each: ok, each of 20 indices came once",
+        "epoch 0 of 1 rank: ok, each of 3 indices came once",
+        "epoch 1 of 1 rank: ok, each of 3 indices came once",
+    ]
+    assert "epoch 4 of 1 rank: NOT OK" in lines[3]
+    assert status == 1
 
 
 def test_the_epoch_that_still_runs_is_told_so_far(tmp_path: Path, audit: Said) -> None:
