@@ -60,12 +60,16 @@ def punched(memory: Any) -> None:
     _advise(memory, len(memory), _REMOVE)
 
 
-def populated(memory: Any, size: int) -> None:
-    """Map the first pages of such memory in one call, where the kernel can; else when touched."""
-    _advise(memory, size, _POPULATE_WRITE)
+def populated(memory: Any, size: int, *, filled: bool = False) -> None:
+    """Map the first pages of such memory in one call, where the kernel can; else when touched.
+
+    Where another process ``filled`` them, they are mapped as if they were read: the kernel maps
+    those around each with it then, to be written to as well, and takes less than half as long.
+    """
+    _advise(memory, size, _POPULATE_READ if filled else _POPULATE_WRITE)
 
 
-_REMOVE, _POPULATE_WRITE = 9, 23  # of Linux, the latter from 5.14 on
+_REMOVE, _POPULATE_READ, _POPULATE_WRITE = 9, 22, 23  # of Linux, the latter two from 5.14 on
 
 
 def _advise(memory: Any, size: int, advice: int) -> None:

@@ -54,6 +54,7 @@ class Slot:
         memory: where it is mapped here; given where it served a worker that ended.
         address: of that.
         is_new: whether nothing was written to it here.
+        served: whether a worker that ended wrote to it.
         fd: for main to map it by; -1 once that was sent.
         place: in the batch that is being pickled; None while the slot is not sent with it.
         free_since: number of the batch at which it was found free; None while it is in use.
@@ -64,6 +65,7 @@ class Slot:
         self.size = size
         self.fd = -1
         self.is_new = True
+        self.served = memory is not None
         self.memory = memory
         if memory is None:
             self.fd = anonymous_file(size)
@@ -212,7 +214,7 @@ class SlotPool:
         if best.is_new:
             best.is_new = False
             if size >= _POPULATED:
-                populated(best.memory, size)
+                populated(best.memory, size, filled=best.served)
         return best
 
     def _free(self) -> list[Slot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import copy
+import ctypes
 import errno
 import gc
 import io
@@ -11,6 +12,8 @@ import mmap
 import operator
 import os
 import pickle
+import platform
+import re
 import resource
 import sys
 import threading
@@ -30,7 +33,7 @@ from safeloader.transport import slot_writer as worker_slots
 from safeloader.transport.channel import Arrived
 from safeloader.transport.leaves import opening
 from safeloader.transport.parking import ParkedSlots
-from safeloader.transport.shared_memory import anonymous_file, mapped
+from safeloader.transport.shared_memory import anonymous_file, mapped, populated
 from safeloader.transport.slot_table import FREE, GONE, LENT, SLOTS_A_BATCH, SlotTable
 from tests.interrupts import at_every_moment
 from tests.wired import (
@@ -432,6 +435,38 @@ def test_pages_of_a_parked_slot_that_is_not_used_again_are_given_back() -> None:
 
 
 # ── what the worker keeps ────────────────────────────────────────────────────────────────────────
+
+
+KERNEL = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
+
+
+@pytest.mark.skipif(KERNEL < (5, 14), reason="this kernel maps no memory in one call")
+def test_memory_that_was_mapped_at_once_is_written_to_without_a_fault() -> None:
+    size = 4 * MB
+    fd = anonymous_file(size)
+    memory = mapped(fd, size)
+    os.close(fd)
+
+    def faults(write: Callable[[], Any]) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        write()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def write() -> None:
+        ctypes.memset(memory, 7, size)
+
+    pages = size // mmap.PAGESIZE
+    populated(memory, size)
+    assert faults(write) < pages / 10
+
+    def inherits() -> bool:  # the mapping, and no page of it
+        at_once = faults(lambda: populated(memory, size, filled=True))
+        same = bytes(memory) == b"\7" * size
+        # Those around each page are mapped with it.
+        return same and at_once < pages / 2 and faults(write) < pages / 10
+
+    with child(inherits):
+        pass
 
 
 def test_what_a_collate_function_keeps_is_not_written_over(wired: Wired) -> None:
