@@ -74,8 +74,7 @@ class FirstSamples:
         self._orders: dict[str, Order] = {}
         self._made = 0
         self._done = False
-        self._took_ns = 0  # in the running batch
-        self._took_by: list[int] = []  # of that, by the end of each call
+        self._held: list[tuple[int, int]] = []  # in the running batch: until when, and how long
 
     def around(self, inner: Any) -> FirstSamples:
         """Take the place of ``inner``."""
@@ -86,30 +85,30 @@ class FirstSamples:
 
     def begin(self) -> None:
         """A batch is about to be fetched."""
-        self._took_ns = 0
-        self._took_by = []
+        self._held = []
 
     @property
     def took_ns(self) -> int:
         """What was added to the time of the running batch."""
-        return self._took_ns
+        return sum(took for _, took in self._held)
 
-    def leave_out(self, stamps: Any, end: int, *, together: bool) -> None:
-        """Take that from the times of a batch whose last stamp is at ``end``.
+    def leave_out(self, stamps: Any, end: int) -> None:
+        """Take that from the times of a batch, which stand in their order up to ``end``.
 
-        One stamp stands before the first sample, then one behind each, or with ``together`` behind
-        all of them, then one behind the collation.
+        A stamp is earlier by what was taken between the first one and it.
         """
-        taken = self._took_by
-        for k in range(1, end):
-            if taken:
-                stamps[k] -= taken[-1 if together else min(k, len(taken)) - 1]
-        stamps[end] -= self._took_ns
+        held = [each for each in self._held if each[0] > stamps[0]]
+        taken = 0
+        for k in range(1, end + 1):
+            while held and held[0][0] <= stamps[k]:
+                taken += held.pop(0)[1]
+            stamps[k] -= taken
 
-    def _add(self, began: int) -> None:
-        took = clock() - began
-        self._took_ns += took
-        self._observer.took(took / 1e9)
+    def _hold(self, began: int) -> None:
+        """The program was held up since then."""
+        ended = clock()
+        self._held.append((ended, ended - began))
+        self._observer.took((ended - began) / 1e9)
 
     # map-style
 
@@ -164,7 +163,7 @@ class FirstSamples:
         except Exception as exc:
             self._fails(exc)
         finally:
-            self._add(began)
+            self._hold(began)
         return None
 
     def _after(
@@ -195,8 +194,7 @@ class FirstSamples:
         except Exception as exc:
             self._fails(exc)
         finally:
-            self._add(began)
-            self._took_by.append(self._took_ns)
+            self._hold(began)
 
     def _fails(self, exc: Exception) -> None:
         """A fault of this part ends it; what a signal handler raises is the user's."""

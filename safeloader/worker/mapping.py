@@ -134,7 +134,8 @@ class MapFetcher(RecordingFetcher):
         self._task = task
         self._random = self._mark()
         items: Any = self._items
-        asked, whole, phase, looking = task.index, self._cheap, "sample", self._looking
+        asked, whole, phase = task.index, self._cheap, "sample"
+        self._looked = looking = self._looking
         if looking is not None:
             looking.begin()
         came: list[Any] = []
@@ -160,7 +161,7 @@ class MapFetcher(RecordingFetcher):
         number = len(came)
         times.append(clock())
         if looking is not None:
-            looking.leave_out(times, len(times) - 1, together=whole)
+            looking.leave_out(times, len(times) - 1)
         if self._may_be_cheap:
             self._look_at_time(times[-2] - times[0], number, whole)
         stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
@@ -220,7 +221,7 @@ class MapFetcher(RecordingFetcher):
                 stamps[k] = now()
             ended = stamps[len(came)]
         if self._may_be_cheap:
-            ours = 0 if self._looking is None else self._looking.took_ns
+            ours = 0 if self._looked is None else self._looked.took_ns
             self._look_at_time(ended - stamps[0] - ours, len(came), self._timed_whole)
         return came, len(came) if self._batched else self._spread
 

@@ -81,6 +81,7 @@ class RecordingFetcher:
     _spread = 1  # indices that one sample of it stands for
     snapshot: Callable[[], bytes | None] | None = None  # the state of the dataset, after a batch
     _looking: FirstSamples | None = None  # at the first samples of the epoch
+    _looked: FirstSamples | None = None  # the same, as the running batch was begun
 
     def __init__(self, stock: Any, context: FetchContext) -> None:
         self._context = context
@@ -122,7 +123,7 @@ class RecordingFetcher:
         cells[SEQ] = task.seq
         self._task = task
         self._random = self._mark()
-        looking = self._looking
+        self._looked = looking = self._looking
         if looking is not None:
             looking.begin()
         if self._worker_id is not None:
@@ -149,7 +150,7 @@ class RecordingFetcher:
         except Exception as exc:
             return self._raised(exc, self._blank(*begun), samples, len(came), phase)
         if looking is not None:
-            looking.leave_out(stamps, end, together=bool(at_once))
+            looking.leave_out(stamps, end)
         worker_id, pid, times = self._worker_id, self._pid, stamps[: end + 1].tobytes()
         manifest = BatchManifest(
             task.seq, worker_id, pid, indices, number, first, times, at_once, keys
@@ -304,6 +305,8 @@ class RecordingFetcher:
                 keys = keys_of(self._key, zip(repair.places, samples, strict=True))
             end = repair.asked + bool(repair.lent) + 1
             stamps[end] = clock()
+            if self._looked is not None:
+                self._looked.leave_out(stamps, end)
         except Exception as exc:
             lost = repair.asked
             phase = "sample" if isinstance(exc, KeyFault) else phase

@@ -357,7 +357,7 @@ def test_they_take_no_room_from_the_workers_that_they_serve(
 def test_no_thread_of_theirs_runs_beside_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     data = Numbered()
-    training, other = loader_of(data), loader_of(Numbered(2))
+    training, other = loader_of(data), loader_of(Numbered(4))
     passed(training, data, lambda number: False)
 
     def threads() -> list[str]:

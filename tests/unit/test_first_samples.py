@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, default_collate
 
+from safeloader.delivery.indices import pack
 from safeloader.transport.messages import DeliveredBatch, Task
 from safeloader.worker import first_samples, mapping, recording, streaming
 from safeloader.worker.context import FetchContext
 from safeloader.worker.first_samples import WATCHED_MAX, FirstSamples
+from safeloader.worker.policy import Policy
 from safeloader.worker.startup import fetcher_for
 
 
@@ -81,6 +83,16 @@ class Timed:
         return index
 
 
+class Fails(Timed):
+    """Sample 1 fails each time, and takes its time."""
+
+    def __getitem__(self, index: int) -> int:
+        sample = super().__getitem__(index)
+        if index == 1:
+            raise ValueError(index)
+        return sample
+
+
 class AtOnce(Timed):
     def __getitems__(self, indices: list[int]) -> list[int]:
         return [self[index] for index in indices]
@@ -108,26 +120,34 @@ def key(sample: int) -> int:
     return sample
 
 
-def fetched(dataset: Any, clock: Clock, batches: int, **context: Any) -> list[list[int]]:
-    """How long each part of each batch took, as its manifest has it."""
-    kind = "dataset_iter" if isinstance(dataset, Stream) else "dataset"
+def stock_of(dataset: Any, clock: Clock) -> Any:
     stock = SimpleNamespace(
         dataset=dataset, auto_collation=True, collate_fn=Collates(clock), drop_last=False
     )
-    if kind == "dataset_iter":
+    if isinstance(dataset, Stream):
         stock.dataset_iter = iter(dataset)
-    fetcher = fetcher_for(stock, FetchContext(None, **context))
+    return stock
+
+
+def parts_of(made: DeliveredBatch) -> list[int]:
+    """How long each part of a batch took, as its manifest has it."""
+    stamps = memoryview(made.manifest.stamps or b"").cast("q").tolist()
+    return [b - a for a, b in itertools.pairwise(stamps)]
+
+
+def fetched(dataset: Any, clock: Clock, batches: int, **context: Any) -> list[list[int]]:
+    """The parts of so many batches of three."""
+    fetcher = fetcher_for(stock_of(dataset, clock), FetchContext(None, **context))
     observer = Slow(clock)
     fetcher.by_way_of(FirstSamples(observer, fetcher))
     parts = []
     for seq in range(batches):
         indices = list(range(3 * seq, 3 * seq + 3))
-        packed = None if kind == "dataset_iter" else torch.tensor(indices).numpy().tobytes()
+        packed = None if isinstance(dataset, Stream) else pack(indices)
         made = fetcher.fetch(Task(seq, indices, (), False, packed))
         assert type(made) is DeliveredBatch
         assert made.payload.tolist() == indices
-        stamps = memoryview(made.manifest.stamps).cast("q").tolist()
-        parts.append([b - a for a, b in itertools.pairwise(stamps)])
+        parts.append(parts_of(made))
     assert observer.seconds >= 5
     return parts
 
@@ -162,3 +182,33 @@ def test_of_the_batch_in_which_it_ends(clock: Clock) -> None:
     batches = WATCHED_MAX // 3 + 2
     parts = fetched(Timed(clock), clock, batches, apart=True)
     assert parts == [[3 * k + 1, 3 * k + 2, 3 * k + 3, 7] for k in range(batches)]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_of_batches_in_which_samples_fail(clock: Clock, retries: int) -> None:
+    policy = Policy("skip", retries)
+    dataset = Fails(clock)
+    stock = stock_of(dataset, clock)
+    fetcher = fetcher_for(stock, FetchContext(None, policy=policy, apart=True))
+    fetcher.by_way_of(FirstSamples(Slow(clock), fetcher))
+    made = fetcher.fetch(Task(0, [0, 1, 2], (), False, None))
+    assert type(made) is DeliveredBatch
+    assert made.payload.tolist() == [0, 2]
+    assert parts_of(made) == [1, 2 * (1 + retries), 3, 7]
+
+
+class Breaks(Slow):
+    """Its first look takes a second, and fails."""
+
+    def stores(self) -> list[Any]:
+        super().stores()
+        raise OSError
+
+
+@pytest.mark.parametrize("given", [{}, {"key": key}])
+def test_of_a_look_that_failed(clock: Clock, given: dict[str, Any]) -> None:
+    fetcher = fetcher_for(stock_of(Timed(clock), clock), FetchContext(None, **given))
+    fetcher.by_way_of(FirstSamples(Breaks(clock), fetcher))
+    made = fetcher.fetch(Task(0, [0, 1, 2], (), False, None))
+    assert type(made) is DeliveredBatch
+    assert parts_of(made) == [1, 2, 3, 7]
