@@ -110,8 +110,9 @@ class MapFetcher(RecordingFetcher):
                     BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True),
                     batch,
                 )
-        if self._plainly and type(packed) is bytes and not self._makes_batches(packed):
-            return self._fetched_plainly(task, packed)
+        if self._plainly and type(packed) is bytes:
+            at_once = self._makes_batches(packed)
+            return (self._fetched_at_once if at_once else self._fetched_plainly)(task, packed)
         return super().fetch(task)
 
     def _makes_batches(self, packed: Packed) -> bool:
@@ -167,6 +168,36 @@ class MapFetcher(RecordingFetcher):
         stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
         return DeliveredBatch(
             BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
+        )
+
+    def _fetched_at_once(self, task: Task, packed: bytes) -> Made:
+        """The same of a batch that the dataset makes in one call; hot path."""
+        self._task = task
+        self._random = self._mark()
+        self._looked = looking = self._looking
+        if looking is not None:
+            looking.begin()
+        asked, phase = list(task.index), "sample"  # as it is before the user's code sees the list
+        samples: Any = []
+        times = [clock()]
+        try:
+            samples = self._items.__getitems__(task.index)
+            times.append(clock())
+            number = self._count(samples)
+            phase = "collate"
+            batch = self._collate(samples)
+        except Exception as exc:
+            blank = self._blank(*self._begin())
+            self._asked = asked
+            for place, stamp in enumerate(times):
+                self._stamps[place] = stamp
+            return self._raised(exc, blank, samples, 0, phase)
+        times.append(clock())
+        if looking is not None:
+            looking.leave_out(times, 2)
+        stamps = _STAMPS(*times)
+        return DeliveredBatch(
+            BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True), batch
         )
 
     def serves(self, stock: Any, context: FetchContext) -> bool:
