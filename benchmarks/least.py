@@ -10,6 +10,7 @@ this machine, and a bar above it cannot be reached here.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -127,7 +128,7 @@ def verdict(bar: float, safe: Spread, least: Spread) -> str:
         return "reached"
     if least.interval is not None and least.interval[1] < bar:
         return "out of reach here"
-    return "within reach" if least.median > bar else "unclear"
+    return "not excluded" if least.median > bar else "unclear"
 
 
 def _told(found: Spread) -> str:
@@ -174,6 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "environment": facts,
             "settings": {"repeats": repeats, "start_method": START_METHOD},
             "seconds_per_epoch": found,
+            "rows": [
+                {"case": name, "contender": each, "speed": dataclasses.asdict(ratios(times, each))}
+                for name, times in found.items()
+                for each in ("safe", "least")
+            ],
         }
         stem = f"{facts['date']}-{environment.label()}-least"
         for path in write_texts(options.out or RESULTS, stem, whole, text):

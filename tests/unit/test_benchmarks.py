@@ -674,7 +674,7 @@ def test_the_least_bounds_what_can_be_reached(
 
     assert least.verdict(1.3, of(1.3, 1.4, 1.5), of(2, 2, 2)) == "reached"
     assert least.verdict(6, of(3, 3.5, 4), of(5, 5.2, 5.4)) == "out of reach here"
-    assert least.verdict(5, of(3, 3.5, 4), of(4.9, 5.2, 5.4)) == "within reach"
+    assert least.verdict(5, of(3, 3.5, 4), of(4.9, 5.2, 5.4)) == "not excluded"
     assert least.verdict(5, of(3, 3.5, 4), of(4.5, 4.9, 5.4)) == "unclear"
     assert least.main(["--quick", "--cases", "tiny-2w-fresh", f"--out={tmp_path}"]) == 0
     assert "tiny-2w-fresh" in capsys.readouterr().out
