@@ -111,8 +111,7 @@ class MapFetcher(RecordingFetcher):
                     batch,
                 )
         if self._plainly and type(packed) is bytes:
-            at_once = self._makes_batches(packed)
-            return (self._fetched_at_once if at_once else self._fetched_plainly)(task, packed)
+            return self._fetched_plainly(task, packed)
         return super().fetch(task)
 
     def _makes_batches(self, packed: Packed) -> bool:
@@ -135,69 +134,49 @@ class MapFetcher(RecordingFetcher):
         self._task = task
         self._random = self._mark()
         items: Any = self._items
-        asked, whole, phase = task.index, self._cheap, "sample"
+        asked, phase = task.index, "sample"
+        at_once = self._makes_batches(packed)
+        whole = at_once or self._cheap
+        before = list(asked) if at_once else asked  # the user's code may change the list
         self._looked = looking = self._looking
         if looking is not None:
             looking.begin()
-        came: list[Any] = []
+        came: Any = []
         times = [clock()]
         try:
-            while type(items) is Subset and type(items.indices) is list:  # as it asks itself
-                items, asked = items.dataset, map(items.indices.__getitem__, asked)
-            if whole:
-                for index in asked:  # no map(): a StopIteration of the dataset's would end it
-                    came.append(items[index])
+            if at_once:
+                came = items.__getitems__(asked)
                 times.append(clock())
+                number = self._count(came)
             else:
-                for index in asked:
-                    came.append(items[index])
+                while type(items) is Subset and type(items.indices) is list:  # as it asks itself
+                    items, asked = items.dataset, map(items.indices.__getitem__, asked)
+                if whole:
+                    for index in asked:  # no map(): a StopIteration of the dataset's would end it
+                        came.append(items[index])
                     times.append(clock())
+                else:
+                    for index in asked:
+                        came.append(items[index])
+                        times.append(clock())
+                number = len(came)
             phase = "collate"
             batch = self._collate(came)
         except Exception as exc:
             blank = self._blank(*self._begin())
+            if at_once:
+                self._asked = before
             for place, stamp in enumerate(times):
                 self._stamps[place] = stamp
-            return self._raised(exc, blank, came, len(came), phase)
-        number = len(came)
+            return self._raised(exc, blank, came, 0 if at_once else len(came), phase)
         times.append(clock())
         if looking is not None:
             looking.leave_out(times, len(times) - 1)
-        if self._may_be_cheap:
-            self._look_at_time(times[-2] - times[0], number, whole)
+        if self._may_be_cheap and not at_once:
+            self._look_at_time(times[-2] - times[0], len(came), whole)
         stamps = _STAMPS(*times) if whole else array("q", times).tobytes()
         return DeliveredBatch(
             BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
-        )
-
-    def _fetched_at_once(self, task: Task, packed: bytes) -> Made:
-        """The same of a batch that the dataset makes in one call; hot path."""
-        self._task = task
-        self._random = self._mark()
-        self._looked = looking = self._looking
-        if looking is not None:
-            looking.begin()
-        asked, phase = list(task.index), "sample"  # as it is before the user's code sees the list
-        samples: Any = []
-        times = [clock()]
-        try:
-            samples = self._items.__getitems__(task.index)
-            times.append(clock())
-            number = self._count(samples)
-            phase = "collate"
-            batch = self._collate(samples)
-        except Exception as exc:
-            blank = self._blank(*self._begin())
-            self._asked = asked
-            for place, stamp in enumerate(times):
-                self._stamps[place] = stamp
-            return self._raised(exc, blank, samples, 0, phase)
-        times.append(clock())
-        if looking is not None:
-            looking.leave_out(times, 2)
-        stamps = _STAMPS(*times)
-        return DeliveredBatch(
-            BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True), batch
         )
 
     def serves(self, stock: Any, context: FetchContext) -> bool:

@@ -36,10 +36,11 @@ def test_as_many_start_as_there_are_batches(
     batch_size: int, workers: int, prefetch: int, expected: int
 ) -> None:
     given: dict[str, Any] = {"num_workers": workers, "prefetch_factor": prefetch}
-    loader = SafeDataLoader(TellsWhere(), batch_size, **given)  # type: ignore[arg-type]
+    tells: Any = TellsWhere()
+    loader = SafeDataLoader(tells, batch_size, **given)
     assert started(loader) == expected
     assert loader.audit.complete
-    for dataset in (TellsWhere(), Noisy(9)):
+    for dataset in (tells, Noisy(9)):
 
         def make(cls: Any, dataset: Any = dataset) -> Any:
             return cls(dataset, batch_size, shuffle=True, **given)
@@ -49,12 +50,8 @@ def test_as_many_start_as_there_are_batches(
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_worker_is_told_of_all_by_every_start_method(method: str) -> None:
-    loader: Any = SafeDataLoader(
-        TellsWhere(),  # type: ignore[arg-type]  # indexable
-        batch_size=5,
-        num_workers=4,
-        multiprocessing_context=method,
-    )
+    tells: Any = TellsWhere()
+    loader = SafeDataLoader(tells, 5, num_workers=4, multiprocessing_context=method)
     batches = list(loader)
     assert [each[2].tolist() for each in batches] == [[4] * 5, [4] * 4]
     assert [each[1].tolist() for each in batches] == [[0] * 5, [1] * 4]
