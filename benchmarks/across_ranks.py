@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import environment
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader import AuditPart, RunAudit, merge_audits
 from safeloader.delivery.across_ranks import audit_of
 from safeloader.delivery.bisecting import HEAD_BYTES, resolve
@@ -26,7 +25,6 @@ from safeloader.delivery.coverage import Coverage
 from safeloader.delivery.ladder import Delivered
 from safeloader.delivery.merging import Merging
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLES, QUICK_SAMPLES, RANKS, BATCH = 1_000_000_000, 2_000_000, 8, 64
 _CHUNK = 1 << 22
 _STEP = 618_033_989  # prime: the places of an epoch's order, one after the other, lie far apart
@@ -225,11 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("few", "much"):
         text += f"\n{facts[name]['answer']}\n"
     print(text)
-    if not options.quick or options.out is not None:
-        found = environment.describe()
-        stem = f"{found['date']}-{environment.label()}-across-ranks"
-        for path in write_texts(options.out or RESULTS, stem, {"environment": found} | facts, text):
-            print(f"wrote {path}", file=sys.stderr)
+    keep("across-ranks", options, facts, text)
     above = any(row[3] == "ABOVE" for row in rows)
     return 1 if options.check and above else 0
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
 from benchmarks.intervals import spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader import checks
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, QUICK_REPEATS = 40, 3
 BATCH = 64
 BAR_GB_S = 5.0
@@ -109,17 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"finite() on a batch of 38 MB: {fast:.1f} GB/s (bar {BAR_GB_S:g}): {verdict}"
     )
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {
-            "environment": facts,
+    keep(
+        "checks",
+        options,
+        {
             "settings": {"repeats": repeats, "batch": BATCH},
             "seconds_per_batch": times,
             "finite_gb_s": fast,
-        }
-        stem = f"{facts['date']}-{environment.label()}-checks"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+        },
+        text,
+    )
     return 1 if options.check and verdict != "ok" else 0
 
 

@@ -31,9 +31,8 @@ from benchmarks import environment
 from benchmarks.cases import PoolDataset
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.intervals import spread
-from benchmarks.report import markdown, span, write_texts
+from benchmarks.report import RESULTS, markdown, span, write_texts
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, QUICK_REPEATS = 6, 1
 EPOCHS = 4
 LIMIT_S = 180

@@ -24,10 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from benchmarks import environment
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS, REFERENCE
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, markdown, write_texts
 from benchmarks.timing import seeded, time_epoch
 
-RESULTS = Path(__file__).parent / "results"
 SINGLE = ("small-1w", "medium-1w", "large-1w")
 """The cases of single tensors with one worker."""
 DEFAULT_CASES = "medium-1w,large-1w"

@@ -22,10 +22,9 @@ from torch.utils.data import DataLoader
 from benchmarks import environment
 from benchmarks.cases import CASES
 from benchmarks.intervals import median_interval, spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, markdown, write_texts
 from safeloader.examining.doctor import doctor
 
-RESULTS = Path(__file__).parent / "results"
 BAR = 0.9
 CASE = "jpeg-main"
 REPEATS = 5

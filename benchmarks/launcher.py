@@ -24,11 +24,10 @@ from benchmarks import environment
 from benchmarks.cases import CASES
 from benchmarks.contenders import REFERENCE
 from benchmarks.intervals import Spread, spread
-from benchmarks.report import markdown, span, write_texts
+from benchmarks.report import RESULTS, markdown, span, write_texts
 from benchmarks.timing import EpochTime, childrens_cpu_seconds, time_case
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 SWAP, LAUNCHER = "safe", "launcher"
 DEFAULT_CASES = ("small-2w", "medium-2w", "text-2w", "small-2w-fresh", "medium-2w-fresh")
 REPEATS, STARTS = 20, 15

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from benchmarks import environment
 from benchmarks.cases import CASES, START_METHOD, Case, Unavailable
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader import SafeDataLoader
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, QUICK_REPEATS = 12, 1
 FRESH = {name: case for name, case in CASES.items() if case.fresh}
 
@@ -93,20 +93,12 @@ class BareProcesses:
 def measured(case: Case, repeats: int, batches: int) -> dict[str, list[float]]:
     """Seconds of an epoch of the stock loader, of ours and of bare processes, in turns."""
     dataset, kwargs = case.build(batches)
-    loaders: dict[str, Any] = {
-        "stock": DataLoader(dataset, **kwargs),
-        "safe": SafeDataLoader(dataset, **kwargs, trace=False),
+    consumed = functools.partial(deque[Any], maxlen=0)
+    epochs: dict[str, Callable[[], object]] = {
+        "stock": functools.partial(consumed, DataLoader(dataset, **kwargs)),
+        "safe": functools.partial(consumed, SafeDataLoader(dataset, **kwargs, trace=False)),
+        "least": BareProcesses(dataset, kwargs).run,
     }
-
-    def consumed(loader: Any) -> Callable[[], None]:
-        def consume() -> None:
-            for _ in loader:
-                pass
-
-        return consume
-
-    epochs = {name: consumed(loader) for name, loader in loaders.items()}
-    epochs["least"] = BareProcesses(dataset, kwargs).run
     times: dict[str, list[float]] = {name: [] for name in epochs}
     for turn in range(repeats + 1):
         for name in epochs if turn % 2 else reversed(epochs):
@@ -169,21 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = ("case", f"safe, times stock ({spread_is})", "bare processes, times stock", "bar", "")
     text = markdown((*head, "stock ms", "safe ms", "bare ms"), rows)
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {
-            "environment": facts,
-            "settings": {"repeats": repeats, "start_method": START_METHOD},
-            "seconds_per_epoch": found,
-            "rows": [
-                {"case": name, "contender": each, "speed": dataclasses.asdict(ratios(times, each))}
-                for name, times in found.items()
-                for each in ("safe", "least")
-            ],
-        }
-        stem = f"{facts['date']}-{environment.label()}-least"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+    settings = {"repeats": repeats, "start_method": START_METHOD}
+    speeds = [
+        {"case": name, "contender": each, "speed": dataclasses.asdict(ratios(times, each))}
+        for name, times in found.items()
+        for each in ("safe", "least")
+    ]
+    whole = {"settings": settings, "seconds_per_epoch": found, "rows": speeds}
+    keep("least", options, whole, text)
     return 0
 
 

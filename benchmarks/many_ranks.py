@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from benchmarks import environment
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.run_folder import fed
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.audit_part import AuditPart
@@ -40,7 +39,6 @@ from safeloader.provenance.attempts import open_run
 from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.run_folder import About, LoaderFolder
 
-RESULTS = Path(__file__).parent / "results"
 RANKS, QUICK_RANKS = 1024, 16
 SAMPLES, QUICK_SAMPLES, EPOCHS, BATCH = 1_281_167, 20_000, 3, 64
 NETWORK_S = 0.001
@@ -153,13 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text += f"\n\n{len(files):,} files, {nbytes / 1e6:.0f} MB: {nbytes / ranks / 1e3:.0f} kB and "
     text += f"{len(files) / ranks:.1f} files a rank, which took it {of_rank_s * 1e3:.0f} ms"
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {"environment": facts, "ranks": ranks, "samples": samples, "epochs": EPOCHS}
-        whole |= {"files": len(files), "bytes": nbytes, "commands": found}
-        stem = f"{facts['date']}-{environment.label()}-many-ranks"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+    whole = {"ranks": ranks, "samples": samples, "epochs": EPOCHS}
+    whole |= {"files": len(files), "bytes": nbytes, "commands": found}
+    keep("many-ranks", options, whole, text)
     return int(options.check and any(each["here"]["status"] for each in found.values()))
 
 

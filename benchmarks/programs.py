@@ -33,12 +33,11 @@ from benchmarks.printed import (
     recorded,
     shortened,
 )
-from benchmarks.report import markdown, span, write_texts
+from benchmarks.report import RESULTS, markdown, span, write_texts
 from benchmarks.timing import childrens_cpu_seconds
 from benchmarks.training_programs import PROGRAMS, Program
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 3
 STOCK, SWAP, LAUNCHER = "stock", "swap", "launcher"
 LIMIT_S = 1800.0

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environment
 from benchmarks.cases import Case
 from benchmarks.contenders import AS_IT_COMES, REFERENCE
 from benchmarks.intervals import Spread, spread
 from benchmarks.memory import Memory
 from benchmarks.peers import PEERS, start_method, workers
 from benchmarks.timing import EpochTime
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,19 @@ def write_texts(folder: Path, stem: str, whole: dict[str, Any], text: str) -> li
     facts = "\n".join(f"- {name}: {value}" for name, value in whole["environment"].items())
     written[1].write_text(f"{facts}\n\n{text}\n", encoding="utf-8")
     return written
+
+
+def keep(kind: str, options: Any, found: dict[str, Any], text: str) -> None:
+    """Write what a benchmark of its own found, with the environment, and say where.
+
+    Nothing is written of a quick run (``options.quick``), unless ``options.out`` names a folder.
+    """
+    if options.quick and options.out is None:
+        return
+    facts = environment.describe()
+    stem = f"{facts['date']}-{environment.label()}-{kind}"
+    for path in write_texts(options.out or RESULTS, stem, {"environment": facts} | found, text):
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def write(folder: Path, stem: str, head: dict[str, Any], rows: Sequence[Row]) -> list[Path]:

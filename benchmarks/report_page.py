@@ -15,15 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import environment
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.run_folder import fed, folder_in, manifests
 from safeloader.commands.report import write_page
 from safeloader.delivery.audit import EpochAudit
 from safeloader.provenance import run_format
 
 RANKS, EPOCHS, OF_RANK, QUICK_OF_RANK = 2, 2, 2_500_000, 64_000
-RESULTS = Path(__file__).parent / "results"
 BAR_MB, BAR_BUILT_S, BAR_READ_S = 10.0, 60.0, 2.0
 
 
@@ -86,19 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = f"{RANKS * EPOCHS * samples:,}"
     text = markdown(heads, [(count, f"{megabytes:.1f}", f"{built:.1f}", f"{cpu:.1f}", *told)])
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {
-            "environment": facts,
+    keep(
+        "report-page",
+        options,
+        {
             "samples": RANKS * EPOCHS * samples,
             "megabytes": megabytes,
             "built_s": built,
             "built_cpu_s": cpu,
             "read_and_drawn_s": times,
-        }
-        stem = f"{facts['date']}-{environment.label()}-report-page"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+        },
+        text,
+    )
     above = megabytes > BAR_MB or built > BAR_BUILT_S
     above |= times is not None and times[0] > BAR_READ_S
     return int(options.check and above)

@@ -19,10 +19,9 @@ from benchmarks.cases import CASES, Unavailable
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.intervals import FEWEST_FOR_INTERVAL
 from benchmarks.peers import PEERS
-from benchmarks.report import Row, make_rows, text, write
+from benchmarks.report import RESULTS, Row, make_rows, text, write
 from benchmarks.timing import time_case
 
-RESULTS = Path(__file__).parent / "results"
 FULL_REPEATS, QUICK_REPEATS = 20, 6
 QUICK_SHARE, QUICK_FEWEST = 5, 4
 """A quick run has a fifth of the batches, but no fewer than four."""

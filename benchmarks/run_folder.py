@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import environment
 from benchmarks.cases import CASES, Unavailable
 from benchmarks.intervals import Spread, spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from benchmarks.timing import time_case
 from safeloader.delivery.audit import EpochAudit
 from safeloader.delivery.manifest import BatchManifest
@@ -38,7 +37,6 @@ from safeloader.provenance.recorder import Recorder
 from safeloader.provenance.run_folder import LoaderFolder
 from safeloader.report.run import RunFolder
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = (64, 8, 1)
 SAMPLES, QUICK_SAMPLES = 1 << 20, 1 << 15
 REPEATS, QUICK_REPEATS = 5, 2
@@ -237,19 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more, below = compared_told(found)
     text += "\n\n" + more
     print(more)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        settings = {"repeats": repeats, "samples": samples, "ranks": RANKS, "of_rank": of_rank}
-        whole = {
-            "environment": facts,
-            "settings": settings | {"turns": turns},
-            "sizes": sizes,
-            "queries_s": asked,
-            "loaders": {name: asdict(each) for name, each in found.items()},
-        }
-        stem = f"{facts['date']}-{environment.label()}-run-folder"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+    settings = {"repeats": repeats, "samples": samples, "ranks": RANKS, "of_rank": of_rank}
+    whole = {
+        "settings": settings | {"turns": turns},
+        "sizes": sizes,
+        "queries_s": asked,
+        "loaders": {name: asdict(each) for name, each in found.items()},
+    }
+    keep("run-folder", options, whole, text)
     return int(options.check and (above or slow or below))
 
 

@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
 from benchmarks.intervals import spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader import SafeDataLoader
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, QUICK_REPEATS = 40, 3
 SAMPLES, BATCH = 64 * 64, 64
 BARS_US = {"batch": 0.5, "sample": 8.0}
@@ -87,16 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append((f'seed_per="{per}"', f"{median:.2f}", told, f"{bar:g}", verdict))
     text = markdown(("", "µs/sample added", "quartiles", "bar", ""), rows)
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {
-            "environment": facts,
-            "settings": {"repeats": repeats, "batch": BATCH, "samples": SAMPLES},
-            "cpu_seconds_per_epoch": times,
-        }
-        stem = f"{facts['date']}-{environment.label()}-seeding"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+    settings = {"repeats": repeats, "batch": BATCH, "samples": SAMPLES}
+    keep("seeding", options, {"settings": settings, "cpu_seconds_per_epoch": times}, text)
     return 1 if options.check and above else 0
 
 

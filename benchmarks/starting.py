@@ -26,9 +26,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks import environment
 from benchmarks.intervals import spread
-from benchmarks.report import markdown, span, write_texts
+from benchmarks.report import RESULTS, markdown, span, write_texts
 
-RESULTS = Path(__file__).parent / "results"
 METHODS, WORKERS = ("fork", "forkserver", "spawn"), (1, 2, 4, 8)
 STRINGS, QUICK_STRINGS = 2_000_000, 20_000
 REPEATS, QUICK_REPEATS = 6, 1

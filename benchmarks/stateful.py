@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
 from benchmarks.intervals import spread
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader import SafeStatefulDataLoader
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS, QUICK_REPEATS = 12, 2
 SAMPLES, BATCH, CUT = 64 * 50, 64, 20
 LONG = 10_000_000  # samples, into which a state is loaded
@@ -148,18 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(head, rows)
     text += f"\nLoading a state {samples} shuffled samples into an epoch: {seconds:.1f} s\n"
     print(text)
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole_run = {
-            "environment": facts,
-            "settings": {"repeats": repeats, "batch": BATCH, "samples": SAMPLES, "cut": CUT},
-            "us_per_step": times,
-            "rows": rows,
-            "loading_s": {str(samples): seconds},
-        }
-        stem = f"{facts['date']}-{environment.label()}-stateful"
-        for path in write_texts(options.out or RESULTS, stem, whole_run, text):
-            print(f"wrote {path}", file=sys.stderr)
+    settings = {"repeats": repeats, "batch": BATCH, "samples": SAMPLES, "cut": CUT}
+    loading = {str(samples): seconds}
+    found = {"settings": settings, "us_per_step": times, "rows": rows, "loading_s": loading}
+    keep("stateful", options, found, text)
     return 0
 
 

@@ -30,12 +30,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from benchmarks import environment
 from benchmarks.contenders import CONTENDERS, REFERENCE
-from benchmarks.report import markdown, write_texts
+from benchmarks.report import RESULTS, keep, markdown
 from safeloader.introspect.resources import process_memory
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 1 << 20
 ROWS, QUICK_ROWS = 2_000_000, 50_000
 OBJECTS, QUICK_OBJECTS = 5_000_000, 200_000
@@ -310,12 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text)
     frozen, walked = collections["safe"], collections["stock"]
     walks = any(_median(frozen, each) > _median(walked, each) / 10 for each in ("s", "grown"))
-    if not options.quick or options.out is not None:
-        facts = environment.describe()
-        whole = {"environment": facts, "samples": rows, "objects": objects, "found": found}
-        stem = f"{facts['date']}-{environment.label()}-worker-memory"
-        for path in write_texts(options.out or RESULTS, stem, whole, text):
-            print(f"wrote {path}", file=sys.stderr)
+    whole = {"samples": rows, "objects": objects, "found": found}
+    keep("worker-memory", options, whole, text)
     return int(options.check and (walks or any(line[-1] == "MORE" for line in lines)))
 
 
