@@ -103,6 +103,12 @@ def _fresh(batches: int, case: Callable[[int], Setup]) -> Setup:
     return dataset, kwargs | {"persistent_workers": False}
 
 
+def _with_numpy_random(batches: int, case: Callable[[int], Setup]) -> Setup:
+    # Else each of the stock loader's forked workers loads it as torch seeds it.
+    importlib.import_module("numpy.random")
+    return case(batches)
+
+
 # ------------------------------------------------------------------------------------ tensors
 
 
@@ -609,6 +615,14 @@ CASES: dict[str, Case] = {
             2,
             fresh=True,
             goal=1.3,
+        ),
+        Case(
+            "tiny-2w-fresh-numpy",
+            "the same in a program that has loaded numpy.random",
+            4,
+            _partial(_with_numpy_random, case=_partial(_fresh, case=_partial(_tiny, workers=2))),
+            2,
+            fresh=True,
         ),
         Case(
             "tiny-8w-fresh",

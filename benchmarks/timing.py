@@ -7,6 +7,7 @@ import resource
 import time
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cases import Case, Unavailable
+from benchmarks.apart import Apart
+from benchmarks.cases import CASES, Case, Unavailable
 from benchmarks.peers import maker
 
 
@@ -88,42 +90,61 @@ def first_epoch(loader: Iterable[Any]) -> list[Any]:
     return [digest(batch) for batch in loader]
 
 
+class Contending:
+    """One contender in one case, in whose process this is."""
+
+    def __init__(self, case: str, contender: str, batches: int, scratch: Path) -> None:
+        self._case = CASES[case]
+        dataset, kwargs = self._case.build(batches)
+        self._loader = maker(contender)(dataset, seeded(kwargs), scratch)
+
+    def first_epoch(self) -> list[Any]:
+        """What it gives, and then a whole epoch at full speed, which fills every cache."""
+        seen = first_epoch(self._loader)
+        self.time_epoch()
+        return seen
+
+    def time_epoch(self) -> EpochTime:
+        """Its next epoch."""
+        return time_epoch(self._loader, whole=self._case.whole, epochs=self._case.epochs)
+
+
 def time_case(
     case: Case, names: Sequence[str], batches: int, repeats: int, folder: Path
 ) -> tuple[dict[str, list[EpochTime]], dict[str, str]]:
     """Time `repeats` epochs of each contender; also gives why some were left out.
 
-    The order turns round every time (A B C, C B A, ...), so that a machine that grows slower or
-    faster favours none of them, and what is compared was measured within a second or so.
+    Each has a process of its own; one of them runs at a time. The order turns round every time
+    (A B C, C B A, ...), so that a machine that grows slower or faster favours none of them, and
+    what is compared was measured within a second or so.
 
     Raises:
         DifferentBatches: if they do not all give what the first of them gives.
     """
-    dataset, kwargs = case.build(batches)
-    loaders: dict[str, Iterable[Any]] = {}
-    left_out: dict[str, str] = {}
-    expected: list[Any] = []
-    for name in names:
-        scratch = folder / name
-        scratch.mkdir(parents=True)
-        try:
-            loaders[name] = maker(name)(dataset, seeded(kwargs), scratch)
-        except Unavailable as reason:
-            left_out[name] = str(reason)
-            continue
-        seen = first_epoch(loaders[name])
-        expected = expected or seen
-        if seen != expected:
-            raise DifferentBatches(f"{case.name}: {name} gives other batches than {names[0]}")
-        time_epoch(
-            loaders[name], whole=case.whole, epochs=case.epochs
-        )  # fills every cache at full speed
-    times: dict[str, list[EpochTime]] = {name: [] for name in loaders}
-    if len(loaders) > 1:
-        for turn in range(repeats):
-            for name in loaders if turn % 2 == 0 else reversed(loaders):
-                epoch = time_epoch(loaders[name], whole=case.whole, epochs=case.epochs)
-                times[name].append(epoch)
+    with ExitStack() as ends:
+        contenders: dict[str, Apart] = {}
+        for name in names:
+            scratch = folder / name
+            scratch.mkdir(parents=True)
+            contender = Apart(Contending, case.name, name, batches, scratch)
+            contenders[name] = ends.enter_context(contender)
+        left_out: dict[str, str] = {}
+        expected: list[Any] = []
+        for name, contender in list(contenders.items()):
+            try:
+                seen = contender.ask("first_epoch")
+            except Unavailable as reason:
+                left_out[name] = str(reason)
+                del contenders[name]
+                continue
+            expected = expected or seen
+            if seen != expected:
+                raise DifferentBatches(f"{case.name}: {name} gives other batches than {names[0]}")
+        times: dict[str, list[EpochTime]] = {name: [] for name in contenders}
+        if len(contenders) > 1:
+            for turn in range(repeats):
+                for name in contenders if turn % 2 == 0 else reversed(contenders):
+                    times[name].append(contenders[name].ask("time_epoch"))
     return times, left_out
 
 

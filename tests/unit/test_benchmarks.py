@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -42,9 +42,12 @@ from benchmarks import (
     stateful,
     timing,
 )
+from benchmarks.apart import Apart
+from benchmarks.bare import BareProcesses, LeanLoader
 from benchmarks.cases import CASES, Case, Unavailable
 from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, median_interval, spread
+from benchmarks.least import Epochs
 from benchmarks.peers import PEERS, maker
 from benchmarks.timing import DifferentBatches, EpochTime, digest, first_epoch, seeded, time_epoch
 from safeloader import SafeStatefulDataLoader, beside
@@ -59,6 +62,29 @@ def nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beside, "_state", beside._State())
     monkeypatch.setattr(beside.atexit, "register", lambda function: None)
     monkeypatch.setattr(warned, "instead", None)
+
+
+class Here:
+    """In the place of :class:`benchmarks.apart.Apart`: what is put in for a test is not there."""
+
+    def __init__(self, make: Any, *arguments: Any) -> None:
+        self._make = lambda: make(*arguments)
+        self._made: Any = None
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self._made = self._made or self._make()
+        return getattr(self._made, method)(*arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made = None
+
+
+@pytest.fixture
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "Apart", Here)
 
 
 def build(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -140,6 +166,7 @@ def test_a_digest_tells_batches_apart_and_not_what_holds_them() -> None:
     assert digest(batch["x"]) != digest(batch["x"] + 1)
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_contenders_that_do_different_work_are_not_compared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -149,6 +176,7 @@ def test_contenders_that_do_different_work_are_not_compared(
         timing.time_case(CASES["tensor-main"], ["stock", "null"], BATCHES, 1, tmp_path)
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_a_contender_that_does_not_apply_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,6 +412,7 @@ def test_a_whole_epoch_counts_the_first_batch_too() -> None:
     assert whole.first_batch_ns >= 0.2e9
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_fresh_workers_are_torchs_default_and_timed_as_a_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -422,6 +451,7 @@ def test_many_epochs_are_timed_as_one() -> None:
     assert timed.per_batch_ns >= 0.01e9  # 0.1 s of lateness over ten batches
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_contenders_take_turns_in_an_order_that_turns_round(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -651,19 +681,50 @@ def test_bare_processes_make_every_batch_once() -> None:
             asked[index] += 1
             return torch.zeros(3), index
 
-    bare = least.BareProcesses(Counted(), {"num_workers": 8, "batch_size": 4, "shuffle": True})
-    assert bare.processes == 3
-    bare.run()
+    made = BareProcesses(Counted(), {"num_workers": 8, "batch_size": 4, "shuffle": True})
+    assert made.processes == 3
+    made.run()
     assert asked.tolist() == [1] * 10
 
 
 def test_a_bare_process_that_fails_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    least.BareProcesses([torch.zeros(2)] * 3, {"num_workers": 2}).run()
+    BareProcesses([torch.zeros(2)] * 3, {"num_workers": 2}).run()
     assert capfd.readouterr().err == ""
-    bare = least.BareProcesses([torch.zeros(2), None, None], {"num_workers": 2})
+    failing: dict[str, Any] = {"num_workers": 2}
     with pytest.raises(RuntimeError, match="failed"):
-        bare.run()
+        BareProcesses([torch.zeros(2), None, None], failing).run()
     assert "NoneType" in capfd.readouterr().err
+    with pytest.raises(RuntimeError, match="failed"):
+        list(LeanLoader([torch.zeros(2), None, None], failing))
+    assert "NoneType" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fresh])
+def test_the_lean_loader_hands_over_what_the_stock_loader_does(name: str) -> None:
+    dataset, kwargs = build(CASES[name])
+    stock: Any = DataLoader(dataset, **seeded(kwargs))
+    lean = LeanLoader(dataset, seeded(kwargs))
+    expected = first_epoch(stock)
+    for _ in range(2):  # its order stays
+        assert first_epoch(lean) == expected
+
+
+OTHERS = "safeloader", "numpy.random"
+
+
+def test_what_is_measured_apart_finds_nothing_of_another_loader() -> None:
+    """What the stock loader's workers would inherit, and what each would load for itself."""
+    with Apart(Epochs, "tiny-2w-fresh", "stock", 4) as stock:
+        stock.ask("seconds")
+        loaded = {name: stock.ask("has_loaded", name) for name in ("torch", *OTHERS)}
+    assert loaded == {"torch": True} | dict.fromkeys(OTHERS, False)
+
+
+def test_what_is_raised_apart_is_raised_here() -> None:
+    with Apart(Epochs, "tiny-2w-fresh", "nobody", 4) as nobody:
+        for _ in range(2):
+            with pytest.raises(KeyError, match="nobody"):
+                nobody.ask("seconds")
 
 
 def test_the_least_bounds_what_can_be_reached(
@@ -672,15 +733,17 @@ def test_the_least_bounds_what_can_be_reached(
     def of(low: float, median: float, high: float) -> Spread:
         return Spread(median, (low, high), (low, high))
 
-    assert least.verdict(1.3, of(1.3, 1.4, 1.5), of(2, 2, 2)) == "reached"
-    assert least.verdict(6, of(3, 3.5, 4), of(5, 5.2, 5.4)) == "out of reach here"
-    assert least.verdict(5, of(3, 3.5, 4), of(4.9, 5.2, 5.4)) == "not excluded"
-    assert least.verdict(5, of(3, 3.5, 4), of(4.5, 4.9, 5.4)) == "unclear"
+    bare, lean, safe = of(4.9, 5.2, 5.4), of(4.5, 4.8, 5.1), of(3, 3.5, 4)
+    assert least.verdict(3.4, safe, bare, lean) == "reached"
+    assert least.verdict(6, safe, bare, lean) == "out of reach here"
+    assert least.verdict(5.2, safe, bare, lean) == "above the lean loader"
+    assert least.verdict(5, safe, bare, lean) == "not excluded"
+    assert least.verdict(5.3, safe, bare, of(5, 5.2, 5.5)) == "unclear"
     assert least.main(["--quick", "--cases", "tiny-2w-fresh", f"--out={tmp_path}"]) == 0
     assert "tiny-2w-fresh" in capsys.readouterr().out
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-least.json"))
     times = result["seconds_per_epoch"]["tiny-2w-fresh"]
-    assert set(times) == {"stock", "safe", "least"}
+    assert set(times) == {"stock", "safe", "bare", "lean"}
     assert all(len(each) == 1 and each[0] > 0 for each in times.values())
 
 
