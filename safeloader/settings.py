@@ -79,6 +79,15 @@ def freezes_garbage() -> bool:
     return _is_on("SAFELOADER_GC_FREEZE", "workers leave what they inherit out of collections")
 
 
+def keeps_heap() -> bool:
+    """Whether workers keep the memory of large batches' samples for the next; as a rule they do.
+
+    Raises:
+        ValueError: if ``SAFELOADER_KEEP_HEAP`` holds something else than 0, 1 or nothing.
+    """
+    return _is_on("SAFELOADER_KEEP_HEAP", "the memory of a batch's samples serves the next ones")
+
+
 def keeps_slots() -> bool:
     """Whether slots outlive an epoch's workers, to serve the next ones; as a rule they do.
 
@@ -220,6 +229,7 @@ class Settings(Keywords):
                 "samples have one identity: give key=, or one checks.unique in validate=, not both"
             )
         freezes_garbage()
+        keeps_heap()
         keeps_slots()
         pickles_once()
         _see_writable("trace files", self.trace_target, _TRACE_ADVICE)

@@ -33,6 +33,7 @@ from safeloader.failures.failure import Failure, failure_of
 from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
 from safeloader.introspect.byte_code import codes, uses
+from safeloader.introspect.dataset_state import describe
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.generators import generators_of, own_generators
 from safeloader.introspect.parts import GLOBAL, functions_of
@@ -50,7 +51,7 @@ from safeloader.main.drawing import RecordingSampler, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
-from safeloader.settings import Settings, freezes_garbage, keeps_slots, pickles_once
+from safeloader.settings import Settings, freezes_garbage, keeps_heap, keeps_slots, pickles_once
 from safeloader.supervision.causes import Forked
 from safeloader.supervision.diagnosis import Diagnosis, Stalls
 from safeloader.supervision.flight_recorder import FlightRecorder
@@ -266,7 +267,9 @@ class WorkerPool:
         self._in_main = context, fetcher
         return fetcher
 
-    def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
+    def _context(
+        self, inherited: Sequence[Inherited] = (), start_state: dict[str, Any] | None = None
+    ) -> FetchContext:
         settings = self._settings
         return FetchContext(
             progress=self._progress,
@@ -275,6 +278,7 @@ class WorkerPool:
             policy=Policy(settings.on_error, settings.retries, tells=settings.tells),
             checksum=settings.checksum,
             seeder=None if settings.seed is None else Seeder(settings.seed_per),
+            start_state=start_state,
             raised=None if self.workers else self.raised,
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
@@ -312,9 +316,15 @@ class WorkerPool:
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
+            start_state = None
+            if forks and loader.worker_init_fn is None:
+                # What a forked worker begins with is here. To look at it there, after the fork,
+                # takes ten times as long, by each of them: the memory has to be copied first.
+                length = self.sampler.log.log.length
+                start_state = describe(loader.dataset, ask=False, length=length)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=self._context(inherited if forks else ()),
+                context=self._context(inherited if forks else (), start_state),
                 results=results,
                 flight=flight,
                 slots=table,
@@ -323,6 +333,7 @@ class WorkerPool:
                 stays=self.persistent,
                 observed=self.persistent or self.looks.worth_it,
                 freezes=freezes_garbage(),
+                keeps_heap=keeps_heap(),
                 parked=parked,
                 not_mine=unpacker.forget if forks else None,
             )

@@ -194,6 +194,8 @@ class TaskQueue:
     pauses: Callable[[bool], None] = staticmethod(lambda asked: None)
     """Of a worker, set there: is called where something else than a task comes, at the end of an
     epoch and where main asks."""
+    waits: Callable[[], None] = staticmethod(lambda: None)
+    """Of a worker, set there: is called where it has no task, before it waits for one."""
 
     def __init__(self, refused: Callable[[Task, Exception], Task]) -> None:
         reader, writer = os.pipe()
@@ -228,8 +230,10 @@ class TaskQueue:
         if self._poll is None:
             self._poll = select.poll()
             self._poll.register(self._reader, select.POLLIN)
-        if not self._poll.poll(None if timeout is None else timeout * 1000):
-            raise queue.Empty
+        if not self._poll.poll(0):
+            self.waits()
+            if not self._poll.poll(None if timeout is None else timeout * 1000):
+                raise queue.Empty
         item = pickle.loads(self._reader.recv_bytes())
         if type(item) is tuple:
             return item[0], Task(*item[1:])

@@ -26,6 +26,7 @@ from safeloader.transport.slot_table import SlotLayout
 from safeloader.transport.slot_writer import SlotPool
 
 _LARGE_PICKLE = 1 << 16
+_LARGE_BATCH = 1 << 20
 _TRIES = 3  # the first finds what overlaps; a pickle that is another each time may take more
 
 
@@ -35,11 +36,18 @@ class Packer:
     Args:
         slots: where batches are put; None for torch's own way.
         why: why batches take torch's own way, if nobody asked for it.
+        large: is called for each batch whose slots have 1 MiB or more.
     """
 
-    def __init__(self, slots: SlotPool | None = None, why: str = "") -> None:
+    def __init__(
+        self,
+        slots: SlotPool | None = None,
+        why: str = "",
+        large: Callable[[], None] | None = None,
+    ) -> None:
         self._slots = None if slots is None else SlotBatch(slots)
         self._why = why
+        self._large = large
         self._collating: int | None = None  # the thread that does
 
     # while a batch is made ──────────────────────────────────────────────────────────────────────
@@ -120,6 +128,8 @@ class Packer:
             about = None
             if sent or given_up or why or run.torchs:
                 known = tuple((slot.number, slot.size) for slot in sent)
+                if self._large and sum(size for _, size in known) >= _LARGE_BATCH:
+                    self._large()
                 count = len(run.fds) + len(fresh)
                 about = tuple(SlotLayout(known, fresh, count, given_up, stream, run.torchs, why))
             head = pickle.dumps((tuple(manifest), about), pickle.HIGHEST_PROTOCOL)

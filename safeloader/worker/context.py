@@ -30,7 +30,7 @@ class FetchContext:
         key: the user's, which gives samples an identity.
         checks: what each sample is to pass.
         seeder: what seeds the generators, with ``seed=``.
-        start_state: the dataset as it was when the worker started.
+        start_state: the dataset as it was when the worker started; None where it is to look itself.
         policy: what to do about samples that fail.
         cells: this worker's row of the flight recorder, if there is one.
         checksum: whether the leaves of each batch are fingerprinted before it is sent.

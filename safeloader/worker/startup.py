@@ -32,6 +32,7 @@ from safeloader.transport.packing import Packer
 from safeloader.transport.slot_table import Parked, SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
+from safeloader.worker.heap import KeptHeap
 from safeloader.worker.hints import ITER_RAISED, failure_in
 from safeloader.worker.mapping import MapFetcher
 from safeloader.worker.observing import Observer, into_flight_recorder
@@ -61,6 +62,7 @@ class WorkerStartup:
     stays: bool = False
     observed: bool = True
     freezes: bool = True
+    keeps_heap: bool = True
     parked: Parked = dataclasses.field(default_factory=dict)
     not_mine: Callable[[], object] | None = None
 
@@ -100,9 +102,13 @@ class WorkerStartup:
         if self.not_mine is not None:
             self.parked.clear()
             self.not_mine()
-        packer = Packer(slots, self.no_slots)
+        heap = KeptHeap(wanted=self.keeps_heap)
+        packer = Packer(slots, self.no_slots, heap.keep)
         packer.install()
-        start_state = describe(dataset, ask=False, length=context.length)
+        TaskQueue.waits = staticmethod(heap.give_back)
+        start_state = context.start_state
+        if start_state is None:
+            start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
         observer = self._observer(worker_id, dataset, files, monitor, came)
         if observer is not None:
