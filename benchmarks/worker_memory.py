@@ -1,10 +1,12 @@
 """What workers have in memory, beside torch's: `python -m benchmarks.worker_memory`.
 
 Each figure comes from a process of its own, stock and safe in turn: a loader over two million
-Python strings (each reading of one writes its reference count, and so copies its page), and one
-over an array of that many rows, forked, with workers that stay. They are asked when they have
-nothing to do: after the first batch, and after an epoch. PSS counts a page that n processes share
-as 1/n, USS what a process has for itself. Slots are in the PSS, and told apart beside.
+Python strings (each reading of one writes its reference count, and so copies its page), one
+over an array of that many rows, and one over images that are made for each sample, forked, with
+workers that stay. They are asked when they have nothing to do: after the first batch, and after an
+epoch. PSS counts a page that n processes share as 1/n, USS what a process has for itself. Slots are
+in both, and told apart beside; but for the images, where they are left out: they hold batches that
+wait for main, which of the stock loader no worker has.
 
 Workers that start anew with each epoch leave nothing but slots that are parked in main: its memory
 after an epoch of large images, with these in a column of their own. And what a full garbage
@@ -88,6 +90,19 @@ class Images(Dataset[Any]):
         return self.pool[index % len(self.pool)]
 
 
+class Made(Dataset[Any]):
+    """Images that are made for each sample, as decoding and augmenting make them."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((3, EDGE, EDGE), float(index))
+
+
 class Collects(Dataset[Any]):
     """Its sample is what a full garbage collection took: seconds, and bytes of its own."""
 
@@ -111,7 +126,11 @@ def _uss() -> int:
     return found.uss
 
 
-KINDS: dict[str, Callable[[int], Dataset[Any]]] = {"strings": Strings, "array": Array}
+KINDS: dict[str, Callable[[int], Dataset[Any]]] = {
+    "strings": Strings,
+    "array": Array,
+    "images": Made,
+}
 
 
 def sizes_of_workers() -> Sizes:
@@ -151,7 +170,8 @@ def measured(kind: str, contender: str, workers: int, rows: int) -> dict[str, Si
     """In this process: the sizes of its workers after a batch and after an epoch."""
     torch.set_num_threads(1)
     dataset = KINDS[kind](rows)
-    kwargs: dict[str, Any] = {"batch_size": min(BATCH, rows // 10), "shuffle": True}
+    most = IMAGE_BATCH if kind == "images" else BATCH
+    kwargs: dict[str, Any] = {"batch_size": min(most, rows // 10), "shuffle": True}
     kwargs |= {"generator": torch.Generator().manual_seed(0), "persistent_workers": True}
     kwargs |= {"num_workers": workers, "multiprocessing_context": "fork"}
     loader = CONTENDERS[contender](dataset, kwargs, Path())
@@ -226,14 +246,17 @@ def lines_of(kind: str, workers: int, found: dict[str, list[Any]]) -> list[tuple
             for name, runs in found.items()
         }
         for figure in ("pss", "uss"):
+            apart = kind == "images"
             stock, ours = median[REFERENCE][figure], median["safe"][figure]
+            ours -= apart * median["safe"]["slots"]
             more = [
-                one[when][figure] - other[when][figure]
+                one[when][figure] - apart * one[when]["slots"] - other[when][figure]
                 for one, other in zip(found["safe"], found[REFERENCE], strict=True)
             ]
+            what = f"{figure.upper()} without slots" if apart else figure.upper()
             lines.append(
                 (
-                    f"{kind}, fork, {workers} workers, {when}: {figure.upper()}",
+                    f"{kind}, fork, {workers} workers, {when}: {what}",
                     f"{ours / MIB:.1f}",
                     f"{stock / MIB:.1f}",
                     f"{ours / stock:.3f}",
@@ -266,10 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repeats = 2 if options.quick else options.repeats
     found: dict[str, Any] = {}
     lines: list[tuple[str, ...]] = []
+    images = QUICK_IMAGES if options.quick else IMAGES
     cases = [(kind, WORKERS, repeats) for kind in KINDS]
     cases += [("array", count, 2) for count in COUNTS]
     for kind, workers, times in cases:
-        one = found[f"{kind}-{workers}w"] = in_turn(kind, workers, rows, times)
+        samples = images if kind == "images" else rows
+        one = found[f"{kind}-{workers}w"] = in_turn(kind, workers, samples, times)
         lines += lines_of(kind, workers, one)
         print(*lines[-4:], sep="\n", file=sys.stderr, flush=True)
     found["collections"] = collections = {
@@ -283,7 +308,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "safe, SAFELOADER_GC_FREEZE=0": {"SAFELOADER_GC_FREEZE": "0"},
         }.items()
     }
-    images = QUICK_IMAGES if options.quick else IMAGES
     mains = found["main"] = {
         name: [in_a_process("parked", name, images) for _ in range(repeats)]
         for name in (REFERENCE, "safe")
