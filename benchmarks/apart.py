@@ -10,6 +10,8 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,8 +53,8 @@ class Apart:
         raised: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # What is measured goes first, as it does at the end of a program: its workers end with it.
-        self._process.submit(_there.clear)
+        with suppress(BrokenProcessPool):  # the process has ended
+            self._process.submit(_forget)  # its workers end with it
         self._process.shutdown()
 
 
@@ -61,6 +63,10 @@ _there: list[Any] = []  # in the process of its own: what was made
 
 def _make(make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     _there.append(make(*arguments))
+
+
+def _forget() -> None:
+    _there.clear()
 
 
 def _ask(method: str, arguments: tuple[Any, ...]) -> Any:

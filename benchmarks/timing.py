@@ -109,26 +109,51 @@ class Contending:
         return time_epoch(self._loader, whole=self._case.whole, epochs=self._case.epochs)
 
 
+ROUNDS = 3
+"""How often each contender has another process: one and the same program is some percent faster or
+slower each time it is started."""
+
+
 def time_case(
     case: Case, names: Sequence[str], batches: int, repeats: int, folder: Path
 ) -> tuple[dict[str, list[EpochTime]], dict[str, str]]:
     """Time `repeats` epochs of each contender; also gives why some were left out.
 
-    Each has a process of its own; one of them runs at a time. The order turns round every time
-    (A B C, C B A, ...), so that a machine that grows slower or faster favours none of them, and
-    what is compared was measured within a second or so.
-
     Raises:
         DifferentBatches: if they do not all give what the first of them gives.
+    """
+    times: dict[str, list[EpochTime]] = {}
+    left_out: dict[str, str] = {}
+    rounds = min(ROUNDS, repeats)
+    for number in range(rounds):
+        share = len(range(number, repeats, rounds))
+        scratch = folder / str(number)
+        for name, epochs in _one_round(case, names, batches, share, scratch, left_out).items():
+            times.setdefault(name, []).extend(epochs)
+    return times, left_out
+
+
+def _one_round(
+    case: Case,
+    names: Sequence[str],
+    batches: int,
+    repeats: int,
+    folder: Path,
+    left_out: dict[str, str],
+) -> dict[str, list[EpochTime]]:
+    """The same, each contender in a process of its own; one of them runs at a time.
+
+    The order turns round every time (A B C, C B A, ...), so that a machine that grows slower or
+    faster favours none of them, and what is compared was measured within a second or so.
     """
     with ExitStack() as ends:
         contenders: dict[str, Apart] = {}
         for name in names:
-            scratch = folder / name
-            scratch.mkdir(parents=True)
-            contender = Apart(Contending, case.name, name, batches, scratch)
-            contenders[name] = ends.enter_context(contender)
-        left_out: dict[str, str] = {}
+            if name not in left_out:
+                scratch = folder / name
+                scratch.mkdir(parents=True)
+                contender = Apart(Contending, case.name, name, batches, scratch)
+                contenders[name] = ends.enter_context(contender)
         expected: list[Any] = []
         for name, contender in list(contenders.items()):
             try:
@@ -145,7 +170,7 @@ def time_case(
             for turn in range(repeats):
                 for name in contenders if turn % 2 == 0 else reversed(contenders):
                     times[name].append(contenders[name].ask("time_epoch"))
-    return times, left_out
+    return times
 
 
 def childrens_cpu_seconds() -> float:
