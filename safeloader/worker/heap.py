@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-_KEPT = 256 << 20  # bytes at the end of the heap
+_KEPT = 256 << 20  # bytes at the end of the heap, at most
 _OWN_MAPPING = 32 << 20  # bytes from which on a block is mapped by itself: glibc takes no more
 # The names that `mallopt` has for these, in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -21,12 +21,16 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD
 class KeptHeap:
     """A worker's heap, as glibc has it; with another C library nothing is done.
 
-    Nor where the environment says what glibc shall do, or it is not ``wanted``.
+    Nor where the environment says what glibc shall do.
+
+    Args:
+        most: bytes that may be kept; 0 for none.
     """
 
-    def __init__(self, *, wanted: bool = True) -> None:
+    def __init__(self, most: int = _KEPT) -> None:
+        self._most = min(most, _KEPT)
         self._libc: ctypes.CDLL | None = None  # once there was a large batch
-        self._looked = not wanted
+        self._looked = self._most <= 0
         self._used = False
 
     def keep(self) -> None:
@@ -36,7 +40,7 @@ class KeptHeap:
             self._libc = _glibc()
             if self._libc is not None:
                 self._libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
-                self._libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+                self._libc.mallopt(_M_TRIM_THRESHOLD, self._most)
         self._used = True
 
     def give_back(self) -> None:

@@ -29,7 +29,7 @@ from safeloader.supervision.monitor import WorkerMonitor
 from safeloader.transport.channel import ResultQueue, TaskQueue
 from safeloader.transport.messages import FailedBatch, Task
 from safeloader.transport.packing import Packer
-from safeloader.transport.slot_table import Parked, SlotTable
+from safeloader.transport.slot_table import MAY_HOLD, Parked, SlotTable
 from safeloader.transport.slot_writer import SlotPool
 from safeloader.worker.context import FetchContext, private_row
 from safeloader.worker.heap import KeptHeap
@@ -102,7 +102,9 @@ class WorkerStartup:
         if self.not_mine is not None:
             self.parked.clear()
             self.not_mine()
-        heap = KeptHeap(wanted=self.keeps_heap)
+        # As its slots hold a few batches, a quarter of them is what samples of one take.
+        may_hold = 0 if self.slots is None else self.slots.share(worker_id)[MAY_HOLD]
+        heap = KeptHeap(may_hold // 4 if self.keeps_heap else 0)
         packer = Packer(slots, self.no_slots, heap.keep)
         packer.install()
         TaskQueue.waits = staticmethod(heap.give_back)

@@ -30,7 +30,7 @@ def batch():
     samples = [torch.ones(1 << 17) for _ in range(64)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-kept = KeptHeap()
+kept = KeptHeap({most})
 batch()
 kept.keep()
 batch()  # at the end of the heap now
@@ -43,10 +43,10 @@ print(*faults, 64 * (1 << 19) // mmap.PAGESIZE)
 """
 
 
-def faults(**environ: str) -> list[int]:
+def faults(most: int = 1 << 30, **environ: str) -> list[int]:
     """Of a batch that follows one, of one that follows a wait, and of another; pages of each."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS],
+        [sys.executable, "-c", FAULTS.format(most=most)],
         env={**os.environ, **environ},
         check=True,
         capture_output=True,
@@ -61,6 +61,12 @@ def test_a_batch_finds_the_memory_of_the_one_before() -> None:
     assert following < pages / 8
     assert after_a_wait > pages / 2
     assert further < pages / 8
+
+
+@glibc
+def test_no_more_is_kept_than_may_be() -> None:
+    following, _, further, pages = faults(most=1 << 20)
+    assert min(following, further) > pages / 2
 
 
 @glibc
@@ -79,7 +85,7 @@ def test_who_sets_the_heap_has_it_so(environ: dict[str, str]) -> None:
 def test_it_is_left_alone_with_another_c_library_or_where_it_is_not_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unwanted = KeptHeap(wanted=False)
+    unwanted = KeptHeap(0)
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
     for kept in (unwanted, KeptHeap()):
         kept.keep()
