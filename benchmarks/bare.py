@@ -103,7 +103,7 @@ class LeanLoader(BareProcesses):
     """The same, with what a worker cannot do without: it is seeded, asked, and hands over.
 
     It is asked by a pipe, answers by another, and writes tensors to memory that it shares with
-    main. That is taken once for all epochs, and a batch is whole until the next of its worker.
+    main. That is taken once for all epochs, and a batch is whole until the next one is asked for.
     """
 
     def __init__(self, dataset: Any, kwargs: dict[str, Any]) -> None:

@@ -24,7 +24,14 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, StackDataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    IterDataPipe,
+    MapDataPipe,
+    StackDataset,
+    Subset,
+)
 
 from safeloader import _python, _torch
 from safeloader.delivery.ledger import Ledger, MapLedger
@@ -47,7 +54,7 @@ from safeloader.introspect.threads import threads_here
 from safeloader.introspect.two_ways import passed_by
 from safeloader.introspect.values import weakly
 from safeloader.main.dataset_places import putting_back
-from safeloader.main.drawing import RecordingSampler, proven_length
+from safeloader.main.drawing import RecordingSampler, length_is_true, proven_length
 from safeloader.main.epoch import Epoch
 from safeloader.main.looks import Looks
 from safeloader.provenance.recorder import failure_was_told
@@ -286,6 +293,20 @@ class WorkerPool:
             apart=settings.trace_target is not False,
         )
 
+    def _start_state(self, loader: DataLoader[Any]) -> dict[str, Any] | None:
+        """The dataset as forked workers begin with it; None where something may change it yet.
+
+        To look at it there takes longer, by each of them: what is read is copied first.
+        """
+        changes_it = (
+            loader.worker_init_fn is not None
+            or isinstance(loader.dataset, IterDataPipe | MapDataPipe)  # torch seeds it there
+            or not length_is_true(self.sampler.drawn_from)  # a sampler of the user's begins first
+        )
+        if changes_it:
+            return None
+        return describe(loader.dataset, ask=False, length=self.sampler.log.log.length)
+
     def _start(self, loader: DataLoader[Any]) -> Any:
         """Start the workers, with torch's iterator over them.
 
@@ -316,12 +337,7 @@ class WorkerPool:
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
-            start_state = None
-            if forks and loader.worker_init_fn is None:
-                # What a forked worker begins with is here. To look at it there, after the fork,
-                # takes ten times as long, by each of them: the memory has to be copied first.
-                length = self.sampler.log.log.length
-                start_state = describe(loader.dataset, ask=False, length=length)
+            start_state = self._start_state(loader) if forks else None
             startup = WorkerStartup(
                 loader.worker_init_fn,
                 context=self._context(inherited if forks else (), start_state),

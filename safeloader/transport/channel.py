@@ -51,6 +51,7 @@ from safeloader.transport.messages import BatchMessage, Task
 MOST_FDS = 224  # in one message; Linux takes 253
 PAUSE = "pause"  # to a worker in the place of a task: say how things are, and go on waiting
 _LONGEST_S = 1e6  # of one ``poll``, which takes milliseconds as a C int
+_WHILE_MS = 20  # a worker that has no task for longer has time to spare
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)  # later, perhaps
 _BYTES = operator.itemgetter(0)  # of what one call of recvmsg gave
 _HEADER = struct.Struct("<qqq")  # task number, bytes of manifest, bytes of payload
@@ -195,7 +196,7 @@ class TaskQueue:
     """Of a worker, set there: is called where something else than a task comes, at the end of an
     epoch and where main asks."""
     waits: Callable[[], None] = staticmethod(lambda: None)
-    """Of a worker, set there: is called where it has no task, before it waits for one."""
+    """Of a worker, set there: is called where no task came for a while, before it waits on."""
 
     def __init__(self, refused: Callable[[Task, Exception], Task]) -> None:
         reader, writer = os.pipe()
@@ -230,9 +231,10 @@ class TaskQueue:
         if self._poll is None:
             self._poll = select.poll()
             self._poll.register(self._reader, select.POLLIN)
-        if not self._poll.poll(0):
+        left = None if timeout is None else timeout * 1000
+        if not self._poll.poll(_WHILE_MS if left is None else min(left, _WHILE_MS)):
             self.waits()
-            if not self._poll.poll(None if timeout is None else timeout * 1000):
+            if not self._poll.poll(left):
                 raise queue.Empty
         item = pickle.loads(self._reader.recv_bytes())
         if type(item) is tuple:

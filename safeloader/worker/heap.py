@@ -2,16 +2,18 @@
 
 Samples that are decoded or augmented are freed with each batch. By glibc's defaults their pages go
 back to the system as soon, and the next batch has them zeroed and mapped again, one fault each:
-a tenth to a fifth of the time that photographs take. Where a worker waits for a task, time is there
-to spare and memory is not: it gives back what is free.
+more than a tenth of the time that photographs take. A worker that waits for a task has time to
+spare, and gives back what is free.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from time import perf_counter
 
 _KEPT = 256 << 20  # bytes at the end of the heap, at most
+_SHARE = 0.01  # of the time, at most: the heap of a large program is long to walk
 _OWN_MAPPING = 32 << 20  # bytes from which on a block is mapped by itself: glibc takes no more
 # The names that `mallopt` has for these, in glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,7 +26,7 @@ class KeptHeap:
     Nor where the environment says what glibc shall do.
 
     Args:
-        most: bytes that may be kept; 0 for none.
+        most: bytes that may be kept free at the end of the heap; 0 for none.
     """
 
     def __init__(self, most: int = _KEPT) -> None:
@@ -32,6 +34,7 @@ class KeptHeap:
         self._libc: ctypes.CDLL | None = None  # once there was a large batch
         self._looked = self._most <= 0
         self._used = False
+        self._due = 0.0
 
     def keep(self) -> None:
         """A large batch was made; its samples' memory is to serve the next."""
@@ -44,11 +47,18 @@ class KeptHeap:
         self._used = True
 
     def give_back(self) -> None:
-        """The worker waits: what is free goes back to the system."""
-        if self._used:
-            self._used = False
-            if self._libc is not None:
-                self._libc.malloc_trim(0)
+        """The worker waits: what is free goes back to the system, unless that is soon again."""
+        if self._used and perf_counter() >= self._due:
+            self.trim()
+
+    def trim(self) -> None:
+        """What is free goes back to the system."""
+        if self._used and self._libc is not None:
+            began = perf_counter()
+            self._libc.malloc_trim(0)
+            ended = perf_counter()
+            self._due = ended + (ended - began) / _SHARE
+        self._used = False
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -7,6 +7,7 @@ import platform
 import queue
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,23 +31,23 @@ def batch():
     samples = [torch.ones(1 << 17) for _ in range(64)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-kept = KeptHeap({most})
+kept = KeptHeap()
 batch()
 kept.keep()
 batch()  # at the end of the heap now
 faults = [batch()]
-kept.give_back()
+kept.trim()
 faults.append(batch())
-kept.give_back()  # nothing was made that is kept
+kept.trim()  # nothing was made that is kept
 faults.append(batch())
 print(*faults, 64 * (1 << 19) // mmap.PAGESIZE)
 """
 
 
-def faults(most: int = 1 << 30, **environ: str) -> list[int]:
+def faults(**environ: str) -> list[int]:
     """Of a batch that follows one, of one that follows a wait, and of another; pages of each."""
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS.format(most=most)],
+        [sys.executable, "-c", FAULTS],
         env={**os.environ, **environ},
         check=True,
         capture_output=True,
@@ -61,12 +62,6 @@ def test_a_batch_finds_the_memory_of_the_one_before() -> None:
     assert following < pages / 8
     assert after_a_wait > pages / 2
     assert further < pages / 8
-
-
-@glibc
-def test_no_more_is_kept_than_may_be() -> None:
-    following, _, further, pages = faults(most=1 << 20)
-    assert min(following, further) > pages / 2
 
 
 @glibc
@@ -85,12 +80,49 @@ def test_who_sets_the_heap_has_it_so(environ: dict[str, str]) -> None:
 def test_it_is_left_alone_with_another_c_library_or_where_it_is_not_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unwanted = KeptHeap(0)
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    for kept in (unwanted, KeptHeap()):
+    def libc_of(kept: KeptHeap) -> Any:
         kept.keep()
         kept.give_back()
-        assert kept._libc is None
+        return kept._libc
+
+    assert libc_of(KeptHeap(0)) is None
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    assert libc_of(KeptHeap()) is None
+
+
+def test_what_is_kept_and_the_time_to_give_it_back_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The heap of a large program takes long to walk."""
+    now = 0.0
+    trimmed: list[float] = []
+    told: dict[int, int] = {}
+
+    class Slow:
+        gnu_get_libc_version = None
+
+        def mallopt(self, parameter: int, value: int) -> None:
+            told[parameter] = value
+
+        def malloc_trim(self, pad: int) -> None:
+            nonlocal now
+            trimmed.append(now)
+            now += 0.5
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: Slow())
+    monkeypatch.setattr(heap, "perf_counter", lambda: now)
+    kept = KeptHeap(5 << 20)
+    for _ in range(200):
+        kept.keep()
+        kept.give_back()
+        now += 1.0
+    assert len(trimmed) == 4
+    assert min(after - before for before, after in pairwise(trimmed)) >= 50
+    kept.keep()
+    kept.trim()  # where memory is to be read
+    kept.trim()  # nothing was made since
+    assert len(trimmed) == 5
+    assert told == {heap._M_MMAP_THRESHOLD: 32 << 20, heap._M_TRIM_THRESHOLD: 5 << 20}
 
 
 class Kept(Dataset[tuple[Any, Any]]):
