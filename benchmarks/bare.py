@@ -31,7 +31,10 @@ _ROOMS = 2
 
 _LIBC = ctypes.CDLL(None)
 _HEAP = (-3, 32 << 20), (-1, 256 << 20)
-"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, so that what samples were in serves the next."""
+"""glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, as `safeloader.worker.heap` sets them.
+
+Not taken from there: what is imported here the processes would inherit.
+"""
 
 Room = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
 """Gives a tensor of this shape and type to write to; None where there is no room."""
@@ -47,9 +50,8 @@ class BareProcesses:
     def __init__(self, dataset: Any, kwargs: dict[str, Any]) -> None:
         self.dataset = dataset
         self.collate = kwargs.get("collate_fn") or default_collate
-        order = {name: kwargs[name] for name in ("batch_size", "shuffle") if name in kwargs}
-        if "generator" in kwargs:
-            order["generator"] = kwargs["generator"]
+        given = "batch_size", "shuffle", "generator"
+        order = {name: kwargs[name] for name in given if name in kwargs}
         positions: Any = range(len(dataset))
         self.batches: list[list[int]] = list(DataLoader(positions, collate_fn=list, **order))
         # Of more processes than batches some would have nothing to do.
@@ -62,6 +64,11 @@ class BareProcesses:
             RuntimeError: if a process failed, so that less was done.
         """
         self._join([self._fork(self._make_share, number) for number in range(self.processes)])
+
+    def __iter__(self) -> Iterator[Any]:
+        """One epoch, of which nothing comes."""
+        self.run()
+        return iter(())
 
     def _make_share(self, number: int) -> None:
         room = functools.cache(_fresh)

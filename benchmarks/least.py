@@ -16,23 +16,24 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.apart import Apart
 from benchmarks.bare import BareProcesses, LeanLoader
 from benchmarks.cases import CASES, START_METHOD, Case, Unavailable
+from benchmarks.contenders import CONTENDERS
 from benchmarks.intervals import FEWEST_FOR_INTERVAL, Spread, spread
 from benchmarks.report import RESULTS, keep, markdown
 
 REPEATS, QUICK_REPEATS = 12, 1
 FRESH = {name: case for name, case in CASES.items() if case.fresh}
-TIMED = ("stock", "safe", "bare", "lean")
+PROCESSES = {"bare": BareProcesses, "lean": LeanLoader}
+TIMED = ("stock", "safe", *PROCESSES)
 
 
 class Epochs:
@@ -40,15 +41,11 @@ class Epochs:
 
     def __init__(self, case: str, by: str, batches: int) -> None:
         dataset, kwargs = CASES[case].build(batches)
-        self._loader: Any
-        if by == "stock":
-            self._loader = DataLoader(dataset, **kwargs)
-        elif by == "safe":
-            from safeloader import SafeDataLoader  # in this process alone
-
-            self._loader = SafeDataLoader(dataset, **kwargs, trace=False)
+        self._loader: Iterable[Any]
+        if by in PROCESSES:
+            self._loader = PROCESSES[by](dataset, kwargs)
         else:
-            self._loader = {"bare": BareProcesses, "lean": LeanLoader}[by](dataset, kwargs)
+            self._loader = CONTENDERS[by](dataset, kwargs, Path())
 
     def has_loaded(self, module: str) -> bool:
         """Whether this process has; its workers inherit that."""
@@ -57,10 +54,7 @@ class Epochs:
     def seconds(self) -> float:
         """What the next one takes."""
         began = time.perf_counter()
-        if isinstance(self._loader, DataLoader | LeanLoader):
-            deque[Any](self._loader, maxlen=0)
-        else:
-            self._loader.run()
+        deque[Any](self._loader, maxlen=0)
         return time.perf_counter() - began
 
 
