@@ -169,6 +169,7 @@ class Outcome(NamedTuple):
         cold: whether no sample had come in this child.
         rest_left: whether it left the look it was at to another.
         busy: of the time without a word, the share of a processor that was used.
+        all_came_alone: False where ``suspects`` were tried one by one, and not to the last.
     """
 
     how: str
@@ -183,6 +184,7 @@ class Outcome(NamedTuple):
     cold: bool = False
     rest_left: bool = False
     busy: float = 0.0
+    all_came_alone: bool = True
 
 
 class Output:

@@ -26,6 +26,7 @@ from safeloader.provenance.recorder import Recorder, watch_no_more
 
 _SEARCHED_S = 1.0  # an index of a batch that hung is waited for so long at least
 _SEARCHED_SHARE = 0.4  # of the time that is left
+_SEARCH_S = 4.0  # a search may take so long, past the end too: a hang is known, and no index yet
 _FAILED_MOST = 2  # ends in the middle of fetching, after which nothing more is fetched
 _SETTING = re.compile(
     r"(?:starting|measuring|ending|first batches):? (\d+|no) workers(?: by (\w+))?"
@@ -263,16 +264,19 @@ class _Examining:
         self, start: Any, order: Order, outcome: child.Outcome
     ) -> tuple[child.Outcome, Order]:
         """What hung or died without an index, and now with one if that was found."""
-        left = self._end - time.monotonic()
-        patience = self._patience.shortened(max(_SEARCHED_S, _SEARCHED_SHARE * left))
+        now = time.monotonic()
+        patience = self._patience.shortened(max(_SEARCHED_S, _SEARCHED_SHARE * (self._end - now)))
         search = order._replace(
-            first=outcome.at.look, samples=max(1, self._samples), suspects=outcome.suspects
+            first=outcome.at.look,
+            samples=max(1, self._samples),
+            suspects=outcome.suspects,
+            end=max(self._end, now + _SEARCH_S),
         )
         found = start(search, patience)
         self._samples = found.samples
         order = _knowing(order, found)
         if found.how not in ("hung", "died") or found.at.place is None:
-            return outcome, order
+            return outcome._replace(all_came_alone=found.how == "done"), order
         seconds = outcome.seconds + found.seconds if outcome.how == "hung" else found.seconds
         return found._replace(seconds=seconds), order
 
@@ -302,6 +306,7 @@ class _Examining:
             stack=outcome.stack,
             printed="\n".join(printed),
             setting=setting,
+            all_came_alone=outcome.all_came_alone,
             method=setting and setting[2],
         )
 

@@ -742,10 +742,7 @@ class _Words:
                 "hangs",
                 f"no batch came for {facts['seconds']:.0f} s {where}",
                 _cut_stack(facts["stack"]) or "nothing is known of where the workers were",
-                "samples came without workers: look for a lock or a pool of threads that the fork "
-                "inherits, in a library too; spawn and forkserver inherit none"
-                if workers[2] == "fork"
-                else "samples came without workers: look for what takes long to import or to send",
+                _of_workers_alone(facts),
             )
         if workers:
             where = "without workers, and at none of the indices alone"
@@ -879,6 +876,21 @@ def _settings_text(what: str) -> str:
     ('starting 1 worker by fork', 'measuring 11 workers')
     """
     return re.sub(r"(?<!\d)1 workers", "1 worker", what.replace(": ", " ", 1))
+
+
+def _of_workers_alone(facts: Facts) -> str:
+    """What to do where no batch came from workers, and no index is known to be the cause."""
+    if not facts.get("all_came_alone", True):
+        return (
+            "whether its samples come without workers was not seen to the end: give it longer, "
+            f"doctor(loader, seconds={_LONGER * facts['whole_s']:g})"
+        )
+    if facts["setting"][2] == "fork":
+        return (
+            "samples came without workers: look for a lock or a pool of threads that the fork "
+            "inherits, in a library too; spawn and forkserver inherit none"
+        )
+    return "samples came without workers: look for what takes long to import or to send"
 
 
 def _after_death(facts: Facts) -> str:

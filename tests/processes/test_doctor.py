@@ -34,6 +34,7 @@ import safeloader
 from safeloader import SafeDataLoader, doctor
 from safeloader.commands.doctor import main as command
 from safeloader.examining import child, looks, patience, samples, speed
+from safeloader.examining import doctor as examining
 from safeloader.examining.report import Examination
 from tests import family
 from tests.processes.test_launcher import ran
@@ -517,6 +518,17 @@ class TestHarmInABatch:
         assert "in wait_for_ever" in found.evidence
         assert found.level == "error"
         assert report.seconds < 12
+
+    def test_the_index_is_searched_for_past_the_end_of_the_time(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Of 4 s, one and a third are gone when it is called a hang, and then 3 s are waited.
+        monkeypatch.setattr(looks, "LOOKS", (looks.LOOKS[0], looks.SPEED))
+        monkeypatch.setattr(patience, "_LEAST_S", 1.0)
+        monkeypatch.setattr(examining, "_SEARCHED_S", 3.0)
+        monkeypatch.setattr(examining, "_SEARCH_S", 20.0)
+        found = said(examine(Large(5, wait_for_ever), 4.0, batch_size=8), "hangs")
+        assert found.answer.startswith("it hangs at index 5: nothing came for")
 
     def test_a_hang_in_the_collate_function_is_told_with_its_batch(self) -> None:
         report = examine(Large(), 6.0, batch_size=4, collate_fn=waits_at_five)

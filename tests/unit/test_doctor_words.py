@@ -107,6 +107,14 @@ def test_one_worker_is_one() -> None:
     assert answer == "no batch came for 5 s while starting 1 worker by spawn"
 
 
+def test_what_was_not_searched_to_the_end_is_not_said_to_have_come() -> None:
+    hung = {"how": "hung", "what": "starting: 1 workers by fork", "index": None, "code": None}
+    setting = {"setting": [1, 2, "fork"], "method": "fork"}
+    assert ended(**hung, **setting, all_came_alone=True).advice.startswith("samples came without")
+    advice = ended(**hung, **setting, all_came_alone=False).advice
+    assert advice.endswith("not seen to the end: give it longer, doctor(loader, seconds=120)")
+
+
 def slow(own: dict[str, Any], **times: float) -> str:
     facts = {"first_s": 0.1, "first_again_s": 0.1, "median_s": 0.01, "worst_s": 0.02, **times}
     return words("samples", own, worst_index="3", count=9, **facts).advice

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from safeloader.introspect import copy_state as looking
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.supervision.flight_recorder import REPORT_BYTES
 from safeloader.supervision.report_room import smaller_and_smaller
@@ -17,12 +16,6 @@ from safeloader.supervision.wrong_data import Seen, findings
 from safeloader.worker.observing import into_flight_recorder
 
 N = 200
-
-
-@pytest.fixture(autouse=True)
-def however_busy_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking ends after milliseconds."""
-    monkeypatch.setattr(looking, "monotonic", lambda: 0.0)
 
 
 class Settings:
