@@ -21,7 +21,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from time import monotonic
+from time import thread_time
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -85,7 +85,8 @@ def survey(
         num_workers: how many inherit it, one at least.
         beside: by name what else goes to the workers, ``collate_fn`` and ``worker_init_fn``. What
             two of them hold is told once.
-        bound_s, bound_items: seconds and objects after which the rest is left out.
+        bound_s, bound_items: seconds of CPU time of this thread (a busy machine sees no less) and
+            objects, after which the rest is left out.
 
     >>> class Noisy:
     ...     def __init__(self):
@@ -98,12 +99,12 @@ def survey(
     walk = _Walk(start_method == "fork", num_workers, stream)
     if stream:
         walk.alike = _orders_shares(type(thing))
-    end = monotonic() + bound_s
+    end = thread_time() + bound_s
     with suppress(Exception):  # a fault of ours must not keep the workers from starting
         for path, each in {name: thing, **beside}.items():
             walk.add(_Item(each, path))
         for _ in range(bound_items):
-            if not walk.queue or monotonic() > end:
+            if not walk.queue or thread_time() > end:
                 break
             with suppress(Exception):  # another thread may change what is read here
                 walk.look(walk.queue.popleft())

@@ -91,7 +91,7 @@ def only(value: Any) -> Inherited:
 @pytest.fixture(autouse=True)
 def standing_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time passes for the walk: what it finds does not go by how busy the machine is."""
-    monkeypatch.setattr(fork_hazards, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(fork_hazards, "thread_time", lambda: 0.0)
 
 
 @pytest.fixture
@@ -895,9 +895,21 @@ def test_the_walk_is_bounded_in_objects() -> None:
 def test_the_walk_is_bounded_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = functools.partial(survey, name="dataset", start_method="spawn", num_workers=1)
     ticks = iter(range(1000))
-    monkeypatch.setattr(fork_hazards, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(fork_hazards, "thread_time", lambda: next(ticks))
     assert wide(Holding(x=chain(10)), bound_s=5) == []
     assert wide(Holding(x=chain(10)), bound_s=500) != []
+
+
+def test_a_busy_machine_sees_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_hazards, "thread_time", time.thread_time)
+    look = fork_hazards._Walk.look
+
+    def slowly(*about: Any) -> None:
+        time.sleep(0.06)  # it is not this thread's turn
+        look(*about)
+
+    monkeypatch.setattr(fork_hazards._Walk, "look", slowly)
+    assert len(found_in(Holding(x=chain(3)))) == 1
 
 
 def test_functions_of_any_size_take_no_longer() -> None:
