@@ -860,11 +860,13 @@ def test_audits_over_ranks_are_right_before_they_are_timed(
 # ----------------------------------------------------------------------------- the folder of a run
 
 
+@pytest.mark.timeout(300)
 def test_a_runs_folder_is_timed_weighed_and_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run_folder, "QUICK_SAMPLES", 1 << 10)
     monkeypatch.setattr(run_folder, "QUICK_RANK_SAMPLES", 640)
+    monkeypatch.setattr(run_folder, "QUICK_LOADER_REPEATS", 1)  # each in a process of its own
     monkeypatch.delenv("SAFELOADER_ATTEMPT", raising=False)
     bars = ("BAR_US", "BAR_STREAM", "BAR_CLOSED", "BAR_STEP_S", "BAR_INDEX_S")
     for name in bars:
