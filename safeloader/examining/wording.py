@@ -767,7 +767,7 @@ class _Words:
 
     def _slow(self, facts: Facts) -> Finding:
         """What did not come in time, and may come if it is given more."""
-        longer = _LONGER * facts["whole_s"]
+        longer = _longer(facts)
         begins = facts["index"] is None
         if facts["busy"] > _BUSY:
             seen = f"it worked: {100 * facts['busy']:.0f} % of a processor was used"
@@ -779,9 +779,9 @@ class _Words:
             "warning",
             "slow_start",
             f"slow: no {'batch' if begins else 'sample'} in {facts['seconds']:.0f} s; give it "
-            f"longer: doctor(loader, seconds={longer:g})",
+            f"longer: doctor(loader, seconds={longer})",
             f"{where}; {seen}" + (f"\n{stack}" if stack else ""),
-            f"with the command, --seconds {longer:g}. In training each worker pays for what is set "
+            f"with the command, --seconds {longer}. In training each worker pays for what is set "
             "up at first use: make it lighter, or make it once, before the fork, if it survives "
             "one",
         )
@@ -878,12 +878,17 @@ def _settings_text(what: str) -> str:
     return re.sub(r"(?<!\d)1 workers", "1 worker", what.replace(": ", " ", 1))
 
 
+def _longer(facts: Facts) -> str:
+    """How many seconds to give where what was given was too little."""
+    return f"{_LONGER * facts['whole_s']:g}"
+
+
 def _of_workers_alone(facts: Facts) -> str:
     """What to do where no batch came from workers, and no index is known to be the cause."""
-    if not facts.get("all_came_alone", True):
+    if not facts["all_came_alone"]:
         return (
             "whether its samples come without workers was not seen to the end: give it longer, "
-            f"doctor(loader, seconds={_LONGER * facts['whole_s']:g})"
+            f"doctor(loader, seconds={_longer(facts)})"
         )
     if facts["setting"][2] == "fork":
         return (

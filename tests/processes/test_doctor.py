@@ -69,7 +69,7 @@ def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def soon_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 12 s, 2 are waited for what hangs: a busy machine has time for all that comes before."""
     monkeypatch.setattr(patience, "_SHARE", 1 / 6)
-    monkeypatch.setattr(patience, "_COLD_SHARE", 1 / 4)
+    monkeypatch.setattr(patience, "_COLD_SHARE", 1 / 6)
     monkeypatch.setattr(examining, "_SEARCHED_SHARE", 1 / 10)
 
 
@@ -526,7 +526,7 @@ class TestHarmInABatch:
         assert found.answer.startswith("it hangs at index 5: nothing came for")
         assert "in wait_for_ever" in found.evidence
         assert found.level == "error"
-        assert report.seconds < 24
+        assert report.seconds < 12
 
     def test_the_index_is_searched_for_past_the_end_of_the_time(
         self, monkeypatch: pytest.MonkeyPatch

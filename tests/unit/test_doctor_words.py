@@ -35,6 +35,7 @@ ENDING = {
     "stack": "",
     "printed": "",
     "setting": None,
+    "all_came_alone": True,
 }
 RAISED = {"type": "OSError", "text": "network", "at": "a.py:3"}
 
@@ -110,7 +111,7 @@ def test_one_worker_is_one() -> None:
 def test_what_was_not_searched_to_the_end_is_not_said_to_have_come() -> None:
     hung = {"how": "hung", "what": "starting: 1 workers by fork", "index": None, "code": None}
     setting = {"setting": [1, 2, "fork"], "method": "fork"}
-    assert ended(**hung, **setting, all_came_alone=True).advice.startswith("samples came without")
+    assert ended(**hung, **setting).advice.startswith("samples came without")
     advice = ended(**hung, **setting, all_came_alone=False).advice
     assert advice.endswith("not seen to the end: give it longer, doctor(loader, seconds=120)")
 

@@ -1090,16 +1090,16 @@ N_LARGE = 20_000
 COSTLY: dict[str, Callable[[int], dict[str, Any]]] = {
     "long lists": lambda n: {f"l{k}": [*range(N_LARGE)] for k in range(32 * n)},
     "longer lists": lambda n: {f"l{k}": [*range(N_LARGE * n)] for k in range(8)},
-    "long words": lambda n: {"l": ["\u1234" * (100_000 * n)] * N_LARGE},
-    "encoded images": lambda n: {"l": [b"\xff" * (60_000 * n)] * N_LARGE},
+    "long words": lambda n: {"l": ["\u1234" * (125_000 * n)] * N_LARGE},
+    "encoded images": lambda n: {"l": [b"\xff" * (62_500 * n)] * N_LARGE},
     "arrays": lambda n: {f"l{k}": [np.zeros(n << 13)] * N_LARGE for k in range(8)},
     "nested": lambda n: {"l": [[[[[k] * 16] * 16] * 16] * (16 * n) for k in range(100)] * 200},
-    "rows": lambda n: {f"l{k}": np.zeros((N_LARGE, 100 * n)) for k in range(8)},
+    "rows": lambda n: {f"l{k}": np.zeros((N_LARGE, 125 * n)) for k in range(8)},
     "columns": lambda n: {"l": {f"c{k}": [*range(N_LARGE)] for k in range(8 * n)}},
     "spread": lambda n: {
         f"l{k}": torch.zeros(64, 8 * n, N_LARGE).permute(2, 0, 1) for k in range(2)
     },
-    "attributes": lambda n: {f"a{k}": k for k in range(50_000 * n)},
+    "attributes": lambda n: {f"a{k}": k for k in range(62_500 * n)},
 }
 
 
