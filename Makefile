@@ -54,7 +54,7 @@ demo: $(VENV)/base
 demo-resume: $(VENV)/base
 	$(BIN)/python examples/resume.py
 
-# All tests, with coverage: about 40 minutes on two cores that have nothing else to do.
+# All tests, with coverage: about 45 minutes on two cores that have nothing else to do.
 test: $(VENV)/dev
 	$(BIN)/python -m tests.run
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ABOUT = "all tests, with coverage: about 40 minutes on two cores that have nothing else to do"
+ABOUT = "all tests, with coverage: about 45 minutes on two cores that have nothing else to do"
 # Programs with real frameworks have an environment of their own: `make test-frameworks`.
 _USUAL = "not frameworks and not thorough"
 _COVERED = ("coverage", "run", "-m", "pytest", "-m", f"not uncovered and {_USUAL}")
