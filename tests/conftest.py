@@ -17,7 +17,6 @@ from tests import family
 HERE = Path(__file__).parent
 OF_WORKERS = ("catalogue", "frameworks", "parity", "processes")  # folders
 UNCOVERED = ("catalogue", "frameworks", "parity")
-EXAMPLES_S = 600  # that a test of many examples may take: half a minute where nothing else runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,11 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     times = config.getoption("--examples")
     for item in items:
-        if isinstance(item, pytest.Function):
-            if times > 1:
-                _try_more(item, times)
-            if _has_examples(item) and item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(EXAMPLES_S))
+        if isinstance(item, pytest.Function) and times > 1:
+            _try_more(item, times)
         folder = item.path.relative_to(HERE).parts[0]
         if folder in OF_WORKERS:
             item.add_marker("workers")
@@ -67,10 +63,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--one-process"):
         config.hook.pytest_deselected(items=[each for each in items if _with_workers(each)])
         items[:] = [each for each in items if not _with_workers(each)]
-
-
-def _has_examples(item: pytest.Function) -> bool:
-    return getattr(item.function, "is_hypothesis_test", False)
 
 
 def _try_more(item: pytest.Function, times: int) -> None:

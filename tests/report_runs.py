@@ -18,7 +18,7 @@ from pathlib import Path
 import safeloader
 
 ROOT = Path(safeloader.__file__).parents[1]
-PATIENCE_S = 200
+PATIENCE_S = 300
 SLOW_INDEX, BAD_INDEX = 41, 13
 
 FAULTS = """

@@ -15,6 +15,7 @@ coverage and the tests of the documentation, and all else. What that prints come
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ABOUT = "all tests, with coverage: about 45 minutes on two cores that have nothing else to do"
 # Programs with real frameworks have an environment of their own: `make test-frameworks`.
 _USUAL = "not frameworks and not thorough"
-_COVERED = ("coverage", "run", "-m", "pytest", "-m", f"not uncovered and {_USUAL}")
+_RUN = ("coverage", "run", "--source=safeloader", "-m", "pytest")
+_COVERED = (*_RUN, "-m", f"not uncovered and {_USUAL}")
 UNCOVERED = ("pytest", "-m", f"uncovered and {_USUAL}", "tests")
 COVERED_PROCESSES = (*_COVERED, "tests/processes")
 COVERED_UNITS = (*_COVERED, "tests/unit")
@@ -55,7 +57,8 @@ def below(found: dict[str, float]) -> list[str]:
 def main(arguments: list[str]) -> int:
     def run(*command: str, output: Any = None) -> int:
         words = [sys.executable, "-m", *command]
-        return subprocess.run(words, cwd=ROOT, stdout=output, stderr=output).returncode
+        where = os.environ | {"MEASURED_IN": str(ROOT)}  # also by processes that run elsewhere
+        return subprocess.run(words, cwd=ROOT, env=where, stdout=output, stderr=output).returncode
 
     if arguments:
         return run("pytest", *arguments)

@@ -18,8 +18,6 @@ Ended = subprocess.CompletedProcess[str]
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("tqdm")
 
-pytestmark = pytest.mark.timeout(240)  # each test starts Python, torch and scikit-learn anew
-
 
 def run(*arguments: str, program: str | None = None, path: Path = ROOT) -> Ended:
     """The script with these arguments, or a program that imports it; ``path`` is looked in too."""
@@ -34,7 +32,7 @@ def run(*arguments: str, program: str | None = None, path: Path = ROOT) -> Ended
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=220,
+        timeout=300,
     )
 
 
@@ -53,7 +51,7 @@ def test_the_demonstration_survives_its_faults(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
-        timeout=220,
+        timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Training has ended: at which image?" in done.stdout
@@ -170,6 +168,7 @@ for arguments in sys.argv[1:]:
         assert expected in complaint
 
 
+@pytest.mark.thorough
 @pytest.mark.uncovered
 @pytest.mark.slow
 def test_a_training_that_is_killed_ends_with_the_same_weights() -> None:
@@ -179,7 +178,7 @@ def test_a_training_that_is_killed_ends_with_the_same_weights() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         encoding="utf-8",
-        timeout=220,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("    killed") == 2

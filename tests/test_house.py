@@ -204,7 +204,7 @@ def modules_after(program: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=100,
+        timeout=300,
     )
     return set(json.loads(done.stdout))
 

@@ -17,7 +17,6 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 pytestmark = [
     pytest.mark.workers,
-    pytest.mark.timeout(240),  # a kernel that starts Python, torch and scikit-learn
     # Of the libraries that run it.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -31,7 +30,7 @@ def cells() -> list[Any]:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=200, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 

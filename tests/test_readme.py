@@ -36,7 +36,7 @@ def test_outputs_of_the_three_questions_are_real() -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
 
@@ -81,7 +81,7 @@ def printed(fault: str, whose: str) -> str:
         text=True,
         errors="replace",
         cwd=ROOT,
-        timeout=100,
+        timeout=300,
     )
     text = re.sub(r"for 3\.\d s", "for 3.0 s", done.stdout)
     text = text.replace("Can't get local object", "Can't pickle local object")  # Python 3.13

@@ -849,7 +849,7 @@ def with_little_shared_memory(transport: str) -> subprocess.CompletedProcess[str
         [*space, f'{mount} && exec "$0" -c "$1"', sys.executable, source],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

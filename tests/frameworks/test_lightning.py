@@ -335,7 +335,6 @@ def check_ranks(ranks: list[Any], answering: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_ddp_with_a_loader_given(strategy: str, tmp_path: Path) -> None:
     ranks, _ = train_on_two_processes(strategy, "given", tmp_path)
@@ -344,7 +343,6 @@ def test_ddp_with_a_loader_given(strategy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_ddp_with_a_loader_made_in_a_hook(tmp_path: Path) -> None:
     ranks, said = train_on_two_processes("ddp", "hook", tmp_path)
     check_ranks(ranks, "of_the_used")

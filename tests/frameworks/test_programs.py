@@ -31,7 +31,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 ASIDE = Path(sysconfig.get_path("purelib")) / "aside"
 PATIENCE_S = 240
 
-pytestmark = [pytest.mark.frameworks, pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
+pytestmark = [pytest.mark.frameworks, pytest.mark.slow]
 
 
 class Case(NamedTuple):

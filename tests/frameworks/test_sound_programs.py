@@ -134,7 +134,6 @@ def runs() -> Iterator[Any]:
                 yield pytest.param(case, mode, method, id=ident, marks=[*marks, *slow])
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("case", "mode", "method"), list(runs()))
 def test_nothing_is_said_of_a_sound_program(
@@ -196,7 +195,6 @@ def two_loaders(
     return got
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("made", [*ONE_DATASET, "two parts of one"])
 @pytest.mark.parametrize(

@@ -127,8 +127,7 @@ def test_same_as_stock_with_workers(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start", ["spawn", pytest.param("forkserver", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize(
     "mode", ["shuffle", "__getitems__", "stream, drop_last", "datapipe", "batch_size None"]
 )

@@ -55,7 +55,7 @@ def shell(line: str, run: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=300,
     )
 
 

@@ -83,7 +83,7 @@ def test_an_iterator_that_a_forked_process_frees(how: str, kind: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"

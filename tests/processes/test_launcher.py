@@ -18,7 +18,7 @@ import pytest
 import safeloader
 
 ROOT = Path(safeloader.__file__).parents[1]
-PATIENCE_S = 90
+PATIENCE_S = 300
 
 IMPORTS = """\
 import multiprocessing, os, pickle, signal, sys

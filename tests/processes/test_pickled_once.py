@@ -69,7 +69,7 @@ def seen(loader: type[DataLoader[Any]], method: str, **kwargs: Any) -> tuple[Any
             **kwargs,
         )
     )
-    put = sorted(dataset.queue.get(timeout=60) for _ in range(4))
+    put = sorted(dataset.queue.get(timeout=300) for _ in range(4))
     dataset.queue.close()
     return (batches, put, dataset.total.value, dataset.tensor.tolist()), dataset.times
 

@@ -17,7 +17,7 @@ from tests.report_runs import BAD_INDEX, MADE, SLOW_INDEX
 pytest.importorskip("pyarrow", reason="the run's batches are kept with pyarrow")
 pytest.importorskip("plotly", reason="the page needs the extra `report`")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from safeloader.report.folder import LoaderRecords
 from safeloader.report.run import RunFolder
 
 ROOT = Path(safeloader.__file__).parents[1]
-PATIENCE_S = 90
+PATIENCE_S = 300
 
 HEAD = """\
 import os, signal, sys
@@ -294,7 +294,7 @@ def test_a_run_is_told_of_by_the_launcher_and_by_the_loader_alike(tmp_path: Path
     command = [sys.executable, "-m", "safeloader", "run", "--run", "runs", "train.py"]
     for _ in range(2):
         subprocess.run(
-            command, cwd=tmp_path, env=surroundings(), check=True, capture_output=True, timeout=90
+            command, cwd=tmp_path, env=surroundings(), check=True, capture_output=True, timeout=300
         )
     run = RunFolder(tmp_path / "runs")
     assert run.attempts == [0, 1]

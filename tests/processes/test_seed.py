@@ -506,7 +506,7 @@ def test_the_launcher_seeds_each_loader_that_can_be(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "safeloader", "run", "--seed", "11", str(program)]
     done = subprocess.run(
-        command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, timeout=300
     )
     expected = repr([batch for epoch in epochs(loader_of()) for batch in epoch])
     assert done.stdout.splitlines() == [expected, expected, "6"], done.stderr

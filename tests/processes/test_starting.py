@@ -34,7 +34,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 
 
 def start(spare: int, method: str) -> bool:

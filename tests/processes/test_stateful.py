@@ -1682,7 +1682,7 @@ def test_killed_in_between(tmp_path: Any) -> None:
             [sys.executable, "-W", "ignore", "-c", KILLED, path, str(workers), str(until)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == (0 if until == 100 else -signal.SIGKILL), done.stderr
     came = [json.loads(line) for line in path.read_text().splitlines()]

@@ -55,7 +55,6 @@ def pyright() -> dict[str, set[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("checker", [mypy, pyright])
 def test_good_programs_pass_and_bad_lines_are_refused(checker: object) -> None:
     assert callable(checker)

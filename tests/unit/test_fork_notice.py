@@ -31,6 +31,6 @@ def test_what_is_lent_while_the_process_forks_is_seen_by_the_child() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert (done.stdout, done.stderr) == ("True\n", "")

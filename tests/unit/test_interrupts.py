@@ -178,9 +178,9 @@ def test_a_task_that_an_interrupt_stopped_comes_whole_or_not_at_all(size: int) -
         called = False
         run()
         tasks.put((1, Task(1, "next")))
-        came = [tasks.get(timeout=5)]
+        came = [tasks.get(timeout=300)]
         if came[0][0] == 0:
-            came.append(tasks.get(timeout=5))
+            came.append(tasks.get(timeout=300))
         assert came[-1] == (1, Task(1, "next"))
         assert came[:-1] in ([], [(0, Task(0, bytes(size)))])
         with pytest.raises(queue.Empty):

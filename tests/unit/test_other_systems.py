@@ -71,7 +71,7 @@ def printed(text: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -131,28 +131,30 @@ def works(said: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.timeout(600)
 def test_without_workers_any_system_will_do() -> None:
     assert {name: said for name, said in told(SYSTEMS).items() if not works(said)} == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.uncovered
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_no_single_name_is_needed_without_workers() -> None:
     assert {name: said for name, said in told(SINGLE).items() if not works(said)} == {}
 
 
 @pytest.mark.uncovered
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("platform", "lacks"), [("win32", WINDOWS), ("darwin", MACOS)])
 def test_every_name_used_that_another_system_lacks_is_tried(
     platform: str, lacks: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("mypy")
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--platform", platform, "--cache-dir", str(tmp_path)],
+        # What torch and NumPy are made of is not asked about, and takes three quarters of the time.
+        [
+            *(sys.executable, "-m", "mypy", "--platform", platform),
+            *("--no-site-packages", "--cache-dir", str(tmp_path)),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

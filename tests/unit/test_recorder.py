@@ -264,7 +264,7 @@ def said_at_exit(program: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=100,
+        timeout=300,
     )
     return done.stderr
 
@@ -336,9 +336,9 @@ class FailsAtLength:
 def test_skipped_samples_stay_within_the_bound_too(kind: str) -> None:
     bound = 1 << 20
     kinds: dict[str, Any] = {
-        "short": range(6_000),
-        "long": [f"{k}" * 2_000 for k in range(1_000, 3_000)],
-        "pairs": [(f"{k}" * 1_000, k) for k in range(1_000, 3_000)],
+        "short": range(3_000),
+        "long": [f"{k}" * 2_000 for k in range(1_000, 1_500)],
+        "pairs": [(f"{k}" * 1_000, k) for k in range(1_000, 1_500)],
     }
     loader = SafeDataLoader(
         FailsAtLength(),  # type: ignore[arg-type]

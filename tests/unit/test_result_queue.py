@@ -262,7 +262,7 @@ def test_a_worker_told_not_to_wait_ends_with_its_pipe_full(before: bool) -> None
     assert process.exitcode == 0
     assert told.is_set()
     if before:
-        assert results.get(timeout=5) == (0, b"small")
+        assert results.get(timeout=300) == (0, b"small")
     results.wait(0.05)  # the rest is half a message at most
     assert not results.arrived
     results.close()
@@ -298,7 +298,7 @@ def test_mains_own_message() -> None:
     results.all_started()
     results.put((None, None))
     results.put((5, "x" * 1_000_000))
-    assert results.get(timeout=5) == (None, None)
+    assert results.get(timeout=300) == (None, None)
     assert list(received(results, 1)) == [(5, "x" * 1_000_000)]
 
 
@@ -376,7 +376,7 @@ class Unloadable:
 def test_what_cannot_be_loaded_still_says_which_batch_it_was() -> None:
     results = ResultQueue(1, Unpacker().opened)
     results.put((3, seal(manifest(8), Unloadable())))
-    number, came = results.get(timeout=5)
+    number, came = results.get(timeout=300)
     assert (number, type(came), came.manifest.seq) == (3, FailedBatch, 8)
     assert came.failure.exception_type == "ValueError"
 

@@ -202,7 +202,7 @@ def run(program: str, **environment: str) -> tuple[str, list[str]]:
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def refuses(task: Task, exc: Exception) -> Task:
 
 
 def echo(tasks: TaskQueue, answers: Any) -> None:
-    while (item := tasks.get(timeout=10)) is not None:
+    while (item := tasks.get(timeout=300)) is not None:
         answers.put(item)
 
 
@@ -41,7 +41,7 @@ def test_what_is_put_comes_out_in_order(method: str) -> None:
     for item in items:
         tasks.put(item)
     tasks.put(None)
-    assert [answers.get(timeout=30) for _ in items] == items
+    assert [answers.get(timeout=300) for _ in items] == items
     process.join(30)
     assert process.exitcode == 0
     tasks.close()
@@ -50,7 +50,7 @@ def test_what_is_put_comes_out_in_order(method: str) -> None:
 def test_a_tensor_may_be_an_index() -> None:
     tasks = TaskQueue(refuses)
     tasks.put((0, Task(0, torch.arange(3))))
-    number, task = tasks.get(timeout=5)
+    number, task = tasks.get(timeout=300)
     assert (number, task.seq, task.index.tolist()) == (0, 0, [0, 1, 2])
 
 
@@ -58,7 +58,7 @@ def test_putting_never_waits_for_the_reader() -> None:
     tasks = TaskQueue(refuses)
     for number in range(50):
         tasks.put((number, Task(number, list(range(10_000)))))  # some MB, and nobody reads
-    assert [tasks.get(timeout=5)[0] for _ in range(50)] == list(range(50))
+    assert [tasks.get(timeout=300)[0] for _ in range(50)] == list(range(50))
 
 
 def test_nothing_there_is_told_as_by_any_queue() -> None:
@@ -75,7 +75,7 @@ def test_what_cannot_be_pickled_is_replaced() -> None:
 
     tasks = TaskQueue(refuse)
     tasks.put((4, Task(7, [threading.Lock()])))
-    assert tasks.get(timeout=5) == (4, Task(7, SamplerFault()))
+    assert tasks.get(timeout=300) == (4, Task(7, SamplerFault()))
     assert refused == [(7, TypeError)]
 
 

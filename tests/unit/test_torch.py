@@ -54,7 +54,7 @@ def told(workers: int) -> dict[tuple[str, str, str], dict[str, Any]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     answers = map(json.loads, done.stdout.splitlines())
@@ -83,14 +83,12 @@ def checked(said: dict[str, Any], kind: str, name: str) -> None:
 
 
 @pytest.mark.uncovered
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_torch_in_which_a_name_has_moved(case: tuple[str, str, str]) -> None:
     checked(told(0)[case], case[0], case[2])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_torch_in_which_a_name_has_moved_with_workers() -> None:
     assert len(told(1)) == len(WITH_WORKERS) + len(ORDERS)
     for case, said in told(1).items():

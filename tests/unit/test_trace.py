@@ -65,7 +65,7 @@ def run(program: str, *arguments: object, **environment: str) -> Any:
         env=kept | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
 
