@@ -37,6 +37,7 @@ from safeloader.introspect.values import (
     inherits,
     is_one_of,
     module_of,
+    once_for_class,
     type_name,
 )
 
@@ -200,6 +201,7 @@ def _within(value: Any) -> Iterator[tuple[str, Any]]:
         yield "", value
 
 
+@once_for_class
 def _looked_into(cls: type) -> bool:
     if id(cls) in _NEVER or inherits(cls, DataLoader, torch.nn.Module, torch.Tensor, np.ndarray):
         return False
@@ -321,7 +323,7 @@ _NO_SCALAR = object()
 def _plain(value: Any) -> Any:
     """A number, a word, a truth value, also one that NumPy or torch holds."""
     cls = type(value)
-    if any(cls is each for each in _PLAIN):
+    if is_one_of(cls, *_PLAIN):
         return value[:WORD_MAX] if cls is str else value
     if inherits(cls, np.generic) and cls.__module__ == "numpy" and value.dtype.kind in "biuf":
         return value.item()

@@ -59,6 +59,7 @@ from safeloader.introspect.values import (
     inherits,
     is_written_in_python,
     mro_of,
+    once_for_class,
     type_name,
 )
 from safeloader.introspect.warned import warn
@@ -263,6 +264,7 @@ _PLAIN_IDS = frozenset(map(id, (*_PLAIN, np.float64, torch.dtype, type(pathlib.P
 _Verdict = tuple[Any, tuple[Hazard, Callable[[Any], bool]] | None, str]
 
 
+@once_for_class
 def _verdict_on(cls: type) -> _Verdict:
     for key in map(class_key, mro_of(cls)):
         if key in _KNOWN or key in _ROLE_OF or key.startswith("multiprocessing."):
@@ -429,6 +431,7 @@ def _orders_shares(cls: type) -> set[str]:
 _PUBLIC = {"_thread.lock": "threading.Lock", "Environment": "lmdb.Environment"}
 
 
+@once_for_class
 def _kind(cls: type) -> str:
     """The name that people know a class by, without the private modules it may be from."""
     name = type_name(cls)

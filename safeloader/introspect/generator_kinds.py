@@ -15,7 +15,14 @@ import numpy as np
 import torch
 
 from safeloader.introspect.signals import raised_by_signal
-from safeloader.introspect.values import definitions, fields, inherits, module_of, mro_of
+from safeloader.introspect.values import (
+    definitions,
+    fields,
+    inherits,
+    module_of,
+    mro_of,
+    once_for_class,
+)
 
 PROCESS_WIDE = ("random", "numpy.random", "torch")  # those that torch seeds in each worker
 
@@ -161,7 +168,12 @@ def is_generator(value: object) -> bool:
     >>> is_generator(np.random.default_rng(0)), is_generator(np.random)
     (True, False)
     """
-    return inherits(type(value), *(kind.cls for kind in kinds()))
+    return _is_generators(type(value))
+
+
+@once_for_class
+def _is_generators(cls: type) -> bool:
+    return inherits(cls, *(kind.cls for kind in kinds()))
 
 
 def standing(generator: Any) -> Standing:
@@ -202,7 +214,11 @@ def kind_of(value: object) -> Kind | None:
     >>> kind_of(random.Random(0)).cls, kind_of(random.SystemRandom()), kind_of("text")
     (<class 'random.Random'>, None, None)
     """
-    cls = type(value)
+    return _kind_of(type(value))
+
+
+@once_for_class
+def _kind_of(cls: type) -> Kind | None:
     if inherits(cls, random.SystemRandom):
         return None
     return next((kind for kind in kinds() if inherits(cls, kind.cls)), None)

@@ -52,11 +52,9 @@ def type_name(cls: type) -> str:
     >>> type_name(collections.OrderedDict), type_name(int)
     ('collections.OrderedDict', 'int')
     """
-    module: object = None
-    with suppress(AttributeError):
-        module = _module_of(cls)
+    module = module_of(cls)
     name = str.__str__(_qualname_of(cls))
-    if type(module) is not str or module == "builtins":
+    if module in ("", "builtins"):
         return name
     # A script's classes live in __main__, which a spawned worker knows as __mp_main__.
     return f"{'__main__' if module == '__mp_main__' else module}.{name}"
@@ -68,11 +66,11 @@ def module_of(cls: type) -> str:
     >>> module_of(collections.OrderedDict)
     'collections'
     """
-    with suppress(AttributeError):
-        module = _module_of(cls)
-        if type(module) is str:
-            return module
-    return ""
+    try:
+        module: object = _module_of(cls)
+    except AttributeError:
+        return ""
+    return module if type(module) is str else ""
 
 
 def inherits(cls: type, *bases: type) -> bool:
@@ -81,8 +79,12 @@ def inherits(cls: type, *bases: type) -> bool:
     >>> inherits(bool, str, int)
     True
     """
-    # By identity: ``in`` would ask the metaclass for ``==``.
-    return any(each is base for each in mro_of(cls) for base in bases)
+    # By identity: ``in`` would ask the metaclass for ``==``. In loops: each worker asks often.
+    for each in mro_of(cls):
+        for base in bases:
+            if each is base:
+                return True
+    return False
 
 
 def is_one_of(cls: type, *classes: type) -> bool:
@@ -91,7 +93,10 @@ def is_one_of(cls: type, *classes: type) -> bool:
     >>> is_one_of(bool, str, int)
     False
     """
-    return any(cls is each for each in classes)
+    for each in classes:  # noqa: SIM110  # as above
+        if cls is each:
+            return True
+    return False
 
 
 def definitions(cls: type, name: str) -> list[Any]:
@@ -169,7 +174,10 @@ def container_base(cls: type) -> Any:
     >>> container_base(collections.Counter)
     <class 'dict'>
     """
-    return next((each for each in mro_of(cls) if id(each) in _CONTAINERS), None)
+    for each in mro_of(cls):
+        if id(each) in _CONTAINERS:
+            return each
+    return None
 
 
 def weakly(thing: Any) -> Callable[[], Any]:

@@ -35,6 +35,7 @@ class KeptHeap:
         self._looked = self._most <= 0
         self._used = False
         self._due = 0.0
+        self._free_before = 0  # bytes of the heap that were free before it was kept, or given back
 
     def keep(self) -> None:
         """A large batch was made; its samples' memory is to serve the next."""
@@ -44,21 +45,43 @@ class KeptHeap:
             if self._libc is not None:
                 self._libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
                 self._libc.mallopt(_M_TRIM_THRESHOLD, self._most)
+                self._free_before = self._free()
         self._used = True
 
     def give_back(self) -> None:
         """The worker waits: what is free goes back to the system, unless that is soon again."""
-        if self._used and perf_counter() >= self._due:
-            self.trim()
-
-    def trim(self) -> None:
-        """What is free goes back to the system."""
-        if self._used and self._libc is not None:
-            began = perf_counter()
+        began = perf_counter()
+        if not self._used or began < self._due:
+            return
+        self._used = False
+        if self._libc is not None:
             self._libc.malloc_trim(0)
             ended = perf_counter()
             self._due = ended + (ended - began) / _SHARE
-        self._used = False
+            self._free_before = self._free()
+
+    def kept_bytes(self) -> int:
+        """How much of this process's memory is only kept free for the next batch."""
+        free = self._free()
+        self._free_before = min(self._free_before, free)
+        return free - self._free_before
+
+    def _free(self) -> int:
+        if self._libc is None or not hasattr(self._libc, "mallinfo2"):
+            return 0
+        return int(self._libc.mallinfo2().fordblks)
+
+
+class _Mallinfo2(ctypes.Structure):
+    """As in glibc's malloc.h, from 2.33 on; ``fordblks`` are the bytes that are free."""
+
+    _fields_ = [  # as ctypes wants it
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 def _glibc() -> ctypes.CDLL | None:
@@ -71,4 +94,8 @@ def _glibc() -> ctypes.CDLL | None:
     except (OSError, TypeError):  # a system without
         return None
     needed = "gnu_get_libc_version", "mallopt", "malloc_trim"
-    return libc if all(hasattr(libc, name) for name in needed) else None
+    if not all(hasattr(libc, name) for name in needed):
+        return None
+    if hasattr(libc, "mallinfo2"):
+        libc.mallinfo2.restype = _Mallinfo2
+    return libc

@@ -53,7 +53,7 @@ class Observer:
         files: those that were open as the process began; None where it did not inherit any.
         publish: is given each report.
         private: gives the private memory of this process in bytes, as last sampled, or None.
-        settle: is called before memory is read, so that what is only kept free is not in it.
+        kept: gives the bytes of this process that are only kept free, which count as given back.
         alone: whether no code but that which makes samples writes to this copy of the dataset.
         stays: whether this process makes samples of more than one epoch. One that does not cannot
             tell what fetching changes, but whether what it filled is lost with it.
@@ -69,7 +69,7 @@ class Observer:
         files: InheritedFiles | None,
         publish: Callable[[SelfReport], object],
         private: Callable[[], int | None] = lambda: None,
-        settle: Callable[[], object] = lambda: None,
+        kept: Callable[[], int] = lambda: 0,
         alone: bool = True,
         stays: bool = True,
         came: CopyState | None = None,
@@ -78,7 +78,7 @@ class Observer:
         self._length = None if stream else length
         self._stream = stream
         self._publish = publish
-        self._private, self._settle = private, settle
+        self._private, self._kept = private, kept
         self._alone, self._stays = alone, stays
         self._epochs = self._batches = self._reported = 0
         self._due = 1
@@ -296,9 +296,9 @@ class Observer:
         return dict(self._seeds)
 
     def _remember_memory(self) -> None:
-        self._settle()
         own = anonymous_bytes()
         if own is not None:
+            own -= self._kept()
             self._memory = [*self._memory[-15:], (self._batches, own, self._private())]
 
 

@@ -112,7 +112,7 @@ class WorkerStartup:
         if start_state is None:
             start_state = describe(dataset, ask=False, length=context.length)
         context = dataclasses.replace(context, packer=packer, start_state=start_state)
-        observer = self._observer(worker_id, dataset, files, monitor, came, heap.trim)
+        observer = self._observer(worker_id, dataset, files, monitor, came, heap.kept_bytes)
         if observer is not None:
             monitor.notes = observer.sent
             TaskQueue.pauses = staticmethod(observer.paused)
@@ -180,7 +180,7 @@ class WorkerStartup:
         files: InheritedFiles | None,
         monitor: WorkerMonitor,
         came: CopyState | None,
-        settle: Callable[[], object],
+        kept: Callable[[], int],
     ) -> Observer | None:
         """What notices what becomes of this worker's copy; None where it cannot be told to main."""
         if self.flight is None or not self.observed:
@@ -194,7 +194,7 @@ class WorkerStartup:
                 came=came,
                 stays=self.stays,
                 private=monitor.private_bytes,
-                settle=settle,
+                kept=kept,
                 publish=into_flight_recorder(
                     functools.partial(self.flight.write_report, worker_id)
                 ),

@@ -473,6 +473,8 @@ def test_tensors_are_asked_where_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     assert told([torch.zeros(2), torch.nn.Linear(2, 2), torch.zeros(2, device="meta")]) == {}
     known = (CUDA, lambda tensor: tensor.shape == (3,))
     monkeypatch.setitem(fork_hazards._KNOWN, "torch.Tensor", known)
+    # What was said of a class is remembered.
+    monkeypatch.setattr(fork_hazards, "_verdict_on", fork_hazards._verdict_on.__wrapped__)
     module = torch.nn.Linear(1, 3)
     assert told([torch.zeros(2), module]) == {
         "dataset.x[1]._parameters['bias']": "torch.nn.parameter.Parameter"
