@@ -1,6 +1,6 @@
 """Run all tests: ``python -m tests.run``, or with pytest's arguments a part of them.
 
-Coverage takes some 50 ms of each process that ends. What starts hundreds of workers, to compare
+Coverage takes some 20 ms of each process that ends. What starts hundreds of workers, to compare
 them with the stock loader's or to kill them and ask how soon that is told, is marked ``uncovered``:
 it runs without it. The rest runs under coverage: worker processes measure themselves
 (coverage's ``concurrency = multiprocessing``), their data is combined with that of the main

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from safeloader.introspect.values import mro_of, once_for_class, type_name
+from safeloader.introspect.values import mro_of, type_name
 
 _FIRST_USE = "on first use in __getitem__"
 LAZILY = (
@@ -100,7 +100,6 @@ MEND_HOOK = "mend its {hook}, or leave it out in __getstate__ of what holds it"
 FORK_DOES_WITHOUT = "multiprocessing_context='fork' does without pickling"
 
 
-@once_for_class
 def class_key(cls: type) -> str:
     """The top package and own name of a class, as the tables have it.
 

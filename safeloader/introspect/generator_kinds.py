@@ -168,12 +168,7 @@ def is_generator(value: object) -> bool:
     >>> is_generator(np.random.default_rng(0)), is_generator(np.random)
     (True, False)
     """
-    return _is_generators(type(value))
-
-
-@once_for_class
-def _is_generators(cls: type) -> bool:
-    return inherits(cls, *(kind.cls for kind in kinds()))
+    return kind_of(value) is not None or inherits(type(value), random.SystemRandom)
 
 
 def standing(generator: Any) -> Standing:

@@ -79,7 +79,7 @@ def inherits(cls: type, *bases: type) -> bool:
     >>> inherits(bool, str, int)
     True
     """
-    # By identity: ``in`` would ask the metaclass for ``==``. In loops: each worker asks often.
+    # By identity: ``in`` would ask the metaclass for ``==``. In loops: any() takes longer.
     for each in mro_of(cls):
         for base in bases:
             if each is base:
@@ -93,7 +93,7 @@ def is_one_of(cls: type, *classes: type) -> bool:
     >>> is_one_of(bool, str, int)
     False
     """
-    for each in classes:  # noqa: SIM110  # as above
+    for each in classes:  # noqa: SIM110  # any() takes longer, and each worker asks often
         if cls is each:
             return True
     return False

@@ -75,7 +75,7 @@ class KeptHeap:
 class _Mallinfo2(ctypes.Structure):
     """As in glibc's malloc.h, from 2.33 on; ``fordblks`` are the bytes that are free."""
 
-    _fields_ = [  # as ctypes wants it
+    _fields_ = [
         (name, ctypes.c_size_t)
         for name in (
             *("arena", "ordblks", "smblks", "hblks", "hblkhd"),

@@ -102,7 +102,7 @@ def open_files() -> None:
 
 
 def hold_the_batches_of_a_loader() -> None:
-    held = list(DataLoader(range(400), num_workers=1, timeout=300))  # type: ignore[arg-type]
+    held = list(DataLoader(range(400), num_workers=1, timeout=60))  # type: ignore[arg-type]
     raise AssertionError(f"all of {len(held)} held")
 
 
