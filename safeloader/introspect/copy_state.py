@@ -14,7 +14,7 @@ import pathlib
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -25,7 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from safeloader._torch import without_overrides
 from safeloader.introspect.byte_code import LEFT_ALONE
-from safeloader.introspect.digests import Unknown, in_no_order, leaf_digest, raw_bytes
+from safeloader.introspect.digests import (
+    Unknown,
+    in_no_order,
+    leaf_digest,
+    raw_bytes,
+    starts_of_rows,
+)
 from safeloader.introspect.signals import raised_by_signal
 from safeloader.introspect.texts import is_secret
 from safeloader.introspect.values import (
@@ -374,14 +380,14 @@ class _Look:
             if value.dtype.kind not in "iufcSUMm":
                 return None
             is_data = value.ndim > 1 or value.dtype.kind in "fcm"
-            rows = value[:: max(1, -(-length // SAMPLED))]
-            return self._of_rows(rows, value, value.nbytes, id(value), length, is_data)
+            sampled = _rows(value[:: _step(length, SAMPLED)])
+            return self._of_rows(sampled, value, value.nbytes, id(value), length, is_data)
         if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
             return self._of_tensor(value, length)
         return _of_table(value, length, self._most)
 
     def _of_list(self, value: Any, base: Any, length: int, held_as: int = 0) -> Order:
-        step = max(1, -(-length // SAMPLED))
+        step = _step(length, SAMPLED)
         some = [base.__getitem__(value, at) for at in range(0, length, step)]
         order = Order(
             length, tuple(map(_element, some)), None, held_as or id(value), tuple(map(id, some))
@@ -405,26 +411,30 @@ class _Look:
                 return None
             held_as, value = id(value), value.detach()
             is_data = value.dim() > 1 or value.is_floating_point() or value.is_complex()
-            step, size = max(1, -(-length // SAMPLED)), value.element_size()
-            row = value[0].numel()
-            if row * size > ELEMENT_BYTES and not value[0].is_contiguous():
+            step, size = _step(length, SAMPLED), value.element_size()
+            row = value.numel() // length
+            starts = starts_of_rows(value, step, ELEMENT_BYTES)
+            if starts is not None:
+                sampled = _digests(starts)
+            elif row * size > ELEMENT_BYTES and not value[0].is_contiguous():
                 return None  # to look at a part of such a row is to copy all of it
-            some = value[::step].reshape(-1, row)[:, : max(1, ELEMENT_BYTES // size)]
-            # Of copies: what NumPy has seen once cannot be resized any more.
-            rows = raw_bytes(some).reshape(len(some), -1)
+            else:
+                some = value[::step].reshape(-1, row)[:, : max(1, ELEMENT_BYTES // size)]
+                # Of copies: what NumPy has seen once cannot be resized any more.
+                sampled = _rows(raw_bytes(some).reshape(len(some), -1))
             nbytes = row * size * length
-            return self._of_rows(rows, value, nbytes, held_as, length, is_data)
+            return self._of_rows(sampled, value, nbytes, held_as, length, is_data)
 
     def _of_rows(
         self,
-        some: np.ndarray[Any, Any],
+        sampled: tuple[int, ...],
         value: Any,
         nbytes: int,
         held_as: int,
         length: int,
         is_data: bool,
     ) -> Order:
-        order = Order(length, _rows(some), None, held_as, is_data=is_data)
+        order = Order(length, sampled, None, held_as, is_data=is_data)
         last = self._last
         if last is not None and _same_places(last, order):
             return last
@@ -492,12 +502,17 @@ def held(value: Any) -> Held | None:
         with without_overrides():
             if not value.dim() or not value.numel() or value.is_quantized or value.is_nested:
                 return None
-            if value[0].numel() * value.element_size() > ELEMENT_BYTES:
+            length, storage = value.shape[0], value.untyped_storage()
+            if value.nbytes // length > ELEMENT_BYTES:
                 return None  # to copy a part of each takes long
-            some_of_it = value.detach()[:: _step(len(value), HELD_SAMPLED)].contiguous()
-            digests = _rows(raw_bytes(some_of_it).reshape(len(some_of_it), -1))
-            shared: bool = value.is_shared()  # type: ignore[no-untyped-call]
-            return Held(len(value), digests, id(value), shared=shared)
+            step = _step(length, HELD_SAMPLED)
+            starts = starts_of_rows(value, step, ELEMENT_BYTES)
+            if starts is None:
+                some_of_it = value.detach()[::step].contiguous()
+                digests = _rows(raw_bytes(some_of_it).reshape(len(some_of_it), -1))
+            else:
+                digests = _digests(starts)
+            return Held(length, digests, id(value), shared=storage.is_shared())
     return None
 
 
@@ -537,7 +552,11 @@ def _is_of_others(array: Any) -> bool:
 
 def _rows(some: Any) -> tuple[int, ...]:
     width = max(1, ELEMENT_BYTES // max(1, some.itemsize))
-    return tuple(crc32(np.asarray(each).flat[:width].tobytes()) or 1 for each in some)
+    return _digests(np.asarray(each).flat[:width].tobytes() for each in some)
+
+
+def _digests(some: Iterable[bytes]) -> tuple[int, ...]:
+    return tuple(crc32(each) or 1 for each in some)
 
 
 _IN_AN_ORDER = (bool, int, float, str, bytes)

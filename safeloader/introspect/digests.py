@@ -193,11 +193,32 @@ def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
     >>> raw_bytes(torch.tensor([1, 2], dtype=torch.int16)).tolist()
     [1, 0, 2, 0]
+    >>> raw_bytes(torch.arange(6, dtype=torch.uint8)[::2]).tolist()
+    [0, 2, 4]
     """
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
     # Not by clone(), which wakes torch's threads for a large one.
     raw = ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size())
     return np.frombuffer(raw, np.uint8)
+
+
+def starts_of_rows(tensor: torch.Tensor, step: int, most: int) -> list[bytes] | None:
+    """The first bytes, ``most`` of them, of every ``step``-th row of a tensor on the CPU.
+
+    None where its rows do not lie one behind the other as they are read. Read without operators of
+    torch: each that is new to a forked process costs it some page faults.
+
+    >>> starts_of_rows(torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.uint8), 2, 1)
+    [b'\x01', b'\x05']
+    >>> starts_of_rows(torch.zeros(2, 3).T, 1, 1) is None
+    True
+    """
+    if tensor.is_conj() or tensor.is_neg() or not tensor.is_contiguous():
+        return None
+    rows, at = tensor.shape[0], tensor.data_ptr()
+    row = tensor.nbytes // rows
+    few = min(row, most)
+    return [ctypes.string_at(at + row * k, few) for k in range(0, rows, step)]
 
 
 def _mixed(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

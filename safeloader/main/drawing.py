@@ -49,6 +49,8 @@ from safeloader.transport.messages import SamplerFault, StateRequest, Task
 if TYPE_CHECKING:
     from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 
+_made = tuple.__new__  # the constructor of a named tuple is a function of Python's
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class RecordingSampler:
@@ -292,7 +294,8 @@ class RecordingSampler:
                     position.drawn(seq, packed)
             except Exception as exc:
                 log.at_fault("the ledger", exc)
-            yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
+            here = packed if in_main else None
+            yield _made(Task, (seq, index, (), False, here, (), None))
 
     def __len__(self) -> int:
         return len(self.drawn_from)

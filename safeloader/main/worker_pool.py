@@ -13,6 +13,7 @@ the loader keeps between its epochs; otherwise it belongs to its
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -41,6 +42,7 @@ from safeloader.failures.loader_log import LoaderLog, guarded
 from safeloader.introspect.advice import FORK_DOES_WITHOUT, next_step
 from safeloader.introspect.byte_code import codes, uses
 from safeloader.introspect.dataset_state import describe
+from safeloader.introspect.file_positions import read_positions
 from safeloader.introspect.fork_hazards import natives, survey, warn_once
 from safeloader.introspect.generators import generators_of, own_generators
 from safeloader.introspect.parts import GLOBAL, functions_of
@@ -74,10 +76,11 @@ from safeloader.worker.arguments import Arguments, are_pickled
 from safeloader.worker.context import FetchContext
 from safeloader.worker.dataset_states import DatasetStates, StatesPlan
 from safeloader.worker.hints import ITER_RAISED
+from safeloader.worker.observing import Observer
 from safeloader.worker.policy import Policy
 from safeloader.worker.recording import RecordingFetcher, key_of
 from safeloader.worker.seeding import seeded_in_main
-from safeloader.worker.startup import WorkerStartup, fetcher_for
+from safeloader.worker.startup import LookedAhead, WorkerStartup, fetcher_for
 
 _T = TypeVar("_T")
 _AS_IT_IS = nullcontext()
@@ -118,7 +121,9 @@ class WorkerPool:
         self.timeout_s = float(loader.timeout)
         self.hangs = False
         self._stock: Callable[[], Any] = lambda: None
-        self._in_main: tuple[FetchContext, RecordingFetcher] | None = None  # of the epoch before
+        # Of the epoch before, without workers.
+        self._in_main: tuple[FetchContext, RecordingFetcher] | None = None
+        self._parts: dict[str, Any] | None = None  # of torch's iterator
         self._unpacker: Unpacker | None = None  # whose slots may outlive its workers
         self.persistent = loader.persistent_workers
         self.seeds_per = None if settings.seed is None else settings.seed_per
@@ -223,9 +228,13 @@ class WorkerPool:
     # building ───────────────────────────────────────────────────────────────────────────────────
 
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
+        context = self._context_in_main()
+        stock = self._built_again(loader, context)
+        if stock is not None:
+            return stock
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
-        context, seed = self._context_in_main(), self.sampler.log.seed
+        seed = self.sampler.log.seed
         beginning: AbstractContextManager[object] = _AS_IT_IS
         if seed is not None and context.seeder is not None and self.stream:
             beginning = _beginning_stream(view, context.seeder, seed)
@@ -250,6 +259,20 @@ class WorkerPool:
             return recording if seed is None else seeded_in_main(recording, context)
 
         _torch.replace_fetcher(stock, ours)
+        self._parts = _torch.parts_of(stock) if self.may_serve_again and states is None else None
+        return stock
+
+    def _built_again(self, loader: DataLoader[Any], context: FetchContext) -> Any:
+        """Torch's iterator, of the parts of that of the epoch before; None if it is another now."""
+        if self._parts is None or self._in_main is None or self.states is not None:
+            return None
+        _, fetcher = self._in_main
+        if not fetcher.stays(context):
+            return None
+        stock = _torch.built_again(self._parts, loader, self.sampler)
+        if stock is not None:
+            fetcher.by_way_of(None)  # an epoch may have ended with its first samples
+            self.looks.over(fetcher)
         return stock
 
     def _context_in_main(self) -> FetchContext:
@@ -274,9 +297,7 @@ class WorkerPool:
         self._in_main = context, fetcher
         return fetcher
 
-    def _context(
-        self, inherited: Sequence[Inherited] = (), start_state: dict[str, Any] | None = None
-    ) -> FetchContext:
+    def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
         settings = self._settings
         return FetchContext(
             progress=self._progress,
@@ -285,7 +306,6 @@ class WorkerPool:
             policy=Policy(settings.on_error, settings.retries, tells=settings.tells),
             checksum=settings.checksum,
             seeder=None if settings.seed is None else Seeder(settings.seed_per),
-            start_state=start_state,
             raised=None if self.workers else self.raised,
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
@@ -293,19 +313,30 @@ class WorkerPool:
             apart=settings.trace_target is not False,
         )
 
-    def _start_state(self, loader: DataLoader[Any]) -> dict[str, Any] | None:
-        """The dataset as forked workers begin with it; None where something may change it yet.
-
-        To look at it there takes longer, by each of them: what is read is copied first.
-        """
-        changes_it = (
+    def _stays_as_it_is(self, loader: DataLoader[Any]) -> bool:
+        """Whether no code of the user's comes between now and a forked worker's first task."""
+        return not (
             loader.worker_init_fn is not None
             or isinstance(loader.dataset, IterDataPipe | MapDataPipe)  # torch seeds it there
             or not length_is_true(self.sampler.drawn_from)  # a sampler of the user's begins first
         )
-        if changes_it:
-            return None
-        return describe(loader.dataset, ask=False, length=self.sampler.log.log.length)
+
+    def _look_ahead(self, loader: DataLoader[Any], length: int | None) -> LookedAhead | None:
+        """What forked workers need not look at, each for itself; None where this is at fault.
+
+        What another thread sets before they are forked counts as set by them.
+        """
+        with guarded("the look at what workers begin with", lambda: self._log):
+            observer = Observer(
+                loader.dataset,
+                length=length,
+                stream=False,
+                files=None,
+                publish=lambda report: None,
+                stays=self.persistent,
+            )
+            return LookedAhead(observer.look_ahead(), read_positions())
+        return None
 
     def _start(self, loader: DataLoader[Any]) -> Any:
         """Start the workers, with torch's iterator over them.
@@ -337,17 +368,25 @@ class WorkerPool:
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
-            start_state = self._start_state(loader) if forks else None
+            context = self._context(inherited if forks else ())
+            observed = self.persistent or self.looks.worth_it
+            ahead: LookedAhead | None = None
+            if forks and self._stays_as_it_is(loader):
+                state = describe(loader.dataset, ask=False, length=context.length)
+                context = dataclasses.replace(context, start_state=state)
+                if observed and flight is not None:
+                    ahead = self._look_ahead(loader, context.length)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=self._context(inherited if forks else (), start_state),
+                context=context,
                 results=results,
                 flight=flight,
                 slots=table,
                 no_slots=no_slots,
                 forks=forks,
                 stays=self.persistent,
-                observed=self.persistent or self.looks.worth_it,
+                observed=observed,
+                ahead=ahead,
                 freezes=freezes_garbage(),
                 keeps_heap=keeps_heap(),
                 parked=parked,
@@ -370,6 +409,8 @@ class WorkerPool:
                     view(loader, self.sampler, channels=channels)
                 )
             # For the next epochs, which start no worker.
+            startup = dataclasses.replace(startup, ahead=None)
+            view = functools.partial(_torch.LoaderView, worker_init_fn=startup)
             self._view = functools.partial(view, channels=channels._replace(arguments=None))
         except Exception as exc:
             failure_was_told()

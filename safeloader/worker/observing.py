@@ -112,6 +112,27 @@ class Observer:
             if path not in self._start.orders or self._start.orders[path].places != order.places
         )
 
+    def goes_on(
+        self,
+        files: InheritedFiles | None,
+        publish: Callable[[SelfReport], object],
+        private: Callable[[], int | None],
+        kept: Callable[[], int],
+    ) -> Observer:
+        """In a forked worker, where it was made just before the fork, and nothing changed since."""
+        self._files, self._publish = files, publish
+        self._private, self._kept = private, kept
+        return self
+
+    def look_ahead(self) -> Observer:
+        """Look now for what is looked for at the first samples: where it is to go on in workers."""
+        try:
+            self.generators()
+            self.stores()
+        except Exception as exc:
+            self._fails(exc)
+        return self
+
     def _state(self) -> CopyState:
         self._now = copy_state(self._dataset(), self._compared, last=self._now)
         return self._now

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import get_worker_info
 
@@ -22,7 +22,7 @@ from safeloader.delivery.manifest import BatchManifest
 from safeloader.failures.failure import Failure
 from safeloader.introspect.copy_state import CopyState, copy_state
 from safeloader.introspect.dataset_state import describe
-from safeloader.introspect.file_positions import read_positions
+from safeloader.introspect.file_positions import Position, read_positions
 from safeloader.introspect.seeds import BatchSeed
 from safeloader.supervision.flight_recorder import IDLE, INIT, OPEN, PID, READY, FlightRecorder
 from safeloader.supervision.monitor import WorkerMonitor
@@ -47,6 +47,16 @@ def fetcher_for(stock: Any, context: FetchContext) -> RecordingFetcher:
     return (StreamFetcher if hasattr(stock, "dataset_iter") else MapFetcher)(stock, context)
 
 
+class LookedAhead(NamedTuple):
+    """What main looked at for forked workers, where nothing can change it before they begin.
+
+    In each of them it would take longer: what is read there is copied first.
+    """
+
+    observer: Observer
+    positions: dict[int, Position]
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerStartup:
     """A callable that pickles with the process arguments under every start method."""
@@ -61,6 +71,7 @@ class WorkerStartup:
     forks: bool = False
     stays: bool = False
     observed: bool = True
+    ahead: LookedAhead | None = None
     freezes: bool = True
     keeps_heap: bool = True
     parked: Parked = dataclasses.field(default_factory=dict)
@@ -159,7 +170,7 @@ class WorkerStartup:
         """The files that were open at the fork, before any code of the user's runs here."""
         if self.forks and self.observed and self.flight is not None:
             with suppress(Exception):  # of ours: the worker does without
-                if positions := read_positions():
+                if positions := self.ahead.positions if self.ahead else read_positions():
                     return InheritedFiles(positions, dataset)
         return None
 
@@ -185,6 +196,10 @@ class WorkerStartup:
         """What notices what becomes of this worker's copy; None where it cannot be told to main."""
         if self.flight is None or not self.observed:
             return None
+        publish = into_flight_recorder(functools.partial(self.flight.write_report, worker_id))
+        private = monitor.private_bytes
+        if self.ahead is not None:
+            return self.ahead.observer.goes_on(files, publish, private, kept)
         with suppress(Exception):  # of ours: the worker does without
             return Observer(
                 dataset,
@@ -193,11 +208,9 @@ class WorkerStartup:
                 files=files,
                 came=came,
                 stays=self.stays,
-                private=monitor.private_bytes,
+                private=private,
                 kept=kept,
-                publish=into_flight_recorder(
-                    functools.partial(self.flight.write_report, worker_id)
-                ),
+                publish=publish,
             )
         return None
 

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, Sampler, Subset, TensorDataset, ge
 from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError, SafeStatefulDataLoader
 from safeloader.introspect import fork_hazards
 from safeloader.main import looks, reporting_workers
+from safeloader.main.worker_pool import WorkerPool
 from safeloader.supervision import growth, kept_batches
 
 N = 24
@@ -1499,6 +1500,31 @@ def test_counts_that_go_with_the_workers_are_no_loss(
 @ways(MAIN | LASTING)
 def test_a_cache_that_stays_is_not_told(way: str, caplog: Any) -> None:
     assert said(caplog, loader_of(Cached(), way)) == []
+
+
+def does_nothing(worker_id: int) -> None:
+    """A worker_init_fn."""
+
+
+@pytest.mark.parametrize(
+    ("more", "looks_ahead"),
+    [({}, True), ({"worker_init_fn": does_nothing}, False), ({"sampler": list(range(N))}, False)],
+    ids=["plain", "worker_init_fn", "sampler"],
+)
+def test_main_looks_at_the_dataset_for_forked_workers_where_nothing_changes_it(
+    more: dict[str, Any], looks_ahead: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    looked: list[Any] = []
+    own = WorkerPool._look_ahead
+
+    def noted(*about: Any) -> Any:
+        looked.append(own(*about))
+        return looked[-1]
+
+    monkeypatch.setattr(WorkerPool, "_look_ahead", noted)
+    [told] = said(caplog, loader_of(Reshuffles(), "fork", **more), epochs=1)
+    assert "dataset.order is in another order" in told
+    assert [each is not None for each in looked] == [True] * looks_ahead
 
 
 class Leaks(Indexed):

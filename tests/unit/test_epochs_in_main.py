@@ -160,6 +160,33 @@ def test_loader_with_workers_meanwhile(loader: Any) -> None:
     assert loader.last_batch.worker_id is None
 
 
+def test_what_else_torchs_iterator_is_made_of_is_seen(loader: Any) -> None:
+    vars(loader)["drop_last"] = True  # past torch, as frameworks do
+    assert iter(loader)._drop_last is True
+    vars(loader)["timeout"] = 5
+    with pytest.raises(AssertionError, match="timeout == 0"):
+        iter(loader)
+    vars(loader)["timeout"] = 0
+    assert indices(loader) == [*range(8)]
+
+
+def test_constructor_that_somebody_put_in_torchs_place_is_called(
+    loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    kind: Any = type(iter(loader)._stock)
+    own = kind.__init__
+
+    def noted(self: Any, loader: Any) -> None:
+        own(self, loader)
+        made.append(self)
+
+    monkeypatch.setattr(kind, "__init__", noted)
+    for number in range(1, 4):
+        assert indices(loader) == [*range(8)]
+        assert len(made) == number
+
+
 def test_two_iterators_at_once_are_apart(loader: Any) -> None:
     first, second = iter(loader), iter(loader)
     assert isinstance(first, SafeIterator)

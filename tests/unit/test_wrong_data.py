@@ -975,6 +975,30 @@ def test_notes_and_histories_that_differ_are_no_orders() -> None:
     assert told(*reports, length=4) == []
 
 
+def test_of_a_long_tensor_the_elements_of_all_of_it_are_compared() -> None:
+    start, swapped = {"order": torch.arange(100)}, torch.arange(100)
+    swapped[[60, 80]] = swapped[[80, 60]]
+    one, other = (report(start, now, 100) for now in (start, {"order": swapped}))
+    [said] = told(one, other, length=100)
+    assert "dataset.order is in another order" in said
+
+
+def negative_of_its_negative(rows: torch.Tensor) -> torch.Tensor:
+    """With torch's bit that says so, and other bytes."""
+    return torch.complex(torch.zeros_like(rows), -rows).conj().imag
+
+
+@pytest.mark.parametrize(
+    "apart", [lambda rows: torch.stack([rows, -rows], 1)[:, 0], negative_of_its_negative]
+)
+def test_a_tensor_is_read_as_it_is_whatever_lies_in_memory(apart: Any) -> None:
+    rows = torch.arange(1, 101, dtype=torch.float32)
+    assert torch.equal(apart(rows), rows)
+    own, seen = (copy_state(Held({"order": each}), 100) for each in (rows, apart(rows)))
+    assert own.orders["dataset.order"][:3] == seen.orders["dataset.order"][:3]
+    assert own.held["dataset.order"].sampled == seen.held["dataset.order"].sampled
+
+
 def test_the_order_under_a_subset_is_compared() -> None:
     class Rows(torch.utils.data.Dataset[Any]):
         def __init__(self) -> None:
