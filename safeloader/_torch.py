@@ -316,19 +316,27 @@ def build_iterator(view: LoaderView) -> Any:
 
 _single: Any = getattr(_loading, "_SingleProcessDataLoaderIter", None)
 _constructors = [vars(each).get("__init__") for each in inspect.getmro(_single or int)[:2]]
-# What they do that shows: they ask the sampler for its iterator, then draw a number.
-_SHOWS = "_sampler_iter empty random_ item _base_seed"
+# What the base's constructor reads and sets, from the sampler's iterator on.
+_LAST = "_sampler_iter empty int64 random_ generator item _base_seed persistent_workers "
+_LAST += "_persistent_workers _num_yielded __class__ __name__ _profile_name"
 
 
 @functools.cache
 def _constructs_as_known() -> bool:
-    return _names_in_order(_constructors[1], _SHOWS.split())
+    """Whether the constructors are torch's, and draw and set at their ends what is known."""
+    codes: list[Any] = [getattr(each, "__code__", None) for each in _constructors]
+    if any(code is None or code.co_filename != _loading.__file__ for code in codes):
+        return False
+    own, base = map(dis.get_instructions, codes)
+    sets = [step.argval for step in own if step.opname == "STORE_ATTR"]
+    names = [step.argval for step in base if step.opname.endswith(("_ATTR", "_METHOD"))]
+    return sets == ["_dataset_fetcher"] and " ".join(names).endswith(f" {_LAST}")
 
 
 def parts_of(iterator: Any) -> dict[str, Any] | None:
     """What an iterator without workers is made of, as it begins, for :func:`built_again`.
 
-    None where that is not all that its constructor does.
+    None where that may not be all that its constructor does.
     """
     pipe = isinstance(iterator._dataset, IterDataPipe | MapDataPipe)
     if type(iterator) is not _single or pipe or iterator._pin_memory or not _constructs_as_known():
@@ -337,17 +345,21 @@ def parts_of(iterator: Any) -> dict[str, Any] | None:
 
 
 def built_again(parts: dict[str, Any], loader: DataLoader[Any], sampler: Any) -> Any:
-    """A new iterator of the parts of the one before: a tenth of what the constructor takes.
+    """A new iterator of the parts of the one before, which takes a fraction of the constructor's.
 
-    None where the constructor would make another of the loader, or somebody has put one of theirs
-    in its place. The caller sees to it that the sampler is the one that was given before, over the
-    same, and that the samples are made into batches as they were.
+    None where the loader's attributes are others, or somebody has put a class or a constructor of
+    theirs in the place of torch's. The caller sees to it that the sampler is the one that was given
+    before, over the same, and that samples are made into batches as they were. Rank and world size,
+    which pipes alone look at, stay what they were.
     """
     given = loader.dataset, loader.collate_fn, loader.drop_last, loader.pin_memory, loader.timeout
     names = "_dataset", "_collate_fn", "_drop_last", "_pin_memory", "_timeout"
     if not all(map(operator.is_, given, map(parts.__getitem__, names))):
         return None
-    if [vars(each).get("__init__") for each in _single.__mro__[:2]] != _constructors:
+    kinds = _single.__mro__[:2]
+    if _loading._SingleProcessDataLoaderIter is not _single or (
+        [vars(each).get("__init__") for each in kinds] != _constructors
+    ):
         return None
     iterator = object.__new__(_single)
     state = vars(iterator)

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -236,13 +236,11 @@ class SafeDataLoader(DataLoader[T_co], Records, CountedEpochs, Keywords):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator of ours
         """The next epoch: an iterator that checks every batch it hands over."""
-        # Torch keeps an iterator only where workers stay.
-        if (self._pool is not None or self.persistent_workers) and _unrecorded(self):
+        if _unrecorded(self):
             if self._pool is not None:  # its workers speak in messages of ours
                 self._pool = self._iterator = None
             return super().__iter__()
-        iterator: Iterator[Any] = self._get_iterator()
-        return iterator
+        return cast(Iterator[Any], self._get_iterator())
 
     def __len__(self) -> int:
         """The number of batches, as torch has it; noted, to be compared with what comes."""

@@ -28,6 +28,7 @@ from safeloader.introspect.byte_code import LEFT_ALONE
 from safeloader.introspect.digests import (
     Unknown,
     in_no_order,
+    is_backed,
     leaf_digest,
     raw_bytes,
     starts_of_rows,
@@ -409,6 +410,8 @@ class _Look:
                 return None
             if value.dtype is torch.bool or value.is_quantized or value.is_nested:
                 return None
+            if not is_backed(value):
+                return None
             held_as, value = id(value), value.detach()
             is_data = value.dim() > 1 or value.is_floating_point() or value.is_complex()
             step, size = _step(length, SAMPLED), value.element_size()
@@ -501,6 +504,8 @@ def held(value: Any) -> Held | None:
     if type(value) is torch.Tensor and value.is_cpu and value.layout is torch.strided:
         with without_overrides():
             if not value.dim() or not value.numel() or value.is_quantized or value.is_nested:
+                return None
+            if not is_backed(value):
                 return None
             length, storage = value.shape[0], value.untyped_storage()
             if value.nbytes // length > ELEMENT_BYTES:

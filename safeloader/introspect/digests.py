@@ -144,7 +144,7 @@ def _of_tensor(tensor: torch.Tensor, most: int) -> int:
     with without_overrides():
         if not (tensor.is_cpu and tensor.layout is torch.strided) or tensor.is_quantized:
             raise Unknown
-        if tensor.is_nested:
+        if tensor.is_nested or not is_backed(tensor):
             raise Unknown
         tensor = tensor.detach()
         head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
@@ -191,6 +191,8 @@ def in_no_order(rows: np.ndarray[Any, Any]) -> int:
 def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The bytes of a dense tensor, of a copy of it: what NumPy has seen cannot be resized any more.
 
+    The tensor is to be backed.
+
     >>> raw_bytes(torch.tensor([1, 2], dtype=torch.int16)).tolist()
     [1, 0, 2, 0]
     >>> raw_bytes(torch.arange(6, dtype=torch.uint8)[::2]).tolist()
@@ -202,14 +204,31 @@ def raw_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return np.frombuffer(raw, np.uint8)
 
 
+def is_backed(tensor: torch.Tensor) -> bool:
+    """Whether all elements of a strided tensor lie in memory: its storage may have been given back.
+
+    >>> rows = torch.zeros(2, 3)
+    >>> before = is_backed(rows)
+    >>> rows.untyped_storage().resize_(0)
+    >>> before, is_backed(rows)
+    (True, False)
+    """
+    if not tensor.numel():
+        return True
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (int(tensor.storage_offset()) + last + 1) * tensor.element_size()
+    return tensor.data_ptr() != 0 and end <= tensor.untyped_storage().nbytes()
+
+
 def starts_of_rows(tensor: torch.Tensor, step: int, most: int) -> list[bytes] | None:
     """The first bytes, ``most`` of them, of every ``step``-th row of a tensor on the CPU.
 
-    None where its rows do not lie one behind the other as they are read. Read without operators of
-    torch: each that is new to a forked process costs it some page faults.
+    The tensor is to be backed. None where its rows do not lie one behind the other as they are
+    read. Read without operators of torch: each that is new to a forked process costs it some page
+    faults.
 
-    >>> starts_of_rows(torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.uint8), 2, 1)
-    [b'\x01', b'\x05']
+    >>> starts_of_rows(torch.tensor([[65, 66], [67, 68], [69, 70]], dtype=torch.uint8), 2, 1)
+    [b'A', b'E']
     >>> starts_of_rows(torch.zeros(2, 3).T, 1, 1) is None
     True
     """

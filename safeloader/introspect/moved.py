@@ -19,6 +19,7 @@ from safeloader.introspect.digests import (
     DEPTH_MAX,
     LEAVES_MAX,
     in_no_order,
+    is_backed,
     leaf_digest,
     raw_bytes,
     roots_of,
@@ -82,7 +83,7 @@ def order_of_rows(array: Any, most: int) -> tuple[int, int] | None:
             return None
         spread = not array.is_contiguous()
         nbytes = array.numel() * array.element_size()
-        if array.is_quantized or not array.dim() or not nbytes:
+        if array.is_quantized or not array.dim() or not nbytes or not is_backed(array):
             return None
         if nbytes > most >> 4 * spread:
             if spread or array.is_conj() or array.is_neg():

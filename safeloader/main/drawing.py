@@ -49,8 +49,6 @@ from safeloader.transport.messages import SamplerFault, StateRequest, Task
 if TYPE_CHECKING:
     from safeloader.main.drawing_again import DrawnAgain, DrawsAgain
 
-_made = tuple.__new__  # the constructor of a named tuple is a function of Python's
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class RecordingSampler:
@@ -294,8 +292,7 @@ class RecordingSampler:
                     position.drawn(seq, packed)
             except Exception as exc:
                 log.at_fault("the ledger", exc)
-            here = packed if in_main else None
-            yield _made(Task, (seq, index, (), False, here, (), None))
+            yield Task(seq, index, (), False, packed) if in_main else Task(seq, index)
 
     def __len__(self) -> int:
         return len(self.drawn_from)

@@ -236,8 +236,7 @@ class Looks:
     @property
     def _always(self) -> bool:
         # Where data was wrong each epoch is looked at: its audit says so, or that it ended.
-        told = self._told
-        return self._epochs <= ALWAYS or (told != set() and any(a[0] in OF_DATA for a in told))
+        return self._epochs <= ALWAYS or any(about[0] in OF_DATA for about in self._told)
 
     def _has_time(self) -> bool:
         return self._on and (self._took_little() or self._always)

@@ -229,9 +229,6 @@ class WorkerPool:
 
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
         context = self._context_in_main()
-        stock = self._built_again(loader, context)
-        if stock is not None:
-            return stock
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
         seed = self.sampler.log.seed
@@ -239,6 +236,10 @@ class WorkerPool:
         if seed is not None and context.seeder is not None and self.stream:
             beginning = _beginning_stream(view, context.seeder, seed)
         try:
+            stock = self._built_again(loader, context)
+            if stock is not None:
+                return stock
+            self._parts = None
             with beginning:
                 stock = _torch.build_iterator(view)
         except Exception as exc:
@@ -314,15 +315,19 @@ class WorkerPool:
         )
 
     def _stays_as_it_is(self, loader: DataLoader[Any]) -> bool:
-        """Whether no code of the user's comes between now and a forked worker's first task."""
+        """Whether no code of the user's comes between now and a forked worker's first task.
+
+        But for what runs at each fork, which is to leave things as they were.
+        """
         return not (
             loader.worker_init_fn is not None
+            or self.plan is not None  # it may be given its state there
             or isinstance(loader.dataset, IterDataPipe | MapDataPipe)  # torch seeds it there
             or not length_is_true(self.sampler.drawn_from)  # a sampler of the user's begins first
         )
 
-    def _look_ahead(self, loader: DataLoader[Any], length: int | None) -> LookedAhead | None:
-        """What forked workers need not look at, each for itself; None where this is at fault.
+    def _look_ahead(self, loader: DataLoader[Any], length: int | None) -> list[LookedAhead]:
+        """What forked workers need not look at, each for itself; nothing where this is at fault.
 
         What another thread sets before they are forked counts as set by them.
         """
@@ -335,8 +340,9 @@ class WorkerPool:
                 publish=lambda report: None,
                 stays=self.persistent,
             )
-            return LookedAhead(observer.look_ahead(), read_positions())
-        return None
+            observer.look_ahead()
+            return [LookedAhead(observer, read_positions())]
+        return []
 
     def _start(self, loader: DataLoader[Any]) -> Any:
         """Start the workers, with torch's iterator over them.
@@ -370,7 +376,7 @@ class WorkerPool:
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
             context = self._context(inherited if forks else ())
             observed = self.persistent or self.looks.worth_it
-            ahead: LookedAhead | None = None
+            ahead: list[LookedAhead] = []
             if forks and self._stays_as_it_is(loader):
                 state = describe(loader.dataset, ask=False, length=context.length)
                 context = dataclasses.replace(context, start_state=state)
@@ -409,8 +415,6 @@ class WorkerPool:
                     view(loader, self.sampler, channels=channels)
                 )
             # For the next epochs, which start no worker.
-            startup = dataclasses.replace(startup, ahead=None)
-            view = functools.partial(_torch.LoaderView, worker_init_fn=startup)
             self._view = functools.partial(view, channels=channels._replace(arguments=None))
         except Exception as exc:
             failure_was_told()
@@ -424,6 +428,7 @@ class WorkerPool:
             raise self.sampler.log.error(failure, exc.with_traceback(None)) from None
         results.all_started()
         parked.clear()  # they are the unpacker's now
+        ahead.clear()  # the workers have it
         if flight is not None:
             self.looks.on(
                 flight,

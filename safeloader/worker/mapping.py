@@ -50,8 +50,6 @@ from safeloader.worker.validating import ValidatedItems, refused_by
 
 _CHEAP_NS = 2_000  # a sample
 _HIDES_A_SLOW_ONE_NS = 10_000_000  # a batch of cheap ones, timed as one
-_made = tuple.__new__  # the constructor of a named tuple is a function of Python's
-_NOTHING_ELSE = tuple(BatchManifest._field_defaults.values())[3:]  # after whether at once
 _STAMPS = struct.Struct("3q").pack
 _EXCLUDED = "its worker died at it twice"
 _ASKED_AGAIN_S = 10.0  # for finding the index that __getitems__ cannot fetch
@@ -108,8 +106,10 @@ class MapFetcher(RecordingFetcher):
             if batch is not None:
                 ended = clock()
                 stamps, number = _STAMPS(began, ended, ended), len(packed) >> 3
-                said = task.seq, None, self._pid, packed, number, None, stamps, True
-                return _made(DeliveredBatch, (_made(BatchManifest, said + _NOTHING_ELSE), batch))
+                return DeliveredBatch(
+                    BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, True),
+                    batch,
+                )
         if self._plainly and type(packed) is bytes:
             return self._fetched_plainly(task, packed)
         return super().fetch(task)

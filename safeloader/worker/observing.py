@@ -119,19 +119,15 @@ class Observer:
         private: Callable[[], int | None],
         kept: Callable[[], int],
     ) -> Observer:
-        """In a forked worker, where it was made just before the fork, and nothing changed since."""
+        """In a forked worker, where it was made just before the fork."""
         self._files, self._publish = files, publish
         self._private, self._kept = private, kept
         return self
 
-    def look_ahead(self) -> Observer:
+    def look_ahead(self) -> None:
         """Look now for what is looked for at the first samples: where it is to go on in workers."""
-        try:
-            self.generators()
-            self.stores()
-        except Exception as exc:
-            self._fails(exc)
-        return self
+        self.generators()
+        self.stores()
 
     def _state(self) -> CopyState:
         self._now = copy_state(self._dataset(), self._compared, last=self._now)

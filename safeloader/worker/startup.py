@@ -48,7 +48,7 @@ def fetcher_for(stock: Any, context: FetchContext) -> RecordingFetcher:
 
 
 class LookedAhead(NamedTuple):
-    """What main looked at for forked workers, where nothing can change it before they begin.
+    """What main looked at for its forked workers, just before.
 
     In each of them it would take longer: what is read there is copied first.
     """
@@ -71,7 +71,7 @@ class WorkerStartup:
     forks: bool = False
     stays: bool = False
     observed: bool = True
-    ahead: LookedAhead | None = None
+    ahead: list[LookedAhead] = dataclasses.field(default_factory=list)  # one, or none
     freezes: bool = True
     keeps_heap: bool = True
     parked: Parked = dataclasses.field(default_factory=dict)
@@ -170,7 +170,7 @@ class WorkerStartup:
         """The files that were open at the fork, before any code of the user's runs here."""
         if self.forks and self.observed and self.flight is not None:
             with suppress(Exception):  # of ours: the worker does without
-                if positions := self.ahead.positions if self.ahead else read_positions():
+                if positions := self.ahead[0].positions if self.ahead else read_positions():
                     return InheritedFiles(positions, dataset)
         return None
 
@@ -198,8 +198,8 @@ class WorkerStartup:
             return None
         publish = into_flight_recorder(functools.partial(self.flight.write_report, worker_id))
         private = monitor.private_bytes
-        if self.ahead is not None:
-            return self.ahead.observer.goes_on(files, publish, private, kept)
+        if self.ahead:
+            return self.ahead[0].observer.goes_on(files, publish, private, kept)
         with suppress(Exception):  # of ours: the worker does without
             return Observer(
                 dataset,

@@ -21,8 +21,8 @@ from torch.utils.data import IterableDataset, Sampler, Subset, TensorDataset, ge
 from safeloader import DeliveryError, SafeDataLoader, SafeLoaderError, SafeStatefulDataLoader
 from safeloader.introspect import fork_hazards
 from safeloader.main import looks, reporting_workers
-from safeloader.main.worker_pool import WorkerPool
 from safeloader.supervision import growth, kept_batches
+from safeloader.worker.observing import Observer
 
 N = 24
 FRESH: dict[str, dict[str, Any]] = {
@@ -1511,20 +1511,28 @@ def does_nothing(worker_id: int) -> None:
     [({}, True), ({"worker_init_fn": does_nothing}, False), ({"sampler": list(range(N))}, False)],
     ids=["plain", "worker_init_fn", "sampler"],
 )
-def test_main_looks_at_the_dataset_for_forked_workers_where_nothing_changes_it(
+def test_forked_workers_go_on_with_what_main_looked_at_where_nothing_comes_between(
     more: dict[str, Any], looks_ahead: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    looked: list[Any] = []
-    own = WorkerPool._look_ahead
+    main, own = os.getpid(), Observer.__init__
 
-    def noted(*about: Any) -> Any:
-        looked.append(own(*about))
-        return looked[-1]
+    def in_main_alone(*about: Any, **more: Any) -> None:
+        if os.getpid() != main:
+            raise RuntimeError  # the worker does without
+        own(*about, **more)
 
-    monkeypatch.setattr(WorkerPool, "_look_ahead", noted)
-    [told] = said(caplog, loader_of(Reshuffles(), "fork", **more), epochs=1)
+    monkeypatch.setattr(Observer, "__init__", in_main_alone)
+    told = said(caplog, loader_of(Reshuffles(), "fork", **more), epochs=1)
+    assert ["dataset.order is in another order" in each for each in told] == [True] * looks_ahead
+
+
+def test_where_that_look_is_at_fault_workers_look_for_themselves(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(Observer, "look_ahead", lambda self: 1 / 0)
+    fault, told = said(caplog, loader_of(Reshuffles(), "fork"), epochs=1)
+    assert fault.startswith("the look at what workers begin with failed")
     assert "dataset.order is in another order" in told
-    assert [each is not None for each in looked] == [True] * looks_ahead
 
 
 class Leaks(Indexed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import multiprocessing
 import os
@@ -15,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, dataloader, default_collate
 
-from safeloader import SafeDataLoader, SampleError
+from safeloader import SafeDataLoader, SampleError, _torch
 from safeloader.main.iterator import SafeIterator
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.settings import KEPT
@@ -170,21 +171,71 @@ def test_what_else_torchs_iterator_is_made_of_is_seen(loader: Any) -> None:
     assert indices(loader) == [*range(8)]
 
 
-def test_constructor_that_somebody_put_in_torchs_place_is_called(
+def built_again(loader: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """By epoch, of a few, whether torch's iterator is made of the parts of the one before."""
+    seen: list[bool] = []
+    own = _torch.built_again
+
+    def noted(*given: Any) -> Any:
+        made = own(*given)
+        seen.append(made is not None)
+        return made
+
+    monkeypatch.setattr(_torch, "built_again", noted)
+    for _ in range(3):
+        assert indices(loader) == [*range(8)]
+    return seen
+
+
+def test_torchs_iterator_is_made_of_the_parts_of_the_one_before(
+    loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert built_again(loader, monkeypatch) == [True] * 3
+
+
+def test_class_that_somebody_put_in_torchs_place_is_made(
     loader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    kind: Any = type(iter(loader)._stock)
-    own = kind.__init__
+    own: Any = dataloader._SingleProcessDataLoaderIter
 
+    class Theirs(own):
+        def __init__(self, loader: Any) -> None:
+            super().__init__(loader)
+            made.append(self)
+
+    monkeypatch.setattr(dataloader, "_SingleProcessDataLoaderIter", Theirs)
+    assert not any(built_again(loader, monkeypatch))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("of", ["_BaseDataLoaderIter", "_SingleProcessDataLoaderIter"])
+def test_constructor_that_somebody_put_in_torchs_place_is_called(
+    of: str, loader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    own = vars(dataloader)[of].__init__
+
+    @functools.wraps(own)
     def noted(self: Any, loader: Any) -> None:
         own(self, loader)
         made.append(self)
 
-    monkeypatch.setattr(kind, "__init__", noted)
-    for number in range(1, 4):
-        assert indices(loader) == [*range(8)]
-        assert len(made) == number
+    monkeypatch.setattr(vars(dataloader)[of], "__init__", noted)
+    assert not any(built_again(loader, monkeypatch))
+    assert len(made) == 3
+    # Of one that was there before safeloader:
+    theirs = [noted if each is own else each for each in _torch._constructors]
+    monkeypatch.setattr(_torch, "_constructors", theirs)
+    assert not _torch._constructs_as_known.__wrapped__()
+
+
+def test_what_keeps_a_later_epoch_from_beginning_is_torchs_error(loader: Any) -> None:
+    loader.generator = "no generator"
+    with pytest.raises(TypeError, match="random_"):
+        iter(loader)
+    loader.generator = None
+    assert indices(loader) == [*range(8)]
 
 
 def test_two_iterators_at_once_are_apart(loader: Any) -> None:

@@ -7,6 +7,8 @@ import gc
 import mmap
 import random
 import signal
+import subprocess
+import sys
 import time
 import weakref
 from collections import OrderedDict
@@ -997,6 +999,43 @@ def test_a_tensor_is_read_as_it_is_whatever_lies_in_memory(apart: Any) -> None:
     own, seen = (copy_state(Held({"order": each}), 100) for each in (rows, apart(rows)))
     assert own.orders["dataset.order"][:3] == seen.orders["dataset.order"][:3]
     assert own.held["dataset.order"].sampled == seen.held["dataset.order"].sampled
+
+
+WITHOUT_MEMORY = """
+import sys
+import torch
+from safeloader import SafeDataLoader
+
+class Rows:
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return index
+
+def resized(tensor, size=0):
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+dataset = Rows()
+dataset.given_back = resized(torch.ones(8, 4))
+dataset.apart = resized(torch.ones(4, 8).T)
+dataset.cut = resized(torch.ones(8, 1 << 17), 64)
+dataset.in_a_list = [resized(torch.ones(4)) for _ in range(8)]
+dataset.zeros_of_none = torch._efficientzerotensor((8,))
+dataset.order = [*range(8)]
+loader = SafeDataLoader(dataset, batch_size=2, num_workers=int(sys.argv[1]))
+for _ in range(3):
+    assert len(list(loader)) == 4
+print(loader.audit.ok)
+"""
+
+
+@pytest.mark.workers
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_tensor_whose_memory_is_gone_is_not_read(num_workers: int) -> None:
+    command = [sys.executable, "-c", WITHOUT_MEMORY, str(num_workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_the_order_under_a_subset_is_compared() -> None:
