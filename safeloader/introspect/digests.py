@@ -209,7 +209,7 @@ def is_backed(tensor: torch.Tensor) -> bool:
 
     >>> rows = torch.zeros(2, 3)
     >>> before = is_backed(rows)
-    >>> rows.untyped_storage().resize_(0)
+    >>> _ = rows.untyped_storage().resize_(0)
     >>> before, is_backed(rows)
     (True, False)
     """
