@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterDataPipe, MapDataPipe, Subset, get_worker_info
+from torch.utils.data import DataLoader, Subset, get_worker_info
 
 from safeloader import _python
 
@@ -86,20 +86,17 @@ def moved() -> tuple[str, ...]:
         missing += [f"{module}.{path}.{name}" for name in relied_on.split() if name not in used]
     for (module, path), first in _IN_ORDER.items():
         order = first.split()
-        if not _names_in_order(_python.find(module, path, []), order):
+        codes = _codes(_python.find(module, path, []))
+        steps = (step.argval for code in codes for step in dis.get_instructions(code))
+        # One instruction may name two variables.
+        names = (name for step in steps for name in (step if type(step) is tuple else (step,)))
+        found = [name for name in names if name in order]
+        if found[: len(order)] != order:
             missing.append(f"{module}.{path} (first {', then '.join(order)})")
     loop = _python.find(f"{_UTILS}.worker", "_worker_loop", [])
     if loop is not None and (lost := _WORKER_TAKES - set(inspect.signature(loop).parameters)):
         missing.append(f"{_UTILS}.worker._worker_loop({', '.join(sorted(lost))})")
     return tuple(dict.fromkeys(missing))
-
-
-def _names_in_order(function: Any, order: list[str]) -> bool:
-    """Whether the code of a function has these names, and first in this order."""
-    steps = (step.argval for code in _codes(function) for step in dis.get_instructions(code))
-    # One instruction may name two variables.
-    names = (name for step in steps for name in (step if type(step) is tuple else (step,)))
-    return [name for name in names if name in order][: len(order)] == order
 
 
 def _codes(function: Any, outer: tuple[Any, ...] = ()) -> Iterator[CodeType]:
@@ -311,62 +308,6 @@ def build_iterator(view: LoaderView) -> Any:
     _with_workers.add(iterator)
     stop = weakref.finalize(iterator, _stop_unreachable, iterator._workers, os.getpid())
     stop.atexit = False  # at exit, daemonic workers end as torch has it
-    return iterator
-
-
-_single: Any = getattr(_loading, "_SingleProcessDataLoaderIter", None)
-_constructors = [vars(each).get("__init__") for each in inspect.getmro(_single or int)[:2]]
-# What the base's constructor reads and sets, from the sampler's iterator on.
-_LAST = "_sampler_iter empty int64 random_ generator item _base_seed persistent_workers "
-_LAST += "_persistent_workers _num_yielded __class__ __name__ _profile_name"
-
-
-@functools.cache
-def _constructs_as_known() -> bool:
-    """Whether the constructors are torch's, and draw and set at their ends what is known."""
-    codes: list[Any] = [getattr(each, "__code__", None) for each in _constructors]
-    if any(code is None or code.co_filename != _loading.__file__ for code in codes):
-        return False
-    own, base = map(dis.get_instructions, codes)
-    sets = [step.argval for step in own if step.opname == "STORE_ATTR"]
-    names = [step.argval for step in base if step.opname.endswith(("_ATTR", "_METHOD"))]
-    return sets == ["_dataset_fetcher"] and " ".join(names).endswith(f" {_LAST}")
-
-
-def parts_of(iterator: Any) -> dict[str, Any] | None:
-    """What an iterator without workers is made of, as it begins, for :func:`built_again`.
-
-    None where that may not be all that its constructor does.
-    """
-    pipe = isinstance(iterator._dataset, IterDataPipe | MapDataPipe)
-    if type(iterator) is not _single or pipe or iterator._pin_memory or not _constructs_as_known():
-        return None
-    return {name: it for name, it in vars(iterator).items() if name != "_sampler_iter"}
-
-
-def built_again(parts: dict[str, Any], loader: DataLoader[Any], sampler: Any) -> Any:
-    """A new iterator of the parts of the one before, which takes a fraction of the constructor's.
-
-    None where the loader's attributes are others, or somebody has put a class or a constructor of
-    theirs in the place of torch's. The caller sees to it that the sampler is the one that was given
-    before, over the same, and that samples are made into batches as they were. Rank and world size,
-    which pipes alone look at, stay what they were.
-    """
-    given = loader.dataset, loader.collate_fn, loader.drop_last, loader.pin_memory, loader.timeout
-    names = "_dataset", "_collate_fn", "_drop_last", "_pin_memory", "_timeout"
-    if not all(map(operator.is_, given, map(parts.__getitem__, names))):
-        return None
-    kinds = _single.__mro__[:2]
-    if _loading._SingleProcessDataLoaderIter is not _single or (
-        [vars(each).get("__init__") for each in kinds] != _constructors
-    ):
-        return None
-    iterator = object.__new__(_single)
-    state = vars(iterator)
-    state.update(parts)
-    state["_sampler_iter"] = iter(sampler)
-    drawn = torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    state["_base_seed"] = drawn.item()
     return iterator
 
 

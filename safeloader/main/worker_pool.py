@@ -121,9 +121,7 @@ class WorkerPool:
         self.timeout_s = float(loader.timeout)
         self.hangs = False
         self._stock: Callable[[], Any] = lambda: None
-        # Of the epoch before, without workers.
-        self._in_main: tuple[FetchContext, RecordingFetcher] | None = None
-        self._parts: dict[str, Any] | None = None  # of torch's iterator
+        self._in_main: tuple[FetchContext, RecordingFetcher] | None = None  # of the epoch before
         self._unpacker: Unpacker | None = None  # whose slots may outlive its workers
         self.persistent = loader.persistent_workers
         self.seeds_per = None if settings.seed is None else settings.seed_per
@@ -228,18 +226,13 @@ class WorkerPool:
     # building ───────────────────────────────────────────────────────────────────────────────────
 
     def _build_in_main(self, loader: DataLoader[Any]) -> Any:
-        context = self._context_in_main()
         view = _torch.LoaderView(loader, self.sampler, loader.worker_init_fn, None)
         states = self.states
-        seed = self.sampler.log.seed
+        context, seed = self._context_in_main(), self.sampler.log.seed
         beginning: AbstractContextManager[object] = _AS_IT_IS
         if seed is not None and context.seeder is not None and self.stream:
             beginning = _beginning_stream(view, context.seeder, seed)
         try:
-            stock = self._built_again(loader, context)
-            if stock is not None:
-                return stock
-            self._parts = None
             with beginning:
                 stock = _torch.build_iterator(view)
         except Exception as exc:
@@ -260,20 +253,6 @@ class WorkerPool:
             return recording if seed is None else seeded_in_main(recording, context)
 
         _torch.replace_fetcher(stock, ours)
-        self._parts = _torch.parts_of(stock) if self.may_serve_again and states is None else None
-        return stock
-
-    def _built_again(self, loader: DataLoader[Any], context: FetchContext) -> Any:
-        """Torch's iterator, of the parts of that of the epoch before; None if it is another now."""
-        if self._parts is None or self._in_main is None or self.states is not None:
-            return None
-        _, fetcher = self._in_main
-        if not fetcher.stays(context):
-            return None
-        stock = _torch.built_again(self._parts, loader, self.sampler)
-        if stock is not None:
-            fetcher.by_way_of(None)  # an epoch may have ended with its first samples
-            self.looks.over(fetcher)
         return stock
 
     def _context_in_main(self) -> FetchContext:

@@ -179,10 +179,10 @@ class MapFetcher(RecordingFetcher):
             BatchManifest(task.seq, None, self._pid, packed, number, None, stamps, whole), batch
         )
 
-    def stays(self, context: FetchContext) -> bool:
+    def serves(self, stock: Any, context: FetchContext) -> bool:
         """As :class:`RecordingFetcher` has it."""
         # Whether there are columns is seen anew: it hangs on more than these.
-        return self._columns is None and super().stays(context)
+        return self._columns is None and super().serves(stock, context)
 
     def by_way_of(self, first: FirstSamples | None) -> None:
         """As :class:`RecordingFetcher` has it."""

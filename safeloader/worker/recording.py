@@ -108,15 +108,12 @@ class RecordingFetcher:
         """Whether the next epoch's fetcher, around torch's ``stock``, would be the same as this."""
         mine = self._around
         return (
-            self.stays(context)
+            context is self._context
             and stock.dataset is mine.dataset
             and stock.collate_fn is mine.collate_fn
             and stock.auto_collation == mine.auto_collation
+            and os.getpid() == self._pid
         )
-
-    def stays(self, context: FetchContext) -> bool:
-        """The same, where torch's is around the same dataset and makes batches as it did."""
-        return context is self._context and os.getpid() == self._pid
 
     def fetch(self, task: Task) -> Made:
         """The batch for ``task`` with its manifest; hot path."""

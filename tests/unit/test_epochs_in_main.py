@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import multiprocessing
 import os
@@ -16,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, SequentialSampler, dataloader, default_collate
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
-from safeloader import SafeDataLoader, SampleError, _torch
+from safeloader import SafeDataLoader, SampleError
 from safeloader.main.iterator import SafeIterator
 from safeloader.main.worker_pool import WorkerPool
 from safeloader.settings import KEPT
@@ -159,83 +158,6 @@ def test_loader_with_workers_meanwhile(loader: Any) -> None:
     loader.num_workers = 0
     assert indices(loader) == [*range(8)]
     assert loader.last_batch.worker_id is None
-
-
-def test_what_else_torchs_iterator_is_made_of_is_seen(loader: Any) -> None:
-    vars(loader)["drop_last"] = True  # past torch, as frameworks do
-    assert iter(loader)._drop_last is True
-    vars(loader)["timeout"] = 5
-    with pytest.raises(AssertionError, match="timeout == 0"):
-        iter(loader)
-    vars(loader)["timeout"] = 0
-    assert indices(loader) == [*range(8)]
-
-
-def built_again(loader: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """By epoch, of a few, whether torch's iterator is made of the parts of the one before."""
-    seen: list[bool] = []
-    own = _torch.built_again
-
-    def noted(*given: Any) -> Any:
-        made = own(*given)
-        seen.append(made is not None)
-        return made
-
-    monkeypatch.setattr(_torch, "built_again", noted)
-    for _ in range(3):
-        assert indices(loader) == [*range(8)]
-    return seen
-
-
-def test_torchs_iterator_is_made_of_the_parts_of_the_one_before(
-    loader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert built_again(loader, monkeypatch) == [True] * 3
-
-
-def test_class_that_somebody_put_in_torchs_place_is_made(
-    loader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    own: Any = dataloader._SingleProcessDataLoaderIter
-
-    class Theirs(own):
-        def __init__(self, loader: Any) -> None:
-            super().__init__(loader)
-            made.append(self)
-
-    monkeypatch.setattr(dataloader, "_SingleProcessDataLoaderIter", Theirs)
-    assert not any(built_again(loader, monkeypatch))
-    assert len(made) == 3
-
-
-@pytest.mark.parametrize("of", ["_BaseDataLoaderIter", "_SingleProcessDataLoaderIter"])
-def test_constructor_that_somebody_put_in_torchs_place_is_called(
-    of: str, loader: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
-    own = vars(dataloader)[of].__init__
-
-    @functools.wraps(own)
-    def noted(self: Any, loader: Any) -> None:
-        own(self, loader)
-        made.append(self)
-
-    monkeypatch.setattr(vars(dataloader)[of], "__init__", noted)
-    assert not any(built_again(loader, monkeypatch))
-    assert len(made) == 3
-    # Of one that was there before safeloader:
-    theirs = [noted if each is own else each for each in _torch._constructors]
-    monkeypatch.setattr(_torch, "_constructors", theirs)
-    assert not _torch._constructs_as_known.__wrapped__()
-
-
-def test_what_keeps_a_later_epoch_from_beginning_is_torchs_error(loader: Any) -> None:
-    loader.generator = "no generator"
-    with pytest.raises(TypeError, match="random_"):
-        iter(loader)
-    loader.generator = None
-    assert indices(loader) == [*range(8)]
 
 
 def test_two_iterators_at_once_are_apart(loader: Any) -> None:
