@@ -414,18 +414,10 @@ class _Look:
                 return None
             held_as, value = id(value), value.detach()
             is_data = value.dim() > 1 or value.is_floating_point() or value.is_complex()
-            step, size = _step(length, SAMPLED), value.element_size()
-            row = value.numel() // length
-            starts = starts_of_rows(value, step, ELEMENT_BYTES)
-            if starts is not None:
-                sampled = _digests(starts)
-            elif row * size > ELEMENT_BYTES and not value[0].is_contiguous():
-                return None  # to look at a part of such a row is to copy all of it
-            else:
-                some = value[::step].reshape(-1, row)[:, : max(1, ELEMENT_BYTES // size)]
-                # Of copies: what NumPy has seen once cannot be resized any more.
-                sampled = _rows(raw_bytes(some).reshape(len(some), -1))
-            nbytes = row * size * length
+            sampled = _rows_of_tensor(value, _step(length, SAMPLED))
+            if sampled is None:
+                return None
+            nbytes = value.numel() * value.element_size()
             return self._of_rows(sampled, value, nbytes, held_as, length, is_data)
 
     def _of_rows(
@@ -510,14 +502,9 @@ def held(value: Any) -> Held | None:
             length, storage = value.shape[0], value.untyped_storage()
             if value.nbytes // length > ELEMENT_BYTES:
                 return None  # to copy a part of each takes long
-            step = _step(length, HELD_SAMPLED)
-            starts = starts_of_rows(value, step, ELEMENT_BYTES)
-            if starts is None:
-                some_of_it = value.detach()[::step].contiguous()
-                digests = _rows(raw_bytes(some_of_it).reshape(len(some_of_it), -1))
-            else:
-                digests = _digests(starts)
-            return Held(length, digests, id(value), shared=storage.is_shared())
+            sampled = _rows_of_tensor(value, _step(length, HELD_SAMPLED))
+            assert sampled is not None  # of so few bytes
+            return Held(length, sampled, id(value), shared=storage.is_shared())
     return None
 
 
@@ -558,6 +545,19 @@ def _is_of_others(array: Any) -> bool:
 def _rows(some: Any) -> tuple[int, ...]:
     width = max(1, ELEMENT_BYTES // max(1, some.itemsize))
     return _digests(np.asarray(each).flat[:width].tobytes() for each in some)
+
+
+def _rows_of_tensor(value: torch.Tensor, step: int) -> tuple[int, ...] | None:
+    """The same of each ``step``-th row; None where a part of one takes a copy of all of it."""
+    starts = starts_of_rows(value, step, ELEMENT_BYTES)
+    if starts is not None:
+        return _digests(starts)
+    row, size = value.numel() // len(value), value.element_size()
+    if row * size > ELEMENT_BYTES and not value[0].is_contiguous():
+        return None
+    some = value.detach()[::step].reshape(-1, row)[:, : max(1, ELEMENT_BYTES // size)]
+    # Of copies: what NumPy has seen once cannot be resized any more.
+    return _rows(raw_bytes(some).reshape(len(some), -1))
 
 
 def _digests(some: Iterable[bytes]) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ the loader keeps between its epochs; otherwise it belongs to its
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
@@ -277,7 +276,9 @@ class WorkerPool:
         self._in_main = context, fetcher
         return fetcher
 
-    def _context(self, inherited: Sequence[Inherited] = ()) -> FetchContext:
+    def _context(
+        self, inherited: Sequence[Inherited] = (), start_state: dict[str, Any] | None = None
+    ) -> FetchContext:
         settings = self._settings
         return FetchContext(
             progress=self._progress,
@@ -286,6 +287,7 @@ class WorkerPool:
             policy=Policy(settings.on_error, settings.retries, tells=settings.tells),
             checksum=settings.checksum,
             seeder=None if settings.seed is None else Seeder(settings.seed_per),
+            start_state=start_state,
             raised=None if self.workers else self.raised,
             length=self.sampler.log.log.length,  # as this epoch has it
             inherited=tuple(inherited),
@@ -353,17 +355,17 @@ class WorkerPool:
             results = ResultQueue(workers, unpacker.opened, unpacker.settle)
             lacking = "no flight recorder, so a crash will name no index"
             flight = self._if_room(functools.partial(FlightRecorder, workers), lacking)
-            context = self._context(inherited if forks else ())
             observed = self.persistent or self.looks.worth_it
+            start_state: dict[str, Any] | None = None
             ahead: list[LookedAhead] = []
             if forks and self._stays_as_it_is(loader):
-                state = describe(loader.dataset, ask=False, length=context.length)
-                context = dataclasses.replace(context, start_state=state)
+                length = self.sampler.log.log.length
+                start_state = describe(loader.dataset, ask=False, length=length)
                 if observed and flight is not None:
-                    ahead = self._look_ahead(loader, context.length)
+                    ahead = self._look_ahead(loader, length)
             startup = WorkerStartup(
                 loader.worker_init_fn,
-                context=context,
+                context=self._context(inherited if forks else (), start_state),
                 results=results,
                 flight=flight,
                 slots=table,
